@@ -1,0 +1,91 @@
+"""Every field of an experiment, once, with its default. Experiments start from `get_config()` and change what they need."""
+
+from ml_collections import ConfigDict
+
+
+def data() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            corpus="stdlib",  # a file of gsae_jax/data/corpora: stdlib (this Python's library), text (your files), tfds (a prepared data set)
+            path="",  # text: a file, a folder or a glob of .txt, .md, .jsonl, .parquet
+            field="text",  # text: the field of a .jsonl line or the column of a .parquet; tfds: the text feature
+            separator="",  # text: what stands between the documents of one .txt or .md file; "" = a file is one document
+            name="",  # tfds: name of the data set, such as "wiki40b/en"
+            train_split="train",  # the split to train on, in TFDS' notation: "train[:90%]" works
+            test_split="test",  # the split to measure on
+            data_dir="",  # where prepared data lives; "" = TFDS' own default (~/tensorflow_datasets)
+            context_length=128,  # tokens in a row, BOS included
+            prepend_bos=True,  # start every row with BOS
+        )
+    )
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of the data order and the exchange buffer; SAEs have their own
+    config.lm = ConfigDict(
+        dict(
+            path="",  # Hugging Face checkpoint directory; "" = the embedded model
+            dtype="float32",  # of the language model and the exchange buffer
+        )
+    )
+    config.data = data()
+    config.activations = ConfigDict(
+        dict(
+            rows_per_forward=32,  # rows of tokens in one forward pass of the language model
+            buffer_size=2**20,  # activations in the exchange buffer (all devices together)
+            scale_tokens=2**16,  # tokens that measure each site's scale (and median norm) before training
+            drop_special_tokens=True,  # keep BOS, EOS, padding and other special tokens from the SAEs
+            max_norm_multiple=0.0,  # also drop tokens whose norm exceeds this multiple of the site's median; 0 = keep them
+        )
+    )
+    config.stacks = ConfigDict()  # name -> stack(...)
+    config.train = ConfigDict(
+        dict(
+            steps=10_000,  # SAE updates
+            batch_size=4096,  # activations in one SAE update (all devices together)
+            warmup_steps=1000,  # linear warm-up of the learning rate
+            decay_fraction=0.0,  # the last part of training over which the rate falls to zero (cosine); 0 = constant
+            compute_dtype="float32",  # of the SAEs' matrix products; bfloat16 suits accelerators
+            log_every=50,  # steps between lines of metrics
+        )
+    )
+    config.mesh = ConfigDict(
+        dict(
+            data=0,  # devices along the batch; 0 = all that `latent` leaves
+            latent=1,  # devices along the dictionary
+        )
+    )
+    config.checkpoint = ConfigDict(
+        dict(
+            every=1000,  # steps between checkpoints
+            keep=2,  # how many to keep
+        )
+    )
+    config.evaluation = ConfigDict(
+        dict(
+            tokens=2**17,  # held-out tokens
+            rows_per_forward=32,
+        )
+    )
+    return config
+
+
+def stack(
+    architecture: str, site: str, width: int, l1_coefficients, learning_rates=(3e-4,), seeds=(0,), **options
+) -> ConfigDict:
+    """SAEs that differ in l1 coefficient, learning rate and seed only (matched up; one value serves all).
+
+    `options` are fields of the architecture's Config, such as `tie_encoder=False` for a gated SAE.
+    """
+    return ConfigDict(
+        dict(
+            architecture=architecture,  # a file of gsae_jax/saes: gated, relu
+            site=site,  # a TransformerLens hook name: blocks.0.hook_mlp_out
+            width=width,  # features (the paper's M)
+            l1_coefficients=tuple(l1_coefficients),
+            learning_rates=tuple(learning_rates),
+            seeds=tuple(seeds),
+            options=dict(options),
+        )
+    )

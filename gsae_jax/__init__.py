@@ -1,0 +1,11 @@
+"""Gated Sparse Autoencoders on language-model activations, in JAX.
+
+lm = gsae_jax.load_lm()                       # the embedded model, or a Hugging Face checkpoint directory
+saes = gsae_jax.load("runs/quickstart")       # the SAEs of a run, by name
+"""
+
+from gsae_jax.lms.loading import LM, load_lm
+from gsae_jax.runs import load
+from gsae_jax.saes.trained import SAE
+
+__all__ = ["LM", "SAE", "load", "load_lm"]

@@ -1,0 +1,44 @@
+"""What every command shares: a config flag, and errors as one sentence with exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from gsae_jax.config import ConfigError
+
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
+
+
+def define_config():
+    """The `--config FILE.py` flag; `--config.a.b=value` overrides one field."""
+    return config_flags.DEFINE_config_file("config", None, "Experiment file, for example configs/quickstart.py.")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parse the flags and call `main`; what a user can get wrong ends in one sentence on stderr and exit code 2."""
+
+    def parse(argv):
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError) as error:  # an override of a field that the config lacks
+            _refuse(f"--config: no such field: {str(error).strip(chr(34)).encode().decode('unicode_escape')}")
+
+    def guarded(argv):
+        if len(argv) > 1:
+            _refuse(f"unexpected argument {argv[1]!r}; flags are written --name=value (--help lists them)")
+        try:
+            sys.exit(main())
+        except ConfigError as error:
+            if TRACEBACK.value:
+                raise
+            _refuse(str(error))
+
+    logging.set_verbosity(logging.WARNING)
+    app.run(guarded, flags_parser=parse)
+
+
+def _refuse(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,335 @@
+"""An experiment as frozen dataclasses, built from an `ml_collections` file or plain dicts, and checked at the door.
+
+`configs/base.py` lists every field once, with its default and a comment; the dataclasses below hold no defaults.
+Whatever can be checked without reading a model or a data set is checked here. Nothing below this file sees a
+`ConfigDict`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """Something the user wrote cannot be used. `field` names it, the message says what to write instead."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def known_names(name: str, names: Iterable[str]) -> str:
+    """`did you mean 'x'? known: x, y, z` for an unknown name."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(names)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """The language model whose activations are studied."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Text, and how it becomes rows of tokens."""
+
+    corpus: str
+    path: str
+    field: str
+    separator: str
+    name: str
+    train_split: str
+    test_split: str
+    data_dir: str
+    context_length: int
+    prepend_bos: bool
+
+    def __post_init__(self):
+        _at_least("data.context_length", self.context_length, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """How tokens become SAE inputs."""
+
+    rows_per_forward: int
+    buffer_size: int
+    scale_tokens: int
+    drop_special_tokens: bool
+    max_norm_multiple: float
+
+    def __post_init__(self):
+        _at_least("activations.rows_per_forward", self.rows_per_forward, 1)
+        _at_least("activations.scale_tokens", self.scale_tokens, 1)
+        if self.max_norm_multiple != 0 and self.max_norm_multiple <= 1:
+            raise ConfigError(
+                "activations.max_norm_multiple",
+                f"is {self.max_norm_multiple:g}; write 0 to keep every token, or a multiple of the median norm above 1 (10 is common)",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """SAEs of one architecture, width and site that differ in numbers only, trained together.
+
+    `l1_coefficients`, `learning_rates` and `seeds` are matched up; one of length 1 serves every SAE.
+    """
+
+    architecture: str
+    site: str
+    width: int
+    l1_coefficients: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    options: dict[str, bool]
+
+    def __len__(self) -> int:
+        return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds))
+
+    def numbers(self) -> list[tuple[float, float, int]]:
+        """(l1_coefficient, learning_rate, seed) of each SAE."""
+        columns = (self.l1_coefficients, self.learning_rates, self.seeds)
+        return list(zip(*(column * len(self) if len(column) == 1 else column for column in columns), strict=True))
+
+    def check(self, path: str) -> None:
+        """Raises `ConfigError` with the stack's path in the config."""
+        _at_least(f"{path}.width", self.width, 1)
+        for field in ("l1_coefficients", "learning_rates", "seeds"):
+            values = getattr(self, field)
+            if len(values) not in (1, len(self)) or not values:
+                raise ConfigError(
+                    f"{path}.{field}",
+                    f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs",
+                )
+        for field in ("l1_coefficients", "learning_rates"):
+            if min(getattr(self, field)) < 0:
+                raise ConfigError(
+                    f"{path}.{field}", f"has a negative value: {getattr(self, field)}; write numbers >= 0"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The optimisation, common to every stack."""
+
+    steps: int
+    batch_size: int
+    warmup_steps: int
+    decay_fraction: float
+    compute_dtype: Literal["float32", "bfloat16"]
+    log_every: int
+
+    def __post_init__(self):
+        for field in ("steps", "batch_size", "log_every"):
+            _at_least(f"train.{field}", getattr(self, field), 1)
+        _at_least("train.warmup_steps", self.warmup_steps, 0)
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigError(
+                "train.decay_fraction",
+                f"is {self.decay_fraction:g}; write a fraction of training from 0 (constant rate) to 1",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along the batch (`data`, 0 = all that `latent` leaves) and along the dictionary (`latent`)."""
+
+    data: int
+    latent: int
+
+    def __post_init__(self):
+        _at_least("mesh.data", self.data, 0)
+        _at_least("mesh.latent", self.latent, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When to save, and how many to keep."""
+
+    every: int
+    keep: int
+
+    def __post_init__(self):
+        _at_least("checkpoint.every", self.every, 1)
+        _at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The held-out measurement at the end of training."""
+
+    tokens: int
+    rows_per_forward: int
+
+    def __post_init__(self):
+        _at_least("evaluation.tokens", self.tokens, 1)
+        _at_least("evaluation.rows_per_forward", self.rows_per_forward, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run: a language model, text, stacks of SAEs, and how they are trained and measured."""
+
+    seed: int
+    lm: LM
+    data: Data
+    activations: Activations
+    stacks: dict[str, Stack]
+    train: Train
+    mesh: Mesh
+    checkpoint: Checkpoint
+    evaluation: Evaluation
+
+    def __post_init__(self):
+        if not self.stacks:
+            raise ConfigError(
+                "stacks", "is empty; add one, for example `config.stacks.gated = base.stack(architecture='gated', ...)`"
+            )
+        for name, stack in self.stacks.items():
+            stack.check(f"stacks.{name}")
+        fresh = self.activations.rows_per_forward * self.data.context_length
+        batch = self.train.batch_size
+        if fresh % batch and batch % fresh:
+            raise ConfigError(
+                "train.batch_size",
+                f"is {batch}, but one forward pass gives {fresh} activations (activations.rows_per_forward x data.context_length); "
+                "write a divisor or a multiple of that",
+            )
+        if self.activations.buffer_size < batch or self.activations.buffer_size % batch:
+            raise ConfigError(
+                "activations.buffer_size",
+                f"is {self.activations.buffer_size}; write a multiple of train.batch_size ({batch}), at least 1x",
+            )
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that any stack reads, each once."""
+        return sorted({stack.site for stack in self.stacks.values()})
+
+    @property
+    def updates_per_call(self) -> int:
+        """SAE updates in one call of the train program."""
+        return max(1, self.activations.rows_per_forward * self.data.context_length // self.train.batch_size)
+
+    @property
+    def forwards_per_call(self) -> int:
+        """Forward passes of the language model in one call of the train program."""
+        return max(1, self.train.batch_size // (self.activations.rows_per_forward * self.data.context_length))
+
+    @property
+    def rows_per_call(self) -> int:
+        """Rows of tokens that one call of the train program consumes."""
+        return self.forwards_per_call * self.activations.rows_per_forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Training a small language model and its tokenizer from text."""
+
+    seed: int
+    data: Data
+    vocab_size: int
+    model: dict[str, int]
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    b2: float
+    weight_decay: float
+    warmup_steps: int
+    test_tokens: int
+
+    def __post_init__(self):
+        for field in ("vocab_size", "batch_size", "test_tokens"):
+            _at_least(field, getattr(self, field), 1)
+        for field in ("epochs", "learning_rate"):
+            if getattr(self, field) <= 0:
+                raise ConfigError(field, f"is {getattr(self, field):g}; write a positive number")
+
+
+T = typing.TypeVar("T")
+
+
+def from_dict(cls: type[T], tree: Any) -> T:
+    """A config dataclass from a `ConfigDict` or nested dicts.
+
+    Raises:
+        ConfigError: an unknown, missing or wrongly typed field, or an impossible value or combination.
+    """
+    if hasattr(tree, "to_dict"):
+        tree = tree.to_dict()
+    return _convert("", cls, tree)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The JSON form of a config, which `from_dict` takes back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
+    """`field: a != b` for each leaf that differs between two JSON configs."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{path}{key}.")
+        elif a != b:
+            lines.append(f"{path}{key}: {a!r} != {b!r}")
+    return lines
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short name for JSON-able values: equal values, equal names."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _at_least(field: str, value: float, least: float):
+    if value < least:
+        raise ConfigError(field, f"is {value}; write {least} or more")
+
+
+def _convert(path: str, kind: Any, value: Any) -> Any:
+    """`value` as `kind` (a dataclass, int, float, bool, str, Literal, tuple[X, ...] or dict[str, X]), or a `ConfigError`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        fields = {field.name: field.type for field in dataclasses.fields(kind)}
+        if not isinstance(value, Mapping):
+            raise ConfigError(path or "config", f"is {value!r}; write a group with the fields {', '.join(fields)}")
+        prefix = f"{path}." if path else ""
+        for name in value:
+            if name not in fields:
+                raise ConfigError(f"{prefix}{name}", f"is not a field; {known_names(str(name), fields)}")
+        for name in fields:
+            if name not in value:
+                raise ConfigError(
+                    f"{prefix}{name}", "is missing; build the config on configs/base.py, which has every field"
+                )
+        return kind(
+            **{name: _convert(f"{prefix}{name}", annotation, value[name]) for name, annotation in fields.items()}
+        )
+    if origin is dict and isinstance(value, Mapping):
+        return {str(name): _convert(f"{path}.{name}", args[1], item) for name, item in value.items()}
+    if origin is tuple:
+        values = value if isinstance(value, tuple | list) else (value,)
+        return tuple(_convert(path, args[0], item) for item in values)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(path, f"is {value!r}; {known_names(str(value), args)}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if isinstance(value, float) and value != value:
+            raise ConfigError(path, "is nan; write a number")
+        return value
+    name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
+    raise ConfigError(path, f"is {value!r} ({type(value).__name__}); write a value of type {name}")

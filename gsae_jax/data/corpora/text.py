@@ -1,0 +1,128 @@
+"""Bring your own text: `.txt`, `.md`, `.jsonl` or `.parquet` files, from a folder, a glob or one path.
+
+A text file is one document, or several where `data.separator` stands between them; a line of JSON or a row of a table
+is one document. Long documents are cut into pieces, and every twentieth piece is held out.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from gsae_jax import config as config_lib
+from gsae_jax.config import ConfigError
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+TEST_EVERY = 20
+
+
+class TextFiles(tfds.core.GeneratorBasedBuilder):
+    """One example per piece of a document, with the file it came from."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, config: config_lib.Data, **kwargs):
+        self._files = find_files(config.path)
+        self._field, self._separator = config.field, config.separator
+        # A piece must be short enough that a twentieth of the pieces is some text even in a small corpus.
+        self._piece_chars = min(
+            100_000, max(2_000, sum(os.path.getsize(file) for file in self._files) // (4 * TEST_EVERY))
+        )
+        stamps = [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in self._files]
+        name = config_lib.fingerprint(stamps, config.field, config.separator)
+        super().__init__(config=tfds.core.BuilderConfig(name=name, description=config.path), **kwargs)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()}),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(test=False), "test": self._generate_examples(test=True)}
+
+    def _generate_examples(self, test: bool) -> Iterator[tuple[int, dict[str, str]]]:
+        for index, (file, piece) in enumerate(self._pieces()):
+            if (index % TEST_EVERY == TEST_EVERY - 1) == test:
+                yield index, {"text": piece, "path": file}
+
+    def _pieces(self) -> Iterator[tuple[str, str]]:
+        for file in self._files:
+            for document in read_documents(file, self._field, self._separator):
+                for start in range(0, len(document), self._piece_chars):
+                    yield file, document[start : start + self._piece_chars]
+
+
+def find_files(path: str) -> list[str]:
+    """The text files that `path` (a file, a folder searched through, or a glob) means, sorted.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not path:
+        raise ConfigError("data.path", "is empty; write a text file, a folder of them or a glob")
+    pattern = os.path.expanduser(path)
+    pattern = os.path.join(pattern, "**", "*") if os.path.isdir(pattern) else pattern
+    files = sorted(
+        os.path.abspath(file) for file in glob.glob(pattern, recursive=True) if Path(file).suffix in SUFFIXES
+    )
+    if not files:
+        raise ConfigError(
+            "data.path", f"no {', '.join(SUFFIXES)} file matches {path!r}; write a file, a folder or a glob that exists"
+        )
+    return files
+
+
+def read_documents(file: str, field: str, separator: str) -> Iterator[str]:
+    """The documents of one file.
+
+    Raises:
+        ConfigError: the file is not what its ending says, or lacks the field; the message names file, line and what
+        is there.
+    """
+
+    def text_of(row: object, where: str) -> str:
+        if not isinstance(row, dict):
+            raise ConfigError(
+                "data.path", f"{where} is not a JSON object; each line must be one, with the text under {field!r}"
+            )
+        if not isinstance(row.get(field), str):
+            raise ConfigError(
+                "data.field", f"{where} has no text under {field!r}; its fields: {', '.join(map(str, row))}"
+            )
+        return row[field]
+
+    suffix = Path(file).suffix
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet  # slow to import, and needed by this format only
+
+            table = pyarrow.parquet.ParquetFile(file)
+            if field not in table.schema_arrow.names:
+                raise ConfigError(
+                    "data.field", f"{file} has no column {field!r}; its columns: {', '.join(table.schema_arrow.names)}"
+                )
+            for batch in table.iter_batches(batch_size=1024, columns=[field]):
+                for row in batch.to_pylist():
+                    yield text_of(row, file)
+        elif suffix == ".jsonl":
+            with open(file, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield text_of(json.loads(line), f"{file} line {number}")
+        else:
+            text = Path(file).read_text("utf-8")
+            yield from filter(str.strip, text.split(separator) if separator else [text])
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # not UTF-8, not JSON, not Parquet (pyarrow's errors are ValueErrors)
+        raise ConfigError("data.path", f"{file} cannot be read as {suffix}: {error}") from error
+
+
+def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]:
+    """The TFDS builder, and the name of its text feature, of the files under `data.path`; other contents, another data set."""
+    return TextFiles(config, data_dir=config.data_dir or None, file_format="array_record"), "text"

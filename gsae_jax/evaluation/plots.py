@@ -1,0 +1,114 @@
+"""The report's figures."""
+
+from collections import defaultdict
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = {"gated": "#0b6e99", "relu": "#d9730d"}
+MARKERS = "os^DvP*X"
+LABELS = {"gated": "Gated", "relu": "Baseline"}
+
+
+def _panels(records: list[dict[str, Any]]) -> tuple[Figure, dict[str, Axes]]:
+    """One panel per site, side by side."""
+    found = sorted({record["site"] for record in records})
+    figure = Figure(figsize=(1.0 + 4.6 * len(found), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, site in zip(axes, found, strict=True):
+        axis.set_title(site, fontsize=10)
+        axis.grid(alpha=0.25)
+    return figure, dict(zip(found, axes, strict=True))
+
+
+def _stacks(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records by stack (their names without the index), by ascending L0."""
+    stacks = defaultdict(list)
+    for record in sorted(records, key=lambda record: record["l0"]):
+        stacks[record["name"].rpartition("_")[0]].append(record)
+    return dict(sorted(stacks.items()))
+
+
+def _style(index: int, architecture: str) -> dict[str, Any]:
+    return {
+        "color": COLOURS.get(architecture, f"C{index}"),
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 5,
+        "linewidth": 1.5,
+    }
+
+
+def _against_l0(records: list[dict[str, Any]], field: str, label: str) -> tuple[Figure, dict[str, Axes]]:
+    figure, panels = _panels(records)
+    for index, (name, members) in enumerate(_stacks(records).items()):
+        first = members[0]
+        kind = f"{LABELS.get(first['architecture'], first['architecture'])} ({name}), {first['width']:,} features"
+        x, y = [record["l0"] for record in members], [record[field] for record in members]
+        panels[first["site"]].plot(x, y, label=kind, **_style(index, first["architecture"]))
+    for axis in panels.values():
+        axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.legend(fontsize=8)
+    return figure, panels
+
+
+def frontier(records: list[dict[str, Any]]) -> Figure:
+    """Loss recovered against L0, per site."""
+    return _against_l0(records, "loss_recovered", "loss recovered")[0]
+
+
+def gamma(records: list[dict[str, Any]]) -> Figure:
+    """Relative reconstruction bias against L0, per site."""
+    figure, panels = _against_l0(records, "gamma", "relative reconstruction bias γ")
+    for axis in panels.values():
+        axis.axhline(1, color="0.4", linewidth=1, linestyle="--")
+    return figure
+
+
+def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -> Figure:
+    """Histogram of how often each feature fires, one curve per SAE; features that never fire are counted in the left-most bin."""
+    figure, panels = _panels(records)
+    lowest = min(np.log10(fraction[fraction > 0].min(initial=1e-3)) for fraction in fractions.values()) - 0.5
+    bins = np.linspace(lowest, 0, 41)
+    for index, members in enumerate(_stacks(records).values()):
+        for rank, record in enumerate(members):
+            counts, _ = np.histogram(np.log10(np.maximum(fractions[record["name"]], 10**lowest)), bins)
+            style = {
+                "color": COLOURS.get(record["architecture"], f"C{index}"),
+                "alpha": 0.35 + 0.65 * (rank + 1) / len(members),
+            }
+            panels[record["site"]].stairs(
+                counts, bins, label=f"{record['name']}, L0 {record['l0']:.0f}", linewidth=1.4, **style
+            )
+    for axis in panels.values():
+        axis.set(xlabel="log10 of the fraction of tokens a feature fires on", ylabel="features")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def training(lines: list[dict[str, Any]]) -> Figure:
+    """Loss, L0 and gamma of every SAE over training."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axis, field in zip(figure.subplots(1, 3), ("loss", "l0", "gamma"), strict=True):
+        names = [name for name in (lines[0] if lines else {}) if name.endswith(f"/{field}")]
+        for index, name in enumerate(names):
+            values = np.array([line[name] for line in lines])
+            colour = COLOURS.get(name.split("/")[0], f"C{index}")
+            for member in range(values.shape[1]):
+                label = name.split("/")[0] if member == 0 else None
+                axis.plot(
+                    [line["step"] for line in lines],
+                    values[:, member],
+                    color=colour,
+                    alpha=0.4 + 0.2 * (member % 4),
+                    lw=1,
+                    label=label,
+                )
+        axis.set(xlabel="step", ylabel=field, yscale="linear" if field == "gamma" else "log")
+        axis.grid(alpha=0.25)
+        if names:
+            axis.legend(fontsize=8)
+    return figure

@@ -1,0 +1,49 @@
+"""The device mesh: `data` splits the batch, `latent` splits the dictionary."""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gsae_jax import config as config_lib
+from gsae_jax.config import ConfigError
+
+
+def make_mesh(config: config_lib.Mesh) -> Mesh:
+    """A mesh over all devices.
+
+    Raises:
+        ConfigError: the axes do not multiply up to the number of devices.
+    """
+    devices = jax.device_count()
+    if devices % config.latent:
+        raise ConfigError("mesh.latent", f"is {config.latent}; write a divisor of the number of devices ({devices})")
+    data = config.data or devices // config.latent
+    if data * config.latent != devices:
+        raise ConfigError(
+            "mesh.data",
+            f"is {config.data}, times mesh.latent {config.latent}, but there are {devices} devices; write 0 for all",
+        )
+    # The language model and the loss around the SAEs are left to the compiler (Auto); the SAE step is mapped by hand.
+    return jax.make_mesh((data, config.latent), ("data", "latent"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check(config: config_lib.Experiment, mesh: Mesh) -> None:
+    """Raises `ConfigError` for a size that the mesh does not divide."""
+    data, latent = mesh.shape["data"], mesh.shape["latent"]
+    for field, value in (
+        ("train.batch_size", config.train.batch_size),
+        ("activations.rows_per_forward", config.activations.rows_per_forward),
+        ("evaluation.rows_per_forward", config.evaluation.rows_per_forward),
+    ):
+        if value % data:
+            raise ConfigError(field, f"is {value}, not divisible by the mesh's `data` axis; write a multiple of {data}")
+    for name, stack in config.stacks.items():
+        if stack.width % latent:
+            raise ConfigError(
+                f"stacks.{name}.width",
+                f"is {stack.width}, not divisible by the mesh's `latent` axis; write a multiple of {latent}",
+            )
+
+
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The placement of an array whose dimensions lie along these mesh axes (None: every device has all of it)."""
+    return NamedSharding(mesh, PartitionSpec(*axes))

@@ -1,0 +1,69 @@
+"""Trained SAEs from a run directory."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gsae_jax import config as config_lib
+from gsae_jax import workdir as workdir_lib
+from gsae_jax.config import Experiment
+from gsae_jax.saes import trained
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, trained.SAE]:
+    """The SAEs of a run's newest checkpoint, by name: `{stack}_{index}`.
+
+    Raises:
+        ConfigError: not a run directory, or no checkpoint yet.
+    """
+    workdir = workdir_lib.Workdir(Path(path))
+    config = config_lib.from_dict(Experiment, workdir.config())
+    checkpoints = workdir_lib.Checkpoints(workdir)
+    step = checkpoints.latest()
+    if step is None:
+        raise config_lib.ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
+    facts = checkpoints.facts(step)
+    built = {
+        name: trained.build_config(
+            stack.architecture,
+            facts["widths"][stack.site],
+            stack.width,
+            {**stack.options, "dtype": config.train.compute_dtype},
+            f"stacks.{name}",
+        )
+        for name, stack in config.stacks.items()
+    }
+    like = {
+        name: jax.eval_shape(
+            jax.vmap(lambda key, m=module, c=sae: m.init(key, c)),
+            jax.random.split(jax.random.key(0), len(config.stacks[name])),
+        )
+        for name, (module, sae) in built.items()
+    }
+    params = checkpoints.params(step, workdir_lib.single_device(like))
+    checkpoints.close()
+    return {
+        sae.name: sae for name in config.stacks for sae in _members(name, config, built[name][1], params[name], facts)
+    }
+
+
+def _members(
+    name: str, config: Experiment, sae: Any, params: dict[str, jax.Array], facts: dict[str, Any]
+) -> list[trained.SAE]:
+    stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
+    return [
+        trained.SAE(
+            name=f"{name}_{index}",
+            architecture=stack.architecture,
+            config=sae,
+            site=stack.site,
+            params=trained.fold_scale({key: value[index] for key, value in params.items()}, scale),
+            l1_coefficient=l1_coefficient,
+            learning_rate=learning_rate,
+            seed=seed,
+            scale=scale,
+        )
+        for index, (l1_coefficient, learning_rate, seed) in enumerate(stack.numbers())
+    ]

@@ -1,0 +1,34 @@
+"""What every architecture shares: the matrix product and the initial dictionary."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Sum = Callable[[Any], Any]
+
+
+def whole(x: Any) -> Any:
+    """The sum over dictionary shards where one device holds the whole dictionary."""
+    return x
+
+
+def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
+    """x @ W with operands in `dtype` and the sum in float32."""
+    return jnp.matmul(x.astype(dtype), W.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def unit_rows(key: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Random directions [rows, columns], each of unit norm."""
+    W = jax.random.normal(key, (rows, columns))
+    return W / jnp.linalg.norm(W, axis=-1, keepdims=True)
+
+
+def error_statistics(x_BxD: jax.Array, x_hat_BxD: jax.Array) -> dict[str, jax.Array]:
+    """Batch means: squared error over D, and the numerator and denominator of gamma (equation 10)."""
+    return {
+        "mse": jnp.square(x_BxD - x_hat_BxD).mean(),
+        "x_hat_sq": jnp.square(x_hat_BxD).sum(-1).mean(),
+        "x_hat_dot_x": (x_hat_BxD * x_BxD).sum(-1).mean(),
+    }

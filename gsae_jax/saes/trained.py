@@ -1,0 +1,93 @@
+"""A trained SAE as a small frozen object, in the language model's own units."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax import plugins
+from gsae_jax.config import ConfigError, known_names
+
+
+def module_of(architecture: str, field: str = "architecture") -> Any:
+    """The file of `saes/` with the architecture's pure functions."""
+    return plugins.load("saes", architecture, having="FEATURE_AXES", field=field)
+
+
+def build_config(architecture: str, d_in: int, width: int, options: dict[str, Any], field: str) -> tuple[Any, Any]:
+    """The architecture's module and its Config.
+
+    Raises:
+        ConfigError: an architecture or option that does not exist; the message starts with `field`.
+    """
+    module = module_of(architecture, f"{field}.architecture")
+    fields = [setting.name for setting in dataclasses.fields(module.Config) if setting.name not in ("d_in", "width")]
+    for name in options:
+        if name not in fields:
+            raise ConfigError(
+                f"{field}.options.{name}", f"is not an option of {architecture!r}; {known_names(name, fields)}"
+            )
+    return module, module.Config(d_in=d_in, width=width, **options)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SAE:
+    """One trained SAE; `encode` and `decode` take and give activations in the language model's own units, of any leading shape.
+
+    Attributes:
+        name: the stack it was trained in, and its place there.
+        architecture: "gated" or "relu".
+        config: the architecture's Config.
+        site: where in the language model it reads.
+        params: the architecture's parameters, with the site's scale folded in.
+        l1_coefficient, learning_rate, seed: how it was trained.
+        scale: what activations were multiplied by in training.
+    """
+
+    name: str
+    architecture: str
+    config: Any
+    site: str
+    params: dict[str, jax.Array]
+    l1_coefficient: float
+    learning_rate: float
+    seed: int
+    scale: float
+
+    def encode(self, x: jax.typing.ArrayLike) -> jax.Array:
+        """Feature activations [..., F] of activations [..., D]."""
+        x = self._checked(x, self.config.d_in, "x")
+        f_BxF = _encode(self.architecture, self.config, self.params, x.reshape(-1, self.config.d_in))
+        return f_BxF.reshape(*x.shape[:-1], self.config.width)
+
+    def decode(self, f: jax.typing.ArrayLike) -> jax.Array:
+        """Reconstructions [..., D] of feature activations [..., F]."""
+        f = self._checked(f, self.config.width, "f")
+        x_BxD = module_of(self.architecture).decode(self.params, f.reshape(-1, self.config.width))
+        return x_BxD.reshape(*f.shape[:-1], self.config.d_in)
+
+    def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
+        """The reconstruction [..., D] of activations [..., D], in their dtype: an edit for `lm.run`."""
+        return self.decode(self.encode(x)).astype(jnp.asarray(x).dtype)
+
+    def _checked(self, value: jax.typing.ArrayLike, size: int, name: str) -> jax.Array:
+        value = jnp.asarray(value)
+        if value.ndim == 0 or value.shape[-1] != size:
+            raise ConfigError(name, f"has shape {list(value.shape)}; the last axis of this SAE's {name} is {size}")
+        return value
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode(architecture: str, config: Any, params: dict[str, jax.Array], x_BxD: jax.Array) -> jax.Array:
+    return module_of(architecture).encode(params, x_BxD, config)
+
+
+def fold_scale(params: dict[str, jax.Array], scale: float) -> dict[str, jax.Array]:
+    """The parameters for unscaled inputs of an SAE trained on `scale` times them.
+
+    Every architecture here maps s * x to s * f when its biases are multiplied by s, so it is the biases that take the
+    factor; unit decoder rows stay unit.
+    """
+    return {name: value / scale if name.startswith("b_") else value for name, value in params.items()}

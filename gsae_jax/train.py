@@ -1,0 +1,44 @@
+"""Train an experiment, or continue it, and report on it.
+
+python -m gsae_jax.train --config configs/quickstart.py --workdir runs/quickstart
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gsae_jax import cli
+from gsae_jax import config as config_lib
+from gsae_jax import workdir as workdir_lib
+from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.evaluate import evaluate
+from gsae_jax.training import loop
+
+INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
+
+
+def run(config: Experiment, path: Path) -> int:
+    """Train to the end and report; a finished run is left as it is."""
+    workdir = workdir_lib.Workdir(path)
+    if (workdir.report / "report.json").exists():
+        workdir.check(config_lib.to_dict(config))
+        print(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
+        return 0
+    if not loop.train(config, path):
+        return INTERRUPTED
+    print(evaluate(path))
+    print(f"\nreport: {workdir.report / 'report.md'}")
+    return 0
+
+
+def main() -> int:
+    """The command."""
+    if CONFIG.value is None:
+        raise ConfigError("--config", "is missing; write an experiment file, for example configs/quickstart.py")
+    return run(config_lib.from_dict(Experiment, CONFIG.value), Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config()
+    WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it does not exist.", required=True)
+    cli.run(main)

@@ -1,0 +1,234 @@
+"""The trainer: checks everything first, then prepares, resumes or starts, trains, and saves."""
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax import workdir as workdir_lib
+from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.data import rows as rows_lib
+from gsae_jax.lms import loading, sites
+from gsae_jax.training.step import Program, TrainState
+
+
+def train(config: Experiment, path: Path) -> bool:
+    """Train the experiment in a run directory, from its newest checkpoint if there is one.
+
+    Returns:
+        True when training is complete, False when a signal ended it early (state saved).
+
+    Raises:
+        ConfigError: anything about the config or the directory, before anything is written there.
+    """
+    workdir = workdir_lib.Workdir(path)
+    as_json = config_lib.to_dict(config)
+    workdir.check(as_json)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check(config, mesh)
+    program, tokenizer = build(config, mesh)
+    calls_left_over = config.train.steps % config.updates_per_call
+    if calls_left_over:
+        raise ConfigError(
+            "train.steps",
+            f"is {config.train.steps}; write a multiple of {config.updates_per_call}, the SAE updates of one forward pass",
+        )
+    everywhere = mesh_lib.sharding(mesh)
+    lm = loading.load_lm(
+        config.lm.path, dtype=config.lm.dtype, num_layers=program.module.config.n_layers, sharding=everywhere
+    )
+    rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
+    stream = rows_lib.batches(rows, config.rows_per_call, config.seed, jax.process_index(), jax.process_count())
+    workdir.create(as_json)
+    checkpoints = workdir_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+    try:
+        latest = checkpoints.latest()
+        if latest is None:
+            print(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer", flush=True)
+            state = start(program, lm.params, stream)
+        else:
+            state, position = _restore(program, checkpoints, latest)
+            stream.set_state(position)
+            print(f"continuing from step {latest:,}", flush=True)
+        return _loop(config, program, lm.params, stream, state, workdir, checkpoints)
+    finally:
+        checkpoints.close()
+
+
+def build(config: Experiment, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
+    """The train program and the tokenizer, from the language model's settings alone.
+
+    Raises:
+        ConfigError: a site, context or architecture that the language model or the project does not have.
+    """
+    folder = Path(config.lm.path) if config.lm.path else loading.EMBEDDED
+    whole = loading.load_module(folder, None, "lm.path")
+    widths = loading.site_widths(whole)
+    for name, stack in config.stacks.items():
+        sites.check(stack.site, widths, f"stacks.{name}.site")
+    if config.data.context_length > whole.config.n_ctx:
+        raise ConfigError(
+            "data.context_length",
+            f"is {config.data.context_length}; this language model has positions for {whole.config.n_ctx}",
+        )
+    layers = 1 + max(sites.layer_of(site) for site in config.sites)
+    tokenizer = loading.load_tokenizer(folder, whole, "lm.path")
+    special_tokens = tuple(sorted(set(tokenizer.all_special_ids)))
+    return Program.build(config, mesh, loading.load_module(folder, layers, "lm.path"), special_tokens), tokenizer
+
+
+def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> TrainState:
+    """The first state: sites measured on the first tokens, and a full buffer."""
+    config = program.config
+    calls = -(-config.activations.scale_tokens // (config.rows_per_call * config.data.context_length))
+    measured = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
+    means, medians = (
+        {site: float(np.nanmean([m[site][which] for m in measured])) for site in config.sites} for which in (0, 1)
+    )
+    for site, mean in means.items():
+        if not np.isfinite(mean) or mean == 0:
+            raise ConfigError(
+                f"site {site}",
+                f"has mean squared norm {mean} on the first tokens; the language model or the text is unusable",
+            )
+    state = program.init(means, medians)
+    batch, slots = next(iter(state.store.values())).shape[:2]
+    count = jax.device_put(np.zeros(batch, np.int32), mesh_lib.sharding(program.mesh, "data"))
+    call = 0
+    while call == 0 or int(count.min()) < slots:
+        state, count = program.fill(state, count, lm_params, program.place_tokens(next(stream)), call)
+        call += 1
+        if call > 20 * (slots + 10):
+            raise ConfigError(
+                "activations",
+                "the exchange buffer does not fill: nearly every token is dropped; loosen max_norm_multiple",
+            )
+    return state
+
+
+def _loop(
+    config: Experiment,
+    program: Program,
+    lm_params: Any,
+    stream: Any,
+    state: TrainState,
+    workdir: workdir_lib.Workdir,
+    checkpoints: workdir_lib.Checkpoints,
+) -> bool:
+    step, total, per_call = int(state.step), config.train.steps, config.updates_per_call
+    facts = {
+        "widths": program.widths,
+        "scales": {site: float(scale) for site, scale in state.scales.items()},
+        "versions": {module.__name__: module.__version__ for module in (jax, np)} | {"python": sys.version.split()[0]},
+    }
+    metrics = workdir_lib.Metrics(workdir, step)
+    waiting: tuple[int, Any] | None = None  # metrics of the call before, read while the next one runs
+    logged, logged_at, saved = step, time.perf_counter(), step
+
+    def save() -> None:
+        params = {name: stack.params for name, stack in state.stacks.items()}
+        checkpoints.save(step, params, _without_params(state), stream.get_state(), facts)
+
+    with (
+        _Signals() as signals,
+        tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, smoothing=0.05) as bar,
+    ):
+        while step < total and not signals.received:
+            state, statistics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
+            step += per_call
+            if waiting is not None and (waiting[0] - logged >= config.train.log_every):
+                now = time.perf_counter()
+                rate = (waiting[0] - logged) * config.train.batch_size / (now - logged_at)
+                _log(metrics, bar, waiting[0], jax.device_get(waiting[1]), rate)
+                logged, logged_at = waiting[0], now
+            elif waiting is not None:
+                jax.block_until_ready(waiting[1])  # one call ahead is enough: the bar and signals stay true
+            waiting = (step, statistics)
+            bar.update(per_call)
+            if step - saved >= config.checkpoint.every or step == total or signals.received:
+                save()
+                saved = step
+        if waiting is not None and waiting[0] > logged:
+            rate = (waiting[0] - logged) * config.train.batch_size / (time.perf_counter() - logged_at)
+            _log(metrics, bar, waiting[0], jax.device_get(waiting[1]), rate)
+        if step != saved:
+            save()
+    metrics.close()
+    if step < total:
+        print(f"{signals.received} received: state of step {step:,} saved; the same command continues from there")
+    return step >= total
+
+
+def _restore(program: Program, checkpoints: workdir_lib.Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
+    config = program.config
+    ones = dict.fromkeys(config.sites, 1.0)
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: program.init(ones, ones)),
+        program.shardings(),
+    )
+    params, state, data = checkpoints.restore(
+        step, {name: stack.params for name, stack in like.stacks.items()}, _without_params(like)
+    )
+    for name, stack in state.stacks.items():
+        stack.params = params[name]
+    return state, data
+
+
+def _without_params(state: TrainState) -> TrainState:
+    return dataclasses.replace(
+        state, stacks={name: dataclasses.replace(stack, params={}) for name, stack in state.stacks.items()}
+    )
+
+
+def _log(
+    metrics: workdir_lib.Metrics, bar: Any, step: int, statistics: dict[str, dict[str, np.ndarray]], rate: float
+) -> None:
+    values: dict[str, Any] = {"tokens_per_second": round(rate, 1)}
+    shown = []
+    for name, stack in statistics.items():
+        gamma = stack.pop("x_hat_sq") / np.maximum(stack.pop("x_hat_dot_x"), 1e-12)
+        values |= {f"{name}/{key}": value.tolist() for key, value in sorted((stack | {"gamma": gamma}).items())}
+        l0, mse = (
+            "/".join(f"{value:{form}}" for value in stack[key]) for key, form in (("l0", ".0f"), ("loss", ".3f"))
+        )
+        shown.append(f"{name}: L0 {l0}, loss {mse}, gamma {'/'.join(f'{value:.2f}' for value in gamma)}")
+    metrics.write(step, values)
+    bar.set_postfix_str(f"{rate:,.0f} tokens/s | {' | '.join(shown)}", refresh=False)
+
+
+def _tokens_needed(config: Experiment) -> int:
+    """Tokens that a run reads at most once: training, measuring and filling (twice the buffer, for dropped tokens)."""
+    return (
+        config.train.steps * config.train.batch_size
+        + config.activations.scale_tokens
+        + 2 * config.activations.buffer_size
+    )
+
+
+class _Signals:
+    """Turns SIGTERM and SIGINT into a name to look at between steps; a second one interrupts at once."""
+
+    received = ""
+
+    def __enter__(self) -> "_Signals":
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number).name
+        for before in self._before:
+            signal.signal(before, signal.default_int_handler)
+
+    def __exit__(self, *error: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)

@@ -1,0 +1,45 @@
+"""Adam without a first moment, on decoders whose rows stay unit vectors (Appendix D.1 of the paper; Bricken et al. 2023).
+
+Adam with b1 = 0 is RMSProp with a bias-corrected second moment, so the state is one array per parameter.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gsae_jax import config as config_lib
+
+# The decoder's name is the one thing every architecture agrees on.
+DECODER = "W_dec"
+
+# eps = 1e-8 outside the root: optax.adam's own.
+scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+
+
+def schedule(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
+    """The factor on every learning rate at a step: linear warm-up, then constant, then a cosine to zero over the last `decay_fraction`."""
+    decay_steps = min(round(config.decay_fraction * config.steps), config.steps - config.warmup_steps)
+
+    def factor(step: jax.Array) -> jax.Array:
+        warmup = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
+        progress = jnp.clip((step - (config.steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
+        return warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return factor
+
+
+def update(
+    params: dict[str, jax.Array], grads: dict[str, jax.Array], state: optax.OptState, learning_rate_N: jax.Array
+) -> tuple[dict[str, jax.Array], optax.OptState]:
+    """One step for a stack (every array has a leading axis N): no gradient along decoder rows before it, unit rows after it."""
+    W_dec, gradient = params[DECODER], grads[DECODER]
+    along = jnp.sum(gradient * W_dec, axis=-1, keepdims=True) * W_dec
+    updates, state = scale_by_second_moment.update(grads | {DECODER: gradient - along}, state)
+    params = {
+        name: value - learning_rate_N.reshape(-1, *[1] * (value.ndim - 1)) * updates[name]
+        for name, value in params.items()
+    }
+    norms = jnp.linalg.norm(params[DECODER], axis=-1, keepdims=True)
+    return params | {DECODER: params[DECODER] / norms}, state

@@ -1,0 +1,108 @@
+"""Stacks of SAEs on the mesh: their state, its placement, and one update."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from gsae_jax import config as config_lib
+from gsae_jax.saes import trained
+from gsae_jax.training import optimiser
+
+P = PartitionSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class StackState:
+    """N SAEs of one shape; every array has a leading axis N.
+
+    Attributes:
+        params: the architecture's parameters.
+        second_moments: the optimiser's state.
+        l1_coefficient: [N].
+        learning_rate: [N], before the schedule's factor.
+        steps_since_fired: [N, F], updates since a feature was last active on any token of a batch.
+    """
+
+    params: dict[str, jax.Array]
+    second_moments: Any
+    l1_coefficient: jax.Array
+    learning_rate: jax.Array
+    steps_since_fired: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """What does not change in training: a stack's name, site, and architecture."""
+
+    name: str
+    config: config_lib.Stack
+    architecture: Any
+    sae: Any
+
+    @classmethod
+    def build(cls, name: str, config: config_lib.Stack, d_in: int, dtype: str) -> "Stack":
+        """Raises `ConfigError` for an unknown architecture or option."""
+        architecture, sae = trained.build_config(
+            config.architecture, d_in, config.width, {**config.options, "dtype": dtype}, f"stacks.{name}"
+        )
+        return cls(name, config, architecture, sae)
+
+    def init(self) -> StackState:
+        """The untrained stack; an SAE's start depends on its seed only."""
+        l1, learning_rates, seeds = (jnp.array(column) for column in zip(*self.config.numbers(), strict=True))
+        params = jax.vmap(lambda seed: self.architecture.init(jax.random.key(seed), self.sae))(seeds)
+        return StackState(
+            params=params,
+            second_moments=optimiser.scale_by_second_moment.init(params),
+            l1_coefficient=l1.astype(jnp.float32),
+            learning_rate=learning_rates.astype(jnp.float32),
+            steps_since_fired=jnp.zeros((len(seeds), self.sae.width), jnp.int32),
+        )
+
+    def specs(self) -> Any:
+        """The mesh axes of every array of the state: features along `latent`."""
+        axes = self.architecture.FEATURE_AXES
+
+        def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+            name = getattr(path[-1], "key", None)
+            if axes.get(name) is None:
+                return P()
+            return P(*[None] * (1 + axes[name]), "latent")
+
+        abstract = jax.eval_shape(self.init)
+        everywhere: Any = P()
+        return dataclasses.replace(
+            abstract,
+            params=jax.tree_util.tree_map_with_path(spec, abstract.params),
+            second_moments=jax.tree_util.tree_map_with_path(spec, abstract.second_moments),
+            l1_coefficient=everywhere,
+            learning_rate=everywhere,
+            steps_since_fired=P(None, "latent"),
+        )
+
+    def update(self, state: StackState, x_BxD: jax.Array, rate: jax.Array) -> tuple[StackState, dict[str, jax.Array]]:
+        """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics."""
+
+        def loss(params: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            def one(params: dict[str, jax.Array], l1_coefficient: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+                return self.architecture.loss(
+                    params, x_BxD, l1_coefficient, self.sae, lambda x: jax.lax.psum(x, "latent")
+                )
+
+            loss_N, statistics = jax.vmap(one)(params, state.l1_coefficient)
+            # The mean over `data` inside the differentiated function: its transpose sums the gradients, once, rightly
+            # weighted.
+            return jax.lax.pmean(loss_N.sum(), "data"), statistics
+
+        grads, statistics = jax.grad(loss, has_aux=True)(state.params)
+        fired = jax.lax.psum(statistics.pop("fired").astype(jnp.int32), "data") > 0
+        statistics = jax.lax.pmean(statistics, "data")
+        params, second_moments = optimiser.update(state.params, grads, state.second_moments, rate * state.learning_rate)
+        since = jnp.where(fired, 0, state.steps_since_fired + 1)
+        return dataclasses.replace(
+            state, params=params, second_moments=second_moments, steps_since_fired=since
+        ), statistics

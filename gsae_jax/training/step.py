@@ -1,0 +1,227 @@
+"""The train program: tokens -> language model -> exchange buffer -> SAE updates, one jitted function of a donated state.
+
+One forward pass serves every stack. The language model is placed by the compiler (its batch lies along `data`); the
+SAE updates are written for one device and mapped over the mesh by `shard_map`, the only one of the project.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gsae_jax import config as config_lib
+from gsae_jax.lms import loading
+from gsae_jax.training import buffer, optimiser
+from gsae_jax.training.stacks import Stack, StackState
+
+P = PartitionSpec
+Metrics = dict[str, dict[str, jax.Array]]  # stack -> statistic -> [N]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything that training changes or a resumed run must know.
+
+    Attributes:
+        stacks: name -> StackState.
+        store: site -> [batch, slots, D], the exchange buffer in the language model's units and dtype.
+        scales: site -> what activations are multiplied by so that E||x||^2 = D.
+        norm_limits: site -> the norm above which a token is dropped.
+        key: what every random draw folds the step into.
+        step: SAE updates so far.
+    """
+
+    stacks: dict[str, StackState]
+    store: buffer.Store
+    scales: dict[str, jax.Array]
+    norm_limits: dict[str, jax.Array]
+    key: jax.Array
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The compiled functions of an experiment: `measure` and `fill` make the first state, `train_step` moves it on."""
+
+    config: config_lib.Experiment
+    mesh: Mesh
+    module: Any
+    special_tokens: tuple[int, ...]
+    stacks: tuple[Stack, ...]
+
+    @classmethod
+    def build(
+        cls, config: config_lib.Experiment, mesh: Mesh, module: Any, special_tokens: tuple[int, ...]
+    ) -> "Program":
+        """Raises `ConfigError` for a stack that cannot be built."""
+        widths = loading.site_widths(module)
+        stacks = tuple(
+            Stack.build(name, stack, widths[stack.site], config.train.compute_dtype)
+            for name, stack in config.stacks.items()
+        )
+        return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """The width of every site that a stack reads."""
+        return {site: width for site, width in loading.site_widths(self.module).items() if site in self.config.sites}
+
+    def specs(self) -> TrainState:
+        """The mesh axes of every array of the state."""
+        everywhere = {site: P() for site in self.config.sites}
+        return TrainState(
+            stacks={stack.name: stack.specs() for stack in self.stacks},
+            store={site: P("data") for site in self.config.sites},
+            scales=everywhere,
+            norm_limits=everywhere,
+            key=P(),
+            step=P(),
+        )
+
+    def shardings(self) -> TrainState:
+        """The placement of every array of the state."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs())
+
+    def place_tokens(self, tokens: Any) -> jax.Array:
+        """This process's rows of a global batch, on the mesh."""
+        return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P("data")), tokens)
+
+    def activations(self, lm_params: Any, tokens_RxT: jax.Array) -> dict[str, jax.Array]:
+        """Activations {site: [R, T, D]}, `rows_per_forward` rows at a time."""
+        forward = partial(loading.capture, self.module, lm_params, sites=self.config.sites)
+        times = self.config.forwards_per_call
+        if times == 1:
+            return forward(tokens_RxT)
+        by_forward = jnp.swapaxes(tokens_RxT.reshape(-1, times, tokens_RxT.shape[1]), 0, 1)
+        found = jax.lax.map(forward, by_forward)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
+    def valid(
+        self, tokens_RxT: jax.Array, activations: dict[str, jax.Array], norm_limits: dict[str, jax.Array] | None
+    ) -> jax.Array:
+        """Which tokens [R, T] the SAEs may see: not special, and of no extreme norm at any site."""
+        valid = ~jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
+        if norm_limits is not None and self.config.activations.max_norm_multiple:
+            for site, x in activations.items():
+                valid &= _norms(x) <= norm_limits[site]
+        return valid
+
+    @cached_property
+    def measure(self) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
+        """(lm_params, tokens) -> {site: (mean squared norm, median norm)} over valid tokens."""
+
+        def measure(lm_params: Any, tokens_RxT: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+            activations = self.activations(lm_params, tokens_RxT)
+            valid = self.valid(tokens_RxT, activations, None)
+            norms = {site: jnp.where(valid, _norms(x), jnp.nan) for site, x in activations.items()}
+            return {site: (jnp.nanmean(jnp.square(norm)), jnp.nanmedian(norm)) for site, norm in norms.items()}
+
+        return jax.jit(measure, out_shardings=NamedSharding(self.mesh, P()))
+
+    def init(self, means: dict[str, float], medians: dict[str, float]) -> TrainState:
+        """The untrained state with an empty buffer, for the sites' mean squared and median norms."""
+        config = self.config
+        slots = config.activations.buffer_size // config.train.batch_size
+
+        def init() -> TrainState:
+            multiple = config.activations.max_norm_multiple or jnp.inf
+            return TrainState(
+                stacks={stack.name: stack.init() for stack in self.stacks},
+                store={
+                    site: jnp.zeros((config.train.batch_size, slots, D), config.lm.dtype)
+                    for site, D in self.widths.items()
+                },
+                scales={site: jnp.sqrt(D / means[site]).astype(jnp.float32) for site, D in self.widths.items()},
+                norm_limits={site: jnp.float32(multiple * medians[site]) for site in self.widths},
+                key=jax.random.key_data(jax.random.key(config.seed)),
+                step=jnp.int32(0),
+            )
+
+        return jax.jit(init, out_shardings=self.shardings())()
+
+    @cached_property
+    def fill(self) -> Callable[..., tuple[TrainState, jax.Array]]:
+        """(state, filled slots [batch], lm_params, tokens, call number) -> the same two, with the tokens' activations appended."""
+
+        def fill(state: TrainState, count_B: jax.Array, lm_params: Any, tokens_RxT: jax.Array, call: jax.Array):
+            fresh = self.activations(lm_params, tokens_RxT)
+            valid = self.valid(tokens_RxT, fresh, state.norm_limits)
+            shift = jax.random.randint(self._key(state.key, call, 0), (), 0, tokens_RxT.shape[1])
+
+            @partial(
+                jax.shard_map,
+                mesh=self.mesh,
+                in_specs=(P("data"), P("data"), P("data"), P("data"), P()),
+                out_specs=P("data"),
+            )
+            def on_device(store, count_B, fresh, valid, shift):
+                arrange = partial(buffer.arrange, updates=self.config.updates_per_call, shift=shift)
+                return buffer.fill(store, count_B, jax.tree.map(arrange, fresh), arrange(valid))
+
+            store, count_B = on_device(state.store, count_B, fresh, valid, shift)
+            return dataclasses.replace(state, store=store), count_B
+
+        return jax.jit(
+            fill, donate_argnums=(0, 1), out_shardings=(self.shardings(), NamedSharding(self.mesh, P("data")))
+        )
+
+    @cached_property
+    def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
+        """(state, lm_params, tokens [rows_per_call, T]) -> (state after `updates_per_call` updates, their mean statistics)."""
+        config, updates = self.config, self.config.updates_per_call
+        schedule = optimiser.schedule(config.train)
+        specs = self.specs()
+
+        def on_device(stacks, store, fresh, valid, slots_UxB, shift, scales, step):
+            arrange = partial(buffer.arrange, updates=updates, shift=shift)
+
+            def one_update(carry, inputs):
+                stacks, store = carry
+                fresh, valid_B, slots_B, number = inputs
+                store, served = buffer.exchange(store, slots_B, fresh, valid_B)
+                batch = {site: x.astype(jnp.float32) * scales[site] for site, x in served.items()}
+                stepped = {
+                    stack.name: stack.update(stacks[stack.name], batch[stack.config.site], schedule(step + number))
+                    for stack in self.stacks
+                }
+                return ({name: state for name, (state, _) in stepped.items()}, store), {
+                    name: m for name, (_, m) in stepped.items()
+                }
+
+            inputs = (jax.tree.map(arrange, fresh), arrange(valid), slots_UxB, jnp.arange(updates))
+            (stacks, store), metrics = jax.lax.scan(one_update, (stacks, store), inputs)
+            return stacks, store, jax.tree.map(lambda m: m.mean(0), metrics)
+
+        mapped = jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(specs.stacks, P("data"), P("data"), P("data"), P(None, "data"), P(), P(), P()),
+            out_specs=(specs.stacks, P("data"), P()),
+        )
+
+        def train_step(state: TrainState, lm_params: Any, tokens_RxT: jax.Array) -> tuple[TrainState, Metrics]:
+            fresh = self.activations(lm_params, tokens_RxT)
+            valid = self.valid(tokens_RxT, fresh, state.norm_limits)
+            # The draws are of the whole mesh, so that a run does not depend on its shape.
+            batch, slots = next(iter(state.store.values())).shape[:2]
+            slots_UxB = jax.random.randint(self._key(state.key, state.step, 1), (updates, batch), 0, slots)
+            shift = jax.random.randint(self._key(state.key, state.step, 2), (), 0, tokens_RxT.shape[1])
+            stacks, store, metrics = mapped(
+                state.stacks, state.store, fresh, valid, slots_UxB, shift, state.scales, state.step
+            )
+            return dataclasses.replace(state, stacks=stacks, store=store, step=state.step + updates), metrics
+
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings(), NamedSharding(self.mesh, P())))
+
+    @staticmethod
+    def _key(key: jax.Array, number: jax.Array, purpose: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), number), purpose)
+
+
+def _norms(x: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)

@@ -1,0 +1,42 @@
+"""gsae_jax: Gated Sparse Autoencoders on language models, in JAX."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="gsae_jax",
+    version="0.1.0",
+    description="Train and study Gated Sparse Autoencoders on language-model activations, in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["gsae_jax", "gsae_jax.*"]),
+    package_data={"gsae_jax": ["lms/embedded/*", "py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "etils[epath]",
+        "flax>=0.12",
+        "grain>=0.2.16",
+        "importlib_resources",  # tensorflow-datasets needs it for builders that live in a package
+        "jax>=0.10,<0.13",
+        "matplotlib",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pyarrow",
+        "safetensors>=0.6",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": ["mypy", "pytest", "ruff"],
+    },
+)
