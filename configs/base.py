@@ -1,4 +1,4 @@
-"""Every field of an experiment, once, with its default. Experiments start from `get_config()` and change what they need."""
+"""Every field of an experiment, once, with its default; experiments start from `get_config()` and change it."""
 
 from ml_collections import ConfigDict
 
@@ -6,10 +6,10 @@ from ml_collections import ConfigDict
 def data() -> ConfigDict:
     return ConfigDict(
         dict(
-            corpus="stdlib",  # a file of gsae_jax/data/corpora: stdlib (this Python's library), text (your files), tfds (a prepared data set)
+            corpus="stdlib",  # stdlib (this Python's own library), text (your files) or tfds (a prepared data set)
             path="",  # text: a file, a folder or a glob of .txt, .md, .jsonl, .parquet
-            field="text",  # text: the field of a .jsonl line or the column of a .parquet; tfds: the text feature
-            separator="",  # text: what stands between the documents of one .txt or .md file; "" = a file is one document
+            field="text",  # field of a .jsonl line, column of a .parquet, or text feature of a TFDS data set
+            separator="",  # text: stands between documents in a .txt or .md file; "" = a file is one document
             name="",  # tfds: name of the data set, such as "wiki40b/en"
             train_split="train",  # the split to train on, in TFDS' notation: "train[:90%]" works
             test_split="test",  # the split to measure on
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
             buffer_size=2**20,  # activations in the exchange buffer (all devices together)
             scale_tokens=2**16,  # tokens that measure each site's scale (and median norm) before training
             drop_special_tokens=True,  # keep BOS, EOS, padding and other special tokens from the SAEs
-            max_norm_multiple=0.0,  # also drop tokens whose norm exceeds this multiple of the site's median; 0 = keep them
+            max_norm_multiple=0.0,  # drop tokens whose norm exceeds this multiple of the site's median; 0 = keep
         )
     )
     config.stacks = ConfigDict()  # name -> stack(...)
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
             steps=10_000,  # SAE updates
             batch_size=4096,  # activations in one SAE update (all devices together)
             warmup_steps=1000,  # linear warm-up of the learning rate
-            decay_fraction=0.0,  # the last part of training over which the rate falls to zero (cosine); 0 = constant
+            decay_fraction=0.0,  # last part of training in which the rate falls to zero (cosine); 0 = none
             compute_dtype="float32",  # of the SAEs' matrix products; bfloat16 suits accelerators
             log_every=50,  # steps between lines of metrics
         )

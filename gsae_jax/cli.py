@@ -23,7 +23,9 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             return app.parse_flags_with_usage(argv)
         except (AttributeError, KeyError) as error:  # an override of a field that the config lacks
-            _refuse(f"--config: no such field: {str(error).strip(chr(34)).encode().decode('unicode_escape')}")
+            # ml_collections' message is the repr of "'name'\nDid you mean ...".
+            what = str(error).replace("\\n", "; ").replace("\\", "").strip("\"'")
+            _refuse(f"--config: no such field: {what}")
 
     def guarded(argv):
         if len(argv) > 1:

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -74,7 +73,7 @@ class Activations:
         if self.max_norm_multiple != 0 and self.max_norm_multiple <= 1:
             raise ConfigError(
                 "activations.max_norm_multiple",
-                f"is {self.max_norm_multiple:g}; write 0 to keep every token, or a multiple of the median norm above 1 (10 is common)",
+                f"is {self.max_norm_multiple:g}; write 0 to keep every token, or a multiple of the median norm above 1",
             )
 
 
@@ -202,8 +201,8 @@ class Experiment:
         if fresh % batch and batch % fresh:
             raise ConfigError(
                 "train.batch_size",
-                f"is {batch}, but one forward pass gives {fresh} activations (activations.rows_per_forward x data.context_length); "
-                "write a divisor or a multiple of that",
+                f"is {batch}, but one forward pass gives {fresh} activations "
+                "(activations.rows_per_forward x data.context_length); write a divisor or a multiple of that",
             )
         if self.activations.buffer_size < batch or self.activations.buffer_size % batch:
             raise ConfigError(
@@ -292,15 +291,15 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _at_least(field: str, value: float, least: float):
+def _at_least(field: str, value: float, least: float) -> None:
     if value < least:
         raise ConfigError(field, f"is {value}; write {least} or more")
 
 
 def _convert(path: str, kind: Any, value: Any) -> Any:
-    """`value` as `kind` (a dataclass, int, float, bool, str, Literal, tuple[X, ...] or dict[str, X]), or a `ConfigError`."""
+    """`value` as `kind`: a dataclass, int, float, bool, str, Literal, tuple[X, ...] or dict[str, X]."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         fields = {field.name: field.type for field in dataclasses.fields(kind)}
         if not isinstance(value, Mapping):
             raise ConfigError(path or "config", f"is {value!r}; write a group with the fields {', '.join(fields)}")
@@ -331,5 +330,5 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
         if isinstance(value, float) and value != value:
             raise ConfigError(path, "is nan; write a number")
         return value
-    name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
+    name = str(kind) if origin else kind.__name__
     raise ConfigError(path, f"is {value!r} ({type(value).__name__}); write a value of type {name}")

@@ -20,7 +20,7 @@ from gsae_jax.lms import loading
 
 
 def evaluate(path: Path, tokens: int | None = None) -> str:
-    """Measure a run on `tokens` held-out tokens (its config's number by default), write its report, return the report's table."""
+    """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table."""
     workdir = workdir_lib.Workdir(path)
     config = config_lib.from_dict(Experiment, workdir.config())
     tokens = config.evaluation.tokens if tokens is None else tokens

@@ -46,13 +46,14 @@ class Workdir:
             raise ConfigError("--workdir", f"{self.path / 'config.json'} is not JSON: {error}") from error
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raises `ConfigError` if a run of `config` cannot live here: another config's run, files of other kinds, or not writable."""
+        """Raises `ConfigError` if a run of `config` cannot live here: another run, other files, or not writable."""
         if (self.path / "config.json").exists():
             differing = config_lib.differences(self.config(), config)
             if differing:
                 raise ConfigError(
                     "--workdir",
-                    f"{self.path} holds a run of another config; write another directory, or undo (there != here): {'; '.join(differing)}",
+                    f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
+                    f"{'; '.join(differing)}",
                 )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")

@@ -95,7 +95,8 @@ def batches(
     if len(rows) < rows_per_batch:
         raise ConfigError(
             "data",
-            f"the corpus gives {len(rows)} rows of tokens, fewer than one batch of {rows_per_batch}; add text or lower rows_per_forward",
+            f"the corpus gives {len(rows)} rows of tokens, fewer than one batch of {rows_per_batch}; "
+            "add text, or lower activations.rows_per_forward",
         )
     share = rows_per_batch // processes
     return iter(
@@ -133,7 +134,9 @@ def _cached_tokens(folder: Path, source: Any, feature: str, tokenizer: Any, sepa
             shutil.rmtree(scratch, ignore_errors=True)
     if not known["tokens"]:
         return np.zeros(0, np.uint16)
-    return np.memmap(folder / "tokens.bin", dtype=known["dtype"], mode="r", shape=(known["tokens"],))
+    return np.memmap(
+        folder / "tokens.bin", dtype=np.dtype(str(known["dtype"])), mode="r", shape=(int(known["tokens"]),)
+    )
 
 
 def _tokenize(

@@ -11,7 +11,7 @@ Sums = dict[str, Any]
 
 
 def reconstruction_sums(x_RxTxD: jax.Array, x_hat_RxTxD: jax.Array, f_RxTxF: jax.Array, valid_RxT: jax.Array) -> Sums:
-    """Per row: what L0, gamma and the unexplained variance need, over valid tokens; `fired` [F] counts tokens over all rows."""
+    """Per row, over valid tokens: what L0, gamma and FVU need; `fired` [F] counts tokens of all rows."""
     x, x_hat = x_RxTxD.astype(jnp.float32), x_hat_RxTxD.astype(jnp.float32)
     per_token = {
         "tokens": jnp.ones(valid_RxT.shape, jnp.float32),

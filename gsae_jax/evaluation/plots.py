@@ -69,19 +69,20 @@ def gamma(records: list[dict[str, Any]]) -> Figure:
 
 
 def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -> Figure:
-    """Histogram of how often each feature fires, one curve per SAE; features that never fire are counted in the left-most bin."""
+    """Histograms of how often features fire, one per SAE; dead features are counted in the left-most bin."""
     figure, panels = _panels(records)
     lowest = min(np.log10(fraction[fraction > 0].min(initial=1e-3)) for fraction in fractions.values()) - 0.5
     bins = np.linspace(lowest, 0, 41)
     for index, members in enumerate(_stacks(records).values()):
         for rank, record in enumerate(members):
             counts, _ = np.histogram(np.log10(np.maximum(fractions[record["name"]], 10**lowest)), bins)
-            style = {
-                "color": COLOURS.get(record["architecture"], f"C{index}"),
-                "alpha": 0.35 + 0.65 * (rank + 1) / len(members),
-            }
             panels[record["site"]].stairs(
-                counts, bins, label=f"{record['name']}, L0 {record['l0']:.0f}", linewidth=1.4, **style
+                counts,
+                bins,
+                label=f"{record['name']}, L0 {record['l0']:.0f}",
+                color=COLOURS.get(record["architecture"], f"C{index}"),
+                alpha=0.35 + 0.65 * (rank + 1) / len(members),
+                linewidth=1.4,
             )
     for axis in panels.values():
         axis.set(xlabel="log10 of the fraction of tokens a feature fires on", ylabel="features")

@@ -1,7 +1,7 @@
 """TransformerLens' small pre-LayerNorm transformers: GELU-1L and its kin, the first model of the paper (section 4.1).
 
-Per block: x += attn(ln1(x)); x += mlp(ln2(x)), a GELU MLP, learned positions, untied embeddings. Names of settings, parameters and
-sites are TransformerLens'.
+Per block: x += attn(ln1(x)); x += mlp(ln2(x)), with a GELU MLP, learned positions and untied embeddings.
+Names of settings, parameters and sites are TransformerLens'.
 """
 
 import dataclasses
@@ -36,12 +36,13 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
         D = x_BxTxD.shape[-1]
         w, b = self.param("w", nn.initializers.ones, (D,)), self.param("b", nn.initializers.zeros, (D,))
         x = x_BxTxD.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return x.astype(x_BxTxD.dtype) * w + b
+        return x.astype(x_BxTxD.dtype) * w[None, None] + b[None, None]
 
 
 class Attention(nn.Module):
@@ -51,18 +52,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, tap: Tap, prefix: str) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `prefix` names the block in its sites."""
         c = self.config
         H, D, K = c.n_heads, c.d_model, c.d_head
         into = nn.initializers.normal(D**-0.5)
         q, k, v = (
             jnp.einsum("btd,hdk->bthk", x_BxTxD, self.param(f"W_{name}", into, (H, D, K)))
-            + self.param(f"b_{name}", nn.initializers.zeros, (H, K))
+            + self.param(f"b_{name}", nn.initializers.zeros, (H, K))[None, None]
             for name in "QKV"
         )
         z_BxTxHxK = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         z = tap(f"{prefix}.attn.hook_z", z_BxTxHxK.reshape(*x_BxTxD.shape[:2], H * K))
         W_O = self.param("W_O", nn.initializers.normal((H * K) ** -0.5 * (2 * c.n_layers) ** -0.5), (H, K, D))
-        return z @ W_O.reshape(H * K, D) + self.param("b_O", nn.initializers.zeros, (D,))
+        return z @ W_O.reshape(H * K, D) + self.param("b_O", nn.initializers.zeros, (D,))[None, None]
 
 
 class MLP(nn.Module):
@@ -72,11 +74,17 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, tap: Tap, prefix: str) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `prefix` names the block in its sites."""
         D, M, L = self.config.d_model, self.config.d_mlp, self.config.n_layers
         W_in = self.param("W_in", nn.initializers.normal(D**-0.5), (D, M))
-        hidden = jax.nn.gelu(x_BxTxD @ W_in + self.param("b_in", nn.initializers.zeros, (M,)), approximate=False)
+        hidden = jax.nn.gelu(
+            x_BxTxD @ W_in + self.param("b_in", nn.initializers.zeros, (M,))[None, None], approximate=False
+        )
         W_out = self.param("W_out", nn.initializers.normal(M**-0.5 * (2 * L) ** -0.5), (M, D))
-        return tap(f"{prefix}.mlp.hook_post", hidden) @ W_out + self.param("b_out", nn.initializers.zeros, (D,))
+        return (
+            tap(f"{prefix}.mlp.hook_post", hidden) @ W_out
+            + self.param("b_out", nn.initializers.zeros, (D,))[None, None]
+        )
 
 
 class Block(nn.Module):
@@ -86,6 +94,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, tap: Tap, prefix: str) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `prefix` names the block in its sites."""
         eps = self.config.layer_norm_eps
         x = tap(f"{prefix}.hook_resid_pre", x)
         attention = Attention(self.config, name="attn")(LayerNorm(eps, name="ln1")(x), tap, prefix)
@@ -100,7 +109,8 @@ class Model(nn.Module):
     config: Config
     head: bool = True
 
-    def setup(self):
+    def setup(self) -> None:
+        """Parameters under their checkpoint names."""
         c = self.config
         self.W_E = self.param("embed.W_E", nn.initializers.normal(0.5 * c.d_model**-0.5), (c.d_vocab, c.d_model))
         self.W_pos = self.param("pos_embed.W_pos", nn.initializers.normal(0.1 * c.d_model**-0.5), (c.n_ctx, c.d_model))
@@ -112,18 +122,18 @@ class Model(nn.Module):
 
     def hidden(self, tokens_BxT: jax.Array, tap: Tap = no_tap) -> jax.Array:
         """The residual stream [B, T, D] after the last block."""
-        x = self.W_E[tokens_BxT] + self.W_pos[: tokens_BxT.shape[1]]
+        x = self.W_E[tokens_BxT] + self.W_pos[None, : tokens_BxT.shape[1]]
         for layer, block in enumerate(self.blocks):
             x = block(x, tap, f"blocks.{layer}")
         return x
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
         """Logits [B, T, V], float32, of a residual stream."""
-        return jnp.matmul(self.ln_final(x_BxTxD), self.W_U, preferred_element_type=jnp.float32) + self.b_U.astype(
-            jnp.float32
-        )
+        logits = jnp.matmul(self.ln_final(x_BxTxD), self.W_U, preferred_element_type=jnp.float32)
+        return logits + self.b_U[None, None]
 
     def __call__(self, tokens_BxT: jax.Array, tap: Tap = no_tap) -> jax.Array:
+        """Logits [B, T, V], float32, of token ids [B, T]."""
         return self.logits(self.hidden(tokens_BxT, tap))
 
 

@@ -42,6 +42,7 @@ class LM:
 
     @property
     def config(self) -> Any:
+        """The family's Config."""
         return self.module.config
 
     @cached_property
@@ -66,10 +67,15 @@ class LM:
         return _activations(self.module, sites, self.params, self._tokens(tokens_BxT))
 
     def run(self, tokens_BxT: jax.typing.ArrayLike, tap: sites_lib.Tap) -> jax.Array:
-        """Logits [B, T, V] of a forward pass in which `tap(site, x_BxTxD)` may replace the activations of any site."""
-        return _run(self.module, tap, self.params, self._tokens(tokens_BxT))
+        """Logits [B, T, V] of a forward pass in which `tap(site, x_BxTxD)` may replace the activations of any site.
+
+        Not compiled, so that a tap may look at values and keep them; wrap the call in `jax.jit` where it is repeated.
+        """
+        return self.module.apply({"params": self.params}, self._tokens(tokens_BxT), tap)
 
     def _tokens(self, tokens_BxT: jax.typing.ArrayLike) -> jax.Array:
+        if isinstance(tokens_BxT, jax.core.Tracer):
+            return tokens_BxT
         tokens = np.asarray(tokens_BxT)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise ConfigError(
@@ -90,11 +96,6 @@ class LM:
 @partial(jax.jit, static_argnums=(0, 1))
 def _activations(module: Any, sites: tuple[str, ...], params: Any, tokens_BxT: jax.Array) -> dict[str, jax.Array]:
     return capture(module, params, tokens_BxT, sites)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(module: Any, tap: sites_lib.Tap, params: Any, tokens_BxT: jax.Array) -> jax.Array:
-    return module.apply({"params": params}, tokens_BxT, tap)
 
 
 def capture(module: Any, params: Any, tokens_BxT: jax.Array, sites: Iterable[str]) -> dict[str, jax.Array]:
@@ -139,12 +140,8 @@ def load_lm(
     folder = Path(path) if path else EMBEDDED
     module = load_module(folder, num_layers, field)
     family = _family(folder, field)[0]
-    return LM(
-        str(folder),
-        module,
-        _load_params(folder, family, module, dtype, sharding, field),
-        load_tokenizer(folder, module, field),
-    )
+    tokenizer = load_tokenizer(folder, module, field)
+    return LM(str(folder), module, _load_params(folder, family, module, dtype, sharding, field), tokenizer)
 
 
 def load_module(folder: Path, num_layers: int | None, field: str) -> nn.Module:
@@ -177,7 +174,8 @@ def load_tokenizer(folder: Path, module: Any, field: str) -> Any:
     if len(tokenizer) > module.config.d_vocab:
         raise ConfigError(
             field,
-            f"{folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {module.config.d_vocab}; they belong to two models",
+            f"{folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {module.config.d_vocab}; "
+            "write the directory of one whole model",
         )
     return tokenizer
 
@@ -205,7 +203,7 @@ def _family(folder: Path, field: str) -> tuple[Any, dict[str, Any]]:
     except FileNotFoundError as error:
         raise ConfigError(
             field,
-            f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory, or '' for the embedded model",
+            f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
         ) from error
     except ValueError as error:
         raise ConfigError(field, f"{folder / 'config.json'} is not JSON: {error}") from error

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 
 
+def logits_per_chunk() -> int:
+    """On a CPU a chunk's logits should stay in the cache; an accelerator wants large products."""
+    return 2**21 if jax.default_backend() == "cpu" else 2**27
+
+
 def cross_entropy(module: Any, params: Any, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """Nats [B, T-1] of each token given those before it, from the residual stream after the last block, a few rows at a time."""
+    """Nats [B, T-1] of each token given those before it, from the residual stream after the last block."""
     B, T = tokens_BxT.shape
-    # On a CPU a chunk's logits should stay in the cache; an accelerator wants large products.
-    logits_per_chunk = 2**21 if jax.default_backend() == "cpu" else 2**27
-    rows_per_chunk = min(B, max(1, logits_per_chunk // (T * module.config.d_vocab)))
+    rows_per_chunk = min(B, max(1, logits_per_chunk() // (T * module.config.d_vocab)))
 
     def row(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_TxD, tokens_T = args

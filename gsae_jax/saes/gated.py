@@ -60,10 +60,10 @@ def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Conf
     if not config.tie_encoder:
         magnitude = encode_with(params["W_mag"])
     elif config.use_r_mag:
-        magnitude = gate * jnp.exp(params["r_mag"])
+        magnitude = gate * jnp.exp(params["r_mag"])[None]
     else:
         magnitude = gate
-    return gate + params["b_gate"], magnitude + params["b_mag"]
+    return gate + params["b_gate"][None], magnitude + params["b_mag"][None]
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
@@ -74,7 +74,7 @@ def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> ja
 
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:
     """Reconstructions [B, D]."""
-    return f_BxF @ params["W_dec"] + params["b_dec"]
+    return f_BxF @ params["W_dec"] + params["b_dec"][None]
 
 
 def loss(
@@ -110,7 +110,7 @@ def loss(
             (f > 0).sum() / B,
         )
     )
-    x_hat, x_hat_gate = decoded[0] + params["b_dec"], decoded[1] + frozen(params["b_dec"])
+    x_hat, x_hat_gate = decoded[0] + params["b_dec"][None], decoded[1] + frozen(params["b_dec"])[None]
     statistics = linalg.error_statistics(x_BxD, x_hat)
     auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
     total = statistics["mse"] + l1_coefficient * l1 + auxiliary

@@ -35,14 +35,13 @@ def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> ja
     """Feature activations [B, F]."""
     # The centring is a bias, -b_dec @ W: a batch shared by many SAEs then meets all their encoders in one product.
     W = params["W_enc"]
-    return jax.nn.relu(
-        linalg.matmul(x_BxD, W, config.dtype) + (params["b_enc"] - linalg.matmul(params["b_dec"], W, config.dtype))
-    )
+    bias = params["b_enc"] - linalg.matmul(params["b_dec"], W, config.dtype)
+    return jax.nn.relu(linalg.matmul(x_BxD, W, config.dtype) + bias[None])
 
 
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:
     """Reconstructions [B, D]."""
-    return f_BxF @ params["W_dec"] + params["b_dec"]
+    return f_BxF @ params["W_dec"] + params["b_dec"][None]
 
 
 def loss(
@@ -64,6 +63,6 @@ def loss(
     f = encode(params, x_BxD, config)
     B = x_BxD.shape[0]
     decoded, l1, l0 = sum_shards((linalg.matmul(f, params["W_dec"], config.dtype), f.sum() / B, (f > 0).sum() / B))
-    statistics = linalg.error_statistics(x_BxD, decoded + params["b_dec"])
+    statistics = linalg.error_statistics(x_BxD, decoded + params["b_dec"][None])
     total = statistics["mse"] + l1_coefficient * l1
     return total, statistics | {"loss": total, "l1": l1, "l0": l0, "fired": (f > 0).any(0)}

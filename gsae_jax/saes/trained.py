@@ -34,7 +34,7 @@ def build_config(architecture: str, d_in: int, width: int, options: dict[str, An
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SAE:
-    """One trained SAE; `encode` and `decode` take and give activations in the language model's own units, of any leading shape.
+    """One trained SAE; activations are in the language model's own units, of any leading shape.
 
     Attributes:
         name: the stack it was trained in, and its place there.

@@ -16,7 +16,7 @@ Store = dict[str, jax.Array]  # site -> [strata, slots, D]
 
 
 def arrange(x: jax.Array, updates: int, shift: jax.Array) -> jax.Array:
-    """Fresh values [rows, T, ...] as [updates, strata, ...]: neighbours in a row go to different updates, rows to fixed strata.
+    """Fresh values [rows, T, ...] as [updates, strata, ...]: rows to fixed strata, neighbours to different updates.
 
     `shift` turns every row by so many positions: drawn anew each time, it keeps a position of the row (BOS is always
     masked) from being bound to a stratum, which would then never be written.
@@ -29,7 +29,7 @@ def arrange(x: jax.Array, updates: int, shift: jax.Array) -> jax.Array:
 def exchange(
     store: Store, slots_B: jax.Array, fresh: dict[str, jax.Array], valid_B: jax.Array
 ) -> tuple[Store, dict[str, jax.Array]]:
-    """Serve the content of one slot per stratum, {site: [B, D]}, and put the fresh activations {site: [B, D]} there where valid."""
+    """Serve one slot per stratum, {site: [B, D]}, and put the fresh activations {site: [B, D]} there where valid."""
     rows = jnp.arange(len(slots_B))
     served = {site: slots[rows, slots_B] for site, slots in store.items()}
     store = {
@@ -40,9 +40,9 @@ def exchange(
 
 
 def fill(store: Store, count_B: jax.Array, fresh: dict[str, jax.Array], valid: jax.Array) -> tuple[Store, jax.Array]:
-    """Append valid fresh activations {site: [updates, B, D]}, valid [updates, B], to the strata, `count_B` of whose slots are filled."""
+    """Append fresh activations {site: [updates, B, D]} where valid [updates, B]; `count_B` slots are filled so far."""
     slots = next(iter(store.values())).shape[1]
-    position = count_B + jnp.cumsum(valid, axis=0) - 1
+    position = count_B[None] + jnp.cumsum(valid, axis=0) - 1
     position = jnp.where(valid & (position < slots), position, slots)  # out of bounds: dropped
     rows = jnp.broadcast_to(jnp.arange(len(count_B)), position.shape)
     store = {site: old.at[rows, position].set(fresh[site], mode="drop") for site, old in store.items()}

@@ -40,7 +40,7 @@ def train(config: Experiment, path: Path) -> bool:
     if calls_left_over:
         raise ConfigError(
             "train.steps",
-            f"is {config.train.steps}; write a multiple of {config.updates_per_call}, the SAE updates of one forward pass",
+            f"is {config.train.steps}; write a multiple of {config.updates_per_call}, the updates of one forward pass",
         )
     everywhere = mesh_lib.sharding(mesh)
     lm = loading.load_lm(

@@ -1,4 +1,4 @@
-"""Adam without a first moment, on decoders whose rows stay unit vectors (Appendix D.1 of the paper; Bricken et al. 2023).
+"""Adam without a first moment, on decoders whose rows stay unit (Appendix D.1 of the paper; Bricken et al. 2023).
 
 Adam with b1 = 0 is RMSProp with a bias-corrected second moment, so the state is one array per parameter.
 """
@@ -19,7 +19,7 @@ scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=F
 
 
 def schedule(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
-    """The factor on every learning rate at a step: linear warm-up, then constant, then a cosine to zero over the last `decay_fraction`."""
+    """The factor on every learning rate at a step: linear warm-up, constant, a cosine to zero over `decay_fraction`."""
     decay_steps = min(round(config.decay_fraction * config.steps), config.steps - config.warmup_steps)
 
     def factor(step: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ def schedule(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
 def update(
     params: dict[str, jax.Array], grads: dict[str, jax.Array], state: optax.OptState, learning_rate_N: jax.Array
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
-    """One step for a stack (every array has a leading axis N): no gradient along decoder rows before it, unit rows after it."""
+    """One step of a stack [N, ...]: no gradient along decoder rows before it, unit rows after it."""
     W_dec, gradient = params[DECODER], grads[DECODER]
     along = jnp.sum(gradient * W_dec, axis=-1, keepdims=True) * W_dec
     updates, state = scale_by_second_moment.update(grads | {DECODER: gradient - along}, state)

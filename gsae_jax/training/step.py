@@ -1,4 +1,4 @@
-"""The train program: tokens -> language model -> exchange buffer -> SAE updates, one jitted function of a donated state.
+"""The train program: tokens -> language model -> exchange buffer -> SAE updates, one jitted function.
 
 One forward pass serves every stack. The language model is placed by the compiler (its batch lies along `data`); the
 SAE updates are written for one device and mapped over the mesh by `shard_map`, the only one of the project.
@@ -71,10 +71,11 @@ class Program:
         """The width of every site that a stack reads."""
         return {site: width for site, width in loading.site_widths(self.module).items() if site in self.config.sites}
 
-    def specs(self) -> TrainState:
+    def specs(self) -> Any:
         """The mesh axes of every array of the state."""
         everywhere = {site: P() for site in self.config.sites}
-        return TrainState(
+        state: Any = TrainState
+        return state(
             stacks={stack.name: stack.specs() for stack in self.stacks},
             store={site: P("data") for site in self.config.sites},
             scales=everywhere,
@@ -83,7 +84,7 @@ class Program:
             step=P(),
         )
 
-    def shardings(self) -> TrainState:
+    def shardings(self) -> Any:
         """The placement of every array of the state."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs())
 
@@ -146,9 +147,11 @@ class Program:
 
     @cached_property
     def fill(self) -> Callable[..., tuple[TrainState, jax.Array]]:
-        """(state, filled slots [batch], lm_params, tokens, call number) -> the same two, with the tokens' activations appended."""
+        """(state, filled slots [batch], lm_params, tokens, call number) -> (state, filled slots), with more in them."""
 
-        def fill(state: TrainState, count_B: jax.Array, lm_params: Any, tokens_RxT: jax.Array, call: jax.Array):
+        def fill(
+            state: TrainState, count_B: jax.Array, lm_params: Any, tokens_RxT: jax.Array, call: jax.Array
+        ) -> tuple[TrainState, jax.Array]:
             fresh = self.activations(lm_params, tokens_RxT)
             valid = self.valid(tokens_RxT, fresh, state.norm_limits)
             shift = jax.random.randint(self._key(state.key, call, 0), (), 0, tokens_RxT.shape[1])
@@ -172,7 +175,7 @@ class Program:
 
     @cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
-        """(state, lm_params, tokens [rows_per_call, T]) -> (state after `updates_per_call` updates, their mean statistics)."""
+        """(state, lm_params, tokens [rows_per_call, T]) -> (state `updates_per_call` later, mean statistics)."""
         config, updates = self.config, self.config.updates_per_call
         schedule = optimiser.schedule(config.train)
         specs = self.specs()

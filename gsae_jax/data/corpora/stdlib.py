@@ -8,6 +8,7 @@ import hashlib
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -19,7 +20,7 @@ class StdlibSource(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         self._root = Path(sysconfig.get_path("stdlib"))
         self._files = sorted(path for path in self._root.rglob("*.py") if "site-packages" not in path.parts)
         content = config_lib.fingerprint(

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -24,7 +25,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, config: config_lib.Data, **kwargs):
+    def __init__(self, config: config_lib.Data, **kwargs: Any):
         self._files = find_files(config.path)
         self._field, self._separator = config.field, config.separator
         # A piece must be short enough that a twentieth of the pieces is some text even in a small corpus.
@@ -46,9 +47,15 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(test=False), "test": self._generate_examples(test=True)}
 
     def _generate_examples(self, test: bool) -> Iterator[tuple[int, dict[str, str]]]:
+        index = -1
         for index, (file, piece) in enumerate(self._pieces()):
             if (index % TEST_EVERY == TEST_EVERY - 1) == test:
                 yield index, {"text": piece, "path": file}
+        if index + 1 < TEST_EVERY:
+            raise ConfigError(
+                "data.path",
+                f"gives {index + 1} pieces of text; add text: {TEST_EVERY} are needed to hold one of them out",
+            )
 
     def _pieces(self) -> Iterator[tuple[str, str]]:
         for file in self._files:
@@ -124,5 +131,5 @@ def read_documents(file: str, field: str, separator: str) -> Iterator[str]:
 
 
 def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]:
-    """The TFDS builder, and the name of its text feature, of the files under `data.path`; other contents, another data set."""
+    """The TFDS builder, and the name of its text feature, of the files that `data.path` means."""
     return TextFiles(config, data_dir=config.data_dir or None, file_format="array_record"), "text"

@@ -20,7 +20,8 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
     if not found.data_path.exists():
         raise ConfigError(
             "data.name",
-            f"{config.name!r} is not prepared in {where}; run `tfds build {config.name} --file_format=array_record` first",
+            f"{config.name!r} is not prepared in {where}; "
+            f"run `tfds build {config.name} --file_format=array_record` first",
         )
     if config.field not in (found.info.features or {}):
         raise ConfigError(
@@ -36,7 +37,8 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
     if tfds.core.file_adapters.FileFormat.ARRAY_RECORD not in formats:
         raise ConfigError(
             "data.name",
-            f"{config.name!r} is stored as {found.info.file_format.value}, which cannot be read at random; convert it with "
-            f"`python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={found.data_path} --out_file_format=array_record`",
+            f"{config.name!r} is stored as {found.info.file_format.value}, which cannot be read at random; "
+            "convert it with `python -m tensorflow_datasets.scripts.convert_format --out_file_format=array_record "
+            f"--dataset_version_dir={found.data_path}`",
         )
     return found, config.field

@@ -1,0 +1,101 @@
+"""Eight CPU devices, strict promotion of ranks, and the small things that many tests start from."""
+
+import sys
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import jax.numpy as jnp
+import pytest
+from absl import flags
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for configs/, which is used from the repository's root
+
+from configs import base
+from gsae_jax import config as config_lib
+from gsae_jax.lms import gelu, loading
+
+flags.FLAGS.mark_as_parsed()
+assert jax.device_count() == 8
+
+WORDS = [
+    "def",
+    "return",
+    "import",
+    "class",
+    "self",
+    "value",
+    "index",
+    "while",
+    "for",
+    "in",
+    "range",
+    "the",
+    "of",
+    "a",
+    "list",
+    "from",
+    "and",
+    "or",
+    "not",
+    "if",
+    "else",
+    "key",
+]
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory):
+    """About 130,000 tokens of words in random order, in two files."""
+    folder = tmp_path_factory.mktemp("text")
+    picks = jax.random.randint(jax.random.key(0), (120_000,), 0, len(WORDS)).tolist()
+    for part, name in enumerate(("a.txt", "b.md")):
+        words = [WORDS[pick] for pick in picks[part::2]]
+        lines = [" ".join(words[start : start + 12]) for start in range(0, len(words), 12)]
+        (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lm_dir(tmp_path_factory):
+    """A random two-layer GELU model under the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("lm") / "small"
+    tokenizer = loading.load_lm().tokenizer
+    settings = gelu.Config(n_layers=2, d_model=32, n_heads=4, d_head=8, d_mlp=64, d_vocab=len(tokenizer), n_ctx=32)
+    module = gelu.Model(settings)
+    params = module.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    # Biases and gains away from 0 and 1, so that a forgotten one shows.
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
+    loading.save(folder, "gelu", module, params, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def config_dict(text_dir, lm_dir, tmp_path_factory):
+    """A tiny experiment as a ConfigDict: two stacks at two sites of the small model, on the small text."""
+    config = base.get_config()
+    config.lm.path = str(lm_dir)
+    config.data.corpus, config.data.path = "text", str(text_dir)
+    config.data.data_dir = str(tmp_path_factory.getbasetemp() / "tfds")
+    config.data.context_length = 16
+    gated = base.stack("gated", "blocks.0.hook_mlp_out", 64, (0.01, 0.03), learning_rates=(1e-2,), seeds=(0, 1))
+    config.stacks.gated = gated
+    config.stacks.baseline = base.stack("relu", "blocks.0.mlp.hook_post", 128, (0.01,), learning_rates=(3e-3,))
+    config.activations.rows_per_forward = 16
+    config.activations.buffer_size = 8 * 64
+    config.activations.scale_tokens = 1024
+    config.train.steps, config.train.batch_size, config.train.warmup_steps, config.train.log_every = 16, 64, 4, 4
+    config.checkpoint.every = 8
+    config.evaluation.tokens, config.evaluation.rows_per_forward = 2048, 16
+    return config
+
+
+@pytest.fixture
+def experiment(config_dict):
+    """The tiny experiment, checked."""
+    return config_lib.from_dict(config_lib.Experiment, config_dict)

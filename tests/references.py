@@ -1,0 +1,88 @@
+"""Float64 NumPy, written from the paper's equations and TransformerLens' documentation, not from the code under test."""
+
+import math
+
+import numpy as np
+
+
+def gated_sae(params, x, l1, tie=True, r_mag=True, freeze=True):
+    """Loss and gradients of the Gated SAE (equations 3-8; Appendix G), by hand."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    B, D = x.shape
+    W_gate, W_dec, b_dec = p["W_gate"], p["W_dec"], p["b_dec"]
+    scale = np.exp(p["r_mag"]) if tie and r_mag else np.ones(W_gate.shape[1])
+    W_mag = W_gate * scale if tie else p["W_mag"]
+    c = x - b_dec
+    pi_gate, pi_mag = c @ W_gate + p["b_gate"], c @ W_mag + p["b_mag"]
+    on, above = pi_gate > 0, pi_mag > 0
+    f, gate = on * np.maximum(pi_mag, 0), np.maximum(pi_gate, 0)
+    error, gate_error = f @ W_dec + b_dec - x, gate @ W_dec + b_dec - x
+    loss = np.sum(error**2) / (B * D) + l1 * np.sum(gate) / B + np.sum(gate_error**2) / (B * D)
+
+    d_x_hat, d_x_gate = 2 * error / (B * D), 2 * gate_error / (B * D)
+    d_pi_mag = (d_x_hat @ W_dec.T) * on * above
+    d_pi_gate = (d_x_gate @ W_dec.T + l1 / B) * on
+    grads = {"W_dec": f.T @ d_x_hat, "b_dec": d_x_hat.sum(0)}
+    if not freeze:
+        grads["W_dec"] += gate.T @ d_x_gate
+        grads["b_dec"] += d_x_gate.sum(0)
+    grads["b_dec"] -= (d_pi_gate @ W_gate.T + d_pi_mag @ W_mag.T).sum(0)
+    grads |= {"b_gate": d_pi_gate.sum(0), "b_mag": d_pi_mag.sum(0)}
+    if tie:
+        grads["W_gate"] = c.T @ (d_pi_gate + d_pi_mag * scale)
+        grads["r_mag"] = (d_pi_mag * (c @ W_mag)).sum(0) if r_mag else np.zeros(W_gate.shape[1])
+    else:
+        grads |= {"W_gate": c.T @ d_pi_gate, "W_mag": c.T @ d_pi_mag}
+    return loss, grads, f
+
+
+def relu_sae(params, x, l1):
+    """Loss and gradients of the baseline SAE (equations 1-2), by hand."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    B, D = x.shape
+    c = x - p["b_dec"]
+    f = np.maximum(c @ p["W_enc"] + p["b_enc"], 0)
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    d_x_hat = 2 * error / (B * D)
+    d_pi = (d_x_hat @ p["W_dec"].T + l1 / B) * (f > 0)
+    grads = {"W_dec": f.T @ d_x_hat, "W_enc": c.T @ d_pi, "b_enc": d_pi.sum(0)}
+    grads["b_dec"] = d_x_hat.sum(0) - (d_pi @ p["W_enc"].T).sum(0)
+    return np.sum(error**2) / (B * D) + l1 * np.sum(f) / B, grads, f
+
+
+def gelu_lm(tensors, config, tokens, replace=None):
+    """Logits and every site of a TransformerLens GELU model from its checkpoint's tensors; `replace` maps sites to other values."""
+    t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
+    found = {}
+
+    def site(name, x):
+        found[name] = np.broadcast_to((replace or {}).get(name, x), x.shape)
+        return found[name]
+
+    def layer_norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["layer_norm_eps"]) * t[f"{name}.w"] + t[f"{name}.b"]
+
+    T = tokens.shape[1]
+    x = t["embed.W_E"][tokens] + t["pos_embed.W_pos"][:T]
+    for layer in range(config["n_layers"]):
+        b = f"blocks.{layer}"
+        x = site(f"{b}.hook_resid_pre", x)
+        normed = layer_norm(x, f"{b}.ln1")
+        q, k, v = (
+            np.einsum("btd,hdk->bhtk", normed, t[f"{b}.attn.W_{n}"]) + t[f"{b}.attn.b_{n}"][:, None] for n in "QKV"
+        )
+        scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(config["d_head"])
+        scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        z = (weights / weights.sum(-1, keepdims=True)) @ v
+        z = site(f"{b}.attn.hook_z", np.concatenate([z[:, head] for head in range(config["n_heads"])], axis=-1))
+        W_O = np.concatenate(list(t[f"{b}.attn.W_O"]))
+        x = site(f"{b}.hook_resid_mid", x + site(f"{b}.hook_attn_out", z @ W_O + t[f"{b}.attn.b_O"]))
+        pre = layer_norm(x, f"{b}.ln2") @ t[f"{b}.mlp.W_in"] + t[f"{b}.mlp.b_in"]
+        post = site(f"{b}.mlp.hook_post", pre * 0.5 * (1 + np.vectorize(math.erf)(pre / math.sqrt(2))))
+        out = site(f"{b}.hook_mlp_out", post @ t[f"{b}.mlp.W_out"] + t[f"{b}.mlp.b_out"])
+        x = site(f"{b}.hook_resid_post", x + out)
+    return layer_norm(x, "ln_final") @ t["unembed.W_U"] + t["unembed.b_U"], found

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.training import loop
+
+ROOT = Path(__file__).parent.parent
+
+
+def changed(config, **changes):
+    config.unlock()
+    for path, value in changes.items():
+        *groups, name = path.split("__")
+        target = config
+        for group in groups:
+            target = target[group]
+        target._fields[name] = value  # past ConfigDict's own type check, as a config file's dict literal is
+    return config
+
+
+def refused(config, **changes):
+    """The message with which a changed config is refused, at the latest when the program is built."""
+    with pytest.raises(ConfigError) as error:
+        experiment = config_lib.from_dict(Experiment, changed(config, **changes))
+        mesh = mesh_lib.make_mesh(experiment.mesh)
+        mesh_lib.check(experiment, mesh)
+        loop.build(experiment, mesh)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__step": 3}, "train.step: is not a field; did you mean 'steps'? known: steps, batch_size"),
+        ({"sed": 3}, "sed: is not a field; did you mean 'seed'?"),
+        ({"train__steps": "many"}, "train.steps: is 'many' (str); write a value of type int"),
+        ({"train__steps": 1.5}, "train.steps: is 1.5 (float); write a value of type int"),
+        ({"train__steps": True}, "train.steps: is True (bool); write a value of type int"),
+        ({"train__steps": 0}, "train.steps: is 0; write 1 or more"),
+        ({"train__decay_fraction": 1.5}, "train.decay_fraction: is 1.5; write a fraction"),
+        ({"train__decay_fraction": float("nan")}, "train.decay_fraction: is nan; write a number"),
+        ({"train__batch_size": 96}, "train.batch_size: is 96, but one forward pass gives 256 activations"),
+        (
+            {"train__compute_dtype": "float16"},
+            "train.compute_dtype: is 'float16'; did you mean 'bfloat16'? known: float32",
+        ),
+        (
+            {"activations__buffer_size": 100},
+            "activations.buffer_size: is 100; write a multiple of train.batch_size (64)",
+        ),
+        ({"activations__max_norm_multiple": 0.5}, "activations.max_norm_multiple: is 0.5; write 0 to keep every token"),
+        ({"data": 3}, "data: is 3; write a group with the fields corpus, path"),
+        ({"data__context_length": 48}, "data.context_length: is 48; this language model has positions for 32"),
+        ({"stacks": ConfigDict()}, "stacks: is empty; add one"),
+        ({"stacks__gated__l1_coefficients": (0.1, 0.2, 0.3)}, "stacks.gated.seeds: has 2 values; write 1 or 3"),
+        ({"stacks__gated__l1_coefficients": (0.1, -0.2)}, "stacks.gated.l1_coefficients: has a negative value"),
+        (
+            {"stacks__gated__l1_coefficients": ("a",)},
+            "stacks.gated.l1_coefficients: is 'a' (str); write a value of type float",
+        ),
+        ({"stacks__gated__site": "blocks.0.hook_mlp"}, "stacks.gated.site: 'blocks.0.hook_mlp' is not a site of this"),
+        ({"stacks__gated__site": "blocks.2.hook_mlp_out"}, "known: blocks.0.hook_resid_pre, blocks.0.attn.hook_z"),
+        (
+            {"stacks__gated__architecture": "gate"},
+            "stacks.gated.architecture: 'gate' is not known; did you mean 'gated'?",
+        ),
+        ({"stacks__gated__options": {"tie": True}}, "stacks.gated.options.tie: is not an option of 'gated'"),
+        ({"mesh__latent": 3}, "mesh.latent: is 3; write a divisor of the number of devices (8)"),
+        ({"mesh__data": 3}, "mesh.data: is 3, times mesh.latent 1, but there are 8 devices; write 0 for all"),
+        (
+            {"mesh__latent": 4, "stacks__gated__width": 66},
+            "stacks.gated.width: is 66, not divisible by the mesh's `latent`",
+        ),
+        (
+            {"train__batch_size": 4},
+            "train.batch_size: is 4, not divisible by the mesh's `data` axis; write a multiple of 8",
+        ),
+        ({"lm__path": "nowhere"}, "lm.path: 'nowhere' has no config.json; write a Hugging Face checkpoint directory"),
+    ],
+)
+def test_bad_configs_are_refused(config_dict, changes, message):
+    assert message in refused(config_dict, **changes)
+
+
+def test_a_missing_field_is_named(config_dict):
+    del config_dict.train["steps"]
+    assert refused(config_dict) == "train.steps: is missing; build the config on configs/base.py, which has every field"
+
+
+def test_json_goes_round(config_dict):
+    config = config_lib.from_dict(Experiment, config_dict)
+    as_json = config_lib.to_dict(config)
+    assert config_lib.from_dict(Experiment, as_json) == config
+    other = config_lib.to_dict(config_lib.from_dict(Experiment, changed(config_dict, train__steps=32)))
+    assert config_lib.differences(as_json, other) == ["train.steps: 16 != 32"]
+
+
+def test_numbers_of_a_stack_are_matched_up():
+    stack = base.stack("gated", "blocks.0.hook_mlp_out", 8, (0.1, 0.2), learning_rates=(1e-3,), seeds=(4, 5))
+    config = config_lib.from_dict(config_lib.Stack, stack)
+    assert config.numbers() == [(0.1, 1e-3, 4), (0.2, 1e-3, 5)]
+
+
+def test_base_lists_exactly_the_fields():
+    fields = config_lib.to_dict(config_lib.from_dict(Experiment, base.get_config().to_dict() | stacks()))
+    assert fields["train"]["batch_size"] == 4096
+
+
+def stacks():
+    return {"stacks": {"a": base.stack("gated", "blocks.0.hook_mlp_out", 8, (0.1,)).to_dict()}}
+
+
+def command(*arguments):
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.trin.steps=3"], 'error: --config: no such field: trin\'; Did you mean "train"'),
+        (["--config.train.step=3"], 'Did you mean "steps"'),
+        (["--config.train.steps=0"], "error: train.steps: is 0; write 1 or more"),
+        (
+            ["--config.stacks.gated.site=nowhere"],
+            "error: stacks.gated.site: 'nowhere' is not a site of this language model",
+        ),
+        (["steps=3"], "error: unexpected argument 'steps=3'; flags are written --name=value"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(tmp_path, arguments, message):
+    workdir = tmp_path / "run"
+    code, last_line = command("gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", *arguments)
+    assert (code, message in last_line) == (2, True), last_line
+    assert not workdir.exists()
+
+
+def test_evaluate_refuses_what_is_not_a_run(tmp_path):
+    code, last_line = command("gsae_jax.evaluate", f"--workdir={tmp_path}")
+    assert (code, "holds no run (no config.json)" in last_line) == (2, True), last_line

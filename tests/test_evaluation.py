@@ -1,0 +1,154 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.evaluation import measure, metrics, report
+from gsae_jax.saes import gated, relu, trained
+from tests import references
+from tests.test_lms import checkpoint
+
+SITE = "blocks.0.hook_mlp_out"
+
+
+def as_sae(name, module, params, config, site=SITE):
+    return trained.SAE(name, module.__name__.rpartition(".")[2], config, site, params, 0.1, 1e-3, 0, 1.0)
+
+
+def identity(D):
+    """A baseline SAE that is the identity: a feature for each direction of each axis."""
+    both = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
+    return {"W_enc": both.T, "b_enc": jnp.zeros(2 * D), "W_dec": both, "b_dec": jnp.zeros(D)}
+
+
+def zero(D):
+    return identity(D) | {"b_enc": jnp.full(2 * D, -1e6)}
+
+
+@pytest.fixture
+def lm(lm_dir):
+    return gsae_jax.load_lm(lm_dir)
+
+
+def batches(lm, count=3, rows=16, length=20):
+    tokens = np.random.default_rng(1).integers(1, lm.config.d_vocab, (count, rows, length))
+    tokens[:, :, 0] = lm.tokenizer.bos_token_id
+    tokens[:, ::3, 7] = lm.tokenizer.eos_token_id
+    return tokens
+
+
+def on_mesh(data, latent):
+    return mesh_lib.make_mesh(config_lib.Mesh(data, latent))
+
+
+def test_identity_recovers_all_loss_and_zero_none(lm):
+    D = lm.sites[SITE]
+    config = relu.Config(D, 2 * D)
+    saes = [as_sae("identity", relu, identity(D), config), as_sae("zero", relu, zero(D), config)]
+    sums = measure.measure(lm, saes, batches(lm), on_mesh(8, 1))
+    kept, none = metrics.combine(sums["identity"]), metrics.combine(sums["zero"])
+    assert kept["loss_recovered"] == pytest.approx(1, abs=1e-5)
+    assert (none["loss_recovered"], none["l0"], none["alive"], none["ce_sae"]) == (0, 0, 0, none["ce_zero"])
+    assert kept["l0"] == D
+    assert kept["gamma"] == pytest.approx(1, rel=1e-6)
+    assert kept["fvu"] == pytest.approx(0, abs=1e-10)
+    assert none["fvu"] > 0.99
+    special = sum(int(np.isin(tokens, lm.special_tokens).sum()) for tokens in batches(lm))
+    assert kept["tokens"] == batches(lm).size - special
+
+
+def test_every_metric_matches_float64(lm, lm_dir):
+    """From the reference's activations and losses, the paper's formulas in NumPy; special tokens keep their activation."""
+    D, F = lm.sites[SITE], 50
+    config = gated.Config(D, F)
+    keys = jax.random.split(jax.random.key(0), 8)
+    params = gated.init(keys[0], config)
+    params = {
+        name: p + 0.2 * jax.random.normal(key, p.shape) for key, (name, p) in zip(keys, params.items(), strict=False)
+    }
+    params["b_gate"] = params["b_gate"].at[:5].set(-1e6)  # five dead features
+    tokens = batches(lm)
+    ours = metrics.combine(measure.measure(lm, [as_sae("a", gated, params, config)], tokens, on_mesh(4, 2))["a"])
+
+    tensors, settings = checkpoint(lm_dir)
+    tokens = tokens.reshape(-1, tokens.shape[-1])
+    clean, found = references.gelu_lm(tensors, settings, tokens)
+    x = found[SITE]
+    valid = ~np.isin(tokens, lm.special_tokens)
+    _, _, f = references.gated_sae(params, x.reshape(-1, D), 0.0)
+    x_hat = (f @ np.asarray(params["W_dec"], np.float64) + np.asarray(params["b_dec"])).reshape(x.shape)
+
+    def loss(replacement):
+        """The reference forward with the MLP's output replaced where tokens are valid."""
+        out = np.where(valid[..., None], replacement, found[SITE])
+        logits = references.gelu_lm(tensors, settings, tokens, replace={SITE: out})[0][:, :-1]
+        shifted = logits - logits.max(-1, keepdims=True)
+        picked = np.take_along_axis(shifted, tokens[:, 1:, None], -1)[..., 0]
+        return (np.log(np.exp(shifted).sum(-1)) - picked).mean()
+
+    x, x_hat, f = x[valid], x_hat[valid], f[valid.reshape(-1)]
+    ce = {"ce_clean": loss(found[SITE]), "ce_sae": None, "ce_zero": loss(0.0)}
+    full = np.zeros(found[SITE].shape)
+    full[valid] = x_hat
+    ce["ce_sae"] = loss(full)
+    expected = ce | {
+        "l0": (f > 0).sum(1).mean(),
+        "loss_recovered": 1 - (ce["ce_sae"] - ce["ce_clean"]) / (ce["ce_zero"] - ce["ce_clean"]),
+        "gamma": (x_hat**2).sum() / (x_hat * x).sum(),
+        "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "alive": (f > 0).any(0).mean(),
+        "tokens": valid.sum(),
+    }
+    assert expected["alive"] <= 0.9
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_device_and_eight_agree(lm):
+    D = lm.sites[SITE]
+    config = gated.Config(D, 48)
+    saes = [as_sae(f"a_{seed}", gated, gated.init(jax.random.key(seed), config), config) for seed in range(2)]
+    one = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
+    alone, spread = (measure.measure(lm, saes, batches(lm), mesh) for mesh in (one, on_mesh(8, 1)))
+    for name, sums in alone.items():
+        assert metrics.combine(sums) == pytest.approx(metrics.combine(spread[name]), rel=1e-4)
+
+
+def test_the_report_is_whole(tmp_path, lm):
+    D = lm.sites[SITE]
+    configs = {"gated": (gated, gated.Config(D, 48)), "baseline": (relu, relu.Config(D, 72))}
+    saes = {
+        f"{stack}_{seed}": as_sae(f"{stack}_{seed}", module, module.init(jax.random.key(seed), config), config)
+        for stack, (module, config) in configs.items()
+        for seed in range(2)
+    }
+    sums = measure.measure(lm, list(saes.values()), batches(lm), on_mesh(8, 1))
+    records = report.rows("small", saes, sums)
+    training = [
+        {"step": step, "gated/l0": [3.0, 2.0], "gated/loss": [1.0, 1.0], "gated/gamma": [1.0, 1.0]} for step in (1, 2)
+    ]
+    report.write(tmp_path / "report", records, sums, training)
+    report.write(tmp_path / "report", records, sums, training)  # over an earlier one
+    files = {file.name for file in (tmp_path / "report").iterdir()}
+    assert files == {
+        "report.json",
+        "report.md",
+        "frontier.csv",
+        "frontier.png",
+        "gamma.png",
+        "densities.png",
+        "training.png",
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["report"]
+    keys = "name architecture site width l1_coefficient learning_rate seed l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu"
+    for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
+        assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
+    header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()
+    assert header.startswith("model,architecture,site,layer,sparsity,learning_rate,l0,loss_recovered,width,alive,gamma")
+    assert len(lines) == 4
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert all(name in text for name in [*saes, "frontier.png", "gamma.png", "densities.png", "training.png"])

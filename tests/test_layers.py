@@ -1,0 +1,72 @@
+"""The floors of the house: imports point downward only."""
+
+import ast
+from pathlib import Path
+
+import gsae_jax
+from gsae_jax import plugins
+
+PACKAGE = Path(gsae_jax.__file__).parent
+# Higher floors may import lower ones. Wings on one floor do not know each other; `runs` puts together what wings made.
+FLOOR = {
+    "config": 0,
+    "mesh": 0,
+    "plugins": 0,
+    "saes": 1,
+    "lms": 1,
+    "data": 1,
+    "workdir": 1,
+    "evaluation": 2,
+    "training": 3,
+}
+ALLOWED_ON_ONE_FLOOR = {("plugins", "config"), ("mesh", "config")}
+TOP = 4
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write imports in full"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_downward():
+    checked = 0
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] != "gsae_jax" or len(parts) < 2 or parts[1] == room:
+                continue
+            other, checked = parts[1], checked + 1
+            if not (PACKAGE / other).exists() and not (PACKAGE / f"{other}.py").exists():
+                continue  # a name of gsae_jax/__init__.py
+            upper, lower = FLOOR.get(room, TOP), FLOOR.get(other, TOP)
+            assert upper > lower or (upper == lower == TOP) or (room, other) in ALLOWED_ON_ONE_FLOOR, (
+                f"{room} imports {other}"
+            )
+    assert checked > 50
+
+
+def test_only_one_file_knows_orbax_and_only_one_maps_over_devices():
+    def users(text):
+        return {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py") if text in file.read_text()}
+
+    assert users("import orbax") == {"workdir.py"}
+    assert users("jax.shard_map(") | users("jax.shard_map,") == {"training/step.py"}
+    assert users("import tensorflow as") == users("pickle") == set()
+
+
+def test_commands_are_thin():
+    for file in PACKAGE.glob("*.py"):
+        if "cli.run(main)" in file.read_text() and file.name != "pretrain.py":
+            assert len(file.read_text().splitlines()) < 80, file
+
+
+def test_plugins_are_files():
+    assert list(plugins.known("saes", "FEATURE_AXES")) == ["gated", "relu"]
+    assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu"]
+    assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

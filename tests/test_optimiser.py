@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gsae_jax import config as config_lib
+from gsae_jax.training import optimiser
+
+
+def test_it_is_adam_without_a_first_moment():
+    """Ten steps of random gradients of many sizes, before any projection."""
+    params = {"a": jax.random.normal(jax.random.key(0), (5, 7)), "b": jax.random.normal(jax.random.key(1), (3,))}
+    ours, adam = optimiser.scale_by_second_moment, optax.adam(1.0, b1=0.0, b2=0.999)
+    our_state, adam_state = ours.init(params), adam.init(params)
+    for step in range(10):
+        key = jax.random.key(step + 2)
+        grads = jax.tree.map(
+            lambda p, key=key, step=step: 10.0 ** (step % 4 - 2) * jax.random.normal(key, p.shape), params
+        )
+        our_updates, our_state = ours.update(grads, our_state)
+        adam_updates, adam_state = adam.update(grads, adam_state, params)
+        for name in params:
+            np.testing.assert_allclose(our_updates[name], -adam_updates[name], rtol=1e-6)
+    assert len(jax.tree.leaves(our_state)) == 1 + len(params)  # the count, and one array per parameter
+
+
+def test_decoder_rows_stay_unit_and_their_own_direction_gets_no_gradient():
+    key = jax.random.key(0)
+    W_dec = jax.random.normal(key, (2, 9, 5))
+    params = {"W_dec": W_dec / jnp.linalg.norm(W_dec, axis=-1, keepdims=True), "b_dec": jnp.zeros((2, 5))}
+    along = {"W_dec": 3.0 * params["W_dec"], "b_dec": jnp.zeros((2, 5))}
+    state = optimiser.scale_by_second_moment.init(params)
+    same, _ = optimiser.update(params, along, state, jnp.full(2, 1e-2))
+    # The projection leaves rounding errors, which Adam's normalisation would blow up if its second moment held nothing else.
+    grads = {"W_dec": along["W_dec"] + jax.random.normal(key, W_dec.shape), "b_dec": jnp.ones((2, 5))}
+    for _ in range(10):
+        params, state = optimiser.update(params, grads, state, jnp.array([0.1, 0.0]))
+        np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=-1), 1, atol=1e-6)
+    assert not np.allclose(params["W_dec"][0], W_dec[0], atol=0.1)
+    np.testing.assert_allclose(params["W_dec"][1], same["W_dec"][1], atol=0.05)  # learning rates belong to their SAE
+    np.testing.assert_array_equal(params["b_dec"][1], 0)
+
+
+def test_the_first_update_ignores_the_length_of_the_gradient_along_a_row():
+    """One step, by hand: project, divide by the root of the bias-corrected square (its own absolute value), renormalise."""
+    row, gradient, rate = np.array([0.6, 0.8]), np.array([5.0, 1.0]), 0.01
+    across = gradient - (gradient @ row) * row
+    moved = row - rate * across / (np.abs(across) + 1e-8)
+    params = {"W_dec": jnp.array(row).reshape(1, 1, 2)}
+    state = optimiser.scale_by_second_moment.init(params)
+    params, _ = optimiser.update(params, {"W_dec": jnp.array(gradient).reshape(1, 1, 2)}, state, jnp.array([rate]))
+    np.testing.assert_allclose(params["W_dec"][0, 0], moved / np.linalg.norm(moved), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("decay_fraction", "expected"),
+    [(0.0, {0: 0.1, 9: 1, 50: 1, 99: 1}), (0.4, {0: 0.1, 9: 1, 59: 1, 80: 0.5, 99: 0.00154}), (1.0, {9: 1, 55: 0.5})],
+)
+def test_schedule(decay_fraction, expected):
+    config = config_lib.Train(
+        steps=100,
+        batch_size=1,
+        warmup_steps=10,
+        decay_fraction=decay_fraction,
+        compute_dtype="float32",
+        log_every=1,
+    )
+    factor = optimiser.schedule(config)
+    for step, value in expected.items():
+        np.testing.assert_allclose(factor(jnp.int32(step)), value, atol=1e-4)

@@ -1,0 +1,154 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsae_jax.saes import gated, relu, trained
+from tests import references
+
+D, F, B = 12, 40, 64
+ABLATIONS = {
+    "gated": {},
+    "unfrozen decoder": {"freeze_aux_decoder": False},
+    "no r_mag": {"use_r_mag": False},
+    "untied": {"tie_encoder": False},
+}
+
+
+def away_from_init(module, config, seed=0):
+    """Parameters with every array in play: random biases, r_mag, and an encoder that is not the decoder's transpose."""
+    params = module.init(jax.random.key(seed), config)
+    keys = jax.random.split(jax.random.key(seed + 1), len(params))
+    return {
+        name: p + 0.3 * jax.random.normal(key, p.shape) for key, (name, p) in zip(keys, params.items(), strict=True)
+    }
+
+
+def inputs(seed=5):
+    return jax.random.normal(jax.random.key(seed), (B, D)) + 0.5
+
+
+def assert_close(ours, reference, tolerance=1e-5):
+    scale = np.abs(reference).max() + 1e-12
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_gated_loss_and_gradients_match_float64(name):
+    switches = ABLATIONS[name]
+    config = gated.Config(D, F, **switches)
+    params, x = away_from_init(gated, config), inputs()
+    (loss, aux), grads = jax.value_and_grad(gated.loss, has_aux=True)(params, x, 0.07, config)
+    expected, expected_grads, f = references.gated_sae(
+        params,
+        x,
+        0.07,
+        tie=config.tie_encoder,
+        r_mag=config.use_r_mag,
+        freeze=config.freeze_aux_decoder,
+    )
+    assert 0.05 < (f > 0).mean() < 0.95
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        assert_close(grads[key], expected_grads[key])
+    assert_close(gated.encode(params, x, config), f)
+    np.testing.assert_allclose(aux["l0"], (f > 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_array_equal(aux["fired"], (f > 0).any(0))
+
+
+def test_baseline_loss_and_gradients_match_float64():
+    config = relu.Config(D, F)
+    params, x = away_from_init(relu, config), inputs()
+    (loss, aux), grads = jax.value_and_grad(relu.loss, has_aux=True)(params, x, 0.07, config)
+    expected, expected_grads, f = references.relu_sae(params, x, 0.07)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for key in expected_grads:
+        assert_close(grads[key], expected_grads[key])
+    x_hat = f @ np.asarray(params["W_dec"], np.float64) + np.asarray(params["b_dec"])
+    np.testing.assert_allclose(aux["x_hat_sq"] / aux["x_hat_dot_x"], (x_hat**2).sum() / (x_hat * x).sum(), rtol=1e-5)
+
+
+def test_the_auxiliary_term_does_not_train_the_decoder():
+    """With no feature's magnitude above zero, W_dec can get a gradient from the auxiliary term only."""
+    config = gated.Config(D, F)
+    params = away_from_init(gated, config) | {"b_mag": jnp.full(F, -1e3)}
+
+    def grad(config):
+        return jax.grad(gated.loss, has_aux=True)(params, inputs(), 0.0, config)[0]
+
+    assert not np.any(grad(config)["W_dec"])
+    assert np.any(grad(dataclasses.replace(config, freeze_aux_decoder=False))["W_dec"])
+
+    def auxiliary(b_dec):
+        frozen_centre = params | {"b_gate": params["b_gate"] + (b_dec - params["b_dec"]) @ params["W_gate"]}
+        return gated.loss(frozen_centre | {"b_dec": b_dec}, inputs(), 0.0, config)[1]["auxiliary"]
+
+    # b_dec moves, the pre-activations are held: what is left of the gradient is the auxiliary decoder's bias.
+    with jax.default_matmul_precision("highest"):
+        assert np.abs(jax.grad(auxiliary)(params["b_dec"])).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("module", "switches", "products"), [(gated, {}, 7), (gated, {"tie_encoder": False}, 9), (relu, {}, 5)]
+)
+def test_a_step_makes_no_more_products_than_it_must(module, switches, products):
+    """Tied: one encoder, two decodes, and the gradients of each; the centring's share is a vector's product."""
+    config = module.Config(D, F, **switches)
+    params = module.init(jax.random.key(0), config)
+    jaxpr = jax.make_jaxpr(jax.grad(module.loss, has_aux=True), static_argnums=3)(params, inputs(), 0.1, config)
+    products_made = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    sizes = [  # multiplications: the output's elements times the contracted axis
+        math.prod(
+            [*eqn.outvars[0].aval.shape, *(eqn.invars[0].aval.shape[i] for i in eqn.params["dimension_numbers"][0][0])]
+        )
+        for eqn in products_made
+    ]
+    assert sum(size == B * D * F for size in sizes) == products
+    assert all(size <= D * F for size in sizes if size != B * D * F)
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+def test_init_is_a_tied_random_dictionary(module):
+    params = module.init(jax.random.key(3), module.Config(D, F))
+    encoder = params["W_gate" if module is gated else "W_enc"]
+    np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(encoder, params["W_dec"].T)
+    assert not any(np.any(value) for name, value in params.items() if not name.startswith("W"))
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+def test_folding_the_scale_is_the_same_sae_in_other_units(module):
+    config = module.Config(D, F)
+    params, x, scale = away_from_init(module, config), inputs(), 7.3
+    sae = trained.SAE(
+        name="a",
+        architecture=module.__name__.rpartition(".")[2],
+        config=config,
+        site="blocks.0.hook_mlp_out",
+        params=trained.fold_scale(params, scale),
+        l1_coefficient=0.1,
+        learning_rate=1.0,
+        seed=0,
+        scale=scale,
+    )
+    f = module.encode(params, scale * x, config)
+    shaped = x.reshape(4, -1, D)
+    np.testing.assert_allclose(sae.encode(shaped).reshape(B, F), f / scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sae(shaped).reshape(B, D), module.decode(params, f) / scale, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"x: has shape \[64, 13\]; the last axis of this SAE's x is 12"):
+        sae.encode(jnp.zeros((B, D + 1)))
+
+
+def test_unknown_architectures_and_options_are_named():
+    with pytest.raises(
+        ValueError, match=r"stacks\.a\.architecture: 'gate' is not known; did you mean 'gated'\? known: gated, relu"
+    ):
+        trained.build_config("gate", D, F, {}, "stacks.a")
+    with pytest.raises(
+        ValueError, match=r"options\.tie_encodr: is not an option of 'gated'; did you mean 'tie_encoder'"
+    ):
+        trained.build_config("gated", D, F, {"tie_encodr": True}, "stacks.a")

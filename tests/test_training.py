@@ -1,0 +1,293 @@
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gsae_jax
+from gsae_jax import mesh as mesh_lib
+from gsae_jax import train as train_command
+from gsae_jax.config import ConfigError
+from gsae_jax.data import rows as rows_lib
+from gsae_jax.lms import loading
+from gsae_jax.saes import gated
+from gsae_jax.training import loop
+from tests import references
+
+
+def begin(experiment, mesh=None):
+    """A program, its first state, language-model parameters and the stream of tokens."""
+    mesh = mesh or mesh_lib.make_mesh(experiment.mesh)
+    program, tokenizer = loop.build(experiment, mesh)
+    lm = loading.load_lm(
+        experiment.lm.path, num_layers=program.module.config.n_layers, sharding=mesh_lib.sharding(mesh)
+    )
+    rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**20)
+    stream = rows_lib.batches(rows, experiment.rows_per_call, experiment.seed)
+    return program, loop.start(program, lm.params, stream), lm.params, stream
+
+
+def advance(program, state, lm_params, stream, calls):
+    for _ in range(calls):
+        state, metrics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
+    return state, jax.device_get(metrics)
+
+
+def with_(experiment, **changes):
+    """The experiment with fields of groups replaced: `train={"steps": 3}`."""
+    groups = {name: dataclasses.replace(getattr(experiment, name), **fields) for name, fields in changes.items()}
+    return dataclasses.replace(experiment, **groups)
+
+
+def single_device_mesh():
+    auto = jax.sharding.AxisType.Auto
+    return jax.make_mesh((1, 1), ("data", "latent"), devices=jax.devices()[:1], axis_types=(auto, auto))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+def test_a_mesh_gives_the_single_device_result(experiment, shape):
+    alone = begin(experiment, single_device_mesh())
+    spread = begin(with_(experiment, mesh={"data": shape[0], "latent": shape[1]}))
+    for site in experiment.sites:
+        np.testing.assert_allclose(alone[1].store[site], spread[1].store[site], rtol=1e-5, atol=1e-5)
+    (alone, metrics_alone), (spread, metrics_spread) = advance(*alone, calls=3), advance(*spread, calls=3)
+    assert int(alone.step) == int(spread.step) == 12
+    for name, stack in alone.stacks.items():
+        for key, value in stack.params.items():
+            # Adam moves a weight with a vanishing gradient by its sign, so single entries may differ by a step.
+            difference = np.abs(np.asarray(value) - np.asarray(spread.stacks[name].params[key]))
+            assert difference.mean() < 1e-5, (name, key)
+        np.testing.assert_array_equal(stack.steps_since_fired, spread.stacks[name].steps_since_fired)
+        for key, value in metrics_alone[name].items():
+            np.testing.assert_allclose(value, metrics_spread[name][key], rtol=1e-3, err_msg=f"{name} {key}")
+    assert spread.stacks["gated"].params["W_dec"].sharding.spec == jax.sharding.PartitionSpec(None, "latent")
+
+
+def test_a_step_is_the_papers_loss_and_adam(experiment):
+    """Ten updates of every SAE against float64 gradients and optax.adam, on the batches that the buffer served."""
+    program, state, lm_params, stream = begin(experiment, single_device_mesh())
+    config = experiment.train
+    start = jax.device_get(state)
+    tokens = [next(stream) for _ in range(3)]
+    served = replay(program, start, lm_params, tokens)
+    for call in tokens:
+        state, _ = program.train_step(state, lm_params, program.place_tokens(call))
+    for stack in program.stacks:
+        for index, (l1, rate, _) in enumerate(stack.config.numbers()):
+            params = {
+                name: np.asarray(value[index], np.float64) for name, value in start.stacks[stack.name].params.items()
+            }
+            adam = optax.adam(lambda step, rate=rate: rate * jnp.minimum(1.0, (step + 1) / config.warmup_steps), b1=0.0)
+            moments = adam.init({name: jnp.array(value, jnp.float32) for name, value in params.items()})
+            for batch in served[stack.config.site]:
+                reference = references.gated_sae if stack.architecture is gated else references.relu_sae
+                _, grads, _ = reference(params, batch, l1)
+                along = (grads["W_dec"] * params["W_dec"]).sum(-1, keepdims=True)
+                grads["W_dec"] -= along * params["W_dec"]
+                updates, moments = adam.update({name: jnp.array(g, jnp.float32) for name, g in grads.items()}, moments)
+                params = {name: value + np.asarray(updates[name], np.float64) for name, value in params.items()}
+                params["W_dec"] /= np.linalg.norm(params["W_dec"], axis=-1, keepdims=True)
+            for name, value in params.items():
+                difference = np.abs(np.asarray(state.stacks[stack.name].params[name][index]) - value)
+                assert difference.mean() < 2e-5, (stack.name, index, name)
+
+
+def replay(program, state, lm_params, tokens):
+    """The batches {site: [update, B, D]} that the train program serves, by plain indexing of the store."""
+    store = {site: np.array(value) for site, value in state.store.items()}
+    batch, slots = next(iter(store.values())).shape[:2]
+    updates, served = program.config.updates_per_call, {site: [] for site in store}
+    for call, rows in enumerate(tokens):
+        fresh = loading.capture(program.module, lm_params, jnp.array(rows), program.config.sites)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), call * updates)
+        picks = jax.random.randint(jax.random.fold_in(key, 1), (updates, batch), 0, slots)
+        shift = int(jax.random.randint(jax.random.fold_in(key, 2), (), 0, rows.shape[1]))
+        valid = np.roll(~np.isin(rows, program.special_tokens), shift, axis=1).reshape(batch, updates)
+        for update in range(updates):
+            for site, values in store.items():
+                incoming = np.roll(np.asarray(fresh[site]), shift, axis=1).reshape(batch, updates, -1)[:, update]
+                served[site].append(values[np.arange(batch), picks[update]] * float(state.scales[site]))
+                for stratum in range(batch):
+                    if valid[stratum, update]:
+                        values[stratum, picks[update, stratum]] = incoming[stratum]
+    return served
+
+
+def test_the_store_starts_full_of_valid_scaled_activations(experiment):
+    program, state, lm_params, _ = begin(experiment)
+    for site, width in program.widths.items():
+        x = np.asarray(state.store[site])
+        assert np.abs(x).sum(-1).min() > 0  # no slot is empty
+        squared = np.square(x * float(state.scales[site])).sum(-1).mean()
+        assert squared == pytest.approx(width, rel=0.1)
+    tokens = next(begin(experiment)[3])
+    bos = loading.capture(program.module, lm_params, jnp.array(tokens), ["blocks.0.hook_mlp_out"])[
+        "blocks.0.hook_mlp_out"
+    ][0, 0]
+    distance = np.abs(np.asarray(state.store["blocks.0.hook_mlp_out"]) - np.asarray(bos)).max(-1)
+    assert distance.min() > 1e-3  # BOS, the same in every row, is not among them
+
+
+def test_tokens_of_extreme_norm_are_dropped(experiment):
+    limited = with_(experiment, activations={"max_norm_multiple": 1.05})
+    program, state, _, _ = begin(limited)
+    _, unlimited, _, _ = begin(experiment)
+    for site in program.widths:
+        norms = np.linalg.norm(np.asarray(state.store[site]), axis=-1)
+        assert norms.max() <= float(state.norm_limits[site]) * (1 + 1e-5)
+        assert np.linalg.norm(np.asarray(unlimited.store[site]), axis=-1).max() > float(state.norm_limits[site])
+
+
+def test_a_batch_may_take_several_forward_passes(experiment):
+    """Two forwards of 8 rows per update and one of 16 see the same tokens in the same order."""
+    one = with_(experiment, train={"batch_size": 256}, activations={"buffer_size": 2048})
+    two = with_(one, activations={"rows_per_forward": 8})
+    assert (one.forwards_per_call, two.forwards_per_call, two.rows_per_call) == (1, 2, 16)
+    (one, _), (two, _) = advance(*begin(one), calls=2), advance(*begin(two), calls=2)
+    np.testing.assert_allclose(one.stacks["gated"].params["W_dec"], two.stacks["gated"].params["W_dec"], atol=1e-4)
+
+
+def lm_flops(experiment):
+    """FLOPs of the compiled forward pass that feeds the stacks."""
+    program, _ = loop.build(experiment, single_device_mesh())
+    lm = loading.load_lm(experiment.lm.path, num_layers=program.module.config.n_layers)
+    tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
+    return jax.jit(program.activations).lower(lm.params, tokens).compile().cost_analysis()["flops"]
+
+
+def step_flops(experiment):
+    """FLOPs of the whole compiled train program (XLA counts a scan's body once, whatever its length)."""
+    program, _ = loop.build(experiment, single_device_mesh())
+    lm = loading.load_lm(experiment.lm.path, num_layers=program.module.config.n_layers)
+    ones = dict.fromkeys(experiment.sites, 1.0)
+    tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
+    return program.train_step.lower(program.init(ones, ones), lm.params, tokens).compile().cost_analysis()["flops"]
+
+
+def test_one_forward_pass_serves_every_stack(experiment):
+    """A stack more, at the same or an earlier site, costs its own update only; the language model's FLOPs stay."""
+    stack = experiment.stacks["gated"]
+    elsewhere = dataclasses.replace(stack, site="blocks.0.hook_resid_pre")
+
+    def with_stacks(**stacks):
+        return dataclasses.replace(experiment, stacks=stacks)
+
+    alone = with_stacks(a=stack)
+    same, other = with_stacks(a=stack, b=stack), with_stacks(a=stack, b=elsewhere)
+    assert lm_flops(same) == lm_flops(alone) == lm_flops(other)
+    lm, one, two, both = lm_flops(alone), step_flops(alone), step_flops(with_stacks(b=elsewhere)), step_flops(other)
+    # Two runs would pay for two forward passes; together they pay for one, and for one set of random draws.
+    assert both < one + two - 0.9 * min(lm, lm_flops(with_stacks(b=elsewhere)))
+    assert step_flops(same) - one < one - 0.9 * lm
+
+
+def params_of(path):
+    return {name: jax.device_get(sae.params) for name, sae in gsae_jax.load(path).items()}
+
+
+def test_train_evaluate_load(experiment, tmp_path, capsys):
+    path = tmp_path / "run"
+    assert train_command.run(experiment, path) == 0
+    saes = gsae_jax.load(path)
+    assert list(saes) == ["baseline_0", "gated_0", "gated_1"]
+    lm = gsae_jax.load_lm(experiment.lm.path)
+    x = lm.activations(np.arange(1, 33).reshape(2, 16), [saes["gated_0"].site])[saes["gated_0"].site]
+    f = saes["gated_0"].encode(x)
+    assert f.shape == (2, 16, 64)
+    assert saes["gated_0"].decode(f).shape == x.shape
+    np.testing.assert_allclose(jnp.linalg.norm(saes["baseline_0"].params["W_dec"], axis=-1), 1, atol=1e-6)
+    records = json.loads((path / "report" / "report.json").read_text())["saes"]
+    assert [record["name"] for record in records] == list(saes)
+    assert all(np.isfinite(record["loss_recovered"]) for record in records)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16]
+    assert set(lines[0]) >= {"step", "tokens_per_second", "gated/l0", "gated/gamma", "gated/auxiliary", "baseline/loss"}
+    assert len(lines[0]["gated/l0"]) == 2
+    assert list((path / "tensorboard").glob("events.*"))
+
+    # The same command again says so and changes nothing.
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    capsys.readouterr()
+    assert train_command.run(experiment, path) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+    # Another config is refused, with what differs.
+    other = with_(experiment, train={"steps": 32, "warmup_steps": 2})
+    with pytest.raises(ConfigError, match=r"train.steps: 16 != 32; train.warmup_steps: 4 != 2"):
+        train_command.run(other, path)
+
+
+class Interrupting:
+    """A stream that sends this process a SIGTERM with its last batch but `ahead`."""
+
+    def __init__(self, stream, after):
+        self.stream, self.left = stream, after
+
+    def __next__(self):
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return next(self.stream)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def test_an_interrupted_run_continues_as_if_it_had_not_been(experiment, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert loop.train(experiment, whole)
+    to_start = begin_calls(experiment)
+    real = rows_lib.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(rows_lib, "batches", lambda *args: Interrupting(real(*args), to_start + 3))
+        assert not loop.train(experiment, parts)
+    assert [line["step"] for line in metrics_without_time(parts)] == [4, 8, 12]
+    assert loop.train(experiment, parts)
+    for name, params in params_of(whole).items():
+        for key, value in params.items():
+            np.testing.assert_array_equal(value, params_of(parts)[name][key], err_msg=f"{name} {key}")
+    assert metrics_without_time(whole) == metrics_without_time(parts)
+
+
+def begin_calls(experiment):
+    """How many batches of tokens measuring and filling take."""
+    counting = []
+    program, _, _, stream = begin(experiment)
+    position = stream.get_state()
+    fresh = rows_lib.batches(
+        rows_lib.open_rows(experiment.data, "train", gsae_jax.load_lm(experiment.lm.path).tokenizer, 2**20),
+        experiment.rows_per_call,
+        experiment.seed,
+    )
+    while fresh.get_state() != position:
+        counting.append(next(fresh))
+    return len(counting)
+
+
+def metrics_without_time(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def test_workdirs_that_cannot_be_used(experiment, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    for name in ("file", "full"):
+        with pytest.raises(ConfigError, match="exists and is not a run; write a new or an empty directory"):
+            loop.train(experiment, tmp_path / name)
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
+    with pytest.raises(ConfigError, match="/proc/1 is not writable; write a directory that is"):
+        loop.train(experiment, Path("/proc/1/run"))
+
+
+def test_steps_that_a_forward_pass_does_not_divide(experiment, tmp_path):
+    with pytest.raises(ConfigError, match="train.steps: is 18; write a multiple of 4"):
+        loop.train(with_(experiment, train={"steps": 18}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
