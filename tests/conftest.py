@@ -1,24 +1,17 @@
 """Eight CPU devices, strict promotion of ranks, and the small things that many tests start from."""
 
-import sys
-from pathlib import Path
-
 import jax
-
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 import jax.numpy as jnp
 import pytest
 from absl import flags
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for configs/, which is used from the repository's root
 
 from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax.lms import gelu, loading
 
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 assert jax.device_count() == 8
 

@@ -1,4 +1,4 @@
-"""Float64 NumPy, written from the paper's equations and TransformerLens' documentation, not from the code under test."""
+"""Float64 NumPy from the paper's equations and TransformerLens' documentation, not from the code under test."""
 
 import math
 
@@ -53,7 +53,7 @@ def relu_sae(params, x, l1):
 
 
 def gelu_lm(tensors, config, tokens, replace=None):
-    """Logits and every site of a TransformerLens GELU model from its checkpoint's tensors; `replace` maps sites to other values."""
+    """Logits and every site of a TransformerLens GELU model; `replace` maps sites to other values."""
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     found = {}
 

@@ -27,11 +27,15 @@ def changed(config, **changes):
 
 def refused(config, **changes):
     """The message with which a changed config is refused, at the latest when the program is built."""
-    with pytest.raises(ConfigError) as error:
+
+    def build():
         experiment = config_lib.from_dict(Experiment, changed(config, **changes))
         mesh = mesh_lib.make_mesh(experiment.mesh)
         mesh_lib.check(experiment, mesh)
         loop.build(experiment, mesh)
+
+    with pytest.raises(ConfigError) as error:
+        build()
     return str(error.value)
 
 

@@ -63,7 +63,7 @@ def test_identity_recovers_all_loss_and_zero_none(lm):
 
 
 def test_every_metric_matches_float64(lm, lm_dir):
-    """From the reference's activations and losses, the paper's formulas in NumPy; special tokens keep their activation."""
+    """The paper's formulas on the reference's activations and losses; special tokens keep their activation."""
     D, F = lm.sites[SITE], 50
     config = gated.Config(D, F)
     keys = jax.random.split(jax.random.key(0), 8)
@@ -77,7 +77,7 @@ def test_every_metric_matches_float64(lm, lm_dir):
 
     tensors, settings = checkpoint(lm_dir)
     tokens = tokens.reshape(-1, tokens.shape[-1])
-    clean, found = references.gelu_lm(tensors, settings, tokens)
+    _, found = references.gelu_lm(tensors, settings, tokens)
     x = found[SITE]
     valid = ~np.isin(tokens, lm.special_tokens)
     _, _, f = references.gated_sae(params, x.reshape(-1, D), 0.0)
@@ -144,7 +144,8 @@ def test_the_report_is_whole(tmp_path, lm):
         "training.png",
     }
     assert [file.name for file in tmp_path.iterdir()] == ["report"]
-    keys = "name architecture site width l1_coefficient learning_rate seed l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu"
+    keys = "name architecture site width l1_coefficient learning_rate seed "
+    keys += "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu"
     for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()

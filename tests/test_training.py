@@ -258,7 +258,7 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(experiment, tmp_path
 def begin_calls(experiment):
     """How many batches of tokens measuring and filling take."""
     counting = []
-    program, _, _, stream = begin(experiment)
+    stream = begin(experiment)[3]
     position = stream.get_state()
     fresh = rows_lib.batches(
         rows_lib.open_rows(experiment.data, "train", gsae_jax.load_lm(experiment.lm.path).tokenizer, 2**20),
@@ -283,11 +283,11 @@ def test_workdirs_that_cannot_be_used(experiment, tmp_path):
         with pytest.raises(ConfigError, match="exists and is not a run; write a new or an empty directory"):
             loop.train(experiment, tmp_path / name)
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
-    with pytest.raises(ConfigError, match="/proc/1 is not writable; write a directory that is"):
+    with pytest.raises(ConfigError, match="/proc/1 is not writable"):
         loop.train(experiment, Path("/proc/1/run"))
 
 
 def test_steps_that_a_forward_pass_does_not_divide(experiment, tmp_path):
-    with pytest.raises(ConfigError, match="train.steps: is 18; write a multiple of 4"):
+    with pytest.raises(ConfigError, match=r"train\.steps: is 18; write a multiple of 4"):
         loop.train(with_(experiment, train={"steps": 18}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
