@@ -16,7 +16,6 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
-        "etils[epath]",
         "flax>=0.12",
         "grain>=0.2.16",
         "importlib_resources",  # tensorflow-datasets needs it for builders that live in a package

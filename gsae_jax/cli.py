@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -11,9 +12,23 @@ from gsae_jax.config import ConfigError
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
 
 
-def define_config():
+def define_config() -> Any:
     """The `--config FILE.py` flag; `--config.a.b=value` overrides one field."""
     return config_flags.DEFINE_config_file("config", None, "Experiment file, for example configs/quickstart.py.")
+
+
+def given(config: Any) -> Any:
+    """The config that was given.
+
+    Raises:
+        ConfigError: none was, or its file cannot be read.
+    """
+    if config.value is None:
+        raise ConfigError("--config", "is missing; write an experiment file, for example configs/quickstart.py")
+    try:
+        return config.value.to_dict()
+    except (OSError, ImportError, SyntaxError) as error:
+        raise ConfigError("--config", f"the file cannot be read: {error}") from error
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -37,7 +52,7 @@ def run(main: Callable[[], int | None]) -> None:
                 raise
             _refuse(str(error))
 
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # TFDS and orbax warn of what is as it should be
     app.run(guarded, flags_parser=parse)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -53,7 +54,7 @@ class Data:
     context_length: int
     prepend_bos: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("data.context_length", self.context_length, 2)
 
 
@@ -67,7 +68,7 @@ class Activations:
     drop_special_tokens: bool
     max_norm_multiple: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("activations.rows_per_forward", self.rows_per_forward, 1)
         _at_least("activations.scale_tokens", self.scale_tokens, 1)
         if self.max_norm_multiple != 0 and self.max_norm_multiple <= 1:
@@ -110,6 +111,7 @@ class Stack:
                     f"{path}.{field}",
                     f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs",
                 )
+        _seed(f"{path}.seeds", *self.seeds)
         for field in ("l1_coefficients", "learning_rates"):
             if min(getattr(self, field)) < 0:
                 raise ConfigError(
@@ -128,10 +130,14 @@ class Train:
     compute_dtype: Literal["float32", "bfloat16"]
     log_every: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "log_every"):
             _at_least(f"train.{field}", getattr(self, field), 1)
         _at_least("train.warmup_steps", self.warmup_steps, 0)
+        if self.warmup_steps >= self.steps:
+            raise ConfigError(
+                "train.warmup_steps", f"is {self.warmup_steps}; write less than train.steps ({self.steps})"
+            )
         if not 0 <= self.decay_fraction <= 1:
             raise ConfigError(
                 "train.decay_fraction",
@@ -146,7 +152,7 @@ class Mesh:
     data: int
     latent: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("mesh.data", self.data, 0)
         _at_least("mesh.latent", self.latent, 1)
 
@@ -158,7 +164,7 @@ class Checkpoint:
     every: int
     keep: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 1)
         _at_least("checkpoint.keep", self.keep, 1)
 
@@ -170,7 +176,7 @@ class Evaluation:
     tokens: int
     rows_per_forward: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("evaluation.tokens", self.tokens, 1)
         _at_least("evaluation.rows_per_forward", self.rows_per_forward, 1)
 
@@ -189,7 +195,8 @@ class Experiment:
     checkpoint: Checkpoint
     evaluation: Evaluation
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        _seed("seed", self.seed)
         if not self.stacks:
             raise ConfigError(
                 "stacks", "is empty; add one, for example `config.stacks.gated = base.stack(architecture='gated', ...)`"
@@ -208,6 +215,12 @@ class Experiment:
             raise ConfigError(
                 "activations.buffer_size",
                 f"is {self.activations.buffer_size}; write a multiple of train.batch_size ({batch}), at least 1x",
+            )
+
+        if self.train.steps % self.updates_per_call:
+            raise ConfigError(
+                "train.steps",
+                f"is {self.train.steps}; write a multiple of {self.updates_per_call}, the updates of one forward pass",
             )
 
     @property
@@ -232,13 +245,28 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
+class PretrainModel:
+    """The shape of a GELU model, in TransformerLens' names."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _at_least(f"model.{field.name}", getattr(self, field.name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Pretrain:
     """Training a small language model and its tokenizer from text."""
 
     seed: int
     data: Data
     vocab_size: int
-    model: dict[str, int]
+    model: PretrainModel
     epochs: float
     batch_size: int
     learning_rate: float
@@ -247,9 +275,12 @@ class Pretrain:
     warmup_steps: int
     test_tokens: int
 
-    def __post_init__(self):
-        for field in ("vocab_size", "batch_size", "test_tokens"):
+    def __post_init__(self) -> None:
+        _seed("seed", self.seed)
+        _at_least("vocab_size", self.vocab_size, 257)  # every byte, and <|endoftext|>
+        for field in ("batch_size", "test_tokens"):
             _at_least(field, getattr(self, field), 1)
+        _at_least("warmup_steps", self.warmup_steps, 0)
         for field in ("epochs", "learning_rate"):
             if getattr(self, field) <= 0:
                 raise ConfigError(field, f"is {getattr(self, field):g}; write a positive number")
@@ -296,6 +327,11 @@ def _at_least(field: str, value: float, least: float) -> None:
         raise ConfigError(field, f"is {value}; write {least} or more")
 
 
+def _seed(field: str, *seeds: int) -> None:
+    if min(seeds) < 0 or max(seeds) >= 2**31:
+        raise ConfigError(field, f"is {', '.join(map(str, seeds))}; write integers from 0 to 2147483647")
+
+
 def _convert(path: str, kind: Any, value: Any) -> Any:
     """`value` as `kind`: a dataclass, int, float, bool, str, Literal, tuple[X, ...] or dict[str, X]."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -327,8 +363,8 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        if isinstance(value, float) and value != value:
-            raise ConfigError(path, "is nan; write a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(path, f"is {value}; write a finite number")
         return value
     name = str(kind) if origin else kind.__name__
     raise ConfigError(path, f"is {value!r} ({type(value).__name__}); write a value of type {name}")

@@ -14,33 +14,28 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
-from gsae_jax.data import rows as rows_lib
+from gsae_jax.data.rows import held_out
 from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading
 
 
 def evaluate(path: Path, tokens: int | None = None) -> str:
-    """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table."""
+    """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table.
+
+    Raises:
+        ConfigError: not a run with a checkpoint, or too little held-out text.
+    """
     workdir = workdir_lib.Workdir(path)
     config = config_lib.from_dict(Experiment, workdir.config())
-    tokens = config.evaluation.tokens if tokens is None else tokens
     saes = runs.load(path)
     lm = loading.load_lm(config.lm.path, dtype=config.lm.dtype)
-    rows = rows_lib.open_rows(config.data, "test", lm.tokenizer, limit=tokens)
-    per_batch = config.evaluation.rows_per_forward
-    batches = max(1, tokens // (per_batch * config.data.context_length))
-    if len(rows) < per_batch:
-        raise ConfigError(
-            "evaluation.rows_per_forward",
-            f"is {per_batch}, but the held-out text has {len(rows)} rows; write less, or add text",
-        )
-    batches = min(batches, len(rows) // per_batch)
+    batches = list(held_out(config, lm.tokenizer, config.evaluation.tokens if tokens is None else tokens))
     # Nothing here is split along `latent`: every device takes rows, where they divide.
-    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1) if per_batch % jax.device_count() == 0 else config.mesh)
-    with tqdm.tqdm(total=batches, unit="batch", desc="evaluate") as bar:
-        sums = measure.measure(
-            lm, list(saes.values()), rows_lib.in_order(rows, per_batch, batches * per_batch), mesh, bar.update
-        )
+    spread = len(batches[0]) % jax.device_count() == 0
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1) if spread else config.mesh)
+    special_tokens = lm.special_tokens if config.activations.drop_special_tokens else ()
+    with tqdm.tqdm(total=len(batches), unit="batch", desc="evaluate") as bar:
+        sums = measure.measure(lm, list(saes.values()), batches, mesh, special_tokens, bar.update)
     model = config.lm.path or "gelu-1l-stdlib (embedded)"
     records = report.rows(Path(model).name, saes, sums)
     report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir))

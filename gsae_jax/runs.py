@@ -1,5 +1,6 @@
 """Trained SAEs from a run directory."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, trained.SAE]:
     """
     workdir = workdir_lib.Workdir(Path(path))
     config = config_lib.from_dict(Experiment, workdir.config())
-    checkpoints = workdir_lib.Checkpoints(workdir)
-    step = checkpoints.latest()
+    step = workdir.latest_step()
     if step is None:
         raise config_lib.ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
+    checkpoints = workdir_lib.Checkpoints(workdir)
     facts = checkpoints.facts(step)
     built = {
         name: trained.build_config(
             stack.architecture,
             facts["widths"][stack.site],
             stack.width,
-            {**stack.options, "dtype": config.train.compute_dtype},
+            config.train.compute_dtype,
+            stack.options,
             f"stacks.{name}",
         )
         for name, stack in config.stacks.items()
@@ -64,6 +66,7 @@ def _members(
             learning_rate=learning_rate,
             seed=seed,
             scale=scale,
+            norm_limit=math.inf if facts["norm_limits"][stack.site] is None else facts["norm_limits"][stack.site],
         )
         for index, (l1_coefficient, learning_rate, seed) in enumerate(stack.numbers())
     ]

@@ -10,7 +10,7 @@ from absl import flags
 from gsae_jax import cli
 from gsae_jax import config as config_lib
 from gsae_jax import workdir as workdir_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
 from gsae_jax.evaluate import evaluate
 from gsae_jax.training import loop
 
@@ -20,8 +20,8 @@ INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 def run(config: Experiment, path: Path) -> int:
     """Train to the end and report; a finished run is left as it is."""
     workdir = workdir_lib.Workdir(path)
-    if (workdir.report / "report.json").exists():
-        workdir.check(config_lib.to_dict(config))
+    workdir.check(config_lib.to_dict(config))
+    if workdir.latest_step() == config.train.steps and (workdir.report / "report.json").exists():
         print(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
     if not loop.train(config, path):
@@ -33,9 +33,7 @@ def run(config: Experiment, path: Path) -> int:
 
 def main() -> int:
     """The command."""
-    if CONFIG.value is None:
-        raise ConfigError("--config", "is missing; write an experiment file, for example configs/quickstart.py")
-    return run(config_lib.from_dict(Experiment, CONFIG.value), Path(WORKDIR.value))
+    return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

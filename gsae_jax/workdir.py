@@ -7,7 +7,6 @@ the rest of the training state, the position in the data, and facts about the ru
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,14 @@ class Workdir:
         """Where the report goes."""
         return self.path / "report"
 
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        folder = self.path / "checkpoints"
+        return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
+
+    def _is_empty(self) -> bool:
+        return self.path.is_dir() and not any(self.path.iterdir())
+
     def config(self) -> dict[str, Any]:
         """The JSON config of the run.
 
@@ -46,8 +53,11 @@ class Workdir:
             raise ConfigError("--workdir", f"{self.path / 'config.json'} is not JSON: {error}") from error
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raises `ConfigError` if a run of `config` cannot live here: another run, other files, or not writable."""
-        if (self.path / "config.json").exists():
+        """Raises `ConfigError` if a run of `config` cannot live here: another run, other files, or not writable.
+
+        A run without a checkpoint has nothing to lose, so another config may take its place.
+        """
+        if self.latest_step() is not None:
             differing = config_lib.differences(self.config(), config)
             if differing:
                 raise ConfigError(
@@ -55,16 +65,16 @@ class Workdir:
                     f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
                     f"{'; '.join(differing)}",
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and not (self.path / "config.json").exists() and not self._is_empty():
             raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(parent, os.W_OK | os.X_OK):
             raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make the directory and write its config, unless they are there."""
+        """Make the directory and write its config; a run with a checkpoint keeps its own, which `check` found equal."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "config.json").exists():
+        if self.latest_step() is None:
             write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -73,15 +83,9 @@ class Checkpoints:
 
     def __init__(self, workdir: Workdir, keep: int | None = None):
         """`keep`: how many to keep; None only reads."""
-        self._folder = (workdir.path / "checkpoints").absolute()
-        if keep is None and not self._folder.exists():
-            raise ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
+        folder = (workdir.path / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None, create=keep is not None)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    def latest(self) -> int | None:
-        """The step of the newest checkpoint."""
-        return self._manager.latest_step()
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, step: int, params: Any, state: Any, data: dict[str, Any], facts: dict[str, Any]) -> None:
         """Save in the background; arrays are copied before this returns."""
@@ -109,9 +113,13 @@ class Checkpoints:
         """The SAEs' parameters alone."""
         return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))).params
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait for what is being written."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for what is being written, and let go."""
+        self.wait()
         self._manager.close()
 
 
@@ -125,9 +133,7 @@ class Metrics:
         if kept != lines:
             write_text(self._path, "".join(kept))
         self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir.path / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self._board = tensorboardX.SummaryWriter(str(workdir.path / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line: the step and its values, lists for stacks."""
@@ -151,9 +157,9 @@ def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text)
+    os.replace(scratch, path)
 
 
 def single_device(tree: Any) -> Any:

@@ -147,8 +147,8 @@ def test_unknown_architectures_and_options_are_named():
     with pytest.raises(
         ValueError, match=r"stacks\.a\.architecture: 'gate' is not known; did you mean 'gated'\? known: gated, relu"
     ):
-        trained.build_config("gate", D, F, {}, "stacks.a")
+        trained.build_config("gate", D, F, "float32", {}, "stacks.a")
     with pytest.raises(
         ValueError, match=r"options\.tie_encodr: is not an option of 'gated'; did you mean 'tie_encoder'"
     ):
-        trained.build_config("gated", D, F, {"tie_encodr": True}, "stacks.a")
+        trained.build_config("gated", D, F, "float32", {"tie_encodr": True}, "stacks.a")

@@ -1,7 +1,8 @@
 import dataclasses
 import json
+import os
+import shutil
 import signal
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax import train as train_command
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.evaluate import evaluate
 from gsae_jax.lms import loading
 from gsae_jax.saes import gated
 from gsae_jax.training import loop
@@ -25,7 +27,10 @@ def begin(experiment, mesh=None):
     mesh = mesh or mesh_lib.make_mesh(experiment.mesh)
     program, tokenizer = loop.build(experiment, mesh)
     lm = loading.load_lm(
-        experiment.lm.path, num_layers=program.module.config.n_layers, sharding=mesh_lib.sharding(mesh)
+        experiment.lm.path,
+        dtype=experiment.lm.dtype,
+        num_layers=program.module.config.n_layers,
+        sharding=mesh_lib.sharding(mesh),
     )
     rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**20)
     stream = rows_lib.batches(rows, experiment.rows_per_call, experiment.seed)
@@ -249,10 +254,21 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(experiment, tmp_path
         assert not loop.train(experiment, parts)
     assert [line["step"] for line in metrics_without_time(parts)] == [4, 8, 12]
     assert loop.train(experiment, parts)
-    for name, params in params_of(whole).items():
+    expected, lines = params_of(whole), metrics_without_time(whole)
+    assert_same(params_of(parts), expected)
+    assert metrics_without_time(parts) == lines
+
+    # The checkpoint of step 8 was written while training went on and reused its memory.
+    shutil.rmtree(whole / "checkpoints" / "16")
+    assert loop.train(experiment, whole)
+    assert_same(params_of(whole), expected)
+    assert metrics_without_time(whole) == lines
+
+
+def assert_same(ours, theirs):
+    for name, params in theirs.items():
         for key, value in params.items():
-            np.testing.assert_array_equal(value, params_of(parts)[name][key], err_msg=f"{name} {key}")
-    assert metrics_without_time(whole) == metrics_without_time(parts)
+            np.testing.assert_array_equal(ours[name][key], value, err_msg=f"{name} {key}")
 
 
 def begin_calls(experiment):
@@ -275,7 +291,69 @@ def metrics_without_time(path):
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
-def test_workdirs_that_cannot_be_used(experiment, tmp_path):
+def test_evaluating_an_unfinished_run_does_not_finish_it(experiment, tmp_path, monkeypatch):
+    path, real, after = tmp_path / "run", rows_lib.batches, begin_calls(experiment) + 2
+    with monkeypatch.context() as patch:
+        patch.setattr(rows_lib, "batches", lambda *args: Interrupting(real(*args), after))
+        assert train_command.run(experiment, path) == train_command.INTERRUPTED
+    evaluate(path)
+    assert (path / "report" / "report.json").exists()
+    assert train_command.run(experiment, path) == 0
+    assert metrics_without_time(path)[-1]["step"] == experiment.train.steps
+
+
+def test_a_run_continues_only_on_the_text_it_began_with(experiment, tmp_path, text_dir):
+    text = tmp_path / "text"
+    shutil.copytree(text_dir, text)
+    mine = with_(experiment, data={"path": str(text)})
+    assert loop.train(mine, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
+    (text / "a.txt").write_text((text / "a.txt").read_text()[::-1])
+    with pytest.raises(ConfigError, match="the text has changed since this run began"):
+        loop.train(mine, tmp_path / "run")
+
+
+def test_a_refused_run_leaves_nothing(experiment, tmp_path):
+    path = tmp_path / "run"
+    for bad, message in (
+        ({"data": {"test_split": "tst"}}, r"data\.test_split: 'tst'.*the corpus has: train, test"),
+        ({"evaluation": {"rows_per_forward": 8 * 10**5}}, r"evaluation\.rows_per_forward: is 800000, but the held-out"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loop.train(with_(experiment, **bad), path)
+        assert not path.exists()
+    # Nor does one that was killed before its first checkpoint stand in another's way.
+    path.mkdir()
+    (path / "config.json").write_text('{"seed": 3}')
+    assert loop.train(experiment, path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"options": {"tie_encoder": False}},
+        {"options": {"use_r_mag": False}},
+        {"options": {"freeze_aux_decoder": False}},
+        {"train": {"compute_dtype": "bfloat16"}, "lm": {"dtype": "bfloat16"}},
+        {"activations": {"drop_special_tokens": False}},
+    ],
+    ids=str,
+)
+def test_every_variant_trains_on_a_mesh(experiment, changes):
+    options = changes.pop("options", {})
+    stacks = {"gated": dataclasses.replace(experiment.stacks["gated"], options=options)}
+    experiment = dataclasses.replace(with_(experiment, mesh={"data": 2, "latent": 4}, **changes), stacks=stacks)
+    program, state, lm_params, stream = begin(experiment)
+    before = jax.device_get(state.stacks["gated"].params)
+    state, first = advance(program, state, lm_params, stream, calls=1)
+    state, last = advance(program, state, lm_params, stream, calls=4)
+    assert (last["gated"]["loss"] < first["gated"]["loss"]).all()
+    moved = {name for name, value in state.stacks["gated"].params.items() if np.any(np.asarray(value) != before[name])}
+    assert moved == set(before) - ({"r_mag"} if options.get("use_r_mag") is False else set())
+    assert all(value.dtype == np.float32 for value in before.values())
+
+
+def test_workdirs_that_cannot_be_used(experiment, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
@@ -283,11 +361,7 @@ def test_workdirs_that_cannot_be_used(experiment, tmp_path):
         with pytest.raises(ConfigError, match="exists and is not a run; write a new or an empty directory"):
             loop.train(experiment, tmp_path / name)
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
-    with pytest.raises(ConfigError, match="/proc/1 is not writable"):
-        loop.train(experiment, Path("/proc/1/run"))
-
-
-def test_steps_that_a_forward_pass_does_not_divide(experiment, tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.steps: is 18; write a multiple of 4"):
-        loop.train(with_(experiment, train={"steps": 18}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="is not writable; write a directory that is"):
+        loop.train(experiment, tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ as language models expect of position 0.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -42,18 +43,44 @@ class TokenRows:
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def fingerprint(self) -> str:
+        """A name for the rows: their number, their layout and a sample of their tokens."""
+        sample = self._tokens[: self._rows * self._stride : max(1, self._rows * self._stride // 2**16)]
+        return config_lib.fingerprint(self._rows, self._stride, self._bos, np.asarray(sample).tolist())
+
     def __getitem__(self, row: int) -> np.ndarray:
         row = range(self._rows)[row]
         body = self._tokens[row * self._stride : (row + 1) * self._stride].astype(np.int32)
         return body if self._bos is None else np.concatenate([np.array([self._bos], np.int32), body])
 
 
+def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
+    """The documents of `split` ("train" or "test") as a random-access source, and the name of their text feature.
+
+    Raises:
+        ConfigError: an unknown corpus or split, or unusable text.
+    """
+    corpus = plugins.load("data.corpora", config.corpus, having="open_corpus", field="data.corpus")
+    builder, feature = corpus.open_corpus(config)
+    # Builders print their progress and paths; a run has its own progress to show.
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    name = config.train_split if split == "train" else config.test_split
+    try:
+        return builder.as_data_source(split=name), feature
+    except ValueError as error:
+        raise ConfigError(
+            f"data.{split}_split", f"{name!r}: {error}; the corpus has: {', '.join(builder.info.splits)}"
+        ) from error
+
+
 def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int) -> TokenRows:
     """The rows of `split` ("train" or "test"), from at most the first `limit` tokens; prepares what is not on disk yet.
 
     Raises:
-        ConfigError: an unknown corpus or split, unusable text, or a tokenizer without the special tokens that rows
-        need.
+        ConfigError: what `open_texts` refuses, or a tokenizer without the special tokens that rows need.
     """
     separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if separator is None:
@@ -62,23 +89,11 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int) -
         )
     if config.prepend_bos and tokenizer.bos_token_id is None:
         raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS; write False")
-    split_name = config.train_split if split == "train" else config.test_split
-    corpus = plugins.load("data.corpora", config.corpus, having="open_corpus", field="data.corpus")
-    builder, feature = corpus.open_corpus(config)
-    # Builders print their progress and paths; a run has its own progress to show.
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
-    try:
-        source = builder.as_data_source(split=split_name)
-    except ValueError as error:
-        raise ConfigError(
-            f"data.{split}_split", f"{split_name!r}: {error}; the corpus has: {', '.join(builder.info.splits)}"
-        ) from error
-    key = config_lib.fingerprint(
-        FORMAT, str(builder.data_path), split_name, feature, separator, tokenizer.backend_tokenizer.to_str()
-    )
-    tokens = _cached_tokens(Path(builder.data_path) / f"tokens-{key}", source, feature, tokenizer, separator, limit)
+    source, feature = open_texts(config, split)
+    folder = Path(source.dataset_info.data_dir)
+    name = config.train_split if split == "train" else config.test_split
+    key = config_lib.fingerprint(FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str())
+    tokens = _cached_tokens(folder / f"tokens-{key}", source, feature, tokenizer, separator, limit)
     return TokenRows(tokens, config.context_length, tokenizer.bos_token_id if config.prepend_bos else None, limit)
 
 
@@ -96,7 +111,7 @@ def batches(
         raise ConfigError(
             "data",
             f"the corpus gives {len(rows)} rows of tokens, fewer than one batch of {rows_per_batch}; "
-            "add text, or lower activations.rows_per_forward",
+            "add text, or take fewer rows at once",
         )
     share = rows_per_batch // processes
     return iter(
@@ -110,10 +125,27 @@ def batches(
     )
 
 
-def in_order(rows: TokenRows, rows_per_batch: int, count: int) -> Iterator[np.ndarray]:
-    """The first `count` rows once, in order, in batches [rows_per_batch, T]; what does not fill a batch is left out."""
-    for start in range(0, min(count, len(rows)) - rows_per_batch + 1, rows_per_batch):
+def in_order(rows: TokenRows, rows_per_batch: int) -> Iterator[np.ndarray]:
+    """Every row once, in order, in batches [rows_per_batch, T]; what does not fill the last one is left out."""
+    for start in range(0, len(rows) - rows_per_batch + 1, rows_per_batch):
         yield np.stack([rows[row] for row in range(start, start + rows_per_batch)])
+
+
+def held_out(config: config_lib.Experiment, tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
+    """Batches of held-out rows of about so many tokens, one batch at the least.
+
+    Raises:
+        ConfigError: what `open_rows` refuses, or less text than one batch.
+    """
+    per_batch, T = config.evaluation.rows_per_forward, config.data.context_length
+    wanted = max(1, round(tokens / (per_batch * T))) * per_batch
+    rows = open_rows(config.data, "test", tokenizer, limit=wanted * T)
+    if len(rows) < per_batch:
+        raise ConfigError(
+            "evaluation.rows_per_forward",
+            f"is {per_batch}, but the held-out text has {len(rows)} rows; lower it, or add text",
+        )
+    return itertools.islice(in_order(rows, per_batch), wanted // per_batch)
 
 
 def _cached_tokens(folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int) -> np.ndarray:
@@ -128,6 +160,7 @@ def _cached_tokens(folder: Path, source: Any, feature: str, tokenizer: Any, sepa
             count, complete = _tokenize(scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit)
             known = {"tokens": count, "complete": complete, "dtype": dtype.name}
             (scratch / "meta.json").write_text(json.dumps(known))
+            scratch.chmod(0o755)  # mkdtemp's is private; prepared data may be shared
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(scratch, folder)  # whole or not at all
         finally:

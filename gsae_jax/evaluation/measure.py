@@ -21,17 +21,18 @@ def measure(
     saes: Sequence[trained.SAE],
     batches: Iterable[np.ndarray],
     mesh: jax.sharding.Mesh,
+    special_tokens: tuple[int, ...] = (),
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, metrics.Sums]:
     """Sums over `batches` [R, T] of tokens, by SAE name; `metrics.combine` turns them into metrics.
 
-    Special tokens keep the language model's own activation under every intervention, as the SAEs were not trained on
-    them.
+    What an SAE was not trained on (`special_tokens`, and activations beyond its norm limit) is not measured, and keeps
+    the language model's own activation under every intervention.
     """
     groups: dict[tuple[Any, ...], list[trained.SAE]] = {}
     for sae in saes:
         sites.check(sae.site, lm.sites, f"site of {sae.name}")
-        groups.setdefault((sae.site, sae.architecture, sae.config), []).append(sae)
+        groups.setdefault((sae.site, sae.norm_limit, sae.architecture, sae.config), []).append(sae)
     replicated, rows = mesh_lib.sharding(mesh), mesh_lib.sharding(mesh, "data")
     lm_params = jax.device_put(lm.params, replicated)
     stacked = {
@@ -40,26 +41,24 @@ def measure(
         )
         for key, members in groups.items()
     }
+    zeroed = tuple(sorted({(site, norm_limit) for site, norm_limit, _, _ in groups}))
     totals: dict[str, metrics.Sums] = {sae.name: {} for sae in saes}
     for tokens in batches:
         tokens_RxT = jax.device_put(tokens, rows)
-        references = _references(
-            lm.module, tuple({site for site, _, _ in groups}), lm.special_tokens, lm_params, tokens_RxT
-        )
+        references = jax.device_get(_references(lm.module, zeroed, special_tokens, lm_params, tokens_RxT))
         for key, members in groups.items():
-            sums = jax.device_get(_sae_sums(lm.module, *key, lm.special_tokens, lm_params, stacked[key], tokens_RxT))
+            sums = jax.device_get(_sae_sums(lm.module, *key, special_tokens, lm_params, stacked[key], tokens_RxT))
+            shared = {"ce_clean": references["clean"], "ce_zero": references["zero"][zeroed.index(key[:2])]}
             for index, sae in enumerate(members):
-                own = {name: value[index] for name, value in sums.items()}
-                metrics.add(
-                    totals[sae.name],
-                    own | jax.device_get({"ce_clean": references[""], "ce_zero": references[sae.site]}),
-                )
+                metrics.add(totals[sae.name], {name: value[index] for name, value in sums.items()} | shared)
         progress()
     return totals
 
 
-def _valid(tokens_RxT: jax.Array, special_tokens: tuple[int, ...]) -> jax.Array:
-    return ~jnp.isin(tokens_RxT, jnp.array(special_tokens, jnp.int32))
+def _valid(x_RxTxD: jax.Array, tokens_RxT: jax.Array, special_tokens: tuple[int, ...], norm_limit: float) -> jax.Array:
+    """Which activations are measured and replaced."""
+    norms = jnp.linalg.norm(x_RxTxD.astype(jnp.float32), axis=-1)
+    return ~jnp.isin(tokens_RxT, jnp.array(special_tokens, jnp.int32)) & (norms <= norm_limit)
 
 
 def _losses(module: Any, lm_params: Any, tokens_RxT: jax.Array, tap: sites.Tap) -> jax.Array:
@@ -70,18 +69,29 @@ def _losses(module: Any, lm_params: Any, tokens_RxT: jax.Array, tap: sites.Tap) 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _references(
-    module: Any, at: tuple[str, ...], special_tokens: tuple[int, ...], lm_params: Any, tokens_RxT: jax.Array
-) -> dict[str, jax.Array]:
-    """Losses [R] untouched (under "") and with each site zeroed."""
-    keep = ~_valid(tokens_RxT, special_tokens)[..., None]
-    zeroed = {site: _losses(module, lm_params, tokens_RxT, sites.splice({site: lambda x: x * keep})) for site in at}
-    return {"": _losses(module, lm_params, tokens_RxT, sites.no_tap)} | zeroed
+    module: Any,
+    zeroed: tuple[tuple[str, float], ...],
+    special_tokens: tuple[int, ...],
+    lm_params: Any,
+    tokens_RxT: jax.Array,
+) -> dict[str, Any]:
+    """Losses [R]: `clean`, and `zero` for each (site, norm limit)."""
+
+    def zero(site: str, norm_limit: float) -> jax.Array:
+        def edit(x: jax.Array) -> jax.Array:
+            return jnp.where(_valid(x, tokens_RxT, special_tokens, norm_limit)[..., None], 0, x)
+
+        return _losses(module, lm_params, tokens_RxT, sites.splice({site: edit}))
+
+    clean = _losses(module, lm_params, tokens_RxT, sites.no_tap)
+    return {"clean": clean, "zero": [zero(site, norm_limit) for site, norm_limit in zeroed]}
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _sae_sums(
     module: Any,
     site: str,
+    norm_limit: float,
     architecture: str,
     sae: Any,
     special_tokens: tuple[int, ...],
@@ -90,12 +100,13 @@ def _sae_sums(
     tokens_RxT: jax.Array,
 ) -> metrics.Sums:
     """Sums [N, R, ...] of SAEs of one shape; under `vmap` the part of the model before the site runs once for all."""
-    functions, valid = trained.module_of(architecture), _valid(tokens_RxT, special_tokens)
+    functions = trained.module_of(architecture)
 
     def one(params: dict[str, jax.Array]) -> metrics.Sums:
         sums: metrics.Sums = {}
 
         def edit(x_RxTxD: jax.Array) -> jax.Array:
+            valid = _valid(x_RxTxD, tokens_RxT, special_tokens, norm_limit)
             f_BxF = functions.encode(params, x_RxTxD.reshape(-1, sae.d_in).astype(jnp.float32), sae)
             x_hat = functions.decode(params, f_BxF).reshape(x_RxTxD.shape)
             sums.update(metrics.reconstruction_sums(x_RxTxD, x_hat, f_BxF.reshape(*valid.shape, -1), valid))

@@ -1,5 +1,6 @@
 """What is summed over tokens, and how the sums become the paper's metrics (sections 2.3, 4.2, D.2)."""
 
+import math
 from typing import Any
 
 import jax
@@ -52,11 +53,11 @@ def combine(sums: Sums) -> dict[str, float]:
     variance = sums["x_sq"] - np.square(sums["x"]).sum() / n
     return {
         "l0": float(sums["l0"] / n),
-        "loss_recovered": 1 - (sae - clean) / (zero - clean),
+        "loss_recovered": 1 - (sae - clean) / (zero - clean) if zero != clean else math.nan,
         "ce_clean": clean,
         "ce_sae": sae,
         "ce_zero": zero,
-        "gamma": float(sums["x_hat_sq"] / sums["x_hat_dot_x"]) if sums["x_hat_dot_x"] else float("nan"),
+        "gamma": float(sums["x_hat_sq"] / sums["x_hat_dot_x"]) if sums["x_hat_dot_x"] else math.nan,
         "fvu": float(sums["squared_error"] / variance),
         "alive": float((sums["fired"] > 0).mean()),
         "tokens": int(n),

@@ -1,58 +1,16 @@
-"""The report's figures."""
+"""The report's figures. A stack has one colour and one marker in all of them."""
 
 from collections import defaultdict
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-COLOURS = {"gated": "#0b6e99", "relu": "#d9730d"}
+COLOURS = ("#d9730d", "#0b6e99", "#448361", "#9065b0", "#c14c8a", "#787774")
 MARKERS = "os^DvP*X"
-LABELS = {"gated": "Gated", "relu": "Baseline"}
-
-
-def _panels(records: list[dict[str, Any]]) -> tuple[Figure, dict[str, Axes]]:
-    """One panel per site, side by side."""
-    found = sorted({record["site"] for record in records})
-    figure = Figure(figsize=(1.0 + 4.6 * len(found), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
-    for axis, site in zip(axes, found, strict=True):
-        axis.set_title(site, fontsize=10)
-        axis.grid(alpha=0.25)
-    return figure, dict(zip(found, axes, strict=True))
-
-
-def _stacks(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records by stack (their names without the index), by ascending L0."""
-    stacks = defaultdict(list)
-    for record in sorted(records, key=lambda record: record["l0"]):
-        stacks[record["name"].rpartition("_")[0]].append(record)
-    return dict(sorted(stacks.items()))
-
-
-def _style(index: int, architecture: str) -> dict[str, Any]:
-    return {
-        "color": COLOURS.get(architecture, f"C{index}"),
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 5,
-        "linewidth": 1.5,
-    }
-
-
-def _against_l0(records: list[dict[str, Any]], field: str, label: str) -> tuple[Figure, dict[str, Axes]]:
-    figure, panels = _panels(records)
-    for index, (name, members) in enumerate(_stacks(records).items()):
-        first = members[0]
-        kind = f"{LABELS.get(first['architecture'], first['architecture'])} ({name}), {first['width']:,} features"
-        x, y = [record["l0"] for record in members], [record[field] for record in members]
-        panels[first["site"]].plot(x, y, label=kind, **_style(index, first["architecture"]))
-    for axis in panels.values():
-        axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.legend(fontsize=8)
-    return figure, panels
+ARCHITECTURES = {"relu": "baseline SAE", "gated": "Gated SAE"}
 
 
 def frontier(records: list[dict[str, Any]]) -> Figure:
@@ -80,8 +38,8 @@ def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -
                 counts,
                 bins,
                 label=f"{record['name']}, L0 {record['l0']:.0f}",
-                color=COLOURS.get(record["architecture"], f"C{index}"),
-                alpha=0.35 + 0.65 * (rank + 1) / len(members),
+                color=COLOURS[index % len(COLOURS)],
+                alpha=_shade(rank, len(members)),
                 linewidth=1.4,
             )
     for axis in panels.values():
@@ -93,23 +51,61 @@ def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -
 def training(lines: list[dict[str, Any]]) -> Figure:
     """Loss, L0 and gamma of every SAE over training."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
+    steps = [line["step"] for line in lines]
     for axis, field in zip(figure.subplots(1, 3), ("loss", "l0", "gamma"), strict=True):
-        names = [name for name in (lines[0] if lines else {}) if name.endswith(f"/{field}")]
-        for index, name in enumerate(names):
-            values = np.array([line[name] for line in lines])
-            colour = COLOURS.get(name.split("/")[0], f"C{index}")
-            for member in range(values.shape[1]):
-                label = name.split("/")[0] if member == 0 else None
-                axis.plot(
-                    [line["step"] for line in lines],
-                    values[:, member],
-                    color=colour,
-                    alpha=0.4 + 0.2 * (member % 4),
-                    lw=1,
-                    label=label,
-                )
+        stacks = sorted(name.rpartition("/")[0] for name in (lines[0] if lines else {}) if name.endswith(f"/{field}"))
+        for index, stack in enumerate(stacks):
+            values = np.array([line[f"{stack}/{field}"] for line in lines])
+            for member, column in enumerate(values.T):
+                alpha = _shade(member, values.shape[1])
+                axis.plot(steps, column, color=COLOURS[index % len(COLOURS)], alpha=alpha, lw=1.2)
+            axis.plot([], [], color=COLOURS[index % len(COLOURS)], label=stack)
         axis.set(xlabel="step", ylabel=field, yscale="linear" if field == "gamma" else "log")
         axis.grid(alpha=0.25)
-        if names:
+        if stacks:
             axis.legend(fontsize=8)
     return figure
+
+
+def _panels(records: list[dict[str, Any]]) -> tuple[Figure, dict[str, Axes]]:
+    """One panel per site, side by side."""
+    found = sorted({record["site"] for record in records})
+    figure = Figure(figsize=(1.4 + 5 * len(found), 4), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, site in zip(axes, found, strict=True):
+        axis.set_title(site, fontsize=10)
+        axis.grid(alpha=0.25)
+    return figure, dict(zip(found, axes, strict=True))
+
+
+def _stacks(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records by stack (their names without the index), by ascending L0."""
+    stacks = defaultdict(list)
+    for record in sorted(records, key=lambda record: record["l0"]):
+        stacks[record["name"].rpartition("_")[0]].append(record)
+    return dict(sorted(stacks.items()))
+
+
+def _shade(rank: int, count: int) -> float:
+    return 0.35 + 0.65 * (rank + 1) / count
+
+
+def _against_l0(records: list[dict[str, Any]], field: str, label: str) -> tuple[Figure, dict[str, Axes]]:
+    figure, panels = _panels(records)
+    for index, (name, members) in enumerate(_stacks(records).items()):
+        first = members[0]
+        kind = ARCHITECTURES.get(first["architecture"], first["architecture"])
+        panels[first["site"]].plot(
+            [record["l0"] for record in members],
+            [record[field] for record in members],
+            label=f"{name}: {kind}, {first['width']:,} features",
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            linewidth=1.5,
+        )
+    for axis in panels.values():
+        axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.legend(fontsize=8)
+    return figure, panels

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -63,7 +64,7 @@ def write(
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".report-"))
     try:
         scratch.chmod(0o755)
-        (scratch / "report.json").write_text(json.dumps({"saes": records}, indent=2) + "\n")
+        (scratch / "report.json").write_text(_json({"saes": records}))
         with open(scratch / "frontier.csv", "w", newline="") as file:
             table = csv.writer(file)
             table.writerow(COLUMNS)
@@ -119,6 +120,15 @@ def table(records: list[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join([*cells, f"{r['alive']:.1%}"]) + " |")
     return "\n".join(lines)
+
+
+def _json(report: dict[str, list[dict[str, Any]]]) -> str:
+    """Strict JSON: a metric that is not a number is null."""
+    saes = [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in sae.items()}
+        for sae in report["saes"]
+    ]
+    return json.dumps({"saes": saes}, indent=2, allow_nan=False) + "\n"
 
 
 def _markdown(records: list[dict[str, Any]]) -> str:

@@ -53,7 +53,7 @@ class LM:
     @cached_property
     def special_tokens(self) -> tuple[int, ...]:
         """Ids of BOS, EOS, padding and the tokenizer's other special tokens."""
-        return tuple(sorted(set(self.tokenizer.all_special_ids)))
+        return special_tokens(self.tokenizer)
 
     def logits(self, tokens_BxT: jax.typing.ArrayLike) -> jax.Array:
         """Logits [B, T, V], float32."""
@@ -178,6 +178,11 @@ def load_tokenizer(folder: Path, module: Any, field: str) -> Any:
             "write the directory of one whole model",
         )
     return tokenizer
+
+
+def special_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of BOS, EOS, padding and the tokenizer's other special tokens, in order."""
+    return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def save(folder: Path, model_type: str, module: Any, params: Any, tokenizer: Any) -> None:

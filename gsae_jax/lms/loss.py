@@ -12,14 +12,17 @@ def logits_per_chunk() -> int:
 
 
 def cross_entropy(module: Any, params: Any, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """Nats [B, T-1] of each token given those before it, from the residual stream after the last block."""
+    """Nats [B, T-1] of each token given those before it, from the residual stream after the last block.
+
+    Chunks run over positions, so that a batch that lies along a mesh axis stays there.
+    """
     B, T = tokens_BxT.shape
-    rows_per_chunk = min(B, max(1, logits_per_chunk() // (T * module.config.d_vocab)))
+    positions = min(T - 1, max(1, logits_per_chunk() // (B * module.config.d_vocab)))
 
-    def row(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_TxD, tokens_T = args
-        logits_TxV = module.apply({"params": params}, x_TxD[None, :-1], method="logits")[0]
-        target = jnp.take_along_axis(logits_TxV, tokens_T[1:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits_TxV, axis=-1) - target
+    def at_position(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BxD, target_B = inputs
+        logits_BxV = module.apply({"params": params}, x_BxD[None], method="logits")[0]
+        return jax.nn.logsumexp(logits_BxV, axis=-1) - jnp.take_along_axis(logits_BxV, target_B[:, None], axis=-1)[:, 0]
 
-    return jax.lax.map(row, (x_BxTxD, tokens_BxT), batch_size=rows_per_chunk)
+    by_position = (jnp.swapaxes(x_BxTxD[:, :-1], 0, 1), tokens_BxT[:, 1:].T)
+    return jax.lax.map(at_position, by_position, batch_size=positions).T

@@ -1,6 +1,7 @@
 """A trained SAE as a small frozen object, in the language model's own units."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -16,20 +17,23 @@ def module_of(architecture: str, field: str = "architecture") -> Any:
     return plugins.load("saes", architecture, having="FEATURE_AXES", field=field)
 
 
-def build_config(architecture: str, d_in: int, width: int, options: dict[str, Any], field: str) -> tuple[Any, Any]:
+def build_config(
+    architecture: str, d_in: int, width: int, dtype: str, options: dict[str, Any], field: str
+) -> tuple[Any, Any]:
     """The architecture's module and its Config.
 
     Raises:
         ConfigError: an architecture or option that does not exist; the message starts with `field`.
     """
     module = module_of(architecture, f"{field}.architecture")
-    fields = [setting.name for setting in dataclasses.fields(module.Config) if setting.name not in ("d_in", "width")]
+    own = ("d_in", "width", "dtype")  # set from elsewhere in the experiment
+    fields = [setting.name for setting in dataclasses.fields(module.Config) if setting.name not in own]
     for name in options:
         if name not in fields:
             raise ConfigError(
                 f"{field}.options.{name}", f"is not an option of {architecture!r}; {known_names(name, fields)}"
             )
-    return module, module.Config(d_in=d_in, width=width, **options)
+    return module, module.Config(d_in=d_in, width=width, dtype=dtype, **options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +48,7 @@ class SAE:
         params: the architecture's parameters, with the site's scale folded in.
         l1_coefficient, learning_rate, seed: how it was trained.
         scale: what activations were multiplied by in training.
+        norm_limit: activations of a larger norm were kept from it.
     """
 
     name: str
@@ -55,6 +60,7 @@ class SAE:
     learning_rate: float
     seed: int
     scale: float
+    norm_limit: float = math.inf
 
     def encode(self, x: jax.typing.ArrayLike) -> jax.Array:
         """Feature activations [..., F] of activations [..., D]."""

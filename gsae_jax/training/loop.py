@@ -28,7 +28,7 @@ def train(config: Experiment, path: Path) -> bool:
         True when training is complete, False when a signal ended it early (state saved).
 
     Raises:
-        ConfigError: anything about the config or the directory, before anything is written there.
+        ConfigError: the config or the directory cannot be used; nothing was written in it then.
     """
     workdir = workdir_lib.Workdir(path)
     as_json = config_lib.to_dict(config)
@@ -36,30 +36,27 @@ def train(config: Experiment, path: Path) -> bool:
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check(config, mesh)
     program, tokenizer = build(config, mesh)
-    calls_left_over = config.train.steps % config.updates_per_call
-    if calls_left_over:
-        raise ConfigError(
-            "train.steps",
-            f"is {config.train.steps}; write a multiple of {config.updates_per_call}, the updates of one forward pass",
-        )
-    everywhere = mesh_lib.sharding(mesh)
-    lm = loading.load_lm(
-        config.lm.path, dtype=config.lm.dtype, num_layers=program.module.config.n_layers, sharding=everywhere
-    )
+    layers, everywhere = program.module.config.n_layers, mesh_lib.sharding(mesh)
+    lm = loading.load_lm(config.lm.path, dtype=config.lm.dtype, num_layers=layers, sharding=everywhere)
     rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, jax.process_index(), jax.process_count())
+    rows_lib.held_out(config, tokenizer, config.evaluation.tokens)  # the report's text must be there too
+    latest = workdir.latest_step()
+    if latest is None:
+        print(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer", flush=True)
+        state = start(program, lm.params, stream)
     workdir.create(as_json)
     checkpoints = workdir_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
     try:
-        latest = checkpoints.latest()
-        if latest is None:
-            print(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer", flush=True)
-            state = start(program, lm.params, stream)
-        else:
+        if latest is not None:
+            if checkpoints.facts(latest)["rows"] != rows.fingerprint:
+                raise ConfigError(
+                    "data", "the text has changed since this run began; put it back, or start a new --workdir"
+                )
             state, position = _restore(program, checkpoints, latest)
             stream.set_state(position)
             print(f"continuing from step {latest:,}", flush=True)
-        return _loop(config, program, lm.params, stream, state, workdir, checkpoints)
+        return _loop(config, program, lm.params, stream, state, workdir, checkpoints, {"rows": rows.fingerprint})
     finally:
         checkpoints.close()
 
@@ -82,8 +79,8 @@ def build(config: Experiment, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
         )
     layers = 1 + max(sites.layer_of(site) for site in config.sites)
     tokenizer = loading.load_tokenizer(folder, whole, "lm.path")
-    special_tokens = tuple(sorted(set(tokenizer.all_special_ids)))
-    return Program.build(config, mesh, loading.load_module(folder, layers, "lm.path"), special_tokens), tokenizer
+    module = loading.load_module(folder, layers, "lm.path")
+    return Program.build(config, mesh, module, loading.special_tokens(tokenizer)), tokenizer
 
 
 def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> TrainState:
@@ -123,49 +120,61 @@ def _loop(
     state: TrainState,
     workdir: workdir_lib.Workdir,
     checkpoints: workdir_lib.Checkpoints,
+    facts: dict[str, Any],
 ) -> bool:
-    step, total, per_call = int(state.step), config.train.steps, config.updates_per_call
-    facts = {
+    step = logged = saved = int(state.step)
+    total, per_call, every = config.train.steps, config.updates_per_call, config.train.log_every
+    facts |= {
         "widths": program.widths,
         "scales": {site: float(scale) for site, scale in state.scales.items()},
+        "norm_limits": {
+            site: float(limit) if np.isfinite(limit) else None for site, limit in state.norm_limits.items()
+        },
         "versions": {module.__name__: module.__version__ for module in (jax, np)} | {"python": sys.version.split()[0]},
     }
     metrics = workdir_lib.Metrics(workdir, step)
-    waiting: tuple[int, Any] | None = None  # metrics of the call before, read while the next one runs
-    logged, logged_at, saved = step, time.perf_counter(), step
+    logged_at = time.perf_counter()
+
+    def log(at: int, statistics: Any) -> None:
+        nonlocal logged, logged_at
+        # Which steps are logged depends on the step alone, so that a resumed run's metrics are an uninterrupted run's.
+        if at // every == (at - per_call) // every and at != total:
+            jax.block_until_ready(statistics)  # one call ahead is enough: the bar and signals stay true
+            return
+        values = jax.device_get(statistics)
+        now = time.perf_counter()
+        _log(metrics, bar, at, values, (at - logged) * config.train.batch_size / (now - logged_at))
+        logged, logged_at = at, now
 
     def save() -> None:
+        nonlocal saved
         params = {name: stack.params for name, stack in state.stacks.items()}
         checkpoints.save(step, params, _without_params(state), stream.get_state(), facts)
+        saved = step
 
     with (
         _Signals() as signals,
         tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, smoothing=0.05) as bar,
     ):
+        waiting: tuple[int, Any] | None = None  # statistics of the call before, read while the next one runs
         while step < total and not signals.received:
             state, statistics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
             step += per_call
-            if waiting is not None and (waiting[0] - logged >= config.train.log_every):
-                now = time.perf_counter()
-                rate = (waiting[0] - logged) * config.train.batch_size / (now - logged_at)
-                _log(metrics, bar, waiting[0], jax.device_get(waiting[1]), rate)
-                logged, logged_at = waiting[0], now
-            elif waiting is not None:
-                jax.block_until_ready(waiting[1])  # one call ahead is enough: the bar and signals stay true
-            waiting = (step, statistics)
+            if waiting is not None:
+                log(*waiting)
+            waiting = step, statistics
             bar.update(per_call)
-            if step - saved >= config.checkpoint.every or step == total or signals.received:
+            if step // config.checkpoint.every > saved // config.checkpoint.every:
                 save()
-                saved = step
-        if waiting is not None and waiting[0] > logged:
-            rate = (waiting[0] - logged) * config.train.batch_size / (time.perf_counter() - logged_at)
-            _log(metrics, bar, waiting[0], jax.device_get(waiting[1]), rate)
-        if step != saved:
+        if waiting is not None:
+            log(*waiting)
+        if step > saved:
             save()
+    checkpoints.wait()
     metrics.close()
     if step < total:
-        print(f"{signals.received} received: state of step {step:,} saved; the same command continues from there")
-    return step >= total
+        print(f"{signals.received}: step {step:,} is saved; the same command continues from there")
+    return step == total
 
 
 def _restore(program: Program, checkpoints: workdir_lib.Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -198,10 +207,11 @@ def _log(
     for name, stack in statistics.items():
         gamma = stack.pop("x_hat_sq") / np.maximum(stack.pop("x_hat_dot_x"), 1e-12)
         values |= {f"{name}/{key}": value.tolist() for key, value in sorted((stack | {"gamma": gamma}).items())}
-        l0, mse = (
-            "/".join(f"{value:{form}}" for value in stack[key]) for key, form in (("l0", ".0f"), ("loss", ".3f"))
+        l0, loss, gammas = (
+            "/".join(f"{value:{form}}" for value in column)
+            for column, form in ((stack["l0"], ".0f"), (stack["loss"], ".2f"), (gamma, ".2f"))
         )
-        shown.append(f"{name}: L0 {l0}, loss {mse}, gamma {'/'.join(f'{value:.2f}' for value in gamma)}")
+        shown.append(f"{name} L0 {l0} loss {loss} γ {gammas}")
     metrics.write(step, values)
     bar.set_postfix_str(f"{rate:,.0f} tokens/s | {' | '.join(shown)}", refresh=False)
 

@@ -47,7 +47,7 @@ class Stack:
     def build(cls, name: str, config: config_lib.Stack, d_in: int, dtype: str) -> "Stack":
         """Raises `ConfigError` for an unknown architecture or option."""
         architecture, sae = trained.build_config(
-            config.architecture, d_in, config.width, {**config.options, "dtype": dtype}, f"stacks.{name}"
+            config.architecture, d_in, config.width, dtype, config.options, f"stacks.{name}"
         )
         return cls(name, config, architecture, sae)
 

@@ -5,6 +5,7 @@ SAE updates are written for one device and mapped over the mesh by `shard_map`, 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -66,6 +67,10 @@ class Program:
         )
         return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
 
+    @property
+    def _norm_multiple(self) -> float:
+        return self.config.activations.max_norm_multiple or math.inf
+
     @cached_property
     def widths(self) -> dict[str, int]:
         """The width of every site that a stack reads."""
@@ -107,20 +112,25 @@ class Program:
     ) -> jax.Array:
         """Which tokens [R, T] the SAEs may see: not special, and of no extreme norm at any site."""
         valid = ~jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
-        if norm_limits is not None and self.config.activations.max_norm_multiple:
+        if norm_limits is not None and self._norm_multiple < math.inf:
             for site, x in activations.items():
                 valid &= _norms(x) <= norm_limits[site]
         return valid
 
     @cached_property
     def measure(self) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
-        """(lm_params, tokens) -> {site: (mean squared norm, median norm)} over valid tokens."""
+        """(lm_params, tokens) -> {site: (mean squared norm, median norm)} over tokens that are not dropped."""
 
         def measure(lm_params: Any, tokens_RxT: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
             activations = self.activations(lm_params, tokens_RxT)
             valid = self.valid(tokens_RxT, activations, None)
-            norms = {site: jnp.where(valid, _norms(x), jnp.nan) for site, x in activations.items()}
-            return {site: (jnp.nanmean(jnp.square(norm)), jnp.nanmedian(norm)) for site, norm in norms.items()}
+            measured = {}
+            for site, x in activations.items():
+                norms = jnp.where(valid, _norms(x), jnp.nan)
+                median = jnp.nanmedian(norms)
+                kept = jnp.where(norms <= self._norm_multiple * median, norms, jnp.nan)
+                measured[site] = jnp.nanmean(jnp.square(kept)), median
+            return measured
 
         return jax.jit(measure, out_shardings=NamedSharding(self.mesh, P()))
 
@@ -130,7 +140,6 @@ class Program:
         slots = config.activations.buffer_size // config.train.batch_size
 
         def init() -> TrainState:
-            multiple = config.activations.max_norm_multiple or jnp.inf
             return TrainState(
                 stacks={stack.name: stack.init() for stack in self.stacks},
                 store={
@@ -138,7 +147,7 @@ class Program:
                     for site, D in self.widths.items()
                 },
                 scales={site: jnp.sqrt(D / means[site]).astype(jnp.float32) for site, D in self.widths.items()},
-                norm_limits={site: jnp.float32(multiple * medians[site]) for site in self.widths},
+                norm_limits={site: jnp.float32(self._norm_multiple * medians[site]) for site in self.widths},
                 key=jax.random.key_data(jax.random.key(config.seed)),
                 step=jnp.int32(0),
             )
