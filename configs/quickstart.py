@@ -10,9 +10,9 @@ def get_config():
     config.stacks.baseline = base.stack(
         "relu", site, 1536, l1_coefficients=(3e-3, 6e-3, 1.2e-2), learning_rates=(3e-3,)
     )
-    config.train.steps = 2000
+    config.train.steps = 1400
     config.train.batch_size = 1024
-    config.train.warmup_steps = 300
+    config.train.warmup_steps = 200
     config.train.decay_fraction = 1.0
     config.activations.buffer_size = 64 * 1024
     config.evaluation.tokens = 2**16

@@ -4,6 +4,10 @@ lm = gsae_jax.load_lm()                       # the embedded model, or a Hugging
 saes = gsae_jax.load("runs/quickstart")       # the SAEs of a run, by name
 """
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizers are used; PyTorch is not missed
+
 from gsae_jax.lms.loading import LM, load_lm
 from gsae_jax.runs import load
 from gsae_jax.saes.trained import SAE

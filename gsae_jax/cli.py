@@ -28,7 +28,7 @@ def given(config: Any) -> Any:
     try:
         return config.value.to_dict()
     except (OSError, ImportError, SyntaxError) as error:
-        raise ConfigError("--config", f"the file cannot be read: {error}") from error
+        raise ConfigError("--config", f"the file cannot be read: {' '.join(str(error).split())}") from error
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -57,5 +57,5 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _refuse(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -107,7 +107,7 @@ def loss(
                 ]
             ),
             gate.sum() / B,
-            (f > 0).sum() / B,
+            jnp.sum(f > 0, dtype=jnp.float32) / B,
         )
     )
     x_hat, x_hat_gate = decoded[0] + params["b_dec"][None], decoded[1] + frozen(params["b_dec"])[None]

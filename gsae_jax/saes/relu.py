@@ -62,7 +62,9 @@ def loss(
     """
     f = encode(params, x_BxD, config)
     B = x_BxD.shape[0]
-    decoded, l1, l0 = sum_shards((linalg.matmul(f, params["W_dec"], config.dtype), f.sum() / B, (f > 0).sum() / B))
+    decoded, l1, l0 = sum_shards(
+        (linalg.matmul(f, params["W_dec"], config.dtype), f.sum() / B, jnp.sum(f > 0, dtype=jnp.float32) / B)
+    )
     statistics = linalg.error_statistics(x_BxD, decoded + params["b_dec"][None])
     total = statistics["mse"] + l1_coefficient * l1
     return total, statistics | {"loss": total, "l1": l1, "l0": l0, "fired": (f > 0).any(0)}

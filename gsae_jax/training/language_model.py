@@ -105,27 +105,14 @@ def train_tokenizer(config: config_lib.Pretrain) -> Any:
 
 
 def make_optimiser(config: config_lib.Pretrain, steps: int) -> optax.GradientTransformation:
-    """Muon for the blocks' matrices and AdamW for the rest, under warm-up and cosine decay."""
+    """AdamW under warm-up and cosine decay; biases and gains are not decayed."""
     warmup = min(config.warmup_steps, steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
-    axes = {  # reduction and output axes; every head of Q, K and V is a matrix of its own
-        "W_Q": optax.contrib.MuonDimensionNumbers(1, 2),
-        "W_K": optax.contrib.MuonDimensionNumbers(1, 2),
-        "W_V": optax.contrib.MuonDimensionNumbers(1, 2),
-        "W_O": optax.contrib.MuonDimensionNumbers((0, 1), 2),
-        "W_in": optax.contrib.MuonDimensionNumbers(),
-        "W_out": optax.contrib.MuonDimensionNumbers(),
-    }
-    muon = optax.contrib.muon(
-        schedule,
-        adam_b2=config.b2,
-        weight_decay=config.weight_decay,
-        adam_weight_decay=config.weight_decay,
-        weight_decay_mask=partial(jax.tree.map, lambda p: p.ndim > 1),
-        muon_weight_dimension_numbers=partial(jax.tree_util.tree_map_with_path, lambda path, _: axes.get(path[-1].key)),
-        consistent_rms=0.2,  # updates as large as Adam's, so that one learning rate serves both
+    matrices = partial(jax.tree.map, lambda p: p.ndim > 1)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=matrices),
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
 def _plot(curve: list[tuple[int, float, float | None]]) -> Figure:

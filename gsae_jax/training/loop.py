@@ -154,7 +154,7 @@ def _loop(
 
     with (
         _Signals() as signals,
-        tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, smoothing=0.05) as bar,
+        tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, dynamic_ncols=True) as bar,
     ):
         waiting: tuple[int, Any] | None = None  # statistics of the call before, read while the next one runs
         while step < total and not signals.received:
