@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 COLOURS = ("#d9730d", "#0b6e99", "#448361", "#9065b0", "#c14c8a", "#787774")
 MARKERS = "os^DvP*X"
-ARCHITECTURES = {"relu": "baseline SAE", "gated": "Gated SAE"}
 
 
 def frontier(records: list[dict[str, Any]]) -> Figure:
@@ -32,14 +32,14 @@ def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -
     lowest = min(np.log10(fraction[fraction > 0].min(initial=1e-3)) for fraction in fractions.values()) - 0.5
     bins = np.linspace(lowest, 0, 41)
     for index, members in enumerate(_stacks(records).values()):
-        for rank, record in enumerate(members):
+        for record in members:
             counts, _ = np.histogram(np.log10(np.maximum(fractions[record["name"]], 10**lowest)), bins)
             panels[record["site"]].stairs(
                 counts,
                 bins,
                 label=f"{record['name']}, L0 {record['l0']:.0f}",
                 color=COLOURS[index % len(COLOURS)],
-                alpha=_shade(rank, len(members)),
+                alpha=_shade(int(record["name"].rpartition("_")[2]), len(members)),
                 linewidth=1.4,
             )
     for axis in panels.values():
@@ -61,6 +61,7 @@ def training(lines: list[dict[str, Any]]) -> Figure:
                 axis.plot(steps, column, color=COLOURS[index % len(COLOURS)], alpha=alpha, lw=1.2)
             axis.plot([], [], color=COLOURS[index % len(COLOURS)], label=stack)
         axis.set(xlabel="step", ylabel=field, yscale="linear" if field == "gamma" else "log")
+        _plain_numbers(axis.yaxis)
         axis.grid(alpha=0.25)
         if stacks:
             axis.legend(fontsize=8)
@@ -86,19 +87,26 @@ def _stacks(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(stacks.items()))
 
 
-def _shade(rank: int, count: int) -> float:
-    return 0.35 + 0.65 * (rank + 1) / count
+def _shade(index: int, count: int) -> float:
+    """The opacity of one SAE of a stack."""
+    return 0.35 + 0.65 * (index + 1) / count
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """20 rather than 2 x 10^1 on a logarithmic axis."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if axis.get_scale() == "log":
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
 
 
 def _against_l0(records: list[dict[str, Any]], field: str, label: str) -> tuple[Figure, dict[str, Axes]]:
     figure, panels = _panels(records)
     for index, (name, members) in enumerate(_stacks(records).items()):
         first = members[0]
-        kind = ARCHITECTURES.get(first["architecture"], first["architecture"])
         panels[first["site"]].plot(
             [record["l0"] for record in members],
             [record[field] for record in members],
-            label=f"{name}: {kind}, {first['width']:,} features",
+            label=f"{name} ({first['architecture']}, {first['width']:,} features)",
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
@@ -106,6 +114,6 @@ def _against_l0(records: list[dict[str, Any]], field: str, label: str) -> tuple[
         )
     for axis in panels.values():
         axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _plain_numbers(axis.xaxis)
         axis.legend(fontsize=8)
     return figure, panels
