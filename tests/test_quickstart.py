@@ -1,6 +1,7 @@
-"""The quickstart, whole: what the README promises of its report. Minutes long: `pytest -m quickstart`."""
+"""What the README shows: its config builds, and (minutes: `pytest -m quickstart`) its main job keeps its promises."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.training import loop
+
 ROOT = Path(__file__).parent.parent
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+
+def test_the_readmes_config_builds():
+    (block,) = [block for block in PYTHON_BLOCKS if "def get_config" in block]
+    names = {}
+    exec(block, names)
+    experiment = config_lib.from_dict(config_lib.Experiment, names["get_config"]())
+    program, _ = loop.build(experiment, mesh_lib.make_mesh(experiment.mesh))
+    assert [stack.name for stack in program.stacks] == ["gated", "neurons", "untied"]
 
 
 @pytest.mark.quickstart
@@ -41,3 +56,11 @@ def test_the_gated_frontier_is_above_the_baselines(tmp_path):
             for log, records in zip(logs, (gated, baseline), strict=True)
         )
         assert ours > theirs, np.exp(at)
+
+    # The README's Python example, on this run.
+    (block,) = [block for block in PYTHON_BLOCKS if "load_lm" in block]
+    names = {}
+    exec(block.replace("runs/quickstart", str(tmp_path / "run")), names)
+    assert names["f"].shape == (*names["x"].shape[:2], 1024)
+    assert 0 < (np.asarray(names["f"]) > 0).mean() < 0.5
+    assert names["logits"].shape == (*names["x"].shape[:2], 4096)

@@ -173,7 +173,8 @@ def _loop(
     checkpoints.wait()
     metrics.close()
     if step < total:
-        print(f"{signals.received}: step {step:,} is saved; the same command continues from there")
+        kept = f"step {saved:,} is saved" if saved else "no step was made yet"
+        print(f"{signals.received}: {kept}; the same command continues from there")
     return step == total
 
 
