@@ -24,8 +24,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, trained.SAE]:
     step = workdir.latest_step()
     if step is None:
         raise config_lib.ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
-    checkpoints = workdir_lib.Checkpoints(workdir)
-    facts = checkpoints.facts(step)
+    facts = workdir.facts(step)
     built = {
         name: trained.build_config(
             stack.architecture,
@@ -44,8 +43,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, trained.SAE]:
         )
         for name, (module, sae) in built.items()
     }
-    params = checkpoints.params(step, workdir_lib.single_device(like))
-    checkpoints.close()
+    params = workdir.params(step, workdir_lib.single_device(like))
     return {
         sae.name: sae for name in config.stacks for sae in _members(name, config, built[name][1], params[name], facts)
     }

@@ -34,6 +34,19 @@ class Workdir:
         folder = self.path / "checkpoints"
         return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
 
+    def params(self, step: int, like: Any) -> Any:
+        """The SAEs' parameters of a checkpoint, on the shardings of the given `ShapeDtypeStruct` tree."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self._item(step, "params"), like)
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says about its run."""
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self._item(step, "facts"), args=ocp.args.JsonRestore())
+
+    def _item(self, step: int, name: str) -> Path:
+        return (self.path / "checkpoints" / str(step) / name).absolute()
+
     def _is_empty(self) -> bool:
         return self.path.is_dir() and not any(self.path.iterdir())
 
@@ -81,11 +94,10 @@ class Workdir:
 class Checkpoints:
     """The checkpoints of a run directory, written in the background."""
 
-    def __init__(self, workdir: Workdir, keep: int | None = None):
-        """`keep`: how many to keep; None only reads."""
+    def __init__(self, workdir: Workdir, keep: int):
+        """`keep`: how many to keep."""
         folder = (workdir.path / "checkpoints").absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None, create=keep is not None)
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
     def save(self, step: int, params: Any, state: Any, data: dict[str, Any], facts: dict[str, Any]) -> None:
         """Save in the background; arrays are copied before this returns."""
@@ -104,14 +116,6 @@ class Checkpoints:
         )
         restored = self._manager.restore(step, args=items)
         return restored.params, restored.state, restored.data
-
-    def facts(self, step: int) -> dict[str, Any]:
-        """What was saved about the run."""
-        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
-
-    def params(self, step: int, like: Any) -> Any:
-        """The SAEs' parameters alone."""
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like))).params
 
     def wait(self) -> None:
         """Wait for what is being written."""

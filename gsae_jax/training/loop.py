@@ -49,7 +49,7 @@ def train(config: Experiment, path: Path) -> bool:
     checkpoints = workdir_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
     try:
         if latest is not None:
-            if checkpoints.facts(latest)["rows"] != rows.fingerprint:
+            if workdir.facts(latest)["rows"] != rows.fingerprint:
                 raise ConfigError(
                     "data", "the text has changed since this run began; put it back, or start a new --workdir"
                 )
