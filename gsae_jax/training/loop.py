@@ -143,7 +143,9 @@ def _loop(
             return
         values = jax.device_get(statistics)
         now = time.perf_counter()
-        _log(metrics, bar, at, values, (at - logged) * config.train.batch_size / (now - logged_at))
+        tokens_per_second = (at - logged) * config.train.batch_size / (now - logged_at)
+        metrics.write(at, progress.show(values) | {"tokens_per_second": round(tokens_per_second, 1)})
+        progress.bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s", refresh=False)
         logged, logged_at = at, now
 
     def save() -> None:
@@ -152,10 +154,7 @@ def _loop(
         checkpoints.save(step, params, _without_params(state), stream.get_state(), facts)
         saved = step
 
-    with (
-        _Signals() as signals,
-        tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, dynamic_ncols=True) as bar,
-    ):
+    with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
         waiting: tuple[int, Any] | None = None  # statistics of the call before, read while the next one runs
         while step < total and not signals.received:
             state, statistics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
@@ -163,7 +162,7 @@ def _loop(
             if waiting is not None:
                 log(*waiting)
             waiting = step, statistics
-            bar.update(per_call)
+            progress.bar.update(per_call)
             if step // config.checkpoint.every > saved // config.checkpoint.every:
                 save()
         if waiting is not None:
@@ -200,23 +199,6 @@ def _without_params(state: TrainState) -> TrainState:
     )
 
 
-def _log(
-    metrics: workdir_lib.Metrics, bar: Any, step: int, statistics: dict[str, dict[str, np.ndarray]], rate: float
-) -> None:
-    values: dict[str, Any] = {"tokens_per_second": round(rate, 1)}
-    shown = []
-    for name, stack in statistics.items():
-        gamma = stack.pop("x_hat_sq") / np.maximum(stack.pop("x_hat_dot_x"), 1e-12)
-        values |= {f"{name}/{key}": value.tolist() for key, value in sorted((stack | {"gamma": gamma}).items())}
-        l0, loss, gammas = (
-            "/".join(f"{value:{form}}" for value in column)
-            for column, form in ((stack["l0"], ".0f"), (stack["loss"], ".2f"), (gamma, ".2f"))
-        )
-        shown.append(f"{name} L0 {l0} loss {loss} γ {gammas}")
-    metrics.write(step, values)
-    bar.set_postfix_str(f"{rate:,.0f} tokens/s | {' | '.join(shown)}", refresh=False)
-
-
 def _tokens_needed(config: Experiment) -> int:
     """Tokens that a run reads at most once: training, measuring and filling (twice the buffer, for dropped tokens)."""
     return (
@@ -243,3 +225,30 @@ class _Signals:
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+
+
+class _Progress:
+    """A bar with tokens/s and the time that remains; on a terminal, a line for each stack below it."""
+
+    def __init__(self, total: int, step: int, stacks: list[str]):
+        self.bar = tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, dynamic_ncols=True)
+        below: Any = {"bar_format": "{desc}", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+        self._lines = {name: tqdm.tqdm(position=1 + index, **below) for index, name in enumerate(stacks)}
+
+    def show(self, statistics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+        """Put L0, loss and gamma of every SAE on the lines; returns these and the others by `{stack}/{name}`."""
+        values: dict[str, Any] = {}
+        for name, stack in statistics.items():
+            gamma = stack.pop("x_hat_sq") / np.maximum(stack.pop("x_hat_dot_x"), 1e-12)
+            values |= {f"{name}/{key}": value.tolist() for key, value in sorted((stack | {"gamma": gamma}).items())}
+            columns = (("L0", stack["l0"], ".1f"), ("loss", stack["loss"], ".3f"), ("γ", gamma, ".3f"))
+            texts = (f"{title} {' '.join(f'{value:{form}}' for value in column)}" for title, column, form in columns)
+            self._lines[name].set_description_str(f"  {name}: {' | '.join(texts)}")
+        return values
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for line in (self.bar, *self._lines.values()):
+            line.close()
