@@ -207,6 +207,13 @@ def test_fewer_tokens_than_a_batch(tmp_path, tokenizer, text_dir):
         rows_lib.batches(rows, 8, seed=0)
 
 
+def test_a_data_dir_that_cannot_be_written(tmp_path, tokenizer, text_dir):
+    (tmp_path / "file").write_text("")
+    config = data_config(tmp_path, path=str(text_dir), data_dir=str(tmp_path / "file" / "tfds"))
+    with pytest.raises(ConfigError, match=r"data\.data_dir: .*/file/tfds cannot hold prepared data"):
+        rows_lib.open_rows(config, "train", tokenizer, ALL)
+
+
 def test_unknown_corpus(tmp_path, tokenizer):
     with pytest.raises(
         ConfigError, match=r"data.corpus: 'stdlb' is not known; did you mean 'stdlib'\? known: stdlib, text, tfds"

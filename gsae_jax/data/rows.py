@@ -65,7 +65,7 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     builder, feature = corpus.open_corpus(config)
     # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _writable(config):
         builder.download_and_prepare()
     name = config.train_split if split == "train" else config.test_split
     try:
@@ -93,7 +93,8 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int) -
     folder = Path(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
     key = config_lib.fingerprint(FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str())
-    tokens = _cached_tokens(folder / f"tokens-{key}", source, feature, tokenizer, separator, limit)
+    with _writable(config):
+        tokens = _cached_tokens(folder / f"tokens-{key}", source, feature, tokenizer, separator, limit)
     return TokenRows(tokens, config.context_length, tokenizer.bos_token_id if config.prepend_bos else None, limit)
 
 
@@ -146,6 +147,18 @@ def held_out(config: config_lib.Experiment, tokenizer: Any, tokens: int) -> Iter
             f"is {per_batch}, but the held-out text has {len(rows)} rows; lower it, or add text",
         )
     return itertools.islice(in_order(rows, per_batch), wanted // per_batch)
+
+
+@contextlib.contextmanager
+def _writable(config: config_lib.Data) -> Iterator[None]:
+    """Names the field behind a data directory that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        where = config.data_dir or tfds.core.constants.DATA_DIR
+        raise ConfigError(
+            "data.data_dir", f"{where} cannot hold prepared data ({error}); write a directory that can be written"
+        ) from error
 
 
 def _cached_tokens(folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int) -> np.ndarray:
