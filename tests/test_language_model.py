@@ -1,0 +1,36 @@
+import json
+
+import numpy as np
+
+import gsae_jax
+from configs import base
+from gsae_jax import config as config_lib
+from gsae_jax.training import language_model
+
+
+def test_pretraining_writes_a_checkpoint_that_loads_and_its_own_loss(tmp_path, text_dir):
+    data = base.data()
+    data.corpus, data.path, data.data_dir = "text", str(text_dir), str(tmp_path / "tfds")
+    data.context_length = 16
+    tree = {
+        "seed": 0,
+        "data": data.to_dict(),
+        "vocab_size": 300,
+        "model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 32},
+        "epochs": 0.5,
+        "batch_size": 64,
+        "learning_rate": 1e-2,
+        "b2": 0.95,
+        "weight_decay": 0.05,
+        "warmup_steps": 5,
+        "test_tokens": 4096,
+    }
+    loss = language_model.pretrain(config_lib.from_dict(config_lib.Pretrain, tree), tmp_path / "lm")
+    assert loss < 0.9 * np.log(300)  # better than chance
+    facts = json.loads((tmp_path / "lm" / "training.json").read_text())
+    assert facts["test_cross_entropy"] == loss
+    assert facts["curve"][-1][0] == facts["steps"]
+    assert (tmp_path / "lm" / "loss.png").exists()
+    lm = gsae_jax.load_lm(tmp_path / "lm")
+    assert lm.config.d_vocab == len(lm.tokenizer) <= 300
+    assert lm.logits([[lm.tokenizer.bos_token_id, 5]]).shape == (1, 2, lm.config.d_vocab)
