@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of the data order and the exchange buffer; SAEs have their own
     config.lm = ConfigDict(
         dict(
-            path="",  # Hugging Face checkpoint directory; "" = the embedded model
+            path="",  # Hugging Face checkpoint directory or hub name; "" = the embedded model
+            revision="",  # of a hub name: branch, tag or commit; a run records the commit
             dtype="float32",  # of the language model and the exchange buffer
         )
     )

@@ -31,22 +31,33 @@ def given(config: Any) -> Any:
         raise ConfigError("--config", f"the file cannot be read: {' '.join(str(error).split())}") from error
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parse the flags and call `main`; what a user can get wrong ends in one sentence on stderr and exit code 2."""
+def run(main: Callable[..., int | None], *positional: str) -> None:
+    """Parse the flags and call `main`; what a user can get wrong ends in one sentence on stderr and exit code 2.
+
+    `positional` names the arguments that `main` takes from the command line.
+    """
 
     def parse(argv):
         try:
-            return app.parse_flags_with_usage(argv)
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, ConfigError):  # raised by a config file, and wrapped twice
+                cause = cause.__context__
+            _refuse(str(cause or error))
         except (AttributeError, KeyError) as error:  # an override of a field that the config lacks
             # ml_collections' message is the repr of "'name'\nDid you mean ...".
             what = str(error).replace("\\n", "; ").replace("\\", "").strip("\"'")
             _refuse(f"--config: no such field: {what}")
 
     def guarded(argv):
-        if len(argv) > 1:
-            _refuse(f"unexpected argument {argv[1]!r}; flags are written --name=value (--help lists them)")
+        if len(argv) - 1 > len(positional):
+            unexpected = argv[1 + len(positional)]
+            _refuse(f"unexpected argument {unexpected!r}; flags are written --name=value (--help lists them)")
+        if len(argv) - 1 < len(positional):
+            _refuse(f"{' '.join(positional[len(argv) - 1 :])} missing; --help shows how the command is written")
         try:
-            sys.exit(main())
+            sys.exit(main(*argv[1:]))
         except ConfigError as error:
             if TRACEBACK.value:
                 raise

@@ -1,6 +1,7 @@
 """An experiment as frozen dataclasses, built from an `ml_collections` file or plain dicts, and checked at the door.
 
-`configs/base.py` lists every field once, with its default and a comment; the dataclasses below hold no defaults.
+`configs/base.py` lists every field once, with its default and a comment; the dataclasses below hold none
+but those of fields that earlier runs lack.
 Whatever can be checked without reading a model or a data set is checked here. Nothing below this file sees a
 `ConfigDict`.
 """
@@ -37,6 +38,7 @@ class LM:
 
     path: str
     dtype: Literal["float32", "bfloat16"]
+    revision: str = ""  # runs of the first versions have none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,14 +345,12 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
         for name in value:
             if name not in fields:
                 raise ConfigError(f"{prefix}{name}", f"is not a field; {known_names(str(name), fields)}")
-        for name in fields:
-            if name not in value:
+        for field in dataclasses.fields(kind):
+            if field.name not in value and field.default is dataclasses.MISSING:
                 raise ConfigError(
-                    f"{prefix}{name}", "is missing; build the config on configs/base.py, which has every field"
+                    f"{prefix}{field.name}", "is missing; build the config on configs/base.py, which has every field"
                 )
-        return kind(
-            **{name: _convert(f"{prefix}{name}", annotation, value[name]) for name, annotation in fields.items()}
-        )
+        return kind(**{name: _convert(f"{prefix}{name}", fields[name], item) for name, item in value.items()})
     if origin is dict and isinstance(value, Mapping):
         return {str(name): _convert(f"{path}.{name}", args[1], item) for name, item in value.items()}
     if origin is tuple:

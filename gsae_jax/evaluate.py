@@ -28,14 +28,14 @@ def evaluate(path: Path, tokens: int | None = None) -> str:
     workdir = workdir_lib.Workdir(path)
     config = config_lib.from_dict(Experiment, workdir.config())
     saes = runs.load(path)
-    lm = loading.load_lm(config.lm.path, dtype=config.lm.dtype)
-    batches = list(held_out(config, lm.tokenizer, config.evaluation.tokens if tokens is None else tokens))
     # Nothing here is split along `latent`: every device takes rows, where they divide.
-    spread = len(batches[0]) % jax.device_count() == 0
+    spread = config.evaluation.rows_per_forward % jax.device_count() == 0
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1) if spread else config.mesh)
+    lm = loading.load_lm(config.lm.path, revision=config.lm.revision, dtype=config.lm.dtype, mesh=mesh)
+    batches = list(held_out(config, lm.tokenizer, config.evaluation.tokens if tokens is None else tokens))
     special_tokens = lm.special_tokens if config.activations.drop_special_tokens else ()
     with tqdm.tqdm(total=len(batches), unit="batch", desc="evaluate") as bar:
-        sums = measure.measure(lm, list(saes.values()), batches, mesh, special_tokens, bar.update)
+        sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update)
     model = config.lm.path or "gelu-1l-stdlib (embedded)"
     records = report.rows(Path(model).name, saes, sums)
     report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir))

@@ -1,5 +1,6 @@
 """Trained SAEs from a run directory."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 from gsae_jax import config as config_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import Experiment
+from gsae_jax.lms import checkpoints
 from gsae_jax.saes import trained
 
 
@@ -47,6 +49,23 @@ def load(path: str | os.PathLike[str]) -> dict[str, trained.SAE]:
     return {
         sae.name: sae for name in config.stacks for sae in _members(name, config, built[name][1], params[name], facts)
     }
+
+
+def pinned(config: Experiment, path: Path) -> Experiment:
+    """The experiment with a hub model's commit for its revision: that of the run in `path`, or the newest.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    name, revision = config.lm.path, config.lm.revision
+    if not name or Path(name).is_dir():
+        return config
+    workdir = workdir_lib.Workdir(path)
+    if workdir.latest_step() is not None and not revision:
+        recorded = config_lib.from_dict(Experiment, workdir.config()).lm
+        revision = recorded.revision if recorded.path == name else ""
+    commit = checkpoints.find(name, revision, "lm.path")[1]
+    return dataclasses.replace(config, lm=dataclasses.replace(config.lm, revision=commit))
 
 
 def _members(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cli
+from gsae_jax import cli, runs
 from gsae_jax import config as config_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import Experiment
@@ -19,7 +19,7 @@ INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 def run(config: Experiment, path: Path) -> int:
     """Train to the end and report; a finished run is left as it is."""
-    workdir = workdir_lib.Workdir(path)
+    config, workdir = runs.pinned(config, path), workdir_lib.Workdir(path)
     workdir.check(config_lib.to_dict(config))
     if workdir.latest_step() == config.train.steps and (workdir.report / "report.json").exists():
         print(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")

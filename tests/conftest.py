@@ -7,7 +7,8 @@ from absl import flags
 
 from configs import base
 from gsae_jax import config as config_lib
-from gsae_jax.lms import gelu, loading
+from gsae_jax.lms import checkpoints, gelu, loading
+from gsae_jax.lms.transformer import Model
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -58,13 +59,13 @@ def lm_dir(tmp_path_factory):
     """A random two-layer GELU model under the embedded model's tokenizer."""
     folder = tmp_path_factory.mktemp("lm") / "small"
     tokenizer = loading.load_lm().tokenizer
-    settings = gelu.Config(n_layers=2, d_model=32, n_heads=4, d_head=8, d_mlp=64, d_vocab=len(tokenizer), n_ctx=32)
-    module = gelu.Model(settings)
+    sizes = dict(n_layers=2, d_model=32, n_heads=4, d_head=8, d_mlp=64, d_vocab=len(tokenizer), n_ctx=32)
+    module = Model(gelu.config(sizes))
     params = module.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
     # Biases and gains away from 0 and 1, so that a forgotten one shows.
     keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
-    loading.save(folder, "gelu", module, params, tokenizer)
+    checkpoints.save(folder, module.config, params, tokenizer)
     return folder
 
 

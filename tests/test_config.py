@@ -9,6 +9,7 @@ from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def refused(config, **changes):
         experiment = config_lib.from_dict(Experiment, changed(config, **changes))
         mesh = mesh_lib.make_mesh(experiment.mesh)
         mesh_lib.check(experiment, mesh)
-        loop.build(experiment, mesh)
+        loop.build(experiment, mesh, Checkpoint.open(experiment.lm.path))
 
     with pytest.raises(ConfigError) as error:
         build()
@@ -90,7 +91,10 @@ def refused(config, **changes):
             {"train__batch_size": 4, "train__steps": 64},
             "train.batch_size: is 4, not divisible by the mesh's `data` axis; write a multiple of 8",
         ),
-        ({"lm__path": "nowhere"}, "lm.path: 'nowhere' has no config.json; write a Hugging Face checkpoint directory"),
+        (
+            {"lm__path": "nowhere"},
+            "lm.path: 'nowhere' is not a directory; write a checkpoint directory, a hub name",
+        ),
     ],
 )
 def test_bad_configs_are_refused(config_dict, changes, message):

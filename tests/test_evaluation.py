@@ -50,7 +50,7 @@ def test_identity_recovers_all_loss_and_zero_none(lm):
     D = lm.sites[SITE]
     config = relu.Config(D, 2 * D)
     saes = [as_sae("identity", relu, identity(D), config), as_sae("zero", relu, zero(D), config)]
-    sums = measure.measure(lm, saes, batches(lm), on_mesh(8, 1), lm.special_tokens)
+    sums = measure.measure(lm.on(on_mesh(8, 1)), saes, batches(lm), lm.special_tokens)
     kept, none = metrics.combine(sums["identity"]), metrics.combine(sums["zero"])
     assert kept["loss_recovered"] == pytest.approx(1, abs=1e-5)
     assert (none["l0"], none["alive"]) == (0, 0)
@@ -75,7 +75,7 @@ def test_every_metric_matches_float64(lm, lm_dir):
     params["b_gate"] = params["b_gate"].at[:5].set(-1e6)  # five dead features
     tokens = batches(lm)
     ours = metrics.combine(
-        measure.measure(lm, [as_sae("a", gated, params, config)], tokens, on_mesh(4, 2), lm.special_tokens)["a"]
+        measure.measure(lm.on(on_mesh(4, 2)), [as_sae("a", gated, params, config)], tokens, lm.special_tokens)["a"]
     )
 
     tensors, settings = checkpoint(lm_dir)
@@ -115,8 +115,10 @@ def test_one_device_and_eight_agree(lm):
     D = lm.sites[SITE]
     config = gated.Config(D, 48)
     saes = [as_sae(f"a_{seed}", gated, gated.init(jax.random.key(seed), config), config) for seed in range(2)]
-    one = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
-    alone, spread = (measure.measure(lm, saes, batches(lm), mesh, lm.special_tokens) for mesh in (one, on_mesh(8, 1)))
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    one = jax.make_mesh((1, 1), ("data", "latent"), devices=jax.devices()[:1], axis_types=axis_types)
+    meshes = (one, on_mesh(8, 1))
+    alone, spread = (measure.measure(lm.on(mesh), saes, batches(lm), lm.special_tokens) for mesh in meshes)
     for name, sums in alone.items():
         assert metrics.combine(sums) == pytest.approx(metrics.combine(spread[name]), rel=1e-4)
 
@@ -129,7 +131,7 @@ def test_the_report_is_whole(tmp_path, lm):
         for stack, (module, config) in configs.items()
         for seed in range(2)
     }
-    sums = measure.measure(lm, list(saes.values()), batches(lm), on_mesh(8, 1), lm.special_tokens)
+    sums = measure.measure(lm.on(on_mesh(8, 1)), list(saes.values()), batches(lm), lm.special_tokens)
     records = report.rows("small", saes, sums)
     training = [
         {"step": step, "gated/l0": [3.0, 2.0], "gated/loss": [1.0, 1.0], "gated/gamma": [1.0, 1.0]} for step in (1, 2)

@@ -57,7 +57,7 @@ def test_only_one_file_knows_orbax_and_only_one_maps_over_devices():
 
     assert users("import orbax") == {"workdir.py"}
     assert users("jax.shard_map(") | users("jax.shard_map,") == {"training/step.py"}
-    assert users("import tensorflow as") == users("pickle") == set()
+    assert users("import tensorflow as") == users("import pickle") == users("import dill") == set()
 
 
 def test_commands_are_thin():
@@ -68,5 +68,5 @@ def test_commands_are_thin():
 
 def test_plugins_are_files():
     assert list(plugins.known("saes", "FEATURE_AXES")) == ["gated", "relu"]
-    assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu"]
+    assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

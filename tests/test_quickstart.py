@@ -11,6 +11,7 @@ import pytest
 
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ def test_the_readmes_config_builds():
     names = {}
     exec(block, names)
     experiment = config_lib.from_dict(config_lib.Experiment, names["get_config"]())
-    program, _ = loop.build(experiment, mesh_lib.make_mesh(experiment.mesh))
+    program, _ = loop.build(experiment, mesh_lib.make_mesh(experiment.mesh), Checkpoint.open(experiment.lm.path))
     assert [stack.name for stack in program.stacks] == ["gated", "neurons", "untied"]
 
 

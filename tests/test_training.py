@@ -16,7 +16,8 @@ from gsae_jax import train as train_command
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluate import evaluate
-from gsae_jax.lms import loading
+from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.loading import capture
 from gsae_jax.saes import gated
 from gsae_jax.training import loop
 from tests import references
@@ -25,16 +26,12 @@ from tests import references
 def begin(experiment, mesh=None):
     """A program, its first state, language-model parameters and the stream of tokens."""
     mesh = mesh or mesh_lib.make_mesh(experiment.mesh)
-    program, tokenizer = loop.build(experiment, mesh)
-    lm = loading.load_lm(
-        experiment.lm.path,
-        dtype=experiment.lm.dtype,
-        num_layers=program.module.config.n_layers,
-        sharding=mesh_lib.sharding(mesh),
-    )
+    checkpoint = Checkpoint.open(experiment.lm.path)
+    program, tokenizer = loop.build(experiment, mesh, checkpoint)
+    lm_params = checkpoint.params(program.module, experiment.lm.dtype)
     rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**20)
     stream = rows_lib.batches(rows, experiment.rows_per_call, experiment.seed)
-    return program, loop.start(program, lm.params, stream), lm.params, stream
+    return program, loop.start(program, lm_params, stream), lm_params, stream
 
 
 def advance(program, state, lm_params, stream, calls):
@@ -112,7 +109,7 @@ def replay(program, state, lm_params, tokens):
     batch, slots = next(iter(store.values())).shape[:2]
     updates, served = program.config.updates_per_call, {site: [] for site in store}
     for call, rows in enumerate(tokens):
-        fresh = loading.capture(program.module, lm_params, jnp.array(rows), program.config.sites)
+        fresh = capture(program.module, lm_params, jnp.array(rows), program.config.sites)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), call * updates)
         picks = jax.random.randint(jax.random.fold_in(key, 1), (updates, batch), 0, slots)
         shift = int(jax.random.randint(jax.random.fold_in(key, 2), (), 0, rows.shape[1]))
@@ -135,9 +132,9 @@ def test_the_store_starts_full_of_valid_scaled_activations(experiment):
         squared = np.square(x * float(state.scales[site])).sum(-1).mean()
         assert squared == pytest.approx(width, rel=0.1)
     tokens = next(begin(experiment)[3])
-    bos = loading.capture(program.module, lm_params, jnp.array(tokens), ["blocks.0.hook_mlp_out"])[
-        "blocks.0.hook_mlp_out"
-    ][0, 0]
+    bos = capture(program.module, lm_params, jnp.array(tokens), ["blocks.0.hook_mlp_out"])["blocks.0.hook_mlp_out"][
+        0, 0
+    ]
     distance = np.abs(np.asarray(state.store["blocks.0.hook_mlp_out"]) - np.asarray(bos)).max(-1)
     assert distance.min() > 1e-3  # BOS, the same in every row, is not among them
 
@@ -163,19 +160,21 @@ def test_a_batch_may_take_several_forward_passes(experiment):
 
 def lm_flops(experiment):
     """FLOPs of the compiled forward pass that feeds the stacks."""
-    program, _ = loop.build(experiment, single_device_mesh())
-    lm = loading.load_lm(experiment.lm.path, num_layers=program.module.config.n_layers)
+    checkpoint = Checkpoint.open(experiment.lm.path)
+    program, _ = loop.build(experiment, single_device_mesh(), checkpoint)
+    lm_params = checkpoint.params(program.module, "float32")
     tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
-    return jax.jit(program.activations).lower(lm.params, tokens).compile().cost_analysis()["flops"]
+    return jax.jit(program.activations).lower(lm_params, tokens).compile().cost_analysis()["flops"]
 
 
 def step_flops(experiment):
     """FLOPs of the whole compiled train program (XLA counts a scan's body once, whatever its length)."""
-    program, _ = loop.build(experiment, single_device_mesh())
-    lm = loading.load_lm(experiment.lm.path, num_layers=program.module.config.n_layers)
+    checkpoint = Checkpoint.open(experiment.lm.path)
+    program, _ = loop.build(experiment, single_device_mesh(), checkpoint)
+    lm_params = checkpoint.params(program.module, "float32")
     ones = dict.fromkeys(experiment.sites, 1.0)
     tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
-    return program.train_step.lower(program.init(ones, ones), lm.params, tokens).compile().cost_analysis()["flops"]
+    return program.train_step.lower(program.init(ones, ones), lm_params, tokens).compile().cost_analysis()["flops"]
 
 
 def test_one_forward_pass_serves_every_stack(experiment):

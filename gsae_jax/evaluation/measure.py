@@ -20,11 +20,10 @@ def measure(
     lm: LM,
     saes: Sequence[trained.SAE],
     batches: Iterable[np.ndarray],
-    mesh: jax.sharding.Mesh,
     special_tokens: tuple[int, ...] = (),
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, metrics.Sums]:
-    """Sums over `batches` [R, T] of tokens, by SAE name; `metrics.combine` turns them into metrics.
+    """On the LM's mesh, sums over `batches` [R, T] of tokens, by SAE name; `metrics.combine` turns them into metrics.
 
     What an SAE was not trained on (`special_tokens`, and activations beyond its norm limit) is not measured, and keeps
     the language model's own activation under every intervention.
@@ -33,8 +32,8 @@ def measure(
     for sae in saes:
         sites.check(sae.site, lm.sites, f"site of {sae.name}")
         groups.setdefault((sae.site, sae.norm_limit, sae.architecture, sae.config), []).append(sae)
-    replicated, rows = mesh_lib.sharding(mesh), mesh_lib.sharding(mesh, "data")
-    lm_params = jax.device_put(lm.params, replicated)
+    mesh = lm.module.mesh
+    replicated, rows = (mesh_lib.sharding(mesh), mesh_lib.sharding(mesh, "data")) if mesh else (None, None)
     stacked = {
         key: jax.device_put(
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *(sae.params for sae in members)), replicated
@@ -45,9 +44,9 @@ def measure(
     totals: dict[str, metrics.Sums] = {sae.name: {} for sae in saes}
     for tokens in batches:
         tokens_RxT = jax.device_put(tokens, rows)
-        references = jax.device_get(_references(lm.module, zeroed, special_tokens, lm_params, tokens_RxT))
+        references = jax.device_get(_references(lm.module, zeroed, special_tokens, lm.params, tokens_RxT))
         for key, members in groups.items():
-            sums = jax.device_get(_sae_sums(lm.module, *key, special_tokens, lm_params, stacked[key], tokens_RxT))
+            sums = jax.device_get(_sae_sums(lm.module, *key, special_tokens, lm.params, stacked[key], tokens_RxT))
             shared = {"ce_clean": references["clean"], "ce_zero": references["zero"][zeroed.index(key[:2])]}
             for index, sae in enumerate(members):
                 metrics.add(totals[sae.name], {name: value[index] for name, value in sums.items()} | shared)

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gsae_jax.lms import partition
+
 
 def logits_per_chunk() -> int:
     """On a CPU a chunk's logits should stay in the cache; an accelerator wants large products."""
@@ -17,6 +19,7 @@ def cross_entropy(module: Any, params: Any, x_BxTxD: jax.Array, tokens_BxT: jax.
     Chunks run over positions, so that a batch that lies along a mesh axis stays there.
     """
     B, T = tokens_BxT.shape
+    params = partition.gather_head(params, module.mesh)
     positions = min(T - 1, max(1, logits_per_chunk() // (B * module.config.d_vocab)))
 
     def at_position(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:

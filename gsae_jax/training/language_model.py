@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
-from gsae_jax.lms import gelu, loading
+from gsae_jax.lms import checkpoints, gelu
 from gsae_jax.lms.loss import cross_entropy
+from gsae_jax.lms.transformer import Model
 
 TEST_ROWS = 16  # rows of held-out text in one batch
 
@@ -32,8 +33,8 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
         ConfigError: text that is too short.
     """
     tokenizer = train_tokenizer(config)
-    module: Any = gelu.Model(
-        gelu.Config(d_vocab=len(tokenizer), n_ctx=config.data.context_length, **vars(config.model))
+    module: Any = Model(
+        gelu.config({**vars(config.model), "d_vocab": len(tokenizer), "n_ctx": config.data.context_length})
     )
     train_rows = rows_lib.open_rows(config.data, "train", tokenizer, limit=2**40)
     test_rows = rows_lib.open_rows(config.data, "test", tokenizer, limit=config.test_tokens)
@@ -69,8 +70,8 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
             test = held_out(params) if number % 500 == 0 else None
             curve.append((number, round(float(value), 4), test and round(test, 4)))
             bar.set_postfix_str(f"loss {value:.3f}" + (f", held out {test:.3f} nats/token" if test else ""))
-    loading.save(out, "gelu", module, params, tokenizer)
-    final = held_out(loading.load_lm(out).params)  # of what was written: bfloat16
+    checkpoints.save(out, module.config, params, tokenizer)
+    final = held_out(checkpoints.Checkpoint.open(out).params(module, "float32"))  # of what was written: bfloat16
     curve.append((steps, round(float(value), 4), round(final, 4)))
     facts = {
         "config": config_lib.to_dict(config),

@@ -18,6 +18,7 @@ from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
+from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.training.step import Program, TrainState
 
 
@@ -35,16 +36,16 @@ def train(config: Experiment, path: Path) -> bool:
     workdir.check(as_json)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check(config, mesh)
-    program, tokenizer = build(config, mesh)
-    layers, everywhere = program.module.config.n_layers, mesh_lib.sharding(mesh)
-    lm = loading.load_lm(config.lm.path, dtype=config.lm.dtype, num_layers=layers, sharding=everywhere)
+    checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
+    program, tokenizer = build(config, mesh, checkpoint)
+    lm_params = checkpoint.params(program.module, config.lm.dtype)
     rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, jax.process_index(), jax.process_count())
     rows_lib.held_out(config, tokenizer, config.evaluation.tokens)  # the report's text must be there too
     latest = workdir.latest_step()
     if latest is None:
         print(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer", flush=True)
-        state = start(program, lm.params, stream)
+        state = start(program, lm_params, stream)
     workdir.create(as_json)
     checkpoints = workdir_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
     try:
@@ -56,19 +57,18 @@ def train(config: Experiment, path: Path) -> bool:
             state, position = _restore(program, checkpoints, latest)
             stream.set_state(position)
             print(f"continuing from step {latest:,}", flush=True)
-        return _loop(config, program, lm.params, stream, state, workdir, checkpoints, {"rows": rows.fingerprint})
+        return _loop(config, program, lm_params, stream, state, workdir, checkpoints, {"rows": rows.fingerprint})
     finally:
         checkpoints.close()
 
 
-def build(config: Experiment, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
+def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -> tuple[Program, Any]:
     """The train program and the tokenizer, from the language model's settings alone.
 
     Raises:
         ConfigError: a site, context or architecture that the language model or the project does not have.
     """
-    folder = Path(config.lm.path) if config.lm.path else loading.EMBEDDED
-    whole = loading.load_module(folder, None, "lm.path")
+    whole = checkpoint.module()
     widths = loading.site_widths(whole)
     for name, stack in config.stacks.items():
         sites.check(stack.site, widths, f"stacks.{name}.site")
@@ -78,9 +78,8 @@ def build(config: Experiment, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
             f"is {config.data.context_length}; this language model has positions for {whole.config.n_ctx}",
         )
     layers = 1 + max(sites.layer_of(site) for site in config.sites)
-    tokenizer = loading.load_tokenizer(folder, whole, "lm.path")
-    module = loading.load_module(folder, layers, "lm.path")
-    return Program.build(config, mesh, module, loading.special_tokens(tokenizer)), tokenizer
+    tokenizer = checkpoint.tokenizer()
+    return Program.build(config, mesh, checkpoint.module(layers, mesh), loading.special_tokens(tokenizer)), tokenizer
 
 
 def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> TrainState:

@@ -1,0 +1,47 @@
+"""Not an experiment: what those on published models share, the paper's recipe (D.1) and its comparison (4.1)."""
+
+from configs import base
+from gsae_jax.config import ConfigError, known_names
+
+HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}
+
+
+def recipe(lm, context_length, steps, large=True, decay_fraction=0.0):
+    """Text, sizes and schedule; `large`: a language model that wants bfloat16."""
+    config = base.get_config()  # batches of 4,096, a buffer of 2**20, a linear warm-up
+    config.lm.path = lm
+    if large:
+        config.lm.dtype = config.train.compute_dtype = "bfloat16"
+    config.data.corpus, config.data.name, config.data.test_split = "tfds", "c4/en", "validation"
+    config.data.context_length = context_length
+    config.activations.rows_per_forward = 2**14 // context_length  # four batches
+    config.train.steps, config.train.decay_fraction = steps, decay_fraction
+    config.checkpoint.every = 10_000  # a state is many gigabytes
+    config.evaluation.tokens = 2**20
+    config.evaluation.rows_per_forward = 2**13 // context_length  # each token's every feature is in memory
+    return config
+
+
+def choose(which, layers):
+    """The kind and the site that a name such as "resid16" stands for."""
+    sites = {f"{kind}{layer}": (kind, f"blocks.{layer}.{hook}") for kind, hook in HOOKS.items() for layer in layers}
+    if which not in sites:
+        raise ConfigError("--config", f"has no site {which!r}; {known_names(which, sites)}")
+    return sites[which]
+
+
+def compare(config, site, d_in, width, l1=(2e-5, 4e-5, 8e-5), baseline_learning_rate=7.5e-4, prefix=""):
+    """Add gated SAEs and baselines 1.5x as wide; `l1`: as printed for the paper's baselines, L0 about 100, 40, 15."""
+    # The paper divides the baselines' squared error by d_in E|x|^2. In our inputs, y = x sqrt(d_in / E|x|^2), its loss
+    # is proportional to |y - y_hat|^2 / d_in + l1 sqrt(d_in E|x|^2) |f|_1. There one l1 gives about one L0 at nearly
+    # all sites of both models, which takes a normalised x: we read E|x|^2 = 1. The l1 printed for gated SAEs varies
+    # with an E|x|^2 that is not printed; in the quickstart a gated SAE has a baseline's L0 at about 1.3 times its l1.
+    ours = [value * d_in**0.5 for value in l1]
+    config.stacks[f"{prefix}gated"] = base.stack("gated", site, width, [_rounded(1.3 * value) for value in ours])
+    config.stacks[f"{prefix}baseline"] = base.stack(
+        "relu", site, width * 3 // 2, [_rounded(value) for value in ours], learning_rates=(baseline_learning_rate,)
+    )
+
+
+def _rounded(value):
+    return float(f"{value:.2g}")

@@ -1,0 +1,25 @@
+"""Turn a language model's PyTorch pickle into safetensors, once; needs torch (pip install '.[torch]').
+
+python -m gsae_jax.convert_lm SRC OUT [--tokenizer DIR_OR_HUB_NAME]
+
+SRC is a directory or a hub name: a Hugging Face checkpoint with pytorch_model.bin, or a TransformerLens one such as
+NeelNanda/GELU_1L512W_C4_Code (config.json and model_final.pth).
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gsae_jax import cli
+from gsae_jax.lms.conversion import convert
+
+
+def main(source: str, out: str) -> None:
+    """The command."""
+    convert(source, Path(out), TOKENIZER.value)
+    print(f"{out} is written; use it as --config.lm.path={out}, or in gsae_jax.load_lm({out!r})")
+
+
+if __name__ == "__main__":
+    TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of a SRC without one: a directory or a hub name.")
+    cli.run(main, "SRC", "OUT")

@@ -1,0 +1,71 @@
+"""Causal attention: cuDNN's fused kernel where it applies, else a few blocks of queries at a time."""
+
+import jax
+import jax.numpy as jnp
+
+QUERIES = 512  # in a block: scores take [B, H, 512, T] at most, and blocks of the future are never computed
+
+
+def attend(
+    q_BxTxHxK: jax.Array,
+    k_BxTxGxK: jax.Array,
+    v_BxTxGxK: jax.Array,
+    mask_BxT: jax.Array | None,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> jax.Array:
+    """What each query [B, T, H, K] reads from the values of the tokens up to its own.
+
+    Args:
+        q_BxTxHxK: queries; every H / G of them share a key-value head.
+        k_BxTxGxK: keys.
+        v_BxTxGxK: values.
+        mask_BxT: False for keys that nothing may read (padding).
+        window: tokens that a token sees, itself included; 0 = all before it.
+        scale: of the scores.
+        softcap: scores s become c * tanh(s / c); 0 = they stay.
+    """
+    if mask_BxT is None and not softcap and _fused(q_BxTxHxK):
+        return jax.nn.dot_product_attention(
+            *(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK),
+            scale=scale,
+            is_causal=True,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation="cudnn",
+        )
+    T = q_BxTxHxK.shape[1]
+    blocks = []
+    for start in range(0, T, QUERIES):
+        stop = min(start + QUERIES, T)
+        first = max(0, start - window + 1) if window else 0
+        query, key = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None]
+        seen = key <= query
+        if window:
+            seen &= key > query - window
+        seen = seen[None, None]
+        if mask_BxT is not None:
+            seen &= mask_BxT[:, None, None, first:stop]
+        block = q_BxTxHxK[:, start:stop], k_BxTxGxK[:, first:stop], v_BxTxGxK[:, first:stop]
+        blocks.append(
+            _capped(*block, seen, scale, softcap)
+            if softcap
+            else jax.nn.dot_product_attention(*block, mask=seen, scale=scale, implementation="xla")
+        )
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _fused(q_BxTxHxK: jax.Array) -> bool:
+    """cuDNN's kernel takes half precision and heads of up to 128."""
+    K = q_BxTxHxK.shape[-1]
+    half = q_BxTxHxK.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.default_backend() == "gpu" and half and K <= 128 and K % 8 == 0
+
+
+def _capped(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, softcap: float) -> jax.Array:
+    B, T, H, K = q.shape
+    q = q.reshape(B, T, k.shape[2], H // k.shape[2], K)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(seen[:, :, None], softcap * jnp.tanh(scores / softcap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(B, T, H, K)

@@ -1,0 +1,95 @@
+"""PyTorch pickles to safetensors; needs torch. Pickles are read with `weights_only=True`, which runs no code."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from gsae_jax.config import ConfigError
+from gsae_jax.lms import checkpoints, gelu
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+def convert(source: str, out: Path, tokenizer: str = "") -> None:
+    """Write the directory `out`, whole or not at all.
+
+    Raises:
+        ConfigError: no pickle there, one that holds more than tensors, a model that we lack, or an `out` that exists.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("OUT", f"{out} exists; write a new directory")
+    folder = Path(source)
+    if not folder.is_dir():
+        patterns = ("*.json", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin", "model_final.pth")
+        folder = checkpoints.fetch(source, "", "SRC", *patterns)
+    settings = checkpoints.read_json(folder / "config.json", "SRC")
+    if "model_type" not in settings:  # TransformerLens' own
+        settings = {"model_type": "gelu"} | settings
+        try:
+            gelu.config(settings)
+        except ValueError as error:
+            raise ConfigError("SRC", f"{folder / 'config.json'} {error}") from error
+    files = _pickles(folder)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
+        made = Path(scratch) / out.name
+        made.mkdir()
+        (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        _copy_tokenizer(folder, made, tokenizer or settings.get("tokenizer_name", ""))
+        weight_map: dict[str, str] = {}
+        for number, file in enumerate(files, 1):
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else checkpoints.WEIGHTS
+            weight_map |= dict.fromkeys(_convert_file(file, made / name), name)
+        if len(files) > 1:
+            (made / checkpoints.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+        checkpoints.Checkpoint.open(made, field="SRC").check()
+        if out.exists():
+            out.rmdir()
+        os.replace(made, out)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    if (folder / BIN_INDEX).exists():
+        files = sorted(set(checkpoints.read_json(folder / BIN_INDEX, "SRC")["weight_map"].values()))
+        lost = [file for file in files if not (folder / file).exists()]
+        if lost:
+            raise ConfigError("SRC", f"{folder / BIN_INDEX} names {', '.join(lost)}, which are not there")
+        return [folder / file for file in files]
+    found = sorted(file for file in folder.iterdir() if file.suffix in checkpoints.PICKLES)
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ConfigError("SRC", f"{folder} must have one pickle, or {BIN_INDEX}; it has {names}")
+    return found
+
+
+def _convert_file(file: Path, out: Path) -> list[str]:
+    """Write the tensors of one pickle; returns their names."""
+    try:
+        import safetensors.torch
+        import torch
+    except ImportError as error:
+        raise ConfigError("SRC", "is a pickle, which only torch can read: pip install '.[torch]'") from error
+    try:
+        tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises its own, those of zip files and those of pickles
+        why = str(error).splitlines()[0]
+        raise ConfigError("SRC", f"{file} cannot be read as a pickle of tensors alone: {why}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ConfigError("SRC", f"{file} holds more than a dictionary of tensors; save its state_dict")
+    own = {name: value.clone().contiguous() for name, value in tensors.items()}  # tied tensors share memory
+    safetensors.torch.save_file(own, out, metadata={"format": "pt"})
+    return list(own)
+
+
+def _copy_tokenizer(folder: Path, out: Path, name: str) -> None:
+    source = folder if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) else name
+    if not source:
+        raise ConfigError("--tokenizer", f"{folder} has no tokenizer; write the directory or hub name of one")
+    try:
+        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError("--tokenizer", f"{source} cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,87 @@
+"""What the families of Hugging Face checkpoints share: reading `config.json`, and rotary frequencies."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from gsae_jax.config import known_names
+from gsae_jax.lms.transformer import ACTIVATIONS
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking: Any) -> Any:
+    """`config.json` as transformers' own config object, which knows every older spelling.
+
+    Args:
+        settings: the JSON.
+        required: fields that must be there (transformers would fill them in with another model's).
+        **lacking: a field and the one value of it that we have.
+
+    Raises:
+        ValueError: fields are missing, contradict each other or ask for a feature that we lack.
+    """
+    missing = sorted(set(required) - settings.keys())
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    if "quantization_config" in settings:
+        raise ValueError("describes quantised weights, which are not supported; load the unquantised checkpoint")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of rotary settings that `frequencies` refuses
+    try:
+        config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
+    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"contradicts itself: {' '.join(str(error).split())}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for field, ours in lacking.items():
+        value = getattr(config, field, None)
+        if value is not None and value != ours:
+            raise ValueError(f"has {field} = {value!r}, which is not supported (only {ours!r} is)")
+    return config
+
+
+def activation(name: str) -> str:
+    """Raises `ValueError` for an activation function we lack."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"has the activation {name!r}, which is not supported; {known_names(name, ACTIVATIONS)}")
+    return name
+
+
+def window(config: Any, layer_type: str) -> int:
+    """The tokens that a layer sees, 0 = all.
+
+    Raises:
+        ValueError: a kind of attention we lack.
+    """
+    if layer_type not in ("full_attention", "sliding_attention"):
+        raise ValueError(f"has layer type {layer_type!r}, which is not supported (full_ and sliding_attention are)")
+    return config.sliding_window or 0 if layer_type == "sliding_attention" else 0
+
+
+def frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
+    """Rotary frequencies in radians per position, for transformers' `rope_parameters` of a layer.
+
+    Linear scaling divides all of them by `factor`; `llama3` divides those whose wavelength exceeds the original
+    context / low_freq_factor, keeps those below the original context / high_freq_factor, and blends between.
+
+    Raises:
+        ValueError: a kind of scaling we lack.
+    """
+    kind = rope.get("rope_type", "default")
+    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    inverse = 1.0 / np.float32(rope["rope_theta"]) ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)
+    if kind == "linear":
+        inverse = inverse / rope["factor"]
+    elif kind == "llama3":
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)  # in the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        inverse = (1 - kept) * inverse / rope["factor"] + kept * inverse
+    elif kind != "default":
+        raise ValueError(f"has rope scaling {kind!r}, which is not supported; known: default, linear, llama3")
+    return tuple(float(x) for x in inverse)

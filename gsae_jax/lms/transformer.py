@@ -1,0 +1,283 @@
+"""The decoder-only transformer that every family is a setting of, with TransformerLens' names for parameters and sites.
+
+Per block, sequential: x += attn(ln1(x)); x += mlp(ln2(x)). Parallel: x += attn(ln1(x)) + mlp(ln2(x)); there
+`hook_resid_mid` is the stream between the two additions, which the MLP does not read (TransformerLens has none).
+
+Shape suffixes: B batch, T tokens, D d_model, H heads, G key-value heads, K d_head, M d_mlp, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gsae_jax.lms import partition
+from gsae_jax.lms.attention import attend
+from gsae_jax.lms.sites import Tap, no_tap
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+normal, ones, zeros = nn.initializers.normal, nn.initializers.ones, nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What may differ from block to block.
+
+    Attributes:
+        attention_scale: what scores are multiplied by before the soft-cap and the softmax.
+        window: tokens that a token sees, itself included; 0 = all before it.
+        frequencies: radians per position by which pairs of the first 2 * len(frequencies) dimensions of each query
+            and key are turned; () = no rotary positions.
+    """
+
+    attention_scale: float
+    window: int = 0
+    frequencies: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and switches; sizes have TransformerLens' names.
+
+    Attributes:
+        layers: one entry per block.
+        n_ctx: the longest text, in tokens.
+        normalization: LayerNorm with bias, or RMSNorm.
+        norm_offset: RMSNorm multiplies by `norm_offset + w` (Gemma: 1).
+        norm_after: also normalise what attention and MLP return (Gemma 2 and 3).
+        parallel: attention and MLP read the same stream (Pythia).
+        gated_mlp: activation(x @ W_gate) * (x @ W_in) instead of activation(x @ W_in).
+        qk_norm: RMSNorm of every query and key head (Qwen 3, Gemma 3).
+        learned_positions: an embedding of each position is added to the tokens'.
+        tied: the unembedding is the transposed embedding.
+        embedding_scale: what embeddings are multiplied by (Gemma).
+        attention_softcap, logit_softcap: c * tanh(x / c) on scores and logits; 0 = none (Gemma 2).
+    """
+
+    layers: tuple[Layer, ...]
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    activation: str
+    norm_eps: float
+    normalization: Literal["LN", "RMS"] = "RMS"
+    norm_offset: float = 0.0
+    norm_after: bool = False
+    parallel: bool = False
+    gated_mlp: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    unembed_bias: bool = False
+    learned_positions: bool = False
+    tied: bool = False
+    embedding_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks."""
+        return len(self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a block is called with beside the stream.
+
+    Attributes:
+        layer: its settings.
+        positions_BxT: of the tokens; B is 1 without padding.
+        mask_BxT: False at padding, or None.
+        tap: called with the site's name within the block, and its activations.
+    """
+
+    layer: Layer
+    positions_BxT: jax.Array
+    mask_BxT: jax.Array | None
+    tap: Tap
+
+
+class Part(nn.Module):
+    """A module whose parameters lie in shards on `mesh` and are gathered where they are used."""
+
+    config: Config
+    mesh: Any
+
+    def weight(self, name: str, init: Any, *shape: int) -> jax.Array:
+        """A parameter, whole along the mesh's `data` axis."""
+        return partition.gathered(name, self.param(name, init, shape), self.mesh)
+
+
+class Norm(Part):
+    """LayerNorm or RMSNorm over the last axis, in float32 whatever the dtype of the stream."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        c, axes = self.config, tuple(range(x.ndim - 1))
+        w = self.weight("w", zeros if c.norm_offset else ones, x.shape[-1]).astype(jnp.float32) + c.norm_offset
+        y = x.astype(jnp.float32)
+        if c.normalization == "LN":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + c.norm_eps)
+        y *= jnp.expand_dims(w, axes)
+        if c.normalization == "LN":
+            y += jnp.expand_dims(self.weight("b", zeros, x.shape[-1]).astype(jnp.float32), axes)
+        return y.astype(x.dtype)
+
+
+class Attention(Part):
+    """Causal attention with grouped key-value heads; `hook_z` has the heads concatenated, as W_O reads them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c, layer = self.config, call.layer
+        H, G, D, K = c.n_heads, c.n_key_value_heads, c.d_model, c.d_head
+
+        def project(name: str, heads: int) -> jax.Array:
+            y = jnp.einsum("btd,hdk->bthk", x, self.weight(f"W_{name}", normal(D**-0.5), heads, D, K))
+            return y + self.weight(f"b_{name}", zeros, heads, K)[None, None] if c.qkv_bias else y
+
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = project("Q", H), project("K", G), project("V", G)
+        if c.qk_norm:
+            rms = dataclasses.replace(c, normalization="RMS")
+            q_BxTxHxK, k_BxTxGxK = (
+                Norm(rms, self.mesh, name=name)(y) for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
+            )
+        if layer.frequencies:
+            q_BxTxHxK, k_BxTxGxK = (rotate(y, call.positions_BxT, layer.frequencies) for y in (q_BxTxHxK, k_BxTxGxK))
+        z = attend(
+            q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, layer.window, layer.attention_scale, c.attention_softcap
+        ).reshape(*x.shape[:2], H * K)
+        W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
+        out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
+        return out + self.weight("b_O", zeros, D)[None, None] if c.attention_out_bias else out
+
+
+class MLP(Part):
+    """W_out @ activation(W_in @ x), or gated."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c = self.config
+        D, M, activation = c.d_model, c.d_mlp, ACTIVATIONS[c.activation]
+
+        def affine(x: jax.Array, suffix: str, std: float, *shape: int) -> jax.Array:
+            y = x @ self.weight(f"W_{suffix}", normal(std), *shape)
+            return y + self.weight(f"b_{suffix}", zeros, shape[-1])[None, None] if c.mlp_bias else y
+
+        y = affine(x, "in", D**-0.5, D, M)
+        y = activation(affine(x, "gate", D**-0.5, D, M)) * y if c.gated_mlp else activation(y)
+        return affine(call.tap("mlp.hook_post", y), "out", (M * 2 * c.n_layers) ** -0.5, M, D)
+
+
+class Block(Part):
+    """Attention and MLP, each normalised before (and in some families after) and added to the stream."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c, mesh, tap = self.config, self.mesh, call.tap
+
+        def norm(name: str, x: jax.Array, present: bool = True) -> jax.Array:
+            return Norm(c, mesh, name=name)(x) if present else x
+
+        x = mid = tap("hook_resid_pre", x)
+        attention = Attention(c, mesh, name="attn")(norm("ln1", x), call)
+        attention = tap("hook_attn_out", norm("ln1_post", attention, c.norm_after))
+        mid = tap("hook_resid_mid", x + attention)
+        mlp = MLP(c, mesh, name="mlp")(norm("ln2", x if c.parallel else mid), call)
+        mlp = tap("hook_mlp_out", norm("ln2_post", mlp, c.norm_after))
+        return tap("hook_resid_post", partition.rows(mid + mlp, mesh))
+
+
+class Model(nn.Module):
+    """`hidden` runs the blocks and `logits` reads them out; with `head=False` the model ends after its last block.
+
+    Attributes:
+        mesh: where the parameters lie in shards (`partition`); None: on one device.
+    """
+
+    config: Config
+    head: bool = True
+    mesh: Any = None
+
+    def setup(self) -> None:
+        """Parameters under TransformerLens' names."""
+        c = self.config
+        self.W_E = self.param("embed.W_E", normal(0.5 * c.d_model**-0.5), (c.d_vocab, c.d_model))
+        if c.learned_positions:
+            self.W_pos = self.param("pos_embed.W_pos", normal(0.1 * c.d_model**-0.5), (c.n_ctx, c.d_model))
+        self.blocks = [Block(c, self.mesh, name=f"blocks.{layer}") for layer in range(c.n_layers)]
+        if self.head:
+            self.ln_final = Norm(c, self.mesh, name="ln_final")
+            if not c.tied:
+                self.W_U = self.param("unembed.W_U", normal(c.d_model**-0.5), (c.d_model, c.d_vocab))
+            if c.unembed_bias:
+                self.b_U = self.param("unembed.b_U", zeros, (c.d_vocab,))
+
+    def hidden(self, tokens_BxT: jax.Array, tap: Tap = no_tap, mask_BxT: jax.Array | None = None) -> jax.Array:
+        """The residual stream [B, T, D] after the last block.
+
+        Args:
+            tokens_BxT: token ids.
+            tap: called with every site's name and activations.
+            mask_BxT: False at padding, which nothing attends to; positions count the other tokens.
+        """
+        c = self.config
+        positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
+        if mask_BxT is not None:
+            positions_BxT = jnp.maximum(jnp.cumsum(mask_BxT, axis=1) - 1, 0)
+        x = partition.lookup(self.W_E, tokens_BxT, self.mesh)
+        x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.learned_positions:
+            x += partition.gathered("W_pos", self.W_pos, self.mesh)[positions_BxT]
+        for number, (block, layer) in enumerate(zip(self.blocks, c.layers, strict=True)):
+            x = block(x, Call(layer, positions_BxT, mask_BxT, _prefixed(tap, f"blocks.{number}.")))
+        return x
+
+    def logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Logits [B, T, V], float32, of a residual stream."""
+        c = self.config
+        W_U = self.W_E.T if c.tied else self.W_U
+        W_U = partition.gathered("W_U", W_U, self.mesh)
+        logits = jnp.matmul(self.ln_final(x_BxTxD), W_U, preferred_element_type=jnp.float32)
+        if c.unembed_bias:
+            logits += self.b_U[None, None]
+        return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+    def __call__(self, tokens_BxT: jax.Array, tap: Tap = no_tap, mask_BxT: jax.Array | None = None) -> jax.Array:
+        """Logits [B, T, V], float32, of token ids [B, T]."""
+        return self.logits(self.hidden(tokens_BxT, tap, mask_BxT))
+
+
+def rotate(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, frequencies: tuple[float, ...]) -> jax.Array:
+    """Rotary positions: dimensions i and i + R of the first 2R are turned by positions * frequencies[i]."""
+    R = len(frequencies)
+    angles = positions_BxT[..., None, None] * jnp.array(frequencies, jnp.float32)[None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b, rest = jnp.split(x_BxTxHxK, (R, 2 * R), axis=-1)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return jnp.concatenate([*(y.astype(x_BxTxHxK.dtype) for y in turned), rest], axis=-1)
+
+
+def _prefixed(tap: Tap, prefix: str) -> Tap:
+    return lambda site, x: tap(prefix + site, x)
