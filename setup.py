@@ -16,8 +16,10 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
+        "einops>=0.8",
         "flax>=0.12",
         "grain>=0.2.16",
+        "huggingface_hub>=1.0",
         "importlib_resources",  # tensorflow-datasets needs it for builders that live in a package
         "jax>=0.10,<0.13",
         "matplotlib",
@@ -36,6 +38,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "torch": ["torch>=2.6"],  # convert_lm, and the tests marked torch
         "test": ["mypy", "pytest", "ruff"],
     },
 )

@@ -1,18 +1,26 @@
 """Every family against transformers' torch implementation, through checkpoints made by fixtures/lms/make.py."""
 
+import json
+import re
+import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import gsae_jax
+from gsae_jax.config import ConfigError
+from gsae_jax.lms.checkpoints import Checkpoint
+from tests.fixtures.lms import make
 
-FIXTURES = Path(__file__).parent / "fixtures" / "lms"
-CASES = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "config.json").exists())
+FIXTURES = Path(make.__file__).parent
 
 
-def check(lm, expected):
-    """Logits and every site within 1e-4, where there is no padding."""
+def check(lm, expected, atol=1e-4):
+    """Logits and every site are the reference's, where there is no padding."""
     mask = expected["mask"]
     assert mask[0].all()
     assert not mask[1, 0]
@@ -20,10 +28,165 @@ def check(lm, expected):
     ours = lm.activations(expected["tokens"], lm.sites, mask) | {"logits": lm.logits(expected["tokens"], mask)}
     assert set(ours) == set(expected) - {"tokens", "mask"}
     for name, x in ours.items():
-        np.testing.assert_allclose(np.asarray(x)[mask], expected[name][mask], atol=1e-4, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(np.asarray(x)[mask], expected[name][mask], atol=atol, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
+def expected(case, folder=FIXTURES):
+    with np.load(folder / case / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("case", make.CASES)
 def test_logits_and_every_site_are_the_references(case):
-    with np.load(FIXTURES / case / "expected.npz") as expected:
-        check(gsae_jax.load_lm(FIXTURES / case), dict(expected))
+    check(gsae_jax.load_lm(FIXTURES / case), expected(case))
+
+
+@pytest.mark.torch
+def test_the_committed_fixtures_are_what_torch_computes(tmp_path):
+    make.make(tmp_path)
+    for case in make.CASES:
+        fresh, committed = expected(case, tmp_path), expected(case)
+        assert set(fresh) == set(committed)
+        for name, x in committed.items():
+            np.testing.assert_allclose(fresh[name], x, atol=1e-5, rtol=1e-5, err_msg=f"{case} {name}")
+        check(gsae_jax.load_lm(tmp_path / case), fresh)
+
+
+@pytest.mark.parametrize("case", make.CASES)
+def test_bfloat16_is_near(case):
+    reference = expected(case)
+    mask, logits = reference["mask"], reference["logits"]
+    lm = gsae_jax.load_lm(FIXTURES / case, dtype="bfloat16")
+    ours = lm.logits(reference["tokens"], mask)
+    assert ours.dtype == jnp.float32
+    assert {x.dtype for x in lm.activations(reference["tokens"], lm.sites).values()} == {jnp.dtype("bfloat16")}
+    error = np.asarray(ours)[mask] - logits[mask]
+    assert np.sqrt(np.mean(error**2)) < 0.05 * np.std(logits[mask])
+
+
+def copy(case, tmp_path, settings=lambda s: s, tensors=None):
+    """A fixture with other settings, or other tensors (of a checkpoint in one file)."""
+    folder = tmp_path / case
+    shutil.copytree(FIXTURES / case, folder)
+    as_read = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings(as_read)))
+    if tensors:
+        file = folder / "model.safetensors"
+        safetensors.numpy.save_file(tensors(safetensors.numpy.load_file(file)), file)
+    return folder
+
+
+def test_windows_and_long_texts_in_blocks(monkeypatch):
+    """Blocks of queries give what one block gives."""
+    for case in ("mistral", "gemma2", "gpt2"):
+        lm, reference = gsae_jax.load_lm(FIXTURES / case), expected(case)
+        monkeypatch.setattr("gsae_jax.lms.attention.QUERIES", 5)
+        jax.clear_caches()
+        check(lm, reference)
+    jax.clear_caches()
+
+
+def test_the_older_spellings_of_a_config_mean_the_same(tmp_path):
+    def older(case):
+        def settings(s):
+            rope = s.pop("rope_parameters")
+            if case == "gemma3":
+                s["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+                s["rope_theta"] = rope["full_attention"].pop("rope_theta")
+                s["rope_scaling"] = rope["full_attention"]
+                return s
+            theta, part = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+            if case.startswith("gpt_neox"):
+                return s | {"rotary_emb_base": theta, "rotary_pct": part}
+            kind = rope.pop("rope_type")
+            return s | {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope | {"type": kind}}
+
+        return settings
+
+    cases = [case for case in make.CASES if not case.startswith("gpt2")]
+    for case in cases:
+        folder = copy(case, tmp_path, older(case))
+        assert "rope_parameters" not in json.loads((folder / "config.json").read_text())
+        assert Checkpoint.open(folder).config == Checkpoint.open(FIXTURES / case).config, case
+
+
+def test_the_original_gpt2_layout(tmp_path):
+    """No prefix, and the causal mask among the weights."""
+
+    def tensors(t):
+        masks = {f"h.{layer}.attn.bias": np.ones((1, 1, 8, 8), np.float32) for layer in range(2)}
+        return {name.removeprefix("transformer."): value for name, value in t.items()} | masks
+
+    check(gsae_jax.load_lm(copy("gpt2", tmp_path, tensors=tensors)), expected("gpt2"))
+
+
+def test_half_precision_checkpoints(tmp_path):
+    """Stored in float16: what is loaded is the stored value."""
+    folder = copy("llama_2", tmp_path, tensors=lambda t: {n: v.astype(np.float16) for n, v in t.items()})
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")["model.norm.weight"]
+    lm = gsae_jax.load_lm(folder)
+    np.testing.assert_array_equal(lm.params["ln_final"]["w"], stored.astype(np.float32))
+    assert {x.dtype for x in jax.tree.leaves(lm.params)} == {jnp.dtype("float32")}
+
+
+def test_tied_embeddings_under_both_names(tmp_path):
+    def both(t):
+        return t | {"model.embed_tokens.weight": t["lm_head.weight"].copy()}
+
+    check(gsae_jax.load_lm(copy("llama_3", tmp_path, tensors=both)), expected("llama_3"))
+
+    def differing(t):
+        return t | {"model.embed_tokens.weight": t["lm_head.weight"] + 1}
+
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
+        gsae_jax.load_lm(copy("llama_3", tmp_path / "other", tensors=differing))
+
+
+def test_fewer_layers_of_a_sharded_checkpoint():
+    whole, first = gsae_jax.load_lm(FIXTURES / "mistral"), gsae_jax.load_lm(FIXTURES / "mistral", num_layers=1)
+    tokens = expected("mistral")["tokens"]
+    assert "blocks.1" not in first.params
+    assert "unembed.W_U" not in first.params
+    theirs = whole.activations(tokens, first.sites)
+    for site, x in first.activations(tokens, first.sites).items():
+        np.testing.assert_array_equal(x, theirs[site])
+
+
+def with_rope(kind, **more):
+    return lambda s: s | {"rope_parameters": s["rope_parameters"] | {"rope_type": kind, **more}}
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "message"),
+    [
+        ("llama_2", with_rope("yarn", factor=2.0), "has rope scaling 'yarn', which is not supported; known: default"),
+        ("llama_2", with_rope("dynamic", factor=2.0), "has rope scaling 'dynamic', which is not supported"),
+        ("llama_2", lambda s: s | {"hidden_act": "xielu"}, "has the activation 'xielu', which is not supported"),
+        ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, "describes quantised weights"),
+        ("llama_2", lambda s: s | {"num_attention_heads": 5}, "contradicts itself: .* not a multiple"),
+        ("llama_2", lambda s: s | {"hidden_size": "24"}, "contradicts itself: .*'hidden_size' expected int, got str"),
+        ("llama_2", lambda s: {k: v for k, v in s.items() if k != "vocab_size"}, "lacks vocab_size"),
+        ("gpt2", lambda s: {k: v for k, v in s.items() if k not in ("n_head", "n_embd")}, "lacks n_embd, n_head"),
+        ("gpt2", lambda s: s | {"add_cross_attention": True}, "has add_cross_attention = True, which is not supp"),
+        ("gemma", lambda s: s | {"use_bidirectional_attention": True}, "has use_bidirectional_attention = True"),
+        ("gemma3", lambda s: s | {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping"),
+        ("qwen2", lambda s: s | {"layer_types": ["chunked_attention"] * 3}, "layer type|contradicts itself"),
+        (
+            "llama_2",
+            lambda s: s | {"model_type": "mamba"},
+            "type 'mamba', which is not supported; .*known: gelu, gemma",
+        ),
+    ],
+)
+def test_features_we_lack_are_refused_by_name(tmp_path, case, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Checkpoint.open(copy(case, tmp_path, settings))
+
+
+def test_the_readmes_table_lists_the_model_types():
+    readme = (Path(gsae_jax.__file__).parent.parent / "docs" / "language_models.md").read_text()
+    from gsae_jax import plugins
+
+    for family in plugins.known("lms", "MODEL_TYPES").values():
+        for model_type in family.MODEL_TYPES:
+            assert re.search(rf"`{model_type}`", readme), model_type

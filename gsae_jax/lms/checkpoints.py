@@ -122,11 +122,9 @@ class Checkpoint:
             for name, views in sources.items():
                 value = tensors.read(name)
                 for path, view in views.items():
-                    at = partial(_shard, view(value), dtype)
-                    params[path] = jax.make_array_from_callback(shapes[path].shape, placed[path], at)
+                    params[path] = _place(view(value), dtype, placed[path])
                     finite.append((name, _finite(params[path])))
-                jax.block_until_ready(params)  # before the next tensor is read, so that the host holds one
-                del value, at
+                del value  # before the next tensor is read: the host holds one
         bad = dict.fromkeys(name for name, ok in finite if not ok)
         if bad and not allow_nan:
             raise ConfigError(
@@ -220,7 +218,8 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
         )
     if not (folder / "config.json").exists():
         raise ConfigError(
-            field, f"{str(path)!r} has no config.json; write a Hugging Face checkpoint ('' is the embedded model)"
+            field,
+            f"{str(path)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
         )
     return folder, "" if Path(path).is_dir() or not path else folder.name
 
@@ -242,6 +241,15 @@ def fetch(name: str, revision: str, field: str, *patterns: str) -> Path:
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise ConfigError(field, f"{name!r} is not a directory here, and the hub refuses it: {why}") from error
+
+
+def abstract_params(module: Model, dtype: str) -> dict[str, Any]:
+    """The shapes and the placement of a module's parameters."""
+    shapes = _shapes(module)
+    placed = partition.shardings(shapes, module.mesh)
+    return flax.traverse_util.unflatten_dict(
+        {path: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=placed[path]) for path, x in shapes.items()}
+    )
 
 
 def save(folder: Path, config: Config, params: Any, tokenizer: Any) -> None:
@@ -313,11 +321,12 @@ class _Tensors:
 
     def equal(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two tensors are the same, some rows at a time."""
+        count = self.shape(one)[0]
         if self.shape(one) != self.shape(other):
             return False
         pair = [self._files[name].get_slice(name) for name in (one, other)]
-        starts = range(0, self.shape(one)[0], rows)
-        return all(np.array_equal(*(tensor[start : start + rows] for tensor in pair)) for start in starts)
+        parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+        return all(np.array_equal(*(tensor[part] for tensor in pair)) for part in parts)
 
 
 def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, int | None]:
@@ -347,8 +356,13 @@ def _view(value: np.ndarray, pattern: str, sizes: dict[str, int], index: int | N
     return ours if index is None else ours[index]
 
 
-def _shard(value: np.ndarray, dtype: str, index: Any) -> np.ndarray:
-    return np.asarray(value[index], dtype, order="C")
+def _place(value: np.ndarray, dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array on its shards, of which the host holds one at a time."""
+    shards = [
+        jax.block_until_ready(jax.device_put(np.asarray(value[index], dtype, order="C"), device))
+        for device, index in sharding.addressable_devices_indices_map(value.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
 
 
 def _shapes(module: Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:

@@ -1,5 +1,6 @@
 """PyTorch pickles to safetensors; needs torch. Pickles are read with `weights_only=True`, which runs no code."""
 
+import importlib
 import json
 import os
 import tempfile
@@ -34,6 +35,10 @@ def convert(source: str, out: Path, tokenizer: str = "") -> None:
         except ValueError as error:
             raise ConfigError("SRC", f"{folder / 'config.json'} {error}") from error
     files = _pickles(folder)
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        raise ConfigError("SRC", "is a pickle, which only torch can read: pip install '.[torch]'") from error
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
         made = Path(scratch) / out.name
@@ -68,11 +73,9 @@ def _pickles(folder: Path) -> list[Path]:
 
 def _convert_file(file: Path, out: Path) -> list[str]:
     """Write the tensors of one pickle; returns their names."""
-    try:
-        import safetensors.torch
-        import torch
-    except ImportError as error:
-        raise ConfigError("SRC", "is a pickle, which only torch can read: pip install '.[torch]'") from error
+    import safetensors.torch
+    import torch
+
     try:
         tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, those of zip files and those of pickles

@@ -1,0 +1,102 @@
+"""Every experiment under configs/: it is a valid config, and its whole program can be traced on its real model."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gsae_jax
+from configs import gemma_7b, pythia_2_8b
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
+from gsae_jax.lms.loss import cross_entropy
+from gsae_jax.lms.sites import layer_of
+from gsae_jax.training.step import Program
+
+MODELS = Path(__file__).parent / "fixtures" / "configs"  # the published config.json of each
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "real"
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in MODELS.iterdir() if folder.is_dir()))
+def test_experiments_build_and_trace(name):
+    experiment = config_lib.from_dict(Experiment, importlib.import_module(f"configs.{name}").get_config())
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=4, latent=2))
+    mesh_lib.check(experiment, mesh)
+    checkpoint = Checkpoint.open(MODELS / name)
+    layers = 1 + max(map(layer_of, experiment.sites))
+    module = checkpoint.module(layers, mesh)
+    assert experiment.data.context_length <= checkpoint.config.n_ctx
+    program = Program.build(experiment, mesh, module, special_tokens=(0,))
+    params = abstract_params(module, experiment.lm.dtype)
+    ones = dict.fromkeys(experiment.sites, 1.0)
+    state = jax.eval_shape(lambda: program.init(ones, ones))
+    tokens = jax.ShapeDtypeStruct((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
+    after, statistics = jax.eval_shape(program.train_step, state, params, tokens)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert set(statistics) == set(experiment.stacks)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(experiment.lm.dtype)}
+
+
+@pytest.mark.parametrize("experiment", [pythia_2_8b, gemma_7b])
+def test_the_papers_sites_can_be_chosen(experiment):
+    for layer in experiment.LAYERS:
+        for kind, hook in (("mlp", "hook_mlp_out"), ("attn", "attn.hook_z"), ("resid", "hook_resid_post")):
+            config = config_lib.from_dict(Experiment, experiment.get_config(f"{kind}{layer}"))
+            assert config.sites == [f"blocks.{layer}.{hook}"]
+            assert config.stacks["baseline"].width == 1.5 * config.stacks["gated"].width
+    with pytest.raises(ConfigError, match="--config: has no site 'resid5'; did you mean 'resid"):
+        experiment.get_config("resid5")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real model and text are not there (../shared/real)")
+def test_a_real_model_on_its_own_kind_of_text():
+    """TinyStories-656K on the first 128 tokens of 1,728 stories: about 2.8 nats per token (a random guess has 7.62)."""
+    lm = gsae_jax.load_lm(REAL / "TinyStories-656K")
+    texts = (REAL / "tinystories" / "tinystories_v2_head10k_lines.txt").read_text("utf-8").split("<|endoftext|>")
+    T, space = 128, lm.tokenizer.convert_tokens_to_ids("▁")
+    rows, counted = [], []
+    for text in filter(None, map(str.strip, texts)):
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = ids[1:] if ids[0] == space else ids  # `tokenizers` begins a text with one, the model's training did not
+        story = [lm.tokenizer.bos_token_id, *ids, lm.tokenizer.eos_token_id][:T]
+        rows.append(story + [0] * (T - len(story)))
+        counted.append(np.arange(1, T) < len(story))
+    tokens, counted = jnp.array(rows), np.array(counted)
+    assert len(tokens) == 1728
+
+    @jax.jit
+    def loss(tokens):
+        hidden = lm.module.apply({"params": lm.params}, tokens, method="hidden")
+        return cross_entropy(lm.module, lm.params, hidden, tokens)
+
+    assert np.asarray(loss(tokens))[counted].mean() == pytest.approx(2.80, abs=0.05)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real model and text are not there (../shared/real)")
+def test_saes_on_a_real_model_by_one_command(tmp_path):
+    """The command of configs/tinystories.py, with a model directory and a text folder, shortened."""
+    overrides = {
+        "lm.path": REAL / "TinyStories-656K",
+        "data.path": REAL / "tinystories",
+        "data.data_dir": tmp_path / "data",
+        "train.steps": 240,
+        "train.warmup_steps": 40,
+        "evaluation.tokens": 2**13,
+    }
+    command = [sys.executable, "-m", "gsae_jax.train", "--config", "configs/tinystories.py"]
+    command += [f"--config.{field}={value}" for field, value in overrides.items()] + [f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["saes"]}
+    assert rows["gated_0"]["site"] == "blocks.1.hook_resid_post"
+    assert rows["gated_0"]["loss_recovered"] > 0.6
