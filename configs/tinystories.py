@@ -11,6 +11,6 @@ def get_config():
     config = quickstart.get_config()
     for stack, width in ((config.stacks.gated, 1024), (config.stacks.baseline, 1536)):
         stack.site, stack.width = "blocks.1.hook_resid_post", width
-    config.lm.path = "raincandy-u/TinyStories-656K"
+    config.lm.path = "raincandy-u/TinyStories-656K"  # or a directory
     config.data.corpus, config.data.separator = "text", "<|endoftext|>"
     return config

@@ -16,8 +16,9 @@ from gsae_jax import config as config_lib
 from gsae_jax import runs, workdir
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import gelu
-from gsae_jax.lms.checkpoints import INDEX, WEIGHTS, Checkpoint
+from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.conversion import convert
+from gsae_jax.lms.weights import INDEX, WEIGHTS
 from tests.fixtures.lms import make
 
 FIXTURES = Path(make.__file__).parent

@@ -1,34 +1,27 @@
-"""Hugging Face checkpoints, from a directory or the hub: which model, and its weights tensor by tensor onto shards."""
+"""Hugging Face checkpoints, from a directory or the hub."""
 
 import dataclasses
 import json
-import math
 import os
 import re
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import einops
 import flax
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 import transformers
 
 from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
-from gsae_jax.lms import gelu, partition
+from gsae_jax.lms import gelu, partition, weights
 from gsae_jax.lms.transformer import Config, Model
 
 EMBEDDED = Path(__file__).parent / "embedded"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +54,7 @@ class Checkpoint:
             ConfigError: there is none, or it is of a model that is not supported.
         """
         folder, commit = find(path, revision, field)
-        settings = read_json(folder / "config.json", field)
+        settings = weights.read_json(folder / "config.json", field)
         families = {
             kind: family for family in plugins.known("lms", "MODEL_TYPES").values() for kind in family.MODEL_TYPES
         }
@@ -92,8 +85,10 @@ class Checkpoint:
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it warns of every model_type it has no class for
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
             message = f"{self.folder} has no tokenizer that can be read: {str(error).splitlines()[0]}"
             raise ConfigError(self.field, message) from error
         finally:
@@ -117,14 +112,13 @@ class Checkpoint:
         placed = partition.shardings(shapes, module.mesh)
         params: dict[tuple[str, ...], jax.Array] = {}
         finite: list[tuple[str, jax.Array]] = []
-        with _Tensors(self.folder, self.field) as tensors:
-            sources = self._match(tensors, shapes, _shapes(self.module()))
-            for name, views in sources.items():
-                value = tensors.read(name)
-                for path, view in views.items():
-                    params[path] = _place(view(value), dtype, placed[path])
-                    finite.append((name, _finite(params[path])))
-                del value  # before the next tensor is read: the host holds one
+        tensors, sources = self._match(shapes)
+        for name, views in sources.items():
+            value = tensors.read(name)
+            for path, view in views.items():
+                params[path] = weights.place(view(value), dtype, placed[path])
+                finite.append((name, weights.finite(params[path])))
+            del value  # before the next tensor is read: the host holds one
         bad = dict.fromkeys(name for name, ok in finite if not ok)
         if bad and not allow_nan:
             raise ConfigError(
@@ -136,12 +130,28 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raises `ConfigError` where the weights do not fit the model; reads their names and shapes only."""
+        self._match(_shapes(self.module()))
+
+    def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[str, dict[tuple, Any]]]:
+        """The tensors, and of each that is wanted how its parts become parameters; every fault is raised at once."""
         self._fetch_weights()
-        shapes = _shapes(self.module())
-        with _Tensors(self.folder, self.field) as tensors:
-            self._match(tensors, shapes, shapes)
+        tensors = weights.Tensors(self.folder, self.field)
+        sources, faults = weights.match(
+            tensors,
+            wanted,
+            whole=_shapes(self.module()),
+            table=self.family.MODEL_TYPES[self.model_type],
+            prefix=getattr(self.family, "PREFIX", ""),
+            ignored=self.family.IGNORED,
+            tied=self.config.tied,
+        )
+        if faults:
+            shown = "; ".join(dict.fromkeys(faults))
+            raise ConfigError(self.field, f"{tensors.label} does not fit {self.folder / 'config.json'}: {shown}")
+        return tensors, sources
 
     def _fetch_weights(self) -> None:
+        """Download the weights of a hub name."""
         if not self.revision:
             return
         fetch(self.name, self.revision, self.field, "model*.safetensors")
@@ -152,44 +162,6 @@ class Checkpoint:
                 f"python -m gsae_jax.convert_lm {self.name} OUT, and write OUT",
             )
 
-    def _match(self, tensors: "_Tensors", wanted: dict[tuple, Any], known: dict[tuple, Any]) -> dict[str, Any]:
-        """{tensor: {our path: how its part is viewed}} for the wanted paths; every fault is raised at once."""
-        table, prefix = self.family.MODEL_TYPES[self.model_type], getattr(self.family, "PREFIX", "")
-        actual = {name.removeprefix(prefix): name for name in tensors.names}
-        prefix = prefix if any(name.startswith(prefix) for name in tensors.names) else ""
-        sources: dict[str, Any] = {}
-        faults, used = list(tensors.faults), set()
-        for path, leaf in (known | wanted).items():
-            name, pattern, index = _source(table, path, len(leaf.shape))
-            unembedding = table["unembed.W_U"][0] if self.config.tied and path == ("embed.W_E",) else name
-            present = [each for each in (name, unembedding) if each in actual]
-            used |= set(present)
-            if not present:
-                faults.append(f"{prefix}{name} is missing")
-                continue
-            if len(present) == 2 and name != unembedding and not tensors.equal(actual[name], actual[unembedding]):
-                faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
-            source = actual[present[0]]
-            shape, sizes = _layout(pattern, leaf.shape)
-            found = tensors.shape(source)
-            if found != shape and path in wanted:
-                faults.append(f"{source} has shape {list(found)}, not {list(shape)}")
-            elif path in wanted:
-                view = partial(_view, pattern=pattern, sizes=sizes, index=index)
-                sources.setdefault(source, {})[path] = view
-        ignored = re.compile(self.family.IGNORED)
-        strays = (name for short, name in actual.items() if short not in used and not ignored.search(short))
-        faults += [f"{name} is not of this model" for name in sorted(strays)]
-        faults += [
-            f"{name} is of type {tensors.dtype(name)}, not one of {', '.join(DTYPES)}"
-            for name in sources
-            if tensors.dtype(name) not in DTYPES
-        ]
-        if faults:
-            shown = "; ".join(dict.fromkeys(faults))
-            raise ConfigError(self.field, f"{tensors.label} does not fit {self.folder / 'config.json'}: {shown}")
-        return sources
-
 
 def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path, str]:
     """(directory, hub commit or "") of a checkpoint; of the hub's, settings and tokenizer are fetched.
@@ -197,8 +169,9 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
     Raises:
         ConfigError: no such directory, or the hub cannot give it.
     """
-    folder = Path(path) if path else EMBEDDED
-    if folder.is_dir():
+    folder = Path(path).expanduser() if path else EMBEDDED
+    from_hub = not folder.is_dir()
+    if not from_hub:
         if revision:
             raise ConfigError("lm.revision", f"is {revision!r}, but {str(path)!r} is a directory; write '' for those")
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
@@ -221,7 +194,7 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
             field,
             f"{str(path)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
         )
-    return folder, "" if Path(path).is_dir() or not path else folder.name
+    return folder, folder.name if from_hub else ""
 
 
 def fetch(name: str, revision: str, field: str, *patterns: str) -> Path:
@@ -257,112 +230,11 @@ def save(folder: Path, config: Config, params: Any, tokenizer: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     flat = flax.traverse_util.flatten_dict(params)
     tensors = {".".join(path): np.asarray(value, jnp.bfloat16) for path, value in flat.items()}
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "flax"})
+    safetensors.numpy.save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "flax"})
     (folder / "config.json").write_text(
         json.dumps(gelu.settings(config) | {"torch_dtype": "bfloat16"}, indent=2) + "\n"
     )
     tokenizer.save_pretrained(folder)
-
-
-class _Tensors:
-    """The tensors of the safetensors files of a directory, opened once each."""
-
-    def __init__(self, folder: Path, field: str):
-        self.faults: list[str] = []
-        self._field, self._files = field, {}
-        if (folder / INDEX).exists():
-            self.label = folder / INDEX
-            index = read_json(folder / INDEX, field).get("weight_map", {})
-            files = sorted(set(index.values()))
-            lost = [file for file in files if not (folder / file).exists()]
-            if lost:
-                raise ConfigError(field, f"{self.label} names {', '.join(lost)}, which are not there; copy them again")
-            beside = {file.name for file in folder.glob("model-*.safetensors")} - set(files)
-            self.faults += [f"{file} lies there but is not in the index" for file in sorted(beside)]
-        else:
-            self.label, index, files = folder / WEIGHTS, {}, [WEIGHTS]
-        for file in files:
-            try:
-                opened = safetensors.safe_open(folder / file, "np")
-            except FileNotFoundError as error:
-                raise ConfigError(
-                    field, f"{folder} has no {WEIGHTS} or {INDEX}; its weights must be in that format"
-                ) from error
-            except safetensors.SafetensorError as error:
-                raise self._unreadable(folder / file, error) from error
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                self._files[name] = opened
-                if index and index.get(name) != file:
-                    self.faults.append(f"{name} is in {file}, but not so in the index")
-
-    def _unreadable(self, file: Path, error: Exception) -> ConfigError:
-        return ConfigError(
-            self._field, f"{file} cannot be read ({error}); it is truncated or not a safetensors file: copy it again"
-        )
-
-    def __enter__(self) -> "_Tensors":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.clear()
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        return self._files[name].get_slice(name).get_dtype()
-
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
-
-    def equal(self, one: str, other: str, rows: int = 4096) -> bool:
-        """Whether two tensors are the same, some rows at a time."""
-        count = self.shape(one)[0]
-        if self.shape(one) != self.shape(other):
-            return False
-        pair = [self._files[name].get_slice(name) for name in (one, other)]
-        parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-        return all(np.array_equal(*(tensor[part] for tensor in pair)) for part in parts)
-
-
-def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, int | None]:
-    """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout."""
-    name = ".".join(path)
-    layer = re.match(r"blocks\.(\d+)\.", name)
-    key = f"blocks.{{}}.{name[layer.end() :]}" if layer else name
-    if key not in table:
-        axes = " ".join("abcd"[:ndim])
-        return name, f"{axes} -> {axes}", None
-    source, pattern, *index = table[key]
-    return source.format(layer[1]) if layer else source, pattern, index[0] if index else None
-
-
-def _layout(pattern: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The checkpoint's shape of a tensor, and every axis' size, from our shape and the einops pattern."""
-    left, right = pattern.split(" -> ")
-    axes = right.split()
-    sizes = {"qkv": 3} | dict(zip(axes[-len(shape) :], shape, strict=True))
-    groups = re.findall(r"\(([^)]+)\)|(\S+)", left)
-    theirs = tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups)
-    return theirs, {axis: size for axis, size in sizes.items() if axis in axes}
-
-
-def _view(value: np.ndarray, pattern: str, sizes: dict[str, int], index: int | None) -> np.ndarray:
-    ours = einops.rearrange(value, pattern, **sizes)
-    return ours if index is None else ours[index]
-
-
-def _place(value: np.ndarray, dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array on its shards, of which the host holds one at a time."""
-    shards = [
-        jax.block_until_ready(jax.device_put(np.asarray(value[index], dtype, order="C"), device))
-        for device, index in sharding.addressable_devices_indices_map(value.shape).items()
-    ]
-    return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
 
 
 def _shapes(module: Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -370,19 +242,3 @@ def _shapes(module: Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     bare = dataclasses.replace(module, mesh=None)
     tree = jax.eval_shape(lambda: bare.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method=method))
     return flax.traverse_util.flatten_dict(tree["params"])
-
-
-@jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
-
-
-def read_json(file: Path, field: str) -> dict[str, Any]:
-    """A JSON object; raises `ConfigError` where the file holds none."""
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(field, f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(field, f"{file} is not a JSON object")
-    return value

@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 
 from gsae_jax.config import ConfigError
-from gsae_jax.lms import checkpoints, gelu
+from gsae_jax.lms import checkpoints, gelu, weights
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
@@ -27,7 +27,7 @@ def convert(source: str, out: Path, tokenizer: str = "") -> None:
     if not folder.is_dir():
         patterns = ("*.json", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin", "model_final.pth")
         folder = checkpoints.fetch(source, "", "SRC", *patterns)
-    settings = checkpoints.read_json(folder / "config.json", "SRC")
+    settings = weights.read_json(folder / "config.json", "SRC")
     if "model_type" not in settings:  # TransformerLens' own
         settings = {"model_type": "gelu"} | settings
         try:
@@ -47,10 +47,10 @@ def convert(source: str, out: Path, tokenizer: str = "") -> None:
         _copy_tokenizer(folder, made, tokenizer or settings.get("tokenizer_name", ""))
         weight_map: dict[str, str] = {}
         for number, file in enumerate(files, 1):
-            name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else checkpoints.WEIGHTS
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else weights.WEIGHTS
             weight_map |= dict.fromkeys(_convert_file(file, made / name), name)
         if len(files) > 1:
-            (made / checkpoints.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+            (made / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
         checkpoints.Checkpoint.open(made, field="SRC").check()
         if out.exists():
             out.rmdir()
@@ -59,7 +59,7 @@ def convert(source: str, out: Path, tokenizer: str = "") -> None:
 
 def _pickles(folder: Path) -> list[Path]:
     if (folder / BIN_INDEX).exists():
-        files = sorted(set(checkpoints.read_json(folder / BIN_INDEX, "SRC")["weight_map"].values()))
+        files = sorted(set(weights.read_json(folder / BIN_INDEX, "SRC")["weight_map"].values()))
         lost = [file for file in files if not (folder / file).exists()]
         if lost:
             raise ConfigError("SRC", f"{folder / BIN_INDEX} names {', '.join(lost)}, which are not there")
@@ -93,6 +93,6 @@ def _copy_tokenizer(folder: Path, out: Path, name: str) -> None:
     if not source:
         raise ConfigError("--tokenizer", f"{folder} has no tokenizer; write the directory or hub name of one")
     try:
-        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(out)
+        transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError("--tokenizer", f"{source} cannot be read: {str(error).splitlines()[0]}") from error

@@ -39,6 +39,8 @@ def config(settings: Mapping[str, Any]) -> Config:
     ):
         if settings.get(field) not in (None, ours):
             raise ValueError(f"has {field} = {settings[field]!r}, which is not supported (only {ours!r} is)")
+    if not all(isinstance(settings[name], int) and settings[name] > 0 for name in SIZES):
+        raise ValueError(f"has sizes that are no whole numbers from 1; check {', '.join(SIZES)}")
     epsilons = [settings[name] for name in ("layer_norm_eps", "ln_eps", "eps") if name in settings]
     return Config(
         layers=(Layer(attention_scale=settings["d_head"] ** -0.5),) * settings["n_layers"],

@@ -34,7 +34,7 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
     transformers.logging.set_verbosity_error()  # it warns of rotary settings that `frequencies` refuses
     try:
         config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
-    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"contradicts itself: {' '.join(str(error).split())}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -89,6 +89,15 @@ class Config:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for sizes that no model can have."""
+        for name in ("d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "n_layers"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"gives {name} = {size!r}; it must be a whole number from 1")
+        if self.n_heads % self.n_key_value_heads:
+            raise ValueError(f"gives {self.n_heads} heads, which {self.n_key_value_heads} key-value heads cannot share")
+
     @property
     def n_layers(self) -> int:
         """How many blocks."""

@@ -1,0 +1,196 @@
+"""Weights in safetensors files: which tensor holds which parameter, in what layout, and how it gets onto its shards."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from gsae_jax.config import ConfigError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F32", "F16", "BF16")
+ParamPath = tuple[str, ...]
+
+
+class Tensors:
+    """The tensors of a directory's safetensors files.
+
+    Attributes:
+        label: the file that says which there are.
+        faults: what is wrong with the files themselves.
+    """
+
+    def __init__(self, folder: Path, field: str):
+        self.faults: list[str] = []
+        self._field, self._files = field, {}
+        if (folder / INDEX).exists():
+            self.label = folder / INDEX
+            index = read_json(folder / INDEX, field).get("weight_map", {})
+            files = sorted(set(index.values()))
+            lost = [file for file in files if not (folder / file).exists()]
+            if lost:
+                raise ConfigError(field, f"{self.label} names {', '.join(lost)}, which are not there; copy them again")
+            beside = {file.name for file in folder.glob("model-*.safetensors")} - set(files)
+            self.faults += [f"{file} lies there but is not in the index" for file in sorted(beside)]
+        else:
+            self.label, index, files = folder / WEIGHTS, {}, [WEIGHTS]
+        for file in files:
+            try:
+                opened = safetensors.safe_open(folder / file, "np")
+            except FileNotFoundError as error:
+                raise ConfigError(
+                    field, f"{folder} has no {WEIGHTS} or {INDEX}; its weights must be in that format"
+                ) from error
+            except safetensors.SafetensorError as error:
+                raise self._unreadable(folder / file, error) from error
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                self._files[name] = opened
+                if index and index.get(name) != file:
+                    self.faults.append(f"{name} is in {file}, but not so in the index")
+
+    def _unreadable(self, file: Path, error: Exception) -> ConfigError:
+        return ConfigError(
+            self._field, f"{file} cannot be read ({error}); it is truncated or not a safetensors file: copy it again"
+        )
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor, from the file's header."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of one tensor, in safetensors' spelling."""
+        return self._files[name].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        """One whole tensor."""
+        return self._files[name].get_tensor(name)
+
+    def equal(self, one: str, other: str, rows: int = 4096) -> bool:
+        """Whether two tensors are the same, some rows at a time."""
+        count = self.shape(one)[0]
+        if self.shape(one) != self.shape(other):
+            return False
+        pair = [self._files[name].get_slice(name) for name in (one, other)]
+        parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+        return all(np.array_equal(*(tensor[part] for tensor in pair)) for part in parts)
+
+
+def match(
+    tensors: Tensors,
+    wanted: Mapping[ParamPath, Any],
+    whole: Mapping[ParamPath, Any],
+    table: Mapping[str, tuple],
+    prefix: str,
+    ignored: str,
+    tied: bool,
+) -> tuple[dict[str, dict[ParamPath, Any]], list[str]]:
+    """Which tensor each parameter is a part of.
+
+    Args:
+        tensors: what is there.
+        wanted: the shape of each parameter that is to be loaded, by path.
+        whole: of each that the checkpoint must have.
+        table: the family's names and layouts of them.
+        prefix: what the checkpoint's names may begin with.
+        ignored: a regular expression for tensors that are no parameters.
+        tied: the embedding may have the unembedding's name.
+
+    Returns:
+        {tensor: {path: a function from the tensor to the parameter}} and everything that does not fit.
+    """
+    actual = {name.removeprefix(prefix): name for name in sorted(tensors.names)}
+    prefix = prefix if any(name.startswith(prefix) for name in tensors.names) else ""
+    sources: dict[str, Any] = {}
+    faults, used = list(tensors.faults), set()
+    for path, leaf in whole.items():
+        name, pattern, index = _source(table, path, len(leaf.shape))
+        unembedding = table["unembed.W_U"][0] if tied and path == ("embed.W_E",) else name
+        present = [each for each in (name, unembedding) if each in actual]
+        used |= set(present)
+        if not present:
+            faults.append(f"{'' if path == ('unembed.W_U',) else prefix}{name} is missing")
+            continue
+        if len(present) == 2 and name != unembedding and not tensors.equal(actual[name], actual[unembedding]):
+            faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
+        source = actual[present[0]]
+        shape, sizes = _layout(pattern, leaf.shape)
+        found = tensors.shape(source)
+        if found != shape:
+            faults.append(f"{source} has shape {list(found)}, not {list(shape)}")
+        elif path in wanted:
+            sources.setdefault(source, {})[path] = partial(_view, pattern=pattern, sizes=sizes, index=index)
+    expected = {name for short, name in actual.items() if short in used or re.search(ignored, short)}
+    faults += [f"{name} is not of this model" for name in sorted(tensors.names - expected)]
+    faults += [
+        f"{name} is of type {tensors.dtype(name)}, not one of {', '.join(DTYPES)}"
+        for name in sources
+        if tensors.dtype(name) not in DTYPES
+    ]
+    return sources, faults
+
+
+def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, int | None]:
+    """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout."""
+    name = ".".join(path)
+    layer = re.match(r"blocks\.(\d+)\.", name)
+    key = f"blocks.{{}}.{name[layer.end() :]}" if layer else name
+    if key not in table:
+        axes = " ".join("abcd"[:ndim])
+        return name, f"{axes} -> {axes}", None
+    source, pattern, *index = table[key]
+    return source.format(layer[1]) if layer else source, pattern, index[0] if index else None
+
+
+def _layout(pattern: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The checkpoint's shape of a tensor, and every axis' size, from our shape and the einops pattern."""
+    left, right = pattern.split(" -> ")
+    axes = right.split()
+    sizes = {"qkv": 3} | dict(zip(axes[-len(shape) :], shape, strict=True))
+    groups = re.findall(r"\(([^)]+)\)|(\S+)", left)
+    theirs = tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups)
+    return theirs, {axis: size for axis, size in sizes.items() if axis in axes}
+
+
+def _view(value: np.ndarray, pattern: str, sizes: dict[str, int], index: int | None) -> np.ndarray:
+    ours = einops.rearrange(value, pattern, **sizes)
+    return ours if index is None else ours[index]
+
+
+def place(value: np.ndarray, dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array on its shards, of which the host holds one at a time."""
+    shards = [
+        jax.block_until_ready(jax.device_put(np.asarray(value[index], dtype, order="C"), device))
+        for device, index in sharding.addressable_devices_indices_map(value.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
+
+
+@jax.jit
+def finite(x: jax.Array) -> jax.Array:
+    """Whether all of an array is."""
+    return jnp.isfinite(x).all()
+
+
+def read_json(file: Path, field: str) -> dict[str, Any]:
+    """A JSON object; raises `ConfigError` where the file holds none."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(field, f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(field, f"{file} is not a JSON object")
+    return value
