@@ -37,10 +37,10 @@ def check(config: config_lib.Experiment, mesh: Mesh) -> None:
         if value % data:
             raise ConfigError(field, f"is {value}, not divisible by the mesh's `data` axis; write a multiple of {data}")
     for name, stack in config.stacks.items():
-        if stack.width % latent:
+        if stack.width % (latent * data):
             raise ConfigError(
                 f"stacks.{name}.width",
-                f"is {stack.width}, not divisible by the mesh's `latent` axis; write a multiple of {latent}",
+                f"is {stack.width}, not divisible by the number of devices; write a multiple of {latent * data}",
             )
 
 

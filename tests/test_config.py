@@ -85,7 +85,7 @@ def refused(config, **changes):
         ({"mesh__data": 3}, "mesh.data: is 3, times mesh.latent 1, but there are 8 devices; write 0 for all"),
         (
             {"mesh__latent": 4, "stacks__gated__width": 66},
-            "stacks.gated.width: is 66, not divisible by the mesh's `latent`",
+            "stacks.gated.width: is 66, not divisible by the number of devices; write a multiple of 8",
         ),
         (
             {"train__batch_size": 4, "train__steps": 64},

@@ -64,14 +64,14 @@ class Stack:
         )
 
     def specs(self) -> Any:
-        """The mesh axes of every array of the state: features along `latent`."""
+        """The mesh axes of every array of the state: features over all devices, first along `latent`."""
         axes = self.architecture.FEATURE_AXES
 
         def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
             name = getattr(path[-1], "key", None)
             if axes.get(name) is None:
                 return P()
-            return P(*[None] * (1 + axes[name]), "latent")
+            return P(*[None] * (1 + axes[name]), ("latent", "data"))
 
         abstract = jax.eval_shape(self.init)
         everywhere: Any = P()
@@ -81,13 +81,23 @@ class Stack:
             second_moments=jax.tree_util.tree_map_with_path(spec, abstract.second_moments),
             l1_coefficient=everywhere,
             learning_rate=everywhere,
-            steps_since_fired=P(None, "latent"),
+            steps_since_fired=P(None, ("latent", "data")),
         )
 
     def update(self, state: StackState, x_BxD: jax.Array, rate: jax.Array) -> tuple[StackState, dict[str, jax.Array]]:
-        """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics."""
+        """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
 
-        def loss(params: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        Every device keeps, and updates, its own part of the features' parameters; for the loss it gathers those of
+        its `latent` shard along `data`, inside the differentiated function: the transpose scatters the summed
+        gradients back to the parts.
+        """
+
+        def loss(parts: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            axes = self.architecture.FEATURE_AXES
+            params = {
+                name: part if axes[name] is None else _gather(part, 1 + axes[name]) for name, part in parts.items()
+            }
+
             def one(params: dict[str, jax.Array], l1_coefficient: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
                 return self.architecture.loss(
                     params, x_BxD, l1_coefficient, self.sae, lambda x: jax.lax.psum(x, "latent")
@@ -99,10 +109,17 @@ class Stack:
             return jax.lax.pmean(loss_N.sum(), "data"), statistics
 
         grads, statistics = jax.grad(loss, has_aux=True)(state.params)
-        fired = jax.lax.psum(statistics.pop("fired").astype(jnp.int32), "data") > 0
+        fired = statistics.pop("fired").astype(jnp.int32)
+        if jax.lax.axis_size("data") > 1:
+            fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)
         statistics = jax.lax.pmean(statistics, "data")
         params, second_moments = optimiser.update(state.params, grads, state.second_moments, rate * state.learning_rate)
-        since = jnp.where(fired, 0, state.steps_since_fired + 1)
+        since = jnp.where(fired > 0, 0, state.steps_since_fired + 1)
         return dataclasses.replace(
             state, params=params, second_moments=second_moments, steps_since_fired=since
         ), statistics
+
+
+def _gather(part: jax.Array, axis: int) -> jax.Array:
+    # Where there is nothing to gather, the compiler would still copy.
+    return jax.lax.all_gather(part, "data", axis=axis, tiled=True) if jax.lax.axis_size("data") > 1 else part
