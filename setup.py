@@ -33,7 +33,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "tokenizers",
         "tqdm",
-        "transformers>=5.0",
+        "transformers>=5.23",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -1,6 +1,6 @@
 """Turn a language model's PyTorch pickle into safetensors, once; needs torch (pip install '.[torch]').
 
-python -m gsae_jax.convert_lm SRC OUT [--tokenizer DIR_OR_HUB_NAME]
+python -m gsae_jax.convert_lm SRC OUT [--tokenizer DIR_OR_HUB_NAME] [--revision COMMIT]
 
 SRC is a directory or a hub name: a Hugging Face checkpoint with pytorch_model.bin, or a TransformerLens one such as
 NeelNanda/GELU_1L512W_C4_Code (config.json and model_final.pth).
@@ -16,10 +16,11 @@ from gsae_jax.lms.conversion import convert
 
 def main(source: str, out: str) -> None:
     """The command."""
-    convert(source, Path(out), TOKENIZER.value)
+    convert(source, Path(out), TOKENIZER.value, REVISION.value)
     print(f"{out} is written; use it as --config.lm.path={out}, or in gsae_jax.load_lm({out!r})")
 
 
 if __name__ == "__main__":
     TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of a SRC without one: a directory or a hub name.")
+    REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub name.")
     cli.run(main, "SRC", "OUT")

@@ -71,7 +71,9 @@ class Workdir:
         A run without a checkpoint has nothing to lose, so another config may take its place.
         """
         if self.latest_step() is not None:
-            differing = config_lib.differences(self.config(), config)
+            # Through the dataclass, which fills in the fields that an earlier version did not have.
+            recorded = config_lib.to_dict(config_lib.from_dict(config_lib.Experiment, self.config()))
+            differing = config_lib.differences(recorded, config)
             if differing:
                 raise ConfigError(
                     "--workdir",

@@ -101,13 +101,14 @@ def as_pickle(folder):
         ),
         (lambda folder: (folder / INDEX).write_text("["), "index.json is not JSON"),
         (lambda folder: (folder / INDEX).write_text("[]"), "index.json is not a JSON object"),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": []}'), "index.json has no weight_map"),
         (
             set_value("model.norm.weight", lambda x: x.astype(np.int8)),
             "model.norm.weight is of type I8, not one of F32, F16, BF16",
         ),
         (
             set_value("model.layers.0.self_attn.q_proj.weight", with_nan),
-            r"NaN or infinite weights in model\.layers\.0\.self_attn\.q_proj\.weight; .*allow_nan=True",
+            r"NaN or infinite in float32: model\.layers\.0\.self_attn\.q_proj\.weight; .*allow_nan=True",
         ),
         (
             set_value("model.layers.0.mlp.up_proj.weight", lambda x: x.T.copy()),
@@ -130,7 +131,7 @@ def test_a_fused_tensor_with_nan_is_found_in_any_of_its_parts(tmp_path):
         tensors["transformer.h.1.attn.c_attn.weight"][0, 0] = np.inf  # of W_Q
 
     rewrite(tmp_path / "gpt2" / WEIGHTS, edit)
-    with pytest.raises(ConfigError, match=r"NaN or infinite weights in transformer\.h\.1\.attn\.c_attn\.weight"):
+    with pytest.raises(ConfigError, match=r"NaN or infinite in float32: transformer\.h\.1\.attn\.c_attn\.weight"):
         gsae_jax.load_lm(tmp_path / "gpt2")
 
 
@@ -159,6 +160,24 @@ def hub(tmp_path, monkeypatch, lm_dir):
     return repo
 
 
+def begun(path, config):
+    """A run directory that seems to have a checkpoint."""
+    run = workdir.Workdir(path)
+    run.create(config)
+    (path / "checkpoints" / "8").mkdir(parents=True)
+    (path / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text("{}")
+    return run
+
+
+def test_a_run_that_knew_no_revisions_goes_on(experiment, tmp_path):
+    config = config_lib.to_dict(experiment)
+    older = config | {"lm": {name: value for name, value in config["lm"].items() if name != "revision"}}
+    run = begun(tmp_path / "run", older)
+    run.check(config)
+    with pytest.raises(ConfigError, match="holds a run of another config; .* lm.revision: '' != 'main'"):
+        run.check(config | {"lm": config["lm"] | {"revision": "main"}})
+
+
 def test_hub_names_are_pinned_to_a_commit(hub, experiment, tmp_path):
     assert Checkpoint.open("someone/small").revision == COMMIT[::-1]
     assert Checkpoint.open("someone/small", "old").revision == COMMIT
@@ -172,10 +191,7 @@ def test_hub_names_are_pinned_to_a_commit(hub, experiment, tmp_path):
     assert asked("old").lm.revision == COMMIT
     first = asked("")
     assert first.lm.revision == COMMIT[::-1]
-    run = workdir.Workdir(tmp_path / "run")
-    run.create(config_lib.to_dict(first))
-    (run.path / "checkpoints" / "8").mkdir(parents=True)
-    (run.path / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text("{}")
+    begun(tmp_path / "run", config_lib.to_dict(first))
     (hub / "refs" / "main").write_text(COMMIT)  # the branch moves on; the run stays
     assert asked("", tmp_path / "other").lm.revision == COMMIT
     assert asked("") == first
@@ -198,7 +214,18 @@ def test_what_the_hub_cannot_give_is_one_sentence(hub, name, revision, message):
 
 def test_a_hub_model_without_safetensors_says_how_to_convert(hub):
     (hub / "snapshots" / COMMIT / WEIGHTS).unlink()
-    with pytest.raises(ConfigError, match=r"no safetensors weights .*python -m gsae_jax\.convert_lm someone/small OUT"):
+    with pytest.raises(
+        ConfigError, match=rf"no safetensors weights .*convert_lm someone/small OUT --revision={COMMIT},"
+    ):
+        gsae_jax.load_lm("someone/small", revision="old")
+
+
+def test_a_transformer_lens_model_on_the_hub_says_how_to_convert(hub):
+    snapshot = hub / "snapshots" / COMMIT
+    settings = json.loads((snapshot / "config.json").read_text())
+    del settings["model_type"]
+    (snapshot / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"is a TransformerLens checkpoint, .*\.convert_lm someone/small OUT --rev"):
         gsae_jax.load_lm("someone/small", revision="old")
 
 
@@ -286,6 +313,9 @@ def test_pickles_that_are_not_tensors_are_refused(lm_dir, tmp_path, capsys):
         convert(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"OUT: .*file/out cannot be made"):
+        convert(str(source), tmp_path / "file" / "out")
 
 
 def test_conversion_needs_torch_and_a_model_we_have(lm_dir, tmp_path, monkeypatch):

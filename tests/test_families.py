@@ -163,18 +163,27 @@ def with_rope(kind, **more):
         ("llama_2", with_rope("dynamic", factor=2.0), "has rope scaling 'dynamic', which is not supported"),
         ("llama_2", lambda s: s | {"hidden_act": "xielu"}, "has the activation 'xielu', which is not supported"),
         ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, "describes quantised weights"),
-        ("llama_2", lambda s: s | {"num_attention_heads": 5}, "contradicts itself: .* not a multiple"),
-        ("llama_2", lambda s: s | {"hidden_size": "24"}, "contradicts itself: .*'hidden_size' expected int, got str"),
+        ("llama_2", lambda s: s | {"num_attention_heads": 5}, "is not valid: .* not a multiple"),
+        ("llama_2", lambda s: s | {"hidden_size": "24"}, "is not valid: .*'hidden_size' expected int, got str"),
         ("llama_2", lambda s: {k: v for k, v in s.items() if k != "vocab_size"}, "lacks vocab_size"),
         ("gpt2", lambda s: {k: v for k, v in s.items() if k not in ("n_head", "n_embd")}, "lacks n_embd, n_head"),
-        ("llama_2", lambda s: s | {"num_attention_heads": 0}, "contradicts itself|gives n_heads = 0"),
-        ("llama_2", lambda s: s | {"num_hidden_layers": 0}, "gives n_layers = 0; it must be a whole number from 1"),
+        ("llama_2", lambda s: s | {"num_attention_heads": 0}, "is not valid|sizes below 1: num_attention_heads = 0"),
+        ("llama_2", lambda s: s | {"num_hidden_layers": 0}, "has sizes below 1: num_hidden_layers = 0"),
         ("llama_3", lambda s: s | {"num_key_value_heads": 4}, "gives 6 heads, which 4 key-value heads cannot share"),
-        ("llama_2", lambda s: s | {"head_dim": 7}, "contradicts itself: .*even rotary dimension"),
+        ("llama_2", lambda s: s | {"head_dim": 7}, "is not valid: .*even rotary dimension"),
+        ("llama_2", lambda s: s | {"is_causal": False}, "has is_causal = False, which is not supported"),
+        ("llama_2", with_rope("default", partial_rotary_factor=0.5), "has partial_rotary_factor = 0.5, which is not"),
+        ("llama_2", with_rope("linear", factor=0.0), "has factor = 0.0; it must be positive|is not valid"),
+        ("llama_2", with_rope("default", rope_theta=0.0), "has rope_theta = 0.0; it must be positive"),
+        ("llama_2", lambda s: s | {"rms_norm_eps": -1.0}, "it must be positive"),
+        ("mistral", lambda s: s | {"sliding_window": -3}, "gives a window of -3"),
+        ("gemma", lambda s: s | {"head_dim": 0}, "has sizes below 1: head_dim = 0"),
+        ("gemma2", lambda s: s | {"query_pre_attn_scalar": 0}, "has query_pre_attn_scalar = 0; it must be positive"),
+        ("gpt2", lambda s: s | {"n_head": 0}, "has sizes below 1: n_head = 0"),
         ("gpt2", lambda s: s | {"add_cross_attention": True}, "has add_cross_attention = True, which is not supp"),
         ("gemma", lambda s: s | {"use_bidirectional_attention": True}, "has use_bidirectional_attention = True"),
         ("gemma3", lambda s: s | {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping"),
-        ("qwen2", lambda s: s | {"layer_types": ["chunked_attention"] * 3}, "layer type|contradicts itself"),
+        ("qwen2", lambda s: s | {"layer_types": ["chunked_attention"] * 3}, "layer type|is not valid"),
         (
             "llama_2",
             lambda s: s | {"model_type": "mamba"},
@@ -185,6 +194,70 @@ def with_rope(kind, **more):
 def test_features_we_lack_are_refused_by_name(tmp_path, case, settings, message):
     with pytest.raises(ConfigError, match=message):
         Checkpoint.open(copy(case, tmp_path, settings))
+
+
+@pytest.mark.parametrize("shape", [None, (4, 2), (2, 4)])
+def test_the_fused_kernel_is_called_rightly(shape, monkeypatch):
+    """On a GPU, cuDNN's kernel takes the place of the blocks: the same call, with XLA's kernel in its place."""
+    from gsae_jax.lms import attention
+
+    calls = []
+
+    def kernel(*qkv, implementation, **settings):
+        calls.append(implementation)
+        return original(*qkv, implementation="xla", **settings)
+
+    original = jax.nn.dot_product_attention
+    monkeypatch.setattr(attention, "_has_fused", lambda q: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = shape and jax.make_mesh(shape, ("data", "latent"), axis_types=axis_types)
+    for case in ("mistral", "qwen3", "llama_3"):  # windows; heads that two devices divide, or key-value heads do not
+        lm, reference = gsae_jax.load_lm(FIXTURES / case, mesh=mesh), expected(case)
+        tokens, logits = np.repeat(reference["tokens"][:1], 4, axis=0), reference["logits"][:1]
+        jax.clear_caches()
+        np.testing.assert_allclose(lm.logits(tokens), np.repeat(logits, 4, axis=0), atol=1e-4)
+
+        def under_vmap(scale, lm=lm, tokens=tokens):
+            return lm.run(jnp.array(tokens), lambda site, x: x * scale if site == "blocks.0.hook_attn_out" else x)
+
+        many = jax.jit(jax.vmap(under_vmap))(jnp.array([1.0, 0.5]))
+        np.testing.assert_allclose(many[0], np.repeat(logits, 4, axis=0), atol=1e-4)
+    assert set(calls) == {"cudnn"}
+    jax.clear_caches()
+
+
+def test_a_special_token_may_lie_beyond_the_embedding(tmp_path):
+    """As Gemma 3's image token; a word may not."""
+    for special in (True, False):
+        folder = copy("gemma3", tmp_path / str(special))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        token = {"id": 61, "content": "<image>", "single_word": False, "lstrip": False, "rstrip": False}
+        tokenizer["added_tokens"].append(token | {"normalized": False, "special": special})
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        if special:
+            assert len(gsae_jax.load_lm(folder).tokenizer) == 62
+        else:
+            with pytest.raises(ConfigError, match="a tokenizer of 62 tokens, but embeddings for 61"):
+                gsae_jax.load_lm(folder)
+
+
+def test_a_foreign_bias_is_not_taken_for_a_mask(tmp_path):
+    def tensors(t):
+        return t | {"transformer.h.7.attn.c_attn.bias": np.zeros(3, np.float32)}
+
+    with pytest.raises(ConfigError, match=r"transformer\.h\.7\.attn\.c_attn\.bias is not of this model"):
+        gsae_jax.load_lm(copy("gpt2", tmp_path, tensors=tensors))
+
+
+def test_bad_calls():
+    with pytest.raises(ConfigError, match="dtype: is 'int8'; write 'float32' or 'bfloat16'"):
+        gsae_jax.load_lm(dtype="int8")
+    lm = gsae_jax.load_lm(num_layers=1)
+    with pytest.raises(ConfigError, match="num_layers: was given to load_lm, so there is no unembedding"):
+        lm.logits(np.zeros((1, 4), int))
+    with pytest.raises(ConfigError, match=r"mask: has shape \[1, 3\]; write that of tokens, \[1, 4\]"):
+        lm.activations(np.zeros((1, 4), int), "blocks.0.hook_mlp_out", np.ones((1, 3)))
 
 
 def test_the_readmes_table_lists_the_model_types():

@@ -56,7 +56,8 @@ def test_only_one_file_knows_orbax_and_only_one_maps_over_devices():
         return {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py") if text in file.read_text()}
 
     assert users("import orbax") == {"workdir.py"}
-    assert users("jax.shard_map(") | users("jax.shard_map,") == {"training/step.py"}
+    # The second is one kernel, which the compiler cannot split by itself.
+    assert users("jax.shard_map(") | users("jax.shard_map,") == {"training/step.py", "lms/attention.py"}
     assert users("import tensorflow as") == users("import pickle") == users("import dill") == set()
 
 

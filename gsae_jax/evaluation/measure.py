@@ -11,7 +11,7 @@ import numpy as np
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import metrics
 from gsae_jax.lms import sites
-from gsae_jax.lms.loading import LM
+from gsae_jax.lms.loading import LM, check_tokens
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.saes import trained
 
@@ -43,6 +43,7 @@ def measure(
     zeroed = tuple(sorted({(site, norm_limit) for site, norm_limit, _, _ in groups}))
     totals: dict[str, metrics.Sums] = {sae.name: {} for sae in saes}
     for tokens in batches:
+        check_tokens(tokens, lm.config.d_vocab, "data: the tokens of the text")
         tokens_RxT = jax.device_put(tokens, rows)
         references = jax.device_get(_references(lm.module, zeroed, special_tokens, lm.params, tokens_RxT))
         for key, members in groups.items():

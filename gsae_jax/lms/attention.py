@@ -1,7 +1,10 @@
 """Causal attention: cuDNN's fused kernel where it applies, else a few blocks of queries at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 QUERIES = 512  # in a block: scores take [B, H, 512, T] at most, and blocks of the future are never computed
 
@@ -14,6 +17,7 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    mesh: Mesh | None,
 ) -> jax.Array:
     """What each query [B, T, H, K] reads from the values of the tokens up to its own.
 
@@ -25,15 +29,10 @@ def attend(
         window: tokens that a token sees, itself included; 0 = all before it.
         scale: of the scores.
         softcap: scores s become c * tanh(s / c); 0 = they stay.
+        mesh: the batch lies along its `data` axis, heads along `latent`; None: one device.
     """
-    if mask_BxT is None and not softcap and _fused(q_BxTxHxK):
-        return jax.nn.dot_product_attention(
-            *(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK),
-            scale=scale,
-            is_causal=True,
-            local_window_size=(window - 1, 0) if window else None,
-            implementation="cudnn",
-        )
+    if mask_BxT is None and not softcap and _has_fused(q_BxTxHxK):
+        return _fused(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, scale, mesh)
     T = q_BxTxHxK.shape[1]
     blocks = []
     for start in range(0, T, QUERIES):
@@ -55,11 +54,32 @@ def attend(
     return jnp.concatenate(blocks, axis=1)
 
 
-def _fused(q_BxTxHxK: jax.Array) -> bool:
-    """cuDNN's kernel takes half precision and heads of up to 128."""
-    K = q_BxTxHxK.shape[-1]
+def _has_fused(q_BxTxHxK: jax.Array) -> bool:
+    """cuDNN's kernel takes half precision and heads of up to 128, on NVIDIA's GPUs since Ampere."""
+    K, device = q_BxTxHxK.shape[-1], jax.local_devices()[0]
     half = q_BxTxHxK.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and half and K <= 128 and K % 8 == 0
+    ampere = "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8
+    return ampere and half and K <= 128 and K % 8 == 0
+
+
+def _fused(q: jax.Array, k: jax.Array, v: jax.Array, window: int, scale: float, mesh: Mesh | None) -> jax.Array:
+    kernel = partial(
+        jax.nn.dot_product_attention,
+        scale=scale,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+    if mesh is None:
+        return kernel(q, k, v)
+    # Mapped by hand: under `vmap` the compiler would gather the batch for the kernel, and it refuses queries that are
+    # split over `latent` beside keys that are not.
+    rows = None if q.shape[0] % mesh.shape["data"] else "data"
+    heads = None if q.shape[2] % mesh.shape["latent"] else "latent"
+    if heads and k.shape[2] % mesh.shape["latent"]:
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    spec = PartitionSpec(rows, None, heads, None)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
 def _capped(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, softcap: float) -> jax.Array:

@@ -54,22 +54,12 @@ class Checkpoint:
             ConfigError: there is none, or it is of a model that is not supported.
         """
         folder, commit = find(path, revision, field)
-        settings = weights.read_json(folder / "config.json", field)
-        families = {
-            kind: family for family in plugins.known("lms", "MODEL_TYPES").values() for kind in family.MODEL_TYPES
-        }
-        model_type = str(settings.get("model_type"))
-        if model_type not in families:
-            raise ConfigError(
-                field,
-                f"{folder} is a model of type {model_type!r}, which is not supported; "
-                f"{known_names(model_type, sorted(families))}",
-            )
-        try:
-            config = families[model_type].config(settings)
-        except ValueError as error:
-            raise ConfigError(field, f"{folder / 'config.json'} {error}") from error
-        return cls(str(path), folder, commit, model_type, families[model_type], config, field)
+        settings = read_settings(folder, field)
+        if "model_type" not in settings and settings.keys() >= set(gelu.SIZES):
+            what = f"{path} is a TransformerLens checkpoint, whose weights are a pickle"
+            raise ConfigError(field, f"{what}; {convert_once(path, commit)}")
+        family, config = understand(settings, folder, field)
+        return cls(str(path), folder, commit, settings["model_type"], family, config, field)
 
     def module(self, num_layers: int | None = None, mesh: Any = None) -> Model:
         """The Linen module without its weights: whole, or its first blocks and no unembedding."""
@@ -93,7 +83,10 @@ class Checkpoint:
             raise ConfigError(self.field, message) from error
         finally:
             transformers.logging.set_verbosity(verbosity)
-        if len(tokenizer) > self.config.d_vocab:
+        # Some models have special tokens, as for images, beyond their embedding; text never gives those.
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        beyond = [id for id in tokenizer.get_vocab().values() if id >= self.config.d_vocab and id not in special]
+        if beyond:
             raise ConfigError(
                 self.field,
                 f"{self.folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {self.config.d_vocab}; "
@@ -107,7 +100,8 @@ class Checkpoint:
         Raises:
             ConfigError: weights that do not fit the model, all of them listed; nothing was loaded then.
         """
-        self._fetch_weights()
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError("dtype", f"is {dtype!r}; write 'float32' or 'bfloat16'")
         shapes = _shapes(module)
         placed = partition.shardings(shapes, module.mesh)
         params: dict[tuple[str, ...], jax.Array] = {}
@@ -123,7 +117,7 @@ class Checkpoint:
         if bad and not allow_nan:
             raise ConfigError(
                 self.field,
-                f"{self.folder} has NaN or infinite weights in {', '.join(bad)}; copy it again, "
+                f"{self.folder} has weights that are NaN or infinite in {dtype}: {', '.join(bad)}; copy it again, "
                 "or use load_lm(..., allow_nan=True) to look at them",
             )
         return flax.traverse_util.unflatten_dict(params)
@@ -158,8 +152,8 @@ class Checkpoint:
         if not list(self.folder.glob("model*.safetensors")):
             raise ConfigError(
                 self.field,
-                f"{self.name} has no safetensors weights on the hub; if they are a pickle, convert them once with: "
-                f"python -m gsae_jax.convert_lm {self.name} OUT, and write OUT",
+                f"no safetensors weights of {self.name} are here; fetch them with a network, or if the hub has them as "
+                f"a pickle only, {convert_once(self.name, self.revision)}",
             )
 
 
@@ -173,13 +167,14 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
     from_hub = not folder.is_dir()
     if not from_hub:
         if revision:
-            raise ConfigError("lm.revision", f"is {revision!r}, but {str(path)!r} is a directory; write '' for those")
+            of = field.replace("path", "revision").replace("model", "revision")
+            raise ConfigError(of, f"is {revision!r}, but {str(path)!r} is a directory; write '' for those")
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles and not list(folder.glob("*.safetensors")):
             raise ConfigError(
                 field,
                 f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read; "
-                f"convert it once with: python -m gsae_jax.convert_lm {folder} OUT, and write OUT",
+                f"{convert_once(folder)}",
             )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = fetch(str(path), revision, field, "*.json", "*.model", "*.txt", "*.jinja")
@@ -189,12 +184,39 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
             f"{str(path)!r} is not a directory; write a checkpoint directory, a hub name (owner/model), "
             "or '' for the embedded model",
         )
+    return folder, folder.name if from_hub else ""
+
+
+def read_settings(folder: Path, field: str) -> dict[str, Any]:
+    """The `config.json` of a checkpoint directory; raises `ConfigError` where there is none."""
     if not (folder / "config.json").exists():
         raise ConfigError(
             field,
-            f"{str(path)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
+            f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
         )
-    return folder, folder.name if from_hub else ""
+    return weights.read_json(folder / "config.json", field)
+
+
+def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any, Config]:
+    """The family of a `config.json`, and what it describes; raises `ConfigError` for what we lack."""
+    families = {kind: family for family in plugins.known("lms", "MODEL_TYPES").values() for kind in family.MODEL_TYPES}
+    model_type = str(settings.get("model_type"))
+    if model_type not in families:
+        raise ConfigError(
+            field,
+            f"{folder} is a model of type {model_type!r}, which is not supported; "
+            f"{known_names(model_type, sorted(families))}",
+        )
+    try:
+        return families[model_type], families[model_type].config(settings)
+    except ValueError as error:
+        raise ConfigError(field, f"{folder / 'config.json'} {error}") from error
+
+
+def convert_once(source: str | os.PathLike[str], revision: str = "") -> str:
+    """What to do with a pickle."""
+    flag = f" --revision={revision}" if revision else ""
+    return f"convert it once with: python -m gsae_jax.convert_lm {source} OUT{flag}, and write OUT"
 
 
 def fetch(name: str, revision: str, field: str, *patterns: str) -> Path:
@@ -205,14 +227,18 @@ def fetch(name: str, revision: str, field: str, *patterns: str) -> Path:
     """
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+    except huggingface_hub.errors.IncompleteSnapshotError as error:
+        raise ConfigError(
+            field, f"not all of {name!r} was fetched from the hub, which cannot be reached; run this with a network"
+        ) from error
     except (huggingface_hub.errors.LocalEntryNotFoundError, huggingface_hub.errors.OfflineModeIsEnabled) as error:
         raise ConfigError(
             field,
             f"{name!r} is not a directory here and was never fetched from the hub, which cannot be reached; "
             "write a checkpoint directory, or run this once with a network",
         ) from error
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
+        why = " ".join(str(error).split())
         raise ConfigError(field, f"{name!r} is not a directory here, and the hub refuses it: {why}") from error
 
 

@@ -10,48 +10,60 @@ from typing import Any
 import transformers
 
 from gsae_jax.config import ConfigError
-from gsae_jax.lms import checkpoints, gelu, weights
+from gsae_jax.lms import checkpoints, weights
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
 
-def convert(source: str, out: Path, tokenizer: str = "") -> None:
+def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> None:
     """Write the directory `out`, whole or not at all.
+
+    Args:
+        source: a directory, or a hub name.
+        out: where the safetensors, `config.json` and tokenizer go.
+        tokenizer: a directory or hub name to take the tokenizer from; by default `source`, or what it names.
+        revision: of a hub name.
 
     Raises:
         ConfigError: no pickle there, one that holds more than tensors, a model that we lack, or an `out` that exists.
     """
+    out = out.expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("OUT", f"{out} exists; write a new directory")
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if not folder.is_dir():
         patterns = ("*.json", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin", "model_final.pth")
-        folder = checkpoints.fetch(source, "", "SRC", *patterns)
-    settings = weights.read_json(folder / "config.json", "SRC")
+        folder = checkpoints.fetch(source, revision, "SRC", *patterns)
+    settings = checkpoints.read_settings(folder, "SRC")
     if "model_type" not in settings:  # TransformerLens' own
         settings = {"model_type": "gelu"} | settings
-        try:
-            gelu.config(settings)
-        except ValueError as error:
-            raise ConfigError("SRC", f"{folder / 'config.json'} {error}") from error
+    checkpoints.understand(settings, folder, "SRC")
     files = _pickles(folder)
     try:
         importlib.import_module("torch")
     except ImportError as error:
         raise ConfigError("SRC", "is a pickle, which only torch can read: pip install '.[torch]'") from error
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as scratch:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+    except OSError as error:
+        raise ConfigError("OUT", f"{out} cannot be made: {error}") from error
+    with temporary as scratch:
         made = Path(scratch) / out.name
         made.mkdir()
         (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        _copy_tokenizer(folder, made, tokenizer or settings.get("tokenizer_name", ""))
+        own = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+        _copy_tokenizer(tokenizer or (folder if own else settings.get("tokenizer_name")), made, folder)
         weight_map: dict[str, str] = {}
         for number, file in enumerate(files, 1):
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else weights.WEIGHTS
             weight_map |= dict.fromkeys(_convert_file(file, made / name), name)
         if len(files) > 1:
             (made / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
-        checkpoints.Checkpoint.open(made, field="SRC").check()
+        try:
+            checkpoints.Checkpoint.open(made, field="SRC").check()
+        except ConfigError as error:
+            raise ConfigError("SRC", str(error).removeprefix("SRC: ").replace(str(made), str(folder))) from error
         if out.exists():
             out.rmdir()
         os.replace(made, out)
@@ -64,6 +76,9 @@ def _pickles(folder: Path) -> list[Path]:
         if lost:
             raise ConfigError("SRC", f"{folder / BIN_INDEX} names {', '.join(lost)}, which are not there")
         return [folder / file for file in files]
+    for name in ("pytorch_model.bin", "model_final.pth"):
+        if (folder / name).exists():
+            return [folder / name]
     found = sorted(file for file in folder.iterdir() if file.suffix in checkpoints.PICKLES)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
@@ -88,11 +103,10 @@ def _convert_file(file: Path, out: Path) -> list[str]:
     return list(own)
 
 
-def _copy_tokenizer(folder: Path, out: Path, name: str) -> None:
-    source = folder if any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) else name
+def _copy_tokenizer(source: str | Path | None, out: Path, folder: Path) -> None:
     if not source:
         raise ConfigError("--tokenizer", f"{folder} has no tokenizer; write the directory or hub name of one")
     try:
         transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError("--tokenizer", f"{source} cannot be read: {str(error).splitlines()[0]}") from error

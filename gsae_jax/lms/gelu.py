@@ -11,7 +11,7 @@ from gsae_jax.lms.transformer import Config, Layer
 
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 TENSORS: dict[str, tuple[str, str]] = {}  # a checkpoint's names and layouts are ours
-IGNORED = r"attn\.(mask|IGNORE)$"  # constants
+IGNORED = r"\.attn\.(mask|IGNORE)$"  # constants
 MODEL_TYPES = {"gelu": TENSORS}
 
 

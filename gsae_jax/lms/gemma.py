@@ -29,6 +29,8 @@ def config(settings: Mapping[str, Any]) -> Config:
     """
     hf = hugging_face.read(settings, (*hugging_face.SIZES, "head_dim"), use_bidirectional_attention=False)
     first = hf.model_type == "gemma"
+    if not first and hf.query_pre_attn_scalar <= 0:
+        raise ValueError(f"has query_pre_attn_scalar = {hf.query_pre_attn_scalar}; it must be positive")
     scale = (hf.head_dim if first else hf.query_pre_attn_scalar) ** -0.5
     types = ["full_attention"] * hf.num_hidden_layers if first else hf.layer_types
     by_type = hf.model_type == "gemma3_text"

@@ -7,7 +7,7 @@ from gsae_jax.lms import hugging_face
 from gsae_jax.lms.transformer import Config, Layer
 
 PREFIX = "transformer."  # which the original checkpoints lack
-IGNORED = r"attn\.(masked_)?bias$"  # the causal mask
+IGNORED = r"\.attn\.(masked_)?bias$"  # the causal mask
 TENSORS = {
     "embed.W_E": ("wte.weight", "v d -> v d"),
     "pos_embed.W_pos": ("wpe.weight", "t d -> t d"),

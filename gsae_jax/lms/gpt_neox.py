@@ -7,7 +7,7 @@ from gsae_jax.lms import hugging_face
 from gsae_jax.lms.transformer import Config, Layer
 
 PREFIX = "gpt_neox."
-IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"  # the causal mask and the frequencies
+IGNORED = r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"  # the causal mask and the frequencies
 TENSORS = {
     "embed.W_E": ("embed_in.weight", "v d -> v d"),
     "blocks.{}.ln1.w": ("layers.{}.input_layernorm.weight", "d -> d"),
@@ -41,7 +41,8 @@ def config(settings: Mapping[str, Any]) -> Config:
     """
     hf = hugging_face.read(settings)
     d_head = hf.hidden_size // hf.num_attention_heads
-    layer = Layer(d_head**-0.5, frequencies=hugging_face.frequencies(hf.rope_parameters, d_head))
+    frequencies = hugging_face.frequencies(hf.rope_parameters, d_head, hf.rope_parameters["partial_rotary_factor"])
+    layer = Layer(d_head**-0.5, frequencies=frequencies)
     return Config(
         layers=(layer,) * hf.num_hidden_layers,
         d_model=hf.hidden_size,

@@ -35,10 +35,13 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
     try:
         config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
     except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"contradicts itself: {' '.join(str(error).split())}") from error
+        raise ValueError(f"is not valid: {' '.join(str(error).split())}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    for field, ours in lacking.items():
+    bad = [name for name in required if getattr(config, name) < 1]
+    if bad:
+        raise ValueError(f"has sizes below 1: {', '.join(f'{name} = {getattr(config, name)}' for name in bad)}")
+    for field, ours in ({"is_causal": True} | lacking).items():
         value = getattr(config, field, None)
         if value is not None and value != ours:
             raise ValueError(f"has {field} = {value!r}, which is not supported (only {ours!r} is)")
@@ -63,17 +66,27 @@ def window(config: Any, layer_type: str) -> int:
     return config.sliding_window or 0 if layer_type == "sliding_attention" else 0
 
 
-def frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
+def frequencies(rope: Mapping[str, Any], head_dim: int, part: float = 1.0) -> tuple[float, ...]:
     """Rotary frequencies in radians per position, for transformers' `rope_parameters` of a layer.
 
     Linear scaling divides all of them by `factor`; `llama3` divides those whose wavelength exceeds the original
     context / low_freq_factor, keeps those below the original context / high_freq_factor, and blends between.
 
+    Args:
+        rope: the parameters.
+        head_dim: dimensions of a head.
+        part: the share of them that is turned.
+
     Raises:
         ValueError: a kind of scaling we lack.
     """
+    if rope.get("partial_rotary_factor", part) != part:
+        raise ValueError(f"has partial_rotary_factor = {rope['partial_rotary_factor']}, which is not supported here")
+    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
+        if name in rope and not (rope[name] and rope[name] > 0):
+            raise ValueError(f"has {name} = {rope[name]}; it must be positive")
     kind = rope.get("rope_type", "default")
-    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    rotary_dim = int(head_dim * part)
     inverse = 1.0 / np.float32(rope["rope_theta"]) ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)
     if kind == "linear":
         inverse = inverse / rope["factor"]

@@ -44,7 +44,7 @@ def config(settings: Mapping[str, Any]) -> Config:
     kind = hf.model_type
     d_head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     everywhere = "sliding_attention" if kind == "mistral" else "full_attention"
-    types = getattr(hf, "layer_types", None) or [everywhere] * hf.num_hidden_layers
+    types = hf.layer_types if kind.startswith("qwen") else [everywhere] * hf.num_hidden_layers
     frequencies = hugging_face.frequencies(hf.rope_parameters, d_head)
     return Config(
         layers=tuple(Layer(d_head**-0.5, hugging_face.window(hf, layer_type), frequencies) for layer_type in types),

@@ -57,6 +57,7 @@ class LM:
 
     def logits(self, tokens_BxT: jax.typing.ArrayLike, mask_BxT: jax.typing.ArrayLike | None = None) -> jax.Array:
         """Logits [B, T, V], float32; `mask_BxT` is False (or 0) at padding, on whichever side."""
+        self._check_head()
         tokens = self._tokens(tokens_BxT)
         return _logits(self.module, self.params, tokens, _mask(mask_BxT, tokens))
 
@@ -83,8 +84,13 @@ class LM:
 
         Not compiled, so that a tap may look at values and keep them; wrap the call in `jax.jit` where it is repeated.
         """
+        self._check_head()
         tokens = self._tokens(tokens_BxT)
         return self.module.apply({"params": self.params}, tokens, tap, _mask(mask_BxT, tokens))
+
+    def _check_head(self) -> None:
+        if not self.module.head:
+            raise ConfigError("num_layers", "was given to load_lm, so there is no unembedding; load the whole model")
 
     def _tokens(self, tokens_BxT: jax.typing.ArrayLike) -> jax.Array:
         if isinstance(tokens_BxT, jax.core.Tracer):
@@ -98,11 +104,7 @@ class LM:
             raise ConfigError(
                 "tokens", f"have {tokens.shape[1]} positions; this language model has {self.config.n_ctx}"
             )
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.d_vocab:
-            raise ConfigError(
-                "tokens",
-                f"go from {tokens.min()} to {tokens.max()}; this language model has ids 0 to {self.config.d_vocab - 1}",
-            )
+        check_tokens(tokens, self.config.d_vocab, "tokens")
         return jnp.asarray(tokens, jnp.int32)
 
 
@@ -177,6 +179,14 @@ def load_lm(
     module = checkpoint.module(num_layers, mesh)
     tokenizer = checkpoint.tokenizer()
     return LM(str(checkpoint.folder), module, checkpoint.params(module, dtype, allow_nan), tokenizer)
+
+
+def check_tokens(tokens: np.ndarray, d_vocab: int, field: str) -> None:
+    """Raises `ConfigError` for ids that the model has no embedding for."""
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < d_vocab:
+        raise ConfigError(
+            field, f"go from {tokens.min()} to {tokens.max()}; this language model has ids 0 to {d_vocab - 1}"
+        )
 
 
 def special_tokens(tokenizer: Any) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from gsae_jax.lms.sites import Tap, no_tap
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_fast": jax.nn.gelu,
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -42,6 +43,11 @@ class Layer:
     attention_scale: float
     window: int = 0
     frequencies: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for numbers that no model can have."""
+        if self.window < 0:
+            raise ValueError(f"gives a window of {self.window}; it must be at least 1, or absent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Config:
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"gives {name} = {size!r}; it must be a whole number from 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"gives {self.norm_eps} to add under the norms' root; it must be positive")
         if self.n_heads % self.n_key_value_heads:
             raise ValueError(f"gives {self.n_heads} heads, which {self.n_key_value_heads} key-value heads cannot share")
 
@@ -165,15 +173,14 @@ class Attention(Part):
 
         q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = project("Q", H), project("K", G), project("V", G)
         if c.qk_norm:
-            rms = dataclasses.replace(c, normalization="RMS")
             q_BxTxHxK, k_BxTxGxK = (
-                Norm(rms, self.mesh, name=name)(y) for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
+                Norm(c, self.mesh, name=name)(y) for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
             )
         if layer.frequencies:
             q_BxTxHxK, k_BxTxGxK = (rotate(y, call.positions_BxT, layer.frequencies) for y in (q_BxTxHxK, k_BxTxGxK))
-        z = attend(
-            q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, layer.window, layer.attention_scale, c.attention_softcap
-        ).reshape(*x.shape[:2], H * K)
+        masks, scale = (call.mask_BxT, layer.window), layer.attention_scale
+        z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *masks, scale, c.attention_softcap, self.mesh)
+        z = z.reshape(*x.shape[:2], H * K)
         W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
         out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
         return out + self.weight("b_O", zeros, D)[None, None] if c.attention_out_bias else out
@@ -208,7 +215,7 @@ class Block(Part):
         def norm(name: str, x: jax.Array, present: bool = True) -> jax.Array:
             return Norm(c, mesh, name=name)(x) if present else x
 
-        x = mid = tap("hook_resid_pre", x)
+        x = tap("hook_resid_pre", x)
         attention = Attention(c, mesh, name="attn")(norm("ln1", x), call)
         attention = tap("hook_attn_out", norm("ln1_post", attention, c.norm_after))
         mid = tap("hook_resid_mid", x + attention)

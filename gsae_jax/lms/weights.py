@@ -34,7 +34,9 @@ class Tensors:
         self._field, self._files = field, {}
         if (folder / INDEX).exists():
             self.label = folder / INDEX
-            index = read_json(folder / INDEX, field).get("weight_map", {})
+            index = read_json(folder / INDEX, field).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise ConfigError(field, f"{self.label} has no weight_map from tensors to files; copy it again")
             files = sorted(set(index.values()))
             lost = [file for file in files if not (folder / file).exists()]
             if lost:
@@ -86,7 +88,7 @@ class Tensors:
             return False
         pair = [self._files[name].get_slice(name) for name in (one, other)]
         parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-        return all(np.array_equal(*(tensor[part] for tensor in pair)) for part in parts)
+        return all(pair[0][part].tobytes() == pair[1][part].tobytes() for part in parts)
 
 
 def match(

@@ -95,6 +95,7 @@ class Program:
 
     def place_tokens(self, tokens: Any) -> jax.Array:
         """This process's rows of a global batch, on the mesh."""
+        loading.check_tokens(tokens, self.module.config.d_vocab, "data: the tokens of the text")
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P("data")), tokens)
 
     def activations(self, lm_params: Any, tokens_RxT: jax.Array) -> dict[str, jax.Array]:
