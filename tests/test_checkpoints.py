@@ -174,7 +174,7 @@ def test_a_run_that_knew_no_revisions_goes_on(experiment, tmp_path):
     older = config | {"lm": {name: value for name, value in config["lm"].items() if name != "revision"}}
     run = begun(tmp_path / "run", older)
     run.check(config)
-    with pytest.raises(ConfigError, match="holds a run of another config; .* lm.revision: '' != 'main'"):
+    with pytest.raises(ConfigError, match=r"holds a run of another config; .* lm\.revision: '' != 'main'"):
         run.check(config | {"lm": config["lm"] | {"revision": "main"}})
 
 
