@@ -1,0 +1,72 @@
+"""What a device holds and what devices tell each other, from the compiled train step."""
+
+import collections
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
+from gsae_jax.training.step import Program
+
+
+def program_on(experiment, data, latent):
+    devices = jax.devices()[: data * latent]
+    mesh = jax.make_mesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    stacks = {name: dataclasses.replace(stack, width=1024) for name, stack in experiment.stacks.items()}
+    config = dataclasses.replace(experiment, stacks=stacks)
+    return Program.build(config, mesh, Checkpoint.open(experiment.lm.path).module(1, mesh), special_tokens=(0,))
+
+
+def first_state(program):
+    ones = dict.fromkeys(program.config.sites, 1.0)
+    return program.init(ones, ones)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (2, 4), (1, 8)])
+def test_every_device_holds_its_part_of_the_state(experiment, shape):
+    """Of stacks over all devices; the buffer lies along `data`."""
+    state = first_state(program_on(experiment, *shape))
+    for part, ways in ((state.stacks, shape[0] * shape[1]), (state.store, shape[0])):
+        leaves = jax.tree.leaves(part)
+        here = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        assert here == pytest.approx(sum(leaf.nbytes for leaf in leaves) / ways, rel=0.05)
+
+
+def test_eight_bytes_per_parameter(experiment):
+    """The master weight and its second moment, and nothing else of that size."""
+    for stack in first_state(program_on(experiment, 1, 1)).stacks.values():
+        parameters = sum(x.size for x in jax.tree.leaves(stack.params))
+        assert sum(x.nbytes for x in jax.tree.leaves(stack)) == pytest.approx(8 * parameters, rel=0.02)
+
+
+def collectives(compiled):
+    """How many of each kind the SAEs' part of a compiled step has; the language model's come from the compiler."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"^.* = .*? ({kinds})(?:-start)?\(.*shard_map", compiled.as_text(), re.MULTILINE)
+    return dict(collections.Counter(found))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        # Two stacks' eight arrays are gathered and their gradients scattered, as is which features fired; the rest reduces
+        # the decoder biases' gradients and the statistics, and along `latent` both decodes of an SAE at once.
+        ((8, 1), {"all-gather": 8, "reduce-scatter": 10, "all-reduce": 2}),
+        ((1, 8), {"all-reduce": 4}),
+        ((4, 2), {"all-gather": 8, "reduce-scatter": 10, "all-reduce": 3}),
+    ],
+)
+def test_collectives_do_not_creep_up(experiment, shape, expected):
+    program = program_on(experiment, *shape)
+    lm_params = abstract_params(program.module, "float32")
+    tokens = jax.ShapeDtypeStruct(
+        (experiment.rows_per_call, experiment.data.context_length),
+        jnp.int32,
+        sharding=NamedSharding(program.mesh, PartitionSpec("data")),
+    )
+    step = program.train_step.lower(first_state(program), lm_params, tokens).compile()
+    assert collectives(step) == expected
