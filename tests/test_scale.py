@@ -53,8 +53,8 @@ def collectives(compiled):
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        # Two stacks' eight arrays are gathered and their gradients scattered, as is which features fired; the rest reduces
-        # the decoder biases' gradients and the statistics, and along `latent` both decodes of an SAE at once.
+        # Two stacks' eight arrays are gathered and their gradients scattered, as is which features fired. The rest
+        # reduces decoder biases' gradients and statistics, and along `latent` both decodes of an SAE at once.
         ((8, 1), {"all-gather": 8, "reduce-scatter": 10, "all-reduce": 2}),
         ((1, 8), {"all-reduce": 4}),
         ((4, 2), {"all-gather": 8, "reduce-scatter": 10, "all-reduce": 3}),
