@@ -18,7 +18,7 @@ def recipe(lm, context_length, steps, large=True, decay_fraction=0.0):
     config.train.steps, config.train.decay_fraction = steps, decay_fraction
     config.checkpoint.every = 10_000  # a state is many gigabytes
     config.evaluation.tokens = 2**20
-    config.evaluation.rows_per_forward = max(8, 2**13 // context_length)  # each token's every feature is in memory
+    config.evaluation.rows_per_forward = config.activations.rows_per_forward
     return config
 
 

@@ -1,5 +1,8 @@
 """The device mesh: `data` splits the batch, `latent` splits the dictionary."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -7,13 +10,13 @@ from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 
 
-def make_mesh(config: config_lib.Mesh) -> Mesh:
-    """A mesh over all devices.
+def make_mesh(config: config_lib.Mesh, among: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, or over those given.
 
     Raises:
         ConfigError: the axes do not multiply up to the number of devices.
     """
-    devices = jax.device_count()
+    devices = len(among or jax.devices())
     if devices % config.latent:
         raise ConfigError("mesh.latent", f"is {config.latent}; write a divisor of the number of devices ({devices})")
     data = config.data or devices // config.latent
@@ -23,7 +26,8 @@ def make_mesh(config: config_lib.Mesh) -> Mesh:
             f"is {config.data}, times mesh.latent {config.latent}, but there are {devices} devices; write 0 for all",
         )
     # The language model and the loss around the SAEs are left to the compiler (Auto); the SAE step is mapped by hand.
-    return jax.make_mesh((data, config.latent), ("data", "latent"), axis_types=(AxisType.Auto, AxisType.Auto))
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, config.latent), ("data", "latent"), axis_types=axis_types, devices=among)
 
 
 def check(config: config_lib.Experiment, mesh: Mesh) -> None:

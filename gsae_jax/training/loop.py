@@ -177,13 +177,7 @@ def _loop(
 
 
 def _restore(program: Program, checkpoints: workdir_lib.Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
-    config = program.config
-    ones = dict.fromkeys(config.sites, 1.0)
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: program.init(ones, ones)),
-        program.shardings(),
-    )
+    like = program.abstract_state()
     params, state, data = checkpoints.restore(
         step, {name: stack.params for name, stack in like.stacks.items()}, _without_params(like)
     )

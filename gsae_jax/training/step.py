@@ -155,6 +155,15 @@ class Program:
 
         return jax.jit(init, out_shardings=self.shardings())()
 
+    def abstract_state(self) -> TrainState:
+        """The shape and the placement of every array of the state."""
+        ones = dict.fromkeys(self.config.sites, 1.0)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(lambda: self.init(ones, ones)),
+            self.shardings(),
+        )
+
     @cached_property
     def fill(self) -> Callable[..., tuple[TrainState, jax.Array]]:
         """(state, filled slots [batch], lm_params, tokens, call number) -> (state, filled slots), with more in them."""

@@ -1,0 +1,123 @@
+"""The SAE step alone: tokens per second, and its matrix products against the machine's own rate, measured beside it.
+
+    python benchmarks/step.py [--out benchmarks/results/step-NAME.json]
+
+For each shape (D site width, F features, B batch, N SAEs in a stack) one line: seconds of a step (the median of
+several), activations per second, and the share of the step that its matrix products would take at the rate of plain
+products of the same sizes, run in turns with it. A gated SAE takes seven products of 2 B D F operations: the encoder,
+two decoders, the gradients of both decodes' features, of the decoder and of the encoder; a baseline takes five.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.training.stacks import Stack
+
+PRODUCTS = {"gated": 7, "relu": 5}
+SHAPES = {  # architecture, D, F, B, N
+    "cpu": [("gated", 512, 8192, 2048, 1), ("relu", 512, 12288, 2048, 1), ("gated", 256, 1024, 1024, 3)],
+    "gpu": [
+        ("gated", 2048, 2**15, 4096, 1),
+        ("gated", 2304, 2**16, 4096, 1),
+        ("relu", 2304, 3 * 2**15, 4096, 1),
+        ("gated", 512, 2**14, 4096, 4),
+    ],
+}
+
+
+def stepper(architecture, D, F, B, N, dtype):
+    """(a function that makes one step, waiting for it; the compiler's account of its memory)."""
+    settings = config_lib.Stack(architecture, "site", F, (1e-2,) * N, (3e-4,), tuple(range(N)), {})
+    stack = Stack.build("benchmark", settings, D, dtype)
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
+    specs = stack.specs()
+    shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), specs)
+    state = jax.jit(stack.init, out_shardings=shardings)()
+    rows = PartitionSpec("data")
+    update = jax.shard_map(
+        lambda state, x: stack.update(state, x, jnp.float32(1)),
+        mesh=mesh,
+        in_specs=(specs, rows),
+        out_specs=(specs, PartitionSpec()),
+    )
+    update = jax.jit(update, donate_argnums=0)
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (B, D)), mesh_lib.sharding(mesh, "data"))
+    compiled = update.lower(state, x).compile()
+
+    def step():
+        nonlocal state
+        state, _ = compiled(state, x)
+        jax.block_until_ready(state)
+
+    return step, compiled.memory_analysis()
+
+
+def products(D, F, B, N, dtype):
+    """A function that makes an encoder's, a decoder's and a gradient's product, waiting for them."""
+    x, f, W = jnp.ones((B, D), dtype), jnp.ones((B, N * F), dtype), jnp.ones((D, N * F), dtype)
+    three = jax.jit(lambda x, f, W: (x @ W, f @ W.T, x.T @ f))
+
+    return lambda: jax.block_until_ready(three(x, f, W))
+
+
+def seconds(functions, rounds):
+    """The median seconds of each function, run in turns so that a slow minute slows all."""
+    taken = [[] for _ in functions]
+    for index in range(rounds + 1):
+        for times, function in zip(taken, functions, strict=True):
+            start = time.perf_counter()
+            function()
+            if index:  # the first compiles
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in taken]
+
+
+def main():
+    """Print a line for each shape, and write them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    backend = jax.default_backend()
+    results = []
+    for dtype in ("float32",) if backend == "cpu" else ("float32", "bfloat16"):
+        for architecture, D, F, B, N in SHAPES["cpu" if backend == "cpu" else "gpu"]:
+            step, memory = stepper(architecture, D, F, B, N, dtype)
+            step_s, three_s = seconds((step, products(D, F, B, N, dtype)), arguments.rounds)
+            result = {"architecture": architecture, "D": D, "F": F, "B": B, "N": N, "dtype": dtype}
+            result |= {
+                "step_seconds": step_s,
+                "activations_per_second": B / step_s,
+                "of_product_rate": PRODUCTS[architecture] * three_s / 3 / step_s,
+                "product_flops_per_second": 3 * 2 * B * D * F * N / three_s,
+                "bytes_of_arguments": memory.argument_size_in_bytes,
+                "bytes_of_temporaries": memory.temp_size_in_bytes,
+            }
+            results.append(result)
+            print(
+                f"{architecture:>6} D {D} F {F} B {B} N {N} {dtype}: {1e3 * step_s:.1f} ms, "
+                f"{B / step_s:,.0f} activations/s, {result['of_product_rate']:.0%} of the products' own rate "
+                f"({result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s)"
+            )
+    if arguments.out:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        facts = {"machine": platform.machine(), "devices": [device.device_kind for device in jax.devices()]}
+        facts |= {"jax": jax.__version__, "python": platform.python_version(), "commit": commit}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"facts": facts, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
