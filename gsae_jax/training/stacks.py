@@ -98,15 +98,18 @@ class Stack:
                 name: part if axes[name] is None else _gather(part, 1 + axes[name]) for name, part in parts.items()
             }
 
-            def one(params: dict[str, jax.Array], l1_coefficient: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-                return self.architecture.loss(
-                    params, x_BxD, l1_coefficient, self.sae, lambda x: jax.lax.psum(x, "latent")
-                )
-
-            loss_N, statistics = jax.vmap(one)(params, state.l1_coefficient)
+            # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what
+            # one SAE needs in between can be used again by the next.
+            losses, statistics = zip(
+                *(
+                    self.architecture.loss(one, x_BxD, l1, self.sae, lambda x: jax.lax.psum(x, "latent"))
+                    for one, l1 in zip(_split(params), state.l1_coefficient, strict=True)
+                ),
+                strict=True,
+            )
             # The mean over `data` inside the differentiated function: its transpose sums the gradients, once, rightly
             # weighted.
-            return jax.lax.pmean(loss_N.sum(), "data"), statistics
+            return jax.lax.pmean(sum(losses), "data"), jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics)
 
         grads, statistics = jax.grad(loss, has_aux=True)(state.params)
         fired = statistics.pop("fired").astype(jnp.int32)
@@ -123,3 +126,10 @@ class Stack:
 def _gather(part: jax.Array, axis: int) -> jax.Array:
     # Where there is nothing to gather, the compiler would still copy.
     return jax.lax.all_gather(part, "data", axis=axis, tiled=True) if jax.lax.axis_size("data") > 1 else part
+
+
+def _split(params_N: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
+    """Each SAE's own; the transpose puts gradients side by side, where that of indexing would add padded ones."""
+    N = len(next(iter(params_N.values())))
+    columns = {name: jax.lax.split(value, (1,) * N) for name, value in params_N.items()}
+    return [{name: column[index][0] for name, column in columns.items()} for index in range(N)]
