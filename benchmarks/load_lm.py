@@ -20,12 +20,12 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from gsae_jax import config, mesh
+from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.weights import INDEX
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-
-from gsae_jax import config, mesh  # noqa: E402 (after the devices are set)
-from gsae_jax.lms.checkpoints import Checkpoint  # noqa: E402
-from gsae_jax.lms.weights import INDEX  # noqa: E402
 
 MB = 2**20
 D, M, V, H, G = 2048, 5632, 32000, 32, 8

@@ -142,7 +142,7 @@ def test_nan_weights_may_be_allowed(folder):
 
 
 def test_a_revision_is_for_hub_names(folder):
-    with pytest.raises(ConfigError, match=r"lm\.revision: is 'main', but .* is a directory; write ''"):
+    with pytest.raises(ConfigError, match=r"lm\.revision: is 'main', but .* is not a hub name; write ''"):
         gsae_jax.load_lm(folder, revision="main")
 
 

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
+from gsae_jax import plugins
 from gsae_jax.config import ConfigError
 from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
@@ -260,10 +261,8 @@ def test_bad_calls():
         lm.activations(np.zeros((1, 4), int), "blocks.0.hook_mlp_out", np.ones((1, 3)))
 
 
-def test_the_readmes_table_lists_the_model_types():
-    readme = (Path(gsae_jax.__file__).parent.parent / "docs" / "language_models.md").read_text()
-    from gsae_jax import plugins
-
+def test_the_docs_table_lists_the_model_types():
+    table = (Path(gsae_jax.__file__).parent.parent / "docs" / "language_models.md").read_text()
     for family in plugins.known("lms", "MODEL_TYPES").values():
         for model_type in family.MODEL_TYPES:
-            assert re.search(rf"`{model_type}`", readme), model_type
+            assert re.search(rf"`{model_type}`", table), model_type

@@ -168,7 +168,7 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
     if not from_hub:
         if revision:
             of = field.replace("path", "revision").replace("model", "revision")
-            raise ConfigError(of, f"is {revision!r}, but {str(path)!r} is a directory; write '' for those")
+            raise ConfigError(of, f"is {revision!r}, but {str(path)!r} is not a hub name; write '' for a directory")
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles and not list(folder.glob("*.safetensors")):
             raise ConfigError(
