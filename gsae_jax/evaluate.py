@@ -9,7 +9,7 @@ import jax
 import tqdm
 from absl import flags
 
-from gsae_jax import cli, runs
+from gsae_jax import cli, processes, runs
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
@@ -34,11 +34,12 @@ def evaluate(path: Path, tokens: int | None = None) -> str:
     lm = loading.load_lm(config.lm.path, revision=config.lm.revision, dtype=config.lm.dtype, mesh=mesh)
     batches = list(held_out(config, lm.tokenizer, config.evaluation.tokens if tokens is None else tokens))
     special_tokens = lm.special_tokens if config.activations.drop_special_tokens else ()
-    with tqdm.tqdm(total=len(batches), unit="batch", desc="evaluate") as bar:
+    with tqdm.tqdm(total=len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update)
     model = config.lm.path or "gelu-1l-stdlib (embedded)"
     records = report.rows(Path(model).name, saes, sums)
-    report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir))
+    if processes.first():
+        report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir))
     return report.table(records)
 
 
@@ -46,11 +47,11 @@ def main() -> None:
     """The command."""
     if TOKENS.value is not None and TOKENS.value < 1:
         raise ConfigError("--tokens", f"is {TOKENS.value}; write 1 or more")
-    print(evaluate(Path(WORKDIR.value), TOKENS.value))
-    print(f"\nreport: {workdir_lib.Workdir(Path(WORKDIR.value)).report / 'report.md'}")
+    table = evaluate(Path(WORKDIR.value), TOKENS.value)
+    processes.say(f"{table}\n\nreport: {workdir_lib.Workdir(Path(WORKDIR.value)).report / 'report.md'}")
 
 
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
     TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens; the config's evaluation.tokens by default.")
-    cli.run(main)
+    cli.run(main, several=True)

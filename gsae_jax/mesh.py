@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
@@ -51,3 +53,25 @@ def check(config: config_lib.Experiment, mesh: Mesh) -> None:
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """The placement of an array whose dimensions lie along these mesh axes (None: every device has all of it)."""
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of so many rows, split along `data`, lie on this process's devices: their numbers, in order."""
+    parts = sharding(mesh, "data").addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
+
+
+def place_rows(mesh: Mesh, local: np.ndarray, rows: int) -> jax.Array:
+    """An array of so many rows along `data`, of which each process gives its `local_rows`."""
+    mine = local_rows(mesh, rows)
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        return local[np.searchsorted(mine, start) : np.searchsorted(mine, stop)]
+
+    return jax.make_array_from_callback((rows, *local.shape[1:]), sharding(mesh, "data"), part)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays of the mesh, wherever their parts lie, as NumPy arrays; every process calls it."""
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cli, runs
+from gsae_jax import cli, processes, runs
 from gsae_jax import config as config_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import Experiment
@@ -22,12 +22,11 @@ def run(config: Experiment, path: Path) -> int:
     config, workdir = runs.pinned(config, path), workdir_lib.Workdir(path)
     workdir.check(config_lib.to_dict(config))
     if workdir.latest_step() == config.train.steps and (workdir.report / "report.json").exists():
-        print(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
+        processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
     if not loop.train(config, path):
         return INTERRUPTED
-    print(evaluate(path))
-    print(f"\nreport: {workdir.report / 'report.md'}")
+    processes.say(evaluate(path) + f"\n\nreport: {workdir.report / 'report.md'}")
     return 0
 
 
@@ -39,4 +38,4 @@ def main() -> int:
 if __name__ == "__main__":
     CONFIG = cli.define_config()
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it does not exist.", required=True)
-    cli.run(main)
+    cli.run(main, several=True)

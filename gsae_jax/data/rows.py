@@ -16,10 +16,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
@@ -66,7 +67,10 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()), _writable(config):
-        builder.download_and_prepare()
+        if not builder.is_prepared():
+            with _alone(Path(builder.data_dir)):
+                builder, feature = corpus.open_corpus(config)  # another process may have prepared it meanwhile
+                builder.download_and_prepare()
     name = config.train_split if split == "train" else config.test_split
     try:
         return builder.as_data_source(split=name), feature
@@ -99,11 +103,12 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int) -
 
 
 def batches(
-    rows: TokenRows, rows_per_batch: int, seed: int, process: int = 0, processes: int = 1
+    rows: TokenRows, rows_per_batch: int, seed: int, local: Sequence[int] | np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Endless batches [rows_per_batch / processes, T]: this process's contiguous part of each global batch.
+    """Endless batches [rows_per_batch, T]; or of each only the rows numbered `local`, and only those are read.
 
-    Every epoch has its own order. `get_state()` and `set_state()` of the iterator save and restore the position.
+    Every epoch has its own order. `get_state()` and `set_state()` of the iterator save and restore the position, which
+    does not depend on `local`.
 
     Raises:
         ConfigError: the corpus has fewer tokens than one batch.
@@ -114,16 +119,27 @@ def batches(
             f"the corpus gives {len(rows)} rows of tokens, fewer than one batch of {rows_per_batch}; "
             "add text, or take fewer rows at once",
         )
-    share = rows_per_batch // processes
+    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    local = range(rows_per_batch) if local is None else local
     return iter(
-        grain.MapDataset.source(rows)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(rows_per_batch)
-        .map(lambda batch: batch[process * share : (process + 1) * share])
+        grain.MapDataset.source(_Part(shuffled, rows_per_batch, local))
+        .batch(len(local))
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
     )
+
+
+class _Part:
+    """Of every `per_batch` elements of a data set, those numbered `local`."""
+
+    def __init__(self, dataset: Any, per_batch: int, local: Sequence[int] | np.ndarray):
+        self._dataset, self._per_batch, self._local = dataset, per_batch, local
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._per_batch * len(self._local)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch, row = divmod(index, len(self._local))
+        return self._dataset[batch * self._per_batch + int(self._local[row])]
 
 
 def in_order(rows: TokenRows, rows_per_batch: int) -> Iterator[np.ndarray]:
@@ -161,28 +177,47 @@ def _writable(config: config_lib.Data) -> Iterator[None]:
         ) from error
 
 
+def _alone(folder: Path) -> filelock.BaseFileLock:
+    """Held while a folder is written, so that of several processes one does the work and the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
 def _cached_tokens(folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int) -> np.ndarray:
     """The first `limit` tokens of the source (all, where it has fewer), tokenized unless the folder has as many."""
-    meta = folder / "meta.json"
-    known = json.loads(meta.read_text()) if meta.exists() else {"tokens": -1, "complete": False}
-    if not known["complete"] and known["tokens"] < limit:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        try:
-            dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-            count, complete = _tokenize(scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit)
-            known = {"tokens": count, "complete": complete, "dtype": dtype.name}
-            (scratch / "meta.json").write_text(json.dumps(known))
-            scratch.chmod(0o755)  # mkdtemp's is private; prepared data may be shared
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(scratch, folder)  # whole or not at all
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    known = _known_tokens(folder, limit)
+    if known is None:
+        with _alone(folder):
+            known = _known_tokens(folder, limit) or _write_tokens(folder, source, feature, tokenizer, separator, limit)
     if not known["tokens"]:
         return np.zeros(0, np.uint16)
     return np.memmap(
         folder / "tokens.bin", dtype=np.dtype(str(known["dtype"])), mode="r", shape=(int(known["tokens"]),)
     )
+
+
+def _known_tokens(folder: Path, limit: int) -> dict[str, Any] | None:
+    """What the folder holds, if that is enough."""
+    meta = folder / "meta.json"
+    known = json.loads(meta.read_text()) if meta.exists() else {"tokens": -1, "complete": False}
+    return known if known["complete"] or known["tokens"] >= limit else None
+
+
+def _write_tokens(
+    folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
+) -> dict[str, Any]:
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        count, complete = _tokenize(scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit)
+        known = {"tokens": count, "complete": complete, "dtype": dtype.name}
+        (scratch / "meta.json").write_text(json.dumps(known))
+        scratch.chmod(0o755)  # mkdtemp's is private; prepared data may be shared
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)  # whole or not at all
+        return known
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _tokenize(

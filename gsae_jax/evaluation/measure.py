@@ -33,10 +33,10 @@ def measure(
         sites.check(sae.site, lm.sites, f"site of {sae.name}")
         groups.setdefault((sae.site, sae.norm_limit, sae.architecture, sae.config), []).append(sae)
     mesh = lm.module.mesh
-    replicated, rows = (mesh_lib.sharding(mesh), mesh_lib.sharding(mesh, "data")) if mesh else (None, None)
+    replicated = mesh_lib.sharding(mesh) if mesh else None
     stacked = {
         key: jax.device_put(
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *(sae.params for sae in members)), replicated
+            jax.tree.map(lambda *leaves: np.stack(leaves), *(sae.params for sae in members)), replicated
         )
         for key, members in groups.items()
     }
@@ -44,10 +44,11 @@ def measure(
     totals: dict[str, metrics.Sums] = {sae.name: {} for sae in saes}
     for tokens in batches:
         check_tokens(tokens, lm.config.d_vocab, "data: the tokens of the text")
-        tokens_RxT = jax.device_put(tokens, rows)
-        references = jax.device_get(_references(lm.module, zeroed, special_tokens, lm.params, tokens_RxT))
+        R = len(tokens)
+        tokens_RxT = mesh_lib.place_rows(mesh, tokens[mesh_lib.local_rows(mesh, R)], R) if mesh else jnp.asarray(tokens)
+        references = mesh_lib.fetch(_references(lm.module, zeroed, special_tokens, lm.params, tokens_RxT))
         for key, members in groups.items():
-            sums = jax.device_get(_sae_sums(lm.module, *key, special_tokens, lm.params, stacked[key], tokens_RxT))
+            sums = mesh_lib.fetch(_sae_sums(lm.module, *key, special_tokens, lm.params, stacked[key], tokens_RxT))
             shared = {"ce_clean": references["clean"], "ce_zero": references["zero"][zeroed.index(key[:2])]}
             for index, sae in enumerate(members):
                 metrics.add(totals[sae.name], {name: value[index] for name, value in sums.items()} | shared)

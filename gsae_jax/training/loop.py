@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax import processes
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.data import rows as rows_lib
@@ -33,6 +35,7 @@ def train(config: Experiment, path: Path) -> bool:
     """
     workdir = workdir_lib.Workdir(path)
     as_json = config_lib.to_dict(config)
+    processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check(config, mesh)
@@ -40,13 +43,18 @@ def train(config: Experiment, path: Path) -> bool:
     program, tokenizer = build(config, mesh, checkpoint)
     lm_params = checkpoint.params(program.module, config.lm.dtype)
     rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
-    stream = rows_lib.batches(rows, config.rows_per_call, config.seed, jax.process_index(), jax.process_count())
+    processes.agree("data", rows.fingerprint, "give every process the same text")
+    stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
     rows_lib.held_out(config, tokenizer, config.evaluation.tokens)  # the report's text must be there too
     latest = workdir.latest_step()
+    processes.agree("--workdir", latest, "their checkpoints are not the same; write a directory that they share")
     if latest is None:
-        print(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer", flush=True)
+        processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
         state = start(program, lm_params, stream)
-    workdir.create(as_json)
+    if processes.first():
+        workdir.create(as_json)
+    processes.wait("the run's directory")
+    workdir.config()
     checkpoints = workdir_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
     try:
         if latest is not None:
@@ -56,7 +64,7 @@ def train(config: Experiment, path: Path) -> bool:
                 )
             state, position = _restore(program, checkpoints, latest)
             stream.set_state(position)
-            print(f"continuing from step {latest:,}", flush=True)
+            processes.say(f"continuing from step {latest:,}")
         return _loop(config, program, lm_params, stream, state, workdir, checkpoints, {"rows": rows.fingerprint})
     finally:
         checkpoints.close()
@@ -131,7 +139,7 @@ def _loop(
         },
         "versions": {module.__name__: module.__version__ for module in (jax, np)} | {"python": sys.version.split()[0]},
     }
-    metrics = workdir_lib.Metrics(workdir, step)
+    metrics = workdir_lib.Metrics(workdir, step) if processes.first() else None
     logged_at = time.perf_counter()
 
     def log(at: int, statistics: Any) -> None:
@@ -143,7 +151,9 @@ def _loop(
         values = jax.device_get(statistics)
         now = time.perf_counter()
         tokens_per_second = (at - logged) * config.train.batch_size / (now - logged_at)
-        metrics.write(at, progress.show(values) | {"tokens_per_second": round(tokens_per_second, 1)})
+        shown = progress.show(values) | {"tokens_per_second": round(tokens_per_second, 1)}
+        if metrics:
+            metrics.write(at, shown)
         progress.bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s", refresh=False)
         logged, logged_at = at, now
 
@@ -155,7 +165,7 @@ def _loop(
 
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
         waiting: tuple[int, Any] | None = None  # statistics of the call before, read while the next one runs
-        while step < total and not signals.received:
+        while step < total and not signals.stop(step // per_call):
             state, statistics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
             step += per_call
             if waiting is not None:
@@ -169,10 +179,11 @@ def _loop(
         if step > saved:
             save()
     checkpoints.wait()
-    metrics.close()
+    if metrics:
+        metrics.close()
     if step < total:
         kept = f"step {saved:,} is saved" if saved else "no step was made yet"
-        print(f"{signals.received}: {kept}; the same command continues from there")
+        processes.say(f"{signals.received}: {kept}; the same command continues from there")
     return step == total
 
 
@@ -202,12 +213,23 @@ def _tokens_needed(config: Experiment) -> int:
 
 
 class _Signals:
-    """Turns SIGTERM and SIGINT into a name to look at between steps; a second one interrupts at once."""
+    """Turns SIGTERM and SIGINT into a name to look at between steps; a second one interrupts at once.
+
+    Of several processes, whichever receives a SIGTERM, all end after the same step, which JAX finds; a SIGINT
+    interrupts at once.
+    """
 
     received = ""
 
+    def stop(self, call: int) -> bool:
+        """Whether to end before this call of the train step."""
+        if not self._before and multihost_utils.reached_preemption_sync_point(call):
+            self.received = "SIGTERM"
+        return bool(self.received)
+
     def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = () if jax.distributed.is_initialized() else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -224,8 +246,9 @@ class _Progress:
     """A bar with tokens/s and the time that remains; on a terminal, a line for each stack below it."""
 
     def __init__(self, total: int, step: int, stacks: list[str]):
-        self.bar = tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, dynamic_ncols=True)
-        below: Any = {"bar_format": "{desc}", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+        every: Any = {"dynamic_ncols": True, "disable": not processes.first()}
+        self.bar = tqdm.tqdm(total=total, initial=step, unit="step", mininterval=1.0, **every)
+        below: Any = {"bar_format": "{desc}"} | every | ({} if sys.stderr.isatty() else {"disable": True})
         self._lines = {name: tqdm.tqdm(position=1 + index, **below) for index, name in enumerate(stacks)}
 
     def show(self, statistics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:

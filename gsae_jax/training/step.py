@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.lms import loading
 from gsae_jax.training import buffer, optimiser
 from gsae_jax.training.stacks import Stack, StackState
@@ -94,9 +95,9 @@ class Program:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs())
 
     def place_tokens(self, tokens: Any) -> jax.Array:
-        """This process's rows of a global batch, on the mesh."""
+        """This process's rows (`mesh.local_rows`) of a global batch, on the mesh."""
         loading.check_tokens(tokens, self.module.config.d_vocab, "data: the tokens of the text")
-        return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P("data")), tokens)
+        return mesh_lib.place_rows(self.mesh, tokens, self.config.rows_per_call)
 
     def activations(self, lm_params: Any, tokens_RxT: jax.Array) -> dict[str, jax.Array]:
         """Activations {site: [R, T, D]}, `rows_per_forward` rows at a time."""

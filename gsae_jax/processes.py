@@ -1,0 +1,143 @@
+"""Several processes, one program: JAX's multi-controller runtime, and how its processes fail together.
+
+Every process runs the same command and the same compiled programs on its own devices; the first one speaks for all.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed  # its key-value store has no public name; orbax uses it too
+from jax.experimental import multihost_utils
+
+from gsae_jax import config as config_lib
+from gsae_jax.config import ConfigError
+
+HEARTBEAT_TIMEOUT = 30  # seconds until a process that was killed is missed
+GRACE = 3  # seconds in which a reason reaches all processes
+FAILURE = "gsae_jax/failure"  # where the first process to fail says why
+
+
+def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+    """Become one of several processes, if there are several; to be called before JAX is used.
+
+    TPU pods, Slurm, Open MPI and Kubernetes say who the others are; elsewhere the arguments do: process 0 listens at
+    `coordinator` (host:port). A `count` of 1 asks nobody.
+
+    Raises:
+        ConfigError: only some of the arguments, ones that contradict each other, or nobody there.
+    """
+    if count == 1:
+        return
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [flag for flag, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise ConfigError(missing[0], f"is missing; write all of {', '.join(given)}, or none where the cluster says so")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise ConfigError("--coordinator", f"is {coordinator!r}; write host:port of process 0, such as 10.0.0.1:8476")
+    if count is not None and index is not None and not 0 <= index < count:
+        raise ConfigError("--process_id", f"is {index}; write 0 to {count - 1}, another one in each process")
+    # A Slurm job of one task needs nobody, and JAX would see one of its GPUs only.
+    if missing and os.environ.get("SLURM_NTASKS") == "1":
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            # Where the flags say everything, a Slurm step around them must not choose the devices.
+            cluster_detection_method=None if missing else "deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except ValueError:  # no cluster was detected
+        if not missing:
+            raise
+    except RuntimeError as error:
+        where = f"{coordinator} " if coordinator else "the coordinator "
+        raise ConfigError(
+            "--coordinator", f"process {index} of {count} cannot work with {where}({' '.join(str(error).split())})"
+        ) from error
+
+
+def first() -> bool:
+    """Whether this process speaks for all: writes what is not sharded, prints, and shows progress."""
+    return jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """Print, once for all processes."""
+    if first():
+        print(message, flush=True)
+
+
+def wait(name: str) -> None:
+    """Wait until every process is here."""
+    multihost_utils.sync_global_devices(name)
+
+
+def agree(field: str, value: Any, message: str) -> None:
+    """Raises `ConfigError` if this JSON-able value is not the same in every process."""
+    if jax.process_count() == 1:
+        return
+    ours = np.frombuffer(bytes.fromhex(config_lib.fingerprint(value)), np.uint32)
+    differing = np.flatnonzero((multihost_utils.process_allgather(ours) != ours).any(1))
+    if differing.size:
+        raise ConfigError(field, f"differs between process {jax.process_index()} and {differing.tolist()}: {message}")
+
+
+def guarded(main: Callable[[], int | None], describe: Callable[[BaseException], tuple[str, int]]) -> int | None:
+    """`main()`, whose failure in one process ends them all; a process that is alone fails like any program.
+
+    Args:
+        main: what to run.
+        describe: the message and the exit code of an error.
+    """
+    if not jax.distributed.is_initialized():
+        return main()
+    client: Any = distributed.global_state.client
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1):
+            try:
+                reason = json.loads(client.key_value_try_get(FAILURE))
+            except jax.errors.JaxRuntimeError:
+                continue  # nobody failed
+            if reason["process"] != jax.process_index():
+                _end(f"stopped with process {reason['process']}, which failed: {reason['message']}", reason["code"])
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        return main()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        message, code = describe(error)
+        if not isinstance(error, ConfigError | KeyboardInterrupt):
+            traceback.print_exc()
+        reason = json.dumps({"process": jax.process_index(), "message": message, "code": code})
+        try:
+            client.key_value_set(FAILURE, reason)
+        except jax.errors.JaxRuntimeError:
+            time.sleep(2 * GRACE)  # another one was first, and its reason will end us; or process 0 is gone
+        _end(message, code)
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Leave at once: an orderly exit waits for processes that wait for us."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if first():
+        time.sleep(GRACE)  # the others read the reason from here
+    os._exit(code)

@@ -1,0 +1,186 @@
+"""Several processes as one program, for real: the quickstart, shortened, on loopback."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax import processes
+from gsae_jax.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+COMPILED = Path(tempfile.gettempdir()) / f"gsae_jax-compiled-{os.getpid()}"
+SHORT = [
+    "--config.train.steps=16",
+    "--config.train.warmup_steps=4",
+    "--config.train.log_every=4",
+    "--config.checkpoint.every=8",
+    "--config.activations.buffer_size=8192",
+    "--config.evaluation.tokens=4096",
+    "--config.stacks.gated.width=512",
+    "--config.stacks.baseline.width=768",
+    "--config.stacks.gated.l1_coefficients=(0.01,)",
+    "--config.stacks.baseline.l1_coefficients=(0.006,)",
+]
+
+
+def start(workdir, count, *overrides, last=()):
+    """`count` processes with 8 devices together; of the last one, other environment variables."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gsae_jax.train", "--config", "configs/quickstart.py", "--workdir", str(workdir)]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(8 // count),
+        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),  # most runs here are of the same programs
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    started = []
+    for index in range(count):
+        flags = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+        log = Path(f"{workdir}.{index}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            started.append(
+                subprocess.Popen(
+                    command + SHORT + list(overrides) + flags,
+                    cwd=ROOT,
+                    env=environment | dict(last if index == count - 1 else ()),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
+
+
+def log(workdir, index=0):
+    return Path(f"{workdir}.{index}.log").read_text()
+
+
+def end(started, within=300):
+    """The exit codes, once all have ended."""
+    deadline = time.time() + within
+    try:
+        return [process.wait(deadline - time.time()) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def train(workdir, count):
+    codes = end(start(workdir, count))
+    assert codes == [0] * count, log(workdir)
+    return workdir
+
+
+def until(workdir, text, within=120):
+    deadline = time.time() + within
+    while text not in log(workdir):
+        assert time.time() < deadline, log(workdir)
+        time.sleep(0.2)
+
+
+def continued(run, workdir, count):
+    """The run's middle checkpoint, continued elsewhere."""
+    shutil.copytree(run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "16")
+    shutil.rmtree(workdir / "report")
+    train(workdir, count)
+    assert "continuing from step 8" in log(workdir)
+    return workdir
+
+
+def same(one, other):
+    """Equal losses and parameters, to what the order of a float32 sum can change."""
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [4, 8, 12, 16]
+    for a, b in zip(*lines, strict=True):
+        for name in ("gated/loss", "baseline/loss"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+    ours, theirs = gsae_jax.load(one), gsae_jax.load(other)
+    for name, sae in ours.items():
+        for key, value in sae.params.items():
+            np.testing.assert_allclose(value, theirs[name].params[key], rtol=1e-3, atol=1e-5, err_msg=f"{name} {key}")
+    reports = [json.loads((run / "report" / "report.json").read_text())["saes"] for run in (one, other)]
+    for a, b in zip(*reports, strict=True):
+        for name in ("ce_clean", "ce_sae", "loss_recovered", "l0", "tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    return {count: train(folder / str(count), count) for count in (1, 2)}
+
+
+@pytest.mark.processes
+def test_two_processes_train_what_one_trains(runs):
+    same(runs[1], runs[2])
+    assert "step/s" not in log(runs[2], 1)  # progress comes from the first
+    assert log(runs[2], 0).count("report:") == 1
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("written_by", "count"), [(2, 1), (2, 4), (1, 2)])
+def test_a_checkpoint_continues_on_another_number_of_processes(runs, tmp_path, written_by, count):
+    same(runs[written_by], continued(runs[written_by], tmp_path / "run", count))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(tmp_path, victim):
+    started = start(tmp_path / "run", 2, "--config.train.steps=100_000")
+    until(tmp_path / "run", "4/100000")
+    started[victim].kill()
+    killed = time.time()
+    codes = end(started, within=60)
+    assert codes[1 - victim] != 0
+    assert time.time() - killed < 60
+    message = "another task died" if victim == 0 else "another process may have ended before; look at its output"
+    assert message in log(tmp_path / "run", 1 - victim)
+
+
+@pytest.mark.processes
+def test_an_error_in_one_process_ends_the_other_with_the_reason(tmp_path):
+    """Before training, where nothing else would tell the first that the second will never come."""
+    (tmp_path / "file").write_text("")
+    started = start(tmp_path / "run", 2, last={"TFDS_DATA_DIR": str(tmp_path / "file" / "data")})
+    assert end(started, within=90) == [2, 2]
+    reason = f"error: data.data_dir: {tmp_path}/file/data cannot hold prepared data"
+    assert f"stopped with process 1, which failed: {reason}" in log(tmp_path / "run", 0)
+    assert reason in log(tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.processes
+def test_sigterm_to_one_process_saves_the_run_of_all(runs, tmp_path):
+    run = tmp_path / "run"
+    started = start(run, 2, "--config.checkpoint.every=100_000", "--config.train.log_every=1")
+    until(run, "4/16")
+    started[1].terminate()
+    assert end(started) == [75, 75]
+    assert "SIGTERM: step" in log(run)
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1234", None, None), "--num_processes: is missing; write all of --coordinator, --num_processes"),
+        (("localhost", 2, 0), "--coordinator: is 'localhost'; write host:port of process 0"),
+        (("localhost:1234", 2, 2), "--process_id: is 2; write 0 to 1"),
+    ],
+)
+def test_processes_that_cannot_be_joined(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        processes.join(*arguments)
