@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
@@ -29,7 +29,11 @@ def make_mesh(config: config_lib.Mesh, among: Sequence[Any] | None = None) -> Me
         )
     # The language model and the loss around the SAEs are left to the compiler (Auto); the SAE step is mapped by hand.
     axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, config.latent), ("data", "latent"), axis_types=axis_types, devices=among)
+    try:
+        return jax.make_mesh((data, config.latent), ("data", "latent"), axis_types=axis_types, devices=among)
+    except NotImplementedError:  # a TPU's torus with no sides of these sizes: parts of sides, then
+        placed = mesh_utils.create_device_mesh((data, config.latent), among, allow_split_physical_axes=True)
+        return Mesh(placed, ("data", "latent"), axis_types=axis_types)
 
 
 def check(config: config_lib.Experiment, mesh: Mesh) -> None:

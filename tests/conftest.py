@@ -1,5 +1,7 @@
 """Eight CPU devices, strict promotion of ranks, and the small things that many tests start from."""
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,6 +15,10 @@ from gsae_jax.lms.transformer import Model
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same programs; they are kept for one session.
+compiled = tempfile.TemporaryDirectory(prefix="gsae_jax-compiled-")
+jax.config.update("jax_compilation_cache_dir", compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 flags.FLAGS.mark_as_parsed()
 assert jax.device_count() == 8
 

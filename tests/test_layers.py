@@ -12,6 +12,7 @@ FLOOR = {
     "config": 0,
     "mesh": 0,
     "plugins": 0,
+    "processes": 0,
     "saes": 1,
     "lms": 1,
     "data": 1,
@@ -19,7 +20,7 @@ FLOOR = {
     "evaluation": 2,
     "training": 3,
 }
-ALLOWED_ON_ONE_FLOOR = {("plugins", "config"), ("mesh", "config")}
+ALLOWED_ON_ONE_FLOOR = {("plugins", "config"), ("mesh", "config"), ("processes", "config")}
 TOP = 4
 
 

@@ -92,26 +92,22 @@ class Stack:
         gradients back to the parts.
         """
 
-        def loss(parts: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            axes = self.architecture.FEATURE_AXES
-            params = {
-                name: part if axes[name] is None else _gather(part, 1 + axes[name]) for name, part in parts.items()
-            }
-
-            # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what
-            # one SAE needs in between can be used again by the next.
-            losses, statistics = zip(
-                *(
-                    self.architecture.loss(one, x_BxD, l1, self.sae, lambda x: jax.lax.psum(x, "latent"))
-                    for one, l1 in zip(_split(params), state.l1_coefficient, strict=True)
-                ),
-                strict=True,
+        def loss(part: dict[str, jax.Array], l1_coefficient: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            params = {name: _gather(value, self.architecture.FEATURE_AXES[name]) for name, value in part.items()}
+            value, statistics = self.architecture.loss(
+                params, x_BxD, l1_coefficient, self.sae, lambda x: jax.lax.psum(x, "latent")
             )
             # The mean over `data` inside the differentiated function: its transpose sums the gradients, once, rightly
             # weighted.
-            return jax.lax.pmean(sum(losses), "data"), jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics)
+            return jax.lax.pmean(value, "data"), statistics
 
-        grads, statistics = jax.grad(loss, has_aux=True)(state.params)
+        # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what one
+        # SAE needs in between can be used again by the next.
+        found = [
+            jax.grad(loss, has_aux=True)({name: value[index] for name, value in state.params.items()}, l1_coefficient)
+            for index, l1_coefficient in enumerate(state.l1_coefficient)
+        ]
+        grads, statistics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
         fired = statistics.pop("fired").astype(jnp.int32)
         if jax.lax.axis_size("data") > 1:
             fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)
@@ -123,13 +119,8 @@ class Stack:
         ), statistics
 
 
-def _gather(part: jax.Array, axis: int) -> jax.Array:
+def _gather(part: jax.Array, axis: int | None) -> jax.Array:
     # Where there is nothing to gather, the compiler would still copy.
-    return jax.lax.all_gather(part, "data", axis=axis, tiled=True) if jax.lax.axis_size("data") > 1 else part
-
-
-def _split(params_N: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
-    """Each SAE's own; the transpose puts gradients side by side, where that of indexing would add padded ones."""
-    N = len(next(iter(params_N.values())))
-    columns = {name: jax.lax.split(value, (1,) * N) for name, value in params_N.items()}
-    return [{name: column[index][0] for name, column in columns.items()} for index in range(N)]
+    if axis is None or jax.lax.axis_size("data") == 1:
+        return part
+    return jax.lax.all_gather(part, "data", axis=axis, tiled=True)

@@ -1,0 +1,302 @@
+"""What a run would take elsewhere: against what it takes here, against hand arithmetic, and compiled for TPUs."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from gsae_jax.config import ConfigError, Experiment, Mesh, from_dict
+from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
+from gsae_jax.training import exchanges, machines, planning
+from gsae_jax.training.machines import CHIPS, Topology
+from tests.test_scale import first_state, program_on
+
+ROOT = Path(__file__).parent.parent
+GEMMA = ["configs/gemma_2_2b.py", "--config.lm.path=tests/fixtures/configs/gemma_2_2b"]
+MILLION = ["configs/gemma_7b.py:resid20", "--config.lm.path=tests/fixtures/configs/gemma_7b", "--config.mesh.latent=8"]
+MILLION += ["--config.stacks.gated.width=1048576", "--config.stacks.baseline.width=1572864"]
+MILLION += ["--config.activations.rows_per_forward=64", "--config.evaluation.rows_per_forward=64"]
+
+
+@pytest.fixture
+def no_libtpu(monkeypatch):
+    """For this process, not for those it starts."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "libtpu" else real(name, *args)
+    )
+
+
+def configured(path, *flags):
+    """The experiment of `--config path --config.field=value ...`."""
+    file, _, which = path.partition(":")
+    config = importlib.import_module(f"configs.{Path(file).stem}").get_config(*filter(None, [which]))
+    for name, value in (flag.removeprefix("--config.").split("=") for flag in flags):
+        config.update_from_flattened_dict({name: int(value) if value.isdigit() else value})
+    return from_dict(Experiment, config)
+
+
+def on(experiment, data, latent):
+    """The tiny experiment with stacks that eight devices divide."""
+    return dataclasses.replace(program_on(experiment, 1, 1).config, mesh=Mesh(data, latent))
+
+
+def test_a_plan_has_the_bytes_that_a_run_allocates(experiment):
+    program = program_on(experiment, 4, 2)
+    report = planning.plan(dataclasses.replace(program.config, mesh=Mesh(data=4, latent=2)), "cpu:8")
+    checkpoint = Checkpoint.open(experiment.lm.path)
+    lm_params = checkpoint.params(checkpoint.module(1, program.mesh), experiment.lm.dtype)
+    state = first_state(program)
+    planned = report["bytes_per_device"]
+
+    def here(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    assert report["method"] == {"bytes": "compiled", "exchanges": "compiled"}
+    assert planned["language model"] == here(lm_params)
+    assert planned["SAEs"] == here([stack.params for stack in state.stacks.values()])
+    assert planned["optimiser"] == here([stack.second_moments for stack in state.stacks.values()])
+    assert planned["buffer"] == here(state.store)
+    arguments = sum(planned[name] for name in ("language model", "SAEs", "optimiser", "buffer", "rest"))
+    tokens = experiment.rows_per_call // 4 * experiment.data.context_length * 4
+    assert arguments == pytest.approx(here(lm_params) + here(state) + tokens, rel=0.02)
+
+
+@pytest.mark.parametrize("topology", ["cpu:8", "gpu:h100x8"])
+def test_the_parts_add_up(experiment, topology):
+    parts = planning.plan(on(experiment, 4, 2), topology)["bytes_per_device"]
+    assert sum(parts.values()) == 2 * parts["total"]
+    assert min(parts.values()) >= 0
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((8, 1), 16), ((4, 2), 16), ((1, 8), 2)])
+def test_an_estimate_against_the_compiler(experiment, shape, rows):
+    """Arguments are equal and exchanges near, with four updates of one forward pass and one update of two."""
+    config = on(experiment, *shape)
+    config = dataclasses.replace(config, activations=dataclasses.replace(config.activations, rows_per_forward=rows))
+    case = planning.Case.build(config, Topology.parse("cpu:8"))
+    parts, found, _ = case.measure()
+    estimate = case.estimate()
+    for name in ("language model", "SAEs", "optimiser", "buffer"):
+        assert estimate[name] == parts[name]
+    expected = exchanges.expected(case.program, *case.arguments)
+
+    def sent(found):
+        return sum(size for _, size in found.values())
+
+    assert sent(expected) == pytest.approx(sent(found), rel=0.15)
+
+
+def test_a_plans_operations_are_the_products_of_the_method(experiment):
+    """Seven products for a gated SAE and five for a baseline, of 2 B D F operations each, and little else."""
+    program = program_on(experiment, 1, 1)
+    lm_params = abstract_params(program.module, "float32")
+    alone = planning.operations(dataclasses.replace(program, stacks=()), lm_params)
+    B, updates = experiment.train.batch_size, experiment.updates_per_call
+    for stack in program.stacks:
+        products = {"gated": 7, "relu": 5}[stack.config.architecture]
+        found = planning.operations(dataclasses.replace(program, stacks=(stack,)), lm_params) - alone
+        expected = updates * len(stack.config) * products * 2 * B * stack.sae.d_in * stack.sae.width
+        assert expected < found < 1.25 * expected
+
+
+def test_a_plan_by_hand():
+    """Gemma-2-2B on eight GPUs: operations, bytes, the exchange of SAEs and the time of all that."""
+    report = planning.plan(configured(*GEMMA), "gpu:h100x8")
+    B, D, F, N = 4096, 2304, 2**15, 3
+    saes = 2 * N * (7 * 2 * B * D * F + 5 * 2 * B * D * F * 3 // 2)  # two sites
+    block = 2 * D * 2048 + 2 * D * 1024 + 3 * D * 9216
+    lm = 2 * 13 * block * B  # blocks 0 to 12; attention's scores are another 5%
+    assert saes + lm < report["flops_per_step"] < 1.03 * saes + 1.1 * lm
+
+    parts, parameters = report["bytes_per_device"], 2 * N * (2 * D * F + 2 * D * F * 3 // 2)
+    assert parts["SAEs"] == pytest.approx(4 * parameters / 8, rel=0.01)
+    assert parts["optimiser"] == pytest.approx(4 * parameters / 8, rel=0.01)
+    assert parts["buffer"] == 2 * 2**20 * D * 2 / 8
+    assert parts["language model"] == pytest.approx(2 * (13 * block + 256_000 * D) / 8, rel=0.01)
+
+    sent = {exchange["kind"]: exchange["bytes_sent_per_device"] for exchange in report["exchanges_per_step"]}
+    assert sent["all-gather"] == pytest.approx(7 / 8 * (2 * parameters + 2 * 13 * block / 4), rel=0.01)
+    assert sent["reduce-scatter"] == pytest.approx(7 / 8 * 4 * parameters, rel=0.01)
+
+    seconds = report["seconds_per_step"]
+    assert seconds["computation"] == pytest.approx(report["flops_per_step"] / 8 / (0.4 * 989e12))
+    assert seconds["exchanges"] == pytest.approx(sum(sent.values()) / 450e9)
+    assert report["hours"]["in_turn"] == pytest.approx(seconds["in_turn"] * 100_000 / 3600)
+    assert report["chip_hours"]["in_turn"] == pytest.approx(8 * report["hours"]["in_turn"])
+    assert report["tokens_per_second"]["overlapped"] == pytest.approx(
+        B / max(seconds["computation"], seconds["exchanges"])
+    )
+    text = planning.describe(report)
+    assert text.count("ESTIMATED, not compiled") == 2
+    assert "it fits" in text
+
+
+@pytest.mark.usefixtures("no_libtpu")
+def test_an_estimate_where_libtpu_is_not_installed():
+    report = planning.plan(configured(*GEMMA), "v5e:4x4")
+    assert report["method"] == {"bytes": "estimated", "exchanges": "estimated"}
+    assert report["fits"]
+
+
+@pytest.mark.parametrize("data", [0, 8])
+def test_advice_is_checked(experiment, monkeypatch, data):
+    """What does not fit comes with changes after each of which it would."""
+    config = on(experiment, data, 1)
+    total = planning.plan(config, "gpu:h100x8")["bytes_per_device"]["total"]
+    monkeypatch.setitem(CHIPS, "gpu:h100", dataclasses.replace(CHIPS["gpu:h100"], memory=int(0.8 * total)))
+    report = planning.plan(config, "gpu:h100x8")
+    assert not report["fits"]
+    assert "it does not fit" in planning.describe(report)
+    changes = [change["change"].split() for change in report["advice"]]
+    assert changes[0][-1].startswith("--config.mesh.latent=")
+    assert any("--topology=" in flag for flag in changes[-1])
+    for flags in changes:
+        other_mesh = any("latent" in flag or "topology" in flag for flag in flags)
+        assert ("--config.mesh.data=0" in flags) == (data == 8 and other_mesh)
+        changed, topology = config, "gpu:h100x8"
+        for flag in flags:
+            name, _, value = flag.removeprefix("--").removeprefix("config.").partition("=")
+            if name == "topology":
+                topology = value
+            else:
+                changed = planning.changed(changed, {name: int(value) if value.isdigit() else value})
+        assert planning.plan(changed, topology)["fits"]
+
+
+def test_what_no_setting_helps(experiment, monkeypatch):
+    monkeypatch.setitem(CHIPS, "gpu:h100", dataclasses.replace(CHIPS["gpu:h100"], memory=1000))
+    report = planning.plan(on(experiment, 0, 1), "gpu:h100x8")
+    assert report["advice"] == []
+    assert planning.NO_ADVICE in planning.describe(report)
+
+
+@pytest.mark.parametrize(
+    ("chip", "data", "latent", "axes", "expected"),
+    [
+        ("v5p", 64, 8, ["data"], 400e9),  # two of the three sides of 8x8x8
+        ("v5p", 64, 8, ["latent"], 200e9),
+        ("v5e", 16, 1, ["data"], 200e9),
+        ("gpu:h100", 8, 8, ["latent"], 450e9),  # within a node
+        ("gpu:h100", 8, 8, ["data"], 50e9),  # one GPU of each node
+        ("gpu:h100", 64, 1, ["data"], 400e9),  # all eight of each
+        ("gpu:h100", 4, 16, ["latent"], 400e9),
+        ("gpu:h100", 4, 2, ["data"], 450e9),
+    ],
+)
+def test_how_fast_devices_exchange(chip, data, latent, axes, expected):
+    assert machines.bandwidth(CHIPS[chip], {"data": data, "latent": latent}, axes) == pytest.approx(expected)
+
+
+PROGRAM = """HloModule train_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %r = f32[] add(%a, %b)
+}
+
+%start (p: bf16[10]) -> (bf16[10], bf16[40]) {
+  %g = bf16[40]{0} all-gather(%p), channel_id=1, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+}
+
+%carry (p: bf16[10]) -> bf16[40] {
+  %g = bf16[40]{0} all-gather(%p), channel_id=1, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %async-collective-start.1 = (bf16[10], bf16[40]) fusion(%x), kind=kCustom, calls=%start
+  %f = f32[8] fusion(%x), kind=kCustom, calls=%carry
+  %async-collective-done.1 = bf16[40] fusion(%x), kind=kCustom, calls=%carry
+  %both = (f32[100]{0}, f32[100]{0}) all-reduce(%x, %y), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%sum
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+  %v = (s32[], f32[8]) while(%t), condition=%condition, body=%carry, backend_config={"known_trip_count":{"n":"3"}}
+  %s = (f32[10], f32[20]) all-gather-start(%x), replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
+  %d = f32[20] all-gather-done(%s)
+  %p = f32[50] collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %a = f32[100] reduce-scatter(%x), replica_groups={}
+}
+"""
+
+
+def test_exchanges_of_a_program():
+    """Once if asynchronous, as often as a loop runs, and along the axes that its groups say in one of four ways."""
+    found = exchanges.compiled(PROGRAM, {"data": 4, "latent": 2})
+    assert found == {
+        ("all-gather", ("data",)): (5 + 3, (5 + 3) * 3 / 4 * 80),
+        ("all-reduce", ("data",)): (5, 5 * 2 * 3 / 4 * 800),
+        ("all-gather", ("latent",)): (1, 40),
+        ("collective-permute", ("latent",)): (1, 200),
+        ("reduce-scatter", ("data", "latent")): (1, 7 * 400),
+    }
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:4x4", "--topology: is 'v9:4x4'; write one like v5e:4x4, .*known: v4, v5e, v5p, v6e, gpu:a100, .*, cpu"),
+        ("v5e", "is 'v5e'; write one like v5e:4x4"),
+        ("gpu:h100", "is 'gpu:h100'; write one like"),
+        ("gpu:v100x8", "is 'gpu:v100x8'; write one like .* did you mean 'gpu:h100'"),
+        ("cpu:0", "is 'cpu:0'; write one like"),
+        ("cpu:16", "is 'cpu:16', but there are 8 CPU devices"),
+    ],
+)
+def test_topologies_that_there_are_not(experiment, topology, message):
+    with pytest.raises(ConfigError, match=message):
+        planning.plan(experiment, topology)
+
+
+def test_a_mesh_that_a_topology_has_not(experiment):
+    with pytest.raises(ConfigError, match=r"mesh.latent: is 3, times 2 along mesh.data, but gpu:h100x8 has 8 devices"):
+        planning.plan(dataclasses.replace(experiment, mesh=Mesh(0, 3)), "gpu:h100x8")
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("latent", [1, 2, 4, 8, 16])
+def test_a_mesh_of_any_shape_on_a_torus(experiment, latent):
+    """Also where no side, and no product of sides, has the size of an axis."""
+    mesh = planning.mesh_of(on(experiment, 0, latent), Topology.parse("v6e:4x4"))
+    assert dict(mesh.shape) == {"data": 16 // latent, "latent": latent}
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("topology", "arguments", "gigabytes"),
+    [("v5e:4x4", GEMMA, (4, 16)), ("v5p:8x8x8", MILLION, (15, 30))],
+)
+@pytest.mark.usefixtures("no_libtpu")
+def test_a_plan_for_tpus(topology, arguments, gigabytes):
+    began = time.monotonic()
+    command = [sys.executable, "-m", "gsae_jax.plan", "--topology", topology, "--json", "--config", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    host = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest child so far
+    print(f"{topology}: {time.monotonic() - began:.0f} s, {host:.2f} GiB of host memory")
+    assert host < 12
+    report = json.loads(done.stdout)
+    parts, low_high = report["bytes_per_device"], [size * 2**30 for size in gigabytes]
+    assert report["method"] == {"bytes": "compiled", "exchanges": "compiled"}
+    assert report["devices"] == math.prod(Topology.parse(topology).sides)
+    assert report["fits"]
+    assert low_high[0] < parts["total"] < low_high[1]
+    assert sum(parts.values()) == 2 * parts["total"]
+    estimate = planning.plan(configured(*arguments), topology)
+    assert estimate["method"] == {"bytes": "estimated", "exchanges": "estimated"}
+    assert estimate["bytes_per_device"]["SAEs"] == parts["SAEs"]
+    assert estimate["bytes_per_device"]["temporaries"] == pytest.approx(parts["temporaries"], rel=0.35)
