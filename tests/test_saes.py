@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsae_jax.saes import gated, relu, trained
+from gsae_jax.config import ConfigError
+from gsae_jax.saes import gated, jumprelu, relu, trained
 from tests import references
 
 D, F, B = 12, 40, 64
@@ -156,3 +157,20 @@ def test_unknown_architectures_and_options_are_named():
         ValueError, match=r"options\.tie_encodr: is not an option of 'gated'; did you mean 'tie_encoder'"
     ):
         trained.build_config("gated", D, F, "float32", {"tie_encodr": True}, "stacks.a")
+
+
+@pytest.mark.parametrize("use_r_mag", [True, False])
+def test_the_jumprelu_form_is_the_same_function(use_r_mag):
+    config = gated.Config(D, F, use_r_mag=use_r_mag)
+    params, x = away_from_init(gated, config), inputs()
+    f = gated.encode(params, x, config)
+    same = jumprelu.encode(jumprelu.from_gated(params, config), x)
+    np.testing.assert_array_equal(same > 0, f > 0)
+    np.testing.assert_allclose(same, f, rtol=1e-5, atol=1e-6)
+    assert 0 < (jumprelu.from_gated(params, config)["threshold"] > 0).sum() < F
+
+
+def test_an_untied_encoder_has_no_jumprelu_form():
+    config = gated.Config(D, F, tie_encoder=False)
+    with pytest.raises(ConfigError, match="tie_encoder: is False"):
+        jumprelu.from_gated(gated.init(jax.random.key(0), config), config)
