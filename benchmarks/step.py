@@ -9,14 +9,12 @@ two decoders, the gradients of both decodes' features, of the decoder and of the
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
+import common
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -37,24 +35,31 @@ SHAPES = {  # architecture, D, F, B, N
 }
 
 
-def stepper(architecture, D, F, B, N, dtype):
-    """(a function that makes one step, waiting for it; the compiler's account of its memory)."""
+def build(architecture, D, F, B, N, dtype):
+    """(a stack of equal SAEs, the mesh of all devices, a batch on it)."""
     settings = config_lib.Stack(architecture, "site", F, (1e-2,) * N, (3e-4,), tuple(range(N)), {})
-    stack = Stack.build("benchmark", settings, D, dtype)
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (B, D)), mesh_lib.sharding(mesh, "data"))
+    return Stack.build("benchmark", settings, D, dtype), mesh, x
+
+
+def program(stack, mesh, x):
+    """(the compiled update (state, x) -> (state, statistics), the first state)."""
     specs = stack.specs()
     shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), specs)
     state = jax.jit(stack.init, out_shardings=shardings)()
-    rows = PartitionSpec("data")
     update = jax.shard_map(
         lambda state, x: stack.update(state, x, jnp.float32(1)),
         mesh=mesh,
-        in_specs=(specs, rows),
+        in_specs=(specs, PartitionSpec("data")),
         out_specs=(specs, PartitionSpec()),
     )
-    update = jax.jit(update, donate_argnums=0)
-    x = jax.device_put(jax.random.normal(jax.random.key(0), (B, D)), mesh_lib.sharding(mesh, "data"))
-    compiled = update.lower(state, x).compile()
+    return jax.jit(update, donate_argnums=0).lower(state, x).compile(), state
+
+
+def stepper(stack, mesh, x):
+    """(a function that makes one step, waiting for it; the compiler's account of its memory)."""
+    compiled, state = program(stack, mesh, x)
 
     def step():
         nonlocal state
@@ -94,7 +99,7 @@ def main():
     results = []
     for dtype in ("float32",) if backend == "cpu" else ("float32", "bfloat16"):
         for architecture, D, F, B, N in SHAPES["cpu" if backend == "cpu" else "gpu"]:
-            step, memory = stepper(architecture, D, F, B, N, dtype)
+            step, memory = stepper(*build(architecture, D, F, B, N, dtype))
             step_s, three_s = seconds((step, products(D, F, B, N, dtype)), arguments.rounds)
             result = {"architecture": architecture, "D": D, "F": F, "B": B, "N": N, "dtype": dtype}
             result |= {
@@ -111,12 +116,7 @@ def main():
                 f"{B / step_s:,.0f} activations/s, {result['of_product_rate']:.0%} of the products' own rate "
                 f"({result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s)"
             )
-    if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        facts = {"machine": platform.machine(), "devices": [device.device_kind for device in jax.devices()]}
-        facts |= {"jax": jax.__version__, "python": platform.python_version(), "commit": commit}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"facts": facts, "results": results}, indent=2) + "\n")
+    common.write(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""The results as Markdown: a table for each file, with the command that measured it, the machine and the commit.
+
+    python benchmarks/table.py [FILE ...] [--write docs/benchmarks.md]
+
+Takes all of `benchmarks/results` where no files are named, and prints where no file is to be written.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+HEAD = """# Benchmarks
+
+Written by `python benchmarks/table.py --write docs/benchmarks.md`. The top of each command's file says what it
+measures and how.
+"""
+MILLISECONDS, MEBIBYTES = ("{:,.1f} ms", 1e3), ("{:,.0f} MiB", 2**-20)
+COLUMNS = {  # key of a result -> title, form, factor; others stand as they are
+    "step_seconds": ("a step", *MILLISECONDS),
+    "call_seconds": ("a call", *MILLISECONDS),
+    "times_ours": ("times ours", "{:.2f}", 1),
+    "activations_per_second": ("activations/s", "{:,.0f}", 1),
+    "of_product_rate": ("of the products' rate", "{:.0%}", 1),
+    "of_whole": ("of the whole", "{:.1%}", 1),
+    "product_flops_per_second": ("the products' rate", "{:,.0f} GFLOP/s", 1e-9),
+    "bytes_per_parameter": ("bytes a parameter", "{:.2f}", 1),
+    "bytes_of_arguments": ("arguments", *MEBIBYTES),
+    "bytes_of_temporaries": ("temporaries", *MEBIBYTES),
+}
+
+
+def section(path):
+    """A file's lines."""
+    file = json.loads(path.read_text())
+    facts, results = file["facts"], file["results"]
+    columns = [(key, *COLUMNS.get(key, (key, "{}", 1))) for key in results[0]]
+    devices, versions = facts["devices"], [name for name in ("jax", "torch", "python") if name in facts]
+    on = [facts["machine"], facts["cpu"], f"{facts['cores']} cores", f"{len(devices)} x {devices[0]}"]
+    on += [f"{name} {facts[name]}" for name in versions] + [f"commit {facts['commit']}"]
+    yield from (f"## {path.stem}", "", f"`{facts['command']}`", "", f"On {', '.join(filter(None, on))}.", "")
+    yield f"| {' | '.join(title for _, title, _, _ in columns)} |"
+    yield f"| {' | '.join('---' if isinstance(results[0][key], str) else '--:' for key, *_ in columns)} |"
+    for result in results:
+        cells = (form.format(result[key] * factor) for key, _, form, factor in columns)
+        yield f"| {' | '.join(cells)} |"
+    for note in file["notes"]:
+        yield from ("", note)
+    yield ""
+
+
+def main():
+    """Print or write them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "files", type=Path, nargs="*", default=sorted(Path(__file__).with_name("results").glob("*.json"))
+    )
+    parser.add_argument("--write", type=Path)
+    arguments = parser.parse_args()
+    text = "\n".join([HEAD, *(line for path in arguments.files for line in section(path))])
+    if arguments.write:
+        arguments.write.write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
