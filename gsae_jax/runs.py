@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax import workdir as workdir_lib
@@ -15,13 +15,16 @@ from gsae_jax.lms import checkpoints
 from gsae_jax.saes import trained
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, trained.SAE]:
+def load(path: epath.PathLike) -> dict[str, trained.SAE]:
     """The SAEs of a run's newest checkpoint, by name: `{stack}_{index}`.
 
+    Args:
+        path: the run's directory, local or gs://bucket/folder.
+
     Raises:
-        ConfigError: not a run directory, or no checkpoint yet.
+        ConfigError: not a run directory, no checkpoint yet, or gs:// that cannot be read.
     """
-    workdir = workdir_lib.Workdir(Path(path))
+    workdir = workdir_lib.Workdir(path)
     config = config_lib.from_dict(Experiment, workdir.config())
     step = workdir.latest_step()
     if step is None:
@@ -51,11 +54,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, trained.SAE]:
     }
 
 
-def pinned(config: Experiment, path: Path) -> Experiment:
+def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     """The experiment with a hub model's commit for its revision: that of the run in `path`, or the newest.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, or a path that cannot be a run directory.
     """
     name, revision = config.lm.path, config.lm.revision
     if not name or Path(name).is_dir():

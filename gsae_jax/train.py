@@ -3,9 +3,8 @@
 python -m gsae_jax.train --config configs/quickstart.py --workdir runs/quickstart
 """
 
-from pathlib import Path
-
 from absl import flags
+from etils import epath
 
 from gsae_jax import cli, processes, runs
 from gsae_jax import config as config_lib
@@ -17,7 +16,7 @@ from gsae_jax.training import loop
 INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 
-def run(config: Experiment, path: Path) -> int:
+def run(config: Experiment, path: epath.PathLike) -> int:
     """Train to the end and report; a finished run is left as it is."""
     config, workdir = runs.pinned(config, path), workdir_lib.Workdir(path)
     workdir.check(config_lib.to_dict(config))
@@ -32,10 +31,12 @@ def run(config: Experiment, path: Path) -> int:
 
 def main() -> int:
     """The command."""
-    return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), Path(WORKDIR.value))
+    return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), WORKDIR.value)
 
 
 if __name__ == "__main__":
     CONFIG = cli.define_config()
-    WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it does not exist.", required=True)
+    WORKDIR = flags.DEFINE_string(
+        "workdir", None, "Directory of the run, local or gs://bucket/folder; made if it does not exist.", required=True
+    )
     cli.run(main, several=True)

@@ -18,7 +18,7 @@ if flock --nonblock 9; then
         # TPU images have Python 3.10; uv brings a newer one.
         command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
         uv venv --quiet --allow-existing --python 3.12 "$state/venv"
-        uv pip install --quiet --python "$state/venv/bin/python" -e '.[tpu]'
+        uv pip install --quiet --python "$state/venv/bin/python" -e '.[tpu,gcs]'
         "$state/venv/bin/python" -m gsae_jax.train "$@" &
         echo $! >"$state/pid"
         wait $!

@@ -9,6 +9,7 @@ from gsae_jax import plugins
 PACKAGE = Path(gsae_jax.__file__).parent
 # Higher floors may import lower ones. Wings on one floor do not know each other; `runs` puts together what wings made.
 FLOOR = {
+    "buckets": 0,
     "config": 0,
     "mesh": 0,
     "plugins": 0,
@@ -20,7 +21,7 @@ FLOOR = {
     "evaluation": 2,
     "training": 3,
 }
-ALLOWED_ON_ONE_FLOOR = {("plugins", "config"), ("mesh", "config"), ("processes", "config")}
+ALLOWED_ON_ONE_FLOOR = {("buckets", "config"), ("plugins", "config"), ("mesh", "config"), ("processes", "config")}
 TOP = 4
 
 

@@ -6,10 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,7 +18,6 @@ from gsae_jax import processes
 from gsae_jax.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
-COMPILED = Path(tempfile.gettempdir()) / f"gsae_jax-compiled-{os.getpid()}"
 SHORT = [
     "--config.train.steps=16",
     "--config.train.warmup_steps=4",
@@ -42,7 +41,7 @@ def start(workdir, count, *overrides, last=()):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(8 // count),
-        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),  # most runs here are of the same programs
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,  # many runs are of the same programs
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     started = []

@@ -2,7 +2,7 @@
 
 The tokens of a split lie in one flat file beside the TFDS data, written once per corpus and tokenizer, so that any
 row can be read at random: which row stands where in which batch depends on the seed and the step alone, and a
-position is one integer.
+position is one integer. Where the TFDS data is in a bucket, the machine has a copy of that file.
 
 Every document is followed by the tokenizer's EOS (BOS where it has no EOS); rows are cut from the stream without
 regard to documents, so several may share a row and see each other. With `data.prepend_bos` each row starts with BOS,
@@ -24,9 +24,11 @@ import filelock
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
+from gsae_jax import buckets, plugins
 from gsae_jax import config as config_lib
-from gsae_jax import plugins
+from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
 
 FORMAT = 1  # part of the cache's key: raise it when the tokens of a text change
@@ -60,14 +62,24 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     """The documents of `split` ("train" or "test") as a random-access source, and the name of their text feature.
 
     Raises:
-        ConfigError: an unknown corpus or split, or unusable text.
+        ConfigError: an unknown corpus or split, unusable text, or a bucket that cannot be used.
     """
+    where = config.data_dir or tfds.core.constants.DATA_DIR
+    _check_bucket("data.path", config.path)
+    _check_bucket("data.data_dir", where)
     corpus = plugins.load("data.corpora", config.corpus, having="open_corpus", field="data.corpus")
     builder, feature = corpus.open_corpus(config)
     # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()), _writable(config):
         if not builder.is_prepared():
+            if is_bucket(builder.data_dir):
+                raise ConfigError(
+                    "data.data_dir",
+                    f"{builder.data_dir} is not there, and TFDS cannot prepare array_record files in a bucket; leave "
+                    "data.data_dir empty, for a copy on each machine, or prepare in a local data.data_dir first and "
+                    f"run `gcloud storage cp --recursive DATA_DIR/* {where}`",
+                )
             with _alone(Path(builder.data_dir)):
                 builder, feature = corpus.open_corpus(config)  # another process may have prepared it meanwhile
                 builder.download_and_prepare()
@@ -94,7 +106,7 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int) -
     if config.prepend_bos and tokenizer.bos_token_id is None:
         raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS; write False")
     source, feature = open_texts(config, split)
-    folder = Path(source.dataset_info.data_dir)
+    folder = epath.Path(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
     key = config_lib.fingerprint(FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str())
     with _writable(config):
@@ -177,18 +189,41 @@ def _writable(config: config_lib.Data) -> Iterator[None]:
         ) from error
 
 
+def _check_bucket(field: str, path: str) -> None:
+    """Raises `ConfigError` for a URL that cannot be read."""
+    buckets.check(field, path)
+    try:
+        epath.Path(path).exists()
+    except Exception as error:
+        if not is_bucket(path):
+            raise
+        raise ConfigError(
+            field, f"{path} cannot be read ({buckets.line(error)}); log in to an account that may read it"
+        ) from error
+
+
 def _alone(folder: Path) -> filelock.BaseFileLock:
     """Held while a folder is written, so that of several processes one does the work and the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
-def _cached_tokens(folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int) -> np.ndarray:
+def _cached_tokens(
+    shared: epath.Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
+) -> np.ndarray:
     """The first `limit` tokens of the source (all, where it has fewer), tokenized unless the folder has as many."""
+    folder = _on_disk(shared)
     known = _known_tokens(folder, limit)
     if known is None:
         with _alone(folder):
-            known = _known_tokens(folder, limit) or _write_tokens(folder, source, feature, tokenizer, separator, limit)
+            known = _known_tokens(folder, limit)
+            if known is None and is_bucket(shared):
+                known = _download_tokens(shared, folder, limit)
+            if known is None:
+                known = _write_tokens(folder, source, feature, tokenizer, separator, limit)
+                if is_bucket(shared):
+                    for name in ("tokens.bin", "meta.json"):  # in this order: there are as many tokens as meta says
+                        epath.Path(folder / name).copy(shared / name, overwrite=True)
     if not known["tokens"]:
         return np.zeros(0, np.uint16)
     return np.memmap(
@@ -196,7 +231,15 @@ def _cached_tokens(folder: Path, source: Any, feature: str, tokenizer: Any, sepa
     )
 
 
-def _known_tokens(folder: Path, limit: int) -> dict[str, Any] | None:
+def _on_disk(folder: epath.Path) -> Path:
+    """The folder, or where this machine has its copy."""
+    if not is_bucket(folder):
+        return Path(folder)
+    local = tfds.core.constants.DATA_DIR
+    return Path(tempfile.gettempdir() if is_bucket(local) else local) / folder.name
+
+
+def _known_tokens(folder: Path | epath.Path, limit: int) -> dict[str, Any] | None:
     """What the folder holds, if that is enough."""
     meta = folder / "meta.json"
     known = json.loads(meta.read_text()) if meta.exists() else {"tokens": -1, "complete": False}
@@ -206,16 +249,36 @@ def _known_tokens(folder: Path, limit: int) -> dict[str, Any] | None:
 def _write_tokens(
     folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
 ) -> dict[str, Any]:
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with _whole(folder) as scratch:
         dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         count, complete = _tokenize(scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit)
         known = {"tokens": count, "complete": complete, "dtype": dtype.name}
         (scratch / "meta.json").write_text(json.dumps(known))
+        return known
+
+
+def _download_tokens(shared: epath.Path, folder: Path, limit: int) -> dict[str, Any] | None:
+    """What the bucket's folder holds, if that is enough; the machine has a copy then."""
+    known = _known_tokens(shared, limit)
+    # Another machine may have put fewer tokens there since that one wrote its meta.json.
+    size = 0 if known is None else known["tokens"] * np.dtype(str(known["dtype"])).itemsize
+    if known is None or (shared / "tokens.bin").stat().length < size:
+        return None
+    with _whole(folder) as scratch:
+        (shared / "tokens.bin").copy(scratch / "tokens.bin")
+        (scratch / "meta.json").write_text(json.dumps(known))
+    return known
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """An empty directory that becomes `folder`, whole or not at all."""
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield scratch
         scratch.chmod(0o755)  # mkdtemp's is private; prepared data may be shared
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)  # whole or not at all
-        return known
+        os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from gsae_jax.buckets import is_bucket
 from gsae_jax.evaluation import metrics, plots
 from gsae_jax.lms import sites
 from gsae_jax.saes import trained
@@ -57,11 +59,13 @@ def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]
 
 
 def write(
-    folder: Path, records: list[dict[str, Any]], sums: dict[str, metrics.Sums], training: list[dict[str, Any]]
+    folder: epath.Path, records: list[dict[str, Any]], sums: dict[str, metrics.Sums], training: list[dict[str, Any]]
 ) -> None:
     """Write the report; an earlier one is replaced when the new one is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".report-"))
+    bucket = is_bucket(folder)
+    if not bucket:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=None if bucket else folder.parent, prefix=".report-"))
     try:
         scratch.chmod(0o755)
         (scratch / "report.json").write_text(_json({"saes": records}))
@@ -81,8 +85,13 @@ def write(
         for name, figure in figures.items():
             figure.savefig(scratch / name, dpi=120)
         (scratch / "report.md").write_text(_markdown(records))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
+        if bucket:
+            # report.json, which says that a run is finished, comes last.
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == "report.json"):
+                epath.Path(path).copy(folder / path.name, overwrite=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

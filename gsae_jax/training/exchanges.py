@@ -60,7 +60,7 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
             kind = PRIMITIVES.get(eqn.primitive.name)
             for aval in (var.aval for var in eqn.outvars if kind):
                 axes = eqn.params.get("axes") or eqn.params["axis_name"]
-                size = compute if kind == "all-gather" and aval.ndim == 3 else aval.dtype.itemsize
+                size = compute if kind == "all-gather" and aval.ndim == 2 else aval.dtype.itemsize
                 found.count(str(kind), (axes,) if isinstance(axes, str) else axes, times, aval.size * size)
             for inner in jaxprs_in_params(eqn.params):
                 visit(inner, times * eqn.params.get("length", 1))

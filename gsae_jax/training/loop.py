@@ -5,12 +5,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
@@ -24,7 +24,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.training.step import Program, TrainState
 
 
-def train(config: Experiment, path: Path) -> bool:
+def train(config: Experiment, path: epath.PathLike) -> bool:
     """Train the experiment in a run directory, from its newest checkpoint if there is one.
 
     Returns:
@@ -170,6 +170,8 @@ def _loop(
             step += per_call
             if waiting is not None:
                 log(*waiting)
+                if metrics and waiting[0] == saved:
+                    metrics.sync()  # now with the line of the step that was saved
             waiting = step, statistics
             progress.bar.update(per_call)
             if step // config.checkpoint.every > saved // config.checkpoint.every:

@@ -1,19 +1,23 @@
-"""Bring your own text: `.txt`, `.md`, `.jsonl` or `.parquet` files, from a folder, a glob or one path.
+"""Bring your own text: `.txt`, `.md`, `.jsonl` or `.parquet` files, from a folder, a glob or one path, local or gs://.
 
 A text file is one document, or several where `data.separator` stands between them; a line of JSON or a row of a table
 is one document. Long documents are cut into pieces, and every twentieth piece is held out.
 """
 
 import glob
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import tensorflow_datasets as tfds
+from etils import epath
 
 from gsae_jax import config as config_lib
+from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -29,10 +33,8 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         self._files = find_files(config.path)
         self._field, self._separator = config.field, config.separator
         # A piece must be short enough that a twentieth of the pieces is some text even in a small corpus.
-        self._piece_chars = min(
-            100_000, max(2_000, sum(os.path.getsize(file) for file in self._files) // (4 * TEST_EVERY))
-        )
-        stamps = [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in self._files]
+        self._piece_chars = min(100_000, max(2_000, sum(size for size, _ in self._files.values()) // (4 * TEST_EVERY)))
+        stamps = [(file, *stamp) for file, stamp in self._files.items()]
         name = config_lib.fingerprint(stamps, config.field, config.separator)
         super().__init__(config=tfds.core.BuilderConfig(name=name, description=config.path), **kwargs)
 
@@ -64,24 +66,46 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
                     yield file, document[start : start + self._piece_chars]
 
 
-def find_files(path: str) -> list[str]:
+def find_files(path: str) -> dict[str, tuple[int, int]]:
     """The text files that `path` (a file, a folder searched through, or a glob) means, sorted.
+
+    Returns:
+        For each its size in bytes and a number that changes when it is written again.
 
     Raises:
         ConfigError: there are none.
     """
     if not path:
         raise ConfigError("data.path", "is empty; write a text file, a folder of them or a glob")
-    pattern = os.path.expanduser(path)
-    pattern = os.path.join(pattern, "**", "*") if os.path.isdir(pattern) else pattern
-    files = sorted(
-        os.path.abspath(file) for file in glob.glob(pattern, recursive=True) if Path(file).suffix in SUFFIXES
-    )
+    files = dict(sorted((_in_bucket if is_bucket(path) else _on_disk)(path)))
     if not files:
         raise ConfigError(
             "data.path", f"no {', '.join(SUFFIXES)} file matches {path!r}; write a file, a folder or a glob that exists"
         )
     return files
+
+
+def _on_disk(path: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    pattern = os.path.expanduser(path)
+    pattern = os.path.join(pattern, "**", "*") if os.path.isdir(pattern) else pattern
+    for file in glob.glob(pattern, recursive=True):
+        if Path(file).suffix in SUFFIXES:
+            yield os.path.abspath(file), (os.path.getsize(file), os.stat(file).st_mtime_ns)
+
+
+def _in_bucket(path: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    # epath knows no **; fsspec, on which it stands, does.
+    system, pattern = fsspec.url_to_fs(path)
+    pattern = f"{pattern}/**" if system.isdir(pattern) else pattern
+    try:
+        found = system.glob(pattern, detail=True)
+    except FileNotFoundError:  # no such bucket
+        return
+    for name, info in found.items():
+        # Hidden files are passed over unless they are asked for, as on a disk.
+        hidden = any(part.startswith(".") for part in {*name.split("/")} - {*pattern.split("/")})
+        if info["type"] == "file" and Path(name).suffix in SUFFIXES and not hidden:
+            yield f"gs://{name}", (info["size"], int(info["generation"]))
 
 
 def read_documents(file: str, field: str, separator: str) -> Iterator[str]:
@@ -108,26 +132,32 @@ def read_documents(file: str, field: str, separator: str) -> Iterator[str]:
         if suffix == ".parquet":
             import pyarrow.parquet  # slow to import, and needed by this format only
 
-            table = pyarrow.parquet.ParquetFile(file)
-            if field not in table.schema_arrow.names:
-                raise ConfigError(
-                    "data.field", f"{file} has no column {field!r}; its columns: {', '.join(table.schema_arrow.names)}"
-                )
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for row in batch.to_pylist():
-                    yield text_of(row, file)
+            with epath.Path(file).open("rb") as binary:
+                table = pyarrow.parquet.ParquetFile(binary)
+                if field not in table.schema_arrow.names:
+                    names = ", ".join(table.schema_arrow.names)
+                    raise ConfigError("data.field", f"{file} has no column {field!r}; its columns: {names}")
+                for batch in table.iter_batches(batch_size=1024, columns=[field]):
+                    for row in batch.to_pylist():
+                        yield text_of(row, file)
         elif suffix == ".jsonl":
-            with open(file, encoding="utf-8") as lines:
+            with _text(file) as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield text_of(json.loads(line), f"{file} line {number}")
         else:
-            text = Path(file).read_text("utf-8")
+            with _text(file) as whole:
+                text = whole.read()
             yield from filter(str.strip, text.split(separator) if separator else [text])
     except ConfigError:
         raise
     except (OSError, ValueError) as error:  # not UTF-8, not JSON, not Parquet (pyarrow's errors are ValueErrors)
         raise ConfigError("data.path", f"{file} cannot be read as {suffix}: {error}") from error
+
+
+def _text(file: str) -> io.TextIOWrapper:
+    binary: Any = epath.Path(file).open("rb")
+    return io.TextIOWrapper(binary, encoding="utf-8")
 
 
 def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]:

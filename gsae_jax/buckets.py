@@ -1,0 +1,38 @@
+"""gs:// paths: which they are, and what they need."""
+
+import importlib.util
+import os
+import re
+
+import fsspec
+from etils import epath
+
+from gsae_jax.config import ConfigError
+
+
+def is_bucket(path: epath.PathLike) -> bool:
+    """Whether a path is a gs:// one."""
+    return os.fspath(path).startswith("gs://")
+
+
+def check(field: str, path: epath.PathLike) -> None:
+    """Prepare for a path that may be gs://.
+
+    Raises:
+        ConfigError: a URL of another kind, or gs:// without the packages for it.
+    """
+    text = os.fspath(path)
+    if not re.match(r"\w\w+:/", text):
+        return
+    if not re.match("gs://[^/]", text):
+        # A pathlib.Path makes gs:/ of gs://.
+        raise ConfigError(field, f"is {text!r}; write a local path or gs://bucket/folder, as text")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(field, f"{text} is in a bucket; `pip install '.[gcs]'` first")
+    # What other processes and tensorstore write would be missing from remembered listings.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def line(error: Exception) -> str:
+    """An error of gcsfs, aiohttp or google.auth, which have kinds of their own, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

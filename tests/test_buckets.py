@@ -1,0 +1,453 @@
+"""Runs and text in a bucket: on a stand-in below a local folder, and on an emulator of Google Cloud Storage."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tensorflow_datasets as tfds
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from matplotlib.figure import Figure
+
+import gsae_jax
+from gsae_jax import workdir as workdir_lib
+from gsae_jax.config import ConfigError
+from gsae_jax.data import rows as rows_lib
+from gsae_jax.data.corpora import text as text_corpus
+from gsae_jax.evaluation import report
+from gsae_jax.lms import loading
+from gsae_jax.training import loop
+from tests.test_data import ALL, data_config
+from tests.test_processes import SHORT
+from tests.test_processes import end as end_all
+from tests.test_processes import start as start_all
+
+ROOT = Path(__file__).parent.parent
+
+
+class Folder(DirFileSystem):
+    """gs:// as a local folder without what a bucket does not have: appending, renaming, directories that are made."""
+
+    protocol = ("gs", "gcs")
+    cachable = False
+    root = ""
+    refused = ""
+
+    def __init__(self, **options):
+        super().__init__(self.root, LocalFileSystem(auto_mkdir=True))
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("gs://").rstrip("/")
+
+    def open(self, path, mode="rb", **options):
+        if self.refused:
+            raise RuntimeError(self.refused)  # gcsfs' errors are not OSErrors
+        assert "a" not in mode
+        return super().open(path, mode, **options)
+
+    def glob(self, path, detail=False, **options):
+        found = super().glob(path, detail=True, **options)
+        found = {name: info | {"generation": str(int(info["mtime"] * 1e9))} for name, info in found.items()}
+        return found if detail else list(found)
+
+    def mkdir(self, *args, **options):
+        raise AssertionError("a bucket has no directories")
+
+    makedirs = rename = mkdir
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Where the stand-in for gs://bucket lies."""
+    monkeypatch.setattr(Folder, "root", str(tmp_path / "gs"))
+    monkeypatch.setattr(
+        backend.fsspec_backend, "_get_filesystem", lambda name: {"gcs": Folder, "file": LocalFileSystem}[name]()
+    )
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (Folder(), Folder._strip_protocol(url)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "gs" / "bucket").mkdir(parents=True)
+    return tmp_path / "gs" / "bucket"
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/x", "gs:/bucket/x", Path("gs://bucket/x"), "gs://", "gs:///x"])
+def test_urls_of_another_kind(path, tmp_path, experiment, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--workdir: is .*; write a local path or gs://bucket/folder, as text"):
+        loop.train(experiment, path)
+    with pytest.raises(ConfigError, match="--workdir: is "):
+        gsae_jax.load(path)
+    for field in ("path", "data_dir"):
+        config = dataclasses.replace(experiment.data, **{field: str(path)})
+        with pytest.raises(ConfigError, match=rf"data\.{field}: is .*; write a local path or gs://bucket/folder"):
+            rows_lib.open_texts(config, "train")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_needs_packages(experiment, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--workdir: gs://b/x is in a bucket; `pip install '\.\[gcs\]'` first"):
+        loop.train(experiment, "gs://b/x")
+    for field in ("path", "data_dir"):
+        config = dataclasses.replace(experiment.data, **{field: "gs://b/x"})
+        with pytest.raises(ConfigError, match=rf"data\.{field}: gs://b/x is in a bucket; `pip install"):
+            rows_lib.open_texts(config, "train")
+
+
+def test_a_run_in_a_bucket_is_checked(bucket, monkeypatch):
+    workdir, config = workdir_lib.Workdir("gs://bucket/runs/x"), {"seed": 0}
+    with pytest.raises(ConfigError, match="gs://bucket/runs/x holds no run"):
+        workdir.config()
+    workdir.check(config)
+    assert not [path for path in bucket.rglob("*") if path.is_file()]
+    workdir.create(config)
+    assert json.loads((bucket / "runs" / "x" / "config.json").read_text()) == workdir.config() == config
+    workdir.check({"seed": 1})  # there is no checkpoint yet
+    (bucket / "runs" / ".probe-of-another-process").write_text("")
+    with pytest.raises(
+        ConfigError, match="gs://bucket/runs exists and is not a run; write a new or an empty directory"
+    ):
+        workdir_lib.Workdir("gs://bucket/runs").check(config)
+    monkeypatch.setattr(Folder, "refused", "403:\nno")
+    with pytest.raises(ConfigError, match=r"x cannot be written \(RuntimeError: 403: no\); write a bucket that exists"):
+        workdir.check(config)
+    with pytest.raises(ConfigError, match=r"x cannot be read \(RuntimeError: 403: no\); log in"):
+        workdir.config()
+
+
+def test_a_folder_that_lists_itself_is_empty(bucket):
+    (bucket / "made").mkdir()
+    (bucket / "made" / "made").mkdir()  # so a bucket lists the empty object made/
+    workdir_lib.Workdir("gs://bucket/made").check({})
+
+
+def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
+    workdir = workdir_lib.Workdir("gs://bucket/run")
+
+    def steps():
+        return [line["step"] for line in workdir_lib.read_metrics(workdir)]
+
+    metrics = workdir_lib.Metrics(workdir, 0)
+    metrics.write(4, {"loss": [1.0, 2.0]})
+    assert steps() == []
+    metrics.sync()
+    metrics.write(8, {"loss": [1.0, 2.0]})
+    assert steps() == [4]
+    metrics.close()
+    assert steps() == [4, 8]
+    resumed = workdir_lib.Metrics(workdir, 4)
+    resumed.write(12, {"loss": [1.0, 2.0]})
+    scratch = Path(resumed._scratch.name)
+    resumed.close()
+    assert steps() == [4, 12]
+    assert not scratch.exists()
+    boards = list((bucket / "run" / "tensorboard").iterdir())
+    assert boards
+    assert all(board.stat().st_size for board in boards)
+
+
+def test_a_report_in_a_bucket(bucket, monkeypatch):
+    written = []
+    record = dict.fromkeys(report.COLUMNS.values(), 1.0) | {"name": "a", "model": "m", "site": "s", "architecture": "b"}
+    for name in ("frontier", "gamma", "densities", "training"):
+        monkeypatch.setattr(report.plots, name, lambda *_: Figure())
+    folder = epath.Path("gs://bucket/run/report")
+    copy = type(folder).copy
+    monkeypatch.setattr(
+        type(folder), "copy", lambda path, to, **options: written.append(path.name) or copy(path, to, **options)
+    )
+    sums = {"a": {"fired": np.ones(2), "tokens": 1.0}}
+    for _ in range(2):
+        report.write(folder, [record | {"tokens": 1.0, "alive": 1.0}], sums, [])
+    assert {file.name for file in (bucket / "run" / "report").iterdir()} == set(written)
+    assert written[-1] == "report.json"
+
+
+def test_text_in_a_bucket_is_the_text_of_a_folder(bucket, tmp_path):
+    folder = tmp_path / "text"
+    (folder / "b" / "deeper").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.txt").write_text("no")
+    (folder / "a.txt").write_bytes("one\r\ntwo é".encode())
+    (folder / "b" / "x.csv").write_text("no")
+    (folder / "b" / "lines.jsonl").write_text('{"text": "é"}\n\n{"text": "2"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"]}), folder / "b" / "deeper" / "t.parquet")
+    shutil.copytree(folder, bucket / "text")
+    for pattern in ("", "/", "/**/*", "/**/*.txt", "/*/*", "/b/lines.jsonl", "/.hidden/*"):
+        ours = list(text_corpus.find_files(f"gs://bucket/text{pattern}"))
+        theirs = list(text_corpus.find_files(f"{folder}{pattern}"))
+        assert [file.removeprefix("gs://bucket/text") for file in ours] == [
+            file.removeprefix(str(folder)) for file in theirs
+        ]
+        documents = [[list(text_corpus.read_documents(f, "text", "")) for f in files] for files in (ours, theirs)]
+        assert documents[0] == documents[1] != []
+    before = text_corpus.find_files("gs://bucket/text")
+    (bucket / "text" / "a.txt").write_text("else")
+    assert text_corpus.find_files("gs://bucket/text") != before
+    with pytest.raises(ConfigError, match="file matches 'gs://bucket/none'"):
+        text_corpus.find_files("gs://bucket/none")
+
+
+def test_tokens_of_a_bucket_are_copied_to_the_machine(bucket, tmp_path, text_dir, monkeypatch):
+    """Machine after machine; the first one tokenizes for all."""
+    tokenizer = loading.load_lm().tokenizer
+    source, feature = rows_lib.open_texts(data_config(tmp_path, path=str(text_dir), separator="\n"), "train")
+    tokenized = []
+    real = rows_lib._tokenize
+    monkeypatch.setattr(rows_lib, "_tokenize", lambda *args: tokenized.append(args[-1]) or real(*args))
+
+    def on_machine(name, limit):
+        monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / name))
+        shared = epath.Path("gs://bucket/data/tokens-1")
+        return np.asarray(rows_lib._cached_tokens(shared, source, feature, tokenizer, 0, limit))
+
+    first = on_machine("first", 1000)
+    np.testing.assert_array_equal(on_machine("second", 500), first)
+    np.testing.assert_array_equal(on_machine("second", 500), first)
+    assert tokenized == [1000]
+    more = on_machine("second", ALL)
+    np.testing.assert_array_equal(on_machine("first", ALL), more)
+    assert tokenized == [1000, ALL]
+    (bucket / "data" / "tokens-1" / "tokens.bin").write_bytes(b"")  # another machine is writing
+    np.testing.assert_array_equal(on_machine("third", ALL), more)
+    assert tokenized == [1000, ALL, ALL]
+
+
+def test_a_bucket_that_tfds_would_have_to_prepare(bucket, tmp_path, text_dir):
+    config = data_config(tmp_path, path=str(text_dir), data_dir="gs://bucket/data")
+    with pytest.raises(
+        ConfigError, match=r"data\.data_dir: gs://bucket/data/text_files.* is not there, and TFDS cannot"
+    ):
+        rows_lib.open_texts(config, "train")
+    assert not list(bucket.iterdir())
+
+
+EMULATOR = """
+import http, http.server, sys, threading
+from gcp_storage_emulator import server
+from gcp_storage_emulator.handlers import objects
+
+# What it lacks and tensorstore builds on: generations in answers, and writes on condition of one.
+download, upload = objects.download, objects._media_upload
+
+def generation(storage, bucket_name, object_id):
+    return storage.objects.get(bucket_name, {}).get(object_id, {}).get("generation", "0")
+
+def download_with_generation(request, response, storage):
+    response["X-Goog-Generation"] = generation(storage, **request.params)
+    download(request, response, storage)
+
+def upload_on_condition(request, response, storage):
+    wanted = request.query.get("ifGenerationMatch")
+    if wanted and wanted[0] != generation(storage, request.params["bucket_name"], request.query["name"][0]):
+        response.status = http.HTTPStatus.PRECONDITION_FAILED
+    else:
+        upload(request, response, storage)
+
+objects.download, objects._media_upload = download_with_generation, upload_on_condition
+
+# It answers one client after the other, and a silent one would keep all others waiting.
+handle, alone = server.Router.handle, threading.Lock()
+
+def handle_alone(router, method):
+    with alone:
+        handle(router, method)
+
+server.Router.handle, http.server.HTTPServer = handle_alone, http.server.ThreadingHTTPServer
+server.create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").start()
+print("up", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Environment variables with which everything that asks Google Cloud Storage asks an emulator."""
+    pytest.importorskip("gcp_storage_emulator")
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("emulator") / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen([sys.executable, "-c", EMULATOR, str(port)], stdout=file, stderr=file)
+    deadline = time.time() + 30
+    while "up" not in log.read_text():
+        assert time.time() < deadline, log.read_text()
+        time.sleep(0.2)
+    url = f"http://localhost:{port}"
+    yield {
+        "STORAGE_EMULATOR_HOST": url,  # gcsfs, google-cloud-storage
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",  # tensorstore's
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # array_record
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks a service that the emulator has not
+    }
+    server.kill()
+    server.wait()
+
+
+def python(environment, program, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+UPLOAD = """
+import sys, fsspec
+fsspec.filesystem("gcs").put(sys.argv[1], sys.argv[2], recursive=True)
+"""
+DOWNLOAD = """
+import sys, fsspec
+fsspec.filesystem("gcs").get(sys.argv[1], sys.argv[2], recursive=True)
+"""
+LOAD = """
+import sys, gsae_jax
+for name, sae in gsae_jax.load(sys.argv[1]).items():
+    print(name, sae.params["W_dec"].shape)
+"""
+
+
+@pytest.fixture(scope="module")
+def text(environment, tmp_path_factory):
+    """Text in the bucket, in two folders."""
+    folder = tmp_path_factory.mktemp("text") / "text"
+    (folder / "deeper").mkdir(parents=True)
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    for index, name in enumerate(("a.txt", "b.md", "deeper/c.txt", "deeper/d.txt")):
+        (folder / name).write_bytes(b"".join(file.read_bytes() for file in files[index * 25 : index * 25 + 25]))
+    uploaded = python(environment, UPLOAD, f"{folder}/", "bucket/text/")
+    assert uploaded.returncode == 0, uploaded.stderr
+    return ["--config.data.corpus=text", "--config.data.path=gs://bucket/text/**/*.txt"]
+
+
+def command(environment, log, name, *flags):
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"gsae_jax.{name}", *flags],
+            cwd=ROOT,
+            env=os.environ | environment | {"JAX_PLATFORMS": "cpu"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.gcs
+def test_a_run_in_a_bucket_stops_continues_and_reports(environment, text, tmp_path):
+    run = "gs://bucket/runs/x"
+    flags = ["--config=configs/quickstart.py", f"--workdir={run}", *SHORT, *text]
+    flags += ["--config.train.steps=64", "--config.checkpoint.keep=1"]
+    log = tmp_path / "stopped"
+    process = command(environment, log, "train", *flags)
+    deadline = time.time() + 200
+    while "step/s, " not in log.read_text():  # some steps were logged
+        assert process.poll() is None and time.time() < deadline, log.read_text()  # noqa: PT018
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75, log.read_text()
+    assert "is saved; the same command continues from there" in log.read_text()
+    assert python(environment, DOWNLOAD, "bucket/runs/x/", tmp_path / "before/").returncode == 0
+    (saved,) = (tmp_path / "before" / "checkpoints").iterdir()
+    assert not (tmp_path / "before" / "report").exists()
+    before = [json.loads(line)["step"] for line in (tmp_path / "before" / "metrics.jsonl").read_text().splitlines()]
+    assert before == list(range(4, int(saved.name) + 1, 4))
+
+    log = tmp_path / "continued"
+    assert command(environment, log, "train", *flags).wait(300) == 0, log.read_text()
+    assert f"continuing from step {int(saved.name):,}" in log.read_text()
+    assert f"report: {run}/report/report.md" in log.read_text()
+    assert python(environment, DOWNLOAD, "bucket/runs/x/", tmp_path / "after/").returncode == 0
+    after = tmp_path / "after"
+    assert [path.name for path in (after / "checkpoints").iterdir()] == ["64"]  # one was to be kept
+    lines = [json.loads(line)["step"] for line in (after / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(4, 65, 4))
+    assert len(list((after / "tensorboard").iterdir())) == 2
+    assert {"report.md", "report.json", "frontier.png"} < {path.name for path in (after / "report").iterdir()}
+    assert not list(after.glob(".*"))
+
+    log = tmp_path / "again"
+    assert command(environment, log, "train", *flags).wait(300) == 0
+    assert "is finished; its report is gs://bucket/runs/x/report/report.md. Nothing was changed." in log.read_text()
+    loaded = python(environment, LOAD, run)
+    assert "gated_0 (512, 256)\n" in loaded.stdout, loaded
+
+
+@pytest.mark.gcs
+def test_two_processes_share_a_bucket(environment, text, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    logs = tmp_path / "two"
+    flags = ["--workdir=gs://bucket/runs/two", *text]
+    assert end_all(start_all(logs, 2, *flags)) == [0, 0], Path(f"{logs}.0.log").read_text()
+    assert "report: gs://bucket/runs/two/report/report.md" in Path(f"{logs}.0.log").read_text()
+    loaded = python(environment, LOAD, "gs://bucket/runs/two")
+    assert "gated_0 (512, 256)\n" in loaded.stdout, loaded
+
+
+@pytest.mark.gcs
+def test_data_prepared_elsewhere_is_read_from_a_bucket(environment, text, tmp_path, monkeypatch):
+    flags = ["--config=configs/quickstart.py", *SHORT, *text]
+    local = str(tmp_path / "prepared")
+    log = tmp_path / "local"
+    process = command(
+        environment, log, "train", *flags, f"--workdir={tmp_path / 'local-run'}", f"--config.data.data_dir={local}"
+    )
+    assert process.wait(300) == 0, log.read_text()
+    remote = ["--config.data.data_dir=gs://bucket/data", f"--workdir={tmp_path / 'run'}"]
+    log = tmp_path / "refused"
+    assert command(environment, log, "train", *flags, *remote).wait(300) == 2
+    assert "error: data.data_dir: gs://bucket/data/text_files" in log.read_text()
+    assert not (tmp_path / "run").exists()
+    assert python(environment, UPLOAD, f"{local}/", "bucket/data/").returncode == 0
+    machine = {"TFDS_DATA_DIR": str(tmp_path / "machine")}
+    log = tmp_path / "read"
+    assert command(environment | machine, log, "train", *flags, *remote).wait(300) == 0, log.read_text()
+    assert len(list((tmp_path / "machine").glob("tokens-*/tokens.bin"))) == 2  # train and test
+    lines = [(tmp_path / name / "report" / "report.json").read_text() for name in ("local-run", "run")]
+    assert lines[0] == lines[1]
+
+
+CHECK = """
+import sys, fsspec
+from gsae_jax import config, workdir
+fsspec.filesystem("gcs").touch("bucket/made/")  # an empty object, as consoles make folders
+for path in sys.argv[1:]:
+    for method in (lambda: workdir.Workdir(path).check({}), lambda: workdir.Workdir(path).config()):
+        try:
+            print(path, method())
+        except config.ConfigError as error:
+            print(path, error)
+"""
+
+
+@pytest.mark.gcs
+def test_folders_of_a_bucket_that_cannot_be_used(environment, text):
+    paths = [f"gs://{path}" for path in ("none/x", "bucket/new", "bucket/made", "bucket/text", "bucket/text/a.txt")]
+    checked = python(environment, CHECK, *paths)
+    lines = iter(checked.stdout.splitlines())
+    used = "--workdir: {} exists and is not a run; write a new or an empty directory"
+    expected = ["--workdir: gs://none/x cannot be written (FileNotFoundError: ", "None", "None", used, used]
+    for path, message in zip(paths, expected, strict=True):
+        assert next(lines).startswith(f"{path} {message.format(path)}"), checked
+        assert next(lines).startswith(f"{path} --workdir: {path} holds no run"), checked
