@@ -223,7 +223,13 @@ PROGRAM = """HloModule train_step
   %both = (f32[100]{0}, f32[100]{0}) all-reduce(%x, %y), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%sum
 }
 
+%all-reduce-scatter.2 (p: f32[40]) -> f32[10] {
+  %r = f32[40] all-reduce(%p), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%sum
+  ROOT %part = f32[10] dynamic-slice(%r, %i), dynamic_slice_sizes={10}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %k = f32[10]{0:T(8)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2
   %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body
   %v = (s32[], f32[8]) while(%t), condition=%condition, body=%carry, backend_config={"known_trip_count":{"n":"3"}}
   %s = (f32[10], f32[20]) all-gather-start(%x), replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={0}
@@ -242,6 +248,7 @@ def test_exchanges_of_a_program():
         ("all-reduce", ("data",)): (5, 5 * 2 * 3 / 4 * 800),
         ("all-gather", ("latent",)): (1, 40),
         ("collective-permute", ("latent",)): (1, 200),
+        ("reduce-scatter", ("data",)): (1, 3 * 40),
         ("reduce-scatter", ("data", "latent")): (1, 7 * 400),
     }
 
@@ -278,7 +285,7 @@ def test_a_mesh_of_any_shape_on_a_torus(experiment, latent):
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("topology", "arguments", "gigabytes"),
-    [("v5e:4x4", GEMMA, (4, 16)), ("v5p:8x8x8", MILLION, (15, 30))],
+    [("v5e:4x4", GEMMA, (4, 16)), ("v5p:8x8x8", MILLION, (8, 24))],
 )
 @pytest.mark.usefixtures("no_libtpu")
 def test_a_plan_for_tpus(topology, arguments, gigabytes):
@@ -299,4 +306,4 @@ def test_a_plan_for_tpus(topology, arguments, gigabytes):
     estimate = planning.plan(configured(*arguments), topology)
     assert estimate["method"] == {"bytes": "estimated", "exchanges": "estimated"}
     assert estimate["bytes_per_device"]["SAEs"] == parts["SAEs"]
-    assert estimate["bytes_per_device"]["temporaries"] == pytest.approx(parts["temporaries"], rel=0.35)
+    assert estimate["bytes_per_device"]["temporaries"] == pytest.approx(parts["temporaries"], rel=0.45)

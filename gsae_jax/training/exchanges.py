@@ -100,19 +100,25 @@ def compiled(text: str, shape: Mapping[str, int]) -> Exchanges:
         lines.append(line)
     found = Exchanges(shape)
 
+    def exchange(line: str, times: int, kind: str, results: str, start: bool) -> None:
+        ids = _group(line, math.prod(shape.values()))
+        places = zip(*(divmod(number, shape["latent"]) for number in ids), strict=True)
+        axes = [axis for axis, along in zip(("data", "latent"), places, strict=True) if len(set(along)) > 1]
+        size = float(sum(map(_bytes, re.findall(r"(\w+)\[([\d,]*)\]", results))))
+        if start and kind == "all-gather":  # the operands are there too
+            size *= len(ids) / (len(ids) + 1)
+        elif start and kind == "collective-permute":
+            size /= 2
+        found.count(kind, axes, times, size, len(ids))
+
     def visit(computation: str, times: int) -> None:
         for line in computations[computation]:
             if match := re.search(rf" = (.*?) ({KINDS})(-start)?\(", line):
-                results, kind, start = match.groups()
-                ids = _group(line, math.prod(shape.values()))
-                places = zip(*(divmod(number, shape["latent"]) for number in ids), strict=True)
-                axes = [axis for axis, along in zip(("data", "latent"), places, strict=True) if len(set(along)) > 1]
-                size = float(sum(map(_bytes, re.findall(r"(\w+)\[([\d,]*)\]", results))))
-                if start and kind == "all-gather":  # the operands are there too
-                    size *= len(ids) / (len(ids) + 1)
-                elif start and kind == "collective-permute":
-                    size /= 2
-                found.count(kind, axes, times, size, len(ids))
+                exchange(line, times, match[2], match[1], bool(match[3]))
+            # TPUs have a kernel for the sum of which every device keeps its part, written as a sum and a slice.
+            elif match := re.search(r" = (\S+) fusion\(.*calls=%?(all-reduce-scatter[\w.-]*)", line):
+                summed = next(inner for inner in computations[match[2]] if " all-reduce(" in inner)
+                exchange(summed, times, "reduce-scatter", match[1], start=False)
             elif " while(" in line:
                 known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 # TPUs' loops do not say; ours count up from zero to the constant of the condition.
