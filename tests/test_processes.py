@@ -100,7 +100,7 @@ def continued(run, workdir, count):
 
 
 def same(one, other):
-    """Equal losses and parameters, to what the order of a float32 sum can change."""
+    """Equal, to what the order of a float32 sum can change; Adam makes much of small gradients."""
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [4, 8, 12, 16]
     for a, b in zip(*lines, strict=True):
@@ -109,7 +109,7 @@ def same(one, other):
     ours, theirs = gsae_jax.load(one), gsae_jax.load(other)
     for name, sae in ours.items():
         for key, value in sae.params.items():
-            np.testing.assert_allclose(value, theirs[name].params[key], rtol=1e-3, atol=1e-5, err_msg=f"{name} {key}")
+            np.testing.assert_allclose(value, theirs[name].params[key], rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
     reports = [json.loads((run / "report" / "report.json").read_text())["saes"] for run in (one, other)]
     for a, b in zip(*reports, strict=True):
         for name in ("ce_clean", "ce_sae", "loss_recovered", "l0", "tokens"):
@@ -139,14 +139,15 @@ def test_a_checkpoint_continues_on_another_number_of_processes(runs, tmp_path, w
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_message(tmp_path, victim):
     started = start(tmp_path / "run", 2, "--config.train.steps=100_000")
-    until(tmp_path / "run", "4/100000")
+    until(tmp_path / "run", "tokens/s")
     started[victim].kill()
     killed = time.time()
     codes = end(started, within=60)
     assert codes[1 - victim] != 0
     assert time.time() - killed < 60
-    message = "another task died" if victim == 0 else "another process may have ended before; look at its output"
-    assert message in log(tmp_path / "run", 1 - victim)
+    # The second where an exchange failed before the coordinator missed its heartbeat.
+    messages = ("another task died", "another process may have ended before; look at its output")
+    assert any(message in log(tmp_path / "run", 1 - victim) for message in messages)
 
 
 @pytest.mark.processes
@@ -162,10 +163,10 @@ def test_an_error_in_one_process_ends_the_other_with_the_reason(tmp_path):
 
 
 @pytest.mark.processes
-def test_sigterm_to_one_process_saves_the_run_of_all(runs, tmp_path):
+def test_sigterm_to_one_process_saves_the_run_of_all(tmp_path):
     run = tmp_path / "run"
-    started = start(run, 2, "--config.checkpoint.every=100_000", "--config.train.log_every=1")
-    until(run, "4/16")
+    started = start(run, 2, "--config.train.steps=100_000", "--config.checkpoint.every=100_000")
+    until(run, "tokens/s")
     started[1].terminate()
     assert end(started) == [75, 75]
     assert "SIGTERM: step" in log(run)
