@@ -49,6 +49,9 @@ def get_config() -> ConfigDict:
             decay_fraction=0.0,  # last part of training in which the rate falls to zero (cosine); 0 = none
             compute_dtype="float32",  # of the SAEs' matrix products; bfloat16 suits accelerators
             log_every=50,  # steps between lines of metrics
+            dead_after=1000,  # a feature that fired on no token of so many steps is dead
+            resample_steps=(),  # steps after which dead features begin again; () = never
+            resample_warmup_steps=1000,  # the learning rate then returns from a tenth over so many steps
         )
     )
     config.mesh = ConfigDict(
@@ -73,9 +76,17 @@ def get_config() -> ConfigDict:
 
 
 def stack(
-    architecture: str, site: str, width: int, l1_coefficients, learning_rates=(3e-4,), seeds=(0,), **options
+    architecture: str,
+    site: str,
+    width: int,
+    l1_coefficients,
+    learning_rates=(3e-4,),
+    seeds=(0,),
+    target_l0=(),
+    start_from="",
+    **options,
 ) -> ConfigDict:
-    """SAEs that differ in l1 coefficient, learning rate and seed only (matched up; one value serves all).
+    """SAEs that differ in l1 coefficient, learning rate, seed and target only (matched up; one value serves all).
 
     `options` are fields of the architecture's Config, such as `tie_encoder=False` for a gated SAE.
     """
@@ -87,6 +98,9 @@ def stack(
             l1_coefficients=tuple(l1_coefficients),
             learning_rates=tuple(learning_rates),
             seeds=tuple(seeds),
+            # L0 that the l1 coefficients are moved to meet by two thirds of training; () = they stay
+            target_l0=tuple(target_l0),
+            start_from=start_from,  # "RUN:STACK": parameters of a stack of as many SAEs of this shape; "" = random ones
             options=dict(options),
         )
     )

@@ -84,7 +84,8 @@ class Activations:
 class Stack:
     """SAEs of one architecture, width and site that differ in numbers only, trained together.
 
-    `l1_coefficients`, `learning_rates` and `seeds` are matched up; one of length 1 serves every SAE.
+    `l1_coefficients`, `learning_rates`, `seeds` and, where there are any, `target_l0` are matched up; one of length 1
+    serves every SAE.
     """
 
     architecture: str
@@ -94,9 +95,12 @@ class Stack:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     options: dict[str, bool]
+    # Runs of earlier versions have none of these.
+    target_l0: tuple[float, ...] = ()
+    start_from: str = ""
 
     def __len__(self) -> int:
-        return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds))
+        return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
 
     def numbers(self) -> list[tuple[float, float, int]]:
         """(l1_coefficient, learning_rate, seed) of each SAE."""
@@ -106,9 +110,9 @@ class Stack:
     def check(self, path: str) -> None:
         """Raises `ConfigError` with the stack's path in the config."""
         _at_least(f"{path}.width", self.width, 1)
-        for field in ("l1_coefficients", "learning_rates", "seeds"):
+        for field in ("l1_coefficients", "learning_rates", "seeds", "target_l0"):
             values = getattr(self, field)
-            if len(values) not in (1, len(self)) or not values:
+            if len(values) not in (1, len(self)) and (values or field != "target_l0"):
                 raise ConfigError(
                     f"{path}.{field}",
                     f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs",
@@ -119,6 +123,16 @@ class Stack:
                 raise ConfigError(
                     f"{path}.{field}", f"has a negative value: {getattr(self, field)}; write numbers >= 0"
                 )
+        if self.target_l0 and (min(self.target_l0) <= 0 or max(self.target_l0) >= self.width):
+            raise ConfigError(
+                f"{path}.target_l0",
+                f"is {self.target_l0}; write active features per token, above 0 and below the width",
+            )
+        if self.target_l0 and min(self.l1_coefficients) == 0:
+            raise ConfigError(
+                f"{path}.l1_coefficients",
+                "has a 0, from which target_l0 cannot start; write a first guess such as 0.01",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +145,13 @@ class Train:
     decay_fraction: float
     compute_dtype: Literal["float32", "bfloat16"]
     log_every: int
+    # Runs of earlier versions have none of these.
+    resample_steps: tuple[int, ...] = ()
+    resample_warmup_steps: int = 1000
+    dead_after: int = 1000
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "log_every"):
+        for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after"):
             _at_least(f"train.{field}", getattr(self, field), 1)
         _at_least("train.warmup_steps", self.warmup_steps, 0)
         if self.warmup_steps >= self.steps:
@@ -144,6 +162,11 @@ class Train:
             raise ConfigError(
                 "train.decay_fraction",
                 f"is {self.decay_fraction:g}; write a fraction of training from 0 (constant rate) to 1",
+            )
+        if any(not self.dead_after <= step < self.steps for step in self.resample_steps):
+            raise ConfigError(
+                "train.resample_steps",
+                f"is {self.resample_steps}; write steps from {self.dead_after} (train.dead_after) to {self.steps - 1}",
             )
 
 
@@ -234,6 +257,13 @@ class Experiment:
     def updates_per_call(self) -> int:
         """SAE updates in one call of the train program."""
         return max(1, self.activations.rows_per_forward * self.data.context_length // self.train.batch_size)
+
+    @property
+    def resampled_at(self) -> tuple[int, ...]:
+        """`train.resample_steps`, as ends of calls of the train program."""
+        return tuple(
+            max(1, step // self.updates_per_call) * self.updates_per_call for step in self.train.resample_steps
+        )
 
     @property
     def forwards_per_call(self) -> int:

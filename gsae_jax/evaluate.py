@@ -28,10 +28,11 @@ def evaluate(path: epath.PathLike, tokens: int | None = None) -> str:
     """
     workdir = workdir_lib.Workdir(path)
     config = config_lib.from_dict(Experiment, workdir.config())
-    saes = runs.load(path)
-    # Nothing here is split along `latent`: every device takes rows, where they divide.
-    spread = config.evaluation.rows_per_forward % jax.device_count() == 0
-    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1) if spread else config.mesh)
+    # On whichever machine this is; features along `latent` as in training, where it has as many devices.
+    latent = config.mesh.latent if jax.device_count() % config.mesh.latent == 0 else 1
+    spread = config.evaluation.rows_per_forward % (jax.device_count() // latent) == 0
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent) if spread else config.mesh)
+    saes = runs.load(path, mesh)
     lm = loading.load_lm(config.lm.path, revision=config.lm.revision, dtype=config.lm.dtype, mesh=mesh)
     batches = list(held_out(config, lm.tokenizer, config.evaluation.tokens if tokens is None else tokens))
     special_tokens = lm.special_tokens if config.activations.drop_special_tokens else ()

@@ -59,6 +59,13 @@ def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def spread(mesh: Mesh, shape: tuple[int, ...], axis: int | None) -> NamedSharding:
+    """The placement of a parameter whose `axis` runs over features: over all devices, if they divide it."""
+    if axis is None or shape[axis] % mesh.size:
+        return sharding(mesh)
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("latent", "data")))
+
+
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """Which of so many rows, split along `data`, lie on this process's devices: their numbers, in order."""
     parts = sharding(mesh, "data").addressable_devices_indices_map((rows,)).values()

@@ -22,17 +22,25 @@ from gsae_jax.config import ConfigError
 
 HEARTBEAT_TIMEOUT = 30  # seconds until a process that was killed is missed
 GRACE = 3  # seconds in which a reason reaches all processes
+INITIALIZATION_TIMEOUT = 3600  # seconds: machines of a cluster may come one by one
+# What launchers of several processes set, and when they do mean several.
+LAUNCHERS: dict[str, Callable[[str], bool]] = {
+    "OMPI_COMM_WORLD_SIZE": lambda size: size not in ("", "1"),
+    "PMI_SIZE": lambda size: size not in ("", "1"),
+    "JOB_COMPLETION_INDEX": lambda index: index != "",  # Kubernetes, which does not say of how many
+}
 FAILURE = "gsae_jax/failure"  # where the first process to fail says why
 
 
 def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Become one of several processes, if there are several; to be called before JAX is used.
 
-    TPU pods, Slurm, Open MPI and Kubernetes say who the others are; elsewhere the arguments do: process 0 listens at
-    `coordinator` (host:port). A `count` of 1 asks nobody.
+    TPU pods, Slurm, Open MPI 4 and GKE say who the others are; elsewhere the arguments do: process 0 listens at
+    `coordinator` (host:port). A `count` of 1 asks nobody. JAX ends a process whose partners do not come in an hour.
 
     Raises:
-        ConfigError: only some of the arguments, ones that contradict each other, or nobody there.
+        ConfigError: only some of the arguments, ones that contradict each other, or a launcher of several processes
+            that does not say who the others are.
     """
     if count == 1:
         return
@@ -47,6 +55,8 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     # A Slurm job of one task needs nobody, and JAX would see one of its GPUs only.
     if missing and os.environ.get("SLURM_NTASKS") == "1":
         return
+    if coordinator is not None:
+        print(f"process {index} of {count}, waiting for the others at {coordinator}", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -54,11 +64,20 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
             index,
             # Where the flags say everything, a Slurm step around them must not choose the devices.
             cluster_detection_method=None if missing else "deactivate",
+            initialization_timeout=INITIALIZATION_TIMEOUT,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
-    except ValueError:  # no cluster was detected
+    except ValueError as error:  # no cluster was detected
         if not missing:
             raise
+        # Each would train alone, all into one run.
+        for variable, several in LAUNCHERS.items():
+            if several(os.environ.get(variable, "")):
+                raise ConfigError(
+                    "--coordinator",
+                    f"is missing, and {variable} is set: this process was started beside others, whom JAX does not "
+                    f"find; write {', '.join(given)}, or --num_processes=1 if it is to be alone",
+                ) from error
     except RuntimeError as error:
         where = f"{coordinator} " if coordinator else "the coordinator "
         raise ConfigError(

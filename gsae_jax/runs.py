@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
-from gsae_jax.config import Experiment
+from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms import checkpoints
 from gsae_jax.saes import trained
 
 
-def load(path: epath.PathLike) -> dict[str, trained.SAE]:
+def load(path: epath.PathLike, mesh: jax.sharding.Mesh | None = None) -> dict[str, trained.SAE]:
     """The SAEs of a run's newest checkpoint, by name: `{stack}_{index}`.
 
     Args:
         path: the run's directory, local or gs://bucket/folder.
+        mesh: over whose devices features are spread; by default all are on this process's first device.
 
     Raises:
         ConfigError: not a run directory, no checkpoint yet, or gs:// that cannot be read.
@@ -28,7 +31,7 @@ def load(path: epath.PathLike) -> dict[str, trained.SAE]:
     config = config_lib.from_dict(Experiment, workdir.config())
     step = workdir.latest_step()
     if step is None:
-        raise config_lib.ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
+        raise ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
     facts = workdir.facts(step)
     built = {
         name: trained.build_config(
@@ -48,10 +51,55 @@ def load(path: epath.PathLike) -> dict[str, trained.SAE]:
         )
         for name, (module, sae) in built.items()
     }
-    params = workdir.params(step, workdir_lib.single_device(like))
+    placed = workdir_lib.single_device(like) if mesh is None else _spread(mesh, like, built)
+    params = workdir.params(step, placed)
     return {
         sae.name: sae for name in config.stacks for sae in _members(name, config, built[name][1], params[name], facts)
     }
+
+
+def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
+    """The parameters [N, ...] that stacks start from, in the language model's units, by stack.
+
+    Raises:
+        ConfigError: `start_from` names no stack, or one of other SAEs.
+    """
+    found = {}
+    for name, stack in config.stacks.items():
+        if not stack.start_from:
+            continue
+        field, (path, _, source) = f"stacks.{name}.start_from", stack.start_from.rpartition(":")
+        if not path or not source:
+            raise ConfigError(field, f"is {stack.start_from!r}; write RUN_DIRECTORY:STACK")
+        try:
+            saes = load(path)
+        except ConfigError as error:
+            raise ConfigError(field, str(error)) from error
+        stacks = {sae.rpartition("_")[0] for sae in saes}
+        if source not in stacks:
+            raise ConfigError(
+                field, f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}"
+            )
+        members = [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
+        convert = trained.converter(members[0].architecture, stack.architecture)
+        theirs = {"site": members[0].site, "width": members[0].config.width, "as many SAEs": len(members)}
+        ours = {"site": stack.site, "width": stack.width, "as many SAEs": len(stack)}
+        differing = [f"{what} ({theirs[what]} there, {ours[what]} here)" for what in ours if ours[what] != theirs[what]]
+        if convert is None:
+            differing.append(f"architecture ({members[0].architecture} there, {stack.architecture} here)")
+        if convert is None or differing:
+            raise ConfigError(field, f"{stack.start_from} differs in {', '.join(differing)}; write the same here")
+        found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *(convert(sae.params) for sae in members))
+        module, like = trained.build_config(
+            stack.architecture, members[0].config.d_in, stack.width, "float32", stack.options, f"stacks.{name}"
+        )
+        names = set(jax.eval_shape(lambda m=module, c=like: m.init(jax.random.key(0), c)))
+        if names != set(found[name]):
+            raise ConfigError(
+                f"stacks.{name}.options",
+                f"want parameters {sorted(names)}, {stack.start_from} gives {sorted(found[name])}",
+            )
+    return found
 
 
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
@@ -71,10 +119,21 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     return dataclasses.replace(config, lm=dataclasses.replace(config.lm, revision=commit))
 
 
+def _spread(mesh: jax.sharding.Mesh, like: dict[str, Any], built: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    def placed(name: str, key: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        axis = built[name][0].FEATURE_AXES[key]
+        spread = mesh_lib.spread(mesh, leaf.shape, None if axis is None else 1 + axis)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread)
+
+    return {name: {key: placed(name, key, leaf) for key, leaf in params.items()} for name, params in like.items()}
+
+
 def _members(
     name: str, config: Experiment, sae: Any, params: dict[str, jax.Array], facts: dict[str, Any]
 ) -> list[trained.SAE]:
     stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
+    # Checkpoints of earlier versions have none; theirs were the config's.
+    l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
     return [
         trained.SAE(
             name=f"{name}_{index}",
@@ -82,11 +141,11 @@ def _members(
             config=sae,
             site=stack.site,
             params=trained.fold_scale({key: value[index] for key, value in params.items()}, scale),
-            l1_coefficient=l1_coefficient,
+            l1_coefficient=l1_coefficients[index],
             learning_rate=learning_rate,
             seed=seed,
             scale=scale,
             norm_limit=math.inf if facts["norm_limits"][stack.site] is None else facts["norm_limits"][stack.site],
         )
-        for index, (l1_coefficient, learning_rate, seed) in enumerate(stack.numbers())
+        for index, (_, learning_rate, seed) in enumerate(stack.numbers())
     ]

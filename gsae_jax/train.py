@@ -18,12 +18,15 @@ INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 def run(config: Experiment, path: epath.PathLike) -> int:
     """Train to the end and report; a finished run is left as it is."""
-    config, workdir = runs.pinned(config, path), workdir_lib.Workdir(path)
+    workdir = workdir_lib.Workdir(path)
+    workdir.check_writable()
+    config = runs.pinned(config, path)
     workdir.check(config_lib.to_dict(config))
     if workdir.latest_step() == config.train.steps and (workdir.report / "report.json").exists():
         processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
-    if not loop.train(config, path):
+    starts = runs.starts(config) if workdir.latest_step() is None else {}
+    if not loop.train(config, path, starts):
         return INTERRUPTED
     processes.say(evaluate(path) + f"\n\nreport: {workdir.report / 'report.md'}")
     return 0

@@ -97,8 +97,7 @@ class Workdir:
 
         A run without a checkpoint has nothing to lose, so another config may take its place.
         """
-        if is_bucket(self.path):
-            self._check_bucket()
+        self.check_writable()
         if self.latest_step() is not None:
             # Through the dataclass, which fills in the fields that an earlier version did not have.
             recorded = config_lib.to_dict(config_lib.from_dict(config_lib.Experiment, self.config()))
@@ -111,14 +110,14 @@ class Workdir:
                 )
         elif not (self.path / "config.json").exists() and not self._is_empty():
             raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
-        if is_bucket(self.path):
-            return
-        parent = next(folder for folder in (self.path, *_absolute(self.path).parents) if folder.exists())
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
 
-    def _check_bucket(self) -> None:
-        """Raises `ConfigError` if a file cannot be written and deleted here."""
+    def check_writable(self) -> None:
+        """Raises `ConfigError` if nothing can be written here."""
+        if not is_bucket(self.path):
+            parent = next(folder for folder in (self.path, *_absolute(self.path).parents) if folder.is_dir())
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
+            return
         probe = self.path / f"{PROBE}{uuid.uuid4().hex}"
         try:
             probe.write_text("")
@@ -145,6 +144,8 @@ class Checkpoints:
         """`keep`: how many to keep."""
         folder = _absolute(workdir.path / "checkpoints")
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        # It asks with the number of updates, where the trainer counts calls; JAX would then expect the end far ahead.
+        self._manager.reached_preemption = lambda step: False
 
     def save(self, step: int, params: Any, state: Any, data: dict[str, Any], facts: dict[str, Any]) -> None:
         """Save in the background; arrays are copied before this returns."""

@@ -10,6 +10,8 @@
 # TOPOLOGY      TPU: the slice, such as 4x4
 # NODES         GPU: how many nodes, such as 2
 #
+# The text must be within reach, as with --config.data.data_dir=gs://BUCKET/tfds (README.md, "On many devices").
+#
 # The cluster needs JobSet (https://jobset.sigs.k8s.io) and such nodes, which cost money while they are there. A run
 # that was interrupted is started again by the cluster. To continue one that failed or was deleted, delete its JobSet
 # if it is still there, and give the same command.

@@ -12,6 +12,8 @@
 # BUCKET             holds the run, as gs://BUCKET/runs/X; the TPU's service account must be allowed to write there
 # SPOT=1             create a spot TPU: cheap, and preempted at any time
 #
+# The text must be within reach, as with --config.data.data_dir=gs://BUCKET/tfds (README.md, "On many devices").
+#
 # A TPU costs money until it is deleted, training or not. Training goes on when the connection drops or this command
 # is ended; the same command follows it again, or continues a run that was interrupted. A language model that asks for
 # a Hugging Face token finds it in ~/.cache/huggingface/token on every worker.

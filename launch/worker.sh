@@ -12,6 +12,7 @@ exec 9>"$state/lock"
 if flock --nonblock 9; then
     rm -f "$state/exit" "$state/pid"
     : >"$state/log"
+    echo "$*" >"$state/arguments"
     (
         trap 'echo $? >"$state/exit"' EXIT
         export PATH=~/.local/bin:$PATH
@@ -23,6 +24,9 @@ if flock --nonblock 9; then
         echo $! >"$state/pid"
         wait $!
     ) </dev/null >>"$state/log" 2>&1 &
+elif [[ $(<"$state/arguments") != "$*" ]]; then
+    echo "$(hostname): another run trains here: $(<"$state/arguments"); end it first (tpu_vm.sh stop)" >&2
+    exit 2
 else
     echo "$(hostname): training runs already; its log goes on below" >&2
 fi

@@ -283,6 +283,16 @@ def test_a_mesh_of_any_shape_on_a_torus(experiment, latent):
 
 
 @pytest.mark.tpu
+def test_what_a_compiler_refuses():
+    """It says how much it would take, arguments and all."""
+    report = planning.plan(configured("configs/quickstart.py", f"--config.activations.buffer_size={2**26}"), "v5e:2x2")
+    parts = report["bytes_per_device"]
+    assert not report["fits"]
+    assert parts["buffer"] == 2**26 * 256 * 4 / 4  # all that a chip has
+    assert parts["buffer"] < parts["total"] < 1.1 * parts["buffer"]
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("topology", "arguments", "gigabytes"),
     [("v5e:4x4", GEMMA, (4, 16)), ("v5p:8x8x8", MILLION, (8, 24))],

@@ -184,3 +184,24 @@ def test_sigterm_to_one_process_saves_the_run_of_all(tmp_path):
 def test_processes_that_cannot_be_joined(arguments, message):
     with pytest.raises(ConfigError, match=message):
         processes.join(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "count", "refused"),
+    [
+        ("OMPI_COMM_WORLD_SIZE", "2", "None", True),
+        ("JOB_COMPLETION_INDEX", "0", "None", True),
+        ("JOB_COMPLETION_INDEX", "0", "1", False),
+        ("OMPI_COMM_WORLD_SIZE", "1", "None", False),
+    ],
+)
+def test_processes_that_nobody_finds_do_not_train_alone(variable, value, count, refused):
+    done = subprocess.run(
+        [sys.executable, "-c", f"from gsae_jax import processes; processes.join(count={count})"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", variable: value},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode != 0) == refused, done.stderr
+    assert (f"ConfigError: --coordinator: is missing, and {variable} is set" in done.stderr) == refused

@@ -12,6 +12,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import mesh as mesh_lib
+from gsae_jax import runs
 from gsae_jax import train as train_command
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
@@ -210,6 +211,11 @@ def test_train_evaluate_load(experiment, tmp_path, capsys):
     assert f.shape == (2, 16, 64)
     assert saes["gated_0"].decode(f).shape == x.shape
     np.testing.assert_allclose(jnp.linalg.norm(saes["baseline_0"].params["W_dec"], axis=-1), 1, atol=1e-6)
+    for name, sae in runs.load(path, mesh_lib.make_mesh(experiment.mesh)).items():
+        for key, value in sae.params.items():
+            np.testing.assert_array_equal(value, saes[name].params[key])
+            if key != "b_dec":  # what a device holds, as in training
+                assert value.addressable_shards[0].data.size == value.size // 8
     records = json.loads((path / "report" / "report.json").read_text())["saes"]
     assert [record["name"] for record in records] == list(saes)
     assert all(np.isfinite(record["loss_recovered"]) for record in records)
@@ -230,6 +236,64 @@ def test_train_evaluate_load(experiment, tmp_path, capsys):
     other = with_(experiment, train={"steps": 32, "warmup_steps": 2})
     with pytest.raises(ConfigError, match=r"train.steps: 16 != 32; train.warmup_steps: 4 != 2"):
         train_command.run(other, path)
+
+
+def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
+    """The ablation of section 5.2: what was trained stays, the magnitudes learn."""
+    assert loop.train(experiment, tmp_path / "first")
+    options = {"only_magnitude": True}
+    stack = dataclasses.replace(
+        experiment.stacks["baseline"],
+        architecture="gated",
+        options=options,
+        start_from=f"{tmp_path / 'first'}:baseline",
+    )
+    second = dataclasses.replace(experiment, stacks={"rescaled": stack})
+    assert train_command.run(second, tmp_path / "second") == 0
+    before, after = gsae_jax.load(tmp_path / "first")["baseline_0"], gsae_jax.load(tmp_path / "second")["rescaled_0"]
+    for ours, theirs in (("W_gate", "W_enc"), ("b_gate", "b_enc"), ("W_dec", "W_dec"), ("b_dec", "b_dec")):
+        np.testing.assert_allclose(after.params[ours], before.params[theirs], atol=1e-6)
+    assert np.abs(after.params["r_mag"]).min() > 0
+    assert np.abs(after.params["b_mag"] - before.params["b_enc"]).max() > 1e-4
+    x = jax.random.normal(jax.random.key(0), (100, 64))
+    same = dataclasses.replace(after, params=gated.from_relu(before.params))
+    np.testing.assert_allclose(same(x), before(x), atol=1e-6)
+
+    def refused(**changes):
+        other = dataclasses.replace(second, stacks={"rescaled": dataclasses.replace(stack, **changes)})
+        with pytest.raises(ConfigError) as error:
+            train_command.run(other, tmp_path / "third")
+        assert not (tmp_path / "third").exists()
+        return str(error.value)
+
+    path = tmp_path / "first"
+    assert "stacks.rescaled.start_from: is 'x'; write RUN_DIRECTORY:STACK" in refused(start_from="x")
+    assert "stacks.rescaled.start_from: --workdir: nowhere holds no run" in refused(start_from="nowhere:baseline")
+    assert "did you mean 'baseline'?" in refused(start_from=f"{path}:basline")
+    assert "differs in width (128 there, 64 here); write the same here" in refused(width=64)
+    assert "differs in architecture (gated there, relu here)" in refused(
+        architecture="relu",
+        start_from=f"{path}:gated",
+        options={},
+        site="blocks.0.hook_mlp_out",
+        width=64,
+        seeds=(0, 1),
+    )
+    assert "stacks.rescaled.options: want parameters" in refused(options={"tie_encoder": False})
+
+
+def test_a_target_moves_the_l1_coefficients(experiment, tmp_path):
+    """Up where too many features fire, down where too few, and only until two thirds of training."""
+    stacks = {"gated": dataclasses.replace(experiment.stacks["gated"], target_l0=(1.0, 60.0))}
+    experiment = dataclasses.replace(with_(experiment, train={"log_every": 4}), stacks=stacks)
+    assert loop.train(experiment, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, second = zip(*(line["gated/l1_coefficient"] for line in lines), strict=True)
+    assert first[0] == pytest.approx(0.01)  # warm-up
+    assert first[0] < first[1] < first[2] < first[3]  # means over four steps
+    assert second[0] > second[1] > second[2] > second[3]
+    saes = gsae_jax.load(tmp_path / "run")
+    assert [sae.l1_coefficient for sae in saes.values()] == pytest.approx([first[3], second[3]])
 
 
 class Interrupting:

@@ -33,13 +33,7 @@ def measure(
         sites.check(sae.site, lm.sites, f"site of {sae.name}")
         groups.setdefault((sae.site, sae.norm_limit, sae.architecture, sae.config), []).append(sae)
     mesh = lm.module.mesh
-    replicated = mesh_lib.sharding(mesh) if mesh else None
-    stacked = {
-        key: jax.device_put(
-            jax.tree.map(lambda *leaves: np.stack(leaves), *(sae.params for sae in members)), replicated
-        )
-        for key, members in groups.items()
-    }
+    stacked = {key: _stacked(mesh, members) for key, members in groups.items()}
     zeroed = tuple(sorted({(site, norm_limit) for site, norm_limit, _, _ in groups}))
     totals: dict[str, metrics.Sums] = {sae.name: {} for sae in saes}
     for tokens in batches:
@@ -54,6 +48,18 @@ def measure(
                 metrics.add(totals[sae.name], {name: value[index] for name, value in sums.items()} | shared)
         progress()
     return totals
+
+
+def _stacked(mesh: jax.sharding.Mesh | None, members: list[trained.SAE]) -> dict[str, jax.Array]:
+    """The parameters [N, ...] of SAEs of one shape, features spread over the mesh."""
+    axes = trained.module_of(members[0].architecture).FEATURE_AXES
+
+    def stack(name: str) -> jax.Array:
+        value = jnp.stack([sae.params[name] for sae in members])
+        axis = None if axes[name] is None else 1 + axes[name]
+        return value if mesh is None else jax.device_put(value, mesh_lib.spread(mesh, value.shape, axis))
+
+    return {name: stack(name) for name in members[0].params}
 
 
 def _valid(x_RxTxD: jax.Array, tokens_RxT: jax.Array, special_tokens: tuple[int, ...], norm_limit: float) -> jax.Array:
@@ -102,6 +108,17 @@ def _sae_sums(
 ) -> metrics.Sums:
     """Sums [N, R, ...] of SAEs of one shape; under `vmap` the part of the model before the site runs once for all."""
     functions = trained.module_of(architecture)
+    if module.mesh:
+        # Gathered along `data`, as the rows lie there, when these SAEs' turn comes.
+        axes = functions.FEATURE_AXES if sae.width % module.mesh.shape["latent"] == 0 else {}
+        params_N = {
+            name: value
+            if axes.get(name) is None
+            else jax.lax.with_sharding_constraint(
+                value, mesh_lib.sharding(module.mesh, *[None] * (1 + axes[name]), "latent")
+            )
+            for name, value in params_N.items()
+        }
 
     def one(params: dict[str, jax.Array]) -> metrics.Sums:
         sums: metrics.Sums = {}

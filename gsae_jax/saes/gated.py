@@ -28,6 +28,7 @@ class Config:
         tie_encoder: W_mag = exp(r_mag) * W_gate; False gives W_mag [D, F] of its own instead of r_mag.
         use_r_mag: False fixes r_mag at 0.
         freeze_aux_decoder: the auxiliary reconstruction does not train the decoder.
+        only_magnitude: r_mag and b_mag alone are trained: rescale and shift, for a stack that starts from a baseline.
         dtype: of the matrix products' operands.
     """
 
@@ -36,6 +37,7 @@ class Config:
     tie_encoder: bool = True
     use_r_mag: bool = True
     freeze_aux_decoder: bool = True
+    only_magnitude: bool = False
     dtype: str = "float32"
 
 
@@ -47,6 +49,13 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
     if not config.tie_encoder:
         return params | {"W_mag": W_dec.T}
     return params | {"r_mag": jnp.zeros(F)}
+
+
+def from_relu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same function as a baseline's."""
+    same = {name: params[name] for name in ("W_dec", "b_dec")}
+    b_enc = params["b_enc"]
+    return same | {"W_gate": params["W_enc"], "b_gate": b_enc, "b_mag": b_enc, "r_mag": jnp.zeros_like(b_enc)}
 
 
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -93,6 +102,9 @@ def loss(
         The loss, and statistics: batch means of its terms, `l0`, the parts of gamma; `fired` [F], whether each
         feature fired.
     """
+    if config.only_magnitude:
+        trained = ("r_mag", "b_mag")
+        params = {name: value if name in trained else jax.lax.stop_gradient(value) for name, value in params.items()}
     pi_gate, pi_mag = pre_activations(params, x_BxD, config)
     gate = jax.nn.relu(pi_gate)
     f = jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0)

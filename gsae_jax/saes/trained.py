@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,13 @@ def build_config(
                 f"{field}.options.{name}", f"is not an option of {architecture!r}; {known_names(name, fields)}"
             )
     return module, module.Config(d_in=d_in, width=width, dtype=dtype, **options)
+
+
+def converter(source: str, target: str) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None:
+    """What turns parameters of one architecture into those of the same function in another, if anything does."""
+    if source == target:
+        return dict
+    return getattr(module_of(target), f"from_{source}", None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,11 +21,15 @@ from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.saes import trained
 from gsae_jax.training.step import Program, TrainState
 
 
-def train(config: Experiment, path: epath.PathLike) -> bool:
+def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[str, Any]] | None = None) -> bool:
     """Train the experiment in a run directory, from its newest checkpoint if there is one.
+
+    Args:
+        starts: parameters [N, ...] that stacks of a new run start from, in the language model's units.
 
     Returns:
         True when training is complete, False when a signal ended it early (state saved).
@@ -51,6 +55,12 @@ def train(config: Experiment, path: epath.PathLike) -> bool:
     if latest is None:
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
         state = start(program, lm_params, stream)
+        for name, params in (starts or {}).items():
+            own, scale = state.stacks[name].params, float(state.scales[config.stacks[name].site])
+            if jax.tree.map(np.shape, own) != jax.tree.map(np.shape, params):
+                raise ConfigError(f"stacks.{name}.start_from", "is of another language model; write a run of this one")
+            params = trained.fold_scale(params, 1 / scale)
+            state.stacks[name].params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, own))
     if processes.first():
         workdir.create(as_json)
     processes.wait("the run's directory")
@@ -160,6 +170,7 @@ def _loop(
     def save() -> None:
         nonlocal saved
         params = {name: stack.params for name, stack in state.stacks.items()}
+        facts["l1_coefficients"] = {name: jax.device_get(s.l1_coefficient).tolist() for name, s in state.stacks.items()}
         checkpoints.save(step, params, _without_params(state), stream.get_state(), facts)
         saved = step
 
@@ -168,6 +179,9 @@ def _loop(
         while step < total and not signals.stop(step // per_call):
             state, statistics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
             step += per_call
+            if step in config.resampled_at:
+                state, counts = program.resample(state)
+                progress.say(f"step {step:,}: dead features that began again: {_named(counts)}")
             if waiting is not None:
                 log(*waiting)
                 if metrics and waiting[0] == saved:
@@ -187,6 +201,10 @@ def _loop(
         kept = f"step {saved:,} is saved" if saved else "no step was made yet"
         processes.say(f"{signals.received}: {kept}; the same command continues from there")
     return step == total
+
+
+def _named(counts: dict[str, jax.Array]) -> str:
+    return ", ".join(f"{name} {' '.join(map(str, values.tolist()))}" for name, values in jax.device_get(counts).items())
 
 
 def _restore(program: Program, checkpoints: workdir_lib.Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -263,6 +281,11 @@ class _Progress:
             texts = (f"{title} {' '.join(f'{value:{form}}' for value in column)}" for title, column, form in columns)
             self._lines[name].set_description_str(f"  {name}: {' | '.join(texts)}")
         return values
+
+    def say(self, text: str) -> None:
+        """A line above the bar, from the first process."""
+        if processes.first():
+            self.bar.write(text, file=sys.stderr)
 
     def __enter__(self) -> "_Progress":
         return self

@@ -3,7 +3,7 @@
 Adam with b1 = 0 is RMSProp with a bias-corrected second moment, so the state is one array per parameter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,38 @@ DECODER = "W_dec"
 scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
 
 
-def schedule(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
-    """The factor on every learning rate at a step: linear warm-up, constant, a cosine to zero over `decay_fraction`."""
+GAIN = 16.0  # of `gain`, over all steps and before it falls
+LARGEST_GAIN = 0.05  # of one step
+RESAMPLED_RATE = 0.1  # the factor right after a resampling
+
+
+def schedule(config: config_lib.Train, resampled_at: Sequence[int] = ()) -> Callable[[jax.Array], jax.Array]:
+    """The factor on every learning rate at a step: linear warm-up, constant, a cosine to zero over `decay_fraction`.
+
+    After each of the steps `resampled_at` it is a tenth of that, and returns on a cosine over `resample_warmup_steps`.
+    """
     decay_steps = min(round(config.decay_fraction * config.steps), config.steps - config.warmup_steps)
 
     def factor(step: jax.Array) -> jax.Array:
         warmup = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
         progress = jnp.clip((step - (config.steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
-        return warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        scale = warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        for at in resampled_at:
+            since = jnp.clip((step - at) / config.resample_warmup_steps, 0.0, 1.0)
+            back = RESAMPLED_RATE + (1 - RESAMPLED_RATE) * 0.5 * (1 - jnp.cos(jnp.pi * since))
+            scale *= jnp.where(step >= at, back, 1.0)
+        return scale
+
+    return factor
+
+
+def gain(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
+    """How far log l1 moves per unit of log(L0 / target): ever less from warm-up to two thirds of training, then not."""
+    start, end = config.warmup_steps, 2 * config.steps // 3
+
+    def factor(step: jax.Array) -> jax.Array:
+        left = (end - step) / max(1, end - start)
+        return jnp.where((step >= start) & (step < end), min(LARGEST_GAIN, GAIN / max(1, end - start)) * left, 0.0)
 
     return factor
 

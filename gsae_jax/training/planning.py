@@ -90,11 +90,12 @@ class Case:
                     found = exchanges.compiled(compiled.as_text(), self.program.mesh.shape)
                     return parts, found, method | {"exchanges": "compiled"}
             except jax.errors.JaxRuntimeError as error:
-                # Compilers for TPUs refuse what does not fit, and say no more than this.
+                # Compilers for TPUs refuse what does not fit, and say no more than this, which has the arguments in it.
                 needed = re.search(r"RESOURCE_EXHAUSTED.*temporaries \(([\d.]+)G\)", str(error), re.DOTALL)
                 if not needed:
                     raise
-                parts = self._parts(round(float(needed[1]) * GIB), device_bytes(self.arguments))
+                held = device_bytes(self.arguments)
+                parts = self._parts(max(0, round(float(needed[1]) * GIB) - held), held)
         return parts, exchanges.expected(self.program, *self.arguments), method
 
     def _parts(self, temporaries: int, kept: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ class StackState:
     Attributes:
         params: the architecture's parameters.
         second_moments: the optimiser's state.
-        l1_coefficient: [N].
+        l1_coefficient: [N]; moves where the stack has a target of L0.
         learning_rate: [N], before the schedule's factor.
         steps_since_fired: [N, F], updates since a feature was last active on any token of a batch.
     """
@@ -84,8 +84,12 @@ class Stack:
             steps_since_fired=P(None, ("latent", "data")),
         )
 
-    def update(self, state: StackState, x_BxD: jax.Array, rate: jax.Array) -> tuple[StackState, dict[str, jax.Array]]:
+    def update(
+        self, state: StackState, x_BxD: jax.Array, rate: jax.Array, gain: jax.Array
+    ) -> tuple[StackState, dict[str, jax.Array]]:
         """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
+
+        `rate` is the schedule's factor on learning rates, and `gain` how far L0 off its target moves l1 coefficients.
 
         Every device keeps, and updates, its own part of the features' parameters; for the loss it gathers those of
         its `latent` shard along `data`, inside the differentiated function: the transpose scatters the summed
@@ -93,7 +97,7 @@ class Stack:
         """
 
         def loss(part: dict[str, jax.Array], l1_coefficient: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            params = {name: _gather(value, self.architecture.FEATURE_AXES[name]) for name, value in part.items()}
+            params = {name: gather(value, self.architecture.FEATURE_AXES[name]) for name, value in part.items()}
             value, statistics = self.architecture.loss(
                 params, x_BxD, l1_coefficient, self.sae, lambda x: jax.lax.psum(x, "latent")
             )
@@ -114,12 +118,21 @@ class Stack:
         statistics = jax.lax.pmean(statistics, "data")
         params, second_moments = optimiser.update(state.params, grads, state.second_moments, rate * state.learning_rate)
         since = jnp.where(fired > 0, 0, state.steps_since_fired + 1)
+        l1_coefficient = state.l1_coefficient
+        if self.config.target_l0:
+            excess = jnp.log(statistics["l0"] / jnp.array(self.config.target_l0))
+            l1_coefficient = l1_coefficient * jnp.exp(gain * jnp.clip(excess, -1, 1))
         return dataclasses.replace(
-            state, params=params, second_moments=second_moments, steps_since_fired=since
-        ), statistics
+            state,
+            params=params,
+            second_moments=second_moments,
+            l1_coefficient=l1_coefficient,
+            steps_since_fired=since,
+        ), statistics | {"l1_coefficient": state.l1_coefficient}
 
 
-def _gather(part: jax.Array, axis: int | None) -> jax.Array:
+def gather(part: jax.Array, axis: int | None) -> jax.Array:
+    """An SAE's parameter whole along `data`, where `axis` runs over features."""
     # Where there is nothing to gather, the compiler would still copy.
     if axis is None or jax.lax.axis_size("data") == 1:
         return part

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.lms import loading
-from gsae_jax.training import buffer, optimiser
+from gsae_jax.training import buffer, optimiser, resampling
 from gsae_jax.training.stacks import Stack, StackState
 
 P = PartitionSpec
@@ -197,7 +197,7 @@ class Program:
     def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
         """(state, lm_params, tokens [rows_per_call, T]) -> (state `updates_per_call` later, mean statistics)."""
         config, updates = self.config, self.config.updates_per_call
-        schedule = optimiser.schedule(config.train)
+        schedule, gain = optimiser.schedule(config.train, config.resampled_at), optimiser.gain(config.train)
         specs = self.specs()
 
         def on_device(stacks, store, fresh, valid, slots_UxB, shift, scales, step):
@@ -209,7 +209,9 @@ class Program:
                 store, served = buffer.exchange(store, slots_B, fresh, valid_B)
                 batch = {site: x.astype(jnp.float32) * scales[site] for site, x in served.items()}
                 stepped = {
-                    stack.name: stack.update(stacks[stack.name], batch[stack.config.site], schedule(step + number))
+                    stack.name: stack.update(
+                        stacks[stack.name], batch[stack.config.site], schedule(step + number), gain(step + number)
+                    )
                     for stack in self.stacks
                 }
                 return ({name: state for name, (state, _) in stepped.items()}, store), {
@@ -237,9 +239,48 @@ class Program:
             stacks, store, metrics = mapped(
                 state.stacks, state.store, fresh, valid, slots_UxB, shift, state.scales, state.step
             )
+            for name, stack in stacks.items():
+                metrics[name]["dead"] = (stack.steps_since_fired >= config.train.dead_after).sum(1)
             return dataclasses.replace(state, stacks=stacks, store=store, step=state.step + updates), metrics
 
         return jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings(), NamedSharding(self.mesh, P())))
+
+    @cached_property
+    def resample(self) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
+        """state -> (state in which dead features began again, {stack: how many of each SAE [N]})."""
+        config, specs = self.config, self.specs()
+
+        def on_device(stacks, store, slots_S, scales, key):
+            inputs = {site: jnp.swapaxes(x[:, slots_S], 0, 1) for site, x in store.items()}
+            found = {
+                stack.name: resampling.resample(
+                    stack,
+                    stacks[stack.name],
+                    inputs[stack.config.site],
+                    scales[stack.config.site],
+                    key,
+                    config.train.dead_after,
+                )
+                for stack in self.stacks
+            }
+            return {name: state for name, (state, _) in found.items()}, {name: n for name, (_, n) in found.items()}
+
+        mapped = jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(specs.stacks, P("data"), P(), P(), P()),
+            out_specs=(specs.stacks, P()),
+        )
+
+        def resample(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+            key = self._key(state.key, state.step, 3)
+            batch, slots = next(iter(state.store.values())).shape[:2]
+            looked_at = min(slots, -(-resampling.INPUTS // batch))
+            slots_S = jax.random.permutation(jax.random.fold_in(key, 0), slots)[:looked_at]
+            stacks, counts = mapped(state.stacks, state.store, slots_S, state.scales, jax.random.fold_in(key, 1))
+            return dataclasses.replace(state, stacks=stacks), counts
+
+        return jax.jit(resample, donate_argnums=0, out_shardings=(self.shardings(), NamedSharding(self.mesh, P())))
 
     @staticmethod
     def _key(key: jax.Array, number: jax.Array, purpose: int) -> jax.Array:

@@ -1,0 +1,97 @@
+"""Dead features begin again from inputs that their SAE reconstructs badly (Appendix D.1; Bricken et al. 2023)."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax.saes import linalg
+from gsae_jax.training.optimiser import DECODER
+from gsae_jax.training.stacks import Stack, StackState, gather
+
+INPUTS = 2**15  # activations of the buffer that are looked at
+ENCODER_NORM = 0.2  # of a new feature's encoder, relative to the mean of the live ones
+ALL = ("latent", "data")  # as features lie over devices
+
+
+def resample(
+    stack: Stack, state: StackState, x_SxBxD: jax.Array, scale: jax.Array, key: jax.Array, dead_after: int
+) -> tuple[StackState, jax.Array]:
+    """Give every dead feature of a stack a new start, on one device of the mesh (inside `shard_map`).
+
+    An SAE's dead features take different inputs, drawn with probability proportional to the square of its squared
+    error (only where more are dead than there are inputs do some share one). The decoder row is the unit input, seen
+    from the decoder's bias as the encoder sees it; the encoder's column is the same direction at a fifth of the live
+    ones' mean norm; biases, magnitudes' scales and the optimiser's statistics are zero.
+
+    Args:
+        x_SxBxD: this device's part (along the second axis) of inputs in the language model's units.
+        scale: of the site.
+        key: an SAE's draws come from this and its seed.
+        dead_after: updates without firing after which a feature is dead.
+
+    Returns:
+        The state, and how many features of each SAE [N] began again.
+    """
+    axes = stack.architecture.FEATURE_AXES
+    # Not scaled yet: in the store's type they are half as large.
+    inputs_MxD = jax.lax.all_gather(x_SxBxD, "data", axis=1, tiled=True).reshape(-1, x_SxBxD.shape[-1])
+    dead_NxF = state.steps_since_fired >= dead_after
+    everywhere = jax.lax.all_gather(dead_NxF, ALL, axis=1, tiled=True)
+    rank_NxF = jax.lax.dynamic_slice_in_dim(
+        everywhere.cumsum(1) - 1, jax.lax.axis_index(ALL) * dead_NxF.shape[1], dead_NxF.shape[1], axis=1
+    )
+
+    def one(index: int, seed: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        params = {name: value[index] for name, value in state.params.items()}
+        whole = {name: gather(value, axes[name]) for name, value in params.items()}
+        errors_SxB = jax.lax.map(partial(_squared_errors, stack, whole, scale), x_SxBxD)
+        errors_M = jax.lax.all_gather(errors_SxB, "data", axis=1, tiled=True).reshape(-1)
+        # The order of these is one of draws without replacement.
+        chances_M = 2 * jnp.log(errors_M) + jax.random.gumbel(jax.random.fold_in(key, seed), errors_M.shape)
+        order_M = jnp.argsort(-chances_M)
+        inputs_FxD = inputs_MxD[order_M[rank_NxF[index] % len(order_M)]].astype(jnp.float32) * scale
+        inputs_FxD -= params["b_dec"][None]
+        rows_FxD = inputs_FxD / jnp.linalg.norm(inputs_FxD, axis=-1, keepdims=True)
+
+        dead_F = dead_NxF[index]
+        moments = {name: value[index] for name, value in state.second_moments.nu.items()}
+        for name, axis in axes.items():
+            if name not in params or axis is None:
+                continue
+            value, new = params[name], jnp.zeros_like(params[name])
+            if name == DECODER:
+                new = rows_FxD
+            elif value.ndim == 2:
+                new = rows_FxD.T * ENCODER_NORM * _mean_norm(value, dead_F)
+            mask = jnp.expand_dims(dead_F, tuple(other for other in range(value.ndim) if other != axis))
+            params[name] = jnp.where(mask, new, value)
+            moments[name] = jnp.where(mask, 0, moments[name])
+        return params, moments
+
+    found = [one(index, seed) for index, (_, _, seed) in enumerate(stack.config.numbers())]
+    params, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    return dataclasses.replace(
+        state,
+        params=params,
+        second_moments=state.second_moments._replace(nu=moments),
+        steps_since_fired=jnp.where(dead_NxF, 0, state.steps_since_fired),
+    ), jax.lax.psum(dead_NxF.sum(1), ALL)
+
+
+def _mean_norm(W_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:
+    """Of the live features' columns on all devices; of all where none lives."""
+    norms_F = jnp.linalg.norm(W_DxF, axis=0)
+    sums = (norms_F.sum(), norms_F.size, jnp.where(dead_F, 0, norms_F).sum(), (~dead_F).sum())
+    every, size, living, live = jax.lax.psum(sums, ALL)
+    return jnp.where(live > 0, living / jnp.maximum(live, 1), every / size)
+
+
+def _squared_errors(stack: Stack, params: dict[str, Any], scale: jax.Array, x_BxD: jax.Array) -> jax.Array:
+    """[B], of an SAE whose features lie along `latent`."""
+    x_BxD = x_BxD.astype(jnp.float32) * scale
+    f_BxF = stack.architecture.encode(params, x_BxD, stack.sae)
+    decoded = jax.lax.psum(linalg.matmul(f_BxF, params[DECODER], stack.sae.dtype), "latent")
+    return jnp.square(x_BxD - decoded - params["b_dec"][None]).sum(-1)
