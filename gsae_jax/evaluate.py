@@ -1,8 +1,9 @@
 """Measure the SAEs of a run on held-out text and write its report.
 
-python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000]
+python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000] [--ito 5,10,20,40]
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -20,28 +21,38 @@ from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading
 
 
-def evaluate(path: epath.PathLike, tokens: int | None = None) -> str:
+def evaluate(path: epath.PathLike, tokens: int | None = None, ito: Sequence[int] = (), published: str = "") -> str:
     """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table.
+
+    Args:
+        path: the run's directory.
+        tokens: how many.
+        ito: numbers of features for inference-time optimisation (`measure.measure`).
+        published: a CSV file of points to draw beside ours (`report.read_published`).
 
     Raises:
         ConfigError: not a run with a checkpoint, or too little held-out text.
     """
     workdir = workdir_lib.Workdir(path)
+    points = report.read_published(published) if published else []
     config = config_lib.from_dict(Experiment, workdir.config())
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
     latent = config.mesh.latent if jax.device_count() % config.mesh.latent == 0 else 1
     spread = config.evaluation.rows_per_forward % (jax.device_count() // latent) == 0
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent) if spread else config.mesh)
     saes = runs.load(path, mesh)
+    narrowest = min(sae.config.width for sae in saes.values())
+    if ito and max(ito) > narrowest:
+        raise ConfigError("--ito", f"is {max(ito)} at most; the run has SAEs of {narrowest} features, write no more")
     lm = loading.load_lm(config.lm.path, revision=config.lm.revision, dtype=config.lm.dtype, mesh=mesh)
     batches = list(held_out(config, lm.tokenizer, config.evaluation.tokens if tokens is None else tokens))
     special_tokens = lm.special_tokens if config.activations.drop_special_tokens else ()
-    with tqdm.tqdm(total=len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
-        sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update)
+    with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
+        sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = config.lm.path or "gelu-1l-stdlib (embedded)"
     records = report.rows(Path(model).name, saes, sums)
     if processes.first():
-        report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir))
+        report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir), points)
     return report.table(records)
 
 
@@ -49,7 +60,9 @@ def main() -> None:
     """The command."""
     if TOKENS.value is not None and TOKENS.value < 1:
         raise ConfigError("--tokens", f"is {TOKENS.value}; write 1 or more")
-    table = evaluate(WORKDIR.value, TOKENS.value)
+    if not all(number.isdigit() and int(number) for number in ITO.value):
+        raise ConfigError("--ito", f"is {','.join(ITO.value)!r}; write numbers of features such as 5,10,20,40")
+    table = evaluate(WORKDIR.value, TOKENS.value, [int(number) for number in ITO.value], PUBLISHED.value)
     processes.say(f"{table}\n\nreport: {workdir_lib.Workdir(WORKDIR.value).report / 'report.md'}")
 
 
@@ -58,4 +71,8 @@ if __name__ == "__main__":
         "workdir", None, "Directory of a training run, local or gs://bucket/folder.", required=True
     )
     TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens; the config's evaluation.tokens by default.")
+    ITO = flags.DEFINE_list(
+        "ito", [], "Also measure the dictionaries by gradient pursuit: 5,10,20,40 features a token."
+    )
+    PUBLISHED = flags.DEFINE_string("published", "", "A CSV file of points to draw beside ours.")
     cli.run(main, several=True)

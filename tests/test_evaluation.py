@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.evaluation import measure, metrics, report
+from gsae_jax.evaluation import frontiers, measure, metrics, report
 from gsae_jax.saes import gated, relu, trained
 from tests import references
 from tests.test_lms import checkpoint
 
 SITE = "blocks.0.hook_mlp_out"
+UNUSED = ["predictions", "kl", "squared_error", "variance", "x_hat_sq", "x_hat_dot_x", "cosine", "l1", "gate_only"]
+UNUSED += ["tokens", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean"]
 
 
 def as_sae(name, module, params, config, site=SITE):
@@ -86,20 +89,30 @@ def test_every_metric_matches_float64(lm, lm_dir):
     _, _, f = references.gated_sae(params, x.reshape(-1, D), 0.0)
     x_hat = (f @ np.asarray(params["W_dec"], np.float64) + np.asarray(params["b_dec"])).reshape(x.shape)
 
-    def loss(replacement):
-        """The reference forward with the MLP's output replaced where tokens are valid."""
+    def log_probabilities(replacement):
+        """Of the reference forward with the MLP's output replaced where tokens are valid."""
         out = np.where(valid[..., None], replacement, found[SITE])
         logits = references.gelu_lm(tensors, settings, tokens, replace={SITE: out})[0][:, :-1]
         shifted = logits - logits.max(-1, keepdims=True)
-        picked = np.take_along_axis(shifted, tokens[:, 1:, None], -1)[..., 0]
-        return (np.log(np.exp(shifted).sum(-1)) - picked).mean()
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    def loss(replacement):
+        return -np.take_along_axis(log_probabilities(replacement), tokens[:, 1:, None], -1).mean()
 
     x, x_hat, f = x[valid], x_hat[valid], f[valid.reshape(-1)]
-    ce = {"ce_clean": loss(found[SITE]), "ce_sae": None, "ce_zero": loss(0.0)}
     full = np.zeros(found[SITE].shape)
     full[valid] = x_hat
-    ce["ce_sae"] = loss(full)
+    ce = {"ce_clean": loss(found[SITE]), "ce_sae": loss(full), "ce_zero": loss(0.0), "ce_mean": loss(x.mean(0))}
+    log_p, log_q = log_probabilities(found[SITE]), log_probabilities(full)
+    gate = (x - np.asarray(params["b_dec"])) @ np.asarray(params["W_gate"]) + np.asarray(params["b_gate"]) > 0
+    assert (gate & (f == 0)).any()
     expected = ce | {
+        "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(),
+        "loss_recovered_from_mean": 1 - (ce["ce_sae"] - ce["ce_clean"]) / (ce["ce_mean"] - ce["ce_clean"]),
+        "cosine": ((x * x_hat).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(x_hat, axis=1)).mean(),
+        "l1": f.sum(1).mean(),
+        "gate_only": (gate & (f == 0)).sum(1).mean(),
+        "dense": ((f > 0).mean(0) > 0.1).mean(),
         "l0": (f > 0).sum(1).mean(),
         "loss_recovered": 1 - (ce["ce_sae"] - ce["ce_clean"]) / (ce["ce_zero"] - ce["ce_clean"]),
         "gamma": (x_hat**2).sum() / (x_hat * x).sum(),
@@ -108,7 +121,75 @@ def test_every_metric_matches_float64(lm, lm_dir):
         "tokens": valid.sum(),
     }
     assert expected["alive"] <= 0.9
+    intervals = ours.pop("intervals")
     assert ours == pytest.approx(expected, rel=1e-4)
+    assert set(intervals) == set(metrics.RATIOS)
+    for name, (low, high) in intervals.items():
+        assert low < ours[name] < high, name
+
+
+def test_intervals_are_those_of_resampled_rows():
+    """A ratio's bootstrap against the spread that independent rows give it."""
+    random = np.random.default_rng(0)
+    rows = {"tokens": np.full(400, 100.0), "l0": random.normal(2000, 300, 400)}
+    low, high = metrics.interval(metrics.resampled(dict.fromkeys(UNUSED, np.ones(400)) | rows)["l0"])
+    assert (low + high) / 2 == pytest.approx(rows["l0"].mean() / 100, rel=2e-3)
+    assert high - low == pytest.approx(2 * 1.96 * rows["l0"].std() / 20 / 100, rel=0.1)
+
+
+def test_features_chosen_by_gradient_pursuit(lm):
+    """As many as allowed, also on a mesh, and closer than the encoder's of an untrained SAE."""
+    D = lm.sites[SITE]
+    config = gated.Config(D, 48)
+    sae = as_sae("a_0", gated, gated.init(jax.random.key(0), config), config)
+    sums = measure.measure(lm.on(on_mesh(4, 2)), [sae], batches(lm), lm.special_tokens, ito=(2, 8))
+    assert list(sums) == ["a_0", "a_0_ito_2", "a_0_ito_8"]
+    encoder, two, eight = (metrics.combine(s) for s in sums.values())
+    assert 1.9 < two["l0"] <= 2 < 6 < eight["l0"] <= 8 < encoder["l0"]
+    assert eight["fvu"] < min(two["fvu"], encoder["fvu"])
+    found = {record["name"]: record for record in report.rows("small", {"a_0": sae}, sums)}
+    assert [record["ito"] for record in found.values()] == [0, 2, 8]
+
+
+def test_l0_at_equal_loss_recovered():
+    """Each variant at its best learning rate against the baseline's, over two seeds."""
+    records, sums = [], {}
+
+    def add(variant, rate, seed, factor):
+        for index, recovered in enumerate((0.7, 0.85, 0.97)):
+            name = f"{variant}{rate}{seed}_{index}"
+            rows = np.full(50, 1.0)
+            ce = {"ce_clean": 0 * rows, "ce_zero": rows, "ce_mean": rows, "ce_sae": (1 - recovered) * rows}
+            l0 = factor * np.exp(5 * recovered) * rows
+            sums[name] = dict.fromkeys(UNUSED, rows) | ce | {"tokens": rows, "l0": l0, "fired": np.ones(3)}
+            combined = {"loss_recovered": recovered, "l0": l0[0]}
+            shared = {"site": SITE, "variant": variant, "learning_rate": rate, "seed": seed, "ito": 0, "name": name}
+            records.append(shared | combined)
+
+    for seed, factor in ((0, 1.0), (1, 2.0)):
+        add("relu", 1e-3, seed, 3 * factor)
+        add("relu", 3e-3, seed, 2 * factor)
+        add("gated", 1e-3, seed, factor)
+    found = frontiers.ratios(records, sums)
+    assert [ratio["level"] for ratio in found] == [0.8, 0.9, 0.95]
+    for ratio in found:
+        assert (ratio["learning_rate"], ratio["baseline_learning_rate"], ratio["seeds"]) == (1e-3, 3e-3, [2, 2])
+        assert ratio["l0"] == pytest.approx(2**0.5 * np.exp(5 * ratio["level"]))
+        assert ratio["ratio"] == pytest.approx(ratio["low"]) == pytest.approx(ratio["high"]) == pytest.approx(0.5)
+    assert np.isnan(frontiers.l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
+
+
+def test_published_points(tmp_path):
+    path = tmp_path / "frontier.csv"
+    path.write_text("architecture,site,layer,l0,loss_recovered,gamma\nrelu,mlp,0,10.5,0.9,0.8\n")
+    assert report.read_published(str(path)) == [
+        {"architecture": "relu", "site": SITE, "layer": "0", "l0": 10.5, "loss_recovered": 0.9, "gamma": 0.8}
+    ]
+    path.write_text("architecture,l0\nrelu,1\n")
+    with pytest.raises(config_lib.ConfigError, match="has no column gamma, layer, loss_recovered, site; write one"):
+        report.read_published(str(path))
+    with pytest.raises(config_lib.ConfigError, match=r"--published: .*nothing\.csv cannot be read"):
+        report.read_published(str(tmp_path / "nothing.csv"))
 
 
 def test_one_device_and_eight_agree(lm):
@@ -121,7 +202,8 @@ def test_one_device_and_eight_agree(lm):
     for mesh in (on_mesh(8, 1), on_mesh(2, 4)):
         spread = measure.measure(lm.on(mesh), saes, batches(lm), lm.special_tokens)
         for name, sums in alone.items():
-            assert metrics.combine(sums) == pytest.approx(metrics.combine(spread[name]), rel=1e-4)
+            for key, value in sums.items():
+                assert np.sum(value) == pytest.approx(np.sum(spread[name][key]), rel=1e-6), key
 
 
 def test_the_report_is_whole(tmp_path, lm):
@@ -143,6 +225,7 @@ def test_the_report_is_whole(tmp_path, lm):
     assert files == {
         "report.json",
         "report.md",
+        "report.html",
         "frontier.csv",
         "frontier.png",
         "gamma.png",
@@ -151,7 +234,10 @@ def test_the_report_is_whole(tmp_path, lm):
     }
     assert [file.name for file in tmp_path.iterdir()] == ["report"]
     keys = "name architecture site width l1_coefficient learning_rate seed "
-    keys += "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu"
+    keys += (
+        "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu variant ito ce_mean loss_recovered_from_mean kl cosine "
+    )
+    keys += "l1 gate_only dense intervals"
     for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()
@@ -159,3 +245,6 @@ def test_the_report_is_whole(tmp_path, lm):
     assert len(lines) == 4
     text = (tmp_path / "report" / "report.md").read_text()
     assert all(name in text for name in [*saes, "frontier.png", "gamma.png", "densities.png", "training.png"])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.findall(r"(?:src|href)=.(?!data:)", page)  # nothing to fetch

@@ -7,58 +7,121 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Sums over the tokens of a row; means of means are never taken.
+# Sums over the tokens of each row [R]; `fired` [F] is over all rows. Means of means are never taken.
 Sums = dict[str, Any]
 
+# Metrics that come with an interval, as functions of totals over rows.
+RATIOS = {
+    "l0": lambda t: t["l0"] / t["tokens"],
+    "loss_recovered": lambda t: 1 - (t["ce_sae"] - t["ce_clean"]) / (t["ce_zero"] - t["ce_clean"]),
+    "loss_recovered_from_mean": lambda t: 1 - (t["ce_sae"] - t["ce_clean"]) / (t["ce_mean"] - t["ce_clean"]),
+    "gamma": lambda t: t["x_hat_sq"] / t["x_hat_dot_x"],
+    "kl": lambda t: t["kl"] / t["predictions"],
+    "fvu": lambda t: t["squared_error"] / t["variance"],
+    "cosine": lambda t: t["cosine"] / t["tokens"],
+    "l1": lambda t: t["l1"] / t["tokens"],
+    "gate_only": lambda t: t["gate_only"] / t["tokens"],
+}
+DENSE = 0.1  # a feature that fires on more than this fraction of tokens
+DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
 
-def reconstruction_sums(x_RxTxD: jax.Array, x_hat_RxTxD: jax.Array, f_RxTxF: jax.Array, valid_RxT: jax.Array) -> Sums:
-    """Per row, over valid tokens: what L0, gamma and FVU need; `fired` [F] counts tokens of all rows."""
+
+def reconstruction_sums(
+    x_RxTxD: jax.Array,
+    x_hat_RxTxD: jax.Array,
+    f_RxTxF: jax.Array,
+    gate_RxTxF: jax.Array,
+    mean_D: jax.Array,
+    valid_RxT: jax.Array,
+) -> Sums:
+    """Over valid tokens: per row [R] what `RATIOS` need of the reconstruction, and `fired` [F] of all rows.
+
+    Args:
+        gate_RxTxF: whether each feature's gate is open (for a baseline: whether it fires).
+        mean_D: the site's mean, about which the variance is taken.
+    """
     x, x_hat = x_RxTxD.astype(jnp.float32), x_hat_RxTxD.astype(jnp.float32)
+    fires = f_RxTxF != 0
+    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(x_hat, axis=-1)
+    dot = (x_hat * x).sum(-1)
     per_token = {
         "tokens": jnp.ones(valid_RxT.shape, jnp.float32),
-        "l0": (f_RxTxF != 0).sum(-1).astype(jnp.float32),
+        "l0": fires.sum(-1).astype(jnp.float32),
+        "l1": f_RxTxF.sum(-1),
+        "gate_only": (gate_RxTxF & ~fires).sum(-1).astype(jnp.float32),
         "squared_error": jnp.square(x - x_hat).sum(-1),
-        "x_sq": jnp.square(x).sum(-1),
+        "variance": jnp.square(x - mean_D[None, None]).sum(-1),
         "x_hat_sq": jnp.square(x_hat).sum(-1),
-        "x_hat_dot_x": (x_hat * x).sum(-1),
+        "x_hat_dot_x": dot,
+        "cosine": jnp.where(norms > 0, dot / jnp.where(norms > 0, norms, 1), 0),
     }
     sums = {name: jnp.where(valid_RxT, value, 0).sum(1) for name, value in per_token.items()}
-    sums["x"] = jnp.where(valid_RxT[..., None], x, 0).sum(1)
-    sums["fired"] = ((f_RxTxF != 0) & valid_RxT[..., None]).sum((0, 1))
-    return sums
+    return sums | {"fired": (fires & valid_RxT[..., None]).sum((0, 1))}
 
 
 def add(total: Sums, batch: Sums) -> Sums:
-    """Accumulate a batch in float64 on the host; rows are summed up."""
+    """Accumulate a batch on the host, in float64: rows one after the other, `fired` summed."""
     for name, value in batch.items():
         value = np.asarray(value, np.float64)
-        total[name] = total.get(name, 0.0) + (value if name == "fired" else value.sum(0))
+        before = total.get(name, np.zeros(0) if name != "fired" else 0.0)
+        total[name] = before + value if name == "fired" else np.concatenate([before, value])
     return total
 
 
-def combine(sums: Sums) -> dict[str, float]:
+def combine(sums: Sums) -> dict[str, Any]:
     """The metrics of one SAE.
 
     Returns:
         l0: mean active features per token.
-        loss_recovered: 1 - (ce_sae - ce_clean) / (ce_zero - ce_clean).
-        ce_clean, ce_sae, ce_zero: nats per token with the activations kept, reconstructed, zeroed.
+        loss_recovered: 1 - (ce_sae - ce_clean) / (ce_zero - ce_clean); loss_recovered_from_mean: with ce_mean.
+        ce_clean, ce_sae, ce_zero, ce_mean: nats per token with the activations kept, reconstructed, zeroed, or
+            replaced by their mean.
         gamma: relative reconstruction bias, E||x_hat||^2 / E[x_hat . x]; below 1 is shrinkage.
+        kl: of the clean predictions to those with reconstructions, nats per token.
         fvu: fraction of the activations' variance that is not explained.
-        alive: fraction of features that fired on at least one token.
+        cosine: mean cosine of activation and reconstruction.
+        l1: mean sum of features, in the language model's units.
+        gate_only: mean features per token whose gate is open and whose magnitude is 0.
+        alive, dense: fractions of features that fired on at least one token, on more than a tenth of them.
         tokens: how many activations were measured.
+        intervals: {name: [low, high]}, 95% percentile bootstrap over rows, of all of these from l0 to gate_only
+            but the cross-entropies; none for fewer than two rows.
     """
-    n = sums["tokens"]
-    clean, sae, zero = (float(sums[f"ce_{kind}"] / sums["predictions"]) for kind in ("clean", "sae", "zero"))
-    variance = sums["x_sq"] - np.square(sums["x"]).sum() / n
-    return {
-        "l0": float(sums["l0"] / n),
-        "loss_recovered": 1 - (sae - clean) / (zero - clean) if zero != clean else math.nan,
-        "ce_clean": clean,
-        "ce_sae": sae,
-        "ce_zero": zero,
-        "gamma": float(sums["x_hat_sq"] / sums["x_hat_dot_x"]) if sums["x_hat_dot_x"] else math.nan,
-        "fvu": float(sums["squared_error"] / variance),
-        "alive": float((sums["fired"] > 0).mean()),
-        "tokens": int(n),
-    }
+    rows = np.stack([value for name, value in sums.items() if name != "fired"])
+    names = [name for name in sums if name != "fired"]
+    totals = dict(zip(names, rows.sum(1), strict=True))
+    n, fired = totals["tokens"], sums["fired"]
+    found: dict[str, Any] = _ratios(totals)
+    found |= {f"ce_{kind}": totals[f"ce_{kind}"] / totals["predictions"] for kind in ("clean", "sae", "zero", "mean")}
+    found |= {"alive": (fired > 0).mean(), "dense": (fired > DENSE * n).mean()}
+    found = {name: float(value) for name, value in found.items()} | {"tokens": int(n)}
+    return found | {"intervals": _intervals(dict(zip(names, rows, strict=True)))}
+
+
+def draws(rows: int) -> np.ndarray:
+    """How often each row is in each resampled set [draws, rows]; the same sets for every SAE, so that they pair up."""
+    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), DRAWS).astype(np.float64)
+
+
+def resampled(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The metrics [draws] on resampled rows."""
+    weights = draws(len(rows["tokens"]))
+    return _ratios({name: weights @ values for name, values in rows.items()})
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """[low, high] of a metric on resampled rows."""
+    tail = 50 * (1 - LEVEL)
+    return [float(value) for value in np.percentile(values, [tail, 100 - tail])]
+
+
+def _intervals(rows: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    if len(rows["tokens"]) < 2:
+        return {}
+    return {name: interval(values) for name, values in resampled(rows).items() if np.isfinite(values).all()}
+
+
+def _ratios(totals: dict[str, Any]) -> dict[str, Any]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {name: np.asarray(ratio(totals)) for name, ratio in RATIOS.items()}
+    return {name: np.where(np.isfinite(value), value, math.nan) for name, value in found.items()}

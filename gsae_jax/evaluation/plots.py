@@ -1,6 +1,7 @@
 """The report's figures. A stack has one colour and one marker in all of them."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,14 @@ COLOURS = ("#d9730d", "#0b6e99", "#448361", "#9065b0", "#c14c8a", "#787774")
 MARKERS = "os^DvP*X"
 
 
-def frontier(records: list[dict[str, Any]]) -> Figure:
+def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
     """Loss recovered against L0, per site."""
-    return _against_l0(records, "loss_recovered", "loss recovered")[0]
+    return _against_l0(records, "loss_recovered", "loss recovered", published)[0]
 
 
-def gamma(records: list[dict[str, Any]]) -> Figure:
+def gamma(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
     """Relative reconstruction bias against L0, per site."""
-    figure, panels = _against_l0(records, "gamma", "relative reconstruction bias γ")
+    figure, panels = _against_l0(records, "gamma", "relative reconstruction bias γ", published)
     for axis in panels.values():
         axis.axhline(1, color="0.4", linewidth=1, linestyle="--")
     return figure
@@ -99,20 +100,43 @@ def _plain_numbers(axis: Axis) -> None:
         axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
 
 
-def _against_l0(records: list[dict[str, Any]], field: str, label: str) -> tuple[Figure, dict[str, Axes]]:
+def _against_l0(
+    records: list[dict[str, Any]], field: str, label: str, published: Sequence[dict[str, Any]]
+) -> tuple[Figure, dict[str, Axes]]:
+    """A line for the SAEs of a stack with one learning rate and seed; dashed for what gradient pursuit makes of one."""
     figure, panels = _panels(records)
-    for index, (name, members) in enumerate(_stacks(records).items()):
-        first = members[0]
-        panels[first["site"]].plot(
-            [record["l0"] for record in members],
-            [record[field] for record in members],
-            label=f"{name} ({first['architecture']}, {first['width']:,} features)",
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            linewidth=1.5,
-        )
+    by_encoder = _stacks([record for record in records if not record["ito"]])
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(by_encoder)}
+    for index, (name, members) in enumerate(by_encoder.items()):
+        axis, first = panels[members[0]["site"]], members[0]
+        lines = defaultdict(list)
+        for record in members:
+            lines[record["learning_rate"], record["seed"]].append(record)
+        style: dict[str, Any] = dict(color=colours[name], marker=MARKERS[index % len(MARKERS)], markersize=5)
+        for number, ((rate, _), line) in enumerate(sorted(lines.items())):
+            rates = {rate for rate, _ in lines}
+            title = f"{name} ({first['variant']}, {first['width']:,} features" + f", rate {rate:g}" * (len(rates) > 1)
+            is_new = len(rates) > 1 and (number == 0 or sorted(lines)[number - 1][0] != rate)
+            axis.plot(
+                [record["l0"] for record in line],
+                [record[field] for record in line],
+                label=f"{title})" if number == 0 or is_new else None,
+                linewidth=1.5,
+                alpha=_shade(sorted(rates).index(rate), len(rates)),
+                **style,
+            )
+    for name, members in _stacks([record for record in records if record["ito"]]).items():
+        style = dict(color=colours[name.removesuffix("_ito").rpartition("_")[0]], linestyle="--", linewidth=0.8)
+        panels[members[0]["site"]].plot([r["l0"] for r in members], [r[field] for r in members], **style)
+    for architecture, marker in (("gated", "*"), ("relu", "x")):
+        for site, axis in panels.items():
+            points = [point for point in published if (point["architecture"], point["site"]) == (architecture, site)]
+            if points:
+                x, y = ([point[name] for point in points] for name in ("l0", field))
+                axis.plot(x, y, marker, color="0.5", markersize=5, label=f"published, {architecture}")
     for axis in panels.values():
+        if any(record["ito"] for record in records):
+            axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")
         axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
         _plain_numbers(axis.xaxis)
         axis.legend(fontsize=8)

@@ -1,11 +1,14 @@
-"""The report of a run: `report.json`, `frontier.csv`, `report.md` and the figures."""
+"""The report of a run: `report.json`, `frontier.csv`, `report.md`, the figures, and all in one page, `report.html`."""
 
+import base64
 import csv
+import html
 import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import numpy as np
 from etils import epath
 
 from gsae_jax.buckets import is_bucket
-from gsae_jax.evaluation import metrics, plots
+from gsae_jax.config import ConfigError
+from gsae_jax.evaluation import frontiers, metrics, plots
 from gsae_jax.lms import sites
 from gsae_jax.saes import trained
 
@@ -33,33 +37,58 @@ COLUMNS = {
     "ce_clean": "ce_clean",
     "ce_sae": "ce_sae",
     "ce_zero": "ce_zero",
+    "ce_mean": "ce_mean",
+    "loss_recovered_from_mean": "loss_recovered_from_mean",
+    "kl": "kl",
     "fvu": "fvu",
+    "cosine": "cosine",
+    "l1": "l1",
+    "gate_only": "gate_only",
+    "dense": "dense",
     "seed": "seed",
+    "variant": "variant",
+    "ito": "ito",
     "name": "name",
 }
+HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
+WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
 
 
 def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
-    """One record per SAE: what it is, and what it measured."""
-    return [
-        {
-            "name": name,
-            "model": model,
-            "architecture": sae.architecture,
-            "site": sae.site,
-            "layer": sites.layer_of(sae.site),
-            "width": sae.config.width,
-            "l1_coefficient": sae.l1_coefficient,
-            "learning_rate": sae.learning_rate,
-            "seed": sae.seed,
-            **metrics.combine(sums[name]),
-        }
-        for name, sae in saes.items()
-    ]
+    """One record per measured SAE: what it is, and what it measured.
+
+    `variant` is its architecture and the options that are not the default; `ito` the number of features where they
+    were chosen by gradient pursuit, else 0.
+    """
+    records = []
+    for name in sums:
+        whose, _, k = name.partition("_ito_")
+        sae = saes[whose]
+        records.append(
+            {
+                "name": name,
+                "model": model,
+                "architecture": sae.architecture,
+                "variant": trained.variant(sae.architecture, sae.config),
+                "ito": int(k or 0),
+                "site": sae.site,
+                "layer": sites.layer_of(sae.site),
+                "width": sae.config.width,
+                "l1_coefficient": sae.l1_coefficient,
+                "learning_rate": sae.learning_rate,
+                "seed": sae.seed,
+                **metrics.combine(sums[name]),
+            }
+        )
+    return records
 
 
 def write(
-    folder: epath.Path, records: list[dict[str, Any]], sums: dict[str, metrics.Sums], training: list[dict[str, Any]]
+    folder: epath.Path,
+    records: list[dict[str, Any]],
+    sums: dict[str, metrics.Sums],
+    training: list[dict[str, Any]],
+    published: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write the report; an earlier one is replaced when the new one is whole."""
     bucket = is_bucket(folder)
@@ -68,23 +97,27 @@ def write(
     scratch = Path(tempfile.mkdtemp(dir=None if bucket else folder.parent, prefix=".report-"))
     try:
         scratch.chmod(0o755)
-        (scratch / "report.json").write_text(_json({"saes": records}))
+        ratios = frontiers.ratios(records, sums)
+        (scratch / "report.json").write_text(_json({"saes": records, "l0_ratios": ratios}))
         with open(scratch / "frontier.csv", "w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(COLUMNS)
-            table.writerows([record[field] for field in COLUMNS.values()] for record in records)
-        densities = {
-            record["name"]: sums[record["name"]]["fired"] / sums[record["name"]]["tokens"] for record in records
-        }
+            intervals = [f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")]
+            table.writerow([*COLUMNS, *intervals])
+            for record in records:
+                ends = [end for name in WITH_INTERVAL for end in record["intervals"].get(name, ("", ""))]
+                table.writerow([*(record[field] for field in COLUMNS.values()), *ends])
+        encoders = [record for record in records if not record["ito"]]
+        densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
         figures = {
-            "frontier.png": plots.frontier(records),
-            "gamma.png": plots.gamma(records),
-            "densities.png": plots.densities(records, densities),
+            "frontier.png": plots.frontier(records, published),
+            "gamma.png": plots.gamma(encoders, published),
+            "densities.png": plots.densities(encoders, densities),
             "training.png": plots.training(training),
         }
         for name, figure in figures.items():
             figure.savefig(scratch / name, dpi=120)
-        (scratch / "report.md").write_text(_markdown(records))
+        (scratch / "report.md").write_text(_markdown(records, ratios))
+        (scratch / "report.html").write_text(_html(records, ratios, scratch))
         if bucket:
             # report.json, which says that a run is finished, comes last.
             for path in sorted(scratch.iterdir(), key=lambda path: path.name == "report.json"):
@@ -96,8 +129,42 @@ def write(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def read_published(path: str) -> list[dict[str, Any]]:
+    """Points to draw beside ours, from a CSV file with at least architecture, site, layer, l0, loss_recovered, gamma.
+
+    A site is a hook name, as in `frontier.csv`, or the paper's mlp, attn or resid.
+
+    Raises:
+        ConfigError: no such file, or without these columns.
+    """
+    needed = {"architecture", "site", "layer", "l0", "loss_recovered", "gamma"}
+    try:
+        with open(path, newline="") as file:
+            found = list(csv.DictReader(file))
+    except OSError as error:
+        raise ConfigError("--published", f"{path} cannot be read ({error}); write a CSV file") from error
+    if missing := needed - set(found[0] if found else ()):
+        raise ConfigError("--published", f"{path} has no column {', '.join(sorted(missing))}; write one with a header")
+    try:
+        numbers = ("l0", "loss_recovered", "gamma")
+        return [
+            row
+            | {name: float(row[name]) for name in numbers}
+            | {"site": f"blocks.{row['layer']}.{HOOKS[row['site']]}" if row["site"] in HOOKS else row["site"]}
+            for row in found
+        ]
+    except ValueError as error:
+        raise ConfigError("--published", f"{path} has a cell that is no number: {error}") from error
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """The paper's table (Tables 1-8) in Markdown."""
+    header, rows = _table(records)
+    return _in_markdown(header, [[f"`{site}`", *cells] for site, *cells in rows])
+
+
+def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header, and cells of each row."""
     header = [
         "Site",
         "SAE",
@@ -106,67 +173,151 @@ def table(records: list[dict[str, Any]]) -> str:
         "Learning rate",
         "L0",
         "Loss recovered",
+        "γ",
         "CE clean",
         "CE SAE",
         "CE zero",
-        "γ",
-        "FVU",
-        "Alive",
     ]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for r in sorted(records, key=lambda r: (r["site"], r["architecture"], r["width"], -r["l0"])):
-        cells = [
-            f"`{r['site']}`",
-            r["name"],
-            str(r["width"]),
-            f"{r['l1_coefficient']:g}",
-            f"{r['learning_rate']:g}",
+    header += ["CE mean", "KL", "FVU", "Alive"]
+    rows = []
+    for r in sorted(records, key=lambda r: (r["site"], r["ito"] > 0, r["architecture"], r["width"], -r["l0"])):
+        trained_by = ["", ""] if r["ito"] else [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
+        rows.append(
+            [
+                r["site"],
+                r["name"],
+                str(r["width"]),
+                *trained_by,
+                _with_interval(r, "l0", ".1f"),
+                *(_with_interval(r, name, ".3f") for name in ("loss_recovered", "gamma")),
+                *(f"{r[name]:.3f}" for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl", "fvu")),
+                f"{r['alive']:.1%}",
+            ]
+        )
+    return header, rows
+
+
+def _with_interval(record: dict[str, Any], name: str, form: str) -> str:
+    """`50.0 ±0.4`: half the width of the interval."""
+    low_high = record["intervals"].get(name)
+    return f"{record[name]:{form}}" + (f" ±{(low_high[1] - low_high[0]) / 2:{form}}" if low_high else "")
+
+
+def _ratio_table(ratios: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["Site", "Loss recovered", "SAE", "Its L0", "Baseline's L0", "Ratio", "95% interval", "Seeds"]
+    return header, [
+        [
+            r["site"],
+            f"{r['level']:g}",
+            f"{r['variant']} (rate {r['learning_rate']:g}, baseline's {r['baseline_learning_rate']:g})",
             f"{r['l0']:.1f}",
+            f"{r['baseline_l0']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['low']:.2f} to {r['high']:.2f}",
+            " and ".join(map(str, r["seeds"])),
         ]
-        cells += [
-            f"{r['loss_recovered']:.3f}",
-            *(f"{r[name]:.3f}" for name in ("ce_clean", "ce_sae", "ce_zero", "gamma", "fvu")),
-        ]
-        lines.append("| " + " | ".join([*cells, f"{r['alive']:.1%}"]) + " |")
-    return "\n".join(lines)
+        for r in ratios
+    ]
+
+
+def _in_markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def _json(report: dict[str, list[dict[str, Any]]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
-    saes = [
-        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in sae.items()}
-        for sae in report["saes"]
-    ]
-    return json.dumps({"saes": saes}, indent=2, allow_nan=False) + "\n"
+    whole = {
+        part: [
+            {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in r.items()
+            }
+            for r in records
+        ]
+        for part, records in report.items()
+    }
+    return json.dumps(whole, indent=2, allow_nan=False) + "\n"
 
 
-def _markdown(records: list[dict[str, Any]]) -> str:
-    tokens = int(np.max([record["tokens"] for record in records]))
-    return f"""# Sparse autoencoders of {records[0]["model"]}
-
-Measured on {tokens:,} held-out tokens (special tokens left out).
-
-{table(records)}
-
-L0: mean active features per token. Loss recovered: 1 - (CE SAE - CE clean) / (CE zero - CE clean), with
-cross-entropies (CE) in nats per token. γ: E‖x̂‖² / E[x̂·x]; 1 is unbiased, below 1 is shrinkage. FVU: fraction of
-variance unexplained. Alive: features that fired at least once.
-
-## Loss recovered against sparsity
-![frontier](frontier.png)
-
-Up and to the left is better: more of the language model's loss kept with fewer active features.
-
-## Reconstruction bias
-![gamma](gamma.png)
-
-The L1 penalty of a baseline SAE shrinks its reconstructions (γ < 1); a gated SAE penalises only its gate.
-
-## How often features fire
-![densities](densities.png)
-
-Each curve counts the features of one SAE by the fraction of tokens they fire on. Dead features stand at the left edge.
-
-## Training
-![training](training.png)
+ABOUT = (
+    "L0: mean active features per token. Loss recovered: 1 - (CE SAE - CE clean) / (CE zero - CE clean), with "
+    "cross-entropies (CE) in nats per token; zero and mean: activations replaced by zeros, by their mean. γ: "
+    "E‖x̂‖² / E[x̂·x]; 1 is unbiased, below 1 is shrinkage. KL: of the clean predictions to those with reconstructions. "
+    "FVU: fraction of variance unexplained. Alive: features that fired at least once. ±: half of a 95% bootstrap "
+    "interval over rows of text."
+)
+ITO = "Names ending in ito: the dictionary with so many features chosen by gradient pursuit, without its encoder."
+RATIOS = (
+    "The L0 that each needs to recover as much loss (log L0 interpolated along the frontier, each side at its best "
+    "learning rate, geometric means over seeds), with a 95% bootstrap interval over rows of text."
+)
+SECTIONS = (
+    (
+        "Loss recovered against sparsity",
+        "frontier",
+        "Up and to the left is better: more of the language model's loss kept with fewer active features.",
+    ),
+    (
+        "Reconstruction bias",
+        "gamma",
+        "The L1 penalty of a baseline SAE shrinks its reconstructions (γ < 1); a gated SAE penalises only its gate.",
+    ),
+    (
+        "How often features fire",
+        "densities",
+        "Each curve counts the features of one SAE by the fraction of tokens they fire on. Dead features stand at the "
+        "left edge.",
+    ),
+    ("Training", "training", "Loss, L0 and γ of every SAE over training."),
+)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+img { max-width: 100%; height: auto; }
 """
+
+
+def _title(records: list[dict[str, Any]]) -> tuple[str, str]:
+    tokens = int(np.max([record["tokens"] for record in records]))
+    title = f"Sparse autoencoders of {records[0]['model']}"
+    return title, f"Measured on {tokens:,} held-out tokens (special tokens left out)."
+
+
+def _about(records: list[dict[str, Any]]) -> str:
+    return f"{ABOUT} {ITO}" if any(record["ito"] for record in records) else ABOUT
+
+
+def _markdown(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
+    title, measured = _title(records)
+    lines = [f"# {title}", "", measured, "", table(records), "", _about(records), ""]
+    if ratios:
+        lines += ["## L0 at equal loss recovered", "", _in_markdown(*_ratio_table(ratios)), "", RATIOS, ""]
+    for heading, figure, text in SECTIONS:
+        lines += [f"## {heading}", f"![{figure}]({figure}.png)", "", text, ""]
+    return "\n".join(lines)
+
+
+def _html(records: list[dict[str, Any]], ratios: list[dict[str, Any]], folder: Path) -> str:
+    """One page that needs no other file."""
+    title, measured = _title(records)
+
+    def in_html(header: list[str], rows: list[list[str]]) -> str:
+        lines = [("th", header), *(("td", cells) for cells in rows)]
+        cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in lines)
+        return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{measured}</p>", in_html(*_table(records))]
+    parts.append(f"<p>{html.escape(_about(records))}</p>")
+    if ratios:
+        parts += ["<h2>L0 at equal loss recovered</h2>", in_html(*_ratio_table(ratios)), f"<p>{RATIOS}</p>"]
+    for heading, figure, text in SECTIONS:
+        image = base64.b64encode((folder / f"{figure}.png").read_bytes()).decode()
+        parts += [f"<h2>{heading}</h2>", f"<p>{html.escape(text)}</p>"]
+        parts.append(f'<img alt="{heading}" src="data:image/png;base64,{image}">')
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join(parts)
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f'<!doctype html>\n<html lang="en">{head}\n{body}</html>\n'

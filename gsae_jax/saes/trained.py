@@ -37,6 +37,18 @@ def build_config(
     return module, module.Config(d_in=d_in, width=width, dtype=dtype, **options)
 
 
+def variant(architecture: str, config: Any) -> str:
+    """The architecture and its options that are not the default: "gated" or "gated tie_encoder=False"."""
+    fields = [field for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING]
+    options = {field.name: getattr(config, field.name) for field in fields if field.name != "dtype"}
+    changed = [
+        f"{field.name}={options[field.name]}"
+        for field in fields
+        if options.get(field.name, field.default) != field.default
+    ]
+    return " ".join([architecture, *changed])
+
+
 def converter(source: str, target: str) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None:
     """What turns parameters of one architecture into those of the same function in another, if anything does."""
     if source == target:

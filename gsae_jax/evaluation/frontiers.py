@@ -1,0 +1,89 @@
+"""Frontiers of loss recovered against L0, and how many features one needs where the other recovers as much."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from gsae_jax.evaluation import metrics
+
+LEVELS = (0.8, 0.9, 0.95)  # loss recovered at which frontiers are compared
+
+
+def l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
+    """L0 of a frontier where it recovers so much, log L0 interpolated; NaN where it does not pass the level."""
+    order = np.argsort(recovered)
+    recovered, l0 = recovered[order], l0[order]
+    if not recovered[0] <= level <= recovered[-1]:
+        return math.nan
+    return math.exp(np.interp(level, recovered, np.log(l0)))
+
+
+def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
+    """Per site and level: the L0 of every variant divided by that of the baseline (`relu`) at equal loss recovered.
+
+    A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
+    that of least L0 as the geometric mean over seeds.
+
+    Returns:
+        For each: `site`, `level`, `variant`, the two learning rates, `ratio` of the geometric means over seeds, `low`
+        and `high` (95% bootstrap over the rows of text, the same rows for all SAEs), and how many `seeds` each has.
+    """
+    frontiers: dict[tuple[str, str], dict[float, dict[int, list[str]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    points = {}
+    for record in records:
+        if not record["ito"]:
+            by_rate = frontiers[record["site"], record["variant"]]
+            by_rate[record["learning_rate"]][record["seed"]].append(record["name"])
+            rows = {name: value for name, value in sums[record["name"]].items() if name != "fired"}
+            again = metrics.resampled(rows)
+            points[record["name"]] = {
+                name: np.concatenate([[record[name]], again[name]]) for name in ("loss_recovered", "l0")
+            }
+
+    def log_l0(level: float, names: list[str], draw: int) -> float:
+        recovered, l0 = (np.array([points[name][field][draw] for name in names]) for field in ("loss_recovered", "l0"))
+        return math.log(l0_at(level, recovered, l0)) if (l0 > 0).all() else math.nan
+
+    def best(level: float, by_rate: dict[float, dict[int, list[str]]]) -> tuple[float, float]:
+        """(log L0, learning rate)."""
+        found = [
+            (float(np.mean([log_l0(level, names, 0) for names in by_seed.values()])), rate)
+            for rate, by_seed in by_rate.items()
+        ]
+        return min((pair for pair in found if math.isfinite(pair[0])), default=(math.nan, math.nan))
+
+    compared = []
+    for (site, variant), by_rate in sorted(frontiers.items()):
+        baseline = frontiers.get((site, "relu"))
+        if variant == "relu" or not baseline:
+            continue
+        for level in LEVELS:
+            (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, baseline)
+            if not math.isfinite(ours) or not math.isfinite(theirs):
+                continue
+            sides = (list(by_rate[rate].values()), list(baseline[their_rate].values()))
+            drawn = []
+            for draw in range(1, metrics.DRAWS + 1):
+                a, b = (np.mean([log_l0(level, names, draw) for names in side]) for side in sides)
+                drawn.append(math.exp(a - b))
+            low, high = metrics.interval(np.array([value for value in drawn if math.isfinite(value)]))
+            compared.append(
+                {
+                    "site": site,
+                    "level": level,
+                    "variant": variant,
+                    "learning_rate": rate,
+                    "baseline_learning_rate": their_rate,
+                    "l0": math.exp(ours),
+                    "baseline_l0": math.exp(theirs),
+                    "ratio": math.exp(ours - theirs),
+                    "low": low,
+                    "high": high,
+                    "seeds": [len(side) for side in sides],
+                }
+            )
+    return compared
