@@ -112,7 +112,9 @@ class Stack:
         _at_least(f"{path}.width", self.width, 1)
         for field in ("l1_coefficients", "learning_rates", "seeds", "target_l0"):
             values = getattr(self, field)
-            if len(values) not in (1, len(self)) and (values or field != "target_l0"):
+            if field == "target_l0" and not values:
+                continue
+            if len(values) not in (1, len(self)) or not values:
                 raise ConfigError(
                     f"{path}.{field}",
                     f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs",
@@ -127,6 +129,11 @@ class Stack:
             raise ConfigError(
                 f"{path}.target_l0",
                 f"is {self.target_l0}; write active features per token, above 0 and below the width",
+            )
+        if self.options.get("only_magnitude") and (self.target_l0 or not self.start_from):
+            raise ConfigError(
+                f"{path}.options.only_magnitude",
+                'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
             )
         if self.target_l0 and min(self.l1_coefficients) == 0:
             raise ConfigError(
@@ -248,6 +255,20 @@ class Experiment:
                 f"is {self.train.steps}; write a multiple of {self.updates_per_call}, the updates of one forward pass",
             )
 
+        if self.resampled_at and self.resampled_at[-1] >= self.train.steps:
+            raise ConfigError(
+                "train.resample_steps",
+                f"is {self.train.resample_steps}; write steps to {self.train.steps - self.updates_per_call}, where the "
+                "last forward pass is still to come",
+            )
+        for name, stack in self.stacks.items():
+            if stack.target_l0 and self.train.warmup_steps >= 2 * self.train.steps // 3:
+                raise ConfigError(
+                    "train.warmup_steps",
+                    f"is {self.train.warmup_steps}; stacks.{name}.target_l0 is met between warm-up and two thirds of "
+                    f"training; write less than {2 * self.train.steps // 3}",
+                )
+
     @property
     def sites(self) -> list[str]:
         """The sites that any stack reads, each once."""
@@ -261,9 +282,8 @@ class Experiment:
     @property
     def resampled_at(self) -> tuple[int, ...]:
         """`train.resample_steps`, as ends of calls of the train program."""
-        return tuple(
-            max(1, step // self.updates_per_call) * self.updates_per_call for step in self.train.resample_steps
-        )
+        per_call = self.updates_per_call
+        return tuple(sorted({-(-step // per_call) * per_call for step in self.train.resample_steps}))
 
     @property
     def forwards_per_call(self) -> int:

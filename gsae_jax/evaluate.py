@@ -60,8 +60,10 @@ def main() -> None:
     """The command."""
     if TOKENS.value is not None and TOKENS.value < 1:
         raise ConfigError("--tokens", f"is {TOKENS.value}; write 1 or more")
-    if not all(number.isdigit() and int(number) for number in ITO.value):
-        raise ConfigError("--ito", f"is {','.join(ITO.value)!r}; write numbers of features such as 5,10,20,40")
+    if not all(number.isdigit() and int(number) for number in ITO.value) or len({*ITO.value}) < len(ITO.value):
+        raise ConfigError(
+            "--ito", f"is {','.join(ITO.value)!r}; write different numbers of features such as 5,10,20,40"
+        )
     table = evaluate(WORKDIR.value, TOKENS.value, [int(number) for number in ITO.value], PUBLISHED.value)
     processes.say(f"{table}\n\nreport: {workdir_lib.Workdir(WORKDIR.value).report / 'report.md'}")
 

@@ -49,6 +49,21 @@ def refused(config, **changes):
         ({"train__steps": 1.5}, "train.steps: is 1.5 (float); write a value of type int"),
         ({"train__steps": True}, "train.steps: is True (bool); write a value of type int"),
         ({"train__steps": 0}, "train.steps: is 0; write 1 or more"),
+        (
+            {"train__resample_steps": (5,)},
+            "train.resample_steps: is (5,); write steps from 1000 (train.dead_after) to 15",
+        ),
+        ({"train__resample_steps": (14,), "train__dead_after": 4}, "train.resample_steps: is (14,); write steps to 12"),
+        ({"stacks__gated__target_l0": (64.0,)}, "stacks.gated.target_l0: is (64.0,); write active features per token"),
+        ({"stacks__gated__target_l0": (9.0, 9.0, 9.0)}, "stacks.gated.l1_coefficients: has 2 values; write 1 or 3"),
+        (
+            {"stacks__gated__target_l0": (9.0,), "train__warmup_steps": 10},
+            "train.warmup_steps: is 10; stacks.gated.target_l0 is met between warm-up and two thirds of training",
+        ),
+        (
+            {"stacks__gated__options": {"only_magnitude": True}},
+            'stacks.gated.options.only_magnitude: trains no features; write start_from="RUN:STACK"',
+        ),
         ({"train__steps": 18}, "train.steps: is 18; write a multiple of 4, the updates of one forward pass"),
         ({"train__warmup_steps": 16}, "train.warmup_steps: is 16; write less than train.steps (16)"),
         ({"seed": -1}, "seed: is -1; write integers from 0 to 2147483647"),

@@ -157,13 +157,21 @@ def test_l0_at_equal_loss_recovered():
 
     def add(variant, rate, seed, factor):
         for index, recovered in enumerate((0.7, 0.85, 0.97)):
-            name = f"{variant}{rate}{seed}_{index}"
+            name = f"{variant}_{rate}{seed}{index}"
             rows = np.full(50, 1.0)
             ce = {"ce_clean": 0 * rows, "ce_zero": rows, "ce_mean": rows, "ce_sae": (1 - recovered) * rows}
             l0 = factor * np.exp(5 * recovered) * rows
             sums[name] = dict.fromkeys(UNUSED, rows) | ce | {"tokens": rows, "l0": l0, "fired": np.ones(3)}
             combined = {"loss_recovered": recovered, "l0": l0[0]}
-            shared = {"site": SITE, "variant": variant, "learning_rate": rate, "seed": seed, "ito": 0, "name": name}
+            shared = {
+                "site": SITE,
+                "variant": variant,
+                "width": 8,
+                "learning_rate": rate,
+                "seed": seed,
+                "ito": 0,
+                "name": name,
+            }
             records.append(shared | combined)
 
     for seed, factor in ((0, 1.0), (1, 2.0)):
@@ -181,12 +189,15 @@ def test_l0_at_equal_loss_recovered():
 
 def test_published_points(tmp_path):
     path = tmp_path / "frontier.csv"
-    path.write_text("architecture,site,layer,l0,loss_recovered,gamma\nrelu,mlp,0,10.5,0.9,0.8\n")
+    path.write_text("model,architecture,site,layer,l0,loss_recovered,gamma\nm,relu,mlp,0,10.5,0.9,0.8\n")
     assert report.read_published(str(path)) == [
-        {"architecture": "relu", "site": SITE, "layer": "0", "l0": 10.5, "loss_recovered": 0.9, "gamma": 0.8}
+        {"model": "m", "architecture": "relu", "site": SITE, "layer": "0"}
+        | {"l0": 10.5, "loss_recovered": 0.9, "gamma": 0.8}
     ]
     path.write_text("architecture,l0\nrelu,1\n")
-    with pytest.raises(config_lib.ConfigError, match="has no column gamma, layer, loss_recovered, site; write one"):
+    with pytest.raises(
+        config_lib.ConfigError, match="has no column gamma, layer, loss_recovered, model, site; write one"
+    ):
         report.read_published(str(path))
     with pytest.raises(config_lib.ConfigError, match=r"--published: .*nothing\.csv cannot be read"):
         report.read_published(str(tmp_path / "nothing.csv"))

@@ -52,8 +52,8 @@ def test_what_a_dead_feature_becomes(experiment):
                 np.testing.assert_array_equal(by_feature[0][kept], by_feature[1][kept], err_msg=name)
                 if axes[name] is None:
                     continue
-                assert (np.moveaxis(moments[name], axes[name], 0)[dead] == 0).all()
-                assert (np.moveaxis(moments[name], axes[name], 0)[~dead] > 0).all()
+                squares = np.moveaxis(moments[name], axes[name], 0)
+                np.testing.assert_allclose(squares[dead], squares[~dead].mean(), rtol=1e-5)
                 if name.startswith("W_") and name != "W_dec":
                     live = np.linalg.norm(by_feature[1][~dead], axis=1).mean()
                     np.testing.assert_allclose(by_feature[0][dead], 0.2 * live * params["W_dec"][dead], rtol=1e-4)
@@ -125,7 +125,7 @@ def test_the_learning_rate_returns_on_a_cosine(experiment):
     config = with_(
         experiment, train={"steps": 1000, "dead_after": 1, "resample_steps": (101,), "resample_warmup_steps": 200}
     )
-    assert config.resampled_at == (100,)  # the end of a call of four updates
+    assert config.resampled_at == (104,)  # the end of a call of four updates
     factor = optimiser.schedule(config.train, config.resampled_at)
-    found = [float(factor(step)) for step in (99, 100, 200, 300, 999)]
+    found = [float(factor(step)) for step in (103, 104, 204, 304, 999)]
     assert found == pytest.approx([1, 0.1, 0.55, 1, 1])

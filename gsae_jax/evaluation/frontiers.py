@@ -21,22 +21,25 @@ def l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
 
 
 def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
-    """Per site and level: the L0 of every variant divided by that of the baseline (`relu`) at equal loss recovered.
+    """Per site and level: the L0 of every stack divided by that of each baseline (`relu`) at equal loss recovered.
 
     A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
     that of least L0 as the geometric mean over seeds.
 
     Returns:
-        For each: `site`, `level`, `variant`, the two learning rates, `ratio` of the geometric means over seeds, `low`
-        and `high` (95% bootstrap over the rows of text, the same rows for all SAEs), and how many `seeds` each has.
+        For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates, `ratio` of the
+        geometric means over seeds, `low` and `high` (95% bootstrap over the rows of text, the same rows for all SAEs;
+        NaN where a frontier passes the level on some rows only), and how many `seeds` each has.
     """
     frontiers: dict[tuple[str, str], dict[float, dict[int, list[str]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
-    points = {}
+    points, about = {}, {}
     for record in records:
         if not record["ito"]:
-            by_rate = frontiers[record["site"], record["variant"]]
+            stack = record["name"].rpartition("_")[0]
+            about[stack] = {"stack": stack, "variant": record["variant"], "width": record["width"]}
+            by_rate = frontiers[record["site"], stack]
             by_rate[record["learning_rate"]][record["seed"]].append(record["name"])
             rows = {name: value for name, value in sums[record["name"]].items() if name != "fired"}
             again = metrics.resampled(rows)
@@ -57,25 +60,25 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         return min((pair for pair in found if math.isfinite(pair[0])), default=(math.nan, math.nan))
 
     compared = []
-    for (site, variant), by_rate in sorted(frontiers.items()):
-        baseline = frontiers.get((site, "relu"))
-        if variant == "relu" or not baseline:
-            continue
-        for level in LEVELS:
-            (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, baseline)
+    baselines = [stack for stack, facts in about.items() if facts["variant"] == "relu"]
+    for (site, stack), by_rate in sorted(frontiers.items()):
+        pairs = [] if stack in baselines else [(other, level) for other in baselines for level in LEVELS]
+        for other, level in pairs:
+            (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, frontiers.get((site, other), {}))
             if not math.isfinite(ours) or not math.isfinite(theirs):
                 continue
-            sides = (list(by_rate[rate].values()), list(baseline[their_rate].values()))
+            sides = (list(by_rate[rate].values()), list(frontiers[site, other][their_rate].values()))
             drawn = []
             for draw in range(1, metrics.DRAWS + 1):
                 a, b = (np.mean([log_l0(level, names, draw) for names in side]) for side in sides)
                 drawn.append(math.exp(a - b))
-            low, high = metrics.interval(np.array([value for value in drawn if math.isfinite(value)]))
+            low, high = metrics.interval(np.array(drawn))
             compared.append(
                 {
                     "site": site,
                     "level": level,
-                    "variant": variant,
+                    **about[stack],
+                    "baseline": other,
                     "learning_rate": rate,
                     "baseline_learning_rate": their_rate,
                     "l0": math.exp(ours),

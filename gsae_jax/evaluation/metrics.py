@@ -110,7 +110,7 @@ def resampled(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """[low, high] of a metric on resampled rows."""
+    """[low, high] of a metric on resampled rows; NaN if any is."""
     tail = 50 * (1 - LEVEL)
     return [float(value) for value in np.percentile(values, [tail, 100 - tail])]
 

@@ -128,12 +128,13 @@ def _against_l0(
     for name, members in _stacks([record for record in records if record["ito"]]).items():
         style = dict(color=colours[name.removesuffix("_ito").rpartition("_")[0]], linestyle="--", linewidth=0.8)
         panels[members[0]["site"]].plot([r["l0"] for r in members], [r[field] for r in members], **style)
-    for architecture, marker in (("gated", "*"), ("relu", "x")):
+    series = sorted({(point["model"], point["architecture"]) for point in published})
+    for marker, whose in zip("*x+1234" * len(series), series, strict=False):
         for site, axis in panels.items():
-            points = [point for point in published if (point["architecture"], point["site"]) == (architecture, site)]
+            points = [p for p in published if (p["model"], p["architecture"], p["site"]) == (*whose, site)]
             if points:
                 x, y = ([point[name] for point in points] for name in ("l0", field))
-                axis.plot(x, y, marker, color="0.5", markersize=5, label=f"published, {architecture}")
+                axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose))
     for axis in panels.values():
         if any(record["ito"] for record in records):
             axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")

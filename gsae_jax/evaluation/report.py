@@ -62,7 +62,7 @@ def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]
     """
     records = []
     for name in sums:
-        whose, _, k = name.partition("_ito_")
+        whose, _, k = (name, "", "0") if name in saes else name.rpartition("_ito_")
         sae = saes[whose]
         records.append(
             {
@@ -70,7 +70,7 @@ def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]
                 "model": model,
                 "architecture": sae.architecture,
                 "variant": trained.variant(sae.architecture, sae.config),
-                "ito": int(k or 0),
+                "ito": int(k),
                 "site": sae.site,
                 "layer": sites.layer_of(sae.site),
                 "width": sae.config.width,
@@ -130,14 +130,14 @@ def write(
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
-    """Points to draw beside ours, from a CSV file with at least architecture, site, layer, l0, loss_recovered, gamma.
+    """Points to draw beside ours, from a CSV file with model, architecture, site, layer, l0, loss_recovered, gamma.
 
     A site is a hook name, as in `frontier.csv`, or the paper's mlp, attn or resid.
 
     Raises:
         ConfigError: no such file, or without these columns.
     """
-    needed = {"architecture", "site", "layer", "l0", "loss_recovered", "gamma"}
+    needed = {"model", "architecture", "site", "layer", "l0", "loss_recovered", "gamma"}
     try:
         with open(path, newline="") as file:
             found = list(csv.DictReader(file))
@@ -153,7 +153,7 @@ def read_published(path: str) -> list[dict[str, Any]]:
             | {"site": f"blocks.{row['layer']}.{HOOKS[row['site']]}" if row["site"] in HOOKS else row["site"]}
             for row in found
         ]
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError("--published", f"{path} has a cell that is no number: {error}") from error
 
 
@@ -204,16 +204,17 @@ def _with_interval(record: dict[str, Any], name: str, form: str) -> str:
 
 
 def _ratio_table(ratios: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["Site", "Loss recovered", "SAE", "Its L0", "Baseline's L0", "Ratio", "95% interval", "Seeds"]
+    header = ["Site", "Loss recovered", "SAEs", "Baselines", "L0", "Baselines' L0", "Ratio", "95% interval", "Seeds"]
     return header, [
         [
             r["site"],
             f"{r['level']:g}",
-            f"{r['variant']} (rate {r['learning_rate']:g}, baseline's {r['baseline_learning_rate']:g})",
+            f"{r['stack']} ({r['variant']}, {r['width']:,} features, rate {r['learning_rate']:g})",
+            f"{r['baseline']} (rate {r['baseline_learning_rate']:g})",
             f"{r['l0']:.1f}",
             f"{r['baseline_l0']:.1f}",
             f"{r['ratio']:.2f}",
-            f"{r['low']:.2f} to {r['high']:.2f}",
+            f"{r['low']:.2f} to {r['high']:.2f}" if math.isfinite(r["low"]) else "unknown",
             " and ".join(map(str, r["seeds"])),
         ]
         for r in ratios

@@ -45,6 +45,9 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
     mesh_lib.check(config, mesh)
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
     program, tokenizer = build(config, mesh, checkpoint)
+    for name, params in (starts or {}).items():
+        if params["b_dec"].shape[-1] != program.widths[config.stacks[name].site]:
+            raise ConfigError(f"stacks.{name}.start_from", "is of another language model; write a run of this one")
     lm_params = checkpoint.params(program.module, config.lm.dtype)
     rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
     processes.agree("data", rows.fingerprint, "give every process the same text")
@@ -57,8 +60,6 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
         state = start(program, lm_params, stream)
         for name, params in (starts or {}).items():
             own, scale = state.stacks[name].params, float(state.scales[config.stacks[name].site])
-            if jax.tree.map(np.shape, own) != jax.tree.map(np.shape, params):
-                raise ConfigError(f"stacks.{name}.start_from", "is of another language model; write a run of this one")
             params = trained.fold_scale(params, 1 / scale)
             state.stacks[name].params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, own))
     if processes.first():

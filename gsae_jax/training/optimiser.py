@@ -18,8 +18,8 @@ DECODER = "W_dec"
 scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
 
 
-GAIN = 16.0  # of `gain`, over all steps and before it falls
-LARGEST_GAIN = 0.05  # of one step
+GAIN = 16.0  # of `gain`, over all its steps
+LARGEST_GAIN = 0.05  # at one step
 RESAMPLED_RATE = 0.1  # the factor right after a resampling
 
 
@@ -44,12 +44,12 @@ def schedule(config: config_lib.Train, resampled_at: Sequence[int] = ()) -> Call
 
 
 def gain(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
-    """How far log l1 moves per unit of log(L0 / target): ever less from warm-up to two thirds of training, then not."""
+    """How far log l1 moves at a step per unit of log(L0 / target): so far from warm-up to two thirds of training."""
     start, end = config.warmup_steps, 2 * config.steps // 3
+    value = min(LARGEST_GAIN, GAIN / max(1, end - start))
 
     def factor(step: jax.Array) -> jax.Array:
-        left = (end - step) / max(1, end - start)
-        return jnp.where((step >= start) & (step < end), min(LARGEST_GAIN, GAIN / max(1, end - start)) * left, 0.0)
+        return jnp.where((step >= start) & (step < end), value, 0.0)
 
     return factor
 

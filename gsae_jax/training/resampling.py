@@ -24,7 +24,8 @@ def resample(
     An SAE's dead features take different inputs, drawn with probability proportional to the square of its squared
     error (only where more are dead than there are inputs do some share one). The decoder row is the unit input, seen
     from the decoder's bias as the encoder sees it; the encoder's column is the same direction at a fifth of the live
-    ones' mean norm; biases, magnitudes' scales and the optimiser's statistics are zero.
+    ones' mean norm; biases and magnitudes' scales are zero. Second moments are the mean of the live ones': from zero,
+    with a bias correction that is long over, the first step would be thirty times a usual one.
 
     Args:
         x_SxBxD: this device's part (along the second axis) of inputs in the language model's units.
@@ -35,6 +36,8 @@ def resample(
     Returns:
         The state, and how many features of each SAE [N] began again.
     """
+    if getattr(stack.sae, "only_magnitude", False):  # its features are given
+        return state, jnp.zeros(len(stack.config), jnp.int32)
     axes = stack.architecture.FEATURE_AXES
     # Not scaled yet: in the store's type they are half as large.
     inputs_MxD = jax.lax.all_gather(x_SxBxD, "data", axis=1, tiled=True).reshape(-1, x_SxBxD.shape[-1])
@@ -65,10 +68,12 @@ def resample(
             if name == DECODER:
                 new = rows_FxD
             elif value.ndim == 2:
-                new = rows_FxD.T * ENCODER_NORM * _mean_norm(value, dead_F)
-            mask = jnp.expand_dims(dead_F, tuple(other for other in range(value.ndim) if other != axis))
+                norms_F = jnp.linalg.norm(value, axis=0)
+                new = rows_FxD.T * ENCODER_NORM * _live_mean(norms_F, dead_F, default=norms_F)
+            others = tuple(other for other in range(value.ndim) if other != axis)
+            mask = jnp.expand_dims(dead_F, others)
             params[name] = jnp.where(mask, new, value)
-            moments[name] = jnp.where(mask, 0, moments[name])
+            moments[name] = jnp.where(mask, _live_mean(moments[name].mean(others), dead_F), moments[name])
         return params, moments
 
     found = [one(index, seed) for index, (_, _, seed) in enumerate(stack.config.numbers())]
@@ -81,12 +86,11 @@ def resample(
     ), jax.lax.psum(dead_NxF.sum(1), ALL)
 
 
-def _mean_norm(W_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:
-    """Of the live features' columns on all devices; of all where none lives."""
-    norms_F = jnp.linalg.norm(W_DxF, axis=0)
-    sums = (norms_F.sum(), norms_F.size, jnp.where(dead_F, 0, norms_F).sum(), (~dead_F).sum())
-    every, size, living, live = jax.lax.psum(sums, ALL)
-    return jnp.where(live > 0, living / jnp.maximum(live, 1), every / size)
+def _live_mean(values_F: jax.Array, dead_F: jax.Array, default: jax.typing.ArrayLike = 0.0) -> jax.Array:
+    """Over the live features on all devices; where none lives, the mean of `default` over all."""
+    values_F, default_F = jnp.where(dead_F, 0, values_F), jnp.broadcast_to(default, values_F.shape)
+    living, live, rest, size = jax.lax.psum((values_F.sum(), (~dead_F).sum(), default_F.sum(), values_F.size), ALL)
+    return jnp.where(live > 0, living / jnp.maximum(live, 1), rest / size)
 
 
 def _squared_errors(stack: Stack, params: dict[str, Any], scale: jax.Array, x_BxD: jax.Array) -> jax.Array:

@@ -85,7 +85,7 @@ class Stack:
         )
 
     def update(
-        self, state: StackState, x_BxD: jax.Array, rate: jax.Array, gain: jax.Array
+        self, state: StackState, x_BxD: jax.Array, rate: jax.Array, gain: jax.typing.ArrayLike = 0.0
     ) -> tuple[StackState, dict[str, jax.Array]]:
         """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
 
