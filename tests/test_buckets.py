@@ -163,6 +163,8 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
 def test_a_report_in_a_bucket(bucket, monkeypatch):
     written = []
     record = dict.fromkeys(report.COLUMNS.values(), 1.0) | {"name": "a", "model": "m", "site": "s", "architecture": "b"}
+    record |= {"intervals": {}, "ito": 0}
+    monkeypatch.setattr(report.frontiers, "ratios", lambda *_: [])
     for name in ("frontier", "gamma", "densities", "training"):
         monkeypatch.setattr(report.plots, name, lambda *_: Figure())
     folder = epath.Path("gs://bucket/run/report")
@@ -170,7 +172,7 @@ def test_a_report_in_a_bucket(bucket, monkeypatch):
     monkeypatch.setattr(
         type(folder), "copy", lambda path, to, **options: written.append(path.name) or copy(path, to, **options)
     )
-    sums = {"a": {"fired": np.ones(2), "tokens": 1.0}}
+    sums = {"a": {"fired": np.ones(2), "tokens": np.ones(1)}}
     for _ in range(2):
         report.write(folder, [record | {"tokens": 1.0, "alive": 1.0}], sums, [])
     assert {file.name for file in (bucket / "run" / "report").iterdir()} == set(written)
