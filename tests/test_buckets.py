@@ -364,7 +364,8 @@ def test_a_run_in_a_bucket_stops_continues_and_reports(environment, text, tmp_pa
     process = command(environment, log, "train", *flags)
     deadline = time.time() + 200
     while "step/s, " not in log.read_text():  # some steps were logged
-        assert process.poll() is None and time.time() < deadline, log.read_text()  # noqa: PT018
+        assert process.poll() is None, log.read_text()
+        assert time.time() < deadline, log.read_text()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 75, log.read_text()

@@ -184,7 +184,7 @@ def test_l0_at_equal_loss_recovered():
         assert (ratio["learning_rate"], ratio["baseline_learning_rate"], ratio["seeds"]) == (1e-3, 3e-3, [2, 2])
         assert ratio["l0"] == pytest.approx(2**0.5 * np.exp(5 * ratio["level"]))
         assert ratio["ratio"] == pytest.approx(ratio["low"]) == pytest.approx(ratio["high"]) == pytest.approx(0.5)
-    assert np.isnan(frontiers.l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
+    assert np.isnan(frontiers.log_l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
 
 
 def test_published_points(tmp_path):

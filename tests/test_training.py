@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 import gsae_jax
 from gsae_jax import mesh as mesh_lib
@@ -280,6 +281,17 @@ def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
         seeds=(0, 1),
     )
     assert "stacks.rescaled.options: want parameters" in refused(options={"tie_encoder": False})
+
+
+def test_a_save_does_not_ask_when_the_run_should_end(experiment, tmp_path, monkeypatch):
+    """The trainer alone does, in calls: a save's number of updates would put the end of a run far ahead."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
+    monkeypatch.setattr(loop._Signals, "__enter__", lambda signals: signals)
+    monkeypatch.setattr(loop._Signals, "__exit__", lambda *_: None)
+    monkeypatch.setattr(loop._Signals, "_before", {}, raising=False)  # as where there are several processes
+    assert loop.train(experiment, tmp_path / "run")
+    assert asked == [0, 1, 2, 3]
 
 
 def test_a_target_moves_the_l1_coefficients(experiment, tmp_path):

@@ -11,13 +11,13 @@ from gsae_jax.evaluation import metrics
 LEVELS = (0.8, 0.9, 0.95)  # loss recovered at which frontiers are compared
 
 
-def l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
-    """L0 of a frontier where it recovers so much, log L0 interpolated; NaN where it does not pass the level."""
+def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
+    """Log L0 of a frontier where it recovers so much, interpolated; NaN where it does not pass the level."""
     order = np.argsort(recovered)
     recovered, l0 = recovered[order], l0[order]
-    if not recovered[0] <= level <= recovered[-1]:
+    if not recovered[0] <= level <= recovered[-1] or not (l0 > 0).all():
         return math.nan
-    return math.exp(np.interp(level, recovered, np.log(l0)))
+    return float(np.interp(level, recovered, np.log(l0)))
 
 
 def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
 
     def log_l0(level: float, names: list[str], draw: int) -> float:
         recovered, l0 = (np.array([points[name][field][draw] for name in names]) for field in ("loss_recovered", "l0"))
-        return math.log(l0_at(level, recovered, l0)) if (l0 > 0).all() else math.nan
+        return log_l0_at(level, recovered, l0)
 
     def best(level: float, by_rate: dict[float, dict[int, list[str]]]) -> tuple[float, float]:
         """(log L0, learning rate)."""

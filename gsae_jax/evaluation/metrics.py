@@ -1,5 +1,6 @@
 """What is summed over tokens, and how the sums become the paper's metrics (sections 2.3, 4.2, D.2)."""
 
+import functools
 import math
 from typing import Any
 
@@ -98,6 +99,7 @@ def combine(sums: Sums) -> dict[str, Any]:
     return found | {"intervals": _intervals(dict(zip(names, rows, strict=True)))}
 
 
+@functools.lru_cache(maxsize=1)
 def draws(rows: int) -> np.ndarray:
     """How often each row is in each resampled set [draws, rows]; the same sets for every SAE, so that they pair up."""
     return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), DRAWS).astype(np.float64)
