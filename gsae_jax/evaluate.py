@@ -51,8 +51,9 @@ def evaluate(path: epath.PathLike, tokens: int | None = None, ito: Sequence[int]
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = config.lm.path or "gelu-1l-stdlib (embedded)"
     records = report.rows(Path(model).name, saes, sums)
+    gates = report.gates(saes)
     if processes.first():
-        report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir), points)
+        report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir), gates, points)
     return report.table(records)
 
 

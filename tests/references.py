@@ -1,8 +1,7 @@
 """Float64 NumPy from the paper's equations and TransformerLens' documentation, not from the code under test."""
 
-import math
-
 import numpy as np
+import scipy.special
 
 
 def gated_sae(params, x, l1, tie=True, r_mag=True, freeze=True):
@@ -74,7 +73,7 @@ def gelu_lm(tensors, config, tokens, replace=None):
         q, k, v = (
             np.einsum("btd,hdk->bhtk", normed, t[f"{b}.attn.W_{n}"]) + t[f"{b}.attn.b_{n}"][:, None] for n in "QKV"
         )
-        scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(config["d_head"])
+        scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(config["d_head"])
         scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         z = (weights / weights.sum(-1, keepdims=True)) @ v
@@ -82,7 +81,7 @@ def gelu_lm(tensors, config, tokens, replace=None):
         W_O = np.concatenate(list(t[f"{b}.attn.W_O"]))
         x = site(f"{b}.hook_resid_mid", x + site(f"{b}.hook_attn_out", z @ W_O + t[f"{b}.attn.b_O"]))
         pre = layer_norm(x, f"{b}.ln2") @ t[f"{b}.mlp.W_in"] + t[f"{b}.mlp.b_in"]
-        post = site(f"{b}.mlp.hook_post", pre * 0.5 * (1 + np.vectorize(math.erf)(pre / math.sqrt(2))))
+        post = site(f"{b}.mlp.hook_post", pre * 0.5 * (1 + scipy.special.erf(pre / np.sqrt(2))))
         out = site(f"{b}.hook_mlp_out", post @ t[f"{b}.mlp.W_out"] + t[f"{b}.mlp.b_out"])
         x = site(f"{b}.hook_resid_post", x + out)
     return layer_norm(x, "ln_final") @ t["unembed.W_U"] + t["unembed.b_U"], found

@@ -174,7 +174,7 @@ def test_a_report_in_a_bucket(bucket, monkeypatch):
     )
     sums = {"a": {"fired": np.ones(2), "tokens": np.ones(1)}}
     for _ in range(2):
-        report.write(folder, [record | {"tokens": 1.0, "alive": 1.0}], sums, [])
+        report.write(folder, [record | {"tokens": 1.0, "alive": 1.0}], sums, [], {})
     assert {file.name for file in (bucket / "run" / "report").iterdir()} == set(written)
     assert written[-1] == "report.json"
 

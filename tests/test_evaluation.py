@@ -232,8 +232,10 @@ def test_the_report_is_whole(tmp_path, lm):
     training = [
         {"step": step, "gated/l0": [3.0, 2.0], "gated/loss": [1.0, 1.0], "gated/gamma": [1.0, 1.0]} for step in (1, 2)
     ]
-    report.write(tmp_path / "report", records, sums, training)
-    report.write(tmp_path / "report", records, sums, training)  # over an earlier one
+    gates = report.gates(saes)
+    assert set(gates) == {"gated_0", "gated_1"}
+    report.write(tmp_path / "report", records, sums, training, gates)
+    report.write(tmp_path / "report", records, sums, training, gates)  # over an earlier one
     files = {file.name for file in (tmp_path / "report").iterdir()}
     assert files == {
         "report.json",
@@ -243,6 +245,7 @@ def test_the_report_is_whole(tmp_path, lm):
         "frontier.png",
         "gamma.png",
         "densities.png",
+        "gates.png",
         "training.png",
     }
     assert [file.name for file in tmp_path.iterdir()] == ["report"]
@@ -257,7 +260,9 @@ def test_the_report_is_whole(tmp_path, lm):
     assert header.startswith("model,architecture,site,layer,sparsity,learning_rate,l0,loss_recovered,width,alive,gamma")
     assert len(lines) == 4
     text = (tmp_path / "report" / "report.md").read_text()
-    assert all(name in text for name in [*saes, "frontier.png", "gamma.png", "densities.png", "training.png"])
+    assert all(
+        name in text for name in [*saes, "frontier.png", "gamma.png", "densities.png", "gates.png", "training.png"]
+    )
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert not re.findall(r"(?:src|href)=.(?!data:)", page)  # nothing to fetch

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 COLOURS = ("#d9730d", "#0b6e99", "#448361", "#9065b0", "#c14c8a", "#787774")
 MARKERS = "os^DvP*X"
+LEGEND = 12  # with more SAEs than this in a panel, the legend names stacks
 
 
 def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
@@ -29,24 +30,48 @@ def gamma(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = (
 
 def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -> Figure:
     """Histograms of how often features fire, one per SAE; dead features are counted in the left-most bin."""
-    figure, panels = _panels(records)
     lowest = min(np.log10(fraction[fraction > 0].min(initial=1e-3)) for fraction in fractions.values()) - 0.5
-    bins = np.linspace(lowest, 0, 41)
-    for index, members in enumerate(_stacks(records).values()):
-        for record in members:
-            counts, _ = np.histogram(np.log10(np.maximum(fractions[record["name"]], 10**lowest)), bins)
-            panels[record["site"]].stairs(
-                counts,
-                bins,
-                label=f"{record['name']}, L0 {record['l0']:.0f}",
-                color=COLOURS[index % len(COLOURS)],
-                alpha=_shade(int(record["name"].rpartition("_")[2]), len(members)),
-                linewidth=1.4,
-            )
+    logs = {name: np.log10(np.maximum(fraction, 10**lowest)) for name, fraction in fractions.items()}
+    figure, panels = _panels(records)
     for axis in panels.values():
-        axis.set(xlabel="log10 of the fraction of tokens a feature fires on", ylabel="features")
-        axis.legend(fontsize=7)
+        axis.set_xlabel("log10 of the fraction of tokens a feature fires on")
+    _histograms(panels, records, logs)
     return figure
+
+
+def gates(records: list[dict[str, Any]], values: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Histograms over features of r_mag and of the JumpReLU form's threshold, one per gated SAE."""
+    records = [record for record in records if record["name"] in values]
+    figure, above, below = _panels(records, rows=2)
+    for panels, field in ((above, "r_mag"), (below, "threshold")):
+        _histograms(panels, records, {name: of[field] for name, of in values.items()})
+        for axis in panels.values():
+            axis.set_xlabel({"r_mag": "r_mag", "threshold": "threshold θ, in the language model's units"}[field])
+    return figure
+
+
+def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: dict[str, np.ndarray]) -> None:
+    """One outline per SAE in its site's panel; the outermost bins take the thousandth of values beyond them."""
+    stacks = _stacks(records)
+    for site, axis in panels.items():
+        mine = [record["name"] for record in records if record["site"] == site]
+        low, high = np.quantile(np.concatenate([values[name] for name in mine]), (0.0005, 0.9995))
+        bins = np.linspace(low, high + 1e-6, 41)
+        for index, (stack, members) in enumerate(stacks.items()):
+            members = [record for record in members if record["site"] == site]
+            for number, record in enumerate(members):
+                each = len(mine) <= LEGEND
+                counts, _ = np.histogram(np.clip(values[record["name"]], bins[0], bins[-1]), bins)
+                axis.stairs(
+                    counts,
+                    bins,
+                    label=f"{record['name']}, L0 {record['l0']:.0f}" if each else stack if number == 0 else None,
+                    color=COLOURS[index % len(COLOURS)],
+                    alpha=_shade(int(record["name"].rpartition("_")[2]), len(members)),
+                    linewidth=1.4 if each else 0.7,
+                )
+        axis.set_ylabel("features")
+        axis.legend(fontsize=7)
 
 
 def training(lines: list[dict[str, Any]]) -> Figure:
@@ -69,15 +94,15 @@ def training(lines: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _panels(records: list[dict[str, Any]]) -> tuple[Figure, dict[str, Axes]]:
-    """One panel per site, side by side."""
+def _panels(records: list[dict[str, Any]], rows: int = 1) -> Any:
+    """A figure, and for each of its rows a panel per site, side by side."""
     found = sorted({record["site"] for record in records})
-    figure = Figure(figsize=(1.4 + 5 * len(found), 4), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
-    for axis, site in zip(axes, found, strict=True):
+    figure = Figure(figsize=(1.4 + 5 * len(found), 4 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(found), squeeze=False)
+    for axis, site in zip(grid.flat, found * rows, strict=True):
         axis.set_title(site, fontsize=10)
         axis.grid(alpha=0.25)
-    return figure, dict(zip(found, axes, strict=True))
+    return figure, *(dict(zip(found, axes, strict=True)) for axes in grid)
 
 
 def _stacks(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import frontiers, metrics, plots
 from gsae_jax.lms import sites
-from gsae_jax.saes import trained
+from gsae_jax.saes import jumprelu, trained
 
 # frontier.csv: the columns of the paper's tables first, then ours.
 COLUMNS = {
@@ -51,7 +52,22 @@ COLUMNS = {
     "name": "name",
 }
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
+Sections = Sequence[tuple[str, str, str]]  # heading, figure, text
 WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
+
+
+def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
+    """`r_mag` [F] and the JumpReLU form's `threshold` [F] of each gated SAE with a tied encoder, by name.
+
+    Every process calls it, as features lie over all devices.
+    """
+    tied = {name: sae for name, sae in saes.items() if sae.architecture == "gated" and sae.config.tie_encoder}
+    return mesh_lib.fetch(
+        {
+            name: {"r_mag": sae.params["r_mag"], "threshold": jumprelu.threshold(sae.params, sae.config)}
+            for name, sae in tied.items()
+        }
+    )
 
 
 def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
@@ -88,9 +104,18 @@ def write(
     records: list[dict[str, Any]],
     sums: dict[str, metrics.Sums],
     training: list[dict[str, Any]],
+    gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the report; an earlier one is replaced when the new one is whole."""
+    """Write the report; an earlier one is replaced when the new one is whole.
+
+    Args:
+        records: of `rows`.
+        sums: of `measure.measure`.
+        training: the lines of metrics.
+        gates_of: of `gates`.
+        published: points to draw beside ours.
+    """
     bucket = is_bucket(folder)
     if not bucket:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +139,13 @@ def write(
             "densities.png": plots.densities(encoders, densities),
             "training.png": plots.training(training),
         }
+        if gates_of:
+            figures["gates.png"] = plots.gates(encoders, gates_of)
         for name, figure in figures.items():
             figure.savefig(scratch / name, dpi=120)
-        (scratch / "report.md").write_text(_markdown(records, ratios))
-        (scratch / "report.html").write_text(_html(records, ratios, scratch))
+        sections = [section for section in SECTIONS if f"{section[1]}.png" in figures]
+        (scratch / "report.md").write_text(_markdown(records, ratios, sections))
+        (scratch / "report.html").write_text(_html(records, ratios, sections, scratch))
         if bucket:
             # report.json, which says that a run is finished, comes last.
             for path in sorted(scratch.iterdir(), key=lambda path: path.name == "report.json"):
@@ -269,6 +297,12 @@ SECTIONS = (
         "Each curve counts the features of one SAE by the fraction of tokens they fire on. Dead features stand at the "
         "left edge.",
     ),
+    (
+        "Gates and magnitudes",
+        "gates",
+        "A gated SAE's magnitude encoder is exp(r_mag) times its gate's, and a feature is its pre-activation where "
+        "that exceeds θ (the JumpReLU form, Appendix E). At θ = 0 the gate does nothing that a ReLU would not.",
+    ),
     ("Training", "training", "Loss, L0 and γ of every SAE over training."),
 )
 STYLE = """
@@ -291,17 +325,17 @@ def _about(records: list[dict[str, Any]]) -> str:
     return f"{ABOUT} {ITO}" if any(record["ito"] for record in records) else ABOUT
 
 
-def _markdown(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
+def _markdown(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections: Sections) -> str:
     title, measured = _title(records)
     lines = [f"# {title}", "", measured, "", table(records), "", _about(records), ""]
     if ratios:
         lines += ["## L0 at equal loss recovered", "", _in_markdown(*_ratio_table(ratios)), "", RATIOS, ""]
-    for heading, figure, text in SECTIONS:
+    for heading, figure, text in sections:
         lines += [f"## {heading}", f"![{figure}]({figure}.png)", "", text, ""]
     return "\n".join(lines)
 
 
-def _html(records: list[dict[str, Any]], ratios: list[dict[str, Any]], folder: Path) -> str:
+def _html(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections: Sections, folder: Path) -> str:
     """One page that needs no other file."""
     title, measured = _title(records)
 
@@ -314,7 +348,7 @@ def _html(records: list[dict[str, Any]], ratios: list[dict[str, Any]], folder: P
     parts.append(f"<p>{html.escape(_about(records))}</p>")
     if ratios:
         parts += ["<h2>L0 at equal loss recovered</h2>", in_html(*_ratio_table(ratios)), f"<p>{RATIOS}</p>"]
-    for heading, figure, text in SECTIONS:
+    for heading, figure, text in sections:
         image = base64.b64encode((folder / f"{figure}.png").read_bytes()).decode()
         parts += [f"<h2>{heading}</h2>", f"<p>{html.escape(text)}</p>"]
         parts.append(f'<img alt="{heading}" src="data:image/png;base64,{image}">')

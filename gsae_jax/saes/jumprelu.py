@@ -16,16 +16,29 @@ def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, 
     Raises:
         ConfigError: an untied encoder, of which there is no such form.
     """
-    if not config.tie_encoder:
-        raise ConfigError("tie_encoder", "is False; only a gated SAE with a tied encoder has a JumpReLU form")
-    scale = jnp.exp(params["r_mag"]) if config.use_r_mag else jnp.ones_like(params["r_mag"])
     return {
-        "W_enc": params["W_gate"] * scale[None],
+        "W_enc": params["W_gate"] * _scale(params, config)[None],
         "b_enc": params["b_mag"],
-        "threshold": jax.nn.relu(params["b_mag"] - scale * params["b_gate"]),
+        "threshold": threshold(params, config),
         "W_dec": params["W_dec"],
         "b_dec": params["b_dec"],
     }
+
+
+def threshold(params: dict[str, jax.Array], config: gated.Config) -> jax.Array:
+    """The threshold [F] of each feature's activation, in the inputs' units.
+
+    Raises:
+        ConfigError: an untied encoder, of which there is no such form.
+    """
+    return jax.nn.relu(params["b_mag"] - _scale(params, config) * params["b_gate"])
+
+
+def _scale(params: dict[str, jax.Array], config: gated.Config) -> jax.Array:
+    """What the magnitude's encoder is of the gate's [F]."""
+    if not config.tie_encoder:
+        raise ConfigError("tie_encoder", "is False; only a gated SAE with a tied encoder has a JumpReLU form")
+    return jnp.exp(params["r_mag"]) if config.use_r_mag else jnp.ones_like(params["r_mag"])
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, dtype: str = "float32") -> jax.Array:
