@@ -6,13 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.data import rows
+from gsae_jax.evaluation import measure, metrics
 from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.saes import jumprelu
 from gsae_jax.training import loop
+from gsae_jax.workdir import Workdir
 
 ROOT = Path(__file__).parent.parent
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
@@ -27,17 +33,25 @@ def test_the_readmes_config_builds():
     assert [stack.name for stack in program.stacks] == ["gated", "neurons", "untied"]
 
 
-@pytest.mark.quickstart
-def test_the_gated_frontier_is_above_the_baselines(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "gsae_jax.train",
-        "--config=configs/quickstart.py",
-        f"--workdir={tmp_path / 'run'}",
-    ]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The README's main job."""
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
     subprocess.run(command, cwd=ROOT, check=True)
-    records = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["saes"]
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def held_out(run):
+    """The language model, and about 100,000 held-out tokens in batches."""
+    lm, config = gsae_jax.load_lm(), config_lib.from_dict(config_lib.Experiment, Workdir(run).config())
+    return lm, list(rows.held_out(config, lm.tokenizer, 100_000))
+
+
+@pytest.mark.quickstart
+def test_the_gated_frontier_is_above_the_baselines(run):
+    records = json.loads((run / "report" / "report.json").read_text())["saes"]
     gated, baseline = (
         sorted((r for r in records if r["architecture"] == name), key=lambda r: r["l0"]) for name in ("gated", "relu")
     )
@@ -58,10 +72,85 @@ def test_the_gated_frontier_is_above_the_baselines(tmp_path):
         )
         assert ours > theirs, np.exp(at)
 
-    # The README's Python example, on this run.
+
+@pytest.mark.quickstart
+def test_the_readmes_python_example(run):
     (block,) = [block for block in PYTHON_BLOCKS if "load_lm" in block]
     names = {}
-    exec(block.replace("runs/quickstart", str(tmp_path / "run")), names)
+    exec(block.replace("runs/quickstart", str(run)), names)
     assert names["f"].shape == (*names["x"].shape[:2], 1024)
     assert 0 < (np.asarray(names["f"]) > 0).mean() < 0.5
     assert names["logits"].shape == (*names["x"].shape[:2], 4096)
+
+
+@pytest.mark.quickstart
+def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_out):
+    """Values to 1e-5 of their own size, or of the feature's mean where a value is a small difference of large ones."""
+    lm, batches = held_out
+    for sae in gsae_jax.load(run).values():
+        if sae.architecture != "gated":
+            continue
+        x = lm.activations(batches[0], [sae.site])[sae.site].reshape(-1, sae.config.d_in)
+        f = np.asarray(sae.encode(x))
+        same = np.asarray(jumprelu.encode(jumprelu.from_gated(sae.params, sae.config), x))
+        np.testing.assert_array_equal(same > 0, f > 0)
+        mean = f.sum(0) / np.maximum((f > 0).sum(0), 1)
+        assert (np.abs(same - f) <= 1e-5 * np.maximum(f, mean)).all(), sae.name
+
+
+@pytest.mark.quickstart
+def test_pursuit_is_never_worse_than_the_encoder(run, held_out):
+    """At the encoder's L0 or just below, the same dictionary recovers more with features chosen by pursuit."""
+    lm, batches = held_out
+    tokens = [batches[0][:8]]
+    for sae in gsae_jax.load(run).values():
+        l0 = metrics.combine(measure.measure(lm, [sae], tokens, lm.special_tokens)[sae.name])["l0"]
+        found = measure.measure(lm, [sae], tokens, lm.special_tokens, ito=(int(l0),))
+        encoder, pursuit = (metrics.combine(sums) for sums in found.values())
+        assert pursuit["l0"] <= encoder["l0"]
+        assert pursuit["fvu"] < encoder["fvu"], sae.name
+        assert pursuit["loss_recovered"] > encoder["loss_recovered"], sae.name
+
+
+@pytest.mark.quickstart
+@pytest.mark.parametrize("name", ["gated_1", "baseline_1"])
+def test_sums_over_many_tokens_are_exact(run, held_out, name):
+    """All that is done after the features and the logits, again in float64, over 100,000 tokens: to 1e-6."""
+    lm, batches = held_out
+    sae = gsae_jax.load(run)[name]
+    ours = metrics.combine(measure.measure(lm, [sae], batches, lm.special_tokens)[name])
+
+    @jax.jit
+    def logits(tokens, replacement):
+        return lm.run(tokens, lambda site, x: replacement if site == sae.site else x)[:, :-1]
+
+    def nats(tokens, replacement):
+        found = np.asarray(logits(tokens, replacement.astype(np.float32)), np.float64)
+        highest = found.max(-1)
+        totals = np.log(np.exp(found - highest[..., None]).sum(-1)) + highest
+        return (totals - np.take_along_axis(found, tokens[:, 1:, None], -1)[..., 0]).sum()
+
+    sites = [np.asarray(lm.activations(tokens, [sae.site])[sae.site]) for tokens in batches]
+    valid = [~np.isin(tokens, lm.special_tokens) for tokens in batches]
+    n = sum(v.sum() for v in valid)
+    mean = sum(x[v].sum(0, dtype=np.float64) for x, v in zip(sites, valid, strict=True)) / n
+    W_dec, b_dec = (np.asarray(sae.params[name], np.float64) for name in ("W_dec", "b_dec"))
+    totals = dict.fromkeys(("l0", "l1", "error", "variance", "x_hat_sq", "dot", "clean", "sae", "zero", "mean"), 0.0)
+    for tokens, x, v in zip(batches, sites, valid, strict=True):
+        f = np.asarray(sae.encode(x))[v].astype(np.float64)
+        x_hat, y = f @ W_dec + b_dec, x[v].astype(np.float64)
+        reconstructed = x.copy()
+        reconstructed[v] = x_hat
+        replaced = {"clean": x, "sae": reconstructed, "zero": np.where(v[..., None], 0, x)}
+        replaced["mean"] = np.where(v[..., None], mean, x)
+        found = {kind: nats(tokens, value) for kind, value in replaced.items()}
+        found |= {"l0": (f > 0).sum(), "l1": f.sum(), "error": ((y - x_hat) ** 2).sum()}
+        found |= {"variance": ((y - mean) ** 2).sum(), "x_hat_sq": (x_hat**2).sum(), "dot": (x_hat * y).sum()}
+        totals = {key: total + found[key] for key, total in totals.items()}
+    predictions = sum(tokens[:, 1:].size for tokens in batches)
+    expected = {f"ce_{kind}": totals[kind] / predictions for kind in ("clean", "sae", "zero", "mean")}
+    expected |= {"l0": totals["l0"] / n, "l1": totals["l1"] / n, "fvu": totals["error"] / totals["variance"]}
+    expected |= {"gamma": totals["x_hat_sq"] / totals["dot"], "tokens": n}
+    expected["loss_recovered"] = 1 - (totals["sae"] - totals["clean"]) / (totals["zero"] - totals["clean"])
+    assert n > 95_000
+    assert {key: ours[key] for key in expected} == pytest.approx(expected, rel=1e-6)

@@ -65,21 +65,24 @@ def measure(
     for tokens in batches:
         tokens_RxT = placed(tokens)
         hidden_RxTxD, contexts = _clean(lm.module, places, special_tokens, lm.params, means, tokens_RxT)
-        losses = [
-            partial(_losses, lm.module, site, lm.params, context["before"], hidden_RxTxD, tokens_RxT)
-            for (site, _), context in zip(places, contexts, strict=True)
-        ]
-        references = [
-            {f"ce_{kind}": loss(context[kind])[0] for kind in ("clean", "zero", "mean")}
-            for loss, context in zip(losses, contexts, strict=True)
-        ]
-        found = {}
-        for name, sae, params, k in runs:
-            place = places.index((sae.site, sae.norm_limit))
-            x, valid = contexts[place]["clean"], contexts[place]["valid"]
-            x_hat, sums = _reconstruct(mesh, sae.architecture, sae.config, k, params, x, valid, means[place])
-            sums["ce_sae"], sums["kl"] = losses[place](x_hat)
-            found[name] = references[place] | sums
+        found: dict[str, metrics.Sums] = {}
+        for place, mean_D, context in zip(places, means, contexts, strict=True):
+            mine = [run for run in runs if (run[1].site, run[1].norm_limit) == place]
+            x, valid = context["x"], context["valid"]
+            replacements = [context[kind] for kind in ("x", "zero", "mean")]
+            for name, sae, params, k in mine:
+                x_hat, found[name] = _reconstruct(mesh, sae.architecture, sae.config, k, params, x, valid, mean_D)
+                replacements.append(x_hat)
+            losses = _losses(lm.module, place[0], lm.params, context["before"], hidden_RxTxD, tokens_RxT, replacements)
+            (ce_clean, _), (ce_zero, _), (ce_mean, _), *of_saes = losses
+            for (name, *_), (ce_sae, kl) in zip(mine, of_saes, strict=True):
+                found[name] |= {
+                    "ce_clean": ce_clean,
+                    "ce_zero": ce_zero,
+                    "ce_mean": ce_mean,
+                    "ce_sae": ce_sae,
+                    "kl": kl,
+                }
         for name, batch in mesh_lib.fetch(found).items():
             predictions = {"predictions": np.full(len(tokens), tokens.shape[1] - 1)}
             metrics.add(totals[name], batch | predictions)
@@ -129,8 +132,8 @@ def _clean(
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
     """The untouched forward pass: the last residual stream [R, T, D], and of each place what interventions need.
 
-    That is which activations are `valid` [R, T]; the activations `clean`, and with the valid ones `zero` or their
-    `mean`; and the residual stream `before` the block they are in.
+    That is the activations `x`, which of them are `valid` [R, T], and `x` with those `zero` or at their `mean`; and the
+    residual stream `before` the block they are in.
     """
     sites_wanted = {site for site, _ in places}
     found: dict[str, jax.Array] = {}
@@ -142,7 +145,7 @@ def _clean(
         valid = _valid(x, tokens_RxT, special_tokens, norm_limit)
         mean = jnp.where(valid[..., None], mean_D[None, None].astype(x.dtype), x)
         zero = jnp.where(valid[..., None], jnp.zeros_like(x), x)
-        return {"valid": valid, "clean": x, "zero": zero, "mean": mean, "before": found[_before(site)]}
+        return {"valid": valid, "x": x, "zero": zero, "mean": mean, "before": found[_before(site)]}
 
     return hidden_RxTxD, [context(*place, mean) for place, mean in zip(places, means, strict=True)]
 
@@ -159,17 +162,22 @@ def _losses(
     before_RxTxD: jax.Array,
     hidden_RxTxD: jax.Array,
     tokens_RxT: jax.Array,
-    replacement_RxTxD: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropies [R] with a site's activations replaced, and KL [R] of the clean predictions to those.
+    replacements: list[jax.Array],
+) -> list[tuple[jax.Array, jax.Array]]:
+    """For each replacement [R, T, D] of a site's activations: summed cross-entropies [R], and summed KL [R] of the
+    clean predictions to those with it.
 
     One program for every intervention at a site, so that equal activations have equal losses to the last bit. Blocks
     before the site's are not computed: the stream that they gave is put back in.
     """
-    tap = sites.splice({_before(site): lambda _: before_RxTxD, site: lambda _: replacement_RxTxD})
-    changed = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
-    nats, divergence = cross_entropy_and_divergence(module, lm_params, changed, hidden_RxTxD, tokens_RxT)
-    return nats.sum(-1), divergence.sum(-1)
+
+    def hidden(replacement_RxTxD: jax.Array) -> jax.Array:
+        tap = sites.splice({_before(site): lambda _: before_RxTxD, site: lambda _: replacement_RxTxD})
+        return module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
+
+    streams_NxRxTxD = jax.lax.map(hidden, jnp.stack(replacements))
+    found = cross_entropy_and_divergence(module, lm_params, streams_NxRxTxD, hidden_RxTxD, tokens_RxT)
+    return list(zip(*(value.sum(-1) for value in found), strict=True))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from gsae_jax.lms import partition
 
+Logits = Callable[[jax.Array], jax.Array]  # [B, V] of residual streams [B, D]
+
 
 def logits_per_chunk() -> int:
     """On a CPU a chunk's logits should stay in the cache; an accelerator wants large products."""
@@ -17,41 +19,55 @@ def logits_per_chunk() -> int:
 def cross_entropy(module: Any, params: Any, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
     """Nats [B, T-1] of each token given those before it, from the residual stream after the last block."""
 
-    return _by_position(module, params, _nats, (x_BxTxD[:, :-1],), tokens_BxT[:, 1:])
+    def at_position(logits: Logits, streams: tuple[jax.Array, ...], target_B: jax.Array) -> jax.Array:
+        return _nats(logits(streams[0]), target_B)[0]
+
+    return _by_position(module, params, at_position, (x_BxTxD,), tokens_BxT)
 
 
 def cross_entropy_and_divergence(
-    module: Any, params: Any, x_BxTxD: jax.Array, clean_BxTxD: jax.Array, tokens_BxT: jax.Array
+    module: Any, params: Any, x_NxBxTxD: jax.Array, clean_BxTxD: jax.Array, tokens_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy`, and KL(clean || x) in nats [B, T-1] between the predictions of two residual streams."""
+    """`cross_entropy` of N residual streams, and KL(clean || x) in nats between their predictions, each [N, B, T-1].
 
-    def of_logits(logits_BxV: jax.Array, clean_BxV: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_q, log_p = (jax.nn.log_softmax(logits, axis=-1) for logits in (logits_BxV, clean_BxV))
-        return _nats(logits_BxV, target_B), jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    Streams go through one program, one after the other: equal ones have equal losses to the last bit.
+    """
 
-    return _by_position(module, params, of_logits, (x_BxTxD[:, :-1], clean_BxTxD[:, :-1]), tokens_BxT[:, 1:])
+    def at_position(logits: Logits, streams: tuple[jax.Array, ...], target_B: jax.Array) -> tuple[jax.Array, ...]:
+        x_NxBxD, clean_BxD = streams
+        log_p_BxV = jax.nn.log_softmax(logits(clean_BxD), axis=-1)
+        p_BxV = jnp.exp(log_p_BxV)
+
+        def one(x_BxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits_BxV = logits(x_BxD)
+            nats_B, total_B = _nats(logits_BxV, target_B)
+            return nats_B, jnp.sum(p_BxV * (log_p_BxV - logits_BxV + total_B[:, None]), axis=-1)
+
+        return jax.lax.map(one, x_NxBxD)
+
+    return _by_position(module, params, at_position, (x_NxBxTxD, clean_BxTxD), tokens_BxT)
 
 
-def _nats(logits_BxV: jax.Array, target_B: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(logits_BxV, axis=-1) - jnp.take_along_axis(logits_BxV, target_B[:, None], axis=-1)[:, 0]
+def _nats(logits_BxV: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(Cross-entropy [B], log of the sum of exponentials [B])."""
+    total_B = jax.nn.logsumexp(logits_BxV, axis=-1)
+    return total_B - jnp.take_along_axis(logits_BxV, target_B[:, None], axis=-1)[:, 0], total_B
 
 
 def _by_position(
-    module: Any, params: Any, of_logits: Callable[..., Any], streams: tuple[jax.Array, ...], targets_BxT: jax.Array
+    module: Any, params: Any, at_position: Callable[..., Any], streams: tuple[jax.Array, ...], tokens_BxT: jax.Array
 ) -> Any:
-    """`of_logits(logits [B, V] of each stream, targets [B])` at every position, results [B, T].
+    """`at_position(logits, streams [..., B, D], next tokens [B])` at all positions but the last: [..., B, T-1].
 
     Chunks run over positions, so that a batch that lies along a mesh axis stays there.
     """
-    B, T = targets_BxT.shape
+    B, T = tokens_BxT.shape
     params = partition.gather_head(params, module.mesh)
-    positions = min(T, max(1, logits_per_chunk() // (len(streams) * B * module.config.d_vocab)))
+    positions = min(T - 1, max(1, logits_per_chunk() // (len(streams) * B * module.config.d_vocab)))
 
-    def at_position(inputs: tuple[tuple[jax.Array, ...], jax.Array]) -> Any:
-        xs, target_B = inputs
-        logits = [module.apply({"params": params}, x_BxD[None], method="logits")[0] for x_BxD in xs]
-        return of_logits(*logits, target_B)
+    def logits(x_BxD: jax.Array) -> jax.Array:
+        return module.apply({"params": params}, x_BxD[None], method="logits")[0]
 
-    by_position = (jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), streams), targets_BxT.T)
-    found = jax.lax.map(at_position, by_position, batch_size=positions)
-    return jax.tree.map(lambda x: x.T, found)
+    by_position = ([jnp.moveaxis(stream, -2, 0)[:-1] for stream in streams], tokens_BxT.T[1:])
+    found = jax.lax.map(lambda inputs: at_position(logits, *inputs), by_position, batch_size=positions)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), found)
