@@ -54,7 +54,8 @@ def best_rate(ratios, stack):
 
 
 def l0_at(records, level):
-    return math.exp(frontiers.log_l0_at(level, *values(records, "loss_recovered", "l0")))
+    found = math.exp(frontiers.log_l0_at(level, *values(records, "loss_recovered", "l0")))
+    return f"{found:.1f}" if math.isfinite(found) else "not in range"
 
 
 def draw(runs):
@@ -76,6 +77,7 @@ def draw(runs):
         column[1].axhline(1, color="0.5", linewidth=0.8)
         for axis, label in zip(column, ("loss recovered", "relative reconstruction bias γ"), strict=True):
             axis.set(xscale="log", xlabel="L0", ylabel=label)
+            axis.xaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.25)
             axis.legend(fontsize=6)
     return figure
@@ -129,7 +131,7 @@ def rate_rows(runs):
                 yield (
                     site,
                     f"{stack}, {level}",
-                    *(f"{l0_at(select(records, stack, rate, 0), level):.1f}" for rate in rates),
+                    *(l0_at(select(records, stack, rate, 0), level) for rate in rates),
                 )
 
 
@@ -138,7 +140,7 @@ def ablation_rows(runs):
         for stack in ("gated", *ABLATIONS):
             line = select(records, stack, ABLATION_RATE, 0)
             gamma = values(line, "gamma")[0]
-            l0s = [f"{l0_at(line, level):.1f}" for level in (0.8, 0.9)]
+            l0s = [l0_at(line, level) for level in (0.8, 0.9)]
             yield site, LABELS.get(stack, stack), *l0s, f"{gamma.min():.3f} to {gamma.max():.3f}"
 
 
