@@ -148,7 +148,7 @@ def rescaled_rows(runs):
     for site, (records, ratios, rescaled) in runs.items():
         rate = best_rate(ratios, "baseline")
         before, after = select(records, "baseline", rate), select(rescaled, "rescaled", rate)
-        for l1 in sorted({r["l1_coefficient"] for r in before}):
+        for l1 in sorted({r["l1_coefficient"] for r in after}):
             sides = [[r for r in side if r["l1_coefficient"] == l1] for side in (before, after)]
             l0, recovered, gamma = zip(*(values(side, "l0", "loss_recovered", "gamma") for side in sides), strict=True)
             arrows = [" → ".join(f"{value.mean():.3f}" for value in pair) for pair in (recovered, gamma)]
@@ -167,10 +167,11 @@ def main():
     parser.add_argument("--runs", type=Path, required=True, help="folder of runs")
     parser.add_argument("--write", type=Path, required=True, help="file whose marked tables are replaced")
     arguments = parser.parse_args()
+    there = [site for site in SITES if (arguments.runs / site / "report").exists()]
+    rescaled = {site: arguments.runs / f"{site}_rescaled" for site in there}
     runs = {
-        site: (*read(arguments.runs / site), read(arguments.runs / f"{site}_rescaled")[0])
-        for site in SITES
-        if (arguments.runs / f"{site}_rescaled" / "report").exists()
+        site: (*read(arguments.runs / site), read(path)[0] if (path / "report").exists() else [])
+        for site, path in rescaled.items()
     }
     quickstart, _ = read(arguments.runs / "quickstart")
     draw(runs).savefig(arguments.write.with_name("reproduction.png"), dpi=110)
