@@ -12,8 +12,11 @@ configs/reproduction.py:blocks.0.attn.hook_z,runs/attn --workdir runs/attn_resca
 from configs import base, quickstart
 
 # So that loss recovered goes from about 0.95 to 0.8.
-L1 = {"gated": (3e-3, 8e-3, 2.2e-2), "relu": (1e-3, 4e-3, 1e-2)}
-L1_OF_SITE = {"blocks.0.hook_mlp_out": {"gated": (3e-3, 8e-3, 1.8e-2), "relu": (1.5e-3, 4e-3, 1e-2)}}
+L1 = {"gated": (3e-3, 8e-3, 2.6e-2), "relu": (1e-3, 4e-3, 1.3e-2)}
+L1_OF_SITE = {
+    "blocks.0.hook_mlp_out": {"gated": (3e-3, 8e-3, 1.8e-2), "relu": (1.5e-3, 4e-3, 1e-2)},
+    "blocks.0.hook_resid_post": {"gated": (3e-3, 8e-3, 2.2e-2), "relu": (1e-3, 4e-3, 1e-2)},
+}
 SEEDS = {6e-3: (0,), 1.2e-2: (0,), 2.4e-2: (0, 1, 2)}  # by learning rate
 ABLATIONS = {
     "unfrozen": {"freeze_aux_decoder": False},

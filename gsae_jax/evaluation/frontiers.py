@@ -8,7 +8,7 @@ import numpy as np
 
 from gsae_jax.evaluation import metrics
 
-LEVELS = (0.8, 0.9, 0.95)  # loss recovered at which frontiers are compared
+LEVELS = (0.8, 0.85, 0.9, 0.95)  # loss recovered at which frontiers are compared
 
 
 def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
@@ -24,7 +24,8 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
     """Per site and level: the L0 of every stack divided by that of each baseline (`relu`) at equal loss recovered.
 
     A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
-    that of least L0 as the geometric mean over seeds.
+    that of least L0 as the geometric mean over seeds. A level is left out where that cannot be told, because a
+    learning rate's SAEs end before the level and are better where they do.
 
     Returns:
         For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates, `ratio` of the
@@ -52,12 +53,23 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         return log_l0_at(level, recovered, l0)
 
     def best(level: float, by_rate: dict[float, dict[int, list[str]]]) -> tuple[float, float]:
-        """(log L0, learning rate)."""
-        found = [
-            (float(np.mean([log_l0(level, names, 0) for names in by_seed.values()])), rate)
-            for rate, by_seed in by_rate.items()
-        ]
-        return min((pair for pair in found if math.isfinite(pair[0])), default=(math.nan, math.nan))
+        """(log L0, learning rate); NaN where the level is not reached, or another rate might be better."""
+
+        def mean(level: float, rate: float) -> float:
+            return float(np.mean([log_l0(level, names, 0) for names in by_rate[rate].values()]))
+
+        found, rate = min(
+            ((mean(level, rate), rate) for rate in by_rate if math.isfinite(mean(level, rate))), default=(math.nan,) * 2
+        )
+        for names in (names for by_seed in by_rate.values() for names in by_seed.values()):
+            if math.isfinite(found) and not math.isfinite(log_l0(level, names, 0)):
+                ends = sorted((points[name]["loss_recovered"][0], points[name]["l0"][0]) for name in names)
+                (low, l0_there), (high, l0_at_most) = ends[0], ends[-1]
+                # Compared at the end that is nearer to the level; NaN where the best does not go that far.
+                at, l0 = (level, l0_there) if low > level else (high, l0_at_most)
+                if l0 > 0 and math.log(l0) < mean(at, rate):
+                    return math.nan, math.nan
+        return found, rate
 
     compared = []
     baselines = [stack for stack, facts in about.items() if facts["variant"] == "relu"]
