@@ -102,7 +102,7 @@ def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_ou
 def test_pursuit_is_never_worse_than_the_encoder(run, held_out):
     """At the encoder's L0 or just below, the same dictionary recovers more with features chosen by pursuit."""
     lm, batches = held_out
-    tokens = [batches[0][:8]]
+    tokens = [batches[0][:4]]
     for sae in gsae_jax.load(run).values():
         l0 = metrics.combine(measure.measure(lm, [sae], tokens, lm.special_tokens)[sae.name])["l0"]
         found = measure.measure(lm, [sae], tokens, lm.special_tokens, ito=(int(l0),))
@@ -113,12 +113,11 @@ def test_pursuit_is_never_worse_than_the_encoder(run, held_out):
 
 
 @pytest.mark.quickstart
-@pytest.mark.parametrize("name", ["gated_1", "baseline_1"])
-def test_sums_over_many_tokens_are_exact(run, held_out, name):
+def test_sums_over_many_tokens_are_exact(run, held_out):
     """All that is done after the features and the logits, again in float64, over 100,000 tokens: to 1e-6."""
     lm, batches = held_out
-    sae = gsae_jax.load(run)[name]
-    ours = metrics.combine(measure.measure(lm, [sae], batches, lm.special_tokens)[name])
+    sae = gsae_jax.load(run)["gated_1"]
+    ours = metrics.combine(measure.measure(lm, [sae], batches, lm.special_tokens)[sae.name])
 
     @jax.jit
     def logits(tokens, replacement):
