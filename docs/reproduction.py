@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from gsae_jax.evaluation import frontiers, plots
 
-SITES = ("hook_mlp_out", "hook_resid_post", "hook_z")
+LEVELS = {"hook_mlp_out": (0.85, 0.9), "hook_resid_post": (0.85, 0.9), "hook_z": (0.95,)}  # of loss recovered
 ABLATION_RATE = 1.2e-2
 COLOURS = dict(zip(("baseline", "gated", "rescaled", "unfrozen", "no_r_mag", "untied"), plots.COLOURS, strict=True))
 ABLATIONS = {"unfrozen": "unfrozen decoder", "no_r_mag": "no r_mag", "untied": "untied"}
@@ -58,19 +58,30 @@ def l0_at(records, level):
     return f"{found:.1f}" if math.isfinite(found) else "not in range"
 
 
+def recovered_at(lines, l0):
+    """Loss recovered along frontiers at an L0, the mean over them."""
+    found = [
+        np.interp(math.log(l0), np.log(x), y, right=np.nan)
+        for x, y in (values(line, "l0", "loss_recovered") for line in lines)
+    ]
+    return f"{np.mean(found):.3f}" if np.isfinite(found).all() else "not in range"
+
+
 def draw(runs):
     """Frontiers (figure 8 and 9 of the paper) above, gamma below, a column for each site."""
     figure = Figure(figsize=(5 * len(runs), 7.6), layout="constrained")
     columns = figure.subplots(2, len(runs), squeeze=False).T
     for column, (site, (records, ratios, rescaled)) in zip(columns, runs.items(), strict=True):
-        groups = {stack: (records, best_rate(ratios, stack)) for stack in ("baseline", "gated")}
-        groups |= {stack: (records, ABLATION_RATE) for stack in ABLATIONS}
-        groups["rescaled"] = (rescaled, groups["baseline"][1])
-        for stack, (among, rate) in groups.items():
+        groups = [(stack, records, best_rate(ratios, stack), "-") for stack in ("baseline", "gated")]
+        groups += [("rescaled", rescaled, best_rate(ratios, "baseline"), "-")]
+        groups += [(stack, records, ABLATION_RATE, "--") for stack in ("gated", *ABLATIONS)]
+        for stack, among, rate, line_style in groups:
             for seed in sorted({r["seed"] for r in select(among, stack, rate)}):
                 line = select(among, stack, rate, seed)
                 label = f"{LABELS.get(stack, stack)}, rate {rate:g}" if seed == 0 else None
-                style = dict(color=COLOURS[stack], marker="o", markersize=3, linewidth=1, label=label)
+                style = dict(
+                    color=COLOURS[stack], marker="o", markersize=3, linewidth=1, linestyle=line_style, label=label
+                )
                 for axis, field in zip(column, ("loss_recovered", "gamma"), strict=True):
                     axis.plot(*values(line, "l0", field), **style)
         column[0].set_title(site)
@@ -127,7 +138,7 @@ def rate_rows(runs):
     for site, (records, _, _) in runs.items():
         for stack in ("gated", "baseline"):
             rates = sorted({r["learning_rate"] for r in records if r["stack"] == stack})
-            for level in (0.8, 0.9):
+            for level in LEVELS[site]:
                 yield (
                     site,
                     f"{stack}, {level}",
@@ -140,19 +151,26 @@ def ablation_rows(runs):
         for stack in ("gated", *ABLATIONS):
             line = select(records, stack, ABLATION_RATE, 0)
             gamma = values(line, "gamma")[0]
-            l0s = [l0_at(line, level) for level in (0.8, 0.9)]
+            l0s = [l0_at(line, level) for level in (0.85, 0.9, 0.95)]
             yield site, LABELS.get(stack, stack), *l0s, f"{gamma.min():.3f} to {gamma.max():.3f}"
 
 
 def rescaled_rows(runs):
     for site, (records, ratios, rescaled) in runs.items():
         rate = best_rate(ratios, "baseline")
+        gated = [select(records, "gated", best_rate(ratios, "gated"), seed) for seed in (0, 1, 2)]
         before, after = select(records, "baseline", rate), select(rescaled, "rescaled", rate)
         for l1 in sorted({r["l1_coefficient"] for r in after}):
             sides = [[r for r in side if r["l1_coefficient"] == l1] for side in (before, after)]
             l0, recovered, gamma = zip(*(values(side, "l0", "loss_recovered", "gamma") for side in sides), strict=True)
             arrows = [" → ".join(f"{value.mean():.3f}" for value in pair) for pair in (recovered, gamma)]
-            yield site, f"{l1:g}", " → ".join(f"{value.mean():.1f}" for value in l0), *arrows
+            yield (
+                site,
+                f"{l1:g}",
+                " → ".join(f"{value.mean():.1f}" for value in l0),
+                *arrows,
+                recovered_at(gated, l0[1].mean()),
+            )
 
 
 def pursuit_rows(records):
@@ -167,7 +185,7 @@ def main():
     parser.add_argument("--runs", type=Path, required=True, help="folder of runs")
     parser.add_argument("--write", type=Path, required=True, help="file whose marked tables are replaced")
     arguments = parser.parse_args()
-    there = [site for site in SITES if (arguments.runs / site / "report").exists()]
+    there = [site for site in LEVELS if (arguments.runs / site / "report").exists()]
     rescaled = {site: arguments.runs / f"{site}_rescaled" for site in there}
     runs = {
         site: (*read(arguments.runs / site), read(path)[0] if (path / "report").exists() else [])
@@ -184,8 +202,8 @@ def main():
         ),
         "gamma": table(["Site", "SAEs", "L0", "Loss recovered", "γ"], gamma_rows(runs)),
         "rates": table(["Site", "SAEs, loss recovered", *(f"{rate:g}" for rate in rates)], rate_rows(runs)),
-        "ablations": table(["Site", "Variant", "L0 at 0.8", "L0 at 0.9", "γ"], ablation_rows(runs)),
-        "rescaled": table(["Site", "λ", "L0", "Loss recovered", "γ"], rescaled_rows(runs)),
+        "ablations": table(["Site", "Variant", "L0 at 0.85", "at 0.9", "at 0.95", "γ"], ablation_rows(runs)),
+        "rescaled": table(["Site", "λ", "L0", "Loss recovered", "γ", "Gated SAEs of this L0"], rescaled_rows(runs)),
         "pursuit": table(
             ["Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in ks)], pursuit_rows(quickstart)
         ),
