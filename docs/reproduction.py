@@ -49,8 +49,9 @@ def table(header, rows):
 
 def best_rate(ratios, stack):
     """The learning rate that most comparisons of a stack found best."""
-    rates = [r["learning_rate"] if r["stack"] == stack else r["baseline_learning_rate"] for r in ratios]
-    return max(set(rates), key=rates.count)
+    field = "learning_rate" if stack == "gated" else "baseline_learning_rate"
+    rates = [r[field] for r in ratios if r["stack"] == "gated"]
+    return max(sorted(set(rates)), key=rates.count)
 
 
 def l0_at(records, level):
@@ -61,7 +62,7 @@ def l0_at(records, level):
 def recovered_at(lines, l0):
     """Loss recovered along frontiers at an L0, the mean over them."""
     found = [
-        np.interp(math.log(l0), np.log(x), y, right=np.nan)
+        np.interp(math.log(l0), np.log(x), y, left=np.nan, right=np.nan)
         for x, y in (values(line, "l0", "loss_recovered") for line in lines)
     ]
     return f"{np.mean(found):.3f}" if np.isfinite(found).all() else "not in range"
@@ -158,7 +159,8 @@ def ablation_rows(runs):
 def rescaled_rows(runs):
     for site, (records, ratios, rescaled) in runs.items():
         rate = best_rate(ratios, "baseline")
-        gated = [select(records, "gated", best_rate(ratios, "gated"), seed) for seed in (0, 1, 2)]
+        best = select(records, "gated", best_rate(ratios, "gated"))
+        gated = [[r for r in best if r["seed"] == seed] for seed in {r["seed"] for r in best}]
         before, after = select(records, "baseline", rate), select(rescaled, "rescaled", rate)
         for l1 in sorted({r["l1_coefficient"] for r in after}):
             sides = [[r for r in side if r["l1_coefficient"] == l1] for side in (before, after)]

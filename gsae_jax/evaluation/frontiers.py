@@ -65,7 +65,8 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
             if math.isfinite(found) and not math.isfinite(log_l0(level, names, 0)):
                 ends = sorted((points[name]["loss_recovered"][0], points[name]["l0"][0]) for name in names)
                 (low, l0_there), (high, l0_at_most) = ends[0], ends[-1]
-                # Compared at the end that is nearer to the level; NaN where the best does not go that far.
+                # Compared at the end that is nearer to the level. Where the best does not go that far its mean is NaN,
+                # nothing can be compared, and the level is kept.
                 at, l0 = (level, l0_there) if low > level else (high, l0_at_most)
                 if l0 > 0 and math.log(l0) < mean(at, rate):
                     return math.nan, math.nan

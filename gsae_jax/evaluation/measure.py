@@ -15,6 +15,7 @@ from gsae_jax.lms.loading import LM, check_tokens
 from gsae_jax.lms.loss import cross_entropy_and_divergence
 from gsae_jax.saes import pursuit, trained
 
+AT_ONCE = 12  # interventions whose activations are held at once
 Place = tuple[str, float]  # a site, and the norm above which its activations are left alone
 
 
@@ -69,20 +70,21 @@ def measure(
         for place, mean_D, context in zip(places, means, contexts, strict=True):
             mine = [run for run in runs if (run[1].site, run[1].norm_limit) == place]
             x, valid = context["x"], context["valid"]
-            replacements = [context[kind] for kind in ("x", "zero", "mean")]
-            for name, sae, params, k in mine:
-                x_hat, found[name] = _reconstruct(mesh, sae.architecture, sae.config, k, params, x, valid, mean_D)
-                replacements.append(x_hat)
-            losses = _losses(lm.module, place[0], lm.params, context["before"], hidden_RxTxD, tokens_RxT, replacements)
-            (ce_clean, _), (ce_zero, _), (ce_mean, _), *of_saes = losses
-            for (name, *_), (ce_sae, kl) in zip(mine, of_saes, strict=True):
-                found[name] |= {
-                    "ce_clean": ce_clean,
-                    "ce_zero": ce_zero,
-                    "ce_mean": ce_mean,
-                    "ce_sae": ce_sae,
-                    "kl": kl,
-                }
+            losses: dict[str, tuple[jax.Array, jax.Array]] = {}
+            waiting = {kind: context[kind] for kind in ("x", "zero", "mean")}
+            for number, (name, sae, params, k) in enumerate(mine):
+                waiting[name], found[name] = _reconstruct(
+                    mesh, sae.architecture, sae.config, k, params, x, valid, mean_D
+                )
+                if len(waiting) == AT_ONCE or number == len(mine) - 1:
+                    found_here = _losses(
+                        lm.module, place[0], lm.params, context["before"], hidden_RxTxD, tokens_RxT, [*waiting.values()]
+                    )
+                    losses |= dict(zip(waiting, found_here, strict=True))
+                    waiting = {}
+            shared = {f"ce_{kind}": losses[of][0] for kind, of in (("clean", "x"), ("zero", "zero"), ("mean", "mean"))}
+            for name, *_ in mine:
+                found[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
         for name, batch in mesh_lib.fetch(found).items():
             predictions = {"predictions": np.full(len(tokens), tokens.shape[1] - 1)}
             metrics.add(totals[name], batch | predictions)

@@ -41,8 +41,7 @@ def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -
 
 def gates(records: list[dict[str, Any]], values: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Histograms over features of r_mag and of the JumpReLU form's threshold, one per gated SAE."""
-    records = [record for record in records if record["name"] in values]
-    figure, above, below = _panels(records, rows=2)
+    figure, above, below = _panels([record for record in records if record["name"] in values], rows=2)
     for panels, field in ((above, "r_mag"), (below, "threshold")):
         _histograms(panels, records, {name: of[field] for name, of in values.items()})
         for axis in panels.values():
@@ -54,11 +53,11 @@ def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: 
     """One outline per SAE in its site's panel; the outermost bins take the thousandth of values beyond them."""
     stacks = _stacks(records)
     for site, axis in panels.items():
-        mine = [record["name"] for record in records if record["site"] == site]
+        mine = [record["name"] for record in records if record["site"] == site and record["name"] in values]
         low, high = np.quantile(np.concatenate([values[name] for name in mine]), (0.0005, 0.9995))
         bins = np.linspace(low, high + 1e-6, 41)
         for index, (stack, members) in enumerate(stacks.items()):
-            members = [record for record in members if record["site"] == site]
+            members = [record for record in members if record["name"] in mine]
             for number, record in enumerate(members):
                 each = len(mine) <= LEGEND
                 counts, _ = np.histogram(np.clip(values[record["name"]], bins[0], bins[-1]), bins)

@@ -278,7 +278,8 @@ ABOUT = (
 ITO = "Names ending in ito: the dictionary with so many features chosen by gradient pursuit, without its encoder."
 RATIOS = (
     "The L0 that each needs to recover as much loss (log L0 interpolated along the frontier, each side at its best "
-    "learning rate, geometric means over seeds), with a 95% bootstrap interval over rows of text."
+    "learning rate, geometric means over seeds), with a 95% bootstrap interval over rows of text. A level "
+    "is left out where a side does not reach it, or a learning rate ends short of it and is better where it ends."
 )
 SECTIONS = (
     (
