@@ -371,7 +371,7 @@ def test_local_passes_a_signal_on_and_leaves_nothing_running(number, launch):
     with launch.start("local.sh", "3", *TRAINING, DO="wait,wait,wait") as process:
         processes = reports("".join(process.stdout.readline() for _ in range(3)))
         process.send_signal(number)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert sorted(out.splitlines()) == ["[1] saved", "[2] saved", "saved"]
     for trainer in processes:
