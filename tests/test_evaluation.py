@@ -50,8 +50,9 @@ def on_mesh(data, latent):
 
 
 @pytest.mark.parametrize("mesh", [None, (8, 1), (2, 4)])
-def test_identity_recovers_all_loss_and_zero_none(lm, mesh):
-    """Exactly: equal activations have equal losses, whatever program they come from."""
+def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
+    """Exactly: equal activations have equal losses, whatever they come from and whichever are measured with them."""
+    monkeypatch.setattr(measure, "AT_ONCE", 4)
     D = lm.sites[SITE]
     config = relu.Config(D, 2 * D)
     saes = [as_sae("identity", relu, identity(D), config), as_sae("zero", relu, zero(D), config)]

@@ -104,8 +104,10 @@ def test_pursuit_beats_the_encoder(run, held_out):
     lm, batches = held_out
     tokens = [batches[0][:4]]
     for sae in gsae_jax.load(run).values():
-        l0 = metrics.combine(measure.measure(lm, [sae], tokens, lm.special_tokens)[sae.name])["l0"]
-        found = measure.measure(lm, [sae], tokens, lm.special_tokens, ito=(int(l0),))
+        l0 = (np.asarray(sae.encode(lm.activations(tokens[0], [sae.site])[sae.site])) > 0).sum(-1)
+        found = measure.measure(
+            lm, [sae], tokens, lm.special_tokens, ito=(int(l0[~np.isin(tokens[0], lm.special_tokens)].mean()),)
+        )
         encoder, pursuit = (metrics.combine(sums) for sums in found.values())
         assert pursuit["l0"] <= encoder["l0"]
         assert pursuit["fvu"] < encoder["fvu"], sae.name

@@ -76,7 +76,7 @@ def measure(
                 waiting[name], found[name] = _reconstruct(
                     mesh, sae.architecture, sae.config, k, params, x, valid, mean_D
                 )
-                if len(waiting) == AT_ONCE or number == len(mine) - 1:
+                if len(waiting) >= AT_ONCE or number == len(mine) - 1:
                     found_here = _losses(
                         lm.module, place[0], lm.params, context["before"], hidden_RxTxD, tokens_RxT, [*waiting.values()]
                     )
