@@ -85,7 +85,7 @@ def main():
         nonlocal state
         waiting = None
         for _ in range(CALLS.value):
-            state, metrics = program.train_step(state, lm_params, tokens())
+            state, metrics, _ = program.train_step(state, lm_params, tokens())
             jax.block_until_ready(waiting)
             waiting = metrics
         jax.block_until_ready(state)

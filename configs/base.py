@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
             compute_dtype="float32",  # of the SAEs' matrix products; bfloat16 suits accelerators
             log_every=50,  # steps between lines of metrics
             dead_after=1000,  # a feature that fired on no token of so many steps is dead
+            max_skipped=100,  # updates in a row that an SAE may skip as not finite before training ends
             resample_steps=(),  # steps after which dead features begin again; () = never
             resample_warmup_steps=1000,  # the learning rate then returns from a tenth over so many steps
         )

@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gsae_jax import processes
-from gsae_jax.config import ConfigError
+from gsae_jax.config import ConfigError, DivergedError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
 
@@ -69,6 +69,8 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
             if several:
                 processes.join(*(flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")))
             sys.exit(processes.guarded(lambda: main(*argv[1:]), _describe))
+        except DivergedError as error:
+            _refuse(str(error), 1)
         except ConfigError as error:
             if TRACEBACK.value:
                 raise
@@ -80,8 +82,8 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
 
 def _describe(error: BaseException) -> tuple[str, int]:
     """The last line and the exit code of a process that others wait for."""
-    if isinstance(error, ConfigError):
-        return f"error: {error}", 2
+    if isinstance(error, ConfigError | DivergedError):
+        return f"error: {error}", 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     what = f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -89,6 +91,6 @@ def _describe(error: BaseException) -> tuple[str, int]:
     return what + " (another process may have ended before; look at its output)" * lost, 1
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str, code: int = 2) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)

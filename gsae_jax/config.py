@@ -24,6 +24,10 @@ class ConfigError(ValueError):
         self.field = field
 
 
+class DivergedError(RuntimeError):
+    """SAEs whose loss or gradients stay not finite; the run's state is saved."""
+
+
 def known_names(name: str, names: Iterable[str]) -> str:
     """`did you mean 'x'? known: x, y, z` for an unknown name."""
     names = list(names)
@@ -156,9 +160,10 @@ class Train:
     resample_steps: tuple[int, ...] = ()
     resample_warmup_steps: int = 1000
     dead_after: int = 1000
+    max_skipped: int = 100
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after"):
+        for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after", "max_skipped"):
             _at_least(f"train.{field}", getattr(self, field), 1)
         _at_least("train.warmup_steps", self.warmup_steps, 0)
         if self.warmup_steps >= self.steps:

@@ -18,7 +18,7 @@ from jax._src import distributed  # its key-value store has no public name; orba
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
+from gsae_jax.config import ConfigError, DivergedError
 
 HEARTBEAT_TIMEOUT = 30  # seconds until a process that was killed is missed
 GRACE = 3  # seconds in which a reason reaches all processes
@@ -140,7 +140,7 @@ def guarded(main: Callable[[], int | None], describe: Callable[[BaseException], 
         if isinstance(error, SystemExit) and not error.code:
             raise
         message, code = describe(error)
-        if not isinstance(error, ConfigError | KeyboardInterrupt):
+        if not isinstance(error, ConfigError | DivergedError | KeyboardInterrupt):
             traceback.print_exc()
         reason = json.dumps({"process": jax.process_index(), "message": message, "code": code})
         try:

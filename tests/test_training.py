@@ -38,7 +38,7 @@ def begin(experiment, mesh=None):
 
 def advance(program, state, lm_params, stream, calls):
     for _ in range(calls):
-        state, metrics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
+        state, metrics, _ = program.train_step(state, lm_params, program.place_tokens(next(stream)))
     return state, jax.device_get(metrics)
 
 
@@ -85,7 +85,7 @@ def test_a_step_is_the_papers_loss_and_adam(experiment):
     tokens = [next(stream) for _ in range(3)]
     served = replay(program, start, lm_params, tokens)
     for call in tokens:
-        state, _ = program.train_step(state, lm_params, program.place_tokens(call))
+        state, *_ = program.train_step(state, lm_params, program.place_tokens(call))
     for stack in program.stacks:
         for index, (l1, rate, _) in enumerate(stack.config.numbers()):
             params = {

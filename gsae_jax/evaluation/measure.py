@@ -106,7 +106,7 @@ def _spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.A
 def _valid(x_RxTxD: jax.Array, tokens_RxT: jax.Array, special_tokens: tuple[int, ...], norm_limit: float) -> jax.Array:
     """Which activations are measured and replaced."""
     norms = jnp.linalg.norm(x_RxTxD.astype(jnp.float32), axis=-1)
-    return ~jnp.isin(tokens_RxT, jnp.array(special_tokens, jnp.int32)) & (norms <= norm_limit)
+    return ~jnp.isin(tokens_RxT, jnp.array(special_tokens, jnp.int32)) & jnp.isfinite(norms) & (norms <= norm_limit)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

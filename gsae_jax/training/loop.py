@@ -1,6 +1,7 @@
 """The trainer: checks everything first, then prepares, resumes or starts, trains, and saves."""
 
 import dataclasses
+import json
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import processes
 from gsae_jax import workdir as workdir_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import ConfigError, DivergedError, Experiment
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -36,6 +37,7 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
 
     Raises:
         ConfigError: the config or the directory cannot be used; nothing was written in it then.
+        DivergedError: an SAE skipped `train.max_skipped` updates in a row.
     """
     workdir = workdir_lib.Workdir(path)
     as_json = config_lib.to_dict(config)
@@ -153,7 +155,7 @@ def _loop(
     metrics = workdir_lib.Metrics(workdir, step) if processes.first() else None
     logged_at = time.perf_counter()
 
-    def log(at: int, statistics: Any) -> None:
+    def log(at: int, statistics: Any, dropped: jax.Array) -> None:
         nonlocal logged, logged_at
         # Which steps are logged depends on the step alone, so that a resumed run's metrics are an uninterrupted run's.
         if at // every == (at - per_call) // every and at != total:
@@ -162,7 +164,7 @@ def _loop(
         values = jax.device_get(statistics)
         now = time.perf_counter()
         tokens_per_second = (at - logged) * config.train.batch_size / (now - logged_at)
-        shown = progress.show(values) | {"tokens_per_second": round(tokens_per_second, 1)}
+        shown = progress.show(values) | {"dropped": int(dropped), "tokens_per_second": round(tokens_per_second, 1)}
         if metrics:
             metrics.write(at, shown)
         progress.bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s", refresh=False)
@@ -176,32 +178,72 @@ def _loop(
         saved = step
 
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
-        waiting: tuple[int, Any] | None = None  # statistics of the call before, read while the next one runs
-        while step < total and not signals.stop(step // per_call):
-            state, statistics = program.train_step(state, lm_params, program.place_tokens(next(stream)))
+        waiting: tuple[int, Any, jax.Array, np.ndarray] | None = (
+            None  # statistics of the call before, read while the next one runs
+        )
+        skips = _Skips(config, progress)
+        while step < total and not signals.stop(step // per_call) and not skips.lost:
+            tokens_RxT = next(stream)
+            state, statistics, dropped = program.train_step(state, lm_params, program.place_tokens(tokens_RxT))
             step += per_call
             if step in config.resampled_at:
                 state, counts = program.resample(state)
                 progress.say(f"step {step:,}: dead features that began again: {_named(counts)}")
             if waiting is not None:
-                log(*waiting)
+                skips.look(waiting[0], waiting[1], waiting[3])
+                log(*waiting[:3])
                 if metrics and waiting[0] == saved:
                     metrics.sync()  # now with the line of the step that was saved
-            waiting = step, statistics
+            waiting = step, statistics, dropped, tokens_RxT
             progress.bar.update(per_call)
             if step // config.checkpoint.every > saved // config.checkpoint.every:
                 save()
         if waiting is not None:
-            log(*waiting)
+            log(*waiting[:3])
         if step > saved:
             save()
     checkpoints.wait()
     if metrics:
         metrics.close()
+    if skips.lost:
+        raise DivergedError(skips.write(workdir, step))
     if step < total:
         kept = f"step {saved:,} is saved" if saved else "no step was made yet"
         processes.say(f"{signals.received}: {kept}; the same command continues from there")
     return step == total
+
+
+class _Skips:
+    """Watches for SAEs that skip updates because numbers are not finite."""
+
+    def __init__(self, config: Experiment, progress: "_Progress"):
+        self._config, self._progress = config, progress
+        self._since: dict[str, tuple[int, np.ndarray]] = {}  # SAE -> the call that its skips began in, and its tokens
+        self.lost: list[str] = []
+
+    def look(self, step: int, statistics: dict[str, dict[str, jax.Array]], tokens_RxT: np.ndarray) -> None:
+        """At a call's statistics: say where skips begin, and which SAEs are `lost`."""
+        in_row = jax.device_get({name: stack["skipped_in_row"] for name, stack in statistics.items()})
+        for sae, count in ((f"{name}_{i}", n) for name, counts in in_row.items() for i, n in enumerate(counts)):
+            if count == 0:
+                self._since.pop(sae, None)
+            elif sae not in self._since:
+                self._since[sae] = step, tokens_RxT
+                self._progress.say(f"step {step:,}: {sae} skips updates: its loss or gradients are not finite")
+            if count >= self._config.train.max_skipped:
+                self.lost.append(sae)
+
+    def write(self, workdir: workdir_lib.Workdir, step: int) -> str:
+        """Put `diverged.json` in the run's directory; returns the message."""
+        path = workdir.path / "diverged.json"
+        if processes.first():
+            about = {sae: {"step": self._since[sae][0], "tokens": self._since[sae][1].tolist()} for sae in self.lost}
+            workdir_lib.write_text(path, json.dumps(about) + "\n")
+        since = ", ".join(f"{sae} since step {self._since[sae][0]:,}" for sae in self.lost)
+        return (
+            f"not finite in {self._config.train.max_skipped} updates in a row: {since}; step {step:,} is saved and "
+            f"{path} has the tokens that were read when it began; lower the learning rate of these SAEs in a new run"
+        )
 
 
 def _named(counts: dict[str, jax.Array]) -> str:

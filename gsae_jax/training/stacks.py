@@ -25,6 +25,8 @@ class StackState:
         l1_coefficient: [N]; moves where the stack has a target of L0.
         learning_rate: [N], before the schedule's factor.
         steps_since_fired: [N, F], updates since a feature was last active on any token of a batch.
+        skipped: [N], updates that were not made because the loss or a gradient was not finite.
+        skipped_in_row: [N], those since the last that was.
     """
 
     params: dict[str, jax.Array]
@@ -32,6 +34,8 @@ class StackState:
     l1_coefficient: jax.Array
     learning_rate: jax.Array
     steps_since_fired: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Stack:
             l1_coefficient=l1.astype(jnp.float32),
             learning_rate=learning_rates.astype(jnp.float32),
             steps_since_fired=jnp.zeros((len(seeds), self.sae.width), jnp.int32),
+            skipped=jnp.zeros(len(seeds), jnp.int32),
+            skipped_in_row=jnp.zeros(len(seeds), jnp.int32),
         )
 
     def specs(self) -> Any:
@@ -82,12 +88,16 @@ class Stack:
             l1_coefficient=everywhere,
             learning_rate=everywhere,
             steps_since_fired=P(None, ("latent", "data")),
+            skipped=everywhere,
+            skipped_in_row=everywhere,
         )
 
     def update(
         self, state: StackState, x_BxD: jax.Array, rate: jax.Array, gain: jax.typing.ArrayLike = 0.0
     ) -> tuple[StackState, dict[str, jax.Array]]:
         """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
+
+        An SAE whose loss or gradients are not finite stays as it is, and its statistics are 0.
 
         `rate` is the schedule's factor on learning rates, and `gain` how far L0 off its target moves l1 coefficients.
 
@@ -116,19 +126,34 @@ class Stack:
         if jax.lax.axis_size("data") > 1:
             fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)
         statistics = jax.lax.pmean(statistics, "data")
+        finite_N = _finite(grads) & jnp.isfinite(statistics["loss"])
+
+        def where_finite(new: jax.Array, old: jax.typing.ArrayLike) -> jax.Array:
+            return jnp.where(jnp.expand_dims(finite_N, range(1, new.ndim)), new, old)
+
         params, second_moments = optimiser.update(state.params, grads, state.second_moments, rate * state.learning_rate)
-        since = jnp.where(fired > 0, 0, state.steps_since_fired + 1)
         l1_coefficient = state.l1_coefficient
         if self.config.target_l0:
             excess = jnp.log(statistics["l0"] / jnp.array(self.config.target_l0))
             l1_coefficient = l1_coefficient * jnp.exp(gain * jnp.clip(excess, -1, 1))
+        statistics["l1_coefficient"] = state.l1_coefficient
         return dataclasses.replace(
             state,
-            params=params,
-            second_moments=second_moments,
-            l1_coefficient=l1_coefficient,
-            steps_since_fired=since,
-        ), statistics | {"l1_coefficient": state.l1_coefficient}
+            params=jax.tree.map(where_finite, params, state.params),
+            second_moments=second_moments._replace(
+                nu=jax.tree.map(where_finite, second_moments.nu, state.second_moments.nu)
+            ),
+            l1_coefficient=where_finite(l1_coefficient, state.l1_coefficient),
+            steps_since_fired=jnp.where(finite_N[:, None] & (fired > 0), 0, state.steps_since_fired + 1),
+            skipped=state.skipped + ~finite_N,
+            skipped_in_row=jnp.where(finite_N, 0, state.skipped_in_row + 1),
+        ), jax.tree.map(lambda value: where_finite(value, 0), statistics) | {"updates": finite_N.astype(jnp.float32)}
+
+
+def _finite(grads: dict[str, jax.Array]) -> jax.Array:
+    """Whether all of an SAE's gradients [N, ...] are, and their squares, on every device."""
+    squares_N = sum(jnp.square(value).sum(range(1, value.ndim)) for value in grads.values())
+    return jax.lax.psum((~jnp.isfinite(squares_N)).astype(jnp.int32), ("latent", "data")) == 0
 
 
 def gather(part: jax.Array, axis: int | None) -> jax.Array:

@@ -36,6 +36,7 @@ class TrainState:
         norm_limits: site -> the norm above which a token is dropped.
         key: what every random draw folds the step into.
         step: SAE updates so far.
+        dropped: tokens kept from the SAEs so far because an activation was not finite or its norm extreme.
     """
 
     stacks: dict[str, StackState]
@@ -44,6 +45,7 @@ class TrainState:
     norm_limits: dict[str, jax.Array]
     key: jax.Array
     step: jax.Array
+    dropped: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +90,7 @@ class Program:
             norm_limits=everywhere,
             key=P(),
             step=P(),
+            dropped=P(),
         )
 
     def shardings(self) -> Any:
@@ -112,11 +115,12 @@ class Program:
     def valid(
         self, tokens_RxT: jax.Array, activations: dict[str, jax.Array], norm_limits: dict[str, jax.Array] | None
     ) -> jax.Array:
-        """Which tokens [R, T] the SAEs may see: not special, and of no extreme norm at any site."""
+        """Which tokens [R, T] the SAEs may see: not special, and of a finite and no extreme norm at every site."""
         valid = ~jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
-        if norm_limits is not None and self._norm_multiple < math.inf:
-            for site, x in activations.items():
-                valid &= _norms(x) <= norm_limits[site]
+        for site, x in activations.items():
+            limit = jnp.inf if norm_limits is None else norm_limits[site]
+            norms = _norms(x)
+            valid &= jnp.isfinite(norms) & (norms <= limit)
         return valid
 
     @cached_property
@@ -152,6 +156,7 @@ class Program:
                 norm_limits={site: jnp.float32(self._norm_multiple * medians[site]) for site in self.widths},
                 key=jax.random.key_data(jax.random.key(config.seed)),
                 step=jnp.int32(0),
+                dropped=jnp.int32(0),
             )
 
         return jax.jit(init, out_shardings=self.shardings())()
@@ -194,8 +199,11 @@ class Program:
         )
 
     @cached_property
-    def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
-        """(state, lm_params, tokens [rows_per_call, T]) -> (state `updates_per_call` later, mean statistics)."""
+    def train_step(self) -> Callable[..., tuple[TrainState, Metrics, jax.Array]]:
+        """(state, lm_params, tokens [rows_per_call, T]) -> (state `updates_per_call` later, mean statistics, dropped).
+
+        Means are over the updates that an SAE made; `dropped` is the state's.
+        """
         config, updates = self.config, self.config.updates_per_call
         schedule, gain = optimiser.schedule(config.train, config.resampled_at), optimiser.gain(config.train)
         specs = self.specs()
@@ -220,7 +228,10 @@ class Program:
 
             inputs = (jax.tree.map(arrange, fresh), arrange(valid), slots_UxB, jnp.arange(updates))
             (stacks, store), metrics = jax.lax.scan(one_update, (stacks, store), inputs)
-            return stacks, store, jax.tree.map(lambda m: m.mean(0), metrics)
+            for name, of_stack in metrics.items():
+                made = of_stack.pop("updates").sum(0)
+                metrics[name] = {key: value.sum(0) / jnp.maximum(made, 1) for key, value in of_stack.items()}
+            return stacks, store, metrics
 
         mapped = jax.shard_map(
             on_device,
@@ -229,7 +240,9 @@ class Program:
             out_specs=(specs.stacks, P("data"), P()),
         )
 
-        def train_step(state: TrainState, lm_params: Any, tokens_RxT: jax.Array) -> tuple[TrainState, Metrics]:
+        def train_step(
+            state: TrainState, lm_params: Any, tokens_RxT: jax.Array
+        ) -> tuple[TrainState, Metrics, jax.Array]:
             fresh = self.activations(lm_params, tokens_RxT)
             valid = self.valid(tokens_RxT, fresh, state.norm_limits)
             # The draws are of the whole mesh, so that a run does not depend on its shape.
@@ -239,11 +252,16 @@ class Program:
             stacks, store, metrics = mapped(
                 state.stacks, state.store, fresh, valid, slots_UxB, shift, state.scales, state.step
             )
+            special = jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
+            dropped = state.dropped + (~(valid | special)).sum()
             for name, stack in stacks.items():
+                metrics[name] |= {"skipped": stack.skipped, "skipped_in_row": stack.skipped_in_row}
                 metrics[name]["dead"] = (stack.steps_since_fired >= config.train.dead_after).sum(1)
-            return dataclasses.replace(state, stacks=stacks, store=store, step=state.step + updates), metrics
+            state = dataclasses.replace(state, stacks=stacks, store=store, step=state.step + updates, dropped=dropped)
+            return state, metrics, dropped
 
-        return jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings(), NamedSharding(self.mesh, P())))
+        everywhere = NamedSharding(self.mesh, P())
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings(), everywhere, everywhere))
 
     @cached_property
     def resample(self) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:

@@ -1,0 +1,96 @@
+"""Numbers that are not finite reach nobody but the SAE that has them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.config import DivergedError
+from gsae_jax.lms.loading import capture
+from gsae_jax.training import loop
+from tests.test_training import advance, begin, single_device_mesh, with_
+
+
+def four(experiment, **changes):
+    """The experiment with one stack, of four gated SAEs."""
+    stack = dataclasses.replace(
+        experiment.stacks["gated"], l1_coefficients=(0.01, 0.02, 0.03, 0.04), learning_rates=(1e-2,), seeds=(0, 1, 2, 3)
+    )
+    return dataclasses.replace(experiment, stacks={"gated": dataclasses.replace(stack, **changes)})
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_one_saes_nan_leaves_the_others_bit_identical(experiment, shape):
+    """A NaN in one SAE's loss during the second of three calls."""
+    experiment = with_(four(experiment), mesh={"data": shape[0], "latent": shape[1]})
+    mesh = single_device_mesh() if shape == (1, 1) else None
+
+    def train(poison):
+        program, state, lm_params, stream = begin(experiment, mesh)
+        state, _ = advance(program, state, lm_params, stream, 1)
+        before, l1 = jax.device_get(state), state.stacks["gated"].l1_coefficient
+        if poison:
+            state.stacks["gated"].l1_coefficient = jax.device_put(l1.at[1].set(jnp.nan), l1.sharding)
+        state, metrics = advance(program, state, lm_params, stream, 1)
+        during, l1 = jax.device_get(state), state.stacks["gated"].l1_coefficient
+        state.stacks["gated"].l1_coefficient = jax.device_put(l1.at[1].set(0.02), l1.sharding)
+        after, _ = advance(program, state, lm_params, stream, 1)
+        return before, during, metrics["gated"], jax.device_get(after)
+
+    *_, sane = train(poison=False)
+    before, during, metrics, after = train(poison=True)
+    stack = during.stacks["gated"]
+    np.testing.assert_array_equal(stack.skipped, [0, 4, 0, 0])
+    np.testing.assert_array_equal(stack.skipped_in_row, [0, 4, 0, 0])
+    np.testing.assert_array_equal(after.stacks["gated"].skipped_in_row, 0)
+    assert all(np.isfinite(value).all() for name, value in metrics.items() if name != "l1_coefficient")
+    parts = (lambda s: s.params, lambda s: s.second_moments.nu, lambda s: s.steps_since_fired)
+    for part in parts:
+        for old, kept, new, other in zip(
+            *(jax.tree.leaves(part(state.stacks["gated"])) for state in (before, during, after, sane)), strict=True
+        ):
+            if part is not parts[2]:
+                np.testing.assert_array_equal(kept[1], old[1])
+            assert np.isfinite(new).all()
+            np.testing.assert_array_equal(np.delete(new, 1, 0), np.delete(other, 1, 0))
+    assert (after.stacks["gated"].params["W_dec"][1] != during.stacks["gated"].params["W_dec"][1]).any()
+
+
+def test_an_sae_that_diverges_ends_training(experiment, tmp_path):
+    """By name, with its step and tokens on disk, and the others' progress saved."""
+    experiment = with_(four(experiment, learning_rates=(1e-2, 1e-2, 1e30, 1e-2)), train={"max_skipped": 6})
+    with pytest.raises(DivergedError, match=r"gated_2 since step 4; step 12 is saved") as caught:
+        loop.train(experiment, tmp_path / "run")
+    assert str(tmp_path / "run" / "diverged.json") in str(caught.value)
+    found = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert list(found) == ["gated_2"]
+    assert np.shape(found["gated_2"]["tokens"]) == (16, 16)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert lines[-1]["gated/skipped"][:2] == [0, 0]
+    assert lines[-1]["gated/skipped"][2] >= 6
+
+
+def test_activations_that_are_not_finite_are_dropped_and_counted(experiment):
+    """A token whose embedding is NaN spoils itself and what attends to it; no SAE sees any of that."""
+    program, state, lm_params, stream = begin(experiment, mesh_lib.make_mesh(experiment.mesh))
+    tokens = next(stream)
+    W_E = lm_params["embed.W_E"]
+    spoilt = int(tokens[3, 5])
+    lm_params = lm_params | {"embed.W_E": W_E.at[spoilt].set(jnp.nan)}
+    placed = program.place_tokens(tokens)
+    finite = np.stack(
+        [np.isfinite(x).all(-1) for x in capture(program.module, lm_params, placed, program.widths).values()]
+    ).all(0)
+    bad = ~finite & ~np.isin(tokens, program.special_tokens)
+    assert bad[3, 5:].any()
+    state, metrics, dropped = program.train_step(state, lm_params, placed)
+    assert int(dropped) == int(state.dropped) == bad.sum() > 0
+    for leaf in jax.tree.leaves((state.stacks, state.store, metrics)):
+        assert np.isfinite(leaf).all()
+    for stack in state.stacks.values():
+        np.testing.assert_array_equal(stack.skipped, 0)
