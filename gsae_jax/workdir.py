@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import orbax.checkpoint as ocp
 import tensorboardX
@@ -22,6 +23,7 @@ from gsae_jax import config as config_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
 
+LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
 
 
@@ -36,6 +38,7 @@ class Workdir:
         """
         buckets.check("--workdir", path)
         self.path = epath.Path(path)
+        self._lock = filelock.FileLock(self.path / LOCK) if not is_bucket(self.path) else None
 
     @property
     def report(self) -> Path:
@@ -62,7 +65,9 @@ class Workdir:
 
     def _is_empty(self) -> bool:
         if not is_bucket(self.path):
-            return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+            return not self.path.exists() or (
+                self.path.is_dir() and all(entry.name == LOCK for entry in self.path.iterdir())
+            )
         try:
             names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(PROBE)}
         except FileNotFoundError:
@@ -111,6 +116,26 @@ class Workdir:
         elif not (self.path / "config.json").exists() and not self._is_empty():
             raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
 
+    def hold(self) -> None:
+        """Keep other processes from training here until `release`; a bucket has no locks.
+
+        Raises:
+            ConfigError: another process trains here.
+        """
+        if self._lock is None or self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(
+                "--workdir", f"another process is training in {self.path}; wait for its end, or write another directory"
+            ) from error
+
+    def release(self) -> None:
+        """Let others train here."""
+        if self._lock is not None:
+            self._lock.release()
+
     def check_writable(self) -> None:
         """Raises `ConfigError` if nothing can be written here."""
         if not is_bucket(self.path):
@@ -133,6 +158,7 @@ class Workdir:
         """Make the directory and write its config; a run with a checkpoint keeps its own, which `check` found equal."""
         if not is_bucket(self.path):  # which has no directories
             self.path.mkdir(parents=True, exist_ok=True)
+            self.hold()
         if self.latest_step() is None:
             write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 

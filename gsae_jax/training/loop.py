@@ -40,6 +40,13 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
         DivergedError: an SAE skipped `train.max_skipped` updates in a row.
     """
     workdir = workdir_lib.Workdir(path)
+    try:
+        return _train(config, workdir, starts or {})
+    finally:
+        workdir.release()
+
+
+def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str, dict[str, Any]]) -> bool:
     as_json = config_lib.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
@@ -47,7 +54,7 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
     mesh_lib.check(config, mesh)
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
     program, tokenizer = build(config, mesh, checkpoint)
-    for name, params in (starts or {}).items():
+    for name, params in starts.items():
         if params["b_dec"].shape[-1] != program.widths[config.stacks[name].site]:
             raise ConfigError(f"stacks.{name}.start_from", "is of another language model; write a run of this one")
     lm_params = checkpoint.params(program.module, config.lm.dtype)
@@ -56,11 +63,13 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
     rows_lib.held_out(config, tokenizer, config.evaluation.tokens)  # the report's text must be there too
     latest = workdir.latest_step()
+    if processes.first() and latest is not None:
+        workdir.hold()
     processes.agree("--workdir", latest, "their checkpoints are not the same; write a directory that they share")
     if latest is None:
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
         state = start(program, lm_params, stream)
-        for name, params in (starts or {}).items():
+        for name, params in starts.items():
             own, scale = state.stacks[name].params, float(state.scales[config.stacks[name].site])
             params = trained.fold_scale(params, 1 / scale)
             state.stacks[name].params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, own))
@@ -68,6 +77,8 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
         workdir.create(as_json)
     processes.wait("the run's directory")
     workdir.config()
+    if workdir.latest_step() != latest:
+        raise ConfigError("--workdir", "another process has trained here meanwhile; run the command again")
     checkpoints = workdir_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
     try:
         if latest is not None:

@@ -1,0 +1,52 @@
+"""One directory, one training process."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gsae_jax import config as config_lib
+from gsae_jax import workdir as workdir_lib
+from gsae_jax.config import ConfigError
+from gsae_jax.training import loop
+
+HOLDER = """
+import sys, time
+from gsae_jax import workdir
+held = workdir.Workdir(sys.argv[1])
+held.hold()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends(experiment, tmp_path):
+    """However the first ends: here by SIGKILL. The refused one changes nothing."""
+    run = tmp_path / "run"
+    assert loop.train(experiment, run)
+    experiment = config_lib.from_dict(config_lib.Experiment, config_lib.to_dict(experiment))
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        with pytest.raises(ConfigError, match=r"--workdir: another process is training in .*; wait for its end"):
+            loop.train(experiment, run)
+        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    assert loop.train(experiment, run)
+
+
+def test_a_lock_alone_does_not_make_a_directory_taken(experiment, tmp_path):
+    """A run that was killed before its config was written leaves one."""
+    (tmp_path / workdir_lib.LOCK).touch()
+    workdir = workdir_lib.Workdir(tmp_path)
+    workdir.check(config_lib.to_dict(experiment))
+    workdir.create(config_lib.to_dict(experiment))
+    with pytest.raises(ConfigError, match="another process"):
+        workdir_lib.Workdir(tmp_path).hold()
+    workdir.release()
+    workdir_lib.Workdir(tmp_path).hold()
