@@ -26,6 +26,12 @@ COLUMNS = {  # key of a result -> title, form, factor; others stand as they are
     "bytes_per_parameter": ("bytes a parameter", "{:.2f}", 1),
     "bytes_of_arguments": ("arguments", *MEBIBYTES),
     "bytes_of_temporaries": ("temporaries", *MEBIBYTES),
+    "every": ("steps between saves", "{}", 1),
+    "megabytes": ("a checkpoint", "{:,.0f} MB", 1),
+    "throughput": ("of the throughput without", "{:.1%}", 1),
+    "wait_seconds": ("the loop waits", *MILLISECONDS),
+    "whole_seconds": ("whole after", *MILLISECONDS),
+    "steps_meanwhile": ("steps meanwhile", "{:.0f}", 1),
 }
 
 

@@ -64,7 +64,10 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict(
         dict(
             every=1000,  # steps between checkpoints
-            keep=2,  # how many to keep
+            keep=2,  # how many of the last to keep
+            keep_every=0,  # also keep checkpoints at least so many steps apart; 0 = none
+            keep_best="",  # also keep the one with the lowest mean of STACK/loss or STACK/mse; "" = none
+            buffer=True,  # save the exchange buffer; without it a resumed run fills it with other text
         )
     )
     config.evaluation = ConfigDict(

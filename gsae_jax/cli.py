@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gsae_jax import processes
-from gsae_jax.config import ConfigError, DivergedError
+from gsae_jax.config import ConfigError, TrainingError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
 
@@ -69,20 +69,23 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
             if several:
                 processes.join(*(flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")))
             sys.exit(processes.guarded(lambda: main(*argv[1:]), _describe))
-        except DivergedError as error:
+        except TrainingError as error:
             _refuse(str(error), 1)
+        except KeyboardInterrupt:
+            _refuse("interrupted", 130)
         except ConfigError as error:
             if TRACEBACK.value:
                 raise
             _refuse(str(error))
 
-    logging.set_verbosity(logging.ERROR)  # TFDS and orbax warn of what is as it should be
+    # TFDS and orbax warn of what is as it should be, and log the tracebacks of errors that they raise as well.
+    logging.set_verbosity(logging.FATAL)
     app.run(guarded, flags_parser=parse)
 
 
 def _describe(error: BaseException) -> tuple[str, int]:
     """The last line and the exit code of a process that others wait for."""
-    if isinstance(error, ConfigError | DivergedError):
+    if isinstance(error, ConfigError | TrainingError):
         return f"error: {error}", 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130

@@ -24,8 +24,8 @@ class ConfigError(ValueError):
         self.field = field
 
 
-class DivergedError(RuntimeError):
-    """SAEs whose loss or gradients stay not finite; the run's state is saved."""
+class TrainingError(RuntimeError):
+    """What a user did not cause by what was written: numbers that stay not finite, a disk that is full."""
 
 
 def known_names(name: str, names: Iterable[str]) -> str:
@@ -196,14 +196,19 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """When to save, and how many to keep."""
+    """When to save, what, and which to keep."""
 
     every: int
     keep: int
+    # Runs of earlier versions have none of these.
+    keep_every: int = 0
+    keep_best: str = ""
+    buffer: bool = True
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 1)
         _at_least("checkpoint.keep", self.keep, 1)
+        _at_least("checkpoint.keep_every", self.keep_every, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +270,13 @@ class Experiment:
                 "train.resample_steps",
                 f"is {self.train.resample_steps}; write steps to {self.train.steps - self.updates_per_call}, where the "
                 "last forward pass is still to come",
+            )
+        best, _, statistic = self.checkpoint.keep_best.partition("/")
+        if self.checkpoint.keep_best and (best not in self.stacks or statistic not in ("loss", "mse")):
+            raise ConfigError(
+                "checkpoint.keep_best",
+                f"is {self.checkpoint.keep_best!r}; write STACK/loss or STACK/mse, where STACK is one of "
+                f"{', '.join(self.stacks)}",
             )
         for name, stack in self.stacks.items():
             if stack.target_l0 and self.train.warmup_steps >= 2 * self.train.steps // 3:

@@ -15,13 +15,19 @@ from gsae_jax import cli, processes, runs
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import ConfigError, Experiment, TrainingError
 from gsae_jax.data.rows import held_out
 from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading
 
 
-def evaluate(path: epath.PathLike, tokens: int | None = None, ito: Sequence[int] = (), published: str = "") -> str:
+def evaluate(
+    path: epath.PathLike,
+    tokens: int | None = None,
+    ito: Sequence[int] = (),
+    published: str = "",
+    step: int | None = None,
+) -> str:
     """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table.
 
     Args:
@@ -29,9 +35,11 @@ def evaluate(path: epath.PathLike, tokens: int | None = None, ito: Sequence[int]
         tokens: how many.
         ito: numbers of features for inference-time optimisation (`measure.measure`).
         published: a CSV file of points to draw beside ours (`report.read_published`).
+        step: of which checkpoint; by default the newest that is whole.
 
     Raises:
         ConfigError: not a run with a checkpoint, or too little held-out text.
+        TrainingError: the report cannot be written.
     """
     workdir = workdir_lib.Workdir(path)
     points = report.read_published(published) if published else []
@@ -40,7 +48,8 @@ def evaluate(path: epath.PathLike, tokens: int | None = None, ito: Sequence[int]
     latent = config.mesh.latent if jax.device_count() % config.mesh.latent == 0 else 1
     spread = config.evaluation.rows_per_forward % (jax.device_count() // latent) == 0
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent) if spread else config.mesh)
-    saes = runs.load(path, mesh)
+    step = workdir.sound_step(("params", "facts"), step)
+    saes = runs.load(path, mesh, step)
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
         raise ConfigError("--ito", f"is {max(ito)} at most; the run has SAEs of {narrowest} features, write no more")
@@ -53,7 +62,12 @@ def evaluate(path: epath.PathLike, tokens: int | None = None, ito: Sequence[int]
     records = report.rows(Path(model).name, saes, sums)
     gates = report.gates(saes)
     if processes.first():
-        report.write(workdir.report, records, sums, workdir_lib.read_metrics(workdir), gates, points)
+        try:
+            report.write(workdir.report, step, records, sums, workdir_lib.read_metrics(workdir), gates, points)
+        except OSError as error:
+            raise TrainingError(
+                f"the report cannot be written to {workdir.report} ({error}); make room, and run the command again"
+            ) from error
     return report.table(records)
 
 
@@ -65,7 +79,7 @@ def main() -> None:
         raise ConfigError(
             "--ito", f"is {','.join(ITO.value)!r}; write different numbers of features such as 5,10,20,40"
         )
-    table = evaluate(WORKDIR.value, TOKENS.value, [int(number) for number in ITO.value], PUBLISHED.value)
+    table = evaluate(WORKDIR.value, TOKENS.value, [int(number) for number in ITO.value], PUBLISHED.value, STEP.value)
     processes.say(f"{table}\n\nreport: {workdir_lib.Workdir(WORKDIR.value).report / 'report.md'}")
 
 
@@ -77,5 +91,6 @@ if __name__ == "__main__":
     ITO = flags.DEFINE_list(
         "ito", [], "Also measure the dictionaries by gradient pursuit: 5,10,20,40 features a token."
     )
+    STEP = flags.DEFINE_integer("step", None, "Of which checkpoint; by default the newest that is whole.")
     PUBLISHED = flags.DEFINE_string("published", "", "A CSV file of points to draw beside ours.")
     cli.run(main, several=True)

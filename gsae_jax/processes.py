@@ -18,7 +18,7 @@ from jax._src import distributed  # its key-value store has no public name; orba
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError, DivergedError
+from gsae_jax.config import ConfigError, TrainingError
 
 HEARTBEAT_TIMEOUT = 30  # seconds until a process that was killed is missed
 GRACE = 3  # seconds in which a reason reaches all processes
@@ -96,6 +96,12 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def warn(message: str) -> None:
+    """Print a warning on stderr, once for all processes."""
+    if first():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def wait(name: str) -> None:
     """Wait until every process is here."""
     multihost_utils.sync_global_devices(name)
@@ -140,7 +146,7 @@ def guarded(main: Callable[[], int | None], describe: Callable[[BaseException], 
         if isinstance(error, SystemExit) and not error.code:
             raise
         message, code = describe(error)
-        if not isinstance(error, ConfigError | DivergedError | KeyboardInterrupt):
+        if not isinstance(error, ConfigError | TrainingError | KeyboardInterrupt):
             traceback.print_exc()
         reason = json.dumps({"process": jax.process_index(), "message": message, "code": code})
         try:

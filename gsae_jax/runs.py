@@ -17,19 +17,22 @@ from gsae_jax.lms import checkpoints
 from gsae_jax.saes import trained
 
 
-def load(path: epath.PathLike, mesh: jax.sharding.Mesh | None = None) -> dict[str, trained.SAE]:
-    """The SAEs of a run's newest checkpoint, by name: `{stack}_{index}`.
+def load(
+    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
+) -> dict[str, trained.SAE]:
+    """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`.
 
     Args:
         path: the run's directory, local or gs://bucket/folder.
         mesh: over whose devices features are spread; by default all are on this process's first device.
+        step: of which checkpoint; by default the newest that is whole.
 
     Raises:
-        ConfigError: not a run directory, no checkpoint yet, or gs:// that cannot be read.
+        ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read.
     """
     workdir = workdir_lib.Workdir(path)
     config = config_lib.from_dict(Experiment, workdir.config())
-    step = workdir.latest_step()
+    step = workdir.sound_step(("params", "facts"), step)
     if step is None:
         raise ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
     facts = workdir.facts(step)

@@ -3,6 +3,10 @@
 python -m gsae_jax.train --config configs/quickstart.py --workdir runs/quickstart
 """
 
+import signal
+import sys
+
+import jax
 from absl import flags
 from etils import epath
 
@@ -22,7 +26,7 @@ def run(config: Experiment, path: epath.PathLike) -> int:
     workdir.check_writable()
     config = runs.pinned(config, path)
     workdir.check(config_lib.to_dict(config))
-    if workdir.latest_step() == config.train.steps and (workdir.report / "report.json").exists():
+    if workdir.latest_step() == config.train.steps == workdir_lib.reported_step(workdir):
         processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
     starts = runs.starts(config) if workdir.latest_step() is None else {}
@@ -34,6 +38,9 @@ def run(config: Experiment, path: epath.PathLike) -> int:
 
 def main() -> int:
     """The command."""
+    if not jax.distributed.is_initialized():  # then JAX waits for this signal
+        # Outside of the loop, which has a handler of its own, there is nothing to save.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
     return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), WORKDIR.value)
 
 

@@ -2,13 +2,19 @@
 
 It is a local directory or a folder of a bucket, gs://bucket/folder, where files are put whole and never appended to.
 The only file that knows orbax. A checkpoint has four parts: the SAEs' parameters (which `gsae_jax.load` reads alone),
-the rest of the training state, the position in the data, and facts about the run.
+the rest of the training state, the position in the data, and facts about the run; and a manifest, the size and the
+hash of every file, with which they are compared before they are read. It appears whole or not at all.
 """
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
 import tempfile
+import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +24,15 @@ import orbax.checkpoint as ocp
 import tensorboardX
 from etils import epath
 
-from gsae_jax import buckets
+from gsae_jax import buckets, processes
 from gsae_jax import config as config_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
 
 LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
+MANIFEST = "manifest.json"
+SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of a checkpoint; orbax writes them after the manifest
+FREE = ("mesh", "checkpoint")  # groups of the config that a run may change when it continues
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
 
 
@@ -49,6 +58,80 @@ class Workdir:
         """The step of the newest checkpoint."""
         folder = self.path / "checkpoints"
         return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
+
+    def sound_step(self, parts: tuple[str, ...] = ("",), step: int | None = None) -> int | None:
+        """The newest checkpoint whose files are as they were written; warns of every newer one.
+
+        Args:
+            parts: look at the files of these parts only.
+            step: look at this checkpoint only.
+
+        Raises:
+            ConfigError: there are checkpoints, and none is sound; or not the one that is asked for.
+        """
+        steps = sorted(self._steps(), reverse=True)
+        if step is not None:
+            if step not in steps:
+                raise ConfigError("step", f"{step} has no checkpoint in {self.path}; write one of {steps[::-1]}")
+            steps = [step]
+        folder = self.path / "checkpoints"
+        if parts != ("",) and steps and not any((folder / str(step) / MANIFEST).exists() for step in steps):
+            processes.warn(f"the checkpoints in {self.path} are of an earlier version, which wrote no hashes")
+            return steps[0]
+        problems = []
+        for step in steps:
+            problem = self._problem(step, parts)
+            if problem is None:
+                return step
+            problems.append(f"checkpoint {step}: {problem}")
+            processes.warn(f"{problems[-1]}; looking for an earlier one")
+        if problems:
+            raise ConfigError(
+                "--workdir",
+                f"no checkpoint in {self.path} is whole ({'; '.join(problems)}); put these files back, or write "
+                "another directory",
+            )
+        return None
+
+    def set_aside(self, newer_than: int | None) -> None:
+        """Move checkpoints that were passed over to `damaged/`, and older ones that orbax would stumble over."""
+        for step in self._steps():
+            if newer_than is not None and (step > newer_than or self._problem(step, ("metrics",))):
+                folder = self.path / "damaged"
+                folder.mkdir(parents=True, exist_ok=True)
+                number = len(list(folder.glob(f"{step}-*")))
+                (self.path / "checkpoints" / str(step)).rename(folder / f"{step}-{number}")
+
+    def _steps(self) -> list[int]:
+        folder = self.path / "checkpoints"
+        return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+
+    def _problem(self, step: int, parts: tuple[str, ...] = ("",)) -> str | None:
+        """What is wrong with the files of a checkpoint, or of these parts of it, in a few words."""
+        folder = self.path / "checkpoints" / str(step)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            return f"{MANIFEST} cannot be read ({type(error).__name__})"
+        if manifest.get("digest") != _digest(json.dumps(manifest["files"], sort_keys=True).encode()):
+            return f"{MANIFEST} was changed"
+        for name in SEALS:
+            if not (folder / name).exists() or not (folder / name).stat().length:
+                return f"{name} is missing or empty"
+        for name, (size, digest) in files.items():
+            file = folder / name
+            if not name.startswith(parts):
+                continue
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().length != size:
+                return f"{name} has {file.stat().length} bytes, not {size}"
+            if _file_digest(file) != digest:
+                return f"{name} was changed"
+        return None
 
     def params(self, step: int, like: Any) -> Any:
         """The SAEs' parameters of a checkpoint, on the shardings of the given `ShapeDtypeStruct` tree."""
@@ -106,7 +189,8 @@ class Workdir:
         if self.latest_step() is not None:
             # Through the dataclass, which fills in the fields that an earlier version did not have.
             recorded = config_lib.to_dict(config_lib.from_dict(config_lib.Experiment, self.config()))
-            differing = config_lib.differences(recorded, config)
+            recorded, here = ({f: v for f, v in tree.items() if f not in FREE} for tree in (recorded, config))
+            differing = config_lib.differences(recorded, here)
             if differing:
                 raise ConfigError(
                     "--workdir",
@@ -155,33 +239,77 @@ class Workdir:
             ) from error
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make the directory and write its config; a run with a checkpoint keeps its own, which `check` found equal."""
-        if not is_bucket(self.path):  # which has no directories
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.hold()
-        if self.latest_step() is None:
+        """Make the directory and write the config.
+
+        Raises:
+            ConfigError: the disk is full, or another process trains here.
+        """
+        try:
+            if not is_bucket(self.path):  # which has no directories
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.hold()
             write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                "--workdir", f"{self.path} cannot be written ({error}); write another directory"
+            ) from error
 
 
 class Checkpoints:
     """The checkpoints of a run directory, written in the background."""
 
-    def __init__(self, workdir: Workdir, keep: int):
-        """`keep`: how many to keep."""
-        folder = _absolute(workdir.path / "checkpoints")
-        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
-        # It asks with the number of updates, where the trainer counts calls; JAX would then expect the end far ahead.
-        self._manager.reached_preemption = lambda step: False
+    def __init__(self, workdir: Workdir, config: config_lib.Checkpoint):
+        """`config`: which to keep."""
+        self._folder, self._config, self._saving = _absolute(workdir.path / "checkpoints"), config, 0
+        self._manager = self._open()
 
-    def save(self, step: int, params: Any, state: Any, data: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Save in the background; arrays are copied before this returns."""
+    def _open(self) -> ocp.CheckpointManager:
+        policy, config = ocp.checkpoint_managers, self._config
+        keep = [policy.LatestN(n=config.keep)]
+        if config.keep_every:
+            keep.append(policy.EveryNSteps(interval_steps=config.keep_every, exact_interval=False))
+        if config.keep_best:
+            lowest = {"n": 1, "reverse": True, "keep_checkpoints_without_metrics": False}
+            keep.append(policy.BestN(get_metric_fn=_score, **lowest))
+        # Called when all files are written, before the checkpoint takes its name.
+        written = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy(keep),
+            best_fn=_score if config.keep_best else None,  # without it orbax would not save what `score` is
+            async_options=written,
+        )
+        manager = ocp.CheckpointManager(self._folder, options=options)
+        # It asks with the number of updates, where the trainer counts calls; JAX would then expect the end far ahead.
+        manager.reached_preemption = lambda step: False
+        return manager
+
+    def save(
+        self, step: int, params: Any, state: Any, data: dict[str, Any], facts: dict[str, Any], score: float | None
+    ) -> None:
+        """Save in the background; arrays are copied before this returns. The lowest `score` is the best.
+
+        A save that fails, as on a full disk, is a warning; the checkpoints before it stay.
+        """
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
             facts=ocp.args.JsonSave(facts),
         )
-        self._manager.save(step, args=items)
+        self.wait()  # before the name changes that the manifest's place is found by
+        self._saving = step
+        self._try(self._manager.save, step, args=items, metrics=None if score is None else {"score": score})
+
+    def _write_manifest(self) -> None:
+        # The name of a local checkpoint in the making has a suffix.
+        (folder,) = [path for path in self._folder.iterdir() if path.name.partition(".")[0] == str(self._saving)]
+        files = {
+            str(file.relative_to(folder)): (file.stat().length, _file_digest(file))
+            for file in _files(folder)
+            if str(file.relative_to(folder)) not in SEALS
+        }
+        digest = _digest(json.dumps(files, sort_keys=True).encode())
+        (folder / MANIFEST).write_text(json.dumps({"files": files, "digest": digest}))
 
     def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(params, state, data) of a step, on the shardings of the given `ShapeDtypeStruct` trees."""
@@ -193,7 +321,27 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait for what is being written."""
-        self._manager.wait_until_finished()
+        self._try(self._manager.wait_until_finished)
+
+    def _try(self, what: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            what(*args, **kwargs)
+        except Exception as error:
+            if jax.process_count() > 1:  # the others wait for this one's part
+                raise
+            reason = " ".join(str(error).split()).partition(" [tensorstore_spec")[0]
+            processes.warn(f"checkpoint {self._saving} could not be saved ({reason}); training goes on without it")
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            # Room for the next one; threads of the failed save may still be writing there for a moment.
+            for path in self._folder.glob(f"{self._saving}.*"):
+                for _ in range(100):
+                    with contextlib.suppress(OSError):
+                        path.rmtree(missing_ok=True)
+                        break
+                    time.sleep(0.05)
+            with contextlib.suppress(Exception):  # else the next save fails too
+                self._manager = self._open()
 
     def close(self) -> None:
         """Wait for what is being written, and let go."""
@@ -217,13 +365,13 @@ class Metrics:
             folder = epath.Path(self._scratch.name)
         if kept != lines or self._bucket:
             write_text(folder / "metrics.jsonl", "".join(kept))
-        self._folder, self._file = folder, (folder / "metrics.jsonl").open("a")
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._folder, self._file = folder, _PatientFile(Path(folder / "metrics.jsonl"))
+        board = Path(folder / "tensorboard").absolute()
+        self._board = tensorboardX.SummaryWriter(f"{_PatientFile.SCHEME}:{board}", purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line: the step and its values, lists for stacks."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
         for name, value in values.items():
             for index, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 self._board.add_scalar(name if index is None else f"{name}/{index}", number, step)
@@ -244,10 +392,67 @@ class Metrics:
             self._scratch.cleanup()
 
 
+class _PatientFile:
+    """A file that grows; what a full disk does not take waits for room, and the file never ends in part of it."""
+
+    SCHEME = "patient"  # the prefix of paths by which TensorBoard's writer is told to use this
+
+    def __init__(self, path: Path):
+        self._path, self._waiting = path, b""
+        self._file = path.open("ab", buffering=0)
+
+    @classmethod
+    def open(cls, path: str) -> "_PatientFile":
+        """For tensorboardX, as is `directory_check`."""
+        return cls(Path(path.removeprefix(f"{cls.SCHEME}:")))
+
+    @classmethod
+    def directory_check(cls, path: str) -> None:
+        Path(path.removeprefix(f"{cls.SCHEME}:")).mkdir(parents=True, exist_ok=True)
+
+    def write(self, content: bytes) -> None:
+        """Append."""
+        end, waited = os.fstat(self._file.fileno()).st_size, bool(self._waiting)
+        self._waiting += content
+        try:
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)
+            if not waited:
+                processes.warn(f"{self._path} cannot be written ({error}); its lines wait until it can")
+        else:
+            self._waiting = b""
+
+    def flush(self) -> None:
+        """Try again."""
+        if self._waiting:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Try again for the last time."""
+        self.flush()
+        if self._waiting:
+            processes.warn(f"{self._path} lacks its last {len(self._waiting)} bytes")
+        self._file.close()
+
+
+tensorboardX.record_writer.register_writer_factory(_PatientFile.SCHEME, _PatientFile)
+
+
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`."""
     path = workdir.path / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def reported_step(workdir: Workdir) -> int | None:
+    """The step that the report is about; reports of earlier versions do not say, and were written at the end."""
+    path = workdir.report / "report.json"
+    try:
+        return json.loads(path.read_text()).get("step", workdir.latest_step())
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -264,6 +469,28 @@ def single_device(tree: Any) -> Any:
     """`ShapeDtypeStruct`s of a tree on this process's first device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """All of them, those of folders in it too."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _file_digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _absolute(path: epath.Path) -> epath.Path:

@@ -1,5 +1,6 @@
 """Runs and text in a bucket: on a stand-in below a local folder, and on an emulator of Google Cloud Storage."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -35,6 +36,7 @@ from tests.test_data import ALL, data_config
 from tests.test_processes import SHORT
 from tests.test_processes import end as end_all
 from tests.test_processes import start as start_all
+from tests.test_training import metrics_without_time
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,7 +176,7 @@ def test_a_report_in_a_bucket(bucket, monkeypatch):
     )
     sums = {"a": {"fired": np.ones(2), "tokens": np.ones(1)}}
     for _ in range(2):
-        report.write(folder, [record | {"tokens": 1.0, "alive": 1.0}], sums, [], {})
+        report.write(folder, 16, [record | {"tokens": 1.0, "alive": 1.0}], sums, [], {})
     assert {file.name for file in (bucket / "run" / "report").iterdir()} == set(written)
     assert written[-1] == "report.json"
 
@@ -239,7 +241,7 @@ def test_a_bucket_that_tfds_would_have_to_prepare(bucket, tmp_path, text_dir):
 
 
 EMULATOR = """
-import http, http.server, sys, threading
+import http, http.server, random, sys, threading
 from gcp_storage_emulator import server
 from gcp_storage_emulator.handlers import objects
 
@@ -266,6 +268,10 @@ objects.download, objects._media_upload = download_with_generation, upload_on_co
 handle, alone = server.Router.handle, threading.Lock()
 
 def handle_alone(router, method):
+    if random.random() < float(sys.argv[2]):
+        print("failed", flush=True)
+        router._request_handler.send_error(503)
+        return
     with alone:
         handle(router, method)
 
@@ -276,18 +282,20 @@ threading.Event().wait()
 """
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Environment variables with which everything that asks Google Cloud Storage asks an emulator."""
+@contextlib.contextmanager
+def emulator(log, failing=0.0):
+    """Environment variables with which everything that asks Google Cloud Storage asks an emulator.
+
+    It answers a share `failing` of all requests with 503, service unavailable.
+    """
     pytest.importorskip("gcp_storage_emulator")
     import socket
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("emulator") / "log"
     with log.open("w") as file:
-        server = subprocess.Popen([sys.executable, "-c", EMULATOR, str(port)], stdout=file, stderr=file)
+        server = subprocess.Popen([sys.executable, "-c", EMULATOR, str(port), str(failing)], stdout=file, stderr=file)
     deadline = time.time() + 30
     while "up" not in log.read_text():
         assert time.time() < deadline, log.read_text()
@@ -302,6 +310,13 @@ def environment(tmp_path_factory):
     }
     server.kill()
     server.wait()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of an emulator that always answers."""
+    with emulator(tmp_path_factory.mktemp("emulator") / "log") as variables:
+        yield variables
 
 
 def python(environment, program, *arguments, **options):
@@ -394,6 +409,24 @@ def test_a_run_in_a_bucket_stops_continues_and_reports(environment, text, tmp_pa
     assert "is finished; its report is gs://bucket/runs/x/report/report.md. Nothing was changed." in log.read_text()
     loaded = python(environment, LOAD, run)
     assert "gated_0 (512, 256)\n" in loaded.stdout, loaded
+
+
+@pytest.mark.gcs
+def test_a_bucket_that_fails_now_and_then(text_dir, tmp_path):
+    """One request in thirty; a run there ends as a local one."""
+    flags = ["--config=configs/quickstart.py", *SHORT, "--config.data.corpus=text", f"--config.data.path={text_dir}"]
+    flags += [f"--config.data.data_dir={tmp_path / 'data'}"]
+    with emulator(tmp_path / "emulator", failing=0.03) as failing:
+        for log, run in ((tmp_path / "bucket", "gs://bucket/run"), (tmp_path / "local", tmp_path / "run")):
+            assert command(failing, log, "train", f"--workdir={run}", *flags).wait(300) == 0, log.read_text()
+        for _ in range(5):  # this one has no patience
+            if python(failing, DOWNLOAD, "bucket/run/", tmp_path / "copy/").returncode == 0:
+                break
+    assert (tmp_path / "emulator").read_text().count("failed\n") > 10
+    runs = [tmp_path / "copy", tmp_path / "run"]
+    ours, theirs = (json.loads((run / "report" / "report.json").read_text()) for run in runs)
+    assert ours == theirs
+    assert metrics_without_time(runs[0]) == metrics_without_time(runs[1])
 
 
 @pytest.mark.gcs

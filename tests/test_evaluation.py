@@ -244,8 +244,8 @@ def test_the_report_is_whole(tmp_path, lm):
     ]
     gates = report.gates(saes)
     assert set(gates) == {"gated_0", "gated_1"}
-    report.write(tmp_path / "report", records, sums, training, gates)
-    report.write(tmp_path / "report", records, sums, training, gates)  # over an earlier one
+    report.write(tmp_path / "report", 16, records, sums, training, gates)
+    report.write(tmp_path / "report", 16, records, sums, training, gates)  # over an earlier one
     files = {file.name for file in (tmp_path / "report").iterdir()}
     assert files == {
         "report.json",

@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,54 @@ from etils import epath
 from gsae_jax import buckets, plugins
 from gsae_jax import config as config_lib
 from gsae_jax.buckets import is_bucket
-from gsae_jax.config import ConfigError
+from gsae_jax.config import ConfigError, TrainingError
 
+RETRIES = (1, 5, 25)  # seconds after which a file that cannot be read is tried again
 FORMAT = 1  # part of the cache's key: raise it when the tokens of a text change
+
+
+class _TokenFile:
+    """A flat file of tokens, sliced like an array; it is not mapped, as a file that shrinks would then end the process.
+
+    Raises:
+        TrainingError: it cannot be read, also not after a while.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, count: int):
+        self._path, self._dtype, self._count = path, dtype, count
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(self._count)
+        if step != 1:
+            return np.concatenate([self._read(at, 1) for at in range(start, stop, step)])
+        return self._read(start, stop - start)
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        size, reason = self._dtype.itemsize, None
+        for pause in (0, *RETRIES):
+            time.sleep(pause)
+            try:
+                content = os.pread(self._file, count * size, start * size)
+                if len(content) == count * size:
+                    return np.frombuffer(content, self._dtype)
+                reason = OSError(f"it has fewer than the {self._count} tokens that it had")
+            except OSError as error:
+                reason = error
+        raise TrainingError(
+            f"{self._path} cannot be read any more ({reason}); remove its folder to have it made again, and the same "
+            "command continues"
+        ) from reason
 
 
 class TokenRows:
     """A random-access source of rows [T] of int32 over a flat array of tokens."""
 
-    def __init__(self, tokens: np.ndarray, context_length: int, bos: int | None, limit: int | None = None):
+    def __init__(self, tokens: np.ndarray | _TokenFile, context_length: int, bos: int | None, limit: int | None = None):
         """`limit`: use only the rows that the first so many tokens give."""
         self._tokens, self._bos = tokens, bos
         self._stride = context_length - (bos is not None)
@@ -210,7 +251,7 @@ def _alone(folder: Path) -> filelock.BaseFileLock:
 
 def _cached_tokens(
     shared: epath.Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
-) -> np.ndarray:
+) -> _TokenFile:
     """The first `limit` tokens of the source (all, where it has fewer), tokenized unless the folder has as many."""
     folder = _on_disk(shared)
     known = _known_tokens(folder, limit)
@@ -224,11 +265,7 @@ def _cached_tokens(
                 if is_bucket(shared):
                     for name in ("tokens.bin", "meta.json"):  # in this order: there are as many tokens as meta says
                         epath.Path(folder / name).copy(shared / name, overwrite=True)
-    if not known["tokens"]:
-        return np.zeros(0, np.uint16)
-    return np.memmap(
-        folder / "tokens.bin", dtype=np.dtype(str(known["dtype"])), mode="r", shape=(int(known["tokens"]),)
-    )
+    return _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
 
 
 def _on_disk(folder: epath.Path) -> Path:
@@ -240,10 +277,15 @@ def _on_disk(folder: epath.Path) -> Path:
 
 
 def _known_tokens(folder: Path | epath.Path, limit: int) -> dict[str, Any] | None:
-    """What the folder holds, if that is enough."""
-    meta = folder / "meta.json"
-    known = json.loads(meta.read_text()) if meta.exists() else {"tokens": -1, "complete": False}
-    return known if known["complete"] or known["tokens"] >= limit else None
+    """What the folder holds, if that is enough and whole; otherwise it is made again."""
+    try:
+        known = json.loads((folder / "meta.json").read_text())
+        enough = known["complete"] or known["tokens"] >= limit
+        size = known["tokens"] * np.dtype(known["dtype"]).itemsize
+        # In a bucket, another machine may have put fewer tokens there since one wrote its meta.json.
+        return known if enough and epath.Path(folder / "tokens.bin").stat().length >= size else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write_tokens(
@@ -260,9 +302,7 @@ def _write_tokens(
 def _download_tokens(shared: epath.Path, folder: Path, limit: int) -> dict[str, Any] | None:
     """What the bucket's folder holds, if that is enough; the machine has a copy then."""
     known = _known_tokens(shared, limit)
-    # Another machine may have put fewer tokens there since that one wrote its meta.json.
-    size = 0 if known is None else known["tokens"] * np.dtype(str(known["dtype"])).itemsize
-    if known is None or (shared / "tokens.bin").stat().length < size:
+    if known is None:
         return None
     with _whole(folder) as scratch:
         (shared / "tokens.bin").copy(scratch / "tokens.bin")
@@ -273,6 +313,8 @@ def _download_tokens(shared: epath.Path, folder: Path, limit: int) -> dict[str, 
 @contextlib.contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """An empty directory that becomes `folder`, whole or not at all."""
+    for abandoned in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed: a lock is held here
+        shutil.rmtree(abandoned)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield scratch

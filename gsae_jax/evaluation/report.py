@@ -1,6 +1,7 @@
 """The report of a run: `report.json`, `frontier.csv`, `report.md`, the figures, and all in one page, `report.html`."""
 
 import base64
+import contextlib
 import csv
 import html
 import json
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from etils import epath
 
@@ -101,6 +103,7 @@ def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]
 
 def write(
     folder: epath.Path,
+    step: int | None,
     records: list[dict[str, Any]],
     sums: dict[str, metrics.Sums],
     training: list[dict[str, Any]],
@@ -110,20 +113,24 @@ def write(
     """Write the report; an earlier one is replaced when the new one is whole.
 
     Args:
+        step: which the SAEs were measured at.
         records: of `rows`.
         sums: of `measure.measure`.
         training: the lines of metrics.
         gates_of: of `gates`.
         published: points to draw beside ours.
     """
-    bucket = is_bucket(folder)
+    bucket, lock = is_bucket(folder), contextlib.ExitStack()
     if not bucket:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(filelock.FileLock(folder.parent / ".report.lock"))
+        for abandoned in folder.parent.glob(".report-*"):  # by a process that was killed
+            shutil.rmtree(abandoned)
     scratch = Path(tempfile.mkdtemp(dir=None if bucket else folder.parent, prefix=".report-"))
     try:
         scratch.chmod(0o755)
         ratios = frontiers.ratios(records, sums)
-        (scratch / "report.json").write_text(_json({"saes": records, "l0_ratios": ratios}))
+        (scratch / "report.json").write_text(_json(step, saes=records, l0_ratios=ratios))
         with open(scratch / "frontier.csv", "w", newline="") as file:
             table = csv.writer(file)
             intervals = [f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")]
@@ -155,6 +162,7 @@ def write(
             os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        lock.close()
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
@@ -253,9 +261,9 @@ def _in_markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def _json(report: dict[str, list[dict[str, Any]]]) -> str:
+def _json(step: int | None, **report: list[dict[str, Any]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
-    whole = {
+    whole: dict[str, Any] = {"step": step} | {
         part: [
             {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 import time
@@ -18,12 +19,14 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import processes
 from gsae_jax import workdir as workdir_lib
-from gsae_jax.config import ConfigError, DivergedError, Experiment
+from gsae_jax.config import ConfigError, Experiment, TrainingError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
 from gsae_jax.training.step import Program, TrainState
+
+RETRIES = (1, 5, 25)  # seconds before the last state is saved again, if that failed
 
 
 def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[str, Any]] | None = None) -> bool:
@@ -37,7 +40,7 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
 
     Raises:
         ConfigError: the config or the directory cannot be used; nothing was written in it then.
-        DivergedError: an SAE skipped `train.max_skipped` updates in a row.
+        TrainingError: an SAE skipped `train.max_skipped` updates in a row, or the last state could not be saved.
     """
     workdir = workdir_lib.Workdir(path)
     try:
@@ -63,8 +66,12 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
     rows_lib.held_out(config, tokenizer, config.evaluation.tokens)  # the report's text must be there too
     latest = workdir.latest_step()
-    if processes.first() and latest is not None:
-        workdir.hold()
+    if latest is not None:
+        if processes.first():
+            workdir.hold()
+            workdir.set_aside(newer_than=workdir.sound_step())
+        processes.wait("a sound checkpoint")
+        latest = workdir.latest_step()
     processes.agree("--workdir", latest, "their checkpoints are not the same; write a directory that they share")
     if latest is None:
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
@@ -79,17 +86,26 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     workdir.config()
     if workdir.latest_step() != latest:
         raise ConfigError("--workdir", "another process has trained here meanwhile; run the command again")
-    checkpoints = workdir_lib.Checkpoints(workdir, keep=config.checkpoint.keep)
+    checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
+    machine = _machine(mesh)
+    facts = {"rows": rows.fingerprint, "buffer": config.checkpoint.buffer, "machine": machine}
     try:
         if latest is not None:
-            if workdir.facts(latest)["rows"] != rows.fingerprint:
+            before = workdir.facts(latest)
+            if before["rows"] != rows.fingerprint:
                 raise ConfigError(
                     "data", "the text has changed since this run began; put it back, or start a new --workdir"
                 )
-            state, position = _restore(program, checkpoints, latest)
+            state, position = _restore(program, checkpoints, latest, before.get("buffer", True))
             stream.set_state(position)
-            processes.say(f"continuing from step {latest:,}")
-        return _loop(config, program, lm_params, stream, state, workdir, checkpoints, {"rows": rows.fingerprint})
+            processes.say(f"continuing from step {latest:,}{_unlike(before.get('machine', {}), machine)}")
+            if not state.store:
+                processes.say(
+                    "the exchange buffer was not saved (checkpoint.buffer=False) and is filled with the text that "
+                    "comes next: batches differ from those of a run that was not interrupted"
+                )
+                state = _filled(program, program.emptied(state), lm_params, stream)
+        return _loop(config, program, lm_params, stream, state, workdir, checkpoints, facts)
     finally:
         checkpoints.close()
 
@@ -128,7 +144,11 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> Tra
                 f"site {site}",
                 f"has mean squared norm {mean} on the first tokens; the language model or the text is unusable",
             )
-    state = program.init(means, medians)
+    return _filled(program, program.init(means, medians), lm_params, stream)
+
+
+def _filled(program: Program, state: TrainState, lm_params: Any, stream: Iterator[np.ndarray]) -> TrainState:
+    """The state with an empty buffer, filled."""
     batch, slots = next(iter(state.store.values())).shape[:2]
     count = jax.device_put(np.zeros(batch, np.int32), mesh_lib.sharding(program.mesh, "data"))
     call = 0
@@ -143,6 +163,25 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> Tra
     return state
 
 
+def _machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What must be the same for a run to continue bit for bit."""
+    return {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": f"data {mesh.shape['data']} x latent {mesh.shape['latent']}",
+        "processes": jax.process_count(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def _unlike(before: dict[str, Any], now: dict[str, Any]) -> str:
+    differing = [f"{name} ({before[name]} before, {now[name]} now)" for name in before if before[name] != now.get(name)]
+    if not differing:
+        return ""
+    return f", with other {', '.join(differing)}: equal to float tolerance, not bit for bit"
+
+
 def _loop(
     config: Experiment,
     program: Program,
@@ -154,6 +193,7 @@ def _loop(
     facts: dict[str, Any],
 ) -> bool:
     step = logged = saved = int(state.step)
+    unreadable: TrainingError | None = None
     total, per_call, every = config.train.steps, config.updates_per_call, config.train.log_every
     facts |= {
         "widths": program.widths,
@@ -161,7 +201,6 @@ def _loop(
         "norm_limits": {
             site: float(limit) if np.isfinite(limit) else None for site, limit in state.norm_limits.items()
         },
-        "versions": {module.__name__: module.__version__ for module in (jax, np)} | {"python": sys.version.split()[0]},
     }
     metrics = workdir_lib.Metrics(workdir, step) if processes.first() else None
     logged_at = time.perf_counter()
@@ -183,9 +222,10 @@ def _loop(
 
     def save() -> None:
         nonlocal saved
-        params = {name: stack.params for name, stack in state.stacks.items()}
         facts["l1_coefficients"] = {name: jax.device_get(s.l1_coefficient).tolist() for name, s in state.stacks.items()}
-        checkpoints.save(step, params, _without_params(state), stream.get_state(), facts)
+        stack, _, name = config.checkpoint.keep_best.partition("/")
+        score = float(jax.device_get(statistics[stack][name]).mean()) if stack else None
+        checkpoints.save(step, *saved_parts(state, config.checkpoint.buffer), stream.get_state(), facts, score)
         saved = step
 
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
@@ -194,7 +234,13 @@ def _loop(
         )
         skips = _Skips(config, progress)
         while step < total and not signals.stop(step // per_call) and not skips.lost:
-            tokens_RxT = next(stream)
+            try:
+                tokens_RxT = next(stream)
+            except TrainingError as error:  # the text cannot be read any more
+                if jax.process_count() > 1:  # the others wait in the next call
+                    raise
+                unreadable = error
+                break
             state, statistics, dropped = program.train_step(state, lm_params, program.place_tokens(tokens_RxT))
             step += per_call
             if step in config.resampled_at:
@@ -214,10 +260,23 @@ def _loop(
         if step > saved:
             save()
     checkpoints.wait()
+    for pause in RETRIES:
+        if step == 0 or workdir.latest_step() == step:
+            break
+        time.sleep(pause)
+        save()
+        checkpoints.wait()
     if metrics:
         metrics.close()
+    if step and (newest := workdir.latest_step()) != step:
+        raise TrainingError(
+            f"step {step:,} could not be saved, the newest checkpoint is of step {newest or 0:,}; make room, and the "
+            "same command continues from there"
+        )
+    if unreadable:
+        raise unreadable
     if skips.lost:
-        raise DivergedError(skips.write(workdir, step))
+        raise TrainingError(skips.write(workdir, step))
     if step < total:
         kept = f"step {saved:,} is saved" if saved else "no step was made yet"
         processes.say(f"{signals.received}: {kept}; the same command continues from there")
@@ -261,20 +320,20 @@ def _named(counts: dict[str, jax.Array]) -> str:
     return ", ".join(f"{name} {' '.join(map(str, values.tolist()))}" for name, values in jax.device_get(counts).items())
 
 
-def _restore(program: Program, checkpoints: workdir_lib.Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
-    like = program.abstract_state()
-    params, state, data = checkpoints.restore(
-        step, {name: stack.params for name, stack in like.stacks.items()}, _without_params(like)
-    )
+def saved_parts(state: TrainState, buffer: bool) -> tuple[dict[str, Any], TrainState]:
+    """What a checkpoint holds of a state: the SAEs' parameters by stack, and the rest, with or without the buffer."""
+    params = {name: stack.params for name, stack in state.stacks.items()}
+    rest = {name: dataclasses.replace(stack, params={}) for name, stack in state.stacks.items()}
+    return params, dataclasses.replace(state, stacks=rest, store=state.store if buffer else {})
+
+
+def _restore(
+    program: Program, checkpoints: workdir_lib.Checkpoints, step: int, buffer: bool
+) -> tuple[TrainState, dict[str, Any]]:
+    params, state, data = checkpoints.restore(step, *saved_parts(program.abstract_state(), buffer))
     for name, stack in state.stacks.items():
         stack.params = params[name]
     return state, data
-
-
-def _without_params(state: TrainState) -> TrainState:
-    return dataclasses.replace(
-        state, stacks={name: dataclasses.replace(stack, params={}) for name, stack in state.stacks.items()}
-    )
 
 
 def _tokens_needed(config: Experiment) -> int:
@@ -287,7 +346,7 @@ def _tokens_needed(config: Experiment) -> int:
 
 
 class _Signals:
-    """Turns SIGTERM and SIGINT into a name to look at between steps; a second one interrupts at once.
+    """Turns SIGTERM and SIGINT into a name to look at between steps; a second one ends the process at once.
 
     Of several processes, whichever receives a SIGTERM, all end after the same step, which JAX finds; a SIGINT
     interrupts at once.
@@ -307,9 +366,10 @@ class _Signals:
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
+        if self.received:
+            print(f"{signal.Signals(number).name} again: ended without saving", file=sys.stderr, flush=True)
+            os._exit(128 + number)  # an orderly exit would wait for what is being saved
         self.received = signal.Signals(number).name
-        for before in self._before:
-            signal.signal(before, signal.default_int_handler)
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():

@@ -142,24 +142,29 @@ class Program:
 
     def init(self, means: dict[str, float], medians: dict[str, float]) -> TrainState:
         """The untrained state with an empty buffer, for the sites' mean squared and median norms."""
-        config = self.config
-        slots = config.activations.buffer_size // config.train.batch_size
 
         def init() -> TrainState:
             return TrainState(
                 stacks={stack.name: stack.init() for stack in self.stacks},
-                store={
-                    site: jnp.zeros((config.train.batch_size, slots, D), config.lm.dtype)
-                    for site, D in self.widths.items()
-                },
+                store=self._empty_store(),
                 scales={site: jnp.sqrt(D / means[site]).astype(jnp.float32) for site, D in self.widths.items()},
                 norm_limits={site: jnp.float32(self._norm_multiple * medians[site]) for site in self.widths},
-                key=jax.random.key_data(jax.random.key(config.seed)),
+                key=jax.random.key_data(jax.random.key(self.config.seed)),
                 step=jnp.int32(0),
                 dropped=jnp.int32(0),
             )
 
         return jax.jit(init, out_shardings=self.shardings())()
+
+    def emptied(self, state: TrainState) -> TrainState:
+        """The state with an empty buffer."""
+        store = jax.jit(self._empty_store, out_shardings=self.shardings().store)()
+        return dataclasses.replace(state, store=store)
+
+    def _empty_store(self) -> buffer.Store:
+        batch = self.config.train.batch_size
+        shape = batch, self.config.activations.buffer_size // batch
+        return {site: jnp.zeros((*shape, D), self.config.lm.dtype) for site, D in self.widths.items()}
 
     def abstract_state(self) -> TrainState:
         """The shape and the placement of every array of the state."""

@@ -36,7 +36,7 @@ def test_a_second_process_is_refused_until_the_first_ends(experiment, tmp_path):
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     finally:
         os.kill(holder.pid, signal.SIGKILL)
-        holder.wait()
+        holder.communicate()
     assert loop.train(experiment, run)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import DivergedError
+from gsae_jax.config import TrainingError
 from gsae_jax.lms.loading import capture
 from gsae_jax.training import loop
 from tests.test_training import advance, begin, single_device_mesh, with_
@@ -63,7 +63,7 @@ def test_one_saes_nan_leaves_the_others_bit_identical(experiment, shape):
 def test_an_sae_that_diverges_ends_training(experiment, tmp_path):
     """By name, with its step and tokens on disk, and the others' progress saved."""
     experiment = with_(four(experiment, learning_rates=(1e-2, 1e-2, 1e30, 1e-2)), train={"max_skipped": 6})
-    with pytest.raises(DivergedError, match=r"gated_2 since step 4; step 12 is saved") as caught:
+    with pytest.raises(TrainingError, match=r"gated_2 since step 4; step 12 is saved") as caught:
         loop.train(experiment, tmp_path / "run")
     assert str(tmp_path / "run" / "diverged.json") in str(caught.value)
     found = json.loads((tmp_path / "run" / "diverged.json").read_text())
