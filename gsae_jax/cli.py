@@ -1,12 +1,15 @@
 """What every command shares: a config flag, and errors as one sentence with exit code 2."""
 
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 from gsae_jax import processes
 from gsae_jax.config import ConfigError, TrainingError
@@ -14,9 +17,22 @@ from gsae_jax.config import ConfigError, TrainingError
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
 
 
-def define_config() -> Any:
+def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> Any:
     """The `--config FILE.py` flag; `--config.a.b=value` overrides one field."""
-    return config_flags.DEFINE_config_file("config", None, "Experiment file, for example configs/quickstart.py.")
+    about = "Experiment file, for example configs/quickstart.py."
+    return config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
+
+
+def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parse the flags, which runs a config file; returns the other arguments.
+
+    Raises:
+        ConfigError: an unknown flag, a value that it cannot have, or whatever a config file raises.
+    """
+    try:
+        return flag_values(argv)
+    except Exception as error:
+        raise _refusal(error) from error
 
 
 def given(config: Any) -> Any:
@@ -28,9 +44,9 @@ def given(config: Any) -> Any:
     if config.value is None:
         raise ConfigError("--config", "is missing; write an experiment file, for example configs/quickstart.py")
     try:
-        return config.value.to_dict()
-    except (OSError, ImportError, SyntaxError) as error:
-        raise ConfigError("--config", f"the file cannot be read: {' '.join(str(error).split())}") from error
+        return config.value.to_dict() if hasattr(config.value, "to_dict") else config.value
+    except Exception as error:  # a file that is not there; values that are still to be given
+        raise _refusal(error) from error
 
 
 def run(main: Callable[..., int | None], *positional: str, several: bool = False) -> None:
@@ -46,18 +62,13 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
         flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
         flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 
-    def parse(argv):
+    def parsed(argv):
         try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, ConfigError):  # raised by a config file, and wrapped twice
-                cause = cause.__context__
-            _refuse(str(cause or error))
-        except (AttributeError, KeyError) as error:  # an override of a field that the config lacks
-            # ml_collections' message is the repr of "'name'\nDid you mean ...".
-            what = str(error).replace("\\n", "; ").replace("\\", "").strip("\"'")
-            _refuse(f"--config: no such field: {what}")
+            return parse(argv)
+        except ConfigError as error:
+            if any(arg.lstrip("-") == "traceback" for arg in argv):
+                raise
+            _refuse(str(error))
 
     def guarded(argv):
         if len(argv) - 1 > len(positional):
@@ -80,7 +91,39 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
 
     # TFDS and orbax warn of what is as it should be, and log the tracebacks of errors that they raise as well.
     logging.set_verbosity(logging.FATAL)
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, flags_parser=parsed)
+
+
+def _refusal(error: BaseException) -> ConfigError:
+    """What keeps flags from being parsed, or a config file from being run, in one sentence."""
+    chain = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:  # a config file's errors are wrapped up to 3 times
+        chain.append(following)
+        if isinstance(following, ConfigError):
+            return following
+    root = chain[-1]
+    calls = [(frame.f_code, line) for frame, line in traceback.walk_tb(root.__traceback__)]
+    codes, loading = [code for code, _ in calls], config_flags.ConfigFileFlagParser.parse.__code__
+    if loading in codes:
+        if where := _line(calls[codes.index(loading) + 1 :]):
+            return ConfigError("--config", f"{where}: {type(root).__name__}: {root}")
+        if isinstance(root, OSError | SyntaxError):
+            return ConfigError("--config", f"the file cannot be read: {root}")
+        return ConfigError("--config", f"the file cannot be used: {root}; write one whose get_config() gives a config")
+    if isinstance(error, flags.Error):
+        return ConfigError("command line", str(error))
+    if isinstance(error, AttributeError | KeyError):  # an override of a field that the config lacks
+        # ml_collections' message is the repr of "'name'\nDid you mean ...".
+        what = str(error).replace("\\n", "; ").replace("\\", "").strip("\"'")
+        return ConfigError("--config", f"no such field: {what}")
+    return ConfigError("--config", f"cannot be used: {type(error).__name__}: {error}")
+
+
+def _line(calls: list[tuple[CodeType, int]]) -> str:
+    """`FILE line NUMBER` of the last call in the config file, the first that is neither Python's nor ml_collections'."""
+    package = str(Path(config_flags.__file__).parents[1])
+    theirs = [(code.co_filename, line) for code, line in calls if not code.co_filename.startswith(("<", package))]
+    return "{} line {}".format(*[call for call in theirs if call[0] == theirs[0][0]][-1]) if theirs else ""
 
 
 def _describe(error: BaseException) -> tuple[str, int]:

@@ -11,16 +11,25 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 
+INT32 = 2**31 - 1  # devices count steps, tokens and features in 32 bits
+FLOAT32 = 3.4e38  # and no number in a config may be infinite there
+
+
 class ConfigError(ValueError):
-    """Something the user wrote cannot be used. `field` names it, the message says what to write instead."""
+    """Something the user wrote cannot be used. `field` names it, the message says what to write instead.
+
+    Both may quote files that others made; what a terminal would act on, line breaks too, is written as in Python.
+    """
 
     def __init__(self, field: str, message: str):
-        super().__init__(f"{field}: {message}")
+        line = re.sub(r"\s*\n\s*", " ", f"{field}: {message}".strip())
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in line))
         self.field = field
 
 
@@ -219,7 +228,7 @@ class Evaluation:
     rows_per_forward: int
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.tokens", self.tokens, 1)
+        _at_least("evaluation.tokens", self.tokens, 1, most=2**62)  # as far as the text goes
         _at_least("evaluation.rows_per_forward", self.rows_per_forward, 1)
 
 
@@ -244,6 +253,9 @@ class Experiment:
                 "stacks", "is empty; add one, for example `config.stacks.gated = base.stack(architecture='gated', ...)`"
             )
         for name, stack in self.stacks.items():
+            # It becomes part of SAEs' names, of keys in files and of the report's text.
+            if not re.fullmatch(r"[\w-]{1,100}", name, re.ASCII):
+                raise ConfigError("stacks", f"has the name {name!r}; write up to 100 letters, digits, _ and -")
             stack.check(f"stacks.{name}")
         fresh = self.activations.rows_per_forward * self.data.context_length
         batch = self.train.batch_size
@@ -391,14 +403,22 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _at_least(field: str, value: float, least: float) -> None:
+def check_text(field: str, text: str) -> None:
+    """Raises `ConfigError` for what is neither the name of a file nor text in UTF-8: with a NUL, or half a character."""
+    if "\0" in text or not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+        raise ConfigError(field, f"is {text!r}, which has a character that no file can be named with; write it anew")
+
+
+def _at_least(field: str, value: int, least: int, most: int = INT32) -> None:
     if value < least:
         raise ConfigError(field, f"is {value}; write {least} or more")
+    if value > most:
+        raise ConfigError(field, f"is {value}; write {most} or less")
 
 
 def _seed(field: str, *seeds: int) -> None:
-    if min(seeds) < 0 or max(seeds) >= 2**31:
-        raise ConfigError(field, f"is {', '.join(map(str, seeds))}; write integers from 0 to 2147483647")
+    if min(seeds) < 0 or max(seeds) > INT32:
+        raise ConfigError(field, f"is {', '.join(map(str, seeds))}; write integers from 0 to {INT32}")
 
 
 def _convert(path: str, kind: Any, value: Any) -> Any:
@@ -427,11 +447,15 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
         if value in args:
             return value
         raise ConfigError(path, f"is {value!r}; {known_names(str(value), args)}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(path, f"is {value}; write a finite number")
-        return value
+    known = (int, float) if kind is float else kind
+    if isinstance(kind, type) and isinstance(value, known) and (kind is bool or not isinstance(value, bool)):
+        if kind is float and not -FLOAT32 <= value <= FLOAT32:
+            shown = value if isinstance(value, float) else "too large"
+            raise ConfigError(path, f"is {shown}; write a finite number, up to {FLOAT32:g} in size")
+        if kind is int and not -(2**63) <= value < 2**63:
+            raise ConfigError(path, "is too large; write an integer of up to 64 bits")
+        if kind is str:
+            check_text(path, value)
+        return float(value) if kind is float else value
     name = str(kind) if origin else kind.__name__
     raise ConfigError(path, f"is {value!r} ({type(value).__name__}); write a value of type {name}")
