@@ -1,6 +1,8 @@
 """The device mesh: `data` splits the batch, `latent` splits the dictionary."""
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +54,27 @@ def check(config: config_lib.Experiment, mesh: Mesh) -> None:
                 f"stacks.{name}.width",
                 f"is {stack.width}, not divisible by the number of devices; write a multiple of {latent * data}",
             )
+
+
+def device_bytes(tree: Any) -> int:
+    """What one device holds of an abstract tree of placed arrays."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_memory(mesh: Mesh, needed: Mapping[str, int]) -> None:
+    """Raises `ConfigError` where what is certainly needed, in bytes on each device by field, is more than there is."""
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":  # all of them share the machine's
+        there: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
+    else:
+        there = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if sum(needed.values()) > there:
+        field = max(needed, key=lambda field: needed[field])
+        raise ConfigError(
+            field,
+            f"takes {needed[field] / 2**30:,.1f} GiB on each device, of {sum(needed.values()) / 2**30:,.1f} in all; "
+            f"there are {there / 2**30:,.1f}: write less (python -m gsae_jax.plan says what a run takes)",
+        )
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:

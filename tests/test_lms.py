@@ -151,7 +151,7 @@ def several(tensors):
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
         (edit_config(model_type="gelo"), r"type 'gelo', which is not supported; did you mean 'gelu'\? known: gelu"),
         (edit_config(d_mlp=None), "config.json lacks d_mlp"),
-        (edit_config(d_head="8"), "config.json has sizes that are no whole numbers from 1; check n_layers"),
+        (edit_config(d_head="8"), "config.json has d_head = '8'; it must be a whole number from 1"),
         (edit_config(d_vocab=4000), "a tokenizer of 4096 tokens, but embeddings for 4000"),
         (edit_config(d_mlp=63), r"does not fit .*blocks.0.mlp.W_in has shape \[32, 64\], not \[32, 63\]"),
         (

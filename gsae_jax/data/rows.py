@@ -292,7 +292,8 @@ def _write_tokens(
     folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
 ) -> dict[str, Any]:
     with _whole(folder) as scratch:
-        dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        largest = max(separator, *tokenizer.get_vocab().values())
+        dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
         count, complete = _tokenize(scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit)
         known = {"tokens": count, "complete": complete, "dtype": dtype.name}
         (scratch / "meta.json").write_text(json.dumps(known))
@@ -337,10 +338,11 @@ def _tokenize(
                 text.decode() if isinstance(text, bytes) else text
                 for text in (example[feature] for example in examples)
             ]
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            tokens = np.concatenate([np.array([*ids, separator], dtype) for ids in encoded])
+            try:
+                encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            except Exception as error:  # tokenizers has no errors of its own kind
+                raise ConfigError("lm.path", f"the tokenizer cannot read the text: {error}") from error
+            tokens = np.concatenate([np.array([*ids, separator], dtype) for ids in encoded["input_ids"]])
             tokens.tofile(file)
             count += len(tokens)
             if count >= limit:

@@ -17,7 +17,7 @@ import transformers
 
 from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
-from gsae_jax.lms import gelu, partition, weights
+from gsae_jax.lms import gelu, hugging_face, partition, weights
 from gsae_jax.lms.transformer import Config, Model
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -72,20 +72,34 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The tokenizer, a `transformers` one; refused if it has ids that the model has no embedding for."""
+        settings = {
+            name: weights.read_json(self.folder / name, self.field)
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+            if (self.folder / name).exists()
+        }
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it warns of every model_type it has no class for
         try:
+            config = hugging_face.transformers_config(settings["config.json"])
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False
+                self.folder, config=config, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            message = f"{self.folder} has no tokenizer that can be read: {str(error).splitlines()[0]}"
-            raise ConfigError(self.field, message) from error
+            vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+            tokenizer("a b", add_special_tokens=False)
+            if not all(isinstance(number, int) for number in tokenizer.all_special_ids):
+                raise ValueError(f"not all of its special tokens have ids: {tokenizer.special_tokens_map}")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever a wrong value leads to; a panic of tokenizers is no Exception
+            why = str(error).partition("\n")[0] or type(error).__name__
+            if "auto_map" in settings.get("tokenizer_config.json", {}):
+                why = "it is code (auto_map in tokenizer_config.json), which is not run; save it as tokenizer.json"
+            raise ConfigError(self.field, f"{self.folder} has no tokenizer that can be read: {why}") from error
         finally:
             transformers.logging.set_verbosity(verbosity)
         # Some models have special tokens, as for images, beyond their embedding; text never gives those.
-        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        beyond = [id for id in tokenizer.get_vocab().values() if id >= self.config.d_vocab and id not in special]
+        special = {number for number, token in added.items() if token.special}
+        beyond = [id for id in vocabulary.values() if id >= self.config.d_vocab and id not in special]
         if beyond:
             raise ConfigError(
                 self.field,
@@ -189,7 +203,7 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
 
 def read_settings(folder: Path, field: str) -> dict[str, Any]:
     """The `config.json` of a checkpoint directory; raises `ConfigError` where there is none."""
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise ConfigError(
             field,
             f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
@@ -211,6 +225,9 @@ def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any,
         return families[model_type], families[model_type].config(settings)
     except ValueError as error:
         raise ConfigError(field, f"{folder / 'config.json'} {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # a value of a wrong kind, deep within
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(field, f"{folder / 'config.json'} is not valid ({why}); copy it again") from error
 
 
 def convert_once(source: str | os.PathLike[str], revision: str = "") -> str:

@@ -7,7 +7,7 @@ weights are pickles, which `python -m gsae_jax.convert_lm` turns into this layou
 from collections.abc import Mapping
 from typing import Any
 
-from gsae_jax.lms.transformer import Config, Layer
+from gsae_jax.lms.transformer import Config, Layer, check_size
 
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 TENSORS: dict[str, tuple[str, str]] = {}  # a checkpoint's names and layouts are ours
@@ -39,8 +39,8 @@ def config(settings: Mapping[str, Any]) -> Config:
     ):
         if settings.get(field) not in (None, ours):
             raise ValueError(f"has {field} = {settings[field]!r}, which is not supported (only {ours!r} is)")
-    if not all(isinstance(settings[name], int) and settings[name] > 0 for name in SIZES):
-        raise ValueError(f"has sizes that are no whole numbers from 1; check {', '.join(SIZES)}")
+    for name in SIZES:
+        check_size(name, settings[name])
     epsilons = [settings[name] for name in ("layer_norm_eps", "ln_eps", "eps") if name in settings]
     return Config(
         layers=(Layer(attention_scale=settings["d_head"] ** -0.5),) * settings["n_layers"],

@@ -9,7 +9,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from gsae_jax.config import known_names
-from gsae_jax.lms.transformer import ACTIVATIONS
+from gsae_jax.lms.transformer import ACTIVATIONS, check_size
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -28,24 +28,32 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
     missing = sorted(set(required) - settings.keys())
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
+    for name in required:
+        check_size(name, settings[name])
     if "quantization_config" in settings:
         raise ValueError("describes quantised weights, which are not supported; load the unquantised checkpoint")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of rotary settings that `frequencies` refuses
     try:
-        config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
+        config = transformers_config(settings)
     except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"is not valid: {' '.join(str(error).split())}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    bad = [name for name in required if getattr(config, name) < 1]
-    if bad:
-        raise ValueError(f"has sizes below 1: {', '.join(f'{name} = {getattr(config, name)}' for name in bad)}")
+    for name in required:
+        check_size(name, getattr(config, name))  # it may have another spelling too, which wins
     for field, ours in ({"is_causal": True} | lacking).items():
         value = getattr(config, field, None)
         if value is not None and value != ours:
             raise ValueError(f"has {field} = {value!r}, which is not supported (only {ours!r} is)")
     return config
+
+
+def transformers_config(settings: Mapping[str, Any]) -> Any:
+    """transformers' own config object, without the labels of classifiers, of which a number would make a list."""
+    known: Any = transformers.CONFIG_MAPPING  # a dictionary whose `get` finds nothing
+    kind = known[settings["model_type"]] if settings["model_type"] in known else transformers.PretrainedConfig
+    return kind.from_dict({k: v for k, v in settings.items() if k not in ("num_labels", "id2label", "label2id")})
 
 
 def activation(name: str) -> str:
@@ -82,6 +90,7 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, part: float = 1.0) -> tu
     """
     if rope.get("partial_rotary_factor", part) != part:
         raise ValueError(f"has partial_rotary_factor = {rope['partial_rotary_factor']}, which is not supported here")
+    check_size("head_dim", head_dim)
     for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
         if name in rope and not (rope[name] and rope[name] > 0):
             raise ValueError(f"has {name} = {rope[name]}; it must be positive")

@@ -7,6 +7,7 @@ Shape suffixes: B batch, T tokens, D d_model, H heads, G key-value heads, K d_he
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,6 +30,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 normal, ones, zeros = nn.initializers.normal, nn.initializers.ones, nn.initializers.zeros
 
 
+# A number in a file must not fill the memory: layers are listed, and a head's rotary frequencies. In Hugging Face's
+# names and ours.
+MOST = {"n_layers": 1000, "num_hidden_layers": 1000, "n_layer": 1000, "d_head": 2**14, "head_dim": 2**14}
+
+
+def check_size(name: str, size: Any) -> None:
+    """Raises `ValueError` for a size that no model can have."""
+    most = MOST.get(name, 2**31 - 1)
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
+        raise ValueError(f"has {name} = {size!r}; it must be a whole number from 1 to {most}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """What may differ from block to block.
@@ -46,8 +59,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers that no model can have."""
-        if self.window < 0:
-            raise ValueError(f"gives a window of {self.window}; it must be at least 1, or absent")
+        if not (isinstance(self.window, int) and 0 <= self.window < 2**31):
+            raise ValueError(f"gives a window of {self.window!r}; it must be from 1 to {2**31 - 1}, or absent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +111,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raises `ValueError` for sizes that no model can have."""
         for name in ("d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "n_layers"):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"gives {name} = {size!r}; it must be a whole number from 1")
-        if not self.norm_eps > 0:
+            check_size(name, getattr(self, name))
+        if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"gives {self.norm_eps} to add under the norms' root; it must be positive")
         if self.n_heads % self.n_key_value_heads:
             raise ValueError(f"gives {self.n_heads} heads, which {self.n_key_value_heads} key-value heads cannot share")

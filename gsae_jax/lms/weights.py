@@ -1,6 +1,5 @@
 """Weights in safetensors files: which tensor holds which parameter, in what layout, and how it gets onto its shards."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,8 +37,11 @@ class Tensors:
             index = read_json(folder / INDEX, field).get("weight_map")
             if not isinstance(index, dict) or not index:
                 raise ConfigError(field, f"{self.label} has no weight_map from tensors to files; copy it again")
+            strange = [file for file in index.values() if not re.fullmatch(r"\w[\w.-]*", str(file))]
+            if strange:
+                raise ConfigError(field, f"{self.label} names {strange[0]!r}, which is no file beside it; copy it again")
             files = sorted(set(index.values()))
-            lost = [file for file in files if not (folder / file).exists()]
+            lost = [file for file in files if not (folder / file).is_file()]
             if lost:
                 raise ConfigError(field, f"{self.label} names {', '.join(lost)}, which are not there; copy them again")
             beside = {file.name for file in folder.glob("model-*.safetensors")} - set(files)
@@ -46,13 +49,12 @@ class Tensors:
         else:
             self.label, index, files = folder / WEIGHTS, {}, [WEIGHTS]
         for file in files:
+            if not (folder / file).is_file():
+                raise ConfigError(field, f"{folder} has no {WEIGHTS} or {INDEX}; its weights must be in that format")
             try:
+                # It reads the header alone, and compares its length and every offset and shape with the file's size.
                 opened = safetensors.safe_open(folder / file, "np")
-            except FileNotFoundError as error:
-                raise ConfigError(
-                    field, f"{folder} has no {WEIGHTS} or {INDEX}; its weights must be in that format"
-                ) from error
-            except safetensors.SafetensorError as error:
+            except (OSError, safetensors.SafetensorError) as error:
                 raise self._unreadable(folder / file, error) from error
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 self._files[name] = opened
@@ -189,8 +191,10 @@ def finite(x: jax.Array) -> jax.Array:
 
 def read_json(file: Path, field: str) -> dict[str, Any]:
     """A JSON object; raises `ConfigError` where the file holds none."""
+    if not file.is_file():
+        raise ConfigError(field, f"{file} is not a file; write one that can be read to its end")
     try:
-        value = json.loads(file.read_text())
+        value = config_lib.parse_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(field, f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
@@ -114,7 +115,8 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     """The train program and the tokenizer, from the language model's settings alone.
 
     Raises:
-        ConfigError: a site, context or architecture that the language model or the project does not have.
+        ConfigError: a site, context or architecture that the language model or the project does not have, or sizes
+            that the devices have no room for.
     """
     whole = checkpoint.module()
     widths = loading.site_widths(whole)
@@ -127,7 +129,14 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
         )
     layers = 1 + max(sites.layer_of(site) for site in config.sites)
     tokenizer = checkpoint.tokenizer()
-    return Program.build(config, mesh, checkpoint.module(layers, mesh), loading.special_tokens(tokenizer)), tokenizer
+    program = Program.build(config, mesh, checkpoint.module(layers, mesh), loading.special_tokens(tokenizer))
+    state = program.abstract_state()
+    fresh = config.rows_per_call * config.data.context_length * sum(program.widths.values())
+    needed = {f"stacks.{name}": mesh_lib.device_bytes(stack) for name, stack in state.stacks.items()}
+    needed["activations.buffer_size"] = mesh_lib.device_bytes(state.store)
+    needed["activations.rows_per_forward"] = fresh * jnp.dtype(config.lm.dtype).itemsize // mesh.shape["data"]
+    mesh_lib.check_memory(mesh, needed)
+    return program, tokenizer
 
 
 def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> TrainState:

@@ -64,15 +64,15 @@ class Case:
         """Bytes of the arguments on each device, by part."""
         stacks = list(self.state.stacks.values())
         return {
-            "language model": device_bytes(self.lm_params),
-            "SAEs": device_bytes([stack.params for stack in stacks]),
-            "optimiser": device_bytes([stack.second_moments for stack in stacks]),
-            "buffer": device_bytes(self.state.store),
+            "language model": mesh_lib.device_bytes(self.lm_params),
+            "SAEs": mesh_lib.device_bytes([stack.params for stack in stacks]),
+            "optimiser": mesh_lib.device_bytes([stack.second_moments for stack in stacks]),
+            "buffer": mesh_lib.device_bytes(self.state.store),
         }
 
     def estimate(self) -> dict[str, int]:
         """Bytes on each device, by part and in total, without a compiler."""
-        return self._parts(temporaries(self), device_bytes(self.arguments))
+        return self._parts(temporaries(self), mesh_lib.device_bytes(self.arguments))
 
     def measure(self) -> tuple[dict[str, int], exchanges.Exchanges, dict[str, str]]:
         """Bytes and exchanges, compiled where that can be done; and, of each, "compiled" or "estimated"."""
@@ -94,7 +94,7 @@ class Case:
                 needed = re.search(r"RESOURCE_EXHAUSTED.*temporaries \(([\d.]+)G\)", str(error), re.DOTALL)
                 if not needed:
                     raise
-                held = device_bytes(self.arguments)
+                held = mesh_lib.device_bytes(self.arguments)
                 parts = self._parts(max(0, round(float(needed[1]) * GIB) - held), held)
         return parts, exchanges.expected(self.program, *self.arguments), method
 
@@ -220,11 +220,6 @@ def mesh_of(config: Experiment, topology: Topology) -> Any:
     if devices is None:
         return AbstractMesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
     return mesh_lib.make_mesh(config.mesh, devices)
-
-
-def device_bytes(tree: Any) -> int:
-    """What one device holds of an abstract tree of placed arrays."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def operations(program: Program, lm_params: Any) -> float:
