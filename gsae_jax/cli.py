@@ -120,7 +120,7 @@ def _refusal(error: BaseException) -> ConfigError:
 
 
 def _line(calls: list[tuple[CodeType, int]]) -> str:
-    """`FILE line NUMBER` of the last call in the config file, the first that is neither Python's nor ml_collections'."""
+    """`FILE line NUMBER` of the last call in the config file, the first that is not Python's or ml_collections'."""
     package = str(Path(config_flags.__file__).parents[1])
     theirs = [(code.co_filename, line) for code, line in calls if not code.co_filename.startswith(("<", package))]
     return "{} line {}".format(*[call for call in theirs if call[0] == theirs[0][0]][-1]) if theirs else ""

@@ -10,12 +10,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
-
 
 INT32 = 2**31 - 1  # devices count steps, tokens and features in 32 bits
 FLOAT32 = 3.4e38  # and no number in a config may be infinite there
@@ -423,9 +421,9 @@ def fingerprint(*parts: Any) -> str:
 
 
 def check_text(field: str, text: str) -> None:
-    """Raises `ConfigError` for what is neither the name of a file nor text in UTF-8: with a NUL, or half a character."""
-    if "\0" in text or not text.isascii() and text.encode("utf-8", "replace").decode() != text:
-        raise ConfigError(field, f"is {text!r}, which has a character that no file can be named with; write it anew")
+    """Raises `ConfigError` for text that cannot be written in UTF-8, or that has a NUL, which no path can have."""
+    if "\0" in text or text.encode("utf-8", "replace").decode() != text:
+        raise ConfigError(field, f"is {text!r}, which has a character that no path or text can have; write it anew")
 
 
 def _at_least(field: str, value: int, least: int, most: int = INT32) -> None:
@@ -473,7 +471,7 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
             raise ConfigError(path, f"is {shown}; write a finite number, up to {FLOAT32:g} in size")
         if kind is int and not -(2**63) <= value < 2**63:
             raise ConfigError(path, "is too large; write an integer of up to 64 bits")
-        if kind is str:
+        if isinstance(value, str):
             check_text(path, value)
         return float(value) if kind is float else value
     name = str(kind) if origin else kind.__name__

@@ -169,7 +169,11 @@ def with_rope(kind, **more):
         ("llama_2", lambda s: {k: v for k, v in s.items() if k != "vocab_size"}, "lacks vocab_size"),
         ("gpt2", lambda s: {k: v for k, v in s.items() if k not in ("n_head", "n_embd")}, "lacks n_embd, n_head"),
         ("llama_2", lambda s: s | {"num_attention_heads": 0}, "is not valid|num_attention_heads = 0; it must"),
-        ("llama_2", lambda s: s | {"num_hidden_layers": 0}, "has num_hidden_layers = 0; it must be a whole number from 1 to 1000"),
+        (
+            "llama_2",
+            lambda s: s | {"num_hidden_layers": 0},
+            "has num_hidden_layers = 0; it must be a whole number from 1 to 1000",
+        ),
         ("llama_3", lambda s: s | {"num_key_value_heads": 4}, "gives 6 heads, which 4 key-value heads cannot share"),
         ("llama_2", lambda s: s | {"head_dim": 7}, "is not valid: .*even rotary dimension"),
         ("llama_2", lambda s: s | {"is_causal": False}, "has is_causal = False, which is not supported"),

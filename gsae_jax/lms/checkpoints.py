@@ -225,7 +225,8 @@ def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any,
         return families[model_type], families[model_type].config(settings)
     except ValueError as error:
         raise ConfigError(field, f"{folder / 'config.json'} {error}") from error
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:  # a value of a wrong kind, deep within
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        # A value of a wrong kind, deep within.
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(field, f"{folder / 'config.json'} is not valid ({why}); copy it again") from error
 

@@ -51,8 +51,10 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
 
 def transformers_config(settings: Mapping[str, Any]) -> Any:
     """transformers' own config object, without the labels of classifiers, of which a number would make a list."""
-    known: Any = transformers.CONFIG_MAPPING  # a dictionary whose `get` finds nothing
-    kind = known[settings["model_type"]] if settings["model_type"] in known else transformers.PretrainedConfig
+    try:
+        kind: Any = transformers.CONFIG_MAPPING[settings["model_type"]]
+    except KeyError:
+        kind = transformers.PretrainedConfig
     return kind.from_dict({k: v for k, v in settings.items() if k not in ("num_labels", "id2label", "label2id")})
 
 

@@ -89,7 +89,11 @@ def json_file(random: random.Random, content: bytes) -> bytes:
     if kind == 0:
         return file(random, content)
     if kind == 1:
-        more = (b'"model_type": 3, "model_type": "gelu"', b'"deep": ' + b"[" * 900 + b"]" * 900, b'"num_labels": 1000000000')
+        more = (
+            b'"model_type": 3, "model_type": "gelu"',
+            b'"deep": ' + b"[" * 900 + b"]" * 900,
+            b'"num_labels": 1000000000',
+        )
         return content.replace(b"{", b"{" + random.choice(more) + b", ", 1)
     if kind == 2:
         return random.choice((b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"[]", b"null", b"NaN", b'"x"'))
@@ -104,7 +108,9 @@ def file(random: random.Random, content: bytes) -> bytes:
     if kind == 0:
         return bytes(mutant[:at])
     if kind == 1:
-        return random.choice((b"", b"\0" * 100, b"\xff" * 100, b"\xef\xbb\xbf" + content, content.decode("latin1").encode("utf-16")))
+        return random.choice(
+            (b"", b"\0" * 100, b"\xff" * 100, b"\xef\xbb\xbf" + content, content.decode("latin1").encode("utf-16"))
+        )
     if kind == 2:
         return bytes(mutant[:at] + random.randbytes(random.randrange(1, 20)) + mutant[at:])
     if kind == 3:

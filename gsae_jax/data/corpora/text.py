@@ -89,7 +89,7 @@ def _on_disk(path: str) -> Iterator[tuple[str, tuple[int, int]]]:
     pattern = os.path.expanduser(path)
     pattern = os.path.join(pattern, "**", "*") if os.path.isdir(pattern) else pattern
     for file in glob.glob(pattern, recursive=True):
-        if Path(file).suffix in SUFFIXES:
+        if Path(file).suffix in SUFFIXES and os.path.isfile(file):
             yield os.path.abspath(file), (os.path.getsize(file), os.stat(file).st_mtime_ns)
 
 
@@ -125,6 +125,12 @@ def read_documents(file: str, field: str, separator: str) -> Iterator[str]:
             raise ConfigError(
                 "data.field", f"{where} has no text under {field!r}; its fields: {', '.join(map(str, row))}"
             )
+        try:
+            row[field].encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a pair
+            raise ConfigError(
+                "data.path", f"{where} has a character that UTF-8 lacks ({error}); take it out"
+            ) from error
         return row[field]
 
     suffix = Path(file).suffix
@@ -143,16 +149,24 @@ def read_documents(file: str, field: str, separator: str) -> Iterator[str]:
         elif suffix == ".jsonl":
             with _text(file) as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield text_of(json.loads(line), f"{file} line {number}")
+                    if not line.strip():
+                        continue
+                    try:
+                        row = json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise ValueError(f"line {number} is not JSON ({error})") from error
+                    yield text_of(row, f"{file} line {number}")
         else:
             with _text(file) as whole:
                 text = whole.read()
             yield from filter(str.strip, text.split(separator) if separator else [text])
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:  # not UTF-8, not JSON, not Parquet (pyarrow's errors are ValueErrors)
-        raise ConfigError("data.path", f"{file} cannot be read as {suffix}: {error}") from error
+    except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+        # Not UTF-8, not JSON, not Parquet: pyarrow's errors are of all these kinds.
+        raise ConfigError(
+            "data.path", f"{file} cannot be read as {suffix}: {error}; write it again in UTF-8, or leave it out"
+        ) from error
 
 
 def _text(file: str) -> io.TextIOWrapper:

@@ -1,9 +1,16 @@
 """Any TFDS data set that is already prepared in a random-access format, by name: `data.name="wiki40b/en"`."""
 
+import re
+from typing import Any
+
 import tensorflow_datasets as tfds
+from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError, known_names
+
+OWN = "tensorflow_datasets."
+CLASSES = ("pythonClassName", "python_class_name", "type")  # the fields of features.json that name a class
 
 
 def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]:
@@ -13,10 +20,16 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
         ConfigError: it is not there, has no text feature called `data.field`, or cannot be read at random.
     """
     where = config.data_dir or tfds.core.constants.DATA_DIR
+    if not re.fullmatch(r"\w+(/[\w.,=-]+)*(:\d[\w.*]*)?", config.name):  # TFDS asks other hosts for `namespace:name`
+        raise ConfigError("data.name", f"is {config.name!r}; write the name of a data set such as wiki40b/en")
+    _check_features(epath.Path(where) / re.split("[/:]", config.name)[0])
     try:
         found = tfds.builder(config.name, data_dir=config.data_dir or None)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+    except tfds.core.DatasetNotFoundError as error:
         raise ConfigError("data.name", f"{config.name!r} is not a data set prepared in {where}") from error
+    except Exception as error:  # whatever a wrong value in its files or in its name leads to
+        why = f"{config.name!r} in {where} cannot be read ({type(error).__name__}: {error})"
+        raise ConfigError("data.name", f"{why}; write a data set prepared there, or prepare it again") from error
     if not found.data_path.exists():
         raise ConfigError(
             "data.name",
@@ -42,3 +55,23 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
             f"--dataset_version_dir={found.data_path}`",
         )
     return found, config.field
+
+
+def _check_features(folder: epath.Path) -> None:
+    """Raises `ConfigError` for features of foreign classes: TFDS imports any module that a file names."""
+
+    def classes(tree: Any) -> list[str]:
+        values = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+        below = [name for _, value in values for name in classes(value)]
+        named = [value for key, value in values if key in CLASSES and isinstance(value, str)]
+        return below + named
+
+    for file in [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")]:
+        try:
+            foreign = [name for name in classes(config_lib.parse_json(file.read_text())) if not name.startswith(OWN)]
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError("data.name", f"{file} is not JSON: {error}; prepare the data set again") from error
+        if foreign:
+            raise ConfigError(
+                "data.name", f"{file} names {foreign[0]!r}, which is no feature of TFDS; prepare it again"
+            )
