@@ -15,7 +15,7 @@ from gsae_jax import cli, processes, runs
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
-from gsae_jax.config import ConfigError, Experiment, TrainingError
+from gsae_jax.config import ConfigError, TrainingError
 from gsae_jax.data.rows import held_out
 from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading
@@ -43,7 +43,7 @@ def evaluate(
     """
     workdir = workdir_lib.Workdir(path)
     points = report.read_published(published) if published else []
-    config = config_lib.from_dict(Experiment, workdir.config())
+    config = workdir.experiment()
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
     latent = config.mesh.latent if jax.device_count() % config.mesh.latent == 0 else 1
     spread = config.evaluation.rows_per_forward % (jax.device_count() // latent) == 0

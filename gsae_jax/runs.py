@@ -14,6 +14,7 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms import checkpoints
+from gsae_jax.lms.transformer import check_size
 from gsae_jax.saes import trained
 
 
@@ -31,11 +32,11 @@ def load(
         ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read.
     """
     workdir = workdir_lib.Workdir(path)
-    config = config_lib.from_dict(Experiment, workdir.config())
+    config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
         raise ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
-    facts = workdir.facts(step)
+    facts = _checked(workdir, step, config)
     built = {
         name: trained.build_config(
             stack.architecture,
@@ -116,7 +117,7 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
         return config
     workdir = workdir_lib.Workdir(path)
     if workdir.latest_step() is not None and not revision:
-        recorded = config_lib.from_dict(Experiment, workdir.config()).lm
+        recorded = workdir.experiment().lm
         revision = recorded.revision if recorded.path == name else ""
     commit = checkpoints.find(name, revision, "lm.path")[1]
     return dataclasses.replace(config, lm=dataclasses.replace(config.lm, revision=commit))
@@ -131,11 +132,32 @@ def _spread(mesh: jax.sharding.Mesh, like: dict[str, Any], built: dict[str, tupl
     return {name: {key: placed(name, key, leaf) for key, leaf in params.items()} for name, params in like.items()}
 
 
+def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dict[str, Any]:
+    """What a checkpoint says about its run; raises `ConfigError` where that does not fit its config."""
+    facts = workdir.facts(step)
+
+    def number(value: Any, least: float = 0.0) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+
+    try:
+        for name, stack in config.stacks.items():
+            check_size("width", facts["widths"][stack.site])
+            limit, coefficients = facts["norm_limits"][stack.site], facts.get("l1_coefficients", {}).get(name)
+            fits = number(facts["scales"][stack.site], 1e-30) and (limit is None or number(limit))
+            if coefficients is not None:  # checkpoints of earlier versions have none; theirs were the config's
+                fits = fits and len(coefficients) == len(stack) and all(number(value) for value in coefficients)
+            if not fits:
+                raise ValueError(f"scales, limits or l1 coefficients of {name} are not as they were written")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config"
+        raise ConfigError("--workdir", f"{why} ({type(error).__name__}: {error}); put its own back") from error
+    return facts
+
+
 def _members(
     name: str, config: Experiment, sae: Any, params: dict[str, jax.Array], facts: dict[str, Any]
 ) -> list[trained.SAE]:
     stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
-    # Checkpoints of earlier versions have none; theirs were the config's.
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
     return [
         trained.SAE(

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -43,8 +44,9 @@ class Workdir:
         """`path`: local, or gs://bucket/folder.
 
         Raises:
-            ConfigError: a URL of another kind, or gs:// without the packages for it.
+            ConfigError: no path, a URL of another kind, or gs:// without the packages for it.
         """
+        config_lib.check_text("--workdir", os.fspath(path))
         buckets.check("--workdir", path)
         self.path = epath.Path(path)
         self._lock = filelock.FileLock(self.path / LOCK) if not is_bucket(self.path) else None
@@ -57,7 +59,7 @@ class Workdir:
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint."""
         folder = self.path / "checkpoints"
-        return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
+        return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
 
     def sound_step(self, parts: tuple[str, ...] = ("",), step: int | None = None) -> int | None:
         """The newest checkpoint whose files are as they were written; warns of every newer one.
@@ -104,13 +106,14 @@ class Workdir:
 
     def _steps(self) -> list[int]:
         folder = self.path / "checkpoints"
-        return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{,17}", name)]
 
     def _problem(self, step: int, parts: tuple[str, ...] = ("",)) -> str | None:
         """What is wrong with the files of a checkpoint, or of these parts of it, in a few words."""
         folder = self.path / "checkpoints" / str(step)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = config_lib.parse_json((folder / MANIFEST).read_text())
             files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
@@ -123,9 +126,11 @@ class Workdir:
                 return f"{name} is missing or empty"
         for name, (size, digest) in files.items():
             file = folder / name
+            if ".." in file.parts or not file.is_relative_to(folder):
+                return f"{MANIFEST} names {name}"
             if not name.startswith(parts):
                 continue
-            if not file.exists():
+            if not file.exists() or file.is_dir():
                 return f"{name} is missing"
             if file.stat().length != size:
                 return f"{name} has {file.stat().length} bytes, not {size}"
@@ -135,13 +140,14 @@ class Workdir:
 
     def params(self, step: int, like: Any) -> Any:
         """The SAEs' parameters of a checkpoint, on the shardings of the given `ShapeDtypeStruct` tree."""
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer() as checkpointer, _readable(self.path, step):
             return checkpointer.restore(self._item(step, "params"), like)
 
     def facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint says about its run."""
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(self._item(step, "facts"), args=ocp.args.JsonRestore())
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, _readable(self.path, step):
+            facts = checkpointer.restore(self._item(step, "facts"), args=ocp.args.JsonRestore())
+            return dict(facts)
 
     def _item(self, step: int, name: str) -> epath.Path:
         return _absolute(self.path / "checkpoints" / str(step) / name)
@@ -164,20 +170,39 @@ class Workdir:
         Raises:
             ConfigError: the directory holds no run, or cannot be read.
         """
+        path = self.path / "config.json"
         try:
-            return json.loads((self.path / "config.json").read_text())
-        except FileNotFoundError as error:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is not a file")
+            return config_lib.parse_json(path.read_text())
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 "--workdir", f"{self.path} holds no run (no config.json); write the --workdir of a training run"
             ) from error
         except ValueError as error:
-            raise ConfigError("--workdir", f"{self.path / 'config.json'} is not JSON: {error}") from error
+            raise ConfigError("--workdir", f"{path} is not JSON: {error}; put the run's own back") from error
         except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
             if not is_bucket(self.path):
-                raise
+                raise ConfigError("--workdir", f"{path} cannot be read ({error}); write a run that can be") from error
             raise ConfigError(
                 "--workdir",
                 f"{self.path} cannot be read ({buckets.line(error)}); log in to an account that may read it",
+            ) from error
+
+    def experiment(self) -> config_lib.Experiment:
+        """The config of the run.
+
+        Raises:
+            ConfigError: what `config` refuses, or one that is of another version or was changed.
+        """
+        try:
+            # The dataclass fills in the fields that an earlier version did not have.
+            return config_lib.from_dict(config_lib.Experiment, self.config())
+        except ConfigError as error:
+            if error.field == "--workdir":
+                raise
+            raise ConfigError(
+                "--workdir", f"{self.path / 'config.json'} is not a config of this version ({error}); put its own back"
             ) from error
 
     def check(self, config: dict[str, Any]) -> None:
@@ -187,8 +212,7 @@ class Workdir:
         """
         self.check_writable()
         if self.latest_step() is not None:
-            # Through the dataclass, which fills in the fields that an earlier version did not have.
-            recorded = config_lib.to_dict(config_lib.from_dict(config_lib.Experiment, self.config()))
+            recorded = config_lib.to_dict(self.experiment())
             recorded, here = ({f: v for f, v in tree.items() if f not in FREE} for tree in (recorded, config))
             differing = config_lib.differences(recorded, here)
             if differing:
@@ -316,7 +340,8 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
+        with _readable(self._folder, step):
+            restored = self._manager.restore(step, args=items)
         return restored.params, restored.state, restored.data
 
     def wait(self) -> None:
@@ -357,8 +382,8 @@ class Metrics:
 
     def __init__(self, workdir: Workdir, step: int):
         path = workdir.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = _lines(path)
+        kept = [line for line, logged in _logged(path) if line.endswith("\n") and logged["step"] <= step]
         self._bucket, self._scratch, folder = None, None, workdir.path
         if is_bucket(workdir.path):
             self._bucket, self._scratch = workdir.path, tempfile.TemporaryDirectory(prefix="gsae_jax-")
@@ -442,8 +467,27 @@ tensorboardX.record_writer.register_writer_factory(_PatientFile.SCHEME, _Patient
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`."""
-    path = workdir.path / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [logged for _, logged in _logged(workdir.path / "metrics.jsonl")]
+
+
+def _lines(path: epath.Path) -> list[str]:
+    # What a crash of the machine leaves need not be UTF-8.
+    return path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
+
+
+def _logged(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file of metrics, and what they say; a warning for each that says nothing."""
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            logged = config_lib.parse_json(line)
+            numbers = [value for each in logged.values() for value in (each if isinstance(each, list) else [each])]
+            if type(logged["step"]) is not int or not all(isinstance(x, int | float) for x in numbers):
+                raise ValueError
+        except (ValueError, KeyError, AttributeError):
+            if line.endswith("\n"):  # else it was being written when its process ended
+                processes.warn(f"{path} line {number} is not a line of metrics and is left out")
+        else:
+            yield line, logged
 
 
 def reported_step(workdir: Workdir) -> int | None:
@@ -463,6 +507,16 @@ def write_text(path: epath.Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.new")
     scratch.write_text(text)
     os.replace(scratch, path)
+
+
+@contextlib.contextmanager
+def _readable(where: epath.Path, step: int) -> Iterator[None]:
+    """Names the checkpoint that orbax cannot read, for which it and tensorstore have errors of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        why = f"checkpoint {step} in {where} cannot be read ({buckets.line(error)})"
+        raise ConfigError("--workdir", f"{why}; put its files back, or write another directory") from error
 
 
 def single_device(tree: Any) -> Any:

@@ -76,11 +76,14 @@ def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: 
 def training(lines: list[dict[str, Any]]) -> Figure:
     """Loss, L0 and gamma of every SAE over training."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    steps = [line["step"] for line in lines]
     for axis, field in zip(figure.subplots(1, 3), ("loss", "l0", "gamma"), strict=True):
-        stacks = sorted(name.rpartition("/")[0] for name in (lines[0] if lines else {}) if name.endswith(f"/{field}"))
+        # A run that was continued by another version may have lines of two kinds.
+        sizes = {name: len(value) for line in lines[:1] for name, value in line.items() if isinstance(value, list)}
+        stacks = sorted(name.rpartition("/")[0] for name in sizes if name.endswith(f"/{field}"))
         for index, stack in enumerate(stacks):
-            values = np.array([line[f"{stack}/{field}"] for line in lines])
+            name = f"{stack}/{field}"
+            whole = [line for line in lines if isinstance(line.get(name), list) and len(line[name]) == sizes[name]]
+            steps, values = [line["step"] for line in whole], np.array([line[name] for line in whole], np.float64)
             for member, column in enumerate(values.T):
                 alpha = _shade(member, values.shape[1])
                 axis.plot(steps, column, color=COLOURS[index % len(COLOURS)], alpha=alpha, lw=1.2)

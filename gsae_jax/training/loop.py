@@ -93,12 +93,16 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     try:
         if latest is not None:
             before = workdir.facts(latest)
-            if before["rows"] != rows.fingerprint:
+            if before.get("rows") != rows.fingerprint:
                 raise ConfigError(
                     "data", "the text has changed since this run began; put it back, or start a new --workdir"
                 )
             state, position = _restore(program, checkpoints, latest, before.get("buffer", True))
-            stream.set_state(position)
+            try:
+                stream.set_state(position)
+            except (LookupError, TypeError, ValueError) as error:  # grain has no error of its own
+                what = f"the position of checkpoint {latest} in the text is not as it was written ({error})"
+                raise ConfigError("--workdir", f"{what}; put its files back") from error
             processes.say(f"continuing from step {latest:,}{_unlike(before.get('machine', {}), machine)}")
             if not state.store:
                 processes.say(
