@@ -67,7 +67,7 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
             return parse(argv)
         except ConfigError as error:
             if any(arg.lstrip("-") == "traceback" for arg in argv):
-                raise
+                traceback.print_exc()
             _refuse(str(error))
 
     def guarded(argv):
@@ -86,7 +86,7 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
             _refuse("interrupted", 130)
         except ConfigError as error:
             if TRACEBACK.value:
-                raise
+                traceback.print_exc()
             _refuse(str(error))
 
     # TFDS and orbax warn of what is as it should be, and log the tracebacks of errors that they raise as well.

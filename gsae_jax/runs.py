@@ -137,7 +137,7 @@ def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dic
     facts = workdir.facts(step)
 
     def number(value: Any, least: float = 0.0) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= config_lib.FLOAT32
 
     try:
         for name, stack in config.stacks.items():
@@ -148,6 +148,7 @@ def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dic
                 fits = fits and len(coefficients) == len(stack) and all(number(value) for value in coefficients)
             if not fits:
                 raise ValueError(f"scales, limits or l1 coefficients of {name} are not as they were written")
+            facts["scales"][stack.site] = float(facts["scales"][stack.site])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config"
         raise ConfigError("--workdir", f"{why} ({type(error).__name__}: {error}); put its own back") from error

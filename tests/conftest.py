@@ -78,10 +78,14 @@ def lm_dir(tmp_path_factory):
 @pytest.fixture
 def config_dict(text_dir, lm_dir, tmp_path_factory):
     """A tiny experiment as a ConfigDict: two stacks at two sites of the small model, on the small text."""
+    return tiny(text_dir, lm_dir, tmp_path_factory.getbasetemp() / "tfds")
+
+
+def tiny(text_dir, lm_dir, data_dir):
     config = base.get_config()
     config.lm.path = str(lm_dir)
     config.data.corpus, config.data.path = "text", str(text_dir)
-    config.data.data_dir = str(tmp_path_factory.getbasetemp() / "tfds")
+    config.data.data_dir = str(data_dir)
     config.data.context_length = 16
     gated = base.stack("gated", "blocks.0.hook_mlp_out", 64, (0.01, 0.03), learning_rates=(1e-2,), seeds=(0, 1))
     config.stacks.gated = gated

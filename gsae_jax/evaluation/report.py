@@ -177,8 +177,8 @@ def read_published(path: str) -> list[dict[str, Any]]:
     try:
         with open(path, newline="") as file:
             found = list(csv.DictReader(file))
-    except OSError as error:
-        raise ConfigError("--published", f"{path} cannot be read ({error}); write a CSV file") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError("--published", f"{path} cannot be read ({error}); write a CSV file in UTF-8") from error
     if missing := needed - set(found[0] if found else ()):
         raise ConfigError("--published", f"{path} has no column {', '.join(sorted(missing))}; write one with a header")
     try:
@@ -258,7 +258,8 @@ def _ratio_table(ratios: list[dict[str, Any]]) -> tuple[list[str], list[list[str
 
 
 def _in_markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+    escaped = [[html.escape(cell, quote=False).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *escaped])
 
 
 def _json(step: int | None, **report: list[dict[str, Any]]) -> str:
@@ -336,7 +337,7 @@ def _about(records: list[dict[str, Any]]) -> str:
 
 def _markdown(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections: Sections) -> str:
     title, measured = _title(records)
-    lines = [f"# {title}", "", measured, "", table(records), "", _about(records), ""]
+    lines = [f"# {html.escape(title, quote=False)}", "", measured, "", table(records), "", _about(records), ""]
     if ratios:
         lines += ["## L0 at equal loss recovered", "", _in_markdown(*_ratio_table(ratios)), "", RATIOS, ""]
     for heading, figure, text in sections:

@@ -178,7 +178,10 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
         ConfigError: no such directory, or the hub cannot give it.
     """
     folder = Path(path).expanduser() if path else EMBEDDED
-    from_hub = not folder.is_dir()
+    try:
+        from_hub = not folder.is_dir()
+    except OSError as error:  # a name that is too long, for one
+        raise ConfigError(field, f"{str(path)!r} cannot be looked at ({error}); write a directory that can") from error
     if not from_hub:
         if revision:
             of = field.replace("path", "revision").replace("model", "revision")

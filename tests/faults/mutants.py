@@ -161,3 +161,16 @@ def safetensors_file(random: random.Random, content: bytes) -> bytes:
     else:
         header = json_file(random, header)
     return len(header).to_bytes(8, "little") + header + data
+
+
+def csv_file(random: random.Random, content: bytes) -> bytes:
+    """Another cell, or other bytes."""
+    if random.randrange(3) == 0:
+        return file(random, content)
+    lines = [line.split(",") for line in content.decode().splitlines()]
+    for _ in range(random.choice((1, 3))):
+        row = random.choice(lines)
+        row[random.randrange(len(row))] = str(
+            random.choice((*VALUES[:-1], "$\\frac{", "$x$", '"', "1e999", "-0.5", "nan"))
+        )
+    return "\n".join(",".join(row) for row in lines).encode("utf-8", "replace")
