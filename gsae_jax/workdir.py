@@ -250,6 +250,10 @@ class Workdir:
             parent = next(folder for folder in (self.path, *_absolute(self.path).parents) if folder.is_dir())
             if not os.access(parent, os.W_OK | os.X_OK):
                 raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
+            try:
+                tempfile.TemporaryFile(dir=parent).close()  # has no name; also root may not write everywhere
+            except OSError as error:
+                raise ConfigError("--workdir", f"{parent} is not writable ({error}); write one that is") from error
             return
         probe = self.path / f"{PROBE}{uuid.uuid4().hex}"
         try:

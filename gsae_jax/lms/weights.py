@@ -37,7 +37,9 @@ class Tensors:
             index = read_json(folder / INDEX, field).get("weight_map")
             if not isinstance(index, dict) or not index:
                 raise ConfigError(field, f"{self.label} has no weight_map from tensors to files; copy it again")
-            strange = [x for x in index.values() if not (isinstance(x, str) and re.fullmatch(r"\w[\w.-]{,200}", x, re.ASCII))]
+            strange = [
+                x for x in index.values() if not (isinstance(x, str) and re.fullmatch(r"\w[\w.-]{,200}", x, re.ASCII))
+            ]
             if strange:
                 raise ConfigError(field, f"{self.label} names {strange[0]!r}, no file beside it; copy it again")
             files = sorted(set(index.values()))

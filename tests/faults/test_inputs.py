@@ -10,10 +10,14 @@ import contextlib
 import gc
 import io
 import json
+import os
 import random
+import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -21,6 +25,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gsae_jax
 from configs import base
@@ -33,7 +39,7 @@ from gsae_jax.data.corpora import text
 from gsae_jax.evaluation import plots, report
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.lms.weights import INDEX, WEIGHTS
+from gsae_jax.lms.weights import INDEX, WEIGHTS, Tensors
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults import mutants
@@ -46,8 +52,10 @@ SECONDS = 60  # for one of them
 MEMORY = 256 * 2**20  # bytes that one of them may take; its files are smaller than 2**20
 
 
-# Of orbax, where it cannot read one of several files.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+pytestmark = [  # of orbax, which does not wait for other files where it cannot read one
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +316,147 @@ def test_many_mutants(kind, originals, tmp_path, table):
     table[kind] = try_mutants(kind, originals, tmp_path, range(FEW, FEW + MANY))
     assert table[kind]["worked"] > MANY // 50
     assert table[kind]["refused"] > MANY // 50 or kind in LENIENT
+
+
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary()),
+    lambda inner: st.one_of(st.lists(inner), st.tuples(inner), st.dictionaries(st.text(), inner)),
+    max_leaves=5,
+)
+STACKS = {"stacks": {"a": base.stack("gated", SITE, 64, (0.1,)).to_dict()}}
+FIELDS = [path for path in mutants.paths(base.get_config().to_dict() | STACKS) if isinstance(path[-1], str)]
+COUNTS = {"max_examples": 100, "deadline": None, "derandomize": True}
+
+
+def experiment_with(changes):
+    tree = json.loads(json.dumps(base.get_config().to_dict() | STACKS))
+    for (*above, key), value in changes:
+        parent = tree
+        for step in above:
+            parent = parent.get(step) if isinstance(parent, dict) else None
+        if isinstance(parent, dict):
+            parent[key] = value
+    experiment = config_lib.from_dict(Experiment, tree)
+    as_json = config_lib.to_dict(experiment)
+    assert config_lib.from_dict(Experiment, json.loads(json.dumps(as_json, allow_nan=False))) == experiment
+
+
+@settings(**COUNTS)
+@given(st.lists(st.tuples(st.sampled_from(FIELDS), ANYTHING), min_size=1, max_size=3))
+def test_any_value_in_any_field(changes):
+    """What is accepted comes back from JSON as it was."""
+    works(experiment_with, changes)
+
+
+@settings(**COUNTS)
+@given(st.sampled_from(FIELDS), st.one_of(st.text(), ANYTHING.map(repr)))
+def test_any_argument(path, value):
+    works(parsed, f"--config.{'.'.join(path).replace('stacks.a', 'stacks.gated')}={value}")
+
+
+@settings(**COUNTS)
+@given(st.binary(max_size=200), st.booleans())
+def test_any_header(tmp_path_factory, header, framed):
+    folder = tmp_path_factory.getbasetemp() / "header"
+    folder.mkdir(exist_ok=True)
+    (folder / WEIGHTS).write_bytes((len(header).to_bytes(8, "little") if framed else b"") + header)
+    assert not works(Tensors, folder, "lm.path")
+
+
+@settings(**COUNTS)
+@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text()), st.lists))
+def test_json_is_read_as_it_was_written(value):
+    assert config_lib.parse_json(json.dumps({"a": value, "b": [value]})) == {"a": value, "b": [value]}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ['{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', "[" * 10**6, '{"a":' * 10**5, "1" * 10**5, "", "{} {}"],
+    ids=lambda text: text[:20],
+)
+def test_hostile_json_is_refused(hostile):
+    with bounded(), pytest.raises(ValueError):  # noqa: PT011 (json's messages are its own)
+        config_lib.parse_json(hostile)
+
+
+# What takes long to import, once; then each command as its user starts it.
+COMMANDS = """
+import json, os, runpy, sys
+import gsae_jax, gsae_jax.cli, gsae_jax.evaluation.report, gsae_jax.runs, gsae_jax.training.planning
+
+codes, folder = [], sys.argv[2]
+for number, (module, arguments) in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        sys.argv = [module, *arguments]
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        runpy.run_module(f"gsae_jax.{module}", run_name="__main__", alter_sys=True)
+        sys.exit()
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+@pytest.mark.faults
+def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
+    (tmp_path / "raises.py").write_text("def get_config():\n    return {}['absent']\n")
+    (tmp_path / "none.py").write_text("")
+    (tmp_path / "number.py").write_text("def get_config():\n    return 3\n")
+    (tmp_path / "points.csv").write_bytes(b"\xff")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"seed": 0, "new": 1}')
+    shutil.copytree(lm_dir, tmp_path / "lm")
+    (tmp_path / "lm" / "config.json").write_text('{"model_type": "gelu", "n_layers": 1e9}')
+    quickstart, new = "--config=configs/quickstart.py", f"--workdir={tmp_path / 'new'}"
+    wide = "--config.stacks.gated.width=2147483640"
+    cases = [
+        ("train", [f"--config={tmp_path}/raises.py", new], "--config: .*raises.py line 2: KeyError: 'absent'"),
+        ("train", [f"--config={tmp_path}/none.py", new], "--config: the file cannot be used: .*'get_config'"),
+        ("train", [f"--config={tmp_path}/number.py", new], "config: is 3; write a group with the fields seed"),
+        ("train", [f"--config={tmp_path}", new], "--config: the file cannot be read: .*Is a directory"),
+        (
+            "train",
+            [quickstart, new, "--config.train.steps=abc"],
+            "command line: flag --config.train.steps=abc: invalid",
+        ),
+        ("train", [quickstart, new, "--config.train.log_every=1e9"], "command line: flag --config.train.log_every=1e9"),
+        ("train", [quickstart, new, "--config.stacks.gated.l1_coefficients=(1,"], "command line: .*l1_coefficients"),
+        ("train", [quickstart, new, "--config.stacks.gated.l1_coefficients=1e999"], ".*is inf; write a finite number"),
+        ("train", [quickstart, new, wide], r"stacks\.gated: takes [\d,.]+ GiB on each device, of"),
+        ("train", [quickstart, "--workdir=/proc/self/run"], "--workdir: /proc/self is not writable"),
+        ("train", [quickstart, f"--workdir={tmp_path}/none.py"], "--workdir: .* is not a run"),
+        (
+            "train",
+            [quickstart, new, f"--config.lm.path={tmp_path}/lm"],
+            r"lm\.path: .*config\.json lacks d_head",
+        ),
+        ("evaluate", [f"--workdir={tmp_path}/run"], "--workdir: .*config.json is not a config of this .*new: is not a"),
+        (
+            "evaluate",
+            [f"--workdir={tmp_path}/run", f"--published={tmp_path}/points.csv"],
+            "--published: .* cannot be read",
+        ),
+        ("evaluate", [f"--workdir={tmp_path}/raises.py"], "--workdir: .* holds no run"),
+        ("sites", [f"--model={tmp_path}/lm"], "--model: .*config.json lacks d_head"),
+        ("plan", [quickstart, "--topology=v5e:0x0"], "--topology"),
+    ]
+    (tmp_path / "said").mkdir()
+    before = listing(tmp_path)
+    commands = [*((module, arguments) for module, arguments, _ in cases), ("train", [*cases[0][1], "--traceback"])]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMMANDS, json.dumps(commands), str(tmp_path / "said")],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = [(tmp_path / "said" / f"{number}.err").read_text() for number in range(len(commands))]
+    shutil.rmtree(tmp_path / "said")
+    assert json.loads(done.stdout) == [2] * len(commands), said
+    for (_, _, message), stderr in zip(cases, said, strict=False):
+        assert re.fullmatch(f"error: {message}.*\n", stderr), stderr
+    assert said[-1].startswith("Traceback")
+    assert said[-1].splitlines()[-1] == said[0].strip()
+    before.pop(str(tmp_path / "said"))
+    assert listing(tmp_path) == before
