@@ -91,7 +91,7 @@ class Checkpoint:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # whatever a wrong value leads to; a panic of tokenizers is no Exception
-            why = str(error).partition("\n")[0] or type(error).__name__
+            why = f"{str(error).partition(chr(10))[0] or type(error).__name__}; copy its files again"
             if "auto_map" in settings.get("tokenizer_config.json", {}):
                 why = "it is code (auto_map in tokenizer_config.json), which is not run; save it as tokenizer.json"
             raise ConfigError(self.field, f"{self.folder} has no tokenizer that can be read: {why}") from error

@@ -71,8 +71,8 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
 
 def _pickles(folder: Path) -> list[Path]:
     if (folder / BIN_INDEX).exists():
-        files = sorted(set(weights.read_json(folder / BIN_INDEX, "SRC")["weight_map"].values()))
-        lost = [file for file in files if not (folder / file).exists()]
+        files = sorted(set(weights.read_index(folder / BIN_INDEX, "SRC").values()))
+        lost = [file for file in files if not (folder / file).is_file()]
         if lost:
             raise ConfigError("SRC", f"{folder / BIN_INDEX} names {', '.join(lost)}, which are not there")
         return [folder / file for file in files]

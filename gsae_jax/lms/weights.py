@@ -34,14 +34,7 @@ class Tensors:
         self._field, self._files = field, {}
         if (folder / INDEX).exists():
             self.label = folder / INDEX
-            index = read_json(folder / INDEX, field).get("weight_map")
-            if not isinstance(index, dict) or not index:
-                raise ConfigError(field, f"{self.label} has no weight_map from tensors to files; copy it again")
-            strange = [
-                x for x in index.values() if not (isinstance(x, str) and re.fullmatch(r"\w[\w.-]{,200}", x, re.ASCII))
-            ]
-            if strange:
-                raise ConfigError(field, f"{self.label} names {strange[0]!r}, no file beside it; copy it again")
+            index = read_index(folder / INDEX, field)
             files = sorted(set(index.values()))
             lost = [file for file in files if not (folder / file).is_file()]
             if lost:
@@ -189,6 +182,17 @@ def place(value: np.ndarray, dtype: str, sharding: jax.sharding.Sharding) -> jax
 def finite(x: jax.Array) -> jax.Array:
     """Whether all of an array is."""
     return jnp.isfinite(x).all()
+
+
+def read_index(file: Path, field: str) -> dict[str, str]:
+    """The file that each tensor is in; raises `ConfigError` for what is no index, or names no files beside it."""
+    index = read_json(file, field).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ConfigError(field, f"{file} has no weight_map from tensors to files; copy it again")
+    for name in index.values():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}", name, re.ASCII):
+            raise ConfigError(field, f"{file} names {name!r}, which is no file beside it; copy it again")
+    return index
 
 
 def read_json(file: Path, field: str) -> dict[str, Any]:

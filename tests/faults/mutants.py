@@ -128,7 +128,7 @@ def safetensors_file(random: random.Random, content: bytes) -> bytes:
     """Mostly another header before the same data."""
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length], content[8 + length :]
-    kind = random.randrange(6)
+    kind = random.randrange(7)
     if kind == 0:
         return file(random, content)
     if kind == 1:
@@ -158,6 +158,8 @@ def safetensors_file(random: random.Random, content: bytes) -> bytes:
     elif kind == 3:
         first = header[: header.index(b"}") + 1]
         header = first + b"," + header[1:]  # the first tensor twice
+    elif kind == 4:  # what the format allows
+        header = json.dumps({"__metadata__": {"a": "é" * random.randrange(100)}} | json.loads(header)).encode() + b"  "
     else:
         header = json_file(random, header)
     return len(header).to_bytes(8, "little") + header + data
