@@ -1,6 +1,14 @@
 """Eight CPU devices, strict promotion of ranks, and the small things that many tests start from."""
 
+import os
 import tempfile
+
+# Many tests compile the same programs; they are kept for one session, also for commands that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="gsae_jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "8000000000"  # with a limit, it is written under a lock
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +23,6 @@ from gsae_jax.lms.transformer import Model
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same programs; they are kept for one session.
-compiled = tempfile.TemporaryDirectory(prefix="gsae_jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", compiled.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 flags.FLAGS.mark_as_parsed()
 assert jax.device_count() == 8
 

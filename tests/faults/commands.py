@@ -45,6 +45,7 @@ def flags(lm_dir, text_dir, data_dir):
 def start(workdir, arguments, log):
     """`gsae_jax.train` on two devices, printing to `log`."""
     own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONUNBUFFERED": "1"}
+    own["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a kill could leave half a program there
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "gsae_jax.train", f"--workdir={workdir}", *arguments],
