@@ -1,4 +1,4 @@
-"""Trained SAEs from a run directory."""
+"""Trained SAEs from a run directory, or from a folder of another library's format."""
 
 import dataclasses
 import math
@@ -9,25 +9,34 @@ import jax
 import numpy as np
 from etils import epath
 
+from gsae_jax import buckets
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.evaluation import measure
+from gsae_jax.exchange import imports
 from gsae_jax.lms import checkpoints
 from gsae_jax.saes import trained
 
+EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
+
 
 def load(path: epath.PathLike, mesh: jax.sharding.Mesh | None = None) -> dict[str, trained.SAE]:
-    """The SAEs of a run's newest checkpoint, by name: `{stack}_{index}`.
+    """The SAEs of a run's newest checkpoint, by name: `{stack}_{index}`; or one or several from elsewhere.
 
     Args:
-        path: the run's directory, local or gs://bucket/folder.
+        path: the run's directory, local or gs://bucket/folder; or a folder in a format of `gsae_jax/exchange/`, or of
+            such folders. An SAE that was not exported by us has the name of its folder.
         mesh: over whose devices features are spread; by default all are on this process's first device.
 
     Raises:
-        ConfigError: not a run directory, no checkpoint yet, or gs:// that cannot be read.
+        ConfigError: not a run directory, no checkpoint yet, or gs:// that cannot be read; or of another format,
+            everything that does not fit.
     """
     workdir = workdir_lib.Workdir(path)
+    if imported := {} if buckets.is_bucket(path) else imports.read(Path(path)):
+        return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
     config = config_lib.from_dict(Experiment, workdir.config())
     step = workdir.latest_step()
     if step is None:
@@ -134,6 +143,14 @@ def _members(
     stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
     # Checkpoints of earlier versions have none; theirs were the config's.
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
+    lm, data = config.lm.path or EMBEDDED, config.data
+    metadata = {
+        "model_name": Path(lm).name if Path(lm).is_dir() else lm,
+        "context_size": data.context_length,
+        "dataset_path": data.name or Path(data.path).name or data.corpus,
+        "prepend_bos": data.prepend_bos,
+        "exclude_special_tokens": config.activations.drop_special_tokens,
+    }
     return [
         trained.SAE(
             name=f"{name}_{index}",
@@ -146,6 +163,7 @@ def _members(
             seed=seed,
             scale=scale,
             norm_limit=math.inf if facts["norm_limits"][stack.site] is None else facts["norm_limits"][stack.site],
+            metadata=metadata,
         )
         for index, (_, learning_rate, seed) in enumerate(stack.numbers())
     ]

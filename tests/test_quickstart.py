@@ -92,7 +92,8 @@ def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_ou
             continue
         x = lm.activations(batches[0], [sae.site])[sae.site].reshape(-1, sae.config.d_in)
         f = np.asarray(sae.encode(x))
-        same = np.asarray(jumprelu.encode(jumprelu.from_gated(sae.params, sae.config), x, sae.config.dtype))
+        form = jumprelu.Config(sae.config.d_in, sae.config.width, sae.config.dtype)
+        same = np.asarray(jumprelu.encode(jumprelu.from_gated(sae.params, sae.config), x, form))
         np.testing.assert_array_equal(same > 0, f > 0)
         mean = f.sum(0) / np.maximum((f > 0).sum(0), 1)
         assert (np.abs(same - f) <= 1e-5 * np.maximum(f, mean)).all(), sae.name

@@ -164,7 +164,7 @@ def test_the_jumprelu_form_is_the_same_function(use_r_mag):
     config = gated.Config(D, F, use_r_mag=use_r_mag)
     params, x = away_from_init(gated, config), inputs()
     f = gated.encode(params, x, config)
-    same = jumprelu.encode(jumprelu.from_gated(params, config), x)
+    same = jumprelu.encode(jumprelu.from_gated(params, config), x, jumprelu.Config(D, F))
     np.testing.assert_array_equal(same > 0, f > 0)
     np.testing.assert_allclose(same, f, rtol=1e-5, atol=1e-6)
     assert 0 < (jumprelu.from_gated(params, config)["threshold"] > 0).sum() < F
