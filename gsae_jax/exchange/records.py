@@ -86,6 +86,8 @@ def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> 
         return []
     faults = files.misfits(told, KINDS, where)
     if not faults:
+        if not re.fullmatch(r"[^./\\\0][^/\\\0]*", told["name"]):  # it becomes a folder's
+            faults.append(f"{where}name is {told['name']!r}, which no folder can have")
         known = {name: (bool,) for name in _options(trained.module_of(architecture).Config)}
         faults += files.misfits(
             told["options"], known | ({"tie_encoder": (True,)} if known else {}), f"{where}options."
