@@ -1,6 +1,9 @@
 """Eight CPU devices, strict promotion of ranks, and the small things that many tests start from."""
 
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +102,12 @@ def config_dict(text_dir, lm_dir, tmp_path_factory):
 def experiment(config_dict):
     """The tiny experiment, checked."""
     return config_lib.from_dict(config_lib.Experiment, config_dict)
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory):
+    """The README's main job."""
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    return workdir

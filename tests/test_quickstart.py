@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +10,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import export, reports
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, metrics
@@ -34,12 +33,8 @@ def test_the_readmes_config_builds():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The README's main job."""
-    workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return workdir
+def run(quickstart_run):
+    return quickstart_run
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +92,18 @@ def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_ou
         np.testing.assert_array_equal(same > 0, f > 0)
         mean = f.sum(0) / np.maximum((f > 0).sum(0), 1)
         assert (np.abs(same - f) <= 1e-5 * np.maximum(f, mean)).all(), sae.name
+
+
+@pytest.mark.quickstart
+def test_exported_saes_measure_as_they_did(run, tmp_path):
+    assert export.export(str(run), "saelens", str(tmp_path / "exported")) == list(gsae_jax.load(run))
+    reports.evaluate_saes([str(tmp_path / "exported")], str(tmp_path / "report"), tokens=2**16)
+    here, there = (
+        json.loads((folder / "report.json").read_text())["saes"] for folder in (tmp_path / "report", run / "report")
+    )
+    assert len(here) == len(there) == 6
+    for ours, theirs in zip(here, there, strict=True):
+        assert {**ours, "intervals": None} == pytest.approx({**theirs, "intervals": None}, rel=1e-6)
 
 
 @pytest.mark.quickstart
