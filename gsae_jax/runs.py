@@ -77,28 +77,21 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
     for name, stack in config.stacks.items():
         if not stack.start_from:
             continue
-        field, (path, _, source) = f"stacks.{name}.start_from", stack.start_from.rpartition(":")
-        if not path or not source:
-            raise ConfigError(field, f"is {stack.start_from!r}; write RUN_DIRECTORY:STACK")
+        field = f"stacks.{name}.start_from"
         try:
-            saes = load(path)
+            members = _members_of(stack.start_from)
         except ConfigError as error:
-            raise ConfigError(field, str(error)) from error
-        stacks = {sae.rpartition("_")[0] for sae in saes}
-        if source not in stacks:
-            raise ConfigError(
-                field, f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}"
-            )
-        members = [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
+            raise ConfigError(field, str(error).removeprefix("start_from: ")) from error
         convert = trained.converter(members[0].architecture, stack.architecture)
-        theirs = {"site": members[0].site, "width": members[0].config.width, "as many SAEs": len(members)}
+        theirs = {"site": members[0].site or stack.site, "width": members[0].config.width, "as many SAEs": len(members)}
         ours = {"site": stack.site, "width": stack.width, "as many SAEs": len(stack)}
         differing = [f"{what} ({theirs[what]} there, {ours[what]} here)" for what in ours if ours[what] != theirs[what]]
         if convert is None:
             differing.append(f"architecture ({members[0].architecture} there, {stack.architecture} here)")
         if convert is None or differing:
             raise ConfigError(field, f"{stack.start_from} differs in {', '.join(differing)}; write the same here")
-        found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *(convert(sae.params) for sae in members))
+        started = [trained.with_unit_rows(stack.architecture, convert(sae.params), field) for sae in members]
+        found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *started)
         module, like = trained.build_config(
             stack.architecture, members[0].config.d_in, stack.width, "float32", stack.options, f"stacks.{name}"
         )
@@ -109,6 +102,24 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
                 f"want parameters {sorted(names)}, {stack.start_from} gives {sorted(found[name])}",
             )
     return found
+
+
+def _members_of(start: str) -> list[trained.SAE]:
+    """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path."""
+    if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(start)):
+        if len(kinds := {(sae.architecture, sae.config, sae.site) for sae in elsewhere.values()}) > 1:
+            raise ConfigError("start_from", f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
+        return list(elsewhere.values())
+    path, _, source = start.rpartition(":")
+    if not path or not source:
+        raise ConfigError("start_from", f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
+    saes = load(path)
+    stacks = {sae.rpartition("_")[0] for sae in saes}
+    if source not in stacks:
+        raise ConfigError(
+            "start_from", f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}"
+        )
+    return [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
 
 
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:

@@ -61,6 +61,28 @@ def converter(source: str, target: str) -> Callable[[dict[str, jax.Array]], dict
     return getattr(module_of(target), f"from_{source}", None)
 
 
+def with_unit_rows(architecture: str, params: dict[str, jax.Array], field: str) -> dict[str, jax.Array]:
+    """The same reconstructions from unit decoder rows, as training has them: activations take the rows' norms.
+
+    Raises:
+        ConfigError: a row of zeros, which has no direction; the message starts with `field`.
+    """
+    norms_F = jnp.linalg.norm(params["W_dec"], axis=-1)
+    if not norms_F.all():
+        dead = int((norms_F == 0).sum())
+        raise ConfigError(field, f"has {dead} features whose row of the decoder is zero; write SAEs without such")
+    if jnp.abs(norms_F - 1).max() < 1e-5:
+        return params
+    axes = module_of(architecture).FEATURE_AXES
+    scales = {0: norms_F, 1: norms_F[None]}
+    activations = {
+        name: value * scales[axes[name]]
+        for name, value in params.items()
+        if axes[name] is not None and name not in ("W_dec", "r_mag")
+    }
+    return params | activations | {"W_dec": params["W_dec"] / norms_F[:, None]}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SAE:
     """One trained SAE; activations are in the language model's own units, of any leading shape.
