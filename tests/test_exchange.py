@@ -337,6 +337,80 @@ def test_half_precision_is_widened(tmp_path, dtype):
     np.testing.assert_array_equal(sae.params["W_gate"], tensors["W_enc"].astype(np.float32))
 
 
+LLAMASCOPIUM = {
+    "sae_type": "sae",
+    "d_model": D,
+    "expansion_factor": F / D,
+    "use_decoder_bias": True,
+    "act_fn": "jumprelu",
+    "norm_activation": "dataset-wise",
+    "sparsity_include_decoder_norm": True,
+    "hook_point_in": SITE,
+    "hook_point_out": SITE,
+    "use_glu_encoder": False,
+}
+
+
+def llamascopium(folder, **changes):
+    """A folder as OpenMOSS' library writes it, and its tensors."""
+    config = LLAMASCOPIUM | changes
+    random = np.random.default_rng(0)
+    shapes = {
+        "W_E": (D, F),
+        "b_E": (F,),
+        "W_D": (F, D),
+        "b_D": (D,),
+        "activation_function.log_jumprelu_threshold": (F,),
+    }
+    if config["act_fn"] == "relu":
+        del shapes["activation_function.log_jumprelu_threshold"]
+    tensors = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+    norm = np.float32(5.0 if config["norm_activation"] == "dataset-wise" else math.nan)  # it is not set otherwise
+    folder.mkdir()
+    file = folder / "sae_weights.safetensors"
+    safetensors.numpy.save_file(tensors | {f"dataset_average_activation_norm.{SITE}": np.array(norm)}, file)
+    (folder / "config.json").write_text(json.dumps(config))
+    return {name.rpartition(".")[2]: np.asarray(value, np.float64) for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("act_fn", ["relu", "jumprelu"])
+@pytest.mark.parametrize("norm_activation", ["dataset-wise", "inference"])
+@pytest.mark.parametrize("by_norm", [True, False])
+def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
+    """Against its steps in float64: normalise, encode, decode, and back."""
+    switches = {"act_fn": act_fn, "norm_activation": norm_activation, "sparsity_include_decoder_norm": by_norm}
+    t = llamascopium(tmp_path / "a", **switches)
+    sae = gsae_jax.load(tmp_path / "a")["a_0"]
+    assert (sae.architecture, sae.site) == (act_fn, SITE)
+    x = np.asarray(inputs(), np.float64)
+    scale = math.sqrt(D) / 5 if norm_activation == "dataset-wise" else 1
+    pi = scale * x @ t["W_E"] + t["b_E"]
+    threshold = np.exp(t["log_jumprelu_threshold"]) if act_fn == "jumprelu" else 0
+    f = np.where(pi * (np.linalg.norm(t["W_D"], axis=-1) if by_norm else 1) > threshold, pi, 0)
+    assert 0.02 < (f > 0).mean() < 0.7
+    np.testing.assert_allclose(sae.encode(x), f / scale, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae(x), (f @ t["W_D"] + t["b_D"]) / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act_fn": "topk"}, 'act_fn is "topk", not "relu" or "jumprelu"'),
+        ({"use_glu_encoder": True}, "use_glu_encoder is true, not false"),
+        ({"norm_activation": "token-wise"}, "norm_activation is"),
+        ({"hook_point_out": "blocks.3.hook_mlp_out"}, "hook_point_in and hook_point_out differ: it is a transcoder"),
+        ({"something": 1}, "something is not known"),
+        ({"use_decoder_bias": False}, "the tensor b_D is not of this architecture"),
+        ({"expansion_factor": 2}, "the tensor W_E has shape"),
+        ({"sae_type": "crosscoder"}, 'sae_type is "crosscoder", not "sae"'),
+    ],
+)
+def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, message):
+    llamascopium(tmp_path / "a", **change)
+    with pytest.raises(ConfigError, match=message):
+        gsae_jax.load(tmp_path / "a")
+
+
 def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
     for name in ("layer_12", "width 16k"):
         make(gated).save(tmp_path / "saes" / name, "gemma_scope")

@@ -52,9 +52,9 @@ def outputs(file):
 
 
 def assert_same(sae, x, theirs):
-    """To 1e-5 of a feature's largest activation; one that is on here and off there lies as near to its threshold."""
+    """To 1e-5 of a token's largest feature; one that is on here and off there lies as near to its threshold."""
     f = np.asarray(sae.encode(x))
-    largest = 1e-5 * f.max(0)
+    largest = 1e-5 * f.max(-1, keepdims=True)
     on = (f > 0, theirs["f"] > 0)
     assert (on[0] != on[1]).sum() <= 1e-5 * on[0].sum()
     assert 0.01 < on[0].mean() < 0.9

@@ -170,6 +170,19 @@ def test_the_jumprelu_form_is_the_same_function(use_r_mag):
     assert 0 < (jumprelu.from_gated(params, config)["threshold"] > 0).sum() < F
 
 
+def test_a_baseline_is_a_jumprelu_sae_and_that_is_a_gated_one():
+    x = inputs()
+    params = away_from_init(relu, relu.Config(D, F))
+    form = jumprelu.from_relu(params)
+    f = relu.encode(params, x, relu.Config(D, F))
+    np.testing.assert_allclose(jumprelu.encode(form, x, jumprelu.Config(D, F)), f, rtol=1e-5, atol=1e-6)
+    form["threshold"] = jax.random.normal(jax.random.key(1), (F,))  # below 0 it is as at 0
+    f = jumprelu.encode(form, x, jumprelu.Config(D, F))
+    assert f.min() == 0
+    assert 0.05 < (f > 0).mean() < 0.95
+    np.testing.assert_allclose(gated.encode(gated.from_jumprelu(form), x, gated.Config(D, F)), f, rtol=1e-5, atol=1e-6)
+
+
 def test_an_untied_encoder_has_no_jumprelu_form():
     config = gated.Config(D, F, tie_encoder=False)
     with pytest.raises(ConfigError, match="tie_encoder: is False"):

@@ -171,7 +171,7 @@ def read_tensors(
         if dtype not in dtypes:
             faults.append(f"the tensor {name} is of type {dtype}, not {' or '.join(dtypes)}")
     refuse(file, faults)
-    tensors = {name: np.ascontiguousarray(read(name), np.float32) for name in wanted}
+    tensors = {name: np.asarray(read(name), np.float32, order="C") for name in wanted}
     refuse(
         file, [f"the tensor {name} is not finite" for name, value in tensors.items() if not np.isfinite(value).all()]
     )
