@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gsae_jax import buckets
+from gsae_jax import buckets, plugins
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
@@ -35,8 +36,14 @@ def load(path: epath.PathLike, mesh: jax.sharding.Mesh | None = None) -> dict[st
             everything that does not fit.
     """
     workdir = workdir_lib.Workdir(path)
-    if imported := {} if buckets.is_bucket(path) else imports.read(Path(path)):
+    bucket = buckets.is_bucket(path)
+    if imported := {} if bucket else imports.read(Path(path)):
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
+    if not bucket and not (Path(path) / "config.json").exists():
+        formats = ", ".join(plugins.known("exchange", having="recognises"))
+        raise ConfigError(
+            "--workdir", f"{path} holds no run (no config.json), and no SAE in a format that is known ({formats})"
+        )
     config = config_lib.from_dict(Experiment, workdir.config())
     step = workdir.latest_step()
     if step is None:
@@ -156,7 +163,7 @@ def _members(
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
     lm, data = config.lm.path or EMBEDDED, config.data
     metadata = {
-        "model_name": Path(lm).name if Path(lm).is_dir() else lm,
+        "model_name": lm if re.fullmatch(r"[\w.-]+/[\w.-]+", lm) else Path(lm).name,
         "context_size": data.context_length,
         "dataset_path": data.name or Path(data.path).name or data.corpus,
         "prepend_bos": data.prepend_bos,

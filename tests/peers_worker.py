@@ -2,7 +2,8 @@
 
 read: features and reconstructions of `x.npy` [B, D], for every SAE in `ours/FORMAT/NAME`.
 make: SAEs of theirs, trained for some steps on `x.npy` and saved by them in `theirs`; with features, as above.
-measure: SAELens' `run_evals` on the batches `tokens.npy` [batches, rows, T], with the model of `lm` in TransformerLens.
+measure: SAELens' `run_evals` of `ours/saelens/NAME` on `tokens.npy` [batches, rows, T], with TransformerLens' model of
+the weights in `lm`.
 """
 
 import json
@@ -138,13 +139,12 @@ def measure(folder):
     special = json.loads((folder / "special_tokens.json").read_text())
     wanted = evals.get_eval_everything_config(batches.shape[1], len(batches), len(batches))
     found = {}
-    for path in sorted({*folder.glob("ours/*/*")} - {*folder.glob("ours/dictionary_learning/*")}):
-        sae = READERS[path.parent.name](path)
-        sae.cfg.metadata.hook_name = SITE  # which Gemma Scope's file does not say
+    for path in sorted(folder.glob("ours/saelens/*")):
+        sae = SAE.load_from_disk(path)
         metrics, _ = evals.run_evals(
             sae, Tokens(batches), model, ActivationScaler(), wanted, exclude_special_tokens=special
         )
-        found["/".join(path.parts[-2:])] = {name: value for group in metrics.values() for name, value in group.items()}
+        found[path.name] = {name: value for group in metrics.values() for name, value in group.items()}
     (folder / "measured.json").write_text(json.dumps(found))
 
 

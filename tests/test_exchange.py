@@ -563,31 +563,26 @@ def test_jumprelu_is_for_evaluation(experiment):
 
 
 def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path):
-    assert loop.train(experiment, tmp_path / "run")
+    stack = experiment.stacks["gated"]
+    assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "run")
     evaluate(tmp_path / "run")
-    names = export_lib.export(str(tmp_path / "run"), "saelens", str(tmp_path / "out"))
-    assert names == ["baseline_0", "gated_0", "gated_1"]
+    assert export_lib.export(str(tmp_path / "run"), "saelens", str(tmp_path / "out")) == ["gated_0", "gated_1"]
     assert export_lib.export(str(tmp_path / "run"), "gemma_scope", str(tmp_path / "one"), "gated_1") == ["gated_1"]
+    (tmp_path / "one" / "gsae_jax.json").unlink()  # it says nothing of itself then
     tree = config_dict.to_dict() | {"stacks": {}}
-    evaluate_saes([str(tmp_path / "out")], str(tmp_path / "report"), tree)
+    evaluate_saes([str(tmp_path / "out"), str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
     folders = (tmp_path / "run" / "report", tmp_path / "report")
     there, here = ({r["name"]: r for r in json.loads((f / "report.json").read_text())["saes"]} for f in folders)
-    assert there.keys() == here.keys()
+    assert list(here) == ["gated_0", "gated_1", "one_0"]
     for name, record in there.items():
         for field in ("l0", "loss_recovered", "gamma", "fvu", "kl", "alive", "l1_coefficient"):
             assert here[name][field] == pytest.approx(record[field], rel=1e-5), (name, field)
         assert [here[name][field] for field in ("seed", "variant")] == [record["seed"], record["variant"]]
-    assert not (tmp_path / "report" / "training.png").exists()
-
-    # One that says nothing of itself, and is not the first of its stack.
-    (tmp_path / "one" / "gsae_jax.json").unlink()
-    site = experiment.stacks["gated"].site
-    evaluate_saes([str(tmp_path / "one")], str(tmp_path / "second"), tree, site=site)
-    (record,) = json.loads((tmp_path / "second" / "report.json").read_text())["saes"]
-    assert record["l1_coefficient"] is None
     for field in ("l0", "loss_recovered", "fvu"):
-        assert record[field] == pytest.approx(there["gated_1"][field], rel=1e-5)
-    assert "nan" not in (tmp_path / "second" / "report.md").read_text()
+        assert here["one_0"][field] == pytest.approx(there["gated_1"][field], rel=1e-5)
+    assert here["one_0"]["l1_coefficient"] is None
+    assert "nan" not in (tmp_path / "report" / "report.md").read_text()
+    assert not (tmp_path / "report" / "training.png").exists()
 
     def refused(*paths, **options):
         with pytest.raises(ConfigError) as error:
@@ -604,4 +599,4 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path
         "out/baseline_0", model=str(checkpoints.EMBEDDED)
     )
     with pytest.raises(ConfigError, match=r"--out: .*report exists, and nothing is overwritten"):
-        evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=site)
+        evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)

@@ -45,7 +45,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         scratch.chmod(0o755)
         yield scratch
         scratch.rename(path)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(str(path), f"cannot be written ({error}); write the name of a new folder") from error
     finally:
         if scratch:
@@ -129,7 +129,10 @@ def npz_contents(file: Path) -> Contents:
                     size = dtype.itemsize * math.prod(shape)
                     if dtype.hasobject or member.tell() + size != entry.file_size:
                         raise ValueError(f"{entry.filename} is not as long as its header says, or holds objects")
-                about[entry.filename.removesuffix(".npy")] = (tuple(shape), dtype.name)
+                name = entry.filename.removesuffix(".npy")
+                if name in about:
+                    raise ValueError(f"two of its parts are called {name}")
+                about[name] = (tuple(shape), dtype.name)
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
         raise ConfigError(str(file), f"cannot be read as an npz file ({error}); copy it again") from error
 
@@ -147,8 +150,6 @@ def check_archive(file: Path, archive: zipfile.ZipFile) -> None:
         raise ValueError("it is compressed, and only plain ones are read")
     if sum(entry.file_size for entry in entries) > file.stat().st_size:
         raise ValueError("its parts are larger than the file")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ValueError("two parts have one name")
 
 
 def read_tensors(

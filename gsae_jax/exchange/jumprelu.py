@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +17,11 @@ def form(sae: trained.SAE) -> trained.SAE:
     Raises:
         ConfigError: a gated SAE whose encoder is not tied.
     """
-    if sae.architecture == "jumprelu":
-        params = dict(sae.params)
-    elif sae.architecture == "relu":
-        params = jumprelu.from_relu(sae.params)
-    else:
-        records.parameters(sae)
-        params = jumprelu.from_gated(sae.params, sae.config)
+    params: dict[str, Any] = records.parameters(sae)
+    if sae.architecture == "relu":
+        params = jumprelu.from_relu(params)
+    elif sae.architecture == "gated":
+        params = jumprelu.from_gated(params, sae.config)
     # Nothing lies between 0 and the smallest normal number.
     params["threshold"] = jnp.maximum(params["threshold"], np.finfo(np.float32).tiny)
     config = jumprelu.Config(sae.config.d_in, sae.config.width, sae.config.dtype)

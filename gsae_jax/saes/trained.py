@@ -14,9 +14,9 @@ from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
 
 
-def module_of(architecture: str, field: str = "architecture") -> Any:
+def module_of(architecture: str) -> Any:
     """The file of `saes/` with the architecture's pure functions."""
-    return plugins.load("saes", architecture, having="FEATURE_AXES", field=field)
+    return plugins.load("saes", architecture, having="FEATURE_AXES", field="architecture")
 
 
 def build_config(
