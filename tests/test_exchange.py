@@ -595,8 +595,6 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path
     assert "--site: is 'blocks.1.hook_mlp_out', but gated_0 says" in refused(
         "out/gated_0", site="blocks.1.hook_mlp_out"
     )
-    assert "baseline_0: reads activations of width 64, but" in refused(
-        "out/baseline_0", model=str(checkpoints.EMBEDDED)
-    )
+    assert "gated_0: reads activations of width 32, but" in refused("out/gated_0", model=str(checkpoints.EMBEDDED))
     with pytest.raises(ConfigError, match=r"--out: .*report exists, and nothing is overwritten"):
         evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)

@@ -60,10 +60,8 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
     params = records.parameters(sae)
     layer = re.match(r"blocks\.(\d+)\.", sae.site)
-    carried = sae.metadata.get("dictionary_learning", {})
     config = {
-        "trainer": carried.get("trainer", {})
-        | {
+        "trainer": {
             "dict_class": name,
             "trainer_class": TRAINERS[sae.architecture],
             "activation_dim": sae.config.d_in,
@@ -72,7 +70,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
             "lm_name": sae.metadata.get("model_name"),
             "submodule_name": sae.site,
         },
-        "buffer": carried.get("buffer", {}) | {"ctx_len": sae.metadata.get("context_size")},
+        "buffer": {"ctx_len": sae.metadata.get("context_size")},
         records.KEY: {"site": sae.site, "metadata": sae.metadata, "record": records.record(sae)},
     }
     state = {

@@ -15,7 +15,8 @@ def read(path: Path) -> dict[str, trained.SAE]:
     """
     path = path.expanduser()
     formats = plugins.known("exchange", having="recognises").values()
-    inside = sorted(path.iterdir()) if path.is_dir() and not (path / "config.json").exists() else []
+    folders = path.is_dir() and not (path / "config.json").exists()  # which runs have
+    inside = sorted(folder for folder in path.iterdir() if folder.is_dir()) if folders else []
     found: dict[str, trained.SAE] = {}
     for folder in [path] if any(format.recognises(path) for format in formats) else inside:
         for format in formats:

@@ -88,10 +88,10 @@ def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> 
     if not faults:
         if not re.fullmatch(r"[^./\\\0][^/\\\0]*", told["name"]):  # it becomes a folder's
             faults.append(f"{where}name is {told['name']!r}, which no folder can have")
-        known = {name: (bool,) for name in _options(trained.module_of(architecture).Config)}
-        faults += files.misfits(
-            told["options"], known | ({"tie_encoder": (True,)} if known else {}), f"{where}options."
-        )
+        switches = _options(trained.module_of(architecture).Config)
+        # No format holds an untied encoder.
+        known: dict[str, tuple[Any, ...]] = {name: (True,) if name == "tie_encoder" else (bool,) for name in switches}
+        faults += files.misfits(told["options"], known, f"{where}options.")
         extra = sorted(set(told) - set(KINDS)) + [
             f"options.{name}" for name in sorted(set(told["options"]) - set(known))
         ]
@@ -107,9 +107,10 @@ def build(
     told: dict[str, Any] | None,
     metadata: dict[str, Any],
 ) -> trained.SAE:
-    """The SAE of a file, with its record; one of a file that is not ours has the name of its folder."""
+    """The SAE of a file, with its record; one that is not ours has the name of its folder, or file."""
     # A name ends in a number, as in a stack.
-    stem = (path if path.is_dir() else path.parent).absolute().name
+    path = path.absolute()
+    stem = path.name if path.is_dir() else path.parent.name if path.stem == "params" else path.stem
     name = stem if re.search(r"._\d+$", stem) else f"{stem}_0"
     told = told or {"name": name, "options": {}, "dtype": "float32"}
     width, d_in = params["W_dec"].shape

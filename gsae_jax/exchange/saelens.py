@@ -26,9 +26,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "dtype": tuple(files.FLOATS.values()),
     "device": (str,),
     "apply_b_dec_to_input": (bool,),
-    "normalize_activations": (
-        "none",
-    ),  # the others change the function; `fold_...` of SAELens puts some in the weights
+    "normalize_activations": ("none",),
     "reshape_activations": ("none", "hook_z"),
     "metadata": (dict,),
 }
