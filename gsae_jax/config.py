@@ -231,6 +231,16 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What SAEs are measured with: the language model, the text, and how much of it."""
+
+    lm: LM
+    data: Data
+    evaluation: Evaluation
+    drop_special_tokens: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One run: a language model, text, stacks of SAEs, and how they are trained and measured."""
 

@@ -1,7 +1,8 @@
-"""Trained SAEs from a run directory."""
+"""Trained SAEs from a run directory, or from a folder of another library's format."""
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,46 @@ import jax
 import numpy as np
 from etils import epath
 
+from gsae_jax import buckets, plugins
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.evaluation import measure
+from gsae_jax.exchange import imports
 from gsae_jax.lms import checkpoints
 from gsae_jax.lms.transformer import check_size
 from gsae_jax.saes import trained
+
+EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
 
 def load(
     path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
 ) -> dict[str, trained.SAE]:
-    """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`.
+    """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`; or one or several from elsewhere.
 
     Args:
-        path: the run's directory, local or gs://bucket/folder.
+        path: the run's directory, local or gs://bucket/folder; or a folder in a format of `gsae_jax/exchange/`, or of
+            such folders. An SAE that was not exported by us has the name of its folder.
         mesh: over whose devices features are spread; by default all are on this process's first device.
         step: of which checkpoint; by default the newest that is whole.
 
     Raises:
-        ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read.
+        ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read; or of
+            another format, everything that does not fit.
     """
     workdir = workdir_lib.Workdir(path)
+    bucket = buckets.is_bucket(path)
+    if imported := {} if bucket else imports.read(Path(path)):
+        if step is not None:
+            raise ConfigError("step", f"is {step}, and {path} is no run; leave it out")
+        return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
+    if not bucket and not (Path(path) / "config.json").exists():
+        formats = ", ".join(plugins.known("exchange", having="recognises"))
+        raise ConfigError(
+            "--workdir", f"{path} holds no run (no config.json), and no SAE in a format that is known ({formats})"
+        )
     config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
@@ -72,28 +90,21 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
     for name, stack in config.stacks.items():
         if not stack.start_from:
             continue
-        field, (path, _, source) = f"stacks.{name}.start_from", stack.start_from.rpartition(":")
-        if not path or not source:
-            raise ConfigError(field, f"is {stack.start_from!r}; write RUN_DIRECTORY:STACK")
+        field = f"stacks.{name}.start_from"
         try:
-            saes = load(path)
+            members = _members_of(stack.start_from)
         except ConfigError as error:
-            raise ConfigError(field, str(error)) from error
-        stacks = {sae.rpartition("_")[0] for sae in saes}
-        if source not in stacks:
-            raise ConfigError(
-                field, f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}"
-            )
-        members = [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
+            raise ConfigError(field, str(error).removeprefix("start_from: ")) from error
         convert = trained.converter(members[0].architecture, stack.architecture)
-        theirs = {"site": members[0].site, "width": members[0].config.width, "as many SAEs": len(members)}
+        theirs = {"site": members[0].site or stack.site, "width": members[0].config.width, "as many SAEs": len(members)}
         ours = {"site": stack.site, "width": stack.width, "as many SAEs": len(stack)}
         differing = [f"{what} ({theirs[what]} there, {ours[what]} here)" for what in ours if ours[what] != theirs[what]]
         if convert is None:
             differing.append(f"architecture ({members[0].architecture} there, {stack.architecture} here)")
         if convert is None or differing:
             raise ConfigError(field, f"{stack.start_from} differs in {', '.join(differing)}; write the same here")
-        found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *(convert(sae.params) for sae in members))
+        started = [trained.with_unit_rows(stack.architecture, convert(sae.params), field) for sae in members]
+        found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *started)
         module, like = trained.build_config(
             stack.architecture, members[0].config.d_in, stack.width, "float32", stack.options, f"stacks.{name}"
         )
@@ -104,6 +115,24 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
                 f"want parameters {sorted(names)}, {stack.start_from} gives {sorted(found[name])}",
             )
     return found
+
+
+def _members_of(start: str) -> list[trained.SAE]:
+    """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path."""
+    if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(start)):
+        if len(kinds := {(sae.architecture, sae.config, sae.site) for sae in elsewhere.values()}) > 1:
+            raise ConfigError("start_from", f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
+        return list(elsewhere.values())
+    path, _, source = start.rpartition(":")
+    if not path or not source:
+        raise ConfigError("start_from", f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
+    saes = load(path)
+    stacks = {sae.rpartition("_")[0] for sae in saes}
+    if source not in stacks:
+        raise ConfigError(
+            "start_from", f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}"
+        )
+    return [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
 
 
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
@@ -160,6 +189,14 @@ def _members(
 ) -> list[trained.SAE]:
     stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
+    lm, data = config.lm.path or EMBEDDED, config.data
+    metadata = {
+        "model_name": lm if re.fullmatch(r"[\w.-]+/[\w.-]+", lm) else Path(lm).name,
+        "context_size": data.context_length,
+        "dataset_path": data.name or Path(data.path).name or data.corpus,
+        "prepend_bos": data.prepend_bos,
+        "exclude_special_tokens": config.activations.drop_special_tokens,
+    }
     return [
         trained.SAE(
             name=f"{name}_{index}",
@@ -172,6 +209,7 @@ def _members(
             seed=seed,
             scale=scale,
             norm_limit=math.inf if facts["norm_limits"][stack.site] is None else facts["norm_limits"][stack.site],
+            metadata=metadata,
         )
         for index, (_, learning_rate, seed) in enumerate(stack.numbers())
     ]

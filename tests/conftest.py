@@ -1,7 +1,10 @@
 """Eight CPU devices, strict promotion of ranks, and the small things that many tests start from."""
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 # Many tests compile the same programs; they are kept for one session, also for commands that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -107,3 +110,12 @@ def tiny(text_dir, lm_dir, data_dir):
 def experiment(config_dict):
     """The tiny experiment, checked."""
     return config_lib.from_dict(config_lib.Experiment, config_dict)
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory):
+    """The README's main job."""
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    return workdir

@@ -19,6 +19,7 @@ FLOOR = {
     "data": 1,
     "workdir": 1,
     "evaluation": 2,
+    "exchange": 2,
     "training": 3,
 }
 ALLOWED_ON_ONE_FLOOR = {("buckets", "config"), ("plugins", "config"), ("mesh", "config"), ("processes", "config")}
@@ -70,6 +71,7 @@ def test_commands_are_thin():
 
 
 def test_plugins_are_files():
-    assert list(plugins.known("saes", "FEATURE_AXES")) == ["gated", "relu"]
+    assert list(plugins.known("saes", "FEATURE_AXES")) == ["gated", "jumprelu", "relu"]
+    assert list(plugins.known("saes", "loss")) == ["gated", "relu"]
     assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

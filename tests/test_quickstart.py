@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +10,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import export, reports
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, metrics
@@ -19,6 +18,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import jumprelu
 from gsae_jax.training import loop
 from gsae_jax.workdir import Workdir
+from tests import references
 
 ROOT = Path(__file__).parent.parent
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
@@ -34,12 +34,8 @@ def test_the_readmes_config_builds():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The README's main job."""
-    workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return workdir
+def run(quickstart_run):
+    return quickstart_run
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +88,28 @@ def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_ou
             continue
         x = lm.activations(batches[0], [sae.site])[sae.site].reshape(-1, sae.config.d_in)
         f = np.asarray(sae.encode(x))
-        same = np.asarray(jumprelu.encode(jumprelu.from_gated(sae.params, sae.config), x, sae.config.dtype))
-        np.testing.assert_array_equal(same > 0, f > 0)
+        params = jumprelu.from_gated(sae.params, sae.config)
+        config = jumprelu.Config(sae.config.d_in, sae.config.width, sae.config.dtype)
+        same = np.asarray(jumprelu.encode(params, x, config))
+        references.assert_same_support(f, same, x, params)
         mean = f.sum(0) / np.maximum((f > 0).sum(0), 1)
-        assert (np.abs(same - f) <= 1e-5 * np.maximum(f, mean)).all(), sae.name
+        close = np.abs(same - f) <= 1e-5 * np.maximum(f, mean[None])
+        assert close[(same > 0) == (f > 0)].all(), sae.name
+
+
+@pytest.mark.quickstart
+def test_exported_saes_measure_as_they_did(run, tmp_path):
+    assert export.export(str(run), "saelens", str(tmp_path / "exported")) == list(gsae_jax.load(run))
+    reports.evaluate_saes([str(tmp_path / "exported")], str(tmp_path / "report"), tokens=2**16)
+    here, there = (
+        json.loads((folder / "report.json").read_text())["saes"] for folder in (tmp_path / "report", run / "report")
+    )
+    assert len(here) == len(there) == 6
+    for ours, theirs in zip(here, there, strict=True):
+        told = [name for name, value in theirs.items() if not isinstance(value, float | dict)]
+        assert [ours[name] for name in told] == [theirs[name] for name in told]
+        numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
+        assert {name: ours[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
 
 
 @pytest.mark.quickstart

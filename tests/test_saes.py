@@ -164,10 +164,23 @@ def test_the_jumprelu_form_is_the_same_function(use_r_mag):
     config = gated.Config(D, F, use_r_mag=use_r_mag)
     params, x = away_from_init(gated, config), inputs()
     f = gated.encode(params, x, config)
-    same = jumprelu.encode(jumprelu.from_gated(params, config), x)
+    same = jumprelu.encode(jumprelu.from_gated(params, config), x, jumprelu.Config(D, F))
     np.testing.assert_array_equal(same > 0, f > 0)
     np.testing.assert_allclose(same, f, rtol=1e-5, atol=1e-6)
     assert 0 < (jumprelu.from_gated(params, config)["threshold"] > 0).sum() < F
+
+
+def test_a_baseline_is_a_jumprelu_sae_and_that_is_a_gated_one():
+    x = inputs()
+    params = away_from_init(relu, relu.Config(D, F))
+    form = jumprelu.from_relu(params)
+    f = relu.encode(params, x, relu.Config(D, F))
+    np.testing.assert_allclose(jumprelu.encode(form, x, jumprelu.Config(D, F)), f, rtol=1e-5, atol=1e-6)
+    form["threshold"] = jax.random.normal(jax.random.key(1), (F,))  # below 0 it is as at 0
+    f = jumprelu.encode(form, x, jumprelu.Config(D, F))
+    assert f.min() == 0
+    assert 0.05 < (f > 0).mean() < 0.95
+    np.testing.assert_allclose(gated.encode(gated.from_jumprelu(form), x, gated.Config(D, F)), f, rtol=1e-5, atol=1e-6)
 
 
 def test_an_untied_encoder_has_no_jumprelu_form():

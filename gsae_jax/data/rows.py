@@ -201,7 +201,7 @@ def in_order(rows: TokenRows, rows_per_batch: int) -> Iterator[np.ndarray]:
         yield np.stack([rows[row] for row in range(start, start + rows_per_batch)])
 
 
-def held_out(config: config_lib.Experiment, tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
+def held_out(config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
     """Batches of held-out rows of about so many tokens, one batch at the least.
 
     Raises:

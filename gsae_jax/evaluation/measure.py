@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import metrics
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.loading import LM, check_tokens
 from gsae_jax.lms.loss import cross_entropy_and_divergence
-from gsae_jax.saes import pursuit, trained
+from gsae_jax.saes import linalg, pursuit, trained
 
 AT_ONCE = 12  # interventions whose activations are held at once
 Place = tuple[str, float]  # a site, and the norm above which its activations are left alone
@@ -41,7 +42,12 @@ def measure(
     runs = []  # (name, SAE, its parameters, features to choose by pursuit)
     for sae in saes:
         sites.check(sae.site, lm.sites, f"site of {sae.name}")
-        params = _spread(mesh, sae)
+        if lm.sites[sae.site] != sae.config.d_in:
+            there = f"{sae.site} has width {lm.sites[sae.site]} in this language model"
+            raise ConfigError(
+                sae.name, f"reads activations of width {sae.config.d_in}, but {there}; write its own model"
+            )
+        params = spread(mesh, sae)
         runs += [(f"{sae.name}_ito_{k}" if k else sae.name, sae, params, k) for k in (0, *ito)]
     places = tuple(sorted({(sae.site, sae.norm_limit) for sae in saes}))
 
@@ -92,8 +98,8 @@ def measure(
     return totals
 
 
-def _spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Array]:
-    """An SAE's parameters, features spread over the mesh."""
+def spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Array]:
+    """An SAE's parameters, features spread over the mesh if there is one."""
     if mesh is None:
         return sae.params
     axes = trained.module_of(sae.architecture).FEATURE_AXES
@@ -209,6 +215,8 @@ def _reconstruct(
         }
     x_BxD = x_RxTxD.reshape(-1, config.d_in).astype(jnp.float32)
     if k:
+        # Atoms are unit; an imported dictionary may not be.
+        params = params | {"W_dec": linalg.unit(params["W_dec"])}
         index_BxK, alpha_BxK = pursuit.pursue(params["W_dec"], x_BxD - params["b_dec"][None], k)
         rows = jnp.arange(len(x_BxD))[:, None]
         f_BxF = jnp.zeros((len(x_BxD), config.width)).at[rows, index_BxK].add(alpha_BxK)

@@ -58,6 +58,7 @@ def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: 
         bins = np.linspace(low, high + 1e-6, 41)
         for index, (stack, members) in enumerate(stacks.items()):
             members = [record for record in members if record["name"] in mine]
+            order = sorted((record["name"] for record in members), key=lambda name: (len(name), name))
             for number, record in enumerate(members):
                 each = len(mine) <= LEGEND
                 counts, _ = np.histogram(np.clip(values[record["name"]], bins[0], bins[-1]), bins)
@@ -66,7 +67,7 @@ def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: 
                     bins,
                     label=f"{record['name']}, L0 {record['l0']:.0f}" if each else stack if number == 0 else None,
                     color=COLOURS[index % len(COLOURS)],
-                    alpha=_shade(int(record["name"].rpartition("_")[2]), len(members)),
+                    alpha=_shade(order.index(record["name"]), len(members)),
                     linewidth=1.4 if each else 0.7,
                 )
         axis.set_ylabel("features")

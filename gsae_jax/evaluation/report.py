@@ -116,7 +116,7 @@ def write(
         step: which the SAEs were measured at.
         records: of `rows`.
         sums: of `measure.measure`.
-        training: the lines of metrics.
+        training: the lines of metrics, where there are any.
         gates_of: of `gates`.
         published: points to draw beside ours.
     """
@@ -144,8 +144,9 @@ def write(
             "frontier.png": plots.frontier(records, published),
             "gamma.png": plots.gamma(encoders, published),
             "densities.png": plots.densities(encoders, densities),
-            "training.png": plots.training(training),
         }
+        if training:
+            figures["training.png"] = plots.training(training)
         if gates_of:
             figures["gates.png"] = plots.gates(encoders, gates_of)
         for name, figure in figures.items():
@@ -217,7 +218,9 @@ def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header += ["CE mean", "KL", "FVU", "Alive"]
     rows = []
     for r in sorted(records, key=lambda r: (r["site"], r["ito"] > 0, r["architecture"], r["width"], -r["l0"])):
-        trained_by = ["", ""] if r["ito"] else [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
+        trained_by = [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
+        if r["ito"] or math.isnan(r["learning_rate"]):
+            trained_by = ["", ""]
         rows.append(
             [
                 r["site"],

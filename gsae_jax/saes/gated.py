@@ -58,6 +58,14 @@ def from_relu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return same | {"W_gate": params["W_enc"], "b_gate": b_enc, "b_mag": b_enc, "r_mag": jnp.zeros_like(b_enc)}
 
 
+def from_jumprelu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same function as a JumpReLU SAE's."""
+    same = {name: params[name] for name in ("W_dec", "b_dec")}
+    b_mag = linalg.shifted(params["b_enc"], params["b_dec"], params["W_enc"])
+    b_gate = b_mag - jax.nn.relu(params["threshold"])
+    return same | {"W_gate": params["W_enc"], "b_gate": b_gate, "b_mag": b_mag, "r_mag": jnp.zeros_like(b_mag)}
+
+
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag), each [B, F]; one product with x when the encoder is tied."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Sum = Callable[[Any], Any]
 
@@ -19,10 +20,20 @@ def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
     return jnp.matmul(x.astype(dtype), W.astype(dtype), preferred_element_type=jnp.float32)
 
 
+def shifted(bias: jax.Array, b_D: jax.Array, W_DxF: jax.Array) -> jax.Array:
+    """bias + b @ W [F], on the host in float64 and rounded once: an encoder's bias for inputs centred otherwise."""
+    return jnp.asarray(np.asarray(bias) + np.asarray(b_D, np.float64) @ np.asarray(W_DxF, np.float64), jnp.float32)
+
+
 def unit_rows(key: jax.Array, rows: int, columns: int) -> jax.Array:
     """Random directions [rows, columns], each of unit norm."""
-    W = jax.random.normal(key, (rows, columns))
-    return W / jnp.linalg.norm(W, axis=-1, keepdims=True)
+    return unit(jax.random.normal(key, (rows, columns)))
+
+
+def unit(W: jax.Array) -> jax.Array:
+    """W with rows of unit norm; rows of zeros stay."""
+    norms = jnp.linalg.norm(W, axis=-1, keepdims=True)
+    return W / jnp.where(norms > 0, norms, 1)
 
 
 def error_statistics(x_BxD: jax.Array, x_hat_BxD: jax.Array) -> dict[str, jax.Array]:

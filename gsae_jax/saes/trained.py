@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,20 +14,24 @@ from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
 
 
-def module_of(architecture: str, field: str = "architecture") -> Any:
+def module_of(architecture: str) -> Any:
     """The file of `saes/` with the architecture's pure functions."""
-    return plugins.load("saes", architecture, having="FEATURE_AXES", field=field)
+    return plugins.load("saes", architecture, having="FEATURE_AXES", field="architecture")
 
 
 def build_config(
     architecture: str, d_in: int, width: int, dtype: str, options: dict[str, Any], field: str
 ) -> tuple[Any, Any]:
-    """The architecture's module and its Config.
+    """The module and the Config of an architecture that is trained here.
 
     Raises:
         ConfigError: an architecture or option that does not exist; the message starts with `field`.
     """
-    module = module_of(architecture, f"{field}.architecture")
+    trainable = plugins.known("saes", having="loss")
+    if architecture in set(plugins.known("saes", having="FEATURE_AXES")) - set(trainable):
+        message = f"{architecture!r} is for evaluation and cannot be trained; write one of {', '.join(trainable)}"
+        raise ConfigError(f"{field}.architecture", message)
+    module = plugins.load("saes", architecture, having="loss", field=f"{field}.architecture")
     own = ("d_in", "width", "dtype")  # set from elsewhere in the experiment
     fields = [setting.name for setting in dataclasses.fields(module.Config) if setting.name not in own]
     for name in options:
@@ -56,19 +61,42 @@ def converter(source: str, target: str) -> Callable[[dict[str, jax.Array]], dict
     return getattr(module_of(target), f"from_{source}", None)
 
 
+def with_unit_rows(architecture: str, params: dict[str, jax.Array], field: str) -> dict[str, jax.Array]:
+    """The same reconstructions from unit decoder rows, as training has them: activations take the rows' norms.
+
+    Raises:
+        ConfigError: a row of zeros, which has no direction; the message starts with `field`.
+    """
+    norms_F = jnp.linalg.norm(params["W_dec"], axis=-1)
+    if not norms_F.all():
+        dead = int((norms_F == 0).sum())
+        raise ConfigError(field, f"has {dead} features whose row of the decoder is zero; write SAEs without such")
+    if jnp.abs(norms_F - 1).max() < 1e-5:
+        return params
+    axes = module_of(architecture).FEATURE_AXES
+    scales = {0: norms_F, 1: norms_F[None]}
+    activations = {
+        name: value * scales[axes[name]]
+        for name, value in params.items()
+        if axes[name] is not None and name not in ("W_dec", "r_mag")
+    }
+    return params | activations | {"W_dec": params["W_dec"] / norms_F[:, None]}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SAE:
     """One trained SAE; activations are in the language model's own units, of any leading shape.
 
     Attributes:
         name: the stack it was trained in, and its place there.
-        architecture: "gated" or "relu".
+        architecture: "gated", "relu" or "jumprelu".
         config: the architecture's Config.
-        site: where in the language model it reads.
+        site: where in the language model it reads; "" where an imported one does not say.
         params: the architecture's parameters, with the site's scale folded in.
-        l1_coefficient, learning_rate, seed: how it was trained.
+        l1_coefficient, learning_rate, seed: how it was trained; NaN and None where an imported one does not say.
         scale: what activations were multiplied by in training.
         norm_limit: activations of a larger norm were kept from it.
+        metadata: what is known of its model and text, under SAELens' names; of an imported SAE, all that its file said.
     """
 
     name: str
@@ -76,11 +104,12 @@ class SAE:
     config: Any
     site: str
     params: dict[str, jax.Array]
-    l1_coefficient: float
-    learning_rate: float
-    seed: int
-    scale: float
+    l1_coefficient: float = math.nan
+    learning_rate: float = math.nan
+    seed: int | None = None
+    scale: float = math.nan
     norm_limit: float = math.inf
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, x: jax.typing.ArrayLike) -> jax.Array:
         """Feature activations [..., F] of activations [..., D]."""
@@ -97,6 +126,18 @@ class SAE:
     def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
         """The reconstruction [..., D] of activations [..., D], in their dtype: an edit for `lm.run`."""
         return self.decode(self.encode(x)).astype(jnp.asarray(x).dtype)
+
+    def save(self, path: str | os.PathLike[str], format: str = "saelens") -> None:
+        """Write it as a new folder that another library reads, and `gsae_jax.load` too.
+
+        Args:
+            path: the folder.
+            format: a file of `gsae_jax/exchange/`: saelens, dictionary_learning, gemma_scope or jumprelu.
+
+        Raises:
+            ConfigError: an unknown format or one that cannot hold this SAE, or a path that exists; nothing was written.
+        """
+        plugins.load("exchange", format, having="write", field="format").write(self, path)
 
     def _checked(self, value: jax.typing.ArrayLike, size: int, name: str) -> jax.Array:
         value = jnp.asarray(value)

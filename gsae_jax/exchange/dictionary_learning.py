@@ -1,0 +1,165 @@
+"""dictionary_learning: a folder of `config.json` and `ae.pt` (dictionary_learning/dictionary.py of 0.1.0).
+
+Activations of its language model go in as they are: what it normalises in training it folds into the saved biases.
+"""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gsae_jax.config import ConfigError
+from gsae_jax.exchange import files, records
+from gsae_jax.saes import trained
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+# Its class -> (our architecture, {our name: its name}).
+CLASSES = {
+    "GatedAutoEncoder": (
+        "gated",
+        {
+            "W_gate": "encoder.weight",
+            "b_gate": "gate_bias",
+            "r_mag": "r_mag",
+            "b_mag": "mag_bias",
+            "W_dec": "decoder.weight",
+            "b_dec": "decoder_bias",
+        },
+    ),
+    "AutoEncoder": (
+        "relu",
+        {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "bias"},
+    ),
+    "JumpReluAutoEncoder": ("jumprelu", {name: name for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")}),
+    # Inputs are not centred. Read only: the form of a baseline is AutoEncoder.
+    "AutoEncoderNew": (
+        "relu",
+        {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "decoder.bias"},
+    ),
+}
+TRAINERS = {"gated": "GatedSAETrainer", "relu": "StandardTrainer", "jumprelu": "JumpReluTrainer"}
+TRAINER: dict[str, tuple[Any, ...]] = {
+    "dict_class": tuple(CLASSES),
+    "trainer_class": (str,),
+    "activation_dim": (int,),
+    "dict_size": (int,),
+    "layer": (int, None),
+    "lm_name": (str, None),
+    "submodule_name": (str, None, ...),
+}
+OURS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), "record": (dict,)}
+
+
+def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
+    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used, or without torch."""
+    torch = _torch()
+    name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
+    params = records.parameters(sae)
+    layer = re.match(r"blocks\.(\d+)\.", sae.site)
+    config = {
+        "trainer": {
+            "dict_class": name,
+            "trainer_class": TRAINERS[sae.architecture],
+            "activation_dim": sae.config.d_in,
+            "dict_size": sae.config.width,
+            "layer": int(layer[1]) if layer else None,
+            "lm_name": sae.metadata.get("model_name"),
+            "submodule_name": sae.site,
+        },
+        "buffer": {"ctx_len": sae.metadata.get("context_size")},
+        records.KEY: {"site": sae.site, "metadata": sae.metadata, "record": records.record(sae)},
+    }
+    state = {
+        theirs: torch.from_numpy(np.array(params[ours].T if _turned(theirs) else params[ours], order="C"))
+        for ours, theirs in names.items()
+    }
+    with files.new_folder(path) as folder:
+        files.write_json(folder / CONFIG, config)
+        with open(folder / WEIGHTS, "wb") as file:  # torch writes the name of a path into the file
+            torch.save(state, file)
+
+
+def recognises(path: Path) -> bool:
+    """Whether a path is such a folder."""
+    return (path / WEIGHTS).is_file()
+
+
+def read(path: Path) -> trained.SAE:
+    """The SAE of such a folder.
+
+    Raises:
+        ConfigError: everything that does not fit, or that we do not have; or without torch.
+    """
+    config = files.read_json(path / CONFIG)
+    trainer: Any = config.get("trainer")
+    ours: Any = config.get(records.KEY)
+    # Theirs is written where the source of activations has a config.
+    buffer: Any = config.get("buffer", {} if ours is None else None)
+    faults = files.misfits(trainer, TRAINER, "trainer.")
+    faults += files.misfits(buffer, {"ctx_len": (int, None, *[...] * (ours is None))}, "buffer.")
+    if ours is not None:
+        faults += files.misfits(ours, OURS, f"{records.KEY}.")
+    files.refuse(path / CONFIG, faults)
+    architecture, names = CLASSES[trainer["dict_class"]]
+    if ours is None:
+        carried = {"trainer": trainer, "buffer": buffer}
+        metadata = {"model_name": trainer["lm_name"], "context_size": buffer.get("ctx_len")}
+        site, told, metadata = _site(trainer), None, metadata | {"dictionary_learning": carried}
+    else:
+        site, told, metadata = ours["site"], ours["record"], ours["metadata"]
+        faults = files.misfits(metadata, records.METADATA, f"{records.KEY}.metadata.")
+        files.refuse(path / CONFIG, faults + records.misfits(told, architecture, f"{records.KEY}.record."))
+
+    shapes = records.shapes(names, trainer["activation_dim"], trainer["dict_size"])
+    wanted = {theirs: shapes[name][:: -1 if _turned(theirs) else 1] for name, theirs in names.items()}
+    tensors = files.read_tensors(path / WEIGHTS, _contents(path / WEIGHTS), wanted)
+    params = {name: tensors[theirs].T if _turned(theirs) else tensors[theirs] for name, theirs in names.items()}
+    if trainer["dict_class"] == "AutoEncoderNew":
+        params |= records.recentred(architecture, params)
+    return records.build(path, architecture, params, site, told, metadata)
+
+
+def _turned(name: str) -> bool:
+    """Whether a tensor of theirs is the transpose of ours: the matrices of torch's layers."""
+    return name.endswith(".weight")
+
+
+def _site(trainer: dict[str, Any]) -> str | None:
+    """The hook name, where its submodule is the residual stream after a layer or named as a hook."""
+    name = trainer.get("submodule_name") or ""
+    residual = re.fullmatch(r"resid_post_layer_(\d+)", name)
+    return f"blocks.{residual[1]}.hook_resid_post" if residual else name if name.startswith("blocks.") else None
+
+
+def _contents(file: Path) -> files.Contents:
+    """Of a file of torch; only tensors are read, and no more of them than the file holds."""
+    torch = _torch()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            files.check_archive(file, archive)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+            for name, value in state.items()
+        ):
+            raise ValueError("it is not a dict of dense tensors")
+        if sum(value.numel() * value.element_size() for value in state.values()) > file.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
+    except Exception as error:  # torch's readers have errors of many kinds
+        why = str(error).split("\n")[0]
+        raise ConfigError(str(file), f"cannot be read as weights of torch ({why}); copy or save it again") from error
+    about = {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()}
+    return about, lambda name: state[name].detach().float().numpy()
+
+
+def _torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        message = "needs torch for its .pt files; `pip install '.[torch]'` first"
+        raise ConfigError("dictionary_learning", message) from error
+    return torch

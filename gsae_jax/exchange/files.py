@@ -1,0 +1,179 @@
+"""What the formats share: folders that appear whole, and files that are checked before their tensors are read.
+
+Nothing here allocates more than about the size of the file that asks for it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from gsae_jax.config import ConfigError
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Shape = tuple[int, ...]
+# Of each tensor its shape and its type, and a function that reads one.
+Contents = tuple[dict[str, tuple[Shape, str]], Callable[[str], np.ndarray]]
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which appears under its name when it is whole, and not at all where that fails.
+
+    Raises:
+        ConfigError: the path exists, or cannot be written.
+    """
+    if re.match(r"\w\w+:/", os.fspath(path)):
+        raise ConfigError(os.fspath(path), "is not a local path; write one, and copy what it holds")
+    path = Path(path).absolute()
+    scratch = None
+    try:
+        if os.path.lexists(path):
+            raise ConfigError(str(path), "exists, and nothing is overwritten; write the name of a new folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".export-"))
+        scratch.chmod(0o755)
+        yield scratch
+        scratch.rename(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError(str(path), f"cannot be written ({error}); write the name of a new folder") from error
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(file: Path, tree: Mapping[str, Any]) -> None:
+    """JSON with sorted keys: equal contents are equal files."""
+    file.write_text(json.dumps(tree, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; raises `ConfigError` where the file holds none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        tree = json.loads(file.read_text("utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(str(file), f"cannot be read as JSON ({error}); copy it again") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(str(file), "is not a JSON object; copy it again")
+    return tree
+
+
+def misfits(tree: Any, kinds: Mapping[str, tuple[Any, ...]], where: str = "") -> list[str]:
+    """What is wrong with the fields of a JSON object, each of which is one of some types, or one of some values.
+
+    Args:
+        kinds: `None` among a field's types is null; a field that has `...` may be absent.
+        where: what the fields' names begin with.
+    """
+    if not isinstance(tree, dict):
+        return [f"{where.rstrip('.')} is not an object"]
+    faults = []
+    for name, allowed in kinds.items():
+        if name not in tree:
+            faults += [] if ... in allowed else [f"{where}{name} is missing"]
+        elif not any(_is(tree[name], kind) for kind in allowed):
+            known = [kind.__name__ if isinstance(kind, type) else json.dumps(kind) for kind in allowed if kind != ...]
+            faults.append(f"{where}{name} is {json.dumps(tree[name])[:60]}, not {' or '.join(known)}")
+    return faults
+
+
+def _is(value: Any, kind: Any) -> bool:
+    # By type, as True is an int to isinstance, and equal to 1.
+    return type(value) is kind if isinstance(kind, type) else type(value) is type(kind) and value == kind
+
+
+def refuse(path: Path, faults: list[str]) -> None:
+    """Raises `ConfigError` with all faults of a file, if there are any."""
+    if faults:
+        raise ConfigError(str(path), f"{'; '.join(faults)}; copy or save it again")
+
+
+def safetensors_contents(file: Path) -> Contents:
+    """Of a safetensors file; the library refuses a header that does not describe just this file."""
+    try:
+        opened = safetensors.safe_open(file, "np")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError(str(file), f"cannot be read ({error}); copy it again") from error
+    about = {
+        name: (tuple(part.get_shape()), FLOATS.get(part.get_dtype(), part.get_dtype())) for name, part in slices.items()
+    }
+    return about, opened.get_tensor
+
+
+def npz_contents(file: Path) -> Contents:
+    """Of an npz file as `np.savez` writes it: neither compressed nor pickled."""
+    about = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            check_archive(file, archive)
+            for entry in archive.infolist():
+                with archive.open(entry) as member:
+                    version = np.lib.format.read_magic(member)
+                    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    shape, _, dtype = readers[version](member)
+                    size = dtype.itemsize * math.prod(shape)
+                    if dtype.hasobject or member.tell() + size != entry.file_size:
+                        raise ValueError(f"{entry.filename} is not as long as its header says, or holds objects")
+                name = entry.filename.removesuffix(".npy")
+                if name in about:
+                    raise ValueError(f"two of its parts are called {name}")
+                about[name] = (tuple(shape), dtype.name)
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ConfigError(str(file), f"cannot be read as an npz file ({error}); copy it again") from error
+
+    def read(name: str) -> np.ndarray:
+        with np.load(file, allow_pickle=False) as arrays:
+            return arrays[name]
+
+    return about, read
+
+
+def check_archive(file: Path, archive: zipfile.ZipFile) -> None:
+    """Raises `ValueError` for a zip file that would unpack to more than its own size."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, and only plain ones are read")
+    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise ValueError("its parts are larger than the file")
+
+
+def read_tensors(
+    file: Path, contents: Contents, wanted: Mapping[str, Shape], dtypes: tuple[str, ...] = tuple(FLOATS.values())
+) -> dict[str, np.ndarray]:
+    """Exactly these tensors, of these shapes, in float32, which holds each of `dtypes` exactly.
+
+    Raises:
+        ConfigError: everything that is not so, or not finite.
+    """
+    about, read = contents
+    faults = [f"the tensor {name} is missing" for name in wanted if name not in about]
+    faults += [f"the tensor {name} is not of this architecture" for name in sorted(set(about) - set(wanted))]
+    for name in sorted(set(about) & set(wanted)):
+        shape, dtype = about[name]
+        if shape != wanted[name]:
+            faults.append(f"the tensor {name} has shape {list(shape)}, not {list(wanted[name])}")
+        if 0 in shape:
+            faults.append(f"the tensor {name} is empty")
+        if dtype not in dtypes:
+            faults.append(f"the tensor {name} is of type {dtype}, not {' or '.join(dtypes)}")
+    refuse(file, faults)
+    tensors = {name: np.asarray(read(name), np.float32, order="C") for name in wanted}
+    refuse(
+        file, [f"the tensor {name} is not finite" for name, value in tensors.items() if not np.isfinite(value).all()]
+    )
+    return tensors

@@ -1,0 +1,58 @@
+"""Gemma Scope: `params.npz` of a JumpReLU SAE whose inputs are not centred, which says nothing else of it.
+
+What we know besides goes into a file beside it.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsae_jax.exchange import files, jumprelu, records
+from gsae_jax.saes import trained
+
+WEIGHTS, RECORD = "params.npz", "gsae_jax.json"
+TENSORS = ("W_dec", "W_enc", "b_dec", "b_enc", "threshold")
+KINDS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), records.KEY: (dict,)}
+
+
+def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
+    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
+    sae = jumprelu.form(sae)
+    with files.new_folder(path) as folder:
+        params: dict[str, Any] = records.parameters(sae)
+        np.savez(folder / WEIGHTS, **{name: params[name] for name in TENSORS})
+        told = {"site": sae.site, "metadata": sae.metadata, records.KEY: records.record(sae)}
+        files.write_json(folder / RECORD, told)
+
+
+def recognises(path: Path) -> bool:
+    """Whether a path is such a folder, or such a file."""
+    return path.is_file() if path.suffix == ".npz" else (path / WEIGHTS).is_file()
+
+
+def read(path: Path) -> trained.SAE:
+    """The SAE of such a folder or file.
+
+    Raises:
+        ConfigError: everything that does not fit.
+    """
+    weights = path if path.suffix == ".npz" else path / WEIGHTS
+    beside, told = weights.with_name(RECORD), None
+    site, metadata = None, {}
+    if beside.exists():
+        tree = files.read_json(beside)
+        faults = files.misfits(tree, KINDS)
+        faults += [f"{name} is not known" for name in sorted(set(tree) - set(KINDS))]
+        files.refuse(beside, faults)
+        site, metadata, told = tree["site"], tree["metadata"], tree[records.KEY]
+        faults = files.misfits(metadata, records.METADATA, "metadata.")
+        files.refuse(beside, faults + records.misfits(told, "jumprelu", f"{records.KEY}."))
+
+    contents = files.npz_contents(weights)
+    # The sizes are those of the biases.
+    D, F = (math.prod(contents[0].get(name, ((0,), ""))[0]) for name in ("b_dec", "b_enc"))
+    params = files.read_tensors(weights, contents, records.shapes(TENSORS, D, F))
+    return records.build(path, "jumprelu", params, site, told, metadata)

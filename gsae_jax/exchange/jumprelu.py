@@ -1,0 +1,33 @@
+"""A SAELens folder with the JumpReLU form of an SAE, for tools that take no gated ones; it is read as SAELens'."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gsae_jax.exchange import records, saelens
+from gsae_jax.saes import jumprelu, trained
+
+
+def form(sae: trained.SAE) -> trained.SAE:
+    """The same function as a JumpReLU SAE, with thresholds that have a logarithm.
+
+    Raises:
+        ConfigError: a gated SAE whose encoder is not tied.
+    """
+    params: dict[str, Any] = records.parameters(sae)
+    if sae.architecture == "relu":
+        params = jumprelu.from_relu(params)
+    elif sae.architecture == "gated":
+        params = jumprelu.from_gated(params, sae.config)
+    # Nothing lies between 0 and the smallest normal number.
+    params["threshold"] = jnp.maximum(params["threshold"], np.finfo(np.float32).tiny)
+    config = jumprelu.Config(sae.config.d_in, sae.config.width, sae.config.dtype)
+    return dataclasses.replace(sae, architecture="jumprelu", config=config, params=params)
+
+
+def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
+    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
+    saelens.write(form(sae), path)

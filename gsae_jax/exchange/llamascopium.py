@@ -1,0 +1,83 @@
+"""OpenMOSS' llamascopium (Language-Model-SAEs): `config.json` and `sae_weights.safetensors`; read only.
+
+Of its SAEs those with ReLU or JumpReLU (llamascopium/models/sae.py of 2.0.0b34). Inputs are not centred. A norm of
+activations that its weights were trained for and that is not in them yet is folded into them.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsae_jax.exchange import files, records
+from gsae_jax.saes import trained
+
+CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
+KINDS: dict[str, tuple[Any, ...]] = {
+    "sae_type": ("sae",),
+    "d_model": (int,),
+    "expansion_factor": (int, float),
+    "use_decoder_bias": (bool,),
+    "act_fn": ("relu", "jumprelu"),
+    "norm_activation": ("dataset-wise", "inference"),
+    "sparsity_include_decoder_norm": (bool,),
+    "hook_point_in": (str,),
+    "hook_point_out": (str,),
+    "use_glu_encoder": (False,),
+    # These say nothing of the function.
+    "top_k": (int, ...),
+    "use_triton_kernel": (bool, ...),
+    "sparsity_threshold_for_triton_spmm_kernel": (int, float, ...),
+    "jumprelu_threshold_window": (int, float, ...),
+}
+THRESHOLD = "activation_function.log_jumprelu_threshold"
+
+
+def recognises(path: Path) -> bool:
+    """Whether a path is such a folder."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def read(path: Path) -> trained.SAE:
+    """The SAE of such a folder.
+
+    Raises:
+        ConfigError: everything that does not fit, or that we do not have.
+    """
+    config = files.read_json(path / CONFIG)
+    faults = files.misfits(config, KINDS)
+    faults += [f"{name} is not known" for name in sorted(set(config) - set(KINDS))]
+    if not faults and config["hook_point_in"] != config["hook_point_out"]:
+        faults.append("hook_point_in and hook_point_out differ: it is a transcoder")
+    files.refuse(path / CONFIG, faults)
+    architecture, site = config["act_fn"], config["hook_point_in"]
+
+    D, F = config["d_model"], int(config["d_model"] * config["expansion_factor"])
+    wanted: dict[str, files.Shape] = {"W_E": (D, F), "b_E": (F,), "W_D": (F, D)}
+    wanted |= {"b_D": (D,)} if config["use_decoder_bias"] else {}
+    wanted |= {THRESHOLD: (F,)} if architecture == "jumprelu" else {}
+    about, reader = files.safetensors_contents(path / WEIGHTS)
+    norm = f"dataset_average_activation_norm.{site}"
+    if config["norm_activation"] == "inference":  # it is in the weights then, and its tensor is not set
+        about.pop(norm, None)
+    else:
+        wanted[norm] = ()
+    tensors = files.read_tensors(path / WEIGHTS, (about, reader), wanted)
+    average = float(tensors[norm]) if norm in wanted else math.sqrt(D)
+    if average <= 0:
+        files.refuse(path / WEIGHTS, [f"the tensor {norm} is {average}, which no norm is"])
+    params: dict[str, Any] = {"W_enc": tensors["W_E"], "b_enc": tensors["b_E"], "W_dec": tensors["W_D"]}
+    params["b_dec"] = tensors.get("b_D", np.zeros(D, np.float32))
+    if architecture == "jumprelu":
+        threshold = np.exp(tensors[THRESHOLD], dtype=np.float64)
+        if config["sparsity_include_decoder_norm"]:
+            threshold /= np.maximum(np.linalg.norm(tensors["W_D"].astype(np.float64), axis=-1), 1e-30)
+        params["threshold"] = np.minimum(threshold, np.finfo(np.float32).max).astype(np.float32)
+    params = {
+        name: value if name.startswith("W_") else value * np.float32(average / math.sqrt(D))
+        for name, value in params.items()
+    }
+    if architecture == "relu":
+        params |= records.recentred(architecture, params)
+    return records.build(path, architecture, params, site, None, {"llamascopium": config})

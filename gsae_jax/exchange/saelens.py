@@ -1,0 +1,125 @@
+"""SAELens 6: a folder of `cfg.json` and `sae_weights.safetensors` (sae_lens/saes/sae.py of 6.54)."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+
+from gsae_jax.exchange import files, records
+from gsae_jax.saes import trained
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+VERSION = "6.54.12"  # whose format this is
+ARCHITECTURES = {"gated": "gated", "relu": "standard", "jumprelu": "jumprelu"}  # ours -> theirs
+# Theirs, by our names.
+TENSORS = {
+    "gated": {"W_gate": "W_enc", "b_gate": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"},
+    "relu": {"W_enc": "W_enc", "b_enc": "b_enc"},
+    "jumprelu": {"W_enc": "W_enc", "b_enc": "b_enc", "threshold": "threshold"},
+}
+KINDS: dict[str, tuple[Any, ...]] = {
+    "architecture": tuple(ARCHITECTURES.values()),
+    "d_in": (int,),
+    "d_sae": (int,),
+    "dtype": tuple(files.FLOATS.values()),
+    "device": (str,),
+    "apply_b_dec_to_input": (bool,),
+    "normalize_activations": ("none",),
+    "reshape_activations": ("none", "hook_z"),
+    "metadata": (dict,),
+}
+METADATA = records.METADATA | {
+    "sae_lens_version": (str,),
+    "hook_name": (str, None, ...),
+    "hook_head_index": (None, ...),  # an SAE of one head's activations
+}
+
+
+def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
+    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
+    params = records.parameters(sae)
+    names = _tensors(sae.architecture)
+    site = {"hook_name": sae.site} if sae.site else {}
+    metadata = {"sae_lens_version": VERSION} | sae.metadata | site | {records.KEY: records.record(sae)}
+    with files.new_folder(path) as folder:
+        safetensors.numpy.save_file({theirs: params[ours] for ours, theirs in names.items()}, folder / WEIGHTS)
+        config = {
+            "architecture": ARCHITECTURES[sae.architecture],
+            "d_in": sae.config.d_in,
+            "d_sae": sae.config.width,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": sae.architecture != "jumprelu",
+            "normalize_activations": "none",
+            # TransformerLens keeps heads apart there.
+            "reshape_activations": "hook_z" if sae.site.endswith("hook_z") else "none",
+            "metadata": metadata,
+        }
+        files.write_json(folder / CONFIG, config)
+        (folder / "README.md").write_text(_card(sae, metadata), "utf-8")
+
+
+def recognises(path: Path) -> bool:
+    """Whether a path is such a folder."""
+    return (path / CONFIG).is_file()
+
+
+def read(path: Path) -> trained.SAE:
+    """The SAE of such a folder.
+
+    Raises:
+        ConfigError: everything that does not fit, or that we do not have.
+    """
+    config = files.read_json(path / CONFIG)
+    faults = files.misfits(config, KINDS)
+    faults += [f"{name} is not a field of an SAE for inference" for name in sorted(set(config) - set(KINDS))]
+    metadata = dict(config["metadata"]) if isinstance(config.get("metadata"), dict) else {}
+    if "metadata" in config and not faults:
+        faults += files.misfits(metadata, METADATA, "metadata.")
+        if not re.match(r"([6-9]|\d\d+)\.", str(metadata.get("sae_lens_version"))):
+            faults.append("it is not of SAELens 6 or later; load it there and save it again")
+    files.refuse(path / CONFIG, faults)
+    (architecture,) = (ours for ours, theirs in ARCHITECTURES.items() if theirs == config["architecture"])
+    told, site = metadata.pop(records.KEY, None), metadata.pop("hook_name", None)
+    files.refuse(path / CONFIG, records.misfits(told, architecture, f"metadata.{records.KEY}."))
+
+    names = _tensors(architecture)
+    shapes = records.shapes(names, config["d_in"], config["d_sae"])
+    wanted = {theirs: shapes[ours] for ours, theirs in names.items()}
+    contents = files.safetensors_contents(path / WEIGHTS)
+    tensors = files.read_tensors(path / WEIGHTS, contents, wanted, (config["dtype"],))
+    params = {ours: tensors[theirs] for ours, theirs in names.items()}
+    if config["apply_b_dec_to_input"] != (architecture != "jumprelu"):
+        params |= records.recentred(architecture, params)
+    return records.build(path, architecture, params, site, told, metadata)
+
+
+def _tensors(architecture: str) -> dict[str, str]:
+    return TENSORS[architecture] | {"W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def _card(sae: trained.SAE, metadata: dict[str, Any]) -> str:
+    """The folder's page on the hub."""
+    at = f" at `{sae.site}`" if sae.site else ""
+    of = f" of {metadata['model_name']}" if metadata.get("model_name") else ""
+    return f"""---
+library_name: saelens
+tags: [sparse-autoencoder, {ARCHITECTURES[sae.architecture]}]
+---
+
+# {sae.name}
+
+A sparse autoencoder of {sae.config.width:,} features{at}{of}, exported by gsae_jax.
+It takes activations as the language model has them.
+
+```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("this folder")
+features = sae.encode(activations)
+```
+
+In gsae_jax: `gsae_jax.load("this folder")[{sae.name!r}]`.
+"""

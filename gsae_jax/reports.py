@@ -1,0 +1,169 @@
+"""Measuring SAEs on held-out text, those of a run or from elsewhere, and writing their report."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+from etils import epath
+
+from gsae_jax import buckets, processes, runs
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax import workdir as workdir_lib
+from gsae_jax.config import ConfigError, HeldOut, TrainingError
+from gsae_jax.data import rows
+from gsae_jax.evaluation import measure, report
+from gsae_jax.lms import loading
+from gsae_jax.saes import trained
+
+
+def evaluate(
+    path: epath.PathLike,
+    tokens: int | None = None,
+    ito: Sequence[int] = (),
+    published: str = "",
+    step: int | None = None,
+) -> str:
+    """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table.
+
+    Args:
+        path: the run's directory.
+        tokens: how many.
+        ito: numbers of features for inference-time optimisation (`measure.measure`).
+        published: a CSV file of points to draw beside ours (`report.read_published`).
+        step: of which checkpoint; by default the newest that is whole.
+
+    Raises:
+        ConfigError: not a run with a checkpoint, or too little held-out text.
+        TrainingError: the report cannot be written.
+    """
+    workdir = workdir_lib.Workdir(path)
+    points = report.read_published(published) if published else []
+    config = workdir.experiment()
+    # On whichever machine this is; features along `latent` as in training, where it has as many devices.
+    latent = config.mesh.latent if jax.device_count() % config.mesh.latent == 0 else 1
+    spread = config.evaluation.rows_per_forward % (jax.device_count() // latent) == 0
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent) if spread else config.mesh)
+    settings = HeldOut(config.lm, config.data, config.evaluation, config.activations.drop_special_tokens)
+    step = workdir.sound_step(("params", "facts"), step)
+    saes, training = runs.load(path, mesh, step), workdir_lib.read_metrics(workdir)
+    return _write(workdir.report, saes, settings, mesh, tokens, ito, points, training, step)
+
+
+def evaluate_saes(
+    paths: Sequence[str],
+    out: str,
+    config: Mapping[str, Any] | None = None,
+    model: str = "",
+    site: str = "",
+    tokens: int | None = None,
+    ito: Sequence[int] = (),
+    published: str = "",
+) -> str:
+    """Measure SAEs that `runs.load` reads, and write their report as a new folder; returns the table.
+
+    Args:
+        paths: of the SAEs.
+        out: the folder.
+        config: an experiment's, for its language model and text; by default the embedded model, and this Python's
+            library in rows as those that the SAEs were trained on.
+        model: another language model.
+        site: of SAEs whose files do not say.
+        tokens, ito, published: as in `evaluate`.
+
+    Raises:
+        ConfigError: SAEs that cannot be read or are not of this model, too little text, or an `out` that exists.
+    """
+    buckets.check("--out", out)
+    if epath.Path(out).exists():
+        raise ConfigError("--out", f"{out} exists, and nothing is overwritten; write the name of a new folder")
+    points = report.read_published(published) if published else []
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
+    saes: dict[str, trained.SAE] = {}
+    for path in paths:
+        for name, sae in runs.load(path, mesh).items():
+            if name in saes:
+                raise ConfigError("--sae", f"{path} has the second SAE called {name!r}; measure them one by one")
+            if site and sae.site not in ("", site):
+                raise ConfigError("--site", f"is {site!r}, but {name} says that it reads {sae.site!r}; leave it out")
+            if not (site or sae.site):
+                raise ConfigError(
+                    "--site", f"is missing, and {path} does not say; write one like blocks.0.hook_mlp_out"
+                )
+            saes[name] = dataclasses.replace(sae, site=site or sae.site)
+    settings = _as_trained(saes) if config is None else _of_experiment(config)
+    if model:
+        settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
+    if settings.evaluation.rows_per_forward % mesh.size:
+        raise ConfigError(
+            "evaluation.rows_per_forward",
+            f"is {settings.evaluation.rows_per_forward}; write a multiple of the number of devices ({mesh.size})",
+        )
+    return _write(epath.Path(out), saes, settings, mesh, tokens, ito, points)
+
+
+def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
+    """The embedded model, and the standard library's text in the rows that all SAEs say they were trained on."""
+
+    def agreed(name: str, default: Any) -> Any:
+        found = [sae.metadata.get(name) for sae in saes.values()]
+        return found[0] if type(found[0]) is type(default) and all(value == found[0] for value in found) else default
+
+    devices = jax.device_count()
+    tree = {
+        "lm": {"path": "", "dtype": "float32"},
+        "data": dict.fromkeys(("path", "separator", "name", "data_dir"), "")
+        | {"corpus": "stdlib", "field": "text", "train_split": "train", "test_split": "test"}
+        | {"context_length": agreed("context_size", 128), "prepend_bos": agreed("prepend_bos", True)},
+        "evaluation": {"tokens": 2**17, "rows_per_forward": -(-32 // devices) * devices},
+        "drop_special_tokens": agreed("exclude_special_tokens", True),
+    }
+    return config_lib.from_dict(HeldOut, tree)
+
+
+def _of_experiment(config: Mapping[str, Any]) -> HeldOut:
+    """Its settings; it may lack stacks."""
+    groups = {name: config[name] for name in ("lm", "data", "evaluation") if name in config}
+    dropped = {name: config["activations"][name] for name in ("drop_special_tokens",) if "activations" in config}
+    return config_lib.from_dict(HeldOut, groups | dropped)
+
+
+def _write(
+    folder: epath.Path,
+    saes: dict[str, trained.SAE],
+    settings: HeldOut,
+    mesh: jax.sharding.Mesh,
+    tokens: int | None,
+    ito: Sequence[int],
+    points: Sequence[dict[str, Any]],
+    training: Sequence[dict[str, Any]] = (),
+    step: int | None = None,
+) -> str:
+    """Measure SAEs and write their report; returns the table."""
+    narrowest = min(sae.config.width for sae in saes.values())
+    if ito and max(ito) > narrowest:
+        raise ConfigError("--ito", f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more")
+    lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)
+    if settings.data.context_length > lm.config.n_ctx:
+        raise ConfigError(
+            "data.context_length",
+            f"is {settings.data.context_length}; this language model has positions for {lm.config.n_ctx}",
+        )
+    batches = list(rows.held_out(settings, lm.tokenizer, settings.evaluation.tokens if tokens is None else tokens))
+    special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
+    with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
+        sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
+    model = settings.lm.path or f"{runs.EMBEDDED} (embedded)"
+    records = report.rows(Path(model).name, saes, sums)
+    gates = report.gates(saes)
+    if processes.first():
+        try:
+            report.write(folder, step, records, sums, list(training), gates, points)
+        except OSError as error:
+            raise TrainingError(
+                f"the report cannot be written to {folder} ({error}); make room, and run the command again"
+            ) from error
+    return report.table(records)

@@ -1,0 +1,156 @@
+"""What SAELens and dictionary_learning make of a folder, in their own environment: peers_worker.py ORDER FOLDER.
+
+read: features and reconstructions of `x.npy` [B, D], for every SAE in `ours/FORMAT/NAME`.
+make: SAEs of theirs, trained for some steps on `x.npy` and saved by them in `theirs`; with features, as above.
+measure: SAELens' `run_evals` of `ours/saelens/NAME` on `tokens.npy` [batches, rows, T], with TransformerLens' model of
+the weights in `lm`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from dictionary_learning import training
+from dictionary_learning.trainers import gdm, jumprelu, standard
+from dictionary_learning.utils import load_dictionary
+from sae_lens import SAE, evals
+from sae_lens import saes as sae_lens_saes
+from sae_lens.config import SAETrainerConfig
+from sae_lens.loading import pretrained_sae_loaders as loaders
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+SITE, STEPS, BATCH = "blocks.0.hook_mlp_out", 50, 256
+
+
+def gemma_scope(folder):
+    """By SAELens' reader of Gemma Scope, with the file that the hub would have given."""
+
+    def converter(path, device, cfg_overrides):
+        sizes = dict(zip(("d_sae", "d_in"), np.load(path / "params.npz")["W_dec"].shape, strict=True))
+        with mock.patch.object(loaders, "hf_hub_download", return_value=path / "params.npz"):
+            return loaders.gemma_2_sae_huggingface_loader(
+                "google/gemma-scope-2b-pt-res", "layer_0/width_16k", device, cfg_overrides=sizes
+            )[:2]
+
+    return SAE.load_from_disk(folder, converter=converter)
+
+
+READERS = {
+    "saelens": SAE.load_from_disk,
+    "jumprelu": SAE.load_from_disk,
+    "gemma_scope": gemma_scope,
+    "dictionary_learning": lambda folder: load_dictionary(folder, "cpu")[0],
+}
+
+
+@torch.no_grad()
+def outputs(sae, x):
+    f = sae.encode(x)
+    return {"f": f.numpy(), "x_hat": sae.decode(f).numpy()}
+
+
+def save(file, found):
+    """{name: {kind: array}} as an npz file."""
+    np.savez(file, **{f"{name}:{kind}": value for name, kinds in found.items() for kind, value in kinds.items()})
+
+
+def read(folder, x):
+    found = {}
+    for path in sorted(folder.glob("ours/*/*")):
+        found["/".join(path.parts[-2:])] = outputs(READERS[path.parent.name](path), x)
+    save(folder / "read.npz", found)
+
+
+def make(folder, x):
+    found = {}
+    D = x.shape[1]
+    torch.manual_seed(0)
+    # A mean that b_dec has to learn: centring, or not, then shows.
+    batches = [x[torch.randint(len(x), (BATCH,))] for _ in range(STEPS)]
+    for centred in (True, False):
+        for name, kind in (("gated", "Gated"), ("standard", "Standard"), ("jumprelu", "JumpReLU")):
+            config = getattr(sae_lens_saes, f"{kind}TrainingSAEConfig")(
+                D, 96, apply_b_dec_to_input=centred, metadata=SAEMetadata(hook_name=SITE, model_name="small")
+            )
+            sae = getattr(sae_lens_saes, f"{kind}TrainingSAE")(config)
+            trainer = SAETrainer(SAETrainerConfig(10**9, BATCH, lr=1e-2, lr_end=1e-3), sae, iter(()))
+            for batch in batches:
+                trainer.step(batch)
+                trainer.n_training_steps += 1
+            with torch.no_grad():
+                sae.b_dec += 0.1 * torch.randn(D)
+            path = folder / "theirs" / f"{name}_{int(centred)}"
+            sae.save_inference_model(path)
+            found[path.name] = outputs(SAE.load_from_disk(path), x)
+    trainers = {
+        "GatedAutoEncoder": gdm.GatedSAETrainer,
+        "AutoEncoder": standard.StandardTrainer,
+        "JumpReluAutoEncoder": jumprelu.JumpReluTrainer,
+    }
+    settings = dict(activation_dim=D, dict_size=96, layer=0, lm_name="small", lr=1e-2, device="cpu", steps=STEPS)
+    settings |= dict(warmup_steps=5, sparsity_warmup_steps=10, submodule_name="resid_post_layer_0")
+    training.trainSAE(
+        batches,
+        [{"trainer": trainer, **settings} for trainer in trainers.values()],
+        steps=STEPS,
+        save_dir=str(folder / "theirs"),
+        device="cpu",
+        normalize_activations=True,
+    )
+    for index in range(len(trainers)):
+        sae, _ = load_dictionary(folder / "theirs" / f"trainer_{index}", "cpu")
+        found[f"trainer_{index}"] = outputs(sae, x)
+    save(folder / "made.npz", found)
+
+
+class Tokens:
+    """As much of SAELens' ActivationsStore as its evaluation asks for: the same batches in turn."""
+
+    def __init__(self, batches):
+        self.batches, self.next = torch.from_numpy(batches), 0
+        self.store_batch_size_prompts, self.context_size = batches.shape[1:]
+
+    def get_batch_tokens(self, rows):
+        assert rows == self.store_batch_size_prompts
+        self.next += 1
+        return self.batches[self.next - 1]
+
+    def reset_input_dataset(self):
+        self.next = 0
+
+
+def measure(folder):
+    facts = json.loads((folder / "lm" / "config.json").read_text())
+    sizes = {name: facts[name] for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")}
+    config = HookedTransformerConfig(**sizes, act_fn="gelu", normalization_type="LN", eps=facts["layer_norm_eps"])
+    model = HookedTransformer(config)
+    weights = {name: value.float() for name, value in load_file(folder / "lm" / "model.safetensors").items()}
+    lost = model.load_state_dict(weights, strict=False)
+    assert not lost.unexpected_keys, lost
+    assert all(name.endswith((".mask", ".IGNORE")) for name in lost.missing_keys), lost
+    batches = np.load(folder / "tokens.npy").astype(np.int64)
+    special = json.loads((folder / "special_tokens.json").read_text())
+    wanted = evals.get_eval_everything_config(batches.shape[1], len(batches), len(batches))
+    found = {}
+    for path in sorted(folder.glob("ours/saelens/*")):
+        sae = SAE.load_from_disk(path)
+        metrics, _ = evals.run_evals(
+            sae, Tokens(batches), model, ActivationScaler(), wanted, exclude_special_tokens=special
+        )
+        found[path.name] = {name: value for group in metrics.values() for name, value in group.items()}
+    (folder / "measured.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    order, folder = sys.argv[1], Path(sys.argv[2])
+    if order == "measure":
+        measure(folder)
+    else:
+        {"read": read, "make": make}[order](folder, torch.from_numpy(np.load(folder / "x.npy")))

@@ -1,0 +1,600 @@
+"""Formats of other libraries on small random SAEs: round trips, and what is refused."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import struct
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import gsae_jax
+from gsae_jax import export as export_lib
+from gsae_jax import runs
+from gsae_jax.config import ConfigError
+from gsae_jax.exchange import files, jumprelu
+from gsae_jax.lms import checkpoints
+from gsae_jax.reports import evaluate, evaluate_saes
+from gsae_jax.saes import gated, relu, trained
+from gsae_jax.training import loop
+from gsae_jax.training.stacks import Stack
+from tests.test_saes import away_from_init
+
+D, F = 12, 40
+SITE = "blocks.3.hook_resid_post"
+
+
+def make(module, **options):
+    config = module.Config(D, F, **options)
+    return trained.SAE(
+        name="stack_2",
+        architecture=module.__name__.rpartition(".")[2],
+        config=config,
+        site=SITE,
+        params=away_from_init(module, config),
+        l1_coefficient=0.01,
+        learning_rate=3e-4,
+        seed=7,
+        scale=1.5,
+        norm_limit=20.0,
+        metadata={"model_name": "small", "context_size": 16, "prepend_bos": True, "dataset_path": "texts"},
+    )
+
+
+SAES = {
+    "gated": lambda: make(gated),
+    "fixed": lambda: make(gated, use_r_mag=False, freeze_aux_decoder=False),
+    "relu": lambda: make(relu),
+    "jumprelu": lambda: jumprelu.form(make(gated)),
+}
+FORMATS = ["saelens", "jumprelu", "gemma_scope", pytest.param("dictionary_learning", marks=pytest.mark.torch)]
+
+
+def inputs():
+    return jax.random.normal(jax.random.key(5), (200, D)) + 0.5
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", SAES)
+def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_path, format, kind):
+    sae, x = SAES[kind](), inputs()
+    sae.save(tmp_path / "first", format)
+    ((name, back),) = gsae_jax.load(tmp_path / "first").items()
+    assert name == back.name == "stack_2"
+    told = ("site", "l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")
+    assert [getattr(back, field) for field in told] == [getattr(sae, field) for field in told]
+    assert sae.metadata.items() <= back.metadata.items()
+    if format not in ("jumprelu", "gemma_scope"):
+        assert (back.architecture, back.config) == (sae.architecture, sae.config)
+    f = np.asarray(sae.encode(x))
+    np.testing.assert_array_equal(np.asarray(back.encode(x)) > 0, f > 0)
+    np.testing.assert_allclose(back.encode(x), f, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(back(x), sae(x), rtol=1e-5, atol=1e-5)
+    back.save(tmp_path / "second", format)
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+    for path in (tmp_path / "first").glob("*.npz"):
+        assert {entry.date_time for entry in zipfile.ZipFile(path).infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_the_files_have_the_names_that_their_readers_know(tmp_path):
+    sae = make(gated)
+    sae.save(tmp_path / "a")
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"cfg.json", "sae_weights.safetensors", "README.md"}
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / "sae_weights.safetensors")
+    assert {name: value.shape for name, value in tensors.items()} == {
+        "W_enc": (D, F),
+        "W_dec": (F, D),
+        "b_dec": (D,),
+        "b_gate": (F,),
+        "r_mag": (F,),
+        "b_mag": (F,),
+    }
+    assert (tmp_path / "a" / "README.md").read_text().startswith("---\nlibrary_name: saelens\n")
+    sae.save(tmp_path / "b", "gemma_scope")
+    with np.load(tmp_path / "b" / "params.npz") as arrays:
+        assert set(arrays) == {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+        assert (
+            arrays["threshold"].min() == np.finfo(np.float32).tiny
+        )  # which has a logarithm, and lets pass what 0 does
+    make(relu).save(tmp_path / "c", "jumprelu")
+    cfg = json.loads((tmp_path / "c" / "cfg.json").read_text())
+    assert (cfg["architecture"], cfg["apply_b_dec_to_input"]) == ("jumprelu", False)
+
+
+def test_heads_are_kept_apart_where_transformerlens_has_them_so(tmp_path):
+    dataclasses.replace(make(relu), site="blocks.0.attn.hook_z").save(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+    assert gsae_jax.load(tmp_path / "a")["stack_2"].site == "blocks.0.attn.hook_z"
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    sae = make(gated)
+    with pytest.raises(ConfigError, match="stack_2: is a gated SAE with tie_encoder=False, which no format can hold"):
+        make(gated, tie_encoder=False).save(tmp_path / "a", "saelens")
+    with pytest.raises(ConfigError, match="stack_2: is a gated SAE with tie_encoder=False"):
+        make(gated, tie_encoder=False).save(tmp_path / "a", "jumprelu")
+    with pytest.raises(ConfigError, match="format: 'saelense' is not known; did you mean 'saelens'"):
+        sae.save(tmp_path / "a", "saelense")
+    with pytest.raises(ConfigError, match=r"gs://bucket/a: is not a local path"):
+        sae.save("gs://bucket/a")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/a: cannot be written"):
+        sae.save(tmp_path / "file" / "a")
+
+    def fails(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.numpy, "save_file", fails)
+        with pytest.raises(ConfigError, match=r"a: cannot be written \(no space left\)"):
+            sae.save(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    sae.save(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(ConfigError, match="a: exists, and nothing is overwritten"):
+        sae.save(tmp_path / "a", "gemma_scope")
+    assert contents(tmp_path / "a") == before
+
+
+# What a file may lack or have too much of without being refused: it says nothing of the function.
+DESCRIPTIONS = {"hook_name", "model_name", "context_size", "prepend_bos", "dataset_path"}
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def changed(tree, path, change):
+    """A copy in which one field is dropped, or has another value."""
+    tree = json.loads(json.dumps(tree))
+    inner = tree
+    for key in path[:-1]:
+        inner = inner[key]
+    if change == "dropped":
+        del inner[path[-1]]
+    elif change == "renamed":
+        inner[path[-1] + "_"] = inner.pop(path[-1])
+    else:
+        inner[path[-1]] = ["of", "another", "type"] if change == "list" else None
+    return tree
+
+
+@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
+@pytest.mark.parametrize("format", ["saelens", "gemma_scope", FORMATS[-1]])
+def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
+    SAES[kind]().save(tmp_path / "a", format)
+    (file,) = (tmp_path / "a").glob("*.json")
+    whole = json.loads(file.read_text())
+    refused = 0
+    for path in leaves(whole):
+        for change in ("dropped", "renamed", "list", "null"):
+            # Of what describes, only a wrong type is wrong; and unknown numbers are null.
+            mild = path[-1] in DESCRIPTIONS | {"lm_name", "submodule_name", "layer", "ctx_len"}
+            number = ("l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")
+            if (mild and change != "list") or (path[-1] in number and change == "null"):
+                continue
+            if path in (("metadata", "gsae_jax"), ("gsae_jax",)) and format != "gemma_scope" and change != "list":
+                continue  # then it is as one that was not exported by us
+            file.write_text(json.dumps(changed(whole, path, change)))
+            with pytest.raises(ConfigError) as caught:
+                gsae_jax.load(tmp_path / "a")
+            assert "\n" not in str(caught.value)
+            assert re.match(rf"{re.escape(str(file))}: .*{path[-1]}", str(caught.value)), (path, change, caught.value)
+            refused += 1
+    assert refused > 30
+    for text in ("", "[]", "{" * 200_000, '{"a": NaN}', "\udcff"):
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ConfigError, match=r"\.json: (cannot be read as JSON|is not a JSON object)"):
+            gsae_jax.load(tmp_path / "a")
+
+
+def save_tensors(file, tensors):
+    if file.suffix == ".npz":
+        np.savez(file, **tensors)
+    elif file.suffix == ".safetensors":
+        safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
+    else:
+        import torch
+
+        torch.save({name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}, file)
+
+
+def load_tensors(file):
+    if file.suffix == ".npz":
+        return dict(np.load(file))
+    if file.suffix == ".safetensors":
+        return safetensors.numpy.load_file(file)
+    import torch
+
+    return {name: value.numpy() for name, value in torch.load(file, weights_only=True).items()}
+
+
+@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
+@pytest.mark.parametrize("format", ["saelens", "gemma_scope", FORMATS[-1]])
+def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
+    SAES[kind]().save(tmp_path / "a", format)
+    file = next(path for path in (tmp_path / "a").iterdir() if path.suffix in (".npz", ".safetensors", ".pt"))
+    whole = load_tensors(file)
+    save_tensors(file, whole)
+    gsae_jax.load(tmp_path / "a")  # as they are
+    for name, value in whole.items():
+        spoiled = np.array(value)
+        spoiled.flat[3] = math.nan
+        for what, tensors in {
+            "is missing": {other: kept for other, kept in whole.items() if other != name},
+            "is not of this architecture": {other + "_" * (other == name): kept for other, kept in whole.items()},
+            "has shape": whole | {name: value.T if value.ndim == 2 else value[:-1]},
+            "has shape ": whole | {name: value[None]},
+            "is of type": whole | {name: value.astype(np.float64)},
+            "is of type ": whole | {name: value.astype(np.int32)},
+            "is not finite": whole | {name: spoiled},
+            "is not finite ": whole | {name: np.where(np.isnan(spoiled), np.float32(math.inf), value)},
+        }.items():
+            save_tensors(file, tensors)
+            with pytest.raises(ConfigError) as caught:
+                gsae_jax.load(tmp_path / "a")
+            message = str(caught.value)
+            assert message.startswith(f"{file}: "), message
+            # Gemma Scope's sizes are those of its biases, so that there another tensor may not fit.
+            named = r"\w+" if format == "gemma_scope" and "shape" in what else re.escape(name)
+            assert re.search(rf"the tensor {named}_? {what.strip()}", message), (what, message)
+    save_tensors(file, whole | {"W_skip": whole["W_dec" if "W_dec" in whole else "decoder.weight"]})
+    with pytest.raises(ConfigError, match="the tensor W_skip is not of this architecture"):
+        gsae_jax.load(tmp_path / "a")
+    save_tensors(file, whole)
+    for cut in (10, file.stat().st_size // 2, file.stat().st_size - 1):
+        short = file.read_bytes()[:cut]
+        file.write_bytes(short)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            gsae_jax.load(tmp_path / "a")
+        save_tensors(file, whole)
+
+
+def saelens_with(tmp_path, change=None, tensors=None, kind="gated"):
+    """A SAELens folder with some of its fields and tensors replaced."""
+    SAES[kind]().save(tmp_path / "a")
+    file = tmp_path / "a" / "cfg.json"
+    tree = json.loads(file.read_text())
+    metadata = tree["metadata"] | (change or {}).get("metadata", {})
+    file.write_text(json.dumps(tree | (change or {}) | {"metadata": metadata}))
+    weights = tmp_path / "a" / "sae_weights.safetensors"
+    save_tensors(weights, safetensors.numpy.load_file(weights) | (tensors or {}))
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalize_activations": "layer_norm"}, 'normalize_activations is "layer_norm", not "none"'),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations is"),
+        ({"architecture": "topk"}, 'architecture is "topk", not "gated" or "standard" or "jumprelu"'),
+        ({"d_in": True}, "d_in is true, not int"),
+        ({"d_sae": F + 1}, r"the tensor W_enc has shape \[12, 40\], not \[12, 41\]"),
+        ({"d_in": 10**18}, r"the tensor W_enc has shape"),
+        ({"dtype": "bfloat16"}, "the tensor W_dec is of type float32, not bfloat16"),
+        ({"dtype": "float64"}, 'dtype is "float64", not "float32" or "float16" or "bfloat16"'),
+        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm is not a field of an SAE for inference"),
+        ({"metadata": {"hook_head_index": 3}}, "metadata.hook_head_index is 3, not null"),
+        (
+            {"metadata": {"sae_lens_version": "5.9.1"}},
+            "it is not of SAELens 6 or later; load it there and save it again",
+        ),
+        ({"metadata": {"gsae_jax": {}}}, "metadata.gsae_jax.name is missing"),
+    ],
+)
+def test_what_we_do_not_have_is_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        gsae_jax.load(saelens_with(tmp_path, change))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", ".hidden", "", "a/b", "a\\b"])
+def test_a_name_is_one_that_a_folder_can_have(tmp_path, name):
+    told = json.loads((saelens_with(tmp_path / "0") / "cfg.json").read_text())["metadata"]["gsae_jax"]
+    with pytest.raises(ConfigError, match=r"gsae_jax\.name is .*, which no folder can have"):
+        gsae_jax.load(saelens_with(tmp_path, {"metadata": {"gsae_jax": told | {"name": name}}}))
+
+
+@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
+def test_inputs_that_are_centred_otherwise(tmp_path, kind):
+    """In float64: by b_dec where SAELens centres and our JumpReLU does not, and the reverse."""
+    sae, x = SAES[kind](), np.asarray(inputs(), np.float64)
+    centred = kind == "jumprelu"
+    (back,) = gsae_jax.load(saelens_with(tmp_path, {"apply_b_dec_to_input": centred}, kind=kind)).values()
+    p = {name: np.asarray(value, np.float64) for name, value in sae.params.items()}
+    c = x - p["b_dec"] if centred else x
+    if kind == "gated":
+        pi = c @ p["W_gate"]
+        f = np.where(pi + p["b_gate"] > 0, np.maximum(np.exp(p["r_mag"]) * pi + p["b_mag"], 0), 0)
+    else:
+        pi = c @ p["W_enc"] + p["b_enc"]
+        f = np.where(pi > p.get("threshold", 0), pi, 0)
+    np.testing.assert_allclose(back.encode(x), f, rtol=1e-5, atol=1e-5)
+    assert np.abs(sae.encode(x) - f).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_widened(tmp_path, dtype):
+    path = saelens_with(tmp_path)
+    file = path / "sae_weights.safetensors"
+    tensors = {name: value.astype(jnp.dtype(dtype)) for name, value in safetensors.numpy.load_file(file).items()}
+    path = saelens_with(tmp_path / "half", {"dtype": dtype}, tensors)
+    (sae,) = gsae_jax.load(path).values()
+    assert {value.dtype for value in sae.params.values()} == {np.dtype("float32")}
+    np.testing.assert_array_equal(sae.params["W_gate"], tensors["W_enc"].astype(np.float32))
+
+
+LLAMASCOPIUM = {
+    "sae_type": "sae",
+    "d_model": D,
+    "expansion_factor": F / D,
+    "use_decoder_bias": True,
+    "act_fn": "jumprelu",
+    "norm_activation": "dataset-wise",
+    "sparsity_include_decoder_norm": True,
+    "hook_point_in": SITE,
+    "hook_point_out": SITE,
+    "use_glu_encoder": False,
+}
+
+
+def llamascopium(folder, **changes):
+    """A folder as OpenMOSS' library writes it, and its tensors."""
+    config = LLAMASCOPIUM | changes
+    random = np.random.default_rng(0)
+    shapes = {
+        "W_E": (D, F),
+        "b_E": (F,),
+        "W_D": (F, D),
+        "b_D": (D,),
+        "activation_function.log_jumprelu_threshold": (F,),
+    }
+    if config["act_fn"] == "relu":
+        del shapes["activation_function.log_jumprelu_threshold"]
+    tensors = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+    norm = np.float32(5.0 if config["norm_activation"] == "dataset-wise" else math.nan)  # it is not set otherwise
+    folder.mkdir()
+    file = folder / "sae_weights.safetensors"
+    safetensors.numpy.save_file(tensors | {f"dataset_average_activation_norm.{SITE}": np.array(norm)}, file)
+    (folder / "config.json").write_text(json.dumps(config))
+    return {name.rpartition(".")[2]: np.asarray(value, np.float64) for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("act_fn", ["relu", "jumprelu"])
+@pytest.mark.parametrize("norm_activation", ["dataset-wise", "inference"])
+@pytest.mark.parametrize("by_norm", [True, False])
+def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
+    """Against its steps in float64: normalise, encode, decode, and back."""
+    switches = {"act_fn": act_fn, "norm_activation": norm_activation, "sparsity_include_decoder_norm": by_norm}
+    t = llamascopium(tmp_path / "a", **switches)
+    sae = gsae_jax.load(tmp_path / "a")["a_0"]
+    assert (sae.architecture, sae.site) == (act_fn, SITE)
+    x = np.asarray(inputs(), np.float64)
+    scale = math.sqrt(D) / 5 if norm_activation == "dataset-wise" else 1
+    pi = scale * x @ t["W_E"] + t["b_E"]
+    threshold = np.exp(t["log_jumprelu_threshold"]) if act_fn == "jumprelu" else 0
+    f = np.where(pi * (np.linalg.norm(t["W_D"], axis=-1) if by_norm else 1) > threshold, pi, 0)
+    assert 0.02 < (f > 0).mean() < 0.7
+    np.testing.assert_allclose(sae.encode(x), f / scale, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae(x), (f @ t["W_D"] + t["b_D"]) / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act_fn": "topk"}, 'act_fn is "topk", not "relu" or "jumprelu"'),
+        ({"use_glu_encoder": True}, "use_glu_encoder is true, not false"),
+        ({"norm_activation": "token-wise"}, "norm_activation is"),
+        ({"hook_point_out": "blocks.3.hook_mlp_out"}, "hook_point_in and hook_point_out differ: it is a transcoder"),
+        ({"something": 1}, "something is not known"),
+        ({"use_decoder_bias": False}, "the tensor b_D is not of this architecture"),
+        ({"expansion_factor": 2}, "the tensor W_E has shape"),
+        ({"sae_type": "crosscoder"}, 'sae_type is "crosscoder", not "sae"'),
+    ],
+)
+def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, message):
+    llamascopium(tmp_path / "a", **change)
+    with pytest.raises(ConfigError, match=message):
+        gsae_jax.load(tmp_path / "a")
+
+
+def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
+    for name in ("layer_12", "width 16k"):
+        make(gated).save(tmp_path / "saes" / name, "gemma_scope")
+        (tmp_path / "saes" / name / "gsae_jax.json").unlink()
+    saes = gsae_jax.load(tmp_path / "saes")
+    assert list(saes) == ["layer_12", "width 16k_0"]
+    sae = saes["layer_12"]
+    assert (sae.site, sae.seed, sae.norm_limit, sae.metadata) == ("", None, math.inf, {})
+    assert math.isnan(sae.l1_coefficient)
+    (same,) = gsae_jax.load(tmp_path / "saes" / "layer_12" / "params.npz").values()
+    assert same.name == "layer_12"
+    make(gated).save(tmp_path / "saes" / "x_1")
+    make(relu).save(tmp_path / "saes" / "x_2")
+    with pytest.raises(ConfigError, match="x_2: has the second SAE called 'stack_2'; load them one by one"):
+        gsae_jax.load(tmp_path / "saes")
+
+
+def header(shape, dtype="<f4"):
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize("attack", ["huge", "compressed", "objects", "twice", "long", "negative"])
+def test_an_npz_file_cannot_ask_for_more_than_it_is(tmp_path, attack):
+    make(gated).save(tmp_path / "a", "gemma_scope")
+    file = tmp_path / "a" / "params.npz"
+    arrays = dict(np.load(file))
+    if attack == "compressed":
+        np.savez_compressed(file, **arrays)
+    elif attack == "objects":
+        np.savez(file, **arrays | {"W_enc": np.array([{}], object)})
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            shape = {"huge": (10**9, 10**9), "negative": (-10, D), "long": (F, D), "twice": (F, D)}[attack]
+            data = header(shape) + arrays["W_dec"].tobytes() + bytes(attack == "long")
+            archive.writestr("W_dec.npy", data)
+            if attack == "twice":
+                with pytest.warns(UserWarning, match="Duplicate name"):
+                    archive.writestr("W_dec.npy", data)
+            for name in set(arrays) - {"W_dec"}:
+                archive.writestr(f"{name}.npy", header(arrays[name].shape) + arrays[name].tobytes())
+    with pytest.raises(ConfigError, match=r"params\.npz: cannot be read as an npz file"):
+        gsae_jax.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("attack", ["long header", "huge tensor", "overlap"])
+def test_a_safetensors_file_cannot_ask_for_more_than_it_is(tmp_path, attack):
+    path = saelens_with(tmp_path)
+    file = path / "sae_weights.safetensors"
+    raw = file.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    head, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    if attack == "long header":
+        file.write_bytes(struct.pack("<Q", 10**15) + raw[8:])
+    else:
+        if attack == "huge tensor":
+            head["W_enc"] |= {"shape": [10**9, 10**9]}
+        else:
+            head["W_dec"]["data_offsets"] = head["W_enc"]["data_offsets"]
+        text = json.dumps(head).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    with pytest.raises(ConfigError, match=r"sae_weights\.safetensors: cannot be read"):
+        gsae_jax.load(path)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("attack", ["code", "expanded", "compressed", "list"])
+def test_a_file_of_torch_can_neither_run_code_nor_ask_for_more_than_it_is(tmp_path, attack):
+    import torch
+
+    make(gated).save(tmp_path / "a", "dictionary_learning")
+    file = tmp_path / "a" / "ae.pt"
+    state = torch.load(file, weights_only=True)
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    if attack == "code":
+        torch.save({**state, "r_mag": Code()}, file)
+    elif attack == "list":
+        torch.save(list(state.values()), file)
+    elif attack == "expanded":
+        torch.save({**state, "r_mag": torch.zeros(1).expand(10**15)}, file)
+    else:
+        with zipfile.ZipFile(file) as old:
+            parts = {entry.filename: old.read(entry) for entry in old.infolist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, data in parts.items():
+                new.writestr(name, data)
+    with pytest.raises(ConfigError, match=r"ae\.pt: cannot be read as weights of torch \("):
+        gsae_jax.load(tmp_path / "a")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dictionary_learning_says_that_it_needs_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(ConfigError, match=r"needs torch for its \.pt files; `pip install '\.\[torch\]'` first"):
+        make(gated).save(tmp_path / "a", "dictionary_learning")
+    assert not (tmp_path / "a").exists()
+
+
+def test_fields_are_compared_by_type():
+    tree = {"a": 1, "b": True, "c": None, "d": 1.0}
+    assert files.misfits(tree, {"a": (int,), "b": (True,), "c": (str, None), "d": (float,), "e": (int, ...)}) == []
+    assert len(files.misfits(tree, {"a": (True,), "b": (int,), "c": (str,), "d": (int,), "e": (int,)})) == 5
+    assert files.misfits([], {}, "trainer.") == ["trainer is not an object"]
+
+
+def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_path):
+    """Its decoder rows made unit; a JumpReLU one as the gated SAE that it is."""
+    stack, site = experiment.stacks["baseline"], experiment.stacks["baseline"].site
+    config = relu.Config(64, 128)
+    sae = dataclasses.replace(make(relu), site=site, config=config, params=away_from_init(relu, config))
+    sae.save(tmp_path / "a" / "plain")
+    dataclasses.replace(sae, name="other_0").save(tmp_path / "a" / "jump", "gemma_scope")
+    (tmp_path / "a" / "jump" / "gsae_jax.json").unlink()
+
+    def starts(path, **changes):
+        changed = dataclasses.replace(stack, start_from=str(path), **changes)
+        return runs.starts(dataclasses.replace(experiment, stacks={"second": changed}))["second"]
+
+    x = jax.random.normal(jax.random.key(2), (50, 64))
+    for module, name, options in ((relu, "plain", {}), (gated, "plain", {}), (gated, "jump", {})):
+        params = starts(tmp_path / "a" / name, architecture=module.__name__.rpartition(".")[2], options=options)
+        params = {name: value[0] for name, value in params.items()}
+        np.testing.assert_allclose(np.linalg.norm(params["W_dec"], axis=-1), 1, rtol=1e-5)
+        f = module.encode(params, x, module.Config(64, 128))
+        assert np.asarray(f > 0).mean() > 0.1
+        np.testing.assert_allclose(module.decode(params, f), sae(x), rtol=1e-4, atol=1e-4)
+
+    def refused(path, **changes):
+        with pytest.raises(ConfigError) as error:
+            starts(path, **changes)
+        return str(error.value)
+
+    assert refused(tmp_path / "a" / "jump").endswith("architecture (jumprelu there, relu here); write the same here")
+    assert "differs in site" in refused(tmp_path / "a" / "plain", site="blocks.0.hook_mlp_out")
+    assert refused(tmp_path / "a").endswith("a has 2 kinds of SAEs; write the folder of one")
+    dead = dataclasses.replace(sae, params=sae.params | {"W_dec": sae.params["W_dec"].at[3:5].set(0)})
+    dead.save(tmp_path / "dead")
+    assert "has 2 features whose row of the decoder is zero" in refused(tmp_path / "dead")
+
+
+def test_jumprelu_is_for_evaluation(experiment):
+    stack = dataclasses.replace(experiment.stacks["baseline"], architecture="jumprelu")
+    message = "stacks.a.architecture: 'jumprelu' is for evaluation and cannot be trained; write one of gated, relu"
+    with pytest.raises(ConfigError, match=message):
+        Stack.build("a", stack, D, "float32")
+
+
+def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path):
+    stack = experiment.stacks["gated"]
+    assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "run")
+    evaluate(tmp_path / "run")
+    assert export_lib.export(str(tmp_path / "run"), "saelens", str(tmp_path / "out")) == ["gated_0", "gated_1"]
+    assert export_lib.export(str(tmp_path / "run"), "gemma_scope", str(tmp_path / "one"), "gated_1") == ["gated_1"]
+    (tmp_path / "one" / "gsae_jax.json").unlink()  # it says nothing of itself then
+    tree = config_dict.to_dict() | {"stacks": {}}
+    evaluate_saes([str(tmp_path / "out"), str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
+    folders = (tmp_path / "run" / "report", tmp_path / "report")
+    there, here = ({r["name"]: r for r in json.loads((f / "report.json").read_text())["saes"]} for f in folders)
+    assert list(here) == ["gated_0", "gated_1", "one_0"]
+    for name, record in there.items():
+        for field in ("l0", "loss_recovered", "gamma", "fvu", "kl", "alive", "l1_coefficient"):
+            assert here[name][field] == pytest.approx(record[field], rel=1e-5), (name, field)
+        assert [here[name][field] for field in ("seed", "variant")] == [record["seed"], record["variant"]]
+    for field in ("l0", "loss_recovered", "fvu"):
+        assert here["one_0"][field] == pytest.approx(there["gated_1"][field], rel=1e-5)
+    assert here["one_0"]["l1_coefficient"] is None
+    assert "nan" not in (tmp_path / "report" / "report.md").read_text()
+    assert not (tmp_path / "report" / "training.png").exists()
+
+    def refused(*paths, **options):
+        with pytest.raises(ConfigError) as error:
+            evaluate_saes([str(tmp_path / path) for path in paths], str(tmp_path / "third"), tree, **options)
+        assert not (tmp_path / "third").exists()
+        return str(error.value)
+
+    assert refused("one").endswith("one does not say; write one like blocks.0.hook_mlp_out")
+    assert "has the second SAE called 'gated_0'" in refused("out", "out/gated_0")
+    assert "--site: is 'blocks.1.hook_mlp_out', but gated_0 says" in refused(
+        "out/gated_0", site="blocks.1.hook_mlp_out"
+    )
+    assert "gated_0: reads activations of width 32, but" in refused("out/gated_0", model=str(checkpoints.EMBEDDED))
+    with pytest.raises(ConfigError, match=r"--out: .*report exists, and nothing is overwritten"):
+        evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
