@@ -40,7 +40,7 @@ def test_experiments_build_and_trace(name):
     ones = dict.fromkeys(experiment.sites, 1.0)
     state = jax.eval_shape(lambda: program.init(ones, ones))
     tokens = jax.ShapeDtypeStruct((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
-    after, statistics = jax.eval_shape(program.train_step, state, params, tokens)
+    after, statistics, _ = jax.eval_shape(program.train_step, state, params, tokens)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert set(statistics) == set(experiment.stacks)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(experiment.lm.dtype)}

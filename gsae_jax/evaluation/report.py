@@ -1,8 +1,8 @@
 """The report of a run: `report.json`, `frontier.csv`, `report.md`, the figures, and all in one page, `report.html`."""
 
 import base64
-import contextlib
 import csv
+import fcntl
 import html
 import json
 import math
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 from etils import epath
 
@@ -24,6 +23,7 @@ from gsae_jax.evaluation import frontiers, metrics, plots
 from gsae_jax.lms import sites
 from gsae_jax.saes import jumprelu, trained
 
+SCRATCH = ".gsae_jax-report-"  # how the names of folders begin in which a report is written
 # frontier.csv: the columns of the paper's tables first, then ours.
 COLUMNS = {
     "model": "model",
@@ -120,13 +120,15 @@ def write(
         gates_of: of `gates`.
         published: points to draw beside ours.
     """
-    bucket, lock = is_bucket(folder), contextlib.ExitStack()
+    bucket = is_bucket(folder)
     if not bucket:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(filelock.FileLock(folder.parent / ".report.lock"))
-        for abandoned in folder.parent.glob(".report-*"):  # by a process that was killed
-            shutil.rmtree(abandoned)
-    scratch = Path(tempfile.mkdtemp(dir=None if bucket else folder.parent, prefix=".report-"))
+        for scratch in Path(folder.parent).glob(f"{SCRATCH}*"):
+            if (abandoned := _hold(scratch)) is not None:  # by a process that was killed
+                shutil.rmtree(scratch)
+                os.close(abandoned)
+    scratch = Path(tempfile.mkdtemp(dir=None if bucket else folder.parent, prefix=SCRATCH))
+    held = _hold(scratch)
     try:
         scratch.chmod(0o755)
         ratios = frontiers.ratios(records, sums)
@@ -163,7 +165,19 @@ def write(
             os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        lock.close()
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A descriptor that holds a folder until it is closed or its process ends; None where another process does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
