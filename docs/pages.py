@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # In the repository -> on the site; what lies in docs/ keeps its place.
 PAGES = {"README.md": "index.md", "gsae_jax/lms/embedded/README.md": "embedded.md"}
 PAGES |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
+FOLDERS = {"notebooks": "notebooks/quickstart.md"}
 PICTURES = ("gsae_jax/lms/embedded/loss.png",)
 
 
@@ -44,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not target or re.match(r"\w+:", target):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        there = PAGES.get(path, path.removeprefix("docs/"))
+        there = (PAGES | FOLDERS).get(path, path.removeprefix("docs/"))
         if files.get_file_from_path(there) is None:
             return match[0]
         return f"]({posixpath.relpath(there, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"

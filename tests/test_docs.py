@@ -56,7 +56,7 @@ def test_the_guides_name_commands_and_files_that_exist():
         text = guide.read_text("utf-8")
         for module in re.findall(r"python -m gsae_jax\.(\w+)", text):
             assert (ROOT / "gsae_jax" / f"{module}.py").exists(), (guide.name, module)
-        for path in re.findall(r"\b(?:configs|launch|tests|gsae_jax)/[\w/]+\.\w+", text):
+        for path in re.findall(r"(?<![\w/])(?:configs|launch|tests|gsae_jax)/[\w/]+\.\w+", text):
             assert (ROOT / path).exists() or path in ("configs/mine.py", "gsae_jax/saes/tanh.py"), (guide.name, path)
 
 

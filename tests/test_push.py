@@ -88,7 +88,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             values = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
             seen["files"] = {value["path"]: base64.b64decode(value["content"]) for value in values}
-            answer = {"commitUrl": f"http://{self.headers['Host']}/user/name/commit/{0:040}", "commitOid": "0" * 40, "success": True}
+            url = f"http://{self.headers['Host']}/user/name/commit/{0:040}"
+            answer = {"commitUrl": url, "commitOid": "0" * 40, "success": True}
         content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
