@@ -306,7 +306,10 @@ class Checkpoints:
             best_fn=_score if config.keep_best else None,  # without it orbax would not save what `score` is
             async_options=written,
         )
-        manager = ocp.CheckpointManager(self._folder, options=options)
+        # Compression takes the cores that train for a second, and noise does not get smaller.
+        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("params", "state")}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "facts")}
+        manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         # It asks with the number of updates, where the trainer counts calls; JAX would then expect the end far ahead.
         manager.reached_preemption = lambda step: False
         return manager
@@ -319,8 +322,8 @@ class Checkpoints:
         A save that fails, as on a full disk, is a warning; the checkpoints before it stay.
         """
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            state=ocp.args.StandardSave(state),
+            params=ocp.args.PyTreeSave(params),
+            state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data),
             facts=ocp.args.JsonSave(facts),
         )
@@ -342,7 +345,7 @@ class Checkpoints:
     def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(params, state, data) of a step, on the shardings of the given `ShapeDtypeStruct` trees."""
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore()
+            params=_restore_args(params), state=_restore_args(state), data=ocp.args.JsonRestore()
         )
         with _readable(self._folder, step):
             restored = self._manager.restore(step, args=items)
@@ -529,6 +532,11 @@ def single_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
 
+def _restore_args(like: Any) -> ocp.args.PyTreeRestore:
+    """Onto the shardings of a tree of `ShapeDtypeStruct`s."""
+    return ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
@@ -543,12 +551,12 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _file_digest(path: epath.Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _absolute(path: epath.Path) -> epath.Path:
