@@ -130,7 +130,7 @@ class Workdir:
                 return f"{MANIFEST} names {name}"
             if not name.startswith(parts):
                 continue
-            if not file.exists() or file.is_dir():
+            if not file.is_file():
                 return f"{name} is missing"
             if file.stat().length != size:
                 return f"{name} has {file.stat().length} bytes, not {size}"
@@ -522,7 +522,8 @@ def _readable(where: epath.Path, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = f"checkpoint {step} in {where} cannot be read ({buckets.line(error)})"
+        # They append all that they know of the array.
+        why = f"checkpoint {step} in {where} cannot be read ({buckets.line(error)[:300]})"
         raise ConfigError("--workdir", f"{why}; put its files back, or write another directory") from error
 
 

@@ -162,7 +162,7 @@ def _against_l0(
             points = [p for p in published if (p["model"], p["architecture"], p["site"]) == (*whose, site)]
             if points:
                 x, y = ([point[name] for point in points] for name in ("l0", field))
-                axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose))
+                axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose).replace("$", r"\$"))
     for axis in panels.values():
         if any(record["ito"] for record in records):
             axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")

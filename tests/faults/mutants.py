@@ -173,6 +173,6 @@ def csv_file(random: random.Random, content: bytes) -> bytes:
     for _ in range(random.choice((1, 3))):
         row = random.choice(lines)
         row[random.randrange(len(row))] = str(
-            random.choice((*VALUES[:-1], "$\\frac{", "$x$", '"', "1e999", "-0.5", "nan"))
+            random.choice((*VALUES[:-1], "$\\frac{", "$x$", "$\\frac{$", '"', "1e999", "-0.5", "nan"))
         )
     return "\n".join(",".join(row) for row in lines).encode("utf-8", "replace")

@@ -127,6 +127,12 @@ def an_override(draw, folder):
     (folder / "argument").write_text(f"--config.{path}={draw.choice(values)}", errors="replace")
 
 
+def seal(checkpoint, files):
+    """A manifest that says that all is as it should be."""
+    sealed = workdir_lib._digest(json.dumps(files, sort_keys=True).encode())
+    (checkpoint / workdir_lib.MANIFEST).write_text(json.dumps({"files": files, "digest": sealed}))
+
+
 def a_checkpoint_file(draw, folder):
     """Of which half have a manifest that says that all is as it should be, or none."""
     checkpoint = folder / "checkpoints" / "8"
@@ -143,8 +149,7 @@ def a_checkpoint_file(draw, folder):
     elif kind < 3 and file != manifest:
         names = json.loads(manifest.read_text())["files"]
         files = {name: ((checkpoint / name).stat().st_size, digest(checkpoint / name)) for name in names}
-        sealed = workdir_lib._digest(json.dumps(files, sort_keys=True).encode())
-        manifest.write_text(json.dumps({"files": files, "digest": sealed}))
+        seal(checkpoint, files)
 
 
 def digest(file):
@@ -204,6 +209,8 @@ def use_published(folder):
     points = report.read_published(str(folder / "points.csv"))
     record = {"ito": 0, "site": SITE, "learning_rate": 0.1, "seed": 0, "variant": "gated", "width": 64, "gamma": 1.0}
     records = [record | {"name": f"a_{number}", "l0": 9.0 + number, "loss_recovered": 0.5} for number in range(2)]
+    for point in points:
+        point["site"] = SITE  # so that it is drawn
     for figure in (plots.frontier(records, points), plots.gamma(records, points)):
         figure.savefig(io.BytesIO())
 
@@ -470,3 +477,24 @@ def test_metrics_go_on_behind_a_broken_line(tmp_path, capsys):
     metrics.close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [4, 8, 12]
     assert capsys.readouterr().err == f"warning: {file} line 2 is not a line of metrics and is left out\n"
+
+
+def test_a_manifest_leads_nowhere_else(tmp_path):
+    """Nor to what has no end."""
+    checkpoint = tmp_path / "checkpoints" / "8"
+    checkpoint.mkdir(parents=True)
+    for name in workdir_lib.SEALS:
+        (checkpoint / name).write_text("{}")
+    os.mkfifo(checkpoint / "pipe")
+    workdir = workdir_lib.Workdir(tmp_path)
+    for name, problem in (
+        ("/dev/zero", "names /dev/zero"),
+        ("../../x", r"names \.\./\.\./x"),
+        ("a/../../b", "names a/"),
+        ("pipe", "pipe is missing"),
+    ):
+        seal(checkpoint, {name: (0, "")})
+        with bounded(), pytest.raises(ConfigError, match=problem):
+            workdir.sound_step()
+    seal(checkpoint, {})
+    assert workdir.sound_step() == 8
