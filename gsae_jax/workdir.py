@@ -112,11 +112,11 @@ class Workdir:
     def _problem(self, step: int, parts: tuple[str, ...] = ("",)) -> str | None:
         """What is wrong with the files of a checkpoint, or of these parts of it, in a few words."""
         folder = self.path / "checkpoints" / str(step)
+        if not _is_file(folder / MANIFEST):
+            return f"{MANIFEST} is missing"
         try:
             manifest = config_lib.parse_json((folder / MANIFEST).read_text())
             files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
-        except FileNotFoundError:
-            return f"{MANIFEST} is missing"
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             return f"{MANIFEST} cannot be read ({type(error).__name__})"
         if manifest.get("digest") != _digest(json.dumps(manifest["files"], sort_keys=True).encode()):
@@ -130,7 +130,7 @@ class Workdir:
                 return f"{MANIFEST} names {name}"
             if not name.startswith(parts):
                 continue
-            if not file.is_file():
+            if not _is_file(file):
                 return f"{name} is missing"
             if file.stat().length != size:
                 return f"{name} has {file.stat().length} bytes, not {size}"
@@ -172,7 +172,7 @@ class Workdir:
         """
         path = self.path / "config.json"
         try:
-            if path.exists() and not path.is_file():
+            if path.exists() and not _is_file(path):
                 raise ValueError("it is not a file")
             return config_lib.parse_json(path.read_text())
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -479,7 +479,7 @@ def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
 
 def _lines(path: epath.Path) -> list[str]:
     # What a crash of the machine leaves need not be UTF-8.
-    return path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
+    return path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True) if _is_file(path) else []
 
 
 def _logged(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -540,6 +540,11 @@ def _restore_args(like: Any) -> ocp.args.PyTreeRestore:
 
 def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
+
+
+def _is_file(path: epath.Path) -> bool:
+    """Whether it is one that can be read to its end; epath takes pipes and devices for files."""
+    return path.is_file() if is_bucket(path) else os.path.isfile(path)
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

@@ -498,3 +498,12 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
             workdir.sound_step()
     seal(checkpoint, {})
     assert workdir.sound_step() == 8
+    (checkpoint / workdir_lib.MANIFEST).unlink()
+    for file in (checkpoint / workdir_lib.MANIFEST, tmp_path / "config.json", tmp_path / "metrics.jsonl"):
+        os.mkfifo(file)
+    with bounded():
+        with pytest.raises(ConfigError, match=r"manifest\.json is missing"):
+            workdir.sound_step()
+        with pytest.raises(ConfigError, match=r"config\.json is not JSON: it is not a file"):
+            workdir.config()
+        assert workdir_lib.read_metrics(workdir) == []
