@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
             buffer=True,  # save the exchange buffer; without it a resumed run fills it with other text
         )
     )
+    config.loggers = ("tensorboard",)  # of metrics, beside metrics.jsonl: tensorboard, wandb
     config.evaluation = ConfigDict(
         dict(
             tokens=2**17,  # held-out tokens

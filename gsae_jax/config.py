@@ -253,6 +253,7 @@ class Experiment:
     mesh: Mesh
     checkpoint: Checkpoint
     evaluation: Evaluation
+    loggers: tuple[str, ...] = ("tensorboard",)  # as runs of the first versions had
 
     def __post_init__(self) -> None:
         _seed("seed", self.seed)

@@ -1,4 +1,4 @@
-"""What a run directory holds: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `report/`.
+"""What a run directory holds: `config.json`, `checkpoints/`, `metrics.jsonl`, `report/`, and what loggers write.
 
 It is a local directory or a folder of a bucket, gs://bucket/folder, where files are put whole and never appended to.
 The only file that knows orbax. A checkpoint has four parts: the SAEs' parameters (which `gsae_jax.load` reads alone),
@@ -7,7 +7,6 @@ hash of every file, with which they are compared before they are read. It appear
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,25 +14,25 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
 import orbax.checkpoint as ocp
-import tensorboardX
 from etils import epath
 
-from gsae_jax import buckets, processes
+from gsae_jax import buckets, loggers, processes
 from gsae_jax import config as config_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
+from gsae_jax.loggers import patient
 
 LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
 MANIFEST = "manifest.json"
 SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of a checkpoint; orbax writes them after the manifest
-FREE = ("mesh", "checkpoint")  # groups of the config that a run may change when it continues
+FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
 
 
@@ -382,12 +381,13 @@ class Checkpoints:
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard; a resumed run continues both at its step.
+    """`metrics.jsonl`, and the loggers that are asked for; a resumed run continues all at its step.
 
     Those of a bucket grow on the local disk, and `sync` puts them there.
     """
 
-    def __init__(self, workdir: Workdir, step: int):
+    def __init__(self, workdir: Workdir, step: int, names: Sequence[str], config: dict[str, Any]):
+        """`names`: of files of `gsae_jax/loggers/`; `config`: what they may say of the run."""
         path = workdir.path / "metrics.jsonl"
         lines = _lines(path)
         kept = [line for line, logged in _logged(path) if line.endswith("\n") and logged["step"] <= step]
@@ -397,79 +397,38 @@ class Metrics:
             folder = epath.Path(self._scratch.name)
         if kept != lines or self._bucket:
             write_text(folder / "metrics.jsonl", "".join(kept))
-        self._folder, self._file = folder, _PatientFile(Path(folder / "metrics.jsonl"))
-        board = Path(folder / "tensorboard").absolute()
-        self._board = tensorboardX.SummaryWriter(f"{_PatientFile.SCHEME}:{board}", purge_step=step + 1)
+        self._folder, self._file = folder, patient.File(Path(folder / "metrics.jsonl"))
+        run = loggers.Run(workdir.path, Path(folder).absolute(), step, config)
+        self._loggers = [loggers.module(name).open_logger(run) for name in names]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line: the step and its values, lists for stacks."""
         self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
-        for name, value in values.items():
-            for index, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
-                self._board.add_scalar(name if index is None else f"{name}/{index}", number, step)
+        numbers = {
+            name if index is None else f"{name}/{index}": number
+            for name, value in values.items()
+            for index, number in (enumerate(value) if isinstance(value, list) else [(None, value)])
+        }
+        for logger in self._loggers:
+            logger.write(step, numbers)
 
     def sync(self) -> None:
         """Put what was written into the bucket; a local directory has it already."""
         if self._bucket:
-            self._board.flush()
-            for file in [self._folder / "metrics.jsonl", *(self._folder / "tensorboard").iterdir()]:
-                file.copy(self._bucket / file.relative_to(self._folder), overwrite=True)
+            for logger in self._loggers:
+                logger.flush()
+            for folder, _, names in os.walk(self._folder):
+                for file in (epath.Path(folder) / name for name in names if not Path(folder, name).is_symlink()):
+                    file.copy(self._bucket / file.relative_to(self._folder), overwrite=True)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush all."""
         self._file.close()
-        self._board.close()
+        for logger in self._loggers:
+            logger.close()
         self.sync()
         if self._scratch:
             self._scratch.cleanup()
-
-
-class _PatientFile:
-    """A file that grows; what a full disk does not take waits for room, and the file never ends in part of it."""
-
-    SCHEME = "patient"  # the prefix of paths by which TensorBoard's writer is told to use this
-
-    def __init__(self, path: Path):
-        self._path, self._waiting = path, b""
-        self._file = path.open("ab", buffering=0)
-
-    @classmethod
-    def open(cls, path: str) -> "_PatientFile":
-        """For tensorboardX, as is `directory_check`."""
-        return cls(Path(path.removeprefix(f"{cls.SCHEME}:")))
-
-    @classmethod
-    def directory_check(cls, path: str) -> None:
-        Path(path.removeprefix(f"{cls.SCHEME}:")).mkdir(parents=True, exist_ok=True)
-
-    def write(self, content: bytes) -> None:
-        """Append."""
-        end, waited = os.fstat(self._file.fileno()).st_size, bool(self._waiting)
-        self._waiting += content
-        try:
-            if self._file.write(self._waiting) < len(self._waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), end)
-            if not waited:
-                processes.warn(f"{self._path} cannot be written ({error}); its lines wait until it can")
-        else:
-            self._waiting = b""
-
-    def flush(self) -> None:
-        """Try again."""
-        if self._waiting:
-            self.write(b"")
-
-    def close(self) -> None:
-        """Try again for the last time."""
-        self.flush()
-        if self._waiting:
-            processes.warn(f"{self._path} lacks its last {len(self._waiting)} bytes")
-        self._file.close()
-
-
-tensorboardX.record_writer.register_writer_factory(_PatientFile.SCHEME, _PatientFile)
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:

@@ -143,7 +143,7 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     def steps():
         return [line["step"] for line in workdir_lib.read_metrics(workdir)]
 
-    metrics = workdir_lib.Metrics(workdir, 0)
+    metrics = workdir_lib.Metrics(workdir, 0, ("tensorboard",), {})
     metrics.write(4, {"loss": [1.0, 2.0]})
     assert steps() == []
     metrics.sync()
@@ -151,7 +151,7 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     assert steps() == [4]
     metrics.close()
     assert steps() == [4, 8]
-    resumed = workdir_lib.Metrics(workdir, 4)
+    resumed = workdir_lib.Metrics(workdir, 4, ("tensorboard",), {})
     resumed.write(12, {"loss": [1.0, 2.0]})
     scratch = Path(resumed._scratch.name)
     resumed.close()

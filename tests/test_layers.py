@@ -17,12 +17,19 @@ FLOOR = {
     "saes": 1,
     "lms": 1,
     "data": 1,
+    "loggers": 1,
     "workdir": 1,
     "evaluation": 2,
     "exchange": 2,
     "training": 3,
 }
-ALLOWED_ON_ONE_FLOOR = {("buckets", "config"), ("plugins", "config"), ("mesh", "config"), ("processes", "config")}
+ALLOWED_ON_ONE_FLOOR = {
+    ("workdir", "loggers"),
+    ("buckets", "config"),
+    ("plugins", "config"),
+    ("mesh", "config"),
+    ("processes", "config"),
+}
 TOP = 4
 
 

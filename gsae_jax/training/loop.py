@@ -17,8 +17,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
+from gsae_jax import loggers, processes
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import processes
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment, TrainingError
 from gsae_jax.data import rows as rows_lib
@@ -54,6 +54,7 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     as_json = config_lib.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
+    loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check(config, mesh)
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
@@ -215,7 +216,9 @@ def _loop(
             site: float(limit) if np.isfinite(limit) else None for site, limit in state.norm_limits.items()
         },
     }
-    metrics = workdir_lib.Metrics(workdir, step) if processes.first() else None
+    metrics = (
+        workdir_lib.Metrics(workdir, step, config.loggers, config_lib.to_dict(config)) if processes.first() else None
+    )
     logged_at = time.perf_counter()
 
     def log(at: int, statistics: Any, dropped: jax.Array) -> None:

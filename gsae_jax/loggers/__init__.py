@@ -1,0 +1,59 @@
+"""Where metrics go besides `metrics.jsonl`: a file for each logger, whose `open_logger` gives a `Logger`."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from etils import epath
+
+from gsae_jax import plugins
+from gsae_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a logger knows of a run.
+
+    Attributes:
+        path: its directory, which may be in a bucket.
+        folder: where the logger may write on this machine; goes into the directory as it is.
+        step: the last one of which numbers were written before; later ones come again.
+        config: the experiment's, as JSON has it.
+    """
+
+    path: epath.Path
+    folder: Path
+    step: int
+    config: dict[str, Any]
+
+
+class Logger(Protocol):
+    """Takes the numbers of a run."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Those of one step, by name: `{stack}/{statistic}/{index}`."""
+
+    def flush(self) -> None:
+        """Have files hold all that was written."""
+
+    def close(self) -> None:
+        """The last call."""
+
+
+def module(name: str) -> Any:
+    """The file of a logger; raises `ConfigError` where there is none."""
+    return plugins.load("loggers", name, having="open_logger", field="loggers")
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises `ConfigError` for loggers that do not exist, or whose package does not."""
+    names = list(names)
+    if len(set(names)) < len(names):
+        raise ConfigError("loggers", f"are {names}; write each once")
+    for name in names:
+        package = module(name).PACKAGE
+        if importlib.util.find_spec(package) is None:
+            message = f"{name!r} needs the package {package}; `pip install '.[{name}]'` first, or leave it out"
+            raise ConfigError("loggers", message)

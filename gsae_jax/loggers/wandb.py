@@ -1,0 +1,57 @@
+"""Weights & Biases: a run of the project gsae_jax, or of WANDB_PROJECT; with WANDB_MODE=offline in `wandb/` only."""
+
+import importlib
+import os
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from gsae_jax.config import ConfigError
+from gsae_jax.loggers import Run
+
+PACKAGE = "wandb"
+
+
+class History:
+    """One run there; one that continues has the same id, which `wandb_id` in its directory keeps."""
+
+    def __init__(self, run: Run):
+        """Begin, or continue.
+
+        Raises:
+            ConfigError: wandb cannot, as when nobody is logged in.
+        """
+        path = run.path / "wandb_id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:16])
+        wandb: Any = importlib.import_module("wandb")
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "gsae_jax"),
+                name=os.environ.get("WANDB_NAME", run.path.name),
+                id=path.read_text(),
+                resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
+                dir=str(run.folder),
+                config=run.config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            why = " ".join(str(error).split())
+            message = f"wandb cannot begin ({why}); run `wandb login`, or set WANDB_MODE=offline"
+            raise ConfigError("loggers", message) from error
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One row; of a step that comes again wandb keeps the first, and says so."""
+        self._run.log(dict(numbers), step=step)
+
+    def flush(self) -> None:
+        """Nothing: wandb's own process writes as it goes."""
+
+    def close(self) -> None:
+        """Wait for what is being written or sent."""
+        self._run.finish()
+
+
+def open_logger(run: Run) -> History:
+    """The logger of a run."""
+    return History(run)
