@@ -106,10 +106,15 @@ def same(one, other):
     for a, b in zip(*lines, strict=True):
         for name in ("gated/loss", "baseline/loss"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+    stacks = json.loads((one / "config.json").read_text())["stacks"]
     ours, theirs = gsae_jax.load(one), gsae_jax.load(other)
     for name, sae in ours.items():
+        (rate,) = stacks[name.removesuffix("_0")]["learning_rates"]
         for key, value in sae.params.items():
-            np.testing.assert_allclose(value, theirs[name].params[key], rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
+            difference = np.asarray(value) - np.asarray(theirs[name].params[key])
+            # Of a feature that hardly fires, one input more or less on its edge changes single entries by up to a step.
+            assert np.linalg.norm(difference) < 1e-4 * np.linalg.norm(value), f"{name} {key}"
+            assert np.abs(difference).max() < rate, f"{name} {key}"
     reports = [json.loads((run / "report" / "report.json").read_text())["saes"] for run in (one, other)]
     for a, b in zip(*reports, strict=True):
         for name in ("ce_clean", "ce_sae", "loss_recovered", "l0", "tokens"):
