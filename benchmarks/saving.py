@@ -2,10 +2,10 @@
 
     python benchmarks/saving.py --config configs/quickstart.py [--every 100] [--out benchmarks/results/saving-NAME.json]
 
-Takes a config as `python -m gsae_jax.train` does. Short stretches with one save, which end when it is whole on the disk,
-and stretches without take turns; what a save costs is the median difference of neighbours. Printed are the throughput
-that a save every so many steps leaves, with the 95% bootstrap interval, the time for which a save keeps the loop waiting,
-the time until it is whole, and the steps that were made meanwhile.
+Takes a config as `python -m gsae_jax.train` does. Short stretches with one save, which end when it is whole on the
+disk, and stretches without take turns; what a save costs is the median difference of neighbours. Printed are the
+throughput that a save every so many steps leaves, with the 95% bootstrap interval, the time for which a save keeps the
+loop waiting, the time until it is whole, and the steps that were made meanwhile.
 """
 
 import statistics
@@ -78,7 +78,8 @@ def main():
         "every": EVERY.value,
         "megabytes": size / 1e6,
         "throughput": between / (between + cost),
-        "throughput_interval": (low, high),
+        "throughput_low": low,
+        "throughput_high": high,
         "cost_seconds": cost,
         "wait_seconds": statistics.median(waits),
         "whole_seconds": statistics.median(wholes),
