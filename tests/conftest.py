@@ -27,7 +27,14 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
-assert jax.device_count() == 8
+
+
+def pytest_configure(config):
+    # To optimise programs that run for a moment is a third of the quick tests' work; the long ones gain from it.
+    if "not quickstart" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert jax.device_count() == 8
+
 
 WORDS = [
     "def",

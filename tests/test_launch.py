@@ -54,7 +54,7 @@ do = os.environ["DO"].split(",")[int(given.get("--process_id", 0))]
 
 
 def save(*_):
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")  # as the signal may come while `print` has not returned
     sys.exit(75)
 
 
@@ -124,6 +124,9 @@ def launch(tmp_path, cloud):
     def start(name, *arguments, **variables):
         command = ["bash", f"launch/{name}", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # Tests in the background ignore SIGINT, and so would what they start.
+        heard = "import os, signal as s, sys; s.signal(s.SIGINT, s.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", heard, *command]
         return subprocess.Popen(command, cwd=checkout, env=base | variables, **pipes)
 
     def launch(name, *arguments, **variables):

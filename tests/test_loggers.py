@@ -97,6 +97,10 @@ def history(folder):
 def test_wandb_tensorboard_and_the_lines_have_the_same_numbers_also_of_a_run_that_continues(
     experiment, tmp_path, monkeypatch
 ):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "nobody"))
+    with pytest.raises(ConfigError, match="loggers: 'wandb' is not logged in; run `wandb login`, or set WANDB_MODE"):
+        loggers.check(("wandb",))
     monkeypatch.setenv("WANDB_MODE", "offline")
     experiment = dataclasses.replace(experiment, loggers=("tensorboard", "wandb"))
     first = dataclasses.replace(experiment, checkpoint=dataclasses.replace(experiment.checkpoint, every=8))

@@ -48,7 +48,7 @@ def module(name: str) -> Any:
 
 
 def check(names: Iterable[str]) -> None:
-    """Raises `ConfigError` for loggers that do not exist, or whose package does not."""
+    """Raises `ConfigError` for loggers that do not exist, whose package does not, or whose own `check` does."""
     names = list(names)
     if len(set(names)) < len(names):
         raise ConfigError("loggers", f"are {names}; write each once")
@@ -57,3 +57,5 @@ def check(names: Iterable[str]) -> None:
         if importlib.util.find_spec(package) is None:
             message = f"{name!r} needs the package {package}; `pip install '.[{name}]'` first, or leave it out"
             raise ConfigError("loggers", message)
+        if hasattr(module(name), "check"):
+            module(name).check()

@@ -12,6 +12,14 @@ from gsae_jax.loggers import Run
 PACKAGE = "wandb"
 
 
+def check() -> None:
+    """Raises `ConfigError` where numbers would go to an account, and nobody is logged in."""
+    wandb: Any = importlib.import_module("wandb")
+    stays = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not stays and not wandb.login(prompt=False, verify=False):
+        raise ConfigError("loggers", "'wandb' is not logged in; run `wandb login`, or set WANDB_MODE=offline")
+
+
 class History:
     """One run there; one that continues has the same id, which `wandb_id` in its directory keeps."""
 

@@ -54,7 +54,8 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     as_json = config_lib.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
-    loggers.check(config.loggers)
+    if processes.first():  # which alone logs
+        loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check(config, mesh)
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
@@ -245,9 +246,8 @@ def _loop(
         saved = step
 
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
-        waiting: tuple[int, Any, jax.Array, np.ndarray] | None = (
-            None  # statistics of the call before, read while the next one runs
-        )
+        # Statistics of the call before, which are read while the next one runs.
+        waiting: tuple[int, Any, jax.Array, np.ndarray] | None = None
         skips = _Skips(config, progress)
         while step < total and not signals.stop(step // per_call) and not skips.lost:
             try:
