@@ -34,5 +34,5 @@ def check(field: str, path: epath.PathLike) -> None:
 
 
 def line(error: Exception) -> str:
-    """An error of gcsfs, aiohttp or google.auth, which have kinds of their own, in one line."""
+    """An error of a library that has kinds of its own, such as gcsfs, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

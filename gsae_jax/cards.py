@@ -1,11 +1,11 @@
 """What a run becomes on the Hugging Face hub: a folder for each format, the report, and a model card made of it."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from gsae_jax import export, runs
+from gsae_jax import config as config_lib
+from gsae_jax import export, plugins, runs
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import report
@@ -16,27 +16,42 @@ from gsae_jax.saes import trained
 def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
     """Write the new folder `out`: `FORMAT/SAE/...`, `report/...` and README.md.
 
+    The SAEs are those of the checkpoint that the report is about.
+
     Raises:
-        ConfigError: not a finished run, an unknown format, or one that cannot hold one of its SAEs.
+        ConfigError: a run without a report or that checkpoint, an unknown format, or one that cannot hold one of them.
     """
     place = workdir_lib.Workdir(workdir)
-    found = place.report / "report.json"
     if not formats or len(set(formats)) < len(formats):
         raise ConfigError("--format", f"is {','.join(formats)!r}; write different formats such as saelens")
-    if not found.exists():
-        place.config()  # says so where it is no run at all
-        raise ConfigError("--workdir", f"{workdir} has no report; finish its training, or run gsae_jax.evaluate")
-    numbers = json.loads(found.read_text())["saes"]
-    # A metric that is not a number is null there.
-    records = [{name: math.nan if value is None else value for name, value in record.items()} for record in numbers]
-    saes = runs.load(workdir)
+    for format in formats:
+        plugins.load("exchange", format, having="write", field="--format")
+    records = _records(place)
+    saes = runs.load(workdir, step=workdir_lib.reported_step(place))
     with files.new_folder(out) as folder:
         for format in formats:
-            export.export(workdir, format, str(folder / format))
+            export.write(saes, format, folder / format)
         (folder / "report").mkdir()
-        for file in sorted(place.report.iterdir()):
-            (folder / "report" / file.name).write_bytes(file.read_bytes())
+        for file in (place.report / name for name in report.FILES):
+            if file.exists():
+                (folder / "report" / file.name).write_bytes(file.read_bytes())
         (folder / "README.md").write_text(_card(repo, formats, saes, records), "utf-8")
+
+
+def _records(place: workdir_lib.Workdir) -> list[dict[str, Any]]:
+    found = place.report / "report.json"
+    if not found.exists():
+        place.config()  # says so where it is no run at all
+        raise ConfigError("--workdir", f"{place.path} has no report; finish its training, or run gsae_jax.evaluate")
+    try:
+        numbers = config_lib.parse_json(found.read_text())["saes"]
+        # A metric that is not a number is null there.
+        records = [{name: math.nan if value is None else value for name, value in record.items()} for record in numbers]
+        report.table(records)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = f"{found} cannot be read ({type(error).__name__}: {error})"
+        raise ConfigError("--workdir", f"{why}; run gsae_jax.evaluate, which writes it again") from error
+    return records
 
 
 def _card(repo: str, formats: list[str], saes: dict[str, trained.SAE], records: list[dict[str, Any]]) -> str:
@@ -59,7 +74,7 @@ of {told["context_size"]} tokens. They take activations as the language model ha
 
 {report.table(records)}
 
-{report.ABOUT}
+{report.about(records)}
 
 ![Loss recovered against L0](report/frontier.png)
 

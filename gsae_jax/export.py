@@ -1,40 +1,49 @@
 """Write the SAEs of a run for other libraries, each as a folder.
 
-python -m gsae_jax.export --workdir runs/quickstart --format saelens --out OUT [--sae gated_1]
+python -m gsae_jax.export --workdir runs/quickstart --format saelens --out OUT [--sae gated_1] [--step N]
 
 Without --sae OUT has a folder for each SAE, with it OUT is that SAE's. --workdir may also be what an export wrote, or
 any SAE that gsae_jax.load reads.
 """
+
+import os
 
 from absl import flags
 
 from gsae_jax import cli, plugins, runs
 from gsae_jax.config import ConfigError, known_names
 from gsae_jax.exchange import files
+from gsae_jax.saes import trained
 
 
-def export(path: str, format: str, out: str, name: str = "") -> list[str]:
+def export(path: str, format: str, out: str, name: str = "", step: int | None = None) -> list[str]:
     """Write one SAE, or all of them, or nothing; returns the names of those written.
 
     Raises:
-        ConfigError: no such SAE or format, a format that cannot hold one of them, or an `out` that exists.
+        ConfigError: no such SAE, step or format, a format that cannot hold one of them, or an `out` that exists.
     """
     module = plugins.load("exchange", format, having="write", field="--format")
-    saes = runs.load(path)
+    saes = runs.load(path, step=step)
     if name:
         if name not in saes:
             raise ConfigError("--sae", f"{name!r} is not in {path}; {known_names(name, saes)}")
         module.write(saes[name], out)
         return [name]
+    write(saes, format, out)
+    return list(saes)
+
+
+def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> None:
+    """A new folder with a folder for each of them, or nothing; raises `ConfigError` like `export`."""
+    module = plugins.load("exchange", format, having="write", field="--format")
     with files.new_folder(out) as folder:
         for sae in saes.values():
             module.write(sae, folder / sae.name)
-    return list(saes)
 
 
 def main() -> None:
     """The command."""
-    written = export(WORKDIR.value, FORMAT.value, OUT.value, SAE.value)
+    written = export(WORKDIR.value, FORMAT.value, OUT.value, SAE.value, STEP.value)
     print(f"{OUT.value} has {', '.join(written)}")
 
 
@@ -47,4 +56,5 @@ if __name__ == "__main__":
     )
     OUT = flags.DEFINE_string("out", None, "The new folder.", required=True)
     SAE = flags.DEFINE_string("sae", "", "The name of one SAE; all of them by default.")
+    STEP = flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
     cli.run(main)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,7 @@ def _members(
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
     lm, data = config.lm.path or EMBEDDED, config.data
     metadata = {
-        "model_name": lm if re.fullmatch(r"[\w.-]+/[\w.-]+", lm) else Path(lm).name,
+        "model_name": lm if config.lm.revision else Path(lm).name,  # hub models have one
         "context_size": data.context_length,
         "dataset_path": data.name or Path(data.path).name or data.corpus,
         "prepend_bos": data.prepend_bos,

@@ -332,6 +332,7 @@ SECTIONS = (
     ),
     ("Training", "training", "Loss, L0 and γ of every SAE over training."),
 )
+FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for _, figure, _ in SECTIONS))
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 72rem; padding: 1rem; }
 .wide { overflow-x: auto; }
@@ -348,13 +349,14 @@ def _title(records: list[dict[str, Any]]) -> tuple[str, str]:
     return title, f"Measured on {tokens:,} held-out tokens (special tokens left out)."
 
 
-def _about(records: list[dict[str, Any]]) -> str:
+def about(records: list[dict[str, Any]]) -> str:
+    """What the columns of `table` mean."""
     return f"{ABOUT} {ITO}" if any(record["ito"] for record in records) else ABOUT
 
 
 def _markdown(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections: Sections) -> str:
     title, measured = _title(records)
-    lines = [f"# {html.escape(title, quote=False)}", "", measured, "", table(records), "", _about(records), ""]
+    lines = [f"# {html.escape(title, quote=False)}", "", measured, "", table(records), "", about(records), ""]
     if ratios:
         lines += ["## L0 at equal loss recovered", "", _in_markdown(*_ratio_table(ratios)), "", RATIOS, ""]
     for heading, figure, text in sections:
@@ -372,7 +374,7 @@ def _html(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections:
         return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
 
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{measured}</p>", in_html(*_table(records))]
-    parts.append(f"<p>{html.escape(_about(records))}</p>")
+    parts.append(f"<p>{html.escape(about(records))}</p>")
     if ratios:
         parts += ["<h2>L0 at equal loss recovered</h2>", in_html(*_ratio_table(ratios)), f"<p>{RATIOS}</p>"]
     for heading, figure, text in sections:
