@@ -2,11 +2,13 @@
 
 read: features and reconstructions of `x.npy` [B, D], for every SAE in `ours/FORMAT/NAME`.
 make: SAEs of theirs, trained for some steps on `x.npy` and saved by them in `theirs`; with features, as above.
+card: features [B, F] of `x.npy` by the model card in `repo`, in each library.
 measure: SAELens' `run_evals` of `ours/saelens/NAME` on `tokens.npy` [batches, rows, T], with TransformerLens' model of
 the weights in `lm`.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,6 +18,7 @@ import torch
 from dictionary_learning import training
 from dictionary_learning.trainers import gdm, jumprelu, standard
 from dictionary_learning.utils import load_dictionary
+from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import SAE, evals
 from sae_lens import saes as sae_lens_saes
 from sae_lens.config import SAETrainerConfig
@@ -110,6 +113,31 @@ def make(folder, x):
     save(folder / "made.npz", found)
 
 
+def card(folder, x):
+    """The card's own lines, with files that the hub would have given."""
+    repo = folder / "repo"
+    _, in_saelens, in_dictionary_learning = re.findall(
+        r"```python\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL
+    )
+
+    def download(repo_id, filename, **rest):
+        if not (repo / filename).exists():
+            raise EntryNotFoundError(filename)
+        return repo / filename
+
+    found = {}
+    with (
+        mock.patch.object(loaders, "hf_hub_download", download),
+        mock.patch("huggingface_hub.snapshot_download", return_value=str(repo)),
+        torch.no_grad(),
+    ):
+        for name, lines in (("saelens", in_saelens), ("dictionary_learning", in_dictionary_learning)):
+            names = {"activations": x}
+            exec(lines, names)
+            found[name] = names["features"].numpy()
+    np.savez(folder / "card.npz", **found)
+
+
 class Tokens:
     """As much of SAELens' ActivationsStore as its evaluation asks for: the same batches in turn."""
 
@@ -153,4 +181,4 @@ if __name__ == "__main__":
     if order == "measure":
         measure(folder)
     else:
-        {"read": read, "make": make}[order](folder, torch.from_numpy(np.load(folder / "x.npy")))
+        {"read": read, "make": make, "card": card}[order](folder, torch.from_numpy(np.load(folder / "x.npy")))

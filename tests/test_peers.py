@@ -10,6 +10,7 @@ import pytest
 
 import gsae_jax
 from benchmarks.peers_environment import environment
+from gsae_jax import cards
 from gsae_jax import config as config_lib
 from gsae_jax.data import rows
 from gsae_jax.exchange import jumprelu
@@ -86,6 +87,17 @@ def test_their_saes_give_the_same_features_here(folder):
         assert saes[name].architecture == kinds.get(stack, list(kinds.values())[int(index)]), name
         assert saes[name].metadata["model_name"] == "small"
         assert_same(saes[name], x, theirs)
+
+
+def test_the_model_card_loads_in_their_libraries(folder, quickstart_run):
+    cards.write(str(quickstart_run), "user/name", ["saelens", "dictionary_learning"], folder / "repo")
+    ask("card", folder)
+    sae, x = gsae_jax.load(quickstart_run)["gated_0"], np.load(folder / "x.npy")
+    found = np.load(folder / "card.npz")
+    assert sorted(found) == ["dictionary_learning", "saelens"]
+    for theirs in found.values():
+        f = np.asarray(sae.encode(x))
+        references.assert_same_support(f, theirs, x, jumprelu.form(sae).params)
 
 
 def test_saelens_measures_what_our_report_says(folder, quickstart_run):
