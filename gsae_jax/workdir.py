@@ -421,11 +421,11 @@ class Metrics:
                 for file in (epath.Path(folder) / name for name in names if not Path(folder, name).is_symlink()):
                     file.copy(self._bucket / file.relative_to(self._folder), overwrite=True)
 
-    def close(self) -> None:
-        """Flush all."""
+    def close(self, complete: bool) -> None:
+        """Flush all; `complete`: the run is at its last step."""
         self._file.close()
         for logger in self._loggers:
-            logger.close()
+            logger.close(complete)
         self.sync()
         if self._scratch:
             self._scratch.cleanup()

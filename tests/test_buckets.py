@@ -149,12 +149,12 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     metrics.sync()
     metrics.write(8, {"loss": [1.0, 2.0]})
     assert steps() == [4]
-    metrics.close()
+    metrics.close(complete=False)
     assert steps() == [4, 8]
     resumed = workdir_lib.Metrics(workdir, 4, ("tensorboard",), {})
     resumed.write(12, {"loss": [1.0, 2.0]})
     scratch = Path(resumed._scratch.name)
-    resumed.close()
+    resumed.close(complete=True)
     assert steps() == [4, 12]
     assert not scratch.exists()
     boards = list((bucket / "run" / "tensorboard").iterdir())

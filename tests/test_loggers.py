@@ -1,6 +1,7 @@
 """What loggers write is what `metrics.jsonl` has; which there are, and what they lack."""
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -65,7 +66,7 @@ def test_loggers_that_cannot_be_used_are_refused_before_anything_is_written(expe
 
 
 def history(folder):
-    """{(step, name): number} of an offline run of wandb, and its id: LevelDB's log format, and wandb's own records."""
+    """{(step, name): number} of an offline run of wandb, its id and exit code: its records in LevelDB's format."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("*.wandb")
@@ -89,7 +90,8 @@ def history(folder):
             row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             step = record.history.step.num
             rows |= {(step, name): number for name, number in row.items() if not name.startswith("_")}
-    return rows, next(record.run.run_id for record in found if record.HasField("run"))
+    (code,) = (record.exit.exit_code for record in found if record.HasField("exit"))
+    return rows, next(record.run.run_id for record in found if record.HasField("run")), code
 
 
 @pytest.mark.wandb
@@ -101,6 +103,7 @@ def test_wandb_tensorboard_and_the_lines_have_the_same_numbers_also_of_a_run_tha
     monkeypatch.setenv("NETRC", str(tmp_path / "nobody"))
     with pytest.raises(ConfigError, match="loggers: 'wandb' is not logged in; run `wandb login`, or set WANDB_MODE"):
         loggers.check(("wandb",))
+    importlib.import_module("wandb").teardown()  # else it does not look again
     monkeypatch.setenv("WANDB_MODE", "offline")
     experiment = dataclasses.replace(experiment, loggers=("tensorboard", "wandb"))
     first = dataclasses.replace(experiment, checkpoint=dataclasses.replace(experiment.checkpoint, every=8))
@@ -120,7 +123,8 @@ def test_wandb_tensorboard_and_the_lines_have_the_same_numbers_also_of_a_run_tha
     assert board(tmp_path / "run" / "tensorboard") == pytest.approx(expected, rel=1e-6, nan_ok=True)
     parts = [history(folder) for folder in sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))]
     assert len(parts) == 2
-    assert {run for _, run in parts} == {(tmp_path / "run" / "wandb_id").read_text()}
+    assert [code for _, _, code in parts] == [1, 0]
+    assert {run for _, run, _ in parts} == {(tmp_path / "run" / "wandb_id").read_text()}
     assert parts[0][0]
     assert min(step for step, _ in parts[1][0]) > min(step for step, _ in parts[0][0])
     assert parts[0][0] | parts[1][0] == pytest.approx(expected, rel=1e-6, nan_ok=True)

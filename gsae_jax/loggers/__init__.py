@@ -38,8 +38,8 @@ class Logger(Protocol):
     def flush(self) -> None:
         """Have files hold all that was written."""
 
-    def close(self) -> None:
-        """The last call."""
+    def close(self, complete: bool) -> None:
+        """The last call; `complete`: the run is at its last step."""
 
 
 def module(name: str) -> Any:

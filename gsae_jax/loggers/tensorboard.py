@@ -26,7 +26,7 @@ class Board:
         """To the file."""
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, complete: bool) -> None:
         """Flush and close."""
         self._writer.close()
 

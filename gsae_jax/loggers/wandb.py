@@ -15,9 +15,13 @@ PACKAGE = "wandb"
 def check() -> None:
     """Raises `ConfigError` where numbers would go to an account, and nobody is logged in."""
     wandb: Any = importlib.import_module("wandb")
-    stays = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-    if not stays and not wandb.login(prompt=False, verify=False):
+    if not _offline(wandb) and not wandb.login(prompt=False, verify=False):
         raise ConfigError("loggers", "'wandb' is not logged in; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def _offline(wandb: Any) -> bool:
+    """By WANDB_MODE, or by `wandb offline` before."""
+    return wandb.setup().settings.mode in ("offline", "disabled", "dryrun")
 
 
 class History:
@@ -27,7 +31,7 @@ class History:
         """Begin, or continue.
 
         Raises:
-            ConfigError: wandb cannot, as when nobody is logged in.
+            ConfigError: wandb cannot, as without a network.
         """
         path = run.path / "wandb_id"
         if not path.exists():
@@ -38,14 +42,14 @@ class History:
                 project=os.environ.get("WANDB_PROJECT", "gsae_jax"),
                 name=os.environ.get("WANDB_NAME", run.path.name),
                 id=path.read_text(),
-                resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
+                resume=None if _offline(wandb) else "allow",
                 dir=str(run.folder),
                 config=run.config,
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             why = " ".join(str(error).split())
-            message = f"wandb cannot begin ({why}); run `wandb login`, or set WANDB_MODE=offline"
+            message = f"wandb cannot begin ({why}); connect to its server, or set WANDB_MODE=offline"
             raise ConfigError("loggers", message) from error
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -55,9 +59,9 @@ class History:
     def flush(self) -> None:
         """Nothing: wandb's own process writes as it goes."""
 
-    def close(self) -> None:
-        """Wait for what is being written or sent."""
-        self._run.finish()
+    def close(self, complete: bool) -> None:
+        """Wait for what is being written or sent; the run is finished there, or has failed."""
+        self._run.finish(exit_code=0 if complete else 1)
 
 
 def open_logger(run: Run) -> History:

@@ -283,7 +283,7 @@ def _loop(
         save()
         checkpoints.wait()
     if metrics:
-        metrics.close()
+        metrics.close(complete=step == total)
     if step and (newest := workdir.latest_step()) != step:
         raise TrainingError(
             f"step {step:,} could not be saved, the newest checkpoint is of step {newest or 0:,}; make room, and the "

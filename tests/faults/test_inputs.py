@@ -478,7 +478,7 @@ def test_metrics_go_on_behind_a_broken_line(tmp_path, capsys):
     file.write_text('{"step": 4, "a/l0": [1.0]}\n\0\0\n{"step": 8, "a/l0": [1.0]}\n{"step": 12, "a/l')
     metrics = workdir_lib.Metrics(workdir_lib.Workdir(tmp_path), 8, (), {})
     metrics.write(12, {"a/l0": [2.0]})
-    metrics.close()
+    metrics.close(complete=True)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [4, 8, 12]
     assert capsys.readouterr().err == f"warning: {file} line 2 is not a line of metrics and is left out\n"
 
