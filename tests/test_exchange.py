@@ -131,6 +131,8 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file/a: cannot be written"):
         sae.save(tmp_path / "file" / "a")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        sae.save(tmp_path / "new" / "parents" / ("a" * 300) / "b")
 
     def fails(*_):
         raise OSError("no space left")
@@ -139,6 +141,8 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         patch.setattr(safetensors.numpy, "save_file", fails)
         with pytest.raises(ConfigError, match=r"a: cannot be written \(no space left\)"):
             sae.save(tmp_path / "a")
+        with pytest.raises(ConfigError, match=r"a: cannot be written \(no space left\)"):
+            sae.save(tmp_path / "new" / "parents" / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     sae.save(tmp_path / "a")
     before = contents(tmp_path / "a")
@@ -196,7 +200,8 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             assert re.match(rf"{re.escape(str(file))}: .*{path[-1]}", str(caught.value)), (path, change, caught.value)
             refused += 1
     assert refused > 30
-    for text in ("", "[]", "{" * 200_000, '{"a": NaN}', "\udcff"):
+    twice = json.dumps(whole)[:-1] + ', "metadata": {}, "metadata": {}}'
+    for text in ("", "[]", "{" * 200_000, '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "\udcff", twice):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ConfigError, match=r"\.json: (cannot be read as JSON|is not a JSON object)"):
             gsae_jax.load(tmp_path / "a")
@@ -402,6 +407,8 @@ def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
         ({"something": 1}, "something is not known"),
         ({"use_decoder_bias": False}, "the tensor b_D is not of this architecture"),
         ({"expansion_factor": 2}, "the tensor W_E has shape"),
+        ({"expansion_factor": 1e308}, "d_model and expansion_factor are not both above 0"),
+        ({"d_model": 10**400}, "d_model and expansion_factor are not both above 0"),
         ({"sae_type": "crosscoder"}, 'sae_type is "crosscoder", not "sae"'),
     ],
 )
