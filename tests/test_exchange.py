@@ -172,6 +172,8 @@ def changed(tree, path, change):
         del inner[path[-1]]
     elif change == "renamed":
         inner[path[-1] + "_"] = inner.pop(path[-1])
+    elif change == "flipped":
+        inner[path[-1]] = not inner[path[-1]]
     else:
         inner[path[-1]] = ["of", "another", "type"] if change == "list" else None
     return tree
@@ -205,6 +207,33 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ConfigError, match=r"\.json: (cannot be read as JSON|is not a JSON object)"):
             gsae_jax.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", SAES)
+@pytest.mark.parametrize("format", ["saelens", "gemma_scope", FORMATS[-1]])
+def test_a_switch_that_is_flipped_is_refused_or_leaves_the_function(tmp_path, format, kind):
+    sae, x = SAES[kind](), inputs()
+    if format == "gemma_scope":
+        sae = jumprelu.form(sae)
+    sae.save(tmp_path / "a", format)
+    (file,) = (tmp_path / "a").glob("*.json")
+    whole = json.loads(file.read_text())
+    f, flipped = np.asarray(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x)), set()
+    for path in leaves(whole):
+        inner = whole
+        for key in path:
+            inner = inner[key]
+        if not isinstance(inner, bool) or path == ("apply_b_dec_to_input",):  # which says what the biases are for
+            continue
+        flipped.add(path[-1])
+        file.write_text(json.dumps(changed(whole, path, "flipped")))
+        if path[-1] == "tie_encoder" or (path[-1] == "use_r_mag" and kind == "gated"):
+            with pytest.raises(ConfigError, match=path[-1]):
+                gsae_jax.load(tmp_path / "a")
+        else:
+            np.testing.assert_array_equal(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x), f)
+    options = {field.name for field in dataclasses.fields(gated.Config)} - {"d_in", "width", "dtype"}
+    assert flipped == {"prepend_bos"} | (options if sae.architecture == "gated" else set())
 
 
 def save_tensors(file, tensors):
@@ -306,11 +335,21 @@ def test_what_we_do_not_have_is_refused(tmp_path, change, message):
         gsae_jax.load(saelens_with(tmp_path, change))
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", ".hidden", "", "a/b", "a\\b"])
-def test_a_name_is_one_that_a_folder_can_have(tmp_path, name):
+@pytest.mark.parametrize(
+    "change",
+    [{"name": name} for name in ("../elsewhere", ".hidden", " x", "", "a/b", "a\\b", "\x1b[2Ja", "a\nb", "a" * 121, "a|b")]
+    + [{name: -1} for name in ("l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")]
+    + [{name: 10**400} for name in ("l1_coefficient", "seed", "norm_limit")]
+    + [{"scale": 0}, {"l1_coefficient": 1e39}, {"seed": 2**31}],
+    ids=lambda change: json.dumps(change)[:30],
+)
+def test_a_record_has_a_name_for_folders_and_numbers_of_a_run(tmp_path, change):
     told = json.loads((saelens_with(tmp_path / "0") / "cfg.json").read_text())["metadata"]["gsae_jax"]
-    with pytest.raises(ConfigError, match=r"gsae_jax\.name is .*, which no folder can have"):
-        gsae_jax.load(saelens_with(tmp_path, {"metadata": {"gsae_jax": told | {"name": name}}}))
+    gsae_jax.load(saelens_with(tmp_path / "1", {"metadata": {"gsae_jax": told | {"name": "Ab_1 =+.-"}}}))
+    path = saelens_with(tmp_path, {"metadata": {"gsae_jax": told | change}})
+    with pytest.raises(ConfigError, match=rf"gsae_jax\.{next(iter(change))} is .*(; it has up to 120|, not from)") as caught:
+        gsae_jax.load(path)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
@@ -419,11 +458,11 @@ def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, messag
 
 
 def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
-    for name in ("layer_12", "width 16k"):
+    for name in ("layer_12", "width 16k", "(é) \x1b[1m_3"):
         make(gated).save(tmp_path / "saes" / name, "gemma_scope")
         (tmp_path / "saes" / name / "gsae_jax.json").unlink()
     saes = gsae_jax.load(tmp_path / "saes")
-    assert list(saes) == ["layer_12", "width 16k_0"]
+    assert list(saes) == ["_é_ __1m_3", "layer_12", "width 16k_0"]
     sae = saes["layer_12"]
     assert (sae.site, sae.seed, sae.norm_limit, sae.metadata) == ("", None, math.inf, {})
     assert math.isnan(sae.l1_coefficient)
