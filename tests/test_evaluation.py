@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -67,6 +68,13 @@ def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
     assert none["fvu"] > 0.99
     special = sum(int(np.isin(tokens, lm.special_tokens).sum()) for tokens in batches(lm))
     assert kept["tokens"] == batches(lm).size - special
+
+
+def test_an_sae_that_no_activation_is_for_is_refused(lm):
+    D = lm.sites[SITE]
+    sae = dataclasses.replace(as_sae("identity", relu, identity(D), relu.Config(D, 2 * D)), norm_limit=1e-9)
+    with pytest.raises(config_lib.ConfigError, match="identity: has no activation .* above its norm_limit, 1e-09, or"):
+        measure.measure(lm, [sae], batches(lm), lm.special_tokens)
 
 
 def test_every_metric_matches_float64(lm, lm_dir):

@@ -151,6 +151,15 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert contents(tmp_path / "a") == before
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
+    sae = dataclasses.replace(make(relu), architecture="tanh")
+    with pytest.raises(ConfigError, match="stack_2: is of architecture 'tanh', .*; export one of gated, relu, jumprelu"):
+        sae.save(tmp_path / "a" / "b", format)
+    assert not list(tmp_path.iterdir())
+    dataclasses.replace(sae, architecture="relu").save(tmp_path / "a" / "b", format)
+
+
 # What a file may lack or have too much of without being refused: it says nothing of the function.
 DESCRIPTIONS = {"hook_name", "model_name", "context_size", "prepend_bos", "dataset_path"}
 

@@ -57,8 +57,8 @@ OURS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), "record
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used, or without torch."""
     torch = _torch()
-    name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
     params = records.parameters(sae)
+    name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
     layer = re.match(r"blocks\.(\d+)\.", sae.site)
     config = {
         "trainer": {

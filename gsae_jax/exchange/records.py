@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "scale": (float, int, None),
     "norm_limit": (float, int, None),
 }
+ARCHITECTURES = ("gated", "relu", "jumprelu")  # that every format can hold
 # Of these the least and the most, as in a run.
 RANGES = {
     "l1_coefficient": (0, FLOAT32),
@@ -60,8 +61,11 @@ def parameters(sae: trained.SAE) -> dict[str, np.ndarray]:
     """The parameters on the host, float32, as every format has them.
 
     Raises:
-        ConfigError: a gated SAE whose encoder is not tied, which no format can hold.
+        ConfigError: an architecture of your own, or a gated SAE whose encoder is not tied: no format can hold them.
     """
+    if sae.architecture not in ARCHITECTURES:
+        message = f"is of architecture {sae.architecture!r}, which no format can hold"
+        raise ConfigError(sae.name, f"{message}; export one of {', '.join(ARCHITECTURES)}")
     params = {name: np.asarray(value, np.float32, order="C") for name, value in sae.params.items()}
     if sae.architecture == "gated":
         if not sae.config.tie_encoder:
