@@ -68,6 +68,8 @@ def contents(folder):
 @pytest.mark.parametrize("kind", SAES)
 def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_path, format, kind):
     sae, x = SAES[kind](), inputs()
+    if (format, kind) == ("dictionary_learning", "relu"):  # else its features are others there
+        sae = dataclasses.replace(sae, params=trained.with_unit_rows(kind, sae.params, ""))
     sae.save(tmp_path / "first", format)
     ((name, back),) = gsae_jax.load(tmp_path / "first").items()
     assert name == back.name == "stack_2"
@@ -243,6 +245,31 @@ def test_a_switch_that_is_flipped_is_refused_or_leaves_the_function(tmp_path, fo
             np.testing.assert_array_equal(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x), f)
     options = {field.name for field in dataclasses.fields(gated.Config)} - {"d_in", "width", "dtype"}
     assert flipped == {"prepend_bos"} | (options if sae.architecture == "gated" else set())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
+def test_rows_of_a_decoder_are_made_unit_as_dictionary_learning_does(tmp_path, kind):
+    """Of an AutoEncoder only; with float64 norms, in what it trained and in what we write for it."""
+    sae, x = SAES[kind](), inputs()
+    sae.save(tmp_path / "ours", "dictionary_learning")
+    norms = np.linalg.norm(np.asarray(sae.params["W_dec"], np.float64), axis=-1)
+    assert np.abs(norms - 1).max() > 0.1
+    if kind == "relu":
+        theirs = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "bias": "b_dec"}
+        written = load_tensors(tmp_path / "ours" / "ae.pt")
+        np.testing.assert_allclose(np.linalg.norm(written["decoder.weight"], axis=0), 1, rtol=1e-6)
+        raw = {name: np.asarray(sae.params[ours]) for name, ours in theirs.items()}
+        save_tensors(tmp_path / "raw.pt", {n: value.T if n.endswith("weight") else value for n, value in raw.items()})
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "raw.pt").rename(tmp_path / "theirs" / "ae.pt")
+        config = json.loads((tmp_path / "ours" / "config.json").read_text())
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps({"trainer": config["trainer"], "buffer": {}}))
+    for folder in (tmp_path / "ours", tmp_path / "theirs") if kind == "relu" else (tmp_path / "ours",):
+        (back,) = gsae_jax.load(folder).values()
+        f = np.asarray(sae.encode(x), np.float64) * (norms if kind == "relu" else 1)
+        np.testing.assert_allclose(back.encode(x), f, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(back(x), sae(x), rtol=1e-5, atol=1e-5)
 
 
 def save_tensors(file, tensors):
@@ -481,6 +508,19 @@ def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
     make(relu).save(tmp_path / "saes" / "x_2")
     with pytest.raises(ConfigError, match="x_2: has the second SAE called 'stack_2'; load them one by one"):
         gsae_jax.load(tmp_path / "saes")
+
+
+def test_what_is_no_sae_among_several_is_named(tmp_path, capsys):
+    for name, folder in (("a", "a"), ("b", "b"), ("c", ".export-x")):
+        dataclasses.replace(make(gated), name=name).save(tmp_path / folder)
+    (tmp_path / ".export-x" / "sae_weights.safetensors").unlink()  # an export that was killed
+    assert list(gsae_jax.load(tmp_path)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "b" / "cfg.json").unlink()
+    assert list(gsae_jax.load(tmp_path)) == ["a"]
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path} also has what is no SAE in a format that is known, and is left out: b\n"
+    )
 
 
 def header(shape, dtype="<f4"):
