@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
+from gsae_jax import config as config_lib
 from gsae_jax import export as export_lib
 from gsae_jax import runs
 from gsae_jax.config import ConfigError
@@ -528,6 +529,43 @@ def header(shape, dtype="<f4"):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("EleutherAI/pythia-14m", "; write --model EleutherAI/pythia-14m"),
+        ("pythia-14m", "; write --model with its directory or hub name"),
+        ("gelu-1l-stdlib", None),
+        (None, None),
+    ],
+)
+def test_an_sae_of_another_model_is_not_measured_on_the_embedded_one(tmp_path, name, wanted):
+    sae = dataclasses.replace(make(relu), site="blocks.0.hook_mlp_out", metadata={"model_name": name})
+    sae.save(tmp_path / "a")
+    with pytest.raises(ConfigError) as error:
+        evaluate_saes([str(tmp_path / "a")], str(tmp_path / "report"), tokens=128)
+    if wanted:
+        assert str(error.value) == (
+            f"--model: is missing, and stack_2 says that '{name}' was the language model of training{wanted}"
+        )
+    else:
+        assert "stack_2: reads activations of width 12, but" in str(error.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_what_metadata_calls_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = config_lib.Data("text", "some/texts", "text", "", "", "train", "test", "", 16, True)
+    for path, name in {
+        "": "gelu-1l-stdlib",
+        str(checkpoints.EMBEDDED): "gelu-1l-stdlib",
+        "EleutherAI/pythia-14m": "EleutherAI/pythia-14m",
+        "/models/small/": "small",
+        "~/small": "small",
+        ".": tmp_path.name,
+    }.items():
+        assert runs.names(config_lib.LM(path, "float32"), data) == {"model_name": name, "dataset_path": "texts"}
+
+
 @pytest.mark.parametrize("attack", ["huge", "compressed", "objects", "twice", "long", "negative"])
 def test_an_npz_file_cannot_ask_for_more_than_it_is(tmp_path, attack):
     make(gated).save(tmp_path / "a", "gemma_scope")
@@ -657,7 +695,7 @@ def test_jumprelu_is_for_evaluation(experiment):
         Stack.build("a", stack, D, "float32")
 
 
-def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path):
+def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir, tmp_path, capsys):
     stack = experiment.stacks["gated"]
     assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "run")
     evaluate(tmp_path / "run")
@@ -665,7 +703,9 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path
     assert export_lib.export(str(tmp_path / "run"), "gemma_scope", str(tmp_path / "one"), "gated_1") == ["gated_1"]
     (tmp_path / "one" / "gsae_jax.json").unlink()  # it says nothing of itself then
     tree = config_dict.to_dict() | {"stacks": {}}
+    capsys.readouterr()
     evaluate_saes([str(tmp_path / "out"), str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
+    assert "warning" not in capsys.readouterr().err
     folders = (tmp_path / "run" / "report", tmp_path / "report")
     there, here = ({r["name"]: r for r in json.loads((f / "report.json").read_text())["saes"]} for f in folders)
     assert list(here) == ["gated_0", "gated_1", "one_0"]
@@ -686,10 +726,19 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path
         return str(error.value)
 
     assert refused("one").endswith("one does not say; write one like blocks.0.hook_mlp_out")
+    capsys.readouterr()
     assert "has the second SAE called 'gated_0'" in refused("out", "out/gated_0")
     assert "--site: is 'blocks.1.hook_mlp_out', but gated_0 says" in refused(
         "out/gated_0", site="blocks.1.hook_mlp_out"
     )
-    assert "gated_0: reads activations of width 32, but" in refused("out/gated_0", model=str(checkpoints.EMBEDDED))
+    assert capsys.readouterr().err == ""
+    # Another model, which has another width here; and another text.
+    tree["data"]["path"] = ""
+    tree["data"]["corpus"] = "stdlib"
+    assert "gated_0: reads activations of width 32, but" in refused("out", model=str(checkpoints.EMBEDDED))
+    assert re.findall("warning: .*", capsys.readouterr().err) == [
+        "warning: gated_0 and 1 more say that 'small' was the language model of training; measured on 'gelu-1l-stdlib'",
+        f"warning: gated_0 and 1 more say that '{text_dir.name}' was the text of training; measured on 'stdlib'",
+    ]
     with pytest.raises(ConfigError, match=r"--out: .*report exists, and nothing is overwritten"):
         evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
