@@ -143,7 +143,9 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
             whose = f"{names[0]} and {len(names) - 1} more say" if len(names) > 1 else f"{names[0]} says"
             if field == "model_name" and not given:
                 how = f"write --model {other}" if "/" in other else "write --model with its directory or hub name"
-                raise ConfigError("--model", f"is missing, and {whose} that {other!r} was the language model of training; {how}")
+                raise ConfigError(
+                    "--model", f"is missing, and {whose} that {other!r} was the language model of training; {how}"
+                )
             what = {"model_name": "language model", "dataset_path": "text"}[field]
             processes.warn(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
 

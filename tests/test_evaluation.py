@@ -74,7 +74,7 @@ def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
 def test_an_sae_that_no_activation_is_for_is_refused(lm):
     D = lm.sites[SITE]
     sae = dataclasses.replace(as_sae("identity", relu, identity(D), relu.Config(D, 2 * D)), norm_limit=1e-9)
-    with pytest.raises(config_lib.ConfigError, match="identity: has no activation .* above its norm_limit, 1e-09, or"):
+    with pytest.raises(config_lib.ConfigError, match=r"identity: has no activation .* above its norm_limit, 1e-09, or"):
         measure.measure(lm, [sae], batches(lm), lm.special_tokens)
 
 
@@ -234,18 +234,18 @@ def test_saes_that_came_together_are_told_apart(tmp_path):
         (other, "layer"): ["layer_12"],
         (SITE, "trainer/gated/64"): ["trainer_0", "trainer_1"],
         (SITE, "trainer/gated/128"): ["trainer_4", "trainer_5"],
-        (SITE, "trainer/relu/64"): ["trainer_2", "trainer_3"],
+        (SITE, "trainer/relu"): ["trainer_2", "trainer_3"],
     }
     ratios = frontiers.ratios(records, sums)
     found = {(r["site"], r["stack"], r["variant"], r["width"], r["baseline"]) for r in ratios}
-    assert found == {(SITE, f"trainer/gated/{F}", "gated", F, "trainer/relu/64") for F in (64, 128)}
+    assert found == {(SITE, f"trainer/gated/{F}", "gated", F, "trainer/relu") for F in (64, 128)}
     assert {r["level"] for r in ratios} == set(frontiers.LEVELS)
     assert all(r["ratio"] == pytest.approx(32 / r["width"]) for r in ratios)  # half, and a quarter
     panels = {axis.get_title(): axis for axis in plots.frontier(records).axes}
     shown = {site: {text.get_text() for text in axis.get_legend().get_texts()} for site, axis in panels.items()}
     assert shown == {
         SITE: {f"trainer/gated/{F} (gated, {F} features)" for F in (64, 128)}
-        | {"trainer/relu/64 (relu, 64 features)", "layer (relu, 64 features)", "by gradient pursuit"},
+        | {"trainer/relu (relu, 64 features)", "layer (relu, 64 features)", "by gradient pursuit"},
         other: {"layer (gated, 64 features)", "by gradient pursuit"},
     }
     drawn = {
@@ -254,10 +254,10 @@ def test_saes_that_came_together_are_told_apart(tmp_path):
         if line.get_linestyle() == "-"
     }
     assert drawn["trainer/gated/64"] == [10, 30]
-    assert drawn["trainer/relu/64"] == [20, 60]
+    assert drawn["trainer/relu"] == [20, 60]
     report.write(tmp_path / "report", None, records, sums, [], {})
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "| trainer/gated/128 (gated, 128 features) | trainer/relu/64 | " in text
+    assert "| trainer/gated/128 (gated, 128 features) | trainer/relu | " in text
     assert "nan" not in text
 
 

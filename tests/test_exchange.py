@@ -157,7 +157,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
     sae = dataclasses.replace(make(relu), architecture="tanh")
-    with pytest.raises(ConfigError, match="stack_2: is of architecture 'tanh', .*; export one of gated, relu, jumprelu"):
+    with pytest.raises(ConfigError, match=r"architecture 'tanh', .*; export one of gated, relu, jumprelu"):
         sae.save(tmp_path / "a" / "b", format)
     assert not list(tmp_path.iterdir())
     dataclasses.replace(sae, architecture="relu").save(tmp_path / "a" / "b", format)
@@ -374,7 +374,10 @@ def test_what_we_do_not_have_is_refused(tmp_path, change, message):
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": name} for name in ("../elsewhere", ".hidden", " x", "", "a/b", "a\\b", "\x1b[2Ja", "a\nb", "a" * 121, "a|b")]
+    [
+        {"name": name}
+        for name in ("../elsewhere", ".hidden", " x", "", "a/b", "a\\b", "\x1b[2Ja", "a\nb", "a" * 121, "a|b")
+    ]
     + [{name: -1} for name in ("l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")]
     + [{name: 10**400} for name in ("l1_coefficient", "seed", "norm_limit")]
     + [{"scale": 0}, {"l1_coefficient": 1e39}, {"seed": 2**31}],
@@ -384,7 +387,7 @@ def test_a_record_has_a_name_for_folders_and_numbers_of_a_run(tmp_path, change):
     told = json.loads((saelens_with(tmp_path / "0") / "cfg.json").read_text())["metadata"]["gsae_jax"]
     gsae_jax.load(saelens_with(tmp_path / "1", {"metadata": {"gsae_jax": told | {"name": "Ab_1 =+.-"}}}))
     path = saelens_with(tmp_path, {"metadata": {"gsae_jax": told | change}})
-    with pytest.raises(ConfigError, match=rf"gsae_jax\.{next(iter(change))} is .*(; it has up to 120|, not from)") as caught:
+    with pytest.raises(ConfigError, match=rf"gsae_jax\.{next(iter(change))} is .*(; it has|, not from)") as caught:
         gsae_jax.load(path)
     assert len(str(caught.value)) < 400
 
@@ -520,7 +523,7 @@ def test_what_is_no_sae_among_several_is_named(tmp_path, capsys):
     (tmp_path / "b" / "cfg.json").unlink()
     assert list(gsae_jax.load(tmp_path)) == ["a"]
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path} also has what is no SAE in a format that is known, and is left out: b\n"
+        f"warning: {tmp_path} also has what is no SAE in a known format, and is left out: b\n"
     )
 
 

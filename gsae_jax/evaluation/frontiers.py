@@ -15,18 +15,19 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
     """Records of SAEs by (site, stack), by ascending L0.
 
     A stack's SAEs have one site, variant and width, and one name but for the number at its end. That is its name too;
-    where others at the site have it, its variant or width or both follow: SAEs that came together need not be of one
-    kind, as dictionary_learning's trainer_0 and trainer_1.
+    where others at the site have it, its variant follows, and its width where that is not enough: SAEs that came
+    together need not be of one kind, as dictionary_learning's trainer_0 and trainer_1.
     """
     groups = defaultdict(list)
     for record in sorted(records, key=lambda record: record["l0"]):
         stem = record["name"].rpartition("_")[0]
         groups[stem, record["site"], record["variant"], record["width"]].append(record)
     found = {}
-    for (stem, site, *kind), members in sorted(groups.items()):
-        others = [other for same, there, *other in groups if (same, there) == (stem, site)]
-        apart = [str(value) for value, values in zip(kind, zip(*others, strict=True), strict=True) if len({*values}) > 1]
-        found[site, "/".join([stem, *apart])] = members
+    for (stem, site, variant, width), members in sorted(groups.items()):
+        others = [(kind, size) for same, there, kind, size in groups if (same, there) == (stem, site)]
+        by_variant = f"/{variant}" if len({kind for kind, _ in others}) > 1 else ""
+        by_width = f"/{width}" if [kind for kind, _ in others].count(variant) > 1 else ""
+        found[site, f"{stem}{by_variant}{by_width}"] = members
     return found
 
 

@@ -127,7 +127,8 @@ def _against_l0(
 ) -> tuple[Figure, dict[str, Axes]]:
     """A line for the SAEs of a stack with one learning rate and seed; dashed for what gradient pursuit makes of one."""
     figure, panels = _panels(records)
-    colours, pursued = {}, defaultdict(list)
+    colours: dict[str, str] = {}
+    pursued = defaultdict(list)
     stacks = frontiers.stacks([record for record in records if not record["ito"]])
     for index, ((site, name), members) in enumerate(stacks.items()):
         axis, first, colour = panels[site], members[0], COLOURS[index % len(COLOURS)]

@@ -32,5 +32,5 @@ def read(path: Path) -> dict[str, trained.SAE]:
             raise ConfigError(str(folder), f"has the second SAE called {sae.name!r}; load them one by one")
         found[sae.name] = sae
     if found and others:
-        processes.warn(f"{path} also has what is no SAE in a format that is known, and is left out: {', '.join(others)}")
+        processes.warn(f"{path} also has what is no SAE in a known format, and is left out: {', '.join(others)}")
     return found
