@@ -75,7 +75,8 @@ def evaluate_saes(
         tokens: as in `evaluate`; so are `ito` and `published`.
 
     Raises:
-        ConfigError: SAEs that cannot be read or are not of this model, too little text, or an `out` that exists.
+        ConfigError: SAEs that cannot be read, are not of this model or name another one where none was given, too
+            little text, or an `out` that exists.
     """
     buckets.check("--out", out)
     if epath.Path(out).exists():
@@ -97,6 +98,7 @@ def evaluate_saes(
     settings = _as_trained(saes) if config is None else _of_experiment(config)
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
+    _check_told(saes, settings, given=bool(model) or config is not None)
     if settings.evaluation.rows_per_forward % mesh.size:
         raise ConfigError(
             "evaluation.rows_per_forward",
@@ -122,6 +124,30 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
         "drop_special_tokens": agreed("exclude_special_tokens", True),
     }
     return config_lib.from_dict(HeldOut, tree)
+
+
+def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool) -> None:
+    """Warns of SAEs that are not measured on the model and the text that their files name.
+
+    Raises:
+        ConfigError: a file names another model, and none was `given`.
+    """
+    for field, used in runs.names(settings.lm, settings.data).items():
+        told: dict[str, list[str]] = {}
+        for name, sae in saes.items():
+            # Libraries write the owner, or the directory's path, or leave it out.
+            other = (sae.metadata.get(field) or "").rstrip("/")
+            if other and other.rpartition("/")[2].lower() != used.rpartition("/")[2].lower():
+                told.setdefault(other, []).append(name)
+        for other, names in told.items():
+            whose = f"{names[0]} and {len(names) - 1} more say" if len(names) > 1 else f"{names[0]} says"
+            if field == "model_name" and not given:
+                how = f"write --model {other}" if "/" in other else "write --model with its directory or hub name"
+                raise ConfigError(
+                    "--model", f"is missing, and {whose} that {other!r} was the language model of training; {how}"
+                )
+            what = {"model_name": "language model", "dataset_path": "text"}[field]
+            processes.warn(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
 
 
 def _of_experiment(config: Mapping[str, Any]) -> HeldOut:

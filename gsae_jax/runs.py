@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def load(
     params = workdir.params(step, placed)
     return {
         sae.name: sae for name in config.stacks for sae in _members(name, config, built[name][1], params[name], facts)
+    }
+
+
+def names(lm: config_lib.LM, data: config_lib.Data) -> dict[str, str]:
+    """What an SAE's metadata calls its language model and its text: hub names in full, of directories the last part."""
+    folder = os.path.abspath(os.path.expanduser(lm.path)) if lm.path else str(checkpoints.EMBEDDED)
+    name = EMBEDDED if folder == str(checkpoints.EMBEDDED) else os.path.basename(folder)
+    return {
+        "model_name": lm.path if lm.revision else name,  # a run of a hub's model has its commit
+        "dataset_path": data.name or Path(data.path).name or data.corpus,
     }
 
 
@@ -188,12 +199,9 @@ def _members(
 ) -> list[trained.SAE]:
     stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
-    lm, data = config.lm.path or EMBEDDED, config.data
-    metadata = {
-        "model_name": lm if config.lm.revision else Path(lm).name,  # hub models have one
-        "context_size": data.context_length,
-        "dataset_path": data.name or Path(data.path).name or data.corpus,
-        "prepend_bos": data.prepend_bos,
+    metadata = names(config.lm, config.data) | {
+        "context_size": config.data.context_length,
+        "prepend_bos": config.data.prepend_bos,
         "exclude_special_tokens": config.activations.drop_special_tokens,
     }
     return [

@@ -96,6 +96,7 @@ def make(folder, x):
         "GatedAutoEncoder": gdm.GatedSAETrainer,
         "AutoEncoder": standard.StandardTrainer,
         "JumpReluAutoEncoder": jumprelu.JumpReluTrainer,
+        "AutoEncoder whose rows are not unit": standard.StandardTrainerAprilUpdate,
     }
     settings = dict(activation_dim=D, dict_size=96, layer=0, lm_name="small", lr=1e-2, device="cpu", steps=STEPS)
     settings |= dict(warmup_steps=5, sparsity_warmup_steps=10, submodule_name="resid_post_layer_0")

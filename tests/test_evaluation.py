@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import re
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.evaluation import frontiers, measure, metrics, report
+from gsae_jax.evaluation import frontiers, measure, metrics, plots, report
 from gsae_jax.saes import gated, relu, trained
 from tests import references
 from tests.test_lms import checkpoint
@@ -67,6 +69,13 @@ def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
     assert none["fvu"] > 0.99
     special = sum(int(np.isin(tokens, lm.special_tokens).sum()) for tokens in batches(lm))
     assert kept["tokens"] == batches(lm).size - special
+
+
+def test_an_sae_that_no_activation_is_for_is_refused(lm):
+    D = lm.sites[SITE]
+    sae = dataclasses.replace(as_sae("identity", relu, identity(D), relu.Config(D, 2 * D)), norm_limit=1e-9)
+    with pytest.raises(config_lib.ConfigError, match=r"identity: has no activation .* above its norm_limit, 1e-09, or"):
+        measure.measure(lm, [sae], batches(lm), lm.special_tokens)
 
 
 def test_every_metric_matches_float64(lm, lm_dir):
@@ -197,6 +206,59 @@ def test_l0_at_equal_loss_recovered():
     add("relu", 1e-2, 0, 0.1, (0.1, 0.2))
     assert frontiers.ratios(records, sums) == found
     assert np.isnan(frontiers.log_l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
+
+
+def test_saes_that_came_together_are_told_apart(tmp_path):
+    """dictionary_learning's trainer_0 to trainer_7, of three kinds; layer_3 and layer_12, of two sites."""
+    records, sums = [], {}
+
+    def add(name, variant, width, site, l0, recovered):
+        rows = np.full(50, 1.0)
+        ce = {"ce_clean": 0 * rows, "ce_zero": rows, "ce_mean": rows, "ce_sae": (1 - recovered) * rows}
+        sums[name] = dict.fromkeys(UNUSED, rows) | ce | {"tokens": rows, "l0": l0 * rows, "fired": np.ones(3)}
+        config = {"gated": gated, "relu": relu}[variant].Config(8, width)
+        sae = trained.SAE(name, variant, config, site, {}, norm_limit=math.inf)  # which says no more of itself
+        records.extend(report.rows("small", {name: sae}, {name: sums[name]}))
+
+    other = "blocks.1.hook_mlp_out"
+    for index in range(2):
+        add(f"trainer_{index}", "gated", 64, SITE, 10 + 20 * index, 0.7 + 0.25 * index)
+        add(f"trainer_{2 + index}", "relu", 64, SITE, 20 + 40 * index, 0.7 + 0.25 * index)
+        add(f"trainer_{4 + index}", "gated", 128, SITE, 5 + 10 * index, 0.7 + 0.25 * index)
+    add("layer_3", "relu", 64, SITE, 15, 0.6)
+    add("layer_12", "gated", 64, other, 25, 0.7)
+    records += [record | {"name": f"{record['name']}_ito_5", "ito": 5, "l0": 5.0} for record in records]
+    groups = frontiers.stacks([record for record in records if not record["ito"]])
+    assert {place: [record["name"] for record in members] for place, members in groups.items()} == {
+        (SITE, "layer"): ["layer_3"],
+        (other, "layer"): ["layer_12"],
+        (SITE, "trainer/gated/64"): ["trainer_0", "trainer_1"],
+        (SITE, "trainer/gated/128"): ["trainer_4", "trainer_5"],
+        (SITE, "trainer/relu"): ["trainer_2", "trainer_3"],
+    }
+    ratios = frontiers.ratios(records, sums)
+    found = {(r["site"], r["stack"], r["variant"], r["width"], r["baseline"]) for r in ratios}
+    assert found == {(SITE, f"trainer/gated/{F}", "gated", F, "trainer/relu") for F in (64, 128)}
+    assert {r["level"] for r in ratios} == set(frontiers.LEVELS)
+    assert all(r["ratio"] == pytest.approx(32 / r["width"]) for r in ratios)  # half, and a quarter
+    panels = {axis.get_title(): axis for axis in plots.frontier(records).axes}
+    shown = {site: {text.get_text() for text in axis.get_legend().get_texts()} for site, axis in panels.items()}
+    assert shown == {
+        SITE: {f"trainer/gated/{F} (gated, {F} features)" for F in (64, 128)}
+        | {"trainer/relu (relu, 64 features)", "layer (relu, 64 features)", "by gradient pursuit"},
+        other: {"layer (gated, 64 features)", "by gradient pursuit"},
+    }
+    drawn = {
+        line.get_label().partition(" ")[0]: list(line.get_xdata())
+        for line in panels[SITE].get_lines()
+        if line.get_linestyle() == "-"
+    }
+    assert drawn["trainer/gated/64"] == [10, 30]
+    assert drawn["trainer/relu"] == [20, 60]
+    report.write(tmp_path / "report", None, records, sums, [], {})
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| trainer/gated/128 (gated, 128 features) | trainer/relu | " in text
+    assert "nan" not in text
 
 
 def test_published_points(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
+from gsae_jax import config as config_lib
 from gsae_jax import export as export_lib
 from gsae_jax import runs
 from gsae_jax.config import ConfigError
@@ -68,6 +69,8 @@ def contents(folder):
 @pytest.mark.parametrize("kind", SAES)
 def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_path, format, kind):
     sae, x = SAES[kind](), inputs()
+    if (format, kind) == ("dictionary_learning", "relu"):  # else its features are others there
+        sae = dataclasses.replace(sae, params=trained.with_unit_rows(kind, sae.params, ""))
     sae.save(tmp_path / "first", format)
     ((name, back),) = gsae_jax.load(tmp_path / "first").items()
     assert name == back.name == "stack_2"
@@ -131,6 +134,8 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file/a: cannot be written"):
         sae.save(tmp_path / "file" / "a")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        sae.save(tmp_path / "new" / "parents" / ("a" * 300) / "b")
 
     def fails(*_):
         raise OSError("no space left")
@@ -139,12 +144,23 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         patch.setattr(safetensors.numpy, "save_file", fails)
         with pytest.raises(ConfigError, match=r"a: cannot be written \(no space left\)"):
             sae.save(tmp_path / "a")
+        with pytest.raises(ConfigError, match=r"a: cannot be written \(no space left\)"):
+            sae.save(tmp_path / "new" / "parents" / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     sae.save(tmp_path / "a")
     before = contents(tmp_path / "a")
     with pytest.raises(ConfigError, match="a: exists, and nothing is overwritten"):
         sae.save(tmp_path / "a", "gemma_scope")
     assert contents(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
+    sae = dataclasses.replace(make(relu), architecture="tanh")
+    with pytest.raises(ConfigError, match=r"architecture 'tanh', .*; export one of gated, relu, jumprelu"):
+        sae.save(tmp_path / "a" / "b", format)
+    assert not list(tmp_path.iterdir())
+    dataclasses.replace(sae, architecture="relu").save(tmp_path / "a" / "b", format)
 
 
 # What a file may lack or have too much of without being refused: it says nothing of the function.
@@ -168,6 +184,8 @@ def changed(tree, path, change):
         del inner[path[-1]]
     elif change == "renamed":
         inner[path[-1] + "_"] = inner.pop(path[-1])
+    elif change == "flipped":
+        inner[path[-1]] = not inner[path[-1]]
     else:
         inner[path[-1]] = ["of", "another", "type"] if change == "list" else None
     return tree
@@ -196,10 +214,63 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             assert re.match(rf"{re.escape(str(file))}: .*{path[-1]}", str(caught.value)), (path, change, caught.value)
             refused += 1
     assert refused > 30
-    for text in ("", "[]", "{" * 200_000, '{"a": NaN}', "\udcff"):
+    twice = json.dumps(whole)[:-1] + ', "metadata": {}, "metadata": {}}'
+    for text in ("", "[]", "{" * 200_000, '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "\udcff", twice):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ConfigError, match=r"\.json: (cannot be read as JSON|is not a JSON object)"):
             gsae_jax.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", SAES)
+@pytest.mark.parametrize("format", ["saelens", "gemma_scope", FORMATS[-1]])
+def test_a_switch_that_is_flipped_is_refused_or_leaves_the_function(tmp_path, format, kind):
+    sae, x = SAES[kind](), inputs()
+    if format == "gemma_scope":
+        sae = jumprelu.form(sae)
+    sae.save(tmp_path / "a", format)
+    (file,) = (tmp_path / "a").glob("*.json")
+    whole = json.loads(file.read_text())
+    f, flipped = np.asarray(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x)), set()
+    for path in leaves(whole):
+        inner = whole
+        for key in path:
+            inner = inner[key]
+        if not isinstance(inner, bool) or path == ("apply_b_dec_to_input",):  # which says what the biases are for
+            continue
+        flipped.add(path[-1])
+        file.write_text(json.dumps(changed(whole, path, "flipped")))
+        if path[-1] == "tie_encoder" or (path[-1] == "use_r_mag" and kind == "gated"):
+            with pytest.raises(ConfigError, match=path[-1]):
+                gsae_jax.load(tmp_path / "a")
+        else:
+            np.testing.assert_array_equal(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x), f)
+    options = {field.name for field in dataclasses.fields(gated.Config)} - {"d_in", "width", "dtype"}
+    assert flipped == {"prepend_bos"} | (options if sae.architecture == "gated" else set())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
+def test_rows_of_a_decoder_are_made_unit_as_dictionary_learning_does(tmp_path, kind):
+    """Of an AutoEncoder only; with float64 norms, in what it trained and in what we write for it."""
+    sae, x = SAES[kind](), inputs()
+    sae.save(tmp_path / "ours", "dictionary_learning")
+    norms = np.linalg.norm(np.asarray(sae.params["W_dec"], np.float64), axis=-1)
+    assert np.abs(norms - 1).max() > 0.1
+    if kind == "relu":
+        theirs = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "bias": "b_dec"}
+        written = load_tensors(tmp_path / "ours" / "ae.pt")
+        np.testing.assert_allclose(np.linalg.norm(written["decoder.weight"], axis=0), 1, rtol=1e-6)
+        raw = {name: np.asarray(sae.params[ours]) for name, ours in theirs.items()}
+        save_tensors(tmp_path / "raw.pt", {n: value.T if n.endswith("weight") else value for n, value in raw.items()})
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "raw.pt").rename(tmp_path / "theirs" / "ae.pt")
+        config = json.loads((tmp_path / "ours" / "config.json").read_text())
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps({"trainer": config["trainer"], "buffer": {}}))
+    for folder in (tmp_path / "ours", tmp_path / "theirs") if kind == "relu" else (tmp_path / "ours",):
+        (back,) = gsae_jax.load(folder).values()
+        f = np.asarray(sae.encode(x), np.float64) * (norms if kind == "relu" else 1)
+        np.testing.assert_allclose(back.encode(x), f, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(back(x), sae(x), rtol=1e-5, atol=1e-5)
 
 
 def save_tensors(file, tensors):
@@ -301,11 +372,24 @@ def test_what_we_do_not_have_is_refused(tmp_path, change, message):
         gsae_jax.load(saelens_with(tmp_path, change))
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", ".hidden", "", "a/b", "a\\b"])
-def test_a_name_is_one_that_a_folder_can_have(tmp_path, name):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": name}
+        for name in ("../elsewhere", ".hidden", " x", "", "a/b", "a\\b", "\x1b[2Ja", "a\nb", "a" * 121, "a|b")
+    ]
+    + [{name: -1} for name in ("l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")]
+    + [{name: 10**400} for name in ("l1_coefficient", "seed", "norm_limit")]
+    + [{"scale": 0}, {"l1_coefficient": 1e39}, {"seed": 2**31}],
+    ids=lambda change: json.dumps(change)[:30],
+)
+def test_a_record_has_a_name_for_folders_and_numbers_of_a_run(tmp_path, change):
     told = json.loads((saelens_with(tmp_path / "0") / "cfg.json").read_text())["metadata"]["gsae_jax"]
-    with pytest.raises(ConfigError, match=r"gsae_jax\.name is .*, which no folder can have"):
-        gsae_jax.load(saelens_with(tmp_path, {"metadata": {"gsae_jax": told | {"name": name}}}))
+    gsae_jax.load(saelens_with(tmp_path / "1", {"metadata": {"gsae_jax": told | {"name": "Ab_1 =+.-"}}}))
+    path = saelens_with(tmp_path, {"metadata": {"gsae_jax": told | change}})
+    with pytest.raises(ConfigError, match=rf"gsae_jax\.{next(iter(change))} is .*(; it has|, not from)") as caught:
+        gsae_jax.load(path)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
@@ -402,6 +486,8 @@ def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
         ({"something": 1}, "something is not known"),
         ({"use_decoder_bias": False}, "the tensor b_D is not of this architecture"),
         ({"expansion_factor": 2}, "the tensor W_E has shape"),
+        ({"expansion_factor": 1e308}, "d_model and expansion_factor are not both above 0"),
+        ({"d_model": 10**400}, "d_model and expansion_factor are not both above 0"),
         ({"sae_type": "crosscoder"}, 'sae_type is "crosscoder", not "sae"'),
     ],
 )
@@ -412,11 +498,11 @@ def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, messag
 
 
 def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
-    for name in ("layer_12", "width 16k"):
+    for name in ("layer_12", "width 16k", "(é) \x1b[1m_3"):
         make(gated).save(tmp_path / "saes" / name, "gemma_scope")
         (tmp_path / "saes" / name / "gsae_jax.json").unlink()
     saes = gsae_jax.load(tmp_path / "saes")
-    assert list(saes) == ["layer_12", "width 16k_0"]
+    assert list(saes) == ["_é_ __1m_3", "layer_12", "width 16k_0"]
     sae = saes["layer_12"]
     assert (sae.site, sae.seed, sae.norm_limit, sae.metadata) == ("", None, math.inf, {})
     assert math.isnan(sae.l1_coefficient)
@@ -428,9 +514,59 @@ def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
         gsae_jax.load(tmp_path / "saes")
 
 
+def test_what_is_no_sae_among_several_is_named(tmp_path, capsys):
+    for name, folder in (("a", "a"), ("b", "b"), ("c", ".export-x")):
+        dataclasses.replace(make(gated), name=name).save(tmp_path / folder)
+    (tmp_path / ".export-x" / "sae_weights.safetensors").unlink()  # an export that was killed
+    assert list(gsae_jax.load(tmp_path)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "b" / "cfg.json").unlink()
+    assert list(gsae_jax.load(tmp_path)) == ["a"]
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path} also has what is no SAE in a known format, and is left out: b\n"
+    )
+
+
 def header(shape, dtype="<f4"):
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("EleutherAI/pythia-14m", "; write --model EleutherAI/pythia-14m"),
+        ("pythia-14m", "; write --model with its directory or hub name"),
+        ("gelu-1l-stdlib", None),
+        (None, None),
+    ],
+)
+def test_an_sae_of_another_model_is_not_measured_on_the_embedded_one(tmp_path, name, wanted):
+    sae = dataclasses.replace(make(relu), site="blocks.0.hook_mlp_out", metadata={"model_name": name})
+    sae.save(tmp_path / "a")
+    with pytest.raises(ConfigError) as error:
+        evaluate_saes([str(tmp_path / "a")], str(tmp_path / "report"), tokens=128)
+    if wanted:
+        assert str(error.value) == (
+            f"--model: is missing, and stack_2 says that '{name}' was the language model of training{wanted}"
+        )
+    else:
+        assert "stack_2: reads activations of width 12, but" in str(error.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_what_metadata_calls_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = config_lib.Data("text", "some/texts", "text", "", "", "train", "test", "", 16, True)
+    for path, name in {
+        "": "gelu-1l-stdlib",
+        str(checkpoints.EMBEDDED): "gelu-1l-stdlib",
+        "EleutherAI/pythia-14m": "EleutherAI/pythia-14m",
+        "/models/small/": "small",
+        "~/small": "small",
+        ".": tmp_path.name,
+    }.items():
+        assert runs.names(config_lib.LM(path, "float32"), data) == {"model_name": name, "dataset_path": "texts"}
 
 
 @pytest.mark.parametrize("attack", ["huge", "compressed", "objects", "twice", "long", "negative"])
@@ -562,7 +698,7 @@ def test_jumprelu_is_for_evaluation(experiment):
         Stack.build("a", stack, D, "float32")
 
 
-def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path):
+def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir, tmp_path, capsys):
     stack = experiment.stacks["gated"]
     assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "run")
     evaluate(tmp_path / "run")
@@ -570,7 +706,9 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path
     assert export_lib.export(str(tmp_path / "run"), "gemma_scope", str(tmp_path / "one"), "gated_1") == ["gated_1"]
     (tmp_path / "one" / "gsae_jax.json").unlink()  # it says nothing of itself then
     tree = config_dict.to_dict() | {"stacks": {}}
+    capsys.readouterr()
     evaluate_saes([str(tmp_path / "out"), str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
+    assert "warning" not in capsys.readouterr().err
     folders = (tmp_path / "run" / "report", tmp_path / "report")
     there, here = ({r["name"]: r for r in json.loads((f / "report.json").read_text())["saes"]} for f in folders)
     assert list(here) == ["gated_0", "gated_1", "one_0"]
@@ -591,10 +729,19 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, tmp_path
         return str(error.value)
 
     assert refused("one").endswith("one does not say; write one like blocks.0.hook_mlp_out")
+    capsys.readouterr()
     assert "has the second SAE called 'gated_0'" in refused("out", "out/gated_0")
     assert "--site: is 'blocks.1.hook_mlp_out', but gated_0 says" in refused(
         "out/gated_0", site="blocks.1.hook_mlp_out"
     )
-    assert "gated_0: reads activations of width 32, but" in refused("out/gated_0", model=str(checkpoints.EMBEDDED))
+    assert capsys.readouterr().err == ""
+    # Another model, which has another width here; and another text.
+    tree["data"]["path"] = ""
+    tree["data"]["corpus"] = "stdlib"
+    assert "gated_0: reads activations of width 32, but" in refused("out", model=str(checkpoints.EMBEDDED))
+    assert re.findall("warning: .*", capsys.readouterr().err) == [
+        "warning: gated_0 and 1 more say that 'small' was the language model of training; measured on 'gelu-1l-stdlib'",
+        f"warning: gated_0 and 1 more say that '{text_dir.name}' was the text of training; measured on 'stdlib'",
+    ]
     with pytest.raises(ConfigError, match=r"--out: .*report exists, and nothing is overwritten"):
         evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)

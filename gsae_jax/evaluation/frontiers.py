@@ -11,6 +11,26 @@ from gsae_jax.evaluation import metrics
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # loss recovered at which frontiers are compared
 
 
+def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Records of SAEs by (site, stack), by ascending L0.
+
+    A stack's SAEs have one site, variant and width, and one name but for the number at its end. That is its name too;
+    where others at the site have it, its variant follows, and its width where that is not enough: SAEs that came
+    together need not be of one kind, as dictionary_learning's trainer_0 and trainer_1.
+    """
+    groups = defaultdict(list)
+    for record in sorted(records, key=lambda record: record["l0"]):
+        stem = record["name"].rpartition("_")[0]
+        groups[stem, record["site"], record["variant"], record["width"]].append(record)
+    found = {}
+    for (stem, site, variant, width), members in sorted(groups.items()):
+        others = [(kind, size) for same, there, kind, size in groups if (same, there) == (stem, site)]
+        by_variant = f"/{variant}" if len({kind for kind, _ in others}) > 1 else ""
+        by_width = f"/{width}" if [kind for kind, _ in others].count(variant) > 1 else ""
+        found[site, f"{stem}{by_variant}{by_width}"] = members
+    return found
+
+
 def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
     """Log L0 of a frontier where it recovers so much, interpolated; NaN where it does not pass the level."""
     order = np.argsort(recovered)
@@ -36,12 +56,10 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         lambda: defaultdict(lambda: defaultdict(list))
     )
     points, about = {}, {}
-    for record in records:
-        if not record["ito"]:
-            stack = record["name"].rpartition("_")[0]
-            about[stack] = {"stack": stack, "variant": record["variant"], "width": record["width"]}
-            by_rate = frontiers[record["site"], stack]
-            by_rate[record["learning_rate"]][record["seed"]].append(record["name"])
+    for (site, stack), members in stacks([record for record in records if not record["ito"]]).items():
+        about[site, stack] = {"stack": stack, "variant": members[0]["variant"], "width": members[0]["width"]}
+        for record in members:
+            frontiers[site, stack][record["learning_rate"]][record["seed"]].append(record["name"])
             rows = {name: value for name, value in sums[record["name"]].items() if name != "fired"}
             again = metrics.resampled(rows)
             points[record["name"]] = {
@@ -73,11 +91,11 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         return found, rate
 
     compared = []
-    baselines = [stack for stack, facts in about.items() if facts["variant"] == "relu"]
+    baselines = [place for place, facts in about.items() if facts["variant"] == "relu"]
     for (site, stack), by_rate in sorted(frontiers.items()):
-        pairs = [] if stack in baselines else [(other, level) for other in baselines for level in LEVELS]
-        for other, level in pairs:
-            (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, frontiers.get((site, other), {}))
+        here = [] if (site, stack) in baselines else [other for there, other in baselines if there == site]
+        for other, level in [(other, level) for other in here for level in LEVELS]:
+            (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, frontiers[site, other])
             if not math.isfinite(ours) or not math.isfinite(theirs):
                 continue
             sides = (list(by_rate[rate].values()), list(frontiers[site, other][their_rate].values()))
@@ -90,7 +108,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
                 {
                     "site": site,
                     "level": level,
-                    **about[stack],
+                    **about[site, stack],
                     "baseline": other,
                     "learning_rate": rate,
                     "baseline_learning_rate": their_rate,

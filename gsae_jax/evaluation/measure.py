@@ -61,6 +61,11 @@ def measure(
     for tokens in batches:
         site_sums.append(mesh_lib.fetch(_site_sums(lm.module, places, special_tokens, lm.params, placed(tokens))))
         progress()
+    for place, *parts in zip(places, *site_sums, strict=True):
+        if not sum(number for _, number in parts):
+            name = next(sae.name for sae in saes if (sae.site, sae.norm_limit) == place)
+            why = f"their norms are above its norm_limit, {place[1]:g}, or they are not finite or of special tokens"
+            raise ConfigError(name, f"has no activation to be measured on: {why}; write its own model and text")
     means = [
         np.asarray(
             sum(np.float64(s[i][0]) for s in site_sums) / sum(np.float64(s[i][1]) for s in site_sums), np.float32

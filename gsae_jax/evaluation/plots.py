@@ -10,6 +10,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from gsae_jax.evaluation import frontiers
+
 COLOURS = ("#d9730d", "#0b6e99", "#448361", "#9065b0", "#c14c8a", "#787774")
 MARKERS = "os^DvP*X"
 LEGEND = 12  # with more SAEs than this in a panel, the legend names stacks
@@ -51,12 +53,12 @@ def gates(records: list[dict[str, Any]], values: dict[str, dict[str, np.ndarray]
 
 def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: dict[str, np.ndarray]) -> None:
     """One outline per SAE in its site's panel; the outermost bins take the thousandth of values beyond them."""
-    stacks = _stacks(records)
+    stacks = frontiers.stacks(records)
     for site, axis in panels.items():
         mine = [record["name"] for record in records if record["site"] == site and record["name"] in values]
         low, high = np.quantile(np.concatenate([values[name] for name in mine]), (0.0005, 0.9995))
         bins = np.linspace(low, high + 1e-6, 41)
-        for index, (stack, members) in enumerate(stacks.items()):
+        for index, ((_, stack), members) in enumerate(stacks.items()):
             members = [record for record in members if record["name"] in mine]
             order = sorted((record["name"] for record in members), key=lambda name: (len(name), name))
             for number, record in enumerate(members):
@@ -108,14 +110,6 @@ def _panels(records: list[dict[str, Any]], rows: int = 1) -> Any:
     return figure, *(dict(zip(found, axes, strict=True)) for axes in grid)
 
 
-def _stacks(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records by stack (their names without the index), by ascending L0."""
-    stacks = defaultdict(list)
-    for record in sorted(records, key=lambda record: record["l0"]):
-        stacks[record["name"].rpartition("_")[0]].append(record)
-    return dict(sorted(stacks.items()))
-
-
 def _shade(index: int, count: int) -> float:
     """The opacity of one SAE of a stack."""
     return 0.35 + 0.65 * (index + 1) / count
@@ -133,28 +127,34 @@ def _against_l0(
 ) -> tuple[Figure, dict[str, Axes]]:
     """A line for the SAEs of a stack with one learning rate and seed; dashed for what gradient pursuit makes of one."""
     figure, panels = _panels(records)
-    by_encoder = _stacks([record for record in records if not record["ito"]])
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(by_encoder)}
-    for index, (name, members) in enumerate(by_encoder.items()):
-        axis, first = panels[members[0]["site"]], members[0]
+    colours: dict[str, str] = {}
+    pursued = defaultdict(list)
+    stacks = frontiers.stacks([record for record in records if not record["ito"]])
+    for index, ((site, name), members) in enumerate(stacks.items()):
+        axis, first, colour = panels[site], members[0], COLOURS[index % len(COLOURS)]
+        colours |= {record["name"]: colour for record in members}
         lines = defaultdict(list)
         for record in members:
             lines[record["learning_rate"], record["seed"]].append(record)
-        style: dict[str, Any] = dict(color=colours[name], marker=MARKERS[index % len(MARKERS)], markersize=5)
-        for number, ((rate, _), line) in enumerate(sorted(lines.items())):
+        style: dict[str, Any] = dict(color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5)
+        order = sorted(lines, key=lambda by: (by[0], -1 if by[1] is None else by[1]))
+        for number, (rate, seed) in enumerate(order):
             rates = {rate for rate, _ in lines}
             title = f"{name} ({first['variant']}, {first['width']:,} features" + f", rate {rate:g}" * (len(rates) > 1)
-            is_new = len(rates) > 1 and (number == 0 or sorted(lines)[number - 1][0] != rate)
+            is_new = len(rates) > 1 and (number == 0 or order[number - 1][0] != rate)
             axis.plot(
-                [record["l0"] for record in line],
-                [record[field] for record in line],
+                [record["l0"] for record in lines[rate, seed]],
+                [record[field] for record in lines[rate, seed]],
                 label=f"{title})" if number == 0 or is_new else None,
                 linewidth=1.5,
                 alpha=_shade(sorted(rates).index(rate), len(rates)),
                 **style,
             )
-    for name, members in _stacks([record for record in records if record["ito"]]).items():
-        style = dict(color=colours[name.removesuffix("_ito").rpartition("_")[0]], linestyle="--", linewidth=0.8)
+    for record in sorted(records, key=lambda record: record["l0"]):
+        if record["ito"]:
+            pursued[record["name"].rpartition("_ito_")[0]].append(record)
+    for name, members in pursued.items():
+        style = dict(color=colours[name], linestyle="--", linewidth=0.8)
         panels[members[0]["site"]].plot([r["l0"] for r in members], [r[field] for r in members], **style)
     series = sorted({(point["model"], point["architecture"]) for point in published})
     for marker, whose in zip("*x+1234" * len(series), series, strict=False):

@@ -262,8 +262,8 @@ def _ratio_table(ratios: list[dict[str, Any]]) -> tuple[list[str], list[list[str
         [
             r["site"],
             f"{r['level']:g}",
-            f"{r['stack']} ({r['variant']}, {r['width']:,} features, rate {r['learning_rate']:g})",
-            f"{r['baseline']} (rate {r['baseline_learning_rate']:g})",
+            _told(r["stack"], r["learning_rate"], r["variant"], f"{r['width']:,} features"),
+            _told(r["baseline"], r["baseline_learning_rate"]),
             f"{r['l0']:.1f}",
             f"{r['baseline_l0']:.1f}",
             f"{r['ratio']:.2f}",
@@ -272,6 +272,12 @@ def _ratio_table(ratios: list[dict[str, Any]]) -> tuple[list[str], list[list[str
         ]
         for r in ratios
     ]
+
+
+def _told(stack: str, learning_rate: float, *facts: str) -> str:
+    """`gated (gated, 64 features, rate 0.001)`; the rate only where it is known."""
+    facts += () if math.isnan(learning_rate) else (f"rate {learning_rate:g}",)
+    return f"{stack} ({', '.join(facts)})" if facts else stack
 
 
 def _in_markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -57,8 +57,9 @@ OURS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), "record
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used, or without torch."""
     torch = _torch()
-    name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
     params = records.parameters(sae)
+    name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
+    params = _as_loaded(name, params, sae.name)
     layer = re.match(r"blocks\.(\d+)\.", sae.site)
     config = {
         "trainer": {
@@ -120,7 +121,13 @@ def read(path: Path) -> trained.SAE:
     params = {name: tensors[theirs].T if _turned(theirs) else tensors[theirs] for name, theirs in names.items()}
     if trainer["dict_class"] == "AutoEncoderNew":
         params |= records.recentred(architecture, params)
+    params = _as_loaded(trainer["dict_class"], params, str(path / WEIGHTS))
     return records.build(path, architecture, params, site, told, metadata)
+
+
+def _as_loaded(dict_class: str, params: dict[str, Any], field: str) -> dict[str, Any]:
+    """As its `load_dictionary` makes them: rows of an AutoEncoder's decoder become unit, features take their norms."""
+    return trained.with_unit_rows("relu", params, field) if dict_class == "AutoEncoder" else params
 
 
 def _turned(name: str) -> bool:

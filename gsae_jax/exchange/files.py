@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from gsae_jax import config
 from gsae_jax.config import ConfigError
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -36,10 +37,11 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if re.match(r"\w\w+:/", os.fspath(path)):
         raise ConfigError(os.fspath(path), "is not a local path; write one, and copy what it holds")
     path = Path(path).absolute()
-    scratch = None
+    scratch, made = None, []
     try:
         if os.path.lexists(path):
             raise ConfigError(str(path), "exists, and nothing is overwritten; write the name of a new folder")
+        made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".export-"))
         scratch.chmod(0o755)
@@ -50,6 +52,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # where it holds the folder
+                parent.rmdir()
 
 
 def write_json(file: Path, tree: Mapping[str, Any]) -> None:
@@ -60,11 +65,10 @@ def write_json(file: Path, tree: Mapping[str, Any]) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; raises `ConfigError` where the file holds none."""
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        tree = json.loads(file.read_text("utf-8"), parse_constant=refuse)
+        tree = config.parse_json(file.read_text("utf-8"))
+        # What is not finite, or half a character, could not be written again.
+        json.dumps(tree, allow_nan=False, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(str(file), f"cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(tree, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gsae_jax.config import INT32
 from gsae_jax.exchange import files, records
 from gsae_jax.saes import trained
 
@@ -50,6 +51,8 @@ def read(path: Path) -> trained.SAE:
     faults += [f"{name} is not known" for name in sorted(set(config) - set(KINDS))]
     if not faults and config["hook_point_in"] != config["hook_point_out"]:
         faults.append("hook_point_in and hook_point_out differ: it is a transcoder")
+    if not faults and not all(0 < config[name] <= INT32 for name in ("d_model", "expansion_factor")):
+        faults.append(f"d_model and expansion_factor are not both above 0 and up to {INT32}")
     files.refuse(path / CONFIG, faults)
     architecture, site = config["act_fn"], config["hook_point_in"]
 

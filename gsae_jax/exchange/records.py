@@ -1,6 +1,7 @@
 """What an export says of an SAE besides its function, so that importing it gives the same SAE; and how one is built."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.config import ConfigError
+from gsae_jax.config import FLOAT32, INT32, ConfigError
 from gsae_jax.exchange import files
 from gsae_jax.saes import linalg, trained
 
@@ -25,6 +26,17 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "scale": (float, int, None),
     "norm_limit": (float, int, None),
 }
+ARCHITECTURES = ("gated", "relu", "jumprelu")  # that every format can hold
+# Of these the least and the most, as in a run.
+RANGES = {
+    "l1_coefficient": (0, FLOAT32),
+    "learning_rate": (0, FLOAT32),
+    "seed": (0, INT32),
+    "scale": (1e-30, FLOAT32),
+    "norm_limit": (0, FLOAT32),
+}
+# Of a folder, and of a line in a table or a figure.
+NAME = r"[\w=+-][\w .=+-]{0,119}"
 # SAELens' names, of what other formats have a place for too.
 METADATA: dict[str, tuple[Any, ...]] = {
     "model_name": (str, None, ...),
@@ -49,8 +61,11 @@ def parameters(sae: trained.SAE) -> dict[str, np.ndarray]:
     """The parameters on the host, float32, as every format has them.
 
     Raises:
-        ConfigError: a gated SAE whose encoder is not tied, which no format can hold.
+        ConfigError: an architecture of your own, or a gated SAE whose encoder is not tied: no format can hold them.
     """
+    if sae.architecture not in ARCHITECTURES:
+        message = f"is of architecture {sae.architecture!r}, which no format can hold"
+        raise ConfigError(sae.name, f"{message}; export one of {', '.join(ARCHITECTURES)}")
     params = {name: np.asarray(value, np.float32, order="C") for name, value in sae.params.items()}
     if sae.architecture == "gated":
         if not sae.config.tie_encoder:
@@ -86,8 +101,14 @@ def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> 
         return []
     faults = files.misfits(told, KINDS, where)
     if not faults:
-        if not re.fullmatch(r"[^./\\\0][^/\\\0]*", told["name"]):  # it becomes a folder's
-            faults.append(f"{where}name is {told['name']!r}, which no folder can have")
+        if not re.fullmatch(NAME, told["name"]):
+            known_as = "up to 120 letters, digits, spaces and _.=+-, not beginning with a dot or a space"
+            faults.append(f"{where}name is {told['name'][:60]!r}; it has {known_as}")
+        faults += [
+            f"{where}{name} is {json.dumps(told[name])[:60]}, not from {low:g} to {high:g}"
+            for name, (low, high) in RANGES.items()
+            if told[name] is not None and not low <= told[name] <= high
+        ]
         switches = _options(trained.module_of(architecture).Config)
         # No format holds an untied encoder.
         known: dict[str, tuple[Any, ...]] = {name: (True,) if name == "tie_encoder" else (bool,) for name in switches}
@@ -111,8 +132,11 @@ def build(
     # A name ends in a number, as in a stack.
     path = path.absolute()
     stem = path.name if path.is_dir() else path.parent.name if path.stem == "params" else path.stem
+    stem = re.sub(r"^[. ]|[^\w .=+-]", "_", stem)[:100]
     name = stem if re.search(r"._\d+$", stem) else f"{stem}_0"
     told = told or {"name": name, "options": {}, "dtype": "float32"}
+    if told["options"].get("use_r_mag") is False and np.any(params["r_mag"]):
+        files.refuse(path, ["its options say use_r_mag false, but the tensor r_mag is not zero"])
     width, d_in = params["W_dec"].shape
     numbers = {name: told.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
     limit = told.get("norm_limit")
