@@ -1,24 +1,36 @@
-"""The guides' code works, notebooks are committed as they ran; (marked) they run, and the site builds unwarned."""
+"""The documentation's code, commands and links work, notebooks are committed as they ran; (marked) they run, and the
+site builds unwarned."""
 
+import ast
+import collections
+import contextlib
 import importlib
+import importlib.util
+import io
 import json
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 import gsae_jax.saes
 from configs import base
+from gsae_jax import cli, train
 from gsae_jax import config as config_lib
-from gsae_jax import train
+from gsae_jax.config import ConfigError
+from gsae_jax.data import rows
+from gsae_jax.lms import loading
+from notebooks import run as notebooks_run
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDES]
 
 
 def blocks(guide):
@@ -51,13 +63,122 @@ def test_the_guides_experiment_builds(lm_dir):
     assert {stack.architecture for stack in experiment.stacks.values()} == {"gated", "relu"}
 
 
-def test_the_guides_name_commands_and_files_that_exist():
+def test_too_little_held_out_text_is_said_as_the_guide_has_it(experiment, capsys):
+    tokenizer = loading.load_lm().tokenizer
+    assert sum(batch.size for batch in rows.held_out(experiment, tokenizer, 2048)) == 2048
+    assert not capsys.readouterr().err
+    measured = sum(batch.size for batch in rows.held_out(experiment, tokenizer, 10**6))
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: evaluation.tokens: 1,000,000 are asked for, but")
+    assert f" {measured:,} " in warning
+
+
+def test_the_guides_name_files_that_exist():
     for guide in GUIDES:
-        text = guide.read_text("utf-8")
-        for module in re.findall(r"python -m gsae_jax\.(\w+)", text):
-            assert (ROOT / "gsae_jax" / f"{module}.py").exists(), (guide.name, module)
-        for path in re.findall(r"(?<![\w/])(?:configs|launch|tests|gsae_jax)/[\w/]+\.\w+", text):
+        for path in re.findall(r"(?<![\w/])(?:configs|launch|tests|gsae_jax)/[\w/]+\.\w+", guide.read_text("utf-8")):
             assert (ROOT / path).exists() or path in ("configs/mine.py", "gsae_jax/saes/tanh.py"), (guide.name, path)
+
+
+def text_of(path):
+    if path.suffix == ".md":
+        return path.read_text("utf-8")
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    return "\n\n".join(re.sub(r"^%%bash\n(.*)", r"```bash\n\1\n```", cell, flags=re.DOTALL) for cell in cells)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.stem)
+def test_links_lead_to_files_of_the_repository(path):
+    for target in re.findall(r"\]\(([^)\s#]+)", re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL)):
+        assert re.match(r"\w+:", target) or (path.parent / target).exists(), target
+
+
+def spans(path):
+    """Code in sentences."""
+    found = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL))
+    return [span.replace("\n", " ") for span in found]
+
+
+def check_command(module, arguments):
+    """Parse a command as gsae_jax.MODULE would, its config file included."""
+    source = (ROOT / "gsae_jax" / f"{module}.py").read_text("utf-8")
+    names = vars(importlib.import_module(f"gsae_jax.{module}")) | {"values": flags.FlagValues()}
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    several = [
+        node for node in ast.walk(ast.parse(Path(cli.__file__).read_text("utf-8"))) if isinstance(node, ast.Call)
+    ]
+    (run,) = (call for call in calls if ast.unparse(call.func) == "cli.run")
+    for call in calls + (several if any(keyword.arg == "several" for keyword in run.keywords) else []):
+        if re.fullmatch(r"flags\.DEFINE_(string|integer|bool|list|multi_string)", ast.unparse(call.func)):
+            call.keywords.append(ast.keyword("flag_values", ast.Name("values")))
+            eval(ast.unparse(call), names)
+    config = cli.define_config(names["values"], ["", *arguments]) if "cli.define_config(" in source else None
+    rest = cli.parse(["", *arguments], names["values"])[1:]
+    if len(rest) != len(run.args) - 1:
+        raise ConfigError("command line", f"arguments without a name: {rest}")
+    if config is not None and config.value is not None:
+        kind = config_lib.Pretrain if module == "pretrain" else config_lib.Experiment
+        config_lib.from_dict(kind, cli.given(config))
+
+
+def commands(path):
+    """Module and arguments of each command, and of a launcher or of arguments alone as they would be of a training."""
+    training = ["--config=configs/quickstart.py", "--workdir=runs/x"]
+    blocks = re.findall(r"```bash\n(.*?)```", text_of(path), re.DOTALL)
+    for line in "\n".join([*blocks, *spans(path)]).replace("\\\n", " ").splitlines():
+        for part in re.split(r"&&|;", line):
+            if match := re.search(r"python -m gsae_jax\.(\w+)(.*)", part):
+                arguments = shlex.split(match[2].replace("configs/mine.py", "configs/quickstart.py"), comments=True)
+                if arguments:  # without, it is a name
+                    yield match[1], arguments
+            elif re.match(r"\s*(bash|sbatch) launch/|--config\.\w", part):
+                yield "train", training + [word for word in shlex.split(part) if word.startswith("--config.")]
+
+
+DEPRECATED = "ignore:the load_module.* method is deprecated:DeprecationWarning"  # ml_collections uses it
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.stem)
+def test_commands_have_the_flags_and_fields_that_are_written(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for module, arguments in commands(path):
+        try:
+            check_command(module, arguments)
+        except ConfigError as error:
+            pytest.fail(f"gsae_jax.{module} {shlex.join(arguments)}: {error}")
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
+def test_commands_are_found_and_wrong_ones_noticed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in [*PAGES, *NOTEBOOKS]:
+        written = collections.Counter(re.findall(r"python -m gsae_jax\.(\w+) ", text_of(path)))
+        assert written <= collections.Counter(module for module, _ in commands(path)), path
+    run = ["--config=configs/quickstart.py", "--workdir=x"]
+    wrong = [("train", [*run, "--config.train.step=1"]), ("train", [*run, "--config.stacks.gate.width=8"])]
+    wrong += [("evaluate", ["--workdir=x", "--token=5"]), ("evaluate", ["--workdir=x", "--tokens=many"])]
+    wrong += [("export", ["--workdir=x", "--out=y"]), ("convert_lm", ["one"]), ("sites", ["DIR"])]
+    for module, arguments in wrong:
+        with pytest.raises(ConfigError):
+            check_command(module, arguments)
+
+
+def test_flags_that_stand_alone_are_of_some_command():
+    sources = [
+        *ROOT.glob("gsae_jax/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("docs/*.py"),
+        *ROOT.glob("launch/*.sh"),
+    ]
+    known = r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"|^--([\w-]+)\)'
+    names = {"config", "help"}.union(*(sum(re.findall(known, path.read_text("utf-8"), re.M), ()) for path in sources))
+    for path in [*PAGES, *NOTEBOOKS]:
+        for span in spans(path):
+            if span.startswith("--"):
+                assert {flag.partition(".")[0] for flag in re.findall(r"(?:^| )--([\w.-]+)", span)} <= names, (
+                    path,
+                    span,
+                )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -65,6 +186,7 @@ def test_notebooks_are_as_they_ran_from_top_to_bottom(path):
     assert path.stat().st_size < 400_000
     notebook = json.loads(path.read_text("utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["metadata"]["gsae_jax"]["code"] == notebooks_run.code_hash(notebook), "python notebooks/run.py"
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
@@ -72,20 +194,61 @@ def test_notebooks_are_as_they_ran_from_top_to_bottom(path):
     assert f"/blob/main/notebooks/{path.name})" in "".join(notebook["cells"][0]["source"])  # the badge
 
 
+def test_the_planners_words_in_the_notebook_are_todays(monkeypatch):
+    if importlib.util.find_spec("libtpu"):
+        pytest.skip("with libtpu the planner compiles, and says other words")
+    cells = json.loads((ROOT / "notebooks" / "tpu_pod.ipynb").read_text("utf-8"))["cells"]
+    (cell,) = (cell for cell in cells if "planning.describe(planning.plan(" in "".join(cell["source"]))
+    monkeypatch.chdir(ROOT)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec("".join(cell["source"]), {})
+    assert said.getvalue() == "".join(cell["outputs"][0]["text"])
+
+
+def test_notebooks_find_the_repository(tmp_path):
+    """Their first cell: from notebooks/, again, from elsewhere, and in Colab where the address cannot be cloned."""
+    first = {"".join(json.loads(path.read_text("utf-8"))["cells"][1]["source"]) for path in NOTEBOOKS}
+    (cell,) = first
+    trial = """
+import os, sys, types
+cell, folders, colab = sys.argv[1], sys.argv[2].split(","), sys.argv[3]
+if colab:
+    sys.modules["google.colab"] = types.ModuleType("google.colab")
+for folder in folders:
+    os.chdir(folder)
+    try:
+        exec(cell)
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+    print(os.getcwd())
+"""
+    no_network = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": "https://github.com/"}
+    no_network |= {"GIT_CONFIG_KEY_0": f"url.{tmp_path}/nowhere/.insteadOf"}
+
+    def said(*folders, colab=""):
+        command = [sys.executable, "-c", trial, cell, ",".join(map(str, folders)), colab]
+        done = subprocess.run(command, env=os.environ | no_network, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    assert said(ROOT / "notebooks", ".", "gsae_jax/..") == [str(ROOT)] * 3
+    lost = ["this notebook works in a clone of the repository; open it there", str(tmp_path)]
+    assert said(tmp_path) == lost
+    account = re.search(r"https://github\.com/[\w-]+/gsae_jax", cell)[0]
+    assert said(tmp_path, ".", colab="yes") == [f"{account} was not installed; is this its address?", str(tmp_path)] * 2
+    assert said(ROOT, ".", colab="yes") == [str(ROOT)] * 2
+
+
 @pytest.mark.notebooks
 def test_notebooks_run(tmp_path):
-    """In a copy, one after another: they share a run."""
-    import nbclient
-    import nbformat
-
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", "build", ".venv", "*_cache"))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    for name in ["quickstart", *sorted({path.stem for path in NOTEBOOKS} - {"quickstart"})]:
-        path = tmp_path / "copy" / "notebooks" / f"{name}.ipynb"
-        client = nbclient.NotebookClient(
-            nbformat.read(path, 4), timeout=600, resources={"metadata": {"path": str(path.parent)}}
-        )
-        client.execute(env=environment | {"PYTHONPATH": str(tmp_path / "copy")})
+    """As they are committed, by the command that made them so: they show the same kinds of things."""
+    for name, notebook in notebooks_run.executed(notebooks_run.NAMES, tmp_path / "copy"):
+        committed = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text("utf-8"))
+        for cell, before in zip(notebook["cells"], committed["cells"], strict=True):
+            shown, shown_before = (
+                [(output["output_type"], sorted(output.get("data", {}))) for output in part.get("outputs", [])]
+                for part in (cell, before)
+            )
+            assert shown == shown_before, (name, before["source"])
     assert (tmp_path / "copy" / "runs" / "notebooks" / "report" / "report.json").exists()
 
 
@@ -95,6 +258,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     pages = {path.parent.name for path in (tmp_path / "site").glob("*/*/index.html")}
     assert {path.stem for path in [*GUIDES, *NOTEBOOKS]} <= pages
-    for page in (tmp_path / "site").rglob("*.html"):  # every picture of the site is there
-        for source in re.findall(r'<img[^>]* src="([^"]+)"', page.read_text("utf-8")):
-            assert source.startswith(("http", "data:")) or (page.parent / source).exists(), (page, source)
+    for page in (tmp_path / "site").rglob("index.html"):  # every page and picture it links to is there
+        for target in re.findall(r'<(?:img|a)\b[^>]* (?:src|href)="([^"#]+)', page.read_text("utf-8")):
+            assert re.match(r"\w+:", target) or (page.parent / target).exists(), (page, target)

@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from gsae_jax import buckets, plugins
+from gsae_jax import buckets, plugins, processes
 from gsae_jax import config as config_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError, TrainingError
@@ -202,7 +202,7 @@ def in_order(rows: TokenRows, rows_per_batch: int) -> Iterator[np.ndarray]:
 
 
 def held_out(config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
-    """Batches of held-out rows of about so many tokens, one batch at the least.
+    """Batches of held-out rows of about so many tokens, one batch at the least; warns where there are fewer.
 
     Raises:
         ConfigError: what `open_rows` refuses, or less text than one batch.
@@ -214,6 +214,12 @@ def held_out(config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any,
         raise ConfigError(
             "evaluation.rows_per_forward",
             f"is {per_batch}, but the held-out text has {len(rows)} rows; lower it, or add text",
+        )
+    if len(rows) < wanted:
+        measured = len(rows) // per_batch * per_batch * T
+        processes.warn(
+            f"evaluation.tokens: {tokens:,} are asked for, but the held-out text has {measured:,} in whole batches; "
+            "add text for more"
         )
     return itertools.islice(in_order(rows, per_batch), wanted // per_batch)
 
