@@ -558,15 +558,17 @@ def test_an_sae_of_another_model_is_not_measured_on_the_embedded_one(tmp_path, n
 def test_what_metadata_calls_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = config_lib.Data("text", "some/texts", "text", "", "", "train", "test", "", 16, True)
-    for path, name in {
-        "": "gelu-1l-stdlib",
-        str(checkpoints.EMBEDDED): "gelu-1l-stdlib",
-        "EleutherAI/pythia-14m": "EleutherAI/pythia-14m",
-        "/models/small/": "small",
-        "~/small": "small",
-        ".": tmp_path.name,
-    }.items():
-        assert runs.names(config_lib.LM(path, "float32"), data) == {"model_name": name, "dataset_path": "texts"}
+    for path, revision, name in (
+        ("", "", "gelu-1l-stdlib"),
+        (str(checkpoints.EMBEDDED), "", "gelu-1l-stdlib"),
+        ("EleutherAI/pythia-14m", "f" * 40, "EleutherAI/pythia-14m"),
+        ("/models/small/", "", "small"),
+        ("models/small", "", "small"),
+        ("~/small", "", "small"),
+        (".", "", tmp_path.name),
+    ):
+        lm = config_lib.LM(path, "float32", revision)
+        assert runs.names(lm, data) == {"model_name": name, "dataset_path": "texts"}
 
 
 @pytest.mark.parametrize("attack", ["huge", "compressed", "objects", "twice", "long", "negative"])
