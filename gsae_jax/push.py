@@ -6,73 +6,13 @@ A new repository is private, unless --public; into one that exists nothing goes 
 push put there makes room for this one's; the repository's history keeps it. `hf auth login` comes first.
 """
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 from absl import flags
-from huggingface_hub import errors
 
-from gsae_jax import cards, cli, plugins
-from gsae_jax.buckets import line
-from gsae_jax.config import ConfigError
-
-
-def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> str:
-    """Upload; returns the address.
-
-    Raises:
-        ConfigError: what `cards.write` refuses, or the hub does; or `repo` is there, and public or private otherwise.
-    """
-    check(repo)
-    with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
-        folder = Path(scratch) / "repo"
-        cards.write(workdir, repo, formats, folder)
-        with _asking(repo):
-            private = _private(repo)
-        if private is not None and private == public:
-            there, say = ("private", "leave --public out") if private else ("public", "add --public")
-            raise ConfigError("--repo", f"{repo} exists and is {there}; {say}, or write another name")
-        ours = [f"{name}/*" for name in ("report", *plugins.known("exchange", having="write"))]
-        with _asking(repo):
-            if private is None:
-                huggingface_hub.create_repo(repo, private=not public)
-            huggingface_hub.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message="SAEs of gsae_jax", delete_patterns=ours
-            )
-    return f"{huggingface_hub.constants.ENDPOINT}/{repo}"
-
-
-def _private(repo: str) -> bool | None:
-    """None where there is no such repository, or none that the token may see."""
-    try:
-        return bool(huggingface_hub.repo_info(repo).private)
-    except errors.RepositoryNotFoundError:
-        return None
-
-
-@contextlib.contextmanager
-def _asking(repo: str) -> Iterator[None]:
-    """One sentence for what fails; the hub, its transfers and the network have errors of many kinds."""
-    try:
-        yield
-    except Exception as error:
-        why = f"{repo} cannot be written ({line(error)})"
-        raise ConfigError(
-            "--repo", f"{why}; run `hf auth login` with a token that may write there, or try again"
-        ) from error
-
-
-def check(repo: str) -> None:
-    """Raises `ConfigError` for what cannot be a repository's name."""
-    try:
-        huggingface_hub.utils.validate_repo_id(repo)
-        if repo.count("/") != 1:
-            raise errors.HFValidationError("it has no user or organisation")
-    except errors.HFValidationError as error:
-        raise ConfigError("--repo", f"is {repo!r} ({error}); write user/name") from error
+from gsae_jax import cards, cli
+from gsae_jax.hub import check, push
 
 
 def main() -> None:

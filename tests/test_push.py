@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import cards, push, reports
+from gsae_jax import cards, reports
 from gsae_jax.config import ConfigError
+from gsae_jax.hub import push
 from gsae_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def test_the_folder_has_every_sae_the_report_and_a_card_that_loads_them(run, tmp
 def test_what_cannot_be_published_is_refused_before_anything_is_sent(run, arguments, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.create_repo", lambda *args, **kwargs: pytest.fail("the hub was asked"))
     with pytest.raises(ConfigError) as refused:
-        push.push(*(str(run) if argument == "RUN" else argument for argument in arguments))
+        push(*(str(run) if argument == "RUN" else argument for argument in arguments))
     assert str(refused.value).startswith(message)
 
 
