@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
         dict(
             rows_per_forward=32,  # rows of tokens in one forward pass of the language model
             buffer_size=2**20,  # activations in the exchange buffer (all devices together)
-            scale_tokens=2**16,  # tokens that measure each site's scale (and median norm) before training
+            center=True,  # subtract each site's mean from the SAEs' inputs; False: the paper's units
+            scale_tokens=2**16,  # tokens that measure each site's mean, scale and median norm before training
             drop_special_tokens=True,  # keep BOS, EOS, padding and other special tokens from the SAEs
             max_norm_multiple=0.0,  # drop tokens whose norm exceeds this multiple of the site's median; 0 = keep
         )

@@ -36,6 +36,7 @@ def stack(architecture, site, width, seeds=SEEDS, **options):
 def get_config(which="blocks.0.hook_mlp_out"):
     site, _, run = which.partition(",")
     config = quickstart.get_config()
+    config.activations.center = False  # the paper's units; the l1 coefficients above are for these
     config.stacks = {}
     if run:
         rescaled = stack("gated", site, 1536, only_magnitude=True, start_from=f"{run}:baseline")

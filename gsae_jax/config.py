@@ -80,6 +80,7 @@ class Activations:
     scale_tokens: int
     drop_special_tokens: bool
     max_norm_multiple: float
+    center: bool = False  # as runs of earlier versions, which have none
 
     def __post_init__(self) -> None:
         _at_least("activations.rows_per_forward", self.rows_per_forward, 1)

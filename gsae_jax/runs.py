@@ -188,6 +188,11 @@ def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dic
             if not fits:
                 raise ValueError(f"scales, limits or l1 coefficients of {name} are not as they were written")
             facts["scales"][stack.site] = float(facts["scales"][stack.site])
+        facts.setdefault("means", {})  # checkpoints of earlier versions have none
+        for site in config.sites if config.activations.center else ():
+            mean_D = np.asarray(facts["means"][site], np.float64)
+            if mean_D.shape != (facts["widths"][site],) or not (np.abs(mean_D) <= config_lib.FLOAT32).all():
+                raise ValueError(f"the mean of {site} is not as it was written")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config"
         raise ConfigError("--workdir", f"{why} ({type(error).__name__}: {error}); put its own back") from error
@@ -198,6 +203,7 @@ def _members(
     name: str, config: Experiment, sae: Any, params: dict[str, jax.Array], facts: dict[str, Any]
 ) -> list[trained.SAE]:
     stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
+    mean_D = np.asarray(facts["means"].get(stack.site, 0.0), np.float32)
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
     metadata = names(config.lm, config.data) | {
         "context_size": config.data.context_length,
@@ -210,7 +216,7 @@ def _members(
             architecture=stack.architecture,
             config=sae,
             site=stack.site,
-            params=trained.fold_scale({key: value[index] for key, value in params.items()}, scale),
+            params=trained.fold({key: value[index] for key, value in params.items()}, scale, mean_D),
             l1_coefficient=l1_coefficients[index],
             learning_rate=learning_rate,
             seed=seed,

@@ -39,7 +39,8 @@ def test_what_a_dead_feature_becomes(experiment):
     for stack in program.stacks:
         old, new = before.stacks[stack.name], after.stacks[stack.name]
         site, axes = stack.config.site, stack.architecture.FEATURE_AXES
-        store = before.store[site].reshape(-1, before.store[site].shape[-1]) * before.scales[site]
+        store = before.store[site].reshape(-1, before.store[site].shape[-1])
+        store = (store - before.means[site]) * before.scales[site]
         for index in range(len(stack.config)):
             dead = old.steps_since_fired[index] >= 1000
             assert counts[stack.name][index] == dead.sum()
@@ -72,7 +73,8 @@ def test_inputs_are_drawn_by_the_square_of_their_error(experiment):
     program, state, _, _ = begin(experiment, single_device_mesh())
     stack, only = program.stacks[0], state.stacks["baseline"]
     only.steps_since_fired = only.steps_since_fired.at[:, 0].set(10_000)
-    x = np.asarray(state.store[stack.config.site].reshape(-1, 64) * state.scales[stack.config.site])
+    site = stack.config.site
+    x = (np.asarray(state.store[site]).reshape(-1, 64) - np.asarray(state.means[site])) * float(state.scales[site])
     params = {name: value[0] for name, value in only.params.items()}
     x_hat = stack.architecture.decode(params, stack.architecture.encode(params, jnp.asarray(x), stack.sae))
     errors, unit = np.square(x - x_hat).sum(1), x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -126,26 +126,39 @@ def test_init_is_a_tied_random_dictionary(module):
 
 
 @pytest.mark.parametrize("module", [gated, relu])
-def test_folding_the_scale_is_the_same_sae_in_other_units(module):
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_folding_mean_and_scale_is_the_same_sae_in_other_units(module, mean):
     config = module.Config(D, F)
-    params, x, scale = away_from_init(module, config), inputs(), 7.3
+    params, x, scale = away_from_init(module, config), np.asarray(inputs()), 7.3
+    mean_D = mean * np.arange(1, D + 1, dtype=np.float32)
+    folded = trained.fold(params, scale, mean_D)
     sae = trained.SAE(
         name="a",
         architecture=module.__name__.rpartition(".")[2],
         config=config,
         site="blocks.0.hook_mlp_out",
-        params=trained.fold_scale(params, scale),
-        l1_coefficient=0.1,
-        learning_rate=1.0,
-        seed=0,
+        params=folded,
         scale=scale,
     )
-    f = module.encode(params, scale * x, config)
-    shaped = x.reshape(4, -1, D)
-    np.testing.assert_allclose(sae.encode(shaped).reshape(B, F), f / scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(sae(shaped).reshape(B, D), module.decode(params, f) / scale, rtol=1e-4, atol=1e-5)
+    f = module.encode(params, scale * (x - mean_D), config)
+    assert 0.05 < (f > 0).mean() < 0.95
+    x_hat = np.asarray(module.decode(params, f)) / scale + mean_D
+    shaped, tolerance = x.reshape(4, -1, D), 1e-5 + 1e-5 * mean
+    np.testing.assert_allclose(sae.encode(shaped).reshape(B, F), f / scale, rtol=1e-4, atol=tolerance)
+    np.testing.assert_allclose(sae(shaped).reshape(B, D), x_hat, rtol=1e-4, atol=tolerance)
+    for name, value in trained.unfold(folded, scale, mean_D).items():
+        np.testing.assert_allclose(value, params[name], rtol=1e-5, atol=tolerance, err_msg=name)
     with pytest.raises(ValueError, match=r"x: has shape \[64, 13\]; the last axis of this SAE's x is 12"):
         sae.encode(jnp.zeros((B, D + 1)))
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+def test_bfloat16_products_keep_their_digits_beside_a_large_mean(module):
+    config, mean_D = module.Config(D, F, dtype="bfloat16"), np.full(D, 100, np.float32)
+    params, x = away_from_init(module, config), np.asarray(inputs())
+    f = module.encode(params, x, config)
+    shifted = module.encode(trained.fold(params, 1.0, mean_D), x + mean_D, config)
+    np.testing.assert_allclose(shifted, f, rtol=0.05, atol=0.05)
 
 
 def test_unknown_architectures_and_options_are_named():

@@ -6,11 +6,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
-from gsae_jax.training import exchanges
+from gsae_jax.training import exchanges, scaling
 from gsae_jax.training.step import Program
 
 
@@ -23,8 +24,8 @@ def program_on(experiment, data, latent, width=1024):
 
 
 def first_state(program):
-    ones = dict.fromkeys(program.config.sites, 1.0)
-    return program.init(ones, ones)
+    sites = {site: scaling.Site(1.0, 1.0, np.zeros(D, np.float32)) for site, D in program.widths.items()}
+    return program.init(sites)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (2, 4), (1, 8)])

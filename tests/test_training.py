@@ -21,7 +21,7 @@ from gsae_jax.evaluate import evaluate
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.loading import capture
 from gsae_jax.saes import gated
-from gsae_jax.training import loop
+from gsae_jax.training import loop, scaling
 from tests import references
 
 
@@ -120,7 +120,9 @@ def replay(program, state, lm_params, tokens):
         for update in range(updates):
             for site, values in store.items():
                 incoming = np.roll(np.asarray(fresh[site]), shift, axis=1).reshape(batch, updates, -1)[:, update]
-                served[site].append(values[np.arange(batch), picks[update]] * float(state.scales[site]))
+                served[site].append(
+                    (values[np.arange(batch), picks[update]] - state.means[site]) * float(state.scales[site])
+                )
                 for stratum in range(batch):
                     if valid[stratum, update]:
                         values[stratum, picks[update, stratum]] = incoming[stratum]
@@ -132,8 +134,9 @@ def test_the_store_starts_full_of_valid_scaled_activations(experiment):
     for site, width in program.widths.items():
         x = np.asarray(state.store[site])
         assert np.abs(x).sum(-1).min() > 0  # no slot is empty
-        squared = np.square(x * float(state.scales[site])).sum(-1).mean()
-        assert squared == pytest.approx(width, rel=0.1)
+        inputs = (x - np.asarray(state.means[site])) * float(state.scales[site])
+        assert np.square(inputs).sum(-1).mean() == pytest.approx(width, rel=0.1)
+        assert np.abs(inputs.mean((0, 1))).max() < 0.3 < np.abs(x * float(state.scales[site])).mean((0, 1)).max()
     tokens = next(begin(experiment)[3])
     bos = capture(program.module, lm_params, jnp.array(tokens), ["blocks.0.hook_mlp_out"])["blocks.0.hook_mlp_out"][
         0, 0
@@ -175,9 +178,9 @@ def step_flops(experiment):
     checkpoint = Checkpoint.open(experiment.lm.path)
     program, _ = loop.build(experiment, single_device_mesh(), checkpoint)
     lm_params = checkpoint.params(program.module, "float32")
-    ones = dict.fromkeys(experiment.sites, 1.0)
+    sites = {site: scaling.Site(1.0, 1.0, np.zeros(D, np.float32)) for site, D in program.widths.items()}
     tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
-    return program.train_step.lower(program.init(ones, ones), lm_params, tokens).compile().cost_analysis()["flops"]
+    return program.train_step.lower(program.init(sites), lm_params, tokens).compile().cost_analysis()["flops"]
 
 
 def test_one_forward_pass_serves_every_stack(experiment):

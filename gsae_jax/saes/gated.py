@@ -8,6 +8,8 @@ With c = x - b_dec:
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from gsae_jax.saes import linalg
 
 # Which axis of each parameter runs over features: what can be sharded, and resampled.
 FEATURE_AXES = {"W_gate": 1, "W_mag": 1, "b_gate": 0, "r_mag": 0, "b_mag": 0, "W_dec": 0, "b_dec": None}
+CENTRED = True  # inputs enter as x - b_dec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +71,15 @@ def from_jumprelu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag), each [B, F]; one product with x when the encoder is tied."""
+    # Centred in float32, before the product: a large mean would take all the digits of bfloat16.
+    c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
+    return _pre_activations(params, lambda W: linalg.matmul(c_BxD, W, config.dtype), config)
 
-    def encode_with(W: jax.Array) -> jax.Array:
-        # The centring is a bias, -b_dec @ W: a batch shared by many SAEs then meets all their encoders in one product.
-        return linalg.matmul(x_BxD, W, config.dtype) - linalg.matmul(params["b_dec"], W, config.dtype)[None]
 
+def _pre_activations(
+    params: dict[str, jax.Array], encode_with: Callable[[jax.Array], jax.Array], config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """`encode_with` gives c @ W."""
     gate = encode_with(params["W_gate"])
     if not config.tie_encoder:
         magnitude = encode_with(params["W_mag"])
@@ -113,7 +120,9 @@ def loss(
     if config.only_magnitude:
         trained = ("r_mag", "b_mag")
         params = {name: value if name in trained else jax.lax.stop_gradient(value) for name, value in params.items()}
-    pi_gate, pi_mag = pre_activations(params, x_BxD, config)
+    pi_gate, pi_mag = _pre_activations(
+        params, partial(linalg.centred_product, x_BxD, params["b_dec"], dtype=config.dtype), config
+    )
     gate = jax.nn.relu(pi_gate)
     f = jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0)
     frozen = jax.lax.stop_gradient if config.freeze_aux_decoder else linalg.whole

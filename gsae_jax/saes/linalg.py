@@ -20,6 +20,14 @@ def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
     return jnp.matmul(x.astype(dtype), W.astype(dtype), preferred_element_type=jnp.float32)
 
 
+def centred_product(x_BxD: jax.Array, b_D: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
+    """(x - b) @ W, for training: a batch that many SAEs share meets all their encoders in one product.
+
+    The centring is a bias, -b @ W. Training's inputs have no large mean, so no digits are lost.
+    """
+    return matmul(x_BxD, W, dtype) - matmul(b_D, W, dtype)[None]
+
+
 def shifted(bias: jax.Array, b_D: jax.Array, W_DxF: jax.Array) -> jax.Array:
     """bias + b @ W [F], on the host in float64 and rounded once: an encoder's bias for inputs centred otherwise."""
     return jnp.asarray(np.asarray(bias) + np.asarray(b_D, np.float64) @ np.asarray(W_DxF, np.float64), jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from gsae_jax.saes import linalg
 
 FEATURE_AXES = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "b_dec": None}
+CENTRED = True  # inputs enter as x - b_dec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,9 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
-    # The centring is a bias, -b_dec @ W: a batch shared by many SAEs then meets all their encoders in one product.
-    W = params["W_enc"]
-    bias = params["b_enc"] - linalg.matmul(params["b_dec"], W, config.dtype)
-    return jax.nn.relu(linalg.matmul(x_BxD, W, config.dtype) + bias[None])
+    # Centred in float32, before the product: a large mean would take all the digits of bfloat16.
+    c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
+    return jax.nn.relu(linalg.matmul(c_BxD, params["W_enc"], config.dtype) + params["b_enc"][None])
 
 
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:
@@ -60,7 +60,8 @@ def loss(
         The loss, and statistics: batch means of its terms, `l0`, the parts of gamma; `fired` [F], whether each
         feature fired.
     """
-    f = encode(params, x_BxD, config)
+    pi = linalg.centred_product(x_BxD, params["b_dec"], params["W_enc"], config.dtype)
+    f = jax.nn.relu(pi + params["b_enc"][None])
     B = x_BxD.shape[0]
     decoded, l1, l0 = sum_shards(
         (linalg.matmul(f, params["W_dec"], config.dtype), f.sum() / B, jnp.sum(f > 0, dtype=jnp.float32) / B)

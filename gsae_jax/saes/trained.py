@@ -92,9 +92,9 @@ class SAE:
         architecture: "gated", "relu" or "jumprelu".
         config: the architecture's Config.
         site: where in the language model it reads; "" where an imported one does not say.
-        params: the architecture's parameters, with the site's scale folded in.
+        params: the architecture's parameters, with the site's mean and scale folded in.
         l1_coefficient, learning_rate, seed: how it was trained; NaN and None where an imported one does not say.
-        scale: what activations were multiplied by in training.
+        scale: what activations, less their mean if they were centred, were multiplied by in training.
         norm_limit: activations of a larger norm were kept from it.
         metadata: what is known of its model and text, under SAELens' names; of an imported SAE, all that its file said.
     """
@@ -151,10 +151,17 @@ def _encode(architecture: str, config: Any, params: dict[str, jax.Array], x_BxD:
     return module_of(architecture).encode(params, x_BxD, config)
 
 
-def fold_scale(params: dict[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """The parameters for unscaled inputs of an SAE trained on `scale` times them.
+def fold(params: dict[str, jax.Array], scale: float, mean_D: jax.typing.ArrayLike = 0.0) -> dict[str, jax.Array]:
+    """The parameters for activations x of an SAE that was trained on (x - mean) * scale.
 
-    Every architecture here maps s * x to s * f when its biases are multiplied by s, so it is the biases that take the
-    factor; unit decoder rows stay unit.
+    Every architecture here maps s * x to s * f when its biases are multiplied by s, so the biases take the factor, and
+    unit decoder rows stay unit. Inputs enter as x - b_dec, so b_dec takes the mean.
     """
-    return {name: value / scale if name.startswith("b_") else value for name, value in params.items()}
+    folded = {name: value / scale if name.startswith("b_") else value for name, value in params.items()}
+    return folded | {"b_dec": folded["b_dec"] + mean_D}
+
+
+def unfold(params: dict[str, jax.Array], scale: float, mean_D: jax.typing.ArrayLike = 0.0) -> dict[str, jax.Array]:
+    """The inverse of `fold`."""
+    params = params | {"b_dec": params["b_dec"] - mean_D}
+    return {name: value * scale if name.startswith("b_") else value for name, value in params.items()}

@@ -25,6 +25,7 @@ from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
+from gsae_jax.training import scaling
 from gsae_jax.training.step import Program, TrainState
 
 RETRIES = (1, 5, 25)  # seconds before the last state is saved again, if that failed
@@ -80,8 +81,8 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
         state = start(program, lm_params, stream)
         for name, params in starts.items():
-            own, scale = state.stacks[name].params, float(state.scales[config.stacks[name].site])
-            params = trained.fold_scale(params, 1 / scale)
+            own, site = state.stacks[name].params, config.stacks[name].site
+            params = trained.unfold(params, float(state.scales[site]), np.asarray(state.means.get(site, 0.0)))
             state.stacks[name].params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, own))
     if processes.first():
         workdir.create(as_json)
@@ -149,17 +150,19 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> Tra
     """The first state: sites measured on the first tokens, and a full buffer."""
     config = program.config
     calls = -(-config.activations.scale_tokens // (config.rows_per_call * config.data.context_length))
-    measured = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
-    means, medians = (
-        {site: float(np.nanmean([m[site][which] for m in measured])) for site in config.sites} for which in (0, 1)
-    )
-    for site, mean in means.items():
-        if not np.isfinite(mean) or mean == 0:
+    batches = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
+    measured = {}
+    for site in config.sites:
+        measured[site], warning = scaling.combine([batch[site] for batch in batches], config.activations.center)
+        square = measured[site].mean_square
+        if not np.isfinite(square) or square == 0:
             raise ConfigError(
                 f"site {site}",
-                f"has mean squared norm {mean} on the first tokens; the language model or the text is unusable",
+                f"has mean squared norm {square} on the first tokens; the language model or the text is unusable",
             )
-    return _filled(program, program.init(means, medians), lm_params, stream)
+        if warning:
+            processes.warn(f"site {site}: {warning}")
+    return _filled(program, program.init(measured), lm_params, stream)
 
 
 def _filled(program: Program, state: TrainState, lm_params: Any, stream: Iterator[np.ndarray]) -> TrainState:
@@ -213,6 +216,7 @@ def _loop(
     facts |= {
         "widths": program.widths,
         "scales": {site: float(scale) for site, scale in state.scales.items()},
+        "means": {site: np.asarray(mean_D).tolist() for site, mean_D in state.means.items()},
         "norm_limits": {
             site: float(limit) if np.isfinite(limit) else None for site, limit in state.norm_limits.items()
         },

@@ -1,6 +1,7 @@
 """Dead features begin again from inputs that their SAE reconstructs badly (Appendix D.1; Bricken et al. 2023)."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,12 @@ from gsae_jax.training.stacks import Stack, StackState, gather
 
 INPUTS = 2**15  # activations of the buffer that are looked at
 ENCODER_NORM = 0.2  # of a new feature's encoder, relative to the mean of the live ones
+Inputs = Callable[[jax.Array], jax.Array]
 ALL = ("latent", "data")  # as features lie over devices
 
 
 def resample(
-    stack: Stack, state: StackState, x_SxBxD: jax.Array, scale: jax.Array, key: jax.Array, dead_after: int
+    stack: Stack, state: StackState, x_SxBxD: jax.Array, inputs: Inputs, key: jax.Array, dead_after: int
 ) -> tuple[StackState, jax.Array]:
     """Give every dead feature of a stack a new start, on one device of the mesh (inside `shard_map`).
 
@@ -28,8 +30,8 @@ def resample(
     with a bias correction that is long over, the first step would be thirty times a usual one.
 
     Args:
-        x_SxBxD: this device's part (along the second axis) of inputs in the language model's units.
-        scale: of the site.
+        x_SxBxD: this device's part (along the second axis) of activations in the language model's units.
+        inputs: activations to the SAE's inputs.
         key: an SAE's draws come from this and its seed.
         dead_after: updates without firing after which a feature is dead.
 
@@ -39,8 +41,8 @@ def resample(
     if getattr(stack.sae, "only_magnitude", False):  # its features are given
         return state, jnp.zeros(len(stack.config), jnp.int32)
     axes = stack.architecture.FEATURE_AXES
-    # Not scaled yet: in the store's type they are half as large.
-    inputs_MxD = jax.lax.all_gather(x_SxBxD, "data", axis=1, tiled=True).reshape(-1, x_SxBxD.shape[-1])
+    # As they lie in the store: its type is half as large.
+    x_MxD = jax.lax.all_gather(x_SxBxD, "data", axis=1, tiled=True).reshape(-1, x_SxBxD.shape[-1])
     dead_NxF = state.steps_since_fired >= dead_after
     everywhere = jax.lax.all_gather(dead_NxF, ALL, axis=1, tiled=True)
     rank_NxF = jax.lax.dynamic_slice_in_dim(
@@ -50,13 +52,12 @@ def resample(
     def one(index: int, seed: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         params = {name: value[index] for name, value in state.params.items()}
         whole = {name: gather(value, axes[name]) for name, value in params.items()}
-        errors_SxB = jax.lax.map(partial(_squared_errors, stack, whole, scale), x_SxBxD)
+        errors_SxB = jax.lax.map(partial(_squared_errors, stack, whole, inputs), x_SxBxD)
         errors_M = jax.lax.all_gather(errors_SxB, "data", axis=1, tiled=True).reshape(-1)
         # The order of these is one of draws without replacement.
         chances_M = 2 * jnp.log(errors_M) + jax.random.gumbel(jax.random.fold_in(key, seed), errors_M.shape)
         order_M = jnp.argsort(-chances_M)
-        inputs_FxD = inputs_MxD[order_M[rank_NxF[index] % len(order_M)]].astype(jnp.float32) * scale
-        inputs_FxD -= params["b_dec"][None]
+        inputs_FxD = inputs(x_MxD[order_M[rank_NxF[index] % len(order_M)]]) - params["b_dec"][None]
         rows_FxD = inputs_FxD / jnp.linalg.norm(inputs_FxD, axis=-1, keepdims=True)
 
         dead_F = dead_NxF[index]
@@ -93,9 +94,9 @@ def _live_mean(values_F: jax.Array, dead_F: jax.Array, default: jax.typing.Array
     return jnp.where(live > 0, living / jnp.maximum(live, 1), rest / size)
 
 
-def _squared_errors(stack: Stack, params: dict[str, Any], scale: jax.Array, x_BxD: jax.Array) -> jax.Array:
+def _squared_errors(stack: Stack, params: dict[str, Any], inputs: Inputs, x_BxD: jax.Array) -> jax.Array:
     """[B], of an SAE whose features lie along `latent`."""
-    x_BxD = x_BxD.astype(jnp.float32) * scale
+    x_BxD = inputs(x_BxD)
     f_BxF = stack.architecture.encode(params, x_BxD, stack.sae)
     decoded = jax.lax.psum(linalg.matmul(f_BxF, params[DECODER], stack.sae.dtype), "latent")
     return jnp.square(x_BxD - decoded - params["b_dec"][None]).sum(-1)

@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.config import ConfigError
 from gsae_jax.lms import loading
-from gsae_jax.training import buffer, optimiser, resampling
+from gsae_jax.training import buffer, optimiser, resampling, scaling
 from gsae_jax.training.stacks import Stack, StackState
 
 P = PartitionSpec
@@ -32,7 +34,8 @@ class TrainState:
     Attributes:
         stacks: name -> StackState.
         store: site -> [batch, slots, D], the exchange buffer in the language model's units and dtype.
-        scales: site -> what activations are multiplied by so that E||x||^2 = D.
+        scales: site -> what activations, less their mean, are multiplied by so that E||inputs||^2 = D.
+        means: site -> [D], which inputs are centred by; empty without `activations.center`.
         norm_limits: site -> the norm above which a token is dropped.
         key: what every random draw folds the step into.
         step: SAE updates so far.
@@ -42,6 +45,7 @@ class TrainState:
     stacks: dict[str, StackState]
     store: buffer.Store
     scales: dict[str, jax.Array]
+    means: dict[str, jax.Array]
     norm_limits: dict[str, jax.Array]
     key: jax.Array
     step: jax.Array
@@ -68,6 +72,13 @@ class Program:
             Stack.build(name, stack, widths[stack.site], config.train.compute_dtype)
             for name, stack in config.stacks.items()
         )
+        for stack in stacks if config.activations.center else ():
+            if not getattr(stack.architecture, "CENTRED", False):
+                raise ConfigError(
+                    "activations.center",
+                    f"is True, but the file of {stack.config.architecture!r} (stacks.{stack.name}) does not say "
+                    "CENTRED = True: that inputs enter as x - b_dec; write False here, or CENTRED there",
+                )
         return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
 
     @property
@@ -87,6 +98,7 @@ class Program:
             stacks={stack.name: stack.specs() for stack in self.stacks},
             store={site: P("data") for site in self.config.sites},
             scales=everywhere,
+            means=everywhere if self.config.activations.center else {},
             norm_limits=everywhere,
             key=P(),
             step=P(),
@@ -119,36 +131,32 @@ class Program:
         valid = ~jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
         for site, x in activations.items():
             limit = jnp.inf if norm_limits is None else norm_limits[site]
-            norms = _norms(x)
+            norms = scaling.norms(x)
             valid &= jnp.isfinite(norms) & (norms <= limit)
         return valid
 
     @cached_property
-    def measure(self) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
-        """(lm_params, tokens) -> {site: (mean squared norm, median norm)} over tokens that are not dropped."""
+    def measure(self) -> Callable[..., dict[str, dict[str, jax.Array]]]:
+        """(lm_params, tokens) -> {site: `scaling.statistics`} over tokens that are not dropped."""
 
-        def measure(lm_params: Any, tokens_RxT: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        def measure(lm_params: Any, tokens_RxT: jax.Array) -> dict[str, dict[str, jax.Array]]:
             activations = self.activations(lm_params, tokens_RxT)
             valid = self.valid(tokens_RxT, activations, None)
-            measured = {}
-            for site, x in activations.items():
-                norms = jnp.where(valid, _norms(x), jnp.nan)
-                median = jnp.nanmedian(norms)
-                kept = jnp.where(norms <= self._norm_multiple * median, norms, jnp.nan)
-                measured[site] = jnp.nanmean(jnp.square(kept)), median
-            return measured
+            center = self.config.activations.center
+            return {site: scaling.statistics(x, valid, self._norm_multiple, center) for site, x in activations.items()}
 
         return jax.jit(measure, out_shardings=NamedSharding(self.mesh, P()))
 
-    def init(self, means: dict[str, float], medians: dict[str, float]) -> TrainState:
-        """The untrained state with an empty buffer, for the sites' mean squared and median norms."""
+    def init(self, sites: dict[str, scaling.Site]) -> TrainState:
+        """The untrained state with an empty buffer, for the sites as they were measured."""
 
         def init() -> TrainState:
             return TrainState(
                 stacks={stack.name: stack.init() for stack in self.stacks},
                 store=self._empty_store(),
-                scales={site: jnp.sqrt(D / means[site]).astype(jnp.float32) for site, D in self.widths.items()},
-                norm_limits={site: jnp.float32(self._norm_multiple * medians[site]) for site in self.widths},
+                scales={site: jnp.float32(math.sqrt(D / sites[site].mean_square)) for site, D in self.widths.items()},
+                means={site: jnp.asarray(sites[site].mean) for site in self.specs().means},
+                norm_limits={site: jnp.float32(self._norm_multiple * sites[site].median_norm) for site in self.widths},
                 key=jax.random.key_data(jax.random.key(self.config.seed)),
                 step=jnp.int32(0),
                 dropped=jnp.int32(0),
@@ -168,10 +176,10 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """The shape and the placement of every array of the state."""
-        ones = dict.fromkeys(self.config.sites, 1.0)
+        sites = {site: scaling.Site(1.0, 1.0, np.zeros(D, np.float32)) for site, D in self.widths.items()}
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(lambda: self.init(ones, ones)),
+            jax.eval_shape(lambda: self.init(sites)),
             self.shardings(),
         )
 
@@ -213,14 +221,14 @@ class Program:
         schedule, gain = optimiser.schedule(config.train, config.resampled_at), optimiser.gain(config.train)
         specs = self.specs()
 
-        def on_device(stacks, store, fresh, valid, slots_UxB, shift, scales, step):
+        def on_device(stacks, store, fresh, valid, slots_UxB, shift, scales, means, step):
             arrange = partial(buffer.arrange, updates=updates, shift=shift)
 
             def one_update(carry, inputs):
                 stacks, store = carry
                 fresh, valid_B, slots_B, number = inputs
                 store, served = buffer.exchange(store, slots_B, fresh, valid_B)
-                batch = {site: x.astype(jnp.float32) * scales[site] for site, x in served.items()}
+                batch = {site: scaling.inputs(x, scales[site], means.get(site)) for site, x in served.items()}
                 stepped = {
                     stack.name: stack.update(
                         stacks[stack.name], batch[stack.config.site], schedule(step + number), gain(step + number)
@@ -241,7 +249,7 @@ class Program:
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(specs.stacks, P("data"), P("data"), P("data"), P(None, "data"), P(), P(), P()),
+            in_specs=(specs.stacks, P("data"), P("data"), P("data"), P(None, "data"), P(), P(), P(), P()),
             out_specs=(specs.stacks, P("data"), P()),
         )
 
@@ -255,7 +263,7 @@ class Program:
             slots_UxB = jax.random.randint(self._key(state.key, state.step, 1), (updates, batch), 0, slots)
             shift = jax.random.randint(self._key(state.key, state.step, 2), (), 0, tokens_RxT.shape[1])
             stacks, store, metrics = mapped(
-                state.stacks, state.store, fresh, valid, slots_UxB, shift, state.scales, state.step
+                state.stacks, state.store, fresh, valid, slots_UxB, shift, state.scales, state.means, state.step
             )
             special = jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
             dropped = state.dropped + (~(valid | special)).sum()
@@ -273,14 +281,14 @@ class Program:
         """state -> (state in which dead features began again, {stack: how many of each SAE [N]})."""
         config, specs = self.config, self.specs()
 
-        def on_device(stacks, store, slots_S, scales, key):
+        def on_device(stacks, store, slots_S, scales, means, key):
             inputs = {site: jnp.swapaxes(x[:, slots_S], 0, 1) for site, x in store.items()}
             found = {
                 stack.name: resampling.resample(
                     stack,
                     stacks[stack.name],
                     inputs[stack.config.site],
-                    scales[stack.config.site],
+                    partial(scaling.inputs, scale=scales[stack.config.site], mean_D=means.get(stack.config.site)),
                     key,
                     config.train.dead_after,
                 )
@@ -291,7 +299,7 @@ class Program:
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(specs.stacks, P("data"), P(), P(), P()),
+            in_specs=(specs.stacks, P("data"), P(), P(), P(), P()),
             out_specs=(specs.stacks, P()),
         )
 
@@ -300,7 +308,9 @@ class Program:
             batch, slots = next(iter(state.store.values())).shape[:2]
             looked_at = min(slots, -(-resampling.INPUTS // batch))
             slots_S = jax.random.permutation(jax.random.fold_in(key, 0), slots)[:looked_at]
-            stacks, counts = mapped(state.stacks, state.store, slots_S, state.scales, jax.random.fold_in(key, 1))
+            stacks, counts = mapped(
+                state.stacks, state.store, slots_S, state.scales, state.means, jax.random.fold_in(key, 1)
+            )
             return dataclasses.replace(state, stacks=stacks), counts
 
         return jax.jit(resample, donate_argnums=0, out_shardings=(self.shardings(), NamedSharding(self.mesh, P())))
@@ -308,7 +318,3 @@ class Program:
     @staticmethod
     def _key(key: jax.Array, number: jax.Array, purpose: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), number), purpose)
-
-
-def _norms(x: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)

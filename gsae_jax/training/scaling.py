@@ -1,0 +1,117 @@
+"""A site's mean and scale: how activations in the language model's units become the SAEs' inputs.
+
+SAEs are trained on (x - mean) * scale, whose mean square over coordinates is 1: E||inputs||^2 = D. The mean and the
+scale are measured once, before training, and folded into the weights of a loaded SAE (`saes.trained.fold`). Without
+`activations.center` the mean is taken for zero, as in the paper.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Values of `max_norm_multiple` that `warning` may suggest: multiples of the median norm.
+MULTIPLES = (2, 3, 5, 10, 30, 100)
+# A mean square of so many times the median one is the work of a few tokens; of normal activations it is about 1.
+HEAVY_TAILED = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What was measured of a site's activations, in the language model's units.
+
+    Attributes:
+        mean_square: E||x - mean||^2.
+        median_norm: the median of ||x||.
+        mean: [D] in float32; None where inputs are not centred.
+    """
+
+    mean_square: float
+    median_norm: float
+    mean: np.ndarray | None = None
+
+
+def inputs(x: jax.Array, scale: jax.Array, mean_D: jax.Array | None) -> jax.Array:
+    """SAE inputs [..., D] in float32 of activations [..., D]."""
+    x = x.astype(jnp.float32)
+    if mean_D is not None:
+        x = x - jnp.expand_dims(mean_D, range(x.ndim - 1))
+    return x * scale
+
+
+def norms(x: jax.Array) -> jax.Array:
+    """||x|| [...] of activations [..., D], in float32."""
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+
+
+def statistics(x: jax.Array, valid: jax.Array, max_norm_multiple: float, center: bool) -> dict[str, jax.Array]:
+    """What `combine` needs of a batch.
+
+    Args:
+        x: [R, T, D], in the language model's units.
+        valid: [R, T], which tokens count.
+        max_norm_multiple: tokens whose norm is above this multiple of the batch's median do not count either.
+        center: squares are of the distance to the batch's mean; otherwise of the norm.
+
+    Returns:
+        `count`, `mean` [D], `median_norm`, and the mean and the median square; for each of `MULTIPLES` the number of
+        counted tokens whose norm is `above` it, and the sum of the squares of the others, `square_below`.
+    """
+    x = x.astype(jnp.float32)
+    norm = jnp.where(valid, norms(x), jnp.nan)
+    median_norm = jnp.nanmedian(norm)
+    kept = norm <= max_norm_multiple * median_norm
+    count = kept.sum()
+    mean_D = jnp.where(kept[..., None], x, 0).sum((0, 1)) / count * center
+    square = jnp.where(kept, jnp.square(x - mean_D[None, None]).sum(-1), 0)
+    below = [norm <= multiple * median_norm for multiple in MULTIPLES]
+    return {
+        "count": count,
+        "mean": mean_D,
+        "median_norm": median_norm,
+        "mean_square": square.sum() / count,
+        "median_square": jnp.nanmedian(jnp.where(kept, square, jnp.nan)),
+        "above": jnp.stack([(kept & ~b).sum() for b in below]),
+        "square_below": jnp.stack([jnp.where(b, square, 0).sum() for b in below]),
+    }
+
+
+def combine(batches: list[dict[str, Any]], center: bool) -> tuple[Site, str]:
+    """The measured site, from the `statistics` of batches, and a warning where a few tokens rule its scale.
+
+    Sums are in float64, and the square about the common mean is that about the batches' means plus their own: a large
+    mean is never subtracted from a large square.
+    """
+    whole = {name: np.stack([np.asarray(batch[name], np.float64) for batch in batches]) for name in batches[0]}
+    weight = whole["count"] / max(whole["count"].sum(), 1)
+    used = weight > 0  # a batch may have no valid token
+    weight, whole = weight[used], {name: value[used] for name, value in whole.items()}
+    if not weight.size:
+        return Site(math.nan, math.nan), ""
+    mean_D = weight @ whole["mean"]
+    mean_square = float(weight @ (whole["mean_square"] + np.square(whole["mean"] - mean_D).sum(-1)))
+    site = Site(mean_square, float(weight @ whole["median_norm"]), mean_D.astype(np.float32) if center else None)
+    return site, warning(whole, weight @ whole["median_square"], mean_square)
+
+
+def warning(whole: dict[str, np.ndarray], median_square: float, mean_square: float) -> str:
+    """Why a few tokens rule a site's scale, and what `max_norm_multiple` would do about it; "" where none do."""
+    if not mean_square > HEAVY_TAILED * median_square > 0:
+        return ""
+    count, above = whole["count"].sum(), whole["above"].sum(0)
+    square_below = whole["square_below"].sum(0) / np.maximum(count - above, 1)
+    helps = [index for index, square in enumerate(square_below) if square <= HEAVY_TAILED * median_square]
+    advice = "no multiple of the median norm tells them from the others"
+    if helps:
+        chosen = max(helps)
+        advice = (
+            f"activations.max_norm_multiple={MULTIPLES[chosen]} would drop {above[chosen] / count:.2g} of all tokens "
+            f"and make it {square_below[chosen] / median_square:.1f}"
+        )
+    return (
+        f"the mean square of its activations is {mean_square / median_square:,.1f} times their median square, so a few "
+        f"tokens of extreme norm decide its scale and the loss; {advice}"
+    )
