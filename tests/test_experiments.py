@@ -19,6 +19,7 @@ from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.lms.sites import layer_of
+from gsae_jax.training import scaling
 from gsae_jax.training.step import Program
 
 MODELS = Path(__file__).parent / "fixtures" / "configs"  # the published config.json of each
@@ -37,8 +38,7 @@ def test_experiments_build_and_trace(name):
     assert experiment.data.context_length <= checkpoint.config.n_ctx
     program = Program.build(experiment, mesh, module, special_tokens=(0,))
     params = abstract_params(module, experiment.lm.dtype)
-    ones = dict.fromkeys(experiment.sites, 1.0)
-    state = jax.eval_shape(lambda: program.init(ones, ones))
+    state = jax.eval_shape(lambda: program.init(scaling.standard(program.widths)))
     tokens = jax.ShapeDtypeStruct((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
     after, statistics, _ = jax.eval_shape(program.train_step, state, params, tokens)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

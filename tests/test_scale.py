@@ -6,7 +6,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -24,8 +23,7 @@ def program_on(experiment, data, latent, width=1024):
 
 
 def first_state(program):
-    sites = {site: scaling.Site(1.0, 1.0, np.zeros(D, np.float32)) for site, D in program.widths.items()}
-    return program.init(sites)
+    return program.init(scaling.standard(program.widths))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (2, 2), (8, 1), (2, 4), (1, 8)])

@@ -178,9 +178,12 @@ def step_flops(experiment):
     checkpoint = Checkpoint.open(experiment.lm.path)
     program, _ = loop.build(experiment, single_device_mesh(), checkpoint)
     lm_params = checkpoint.params(program.module, "float32")
-    sites = {site: scaling.Site(1.0, 1.0, np.zeros(D, np.float32)) for site, D in program.widths.items()}
     tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
-    return program.train_step.lower(program.init(sites), lm_params, tokens).compile().cost_analysis()["flops"]
+    return (
+        program.train_step.lower(program.init(scaling.standard(program.widths)), lm_params, tokens)
+        .compile()
+        .cost_analysis()["flops"]
+    )
 
 
 def test_one_forward_pass_serves_every_stack(experiment):

@@ -340,17 +340,22 @@ def _named(counts: dict[str, jax.Array]) -> str:
     return ", ".join(f"{name} {' '.join(map(str, values.tolist()))}" for name, values in jax.device_get(counts).items())
 
 
-def saved_parts(state: TrainState, buffer: bool) -> tuple[dict[str, Any], TrainState]:
+def saved_parts(state: TrainState, buffer: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint holds of a state: the SAEs' parameters by stack, and the rest, with or without the buffer."""
     params = {name: stack.params for name, stack in state.stacks.items()}
-    rest = {name: dataclasses.replace(stack, params={}) for name, stack in state.stacks.items()}
-    return params, dataclasses.replace(state, stacks=rest, store=state.store if buffer else {})
+    rest = vars(state) | {"stacks": {name: dataclasses.replace(s, params={}) for name, s in state.stacks.items()}}
+    if not buffer:
+        rest["store"] = {}
+    if not state.means:  # as in checkpoints of earlier versions
+        del rest["means"]
+    return params, rest
 
 
 def _restore(
     program: Program, checkpoints: workdir_lib.Checkpoints, step: int, buffer: bool
 ) -> tuple[TrainState, dict[str, Any]]:
-    params, state, data = checkpoints.restore(step, *saved_parts(program.abstract_state(), buffer))
+    params, rest, data = checkpoints.restore(step, *saved_parts(program.abstract_state(), buffer))
+    state = TrainState(**{"means": {}} | rest)
     for name, stack in state.stacks.items():
         stack.params = params[name]
     return state, data

@@ -34,6 +34,11 @@ class Site:
     mean: np.ndarray | None = None
 
 
+def standard(widths: dict[str, int]) -> dict[str, Site]:
+    """Sites of mean 0 and square 1, for where nothing is measured."""
+    return {site: Site(1.0, 1.0, np.zeros(D, np.float32)) for site, D in widths.items()}
+
+
 def inputs(x: jax.Array, scale: jax.Array, mean_D: jax.Array | None) -> jax.Array:
     """SAE inputs [..., D] in float32 of activations [..., D]."""
     x = x.astype(jnp.float32)

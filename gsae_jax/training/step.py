@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
@@ -176,10 +175,9 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """The shape and the placement of every array of the state."""
-        sites = {site: scaling.Site(1.0, 1.0, np.zeros(D, np.float32)) for site, D in self.widths.items()}
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(lambda: self.init(sites)),
+            jax.eval_shape(lambda: self.init(scaling.standard(self.widths))),
             self.shardings(),
         )
 
