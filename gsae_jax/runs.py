@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gsae_jax import buckets, plugins
+from gsae_jax import buckets, plugins, processes
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
@@ -151,15 +151,38 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     Raises:
         ConfigError: no such model, or a path that cannot be a run directory.
     """
+    workdir = workdir_lib.Workdir(path)
+    config = _as_begun(config, workdir)
     name, revision = config.lm.path, config.lm.revision
     if not name or Path(name).is_dir():
         return config
-    workdir = workdir_lib.Workdir(path)
     if workdir.latest_step() is not None and not revision:
         recorded = workdir.experiment().lm
         revision = recorded.revision if recorded.path == name else ""
     commit = checkpoints.find(name, revision, "lm.path")[1]
     return dataclasses.replace(config, lm=dataclasses.replace(config.lm, revision=commit))
+
+
+def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
+    """The experiment without the settings that did not exist when its run began, and a line about each of those."""
+    if workdir.latest_step() is None:
+        return config
+    recorded, earlier, now = workdir.config(), config_lib.to_dict(workdir.experiment()), config_lib.to_dict(config)
+    left_out = []
+
+    def keep_earlier(path: str, now: dict[str, Any], earlier: dict[str, Any], recorded: dict[str, Any]) -> None:
+        for name in (now.keys() & earlier.keys()) - {*workdir_lib.FREE}:
+            if name not in recorded:
+                if now[name] != earlier[name]:
+                    left_out.append(f"{path}{name}={earlier[name]}")
+                now[name] = earlier[name]
+            elif isinstance(now[name], dict):
+                keep_earlier(f"{path}{name}.", now[name], earlier[name], recorded[name])
+
+    keep_earlier("", now, earlier, recorded)
+    if left_out:
+        processes.warn(f"{workdir.path} began before some settings existed and continues with {', '.join(left_out)}")
+    return config_lib.from_dict(Experiment, now)
 
 
 def _spread(mesh: jax.sharding.Mesh, like: dict[str, Any], built: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """A site's mean and scale, against NumPy in float64."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gsae_jax
+from gsae_jax import runs
+from gsae_jax import train as train_command
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -14,6 +19,7 @@ from gsae_jax.saes import gated
 from gsae_jax.training import loop, scaling
 from tests.test_training import advance, begin, single_device_mesh, with_
 
+EARLIER = Path(__file__).parent / "fixtures" / "earlier_run"
 R, T, D = 8, 64, 16
 
 
@@ -114,3 +120,27 @@ def test_an_architecture_that_does_not_centre_is_refused(experiment, monkeypatch
     loop.build(
         with_(experiment, activations={"center": False}), single_device_mesh(), Checkpoint.open(experiment.lm.path)
     )
+
+
+def test_a_run_that_began_before_the_setting_existed_continues_without_it(experiment, tmp_path, capsys):
+    begun = with_(experiment, activations={"center": False}, train={"steps": 8})
+    path = tmp_path / "run"
+    assert loop.train(begun, path)
+    config = json.loads((path / "config.json").read_text())
+    del config["activations"]["center"]
+    (path / "config.json").write_text(json.dumps(config))
+    kept = runs.pinned(with_(begun, activations={"center": True}), path)
+    assert kept == begun
+    assert "activations.center=False" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 64 != 128"):
+        train_command.run(with_(begun, activations={"center": True}, train={"batch_size": 128}), path)
+
+
+def test_a_run_of_an_earlier_version_computes_what_it_did():
+    """Made by `fixtures/earlier_run/make.py`; its config and checkpoint have no mean."""
+    expected = np.load(EARLIER / "expected.npz")
+    saes = gsae_jax.load(EARLIER)
+    assert set(saes) == set(expected) - {"x"}
+    for name, sae in saes.items():
+        np.testing.assert_allclose(sae.encode(expected["x"]), expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert (np.asarray(sae.encode(expected["x"])) > 0).any()
