@@ -171,7 +171,9 @@ def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
     left_out = []
 
     def keep_earlier(path: str, now: dict[str, Any], earlier: dict[str, Any], recorded: dict[str, Any]) -> None:
-        for name in (now.keys() & earlier.keys()) - {*workdir_lib.FREE}:
+        for name in sorted(now.keys() & earlier.keys()):
+            if f"{path}{name}" in workdir_lib.FREE:
+                continue
             if name not in recorded:
                 if now[name] != earlier[name]:
                     left_out.append(f"{path}{name}={earlier[name]}")
