@@ -178,7 +178,8 @@ def _write(
             "data.context_length",
             f"is {settings.data.context_length}; this language model has positions for {lm.config.n_ctx}",
         )
-    batches = list(rows.held_out(settings, lm.tokenizer, settings.evaluation.tokens if tokens is None else tokens))
+    tokens = settings.evaluation.tokens if tokens is None else tokens
+    batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
