@@ -1,5 +1,6 @@
 import bz2
 import copy
+import glob
 import gzip
 import json
 import lzma
@@ -193,7 +194,8 @@ def test_a_path_that_exists_is_no_pattern(tmp_path, name):
 
 def test_links_lead_to_one_file(tmp_path):
     file = write(tmp_path / "text" / "b.txt", ["a"])
-    (tmp_path / "text" / "loop").symlink_to(tmp_path / "text")
+    for number in range(4):  # of which two would keep Python's glob busy for hours
+        (tmp_path / "text" / f"loop{number}").symlink_to(tmp_path / "text")
     (tmp_path / "text" / "c.txt").symlink_to(file)
     os.link(file, tmp_path / "text" / "d.txt")
     (tmp_path / "text" / "e.txt").symlink_to(tmp_path / "nowhere")
@@ -206,6 +208,29 @@ def test_links_lead_to_one_file(tmp_path):
         "broken links": 1,
         "hidden": 1,
     }
+
+
+def test_globs(tmp_path, monkeypatch):
+    for name in ("a.txt", "b/c.txt", "b/d/e.md", "b/d/[x].txt", ".h/i.txt", "b/.j.txt", "k1/l.txt", "k2/l.txt"):
+        write(tmp_path / name, ["a"])
+    monkeypatch.chdir(tmp_path)
+    for pattern in (
+        "**/*.txt",
+        "*/*.txt",
+        "**/d/*",
+        "b/**/*",
+        "b/**/[[]x].txt",
+        "**/.h/*.txt",
+        "**/.j.txt",
+        "k?/**/*",
+        "**",
+    ):
+        expected = [name for name in glob.glob(str(tmp_path / pattern), recursive=True) if os.path.isfile(name)]
+        assert list(files_lib.find(pattern).stamps) == sorted(expected), pattern
+        assert list(files_lib.find(str(tmp_path / pattern)).stamps) == sorted(expected), pattern
+    for wrong in ("**/a**/x", "**/[z-a]"):
+        with pytest.raises(ConfigError, match=r"data\.path: is .* no glob"):
+            files_lib.find(wrong)
 
 
 def test_a_name_that_is_not_utf8(tmp_path):

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, TextIO
 
 import fsspec
 from etils import epath
+from fsspec.utils import glob_translate
 
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
@@ -129,11 +130,11 @@ def _on_disk(path: str, every_link: bool) -> Listed:
     names: Iterable[str]
     if os.path.isdir(path):
         names = _below(path, is_new)
+    elif os.path.exists(path):
+        names = [path]
     else:
-        names = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-    for name in sorted(names):
-        if not name:
-            continue
+        names = glob.glob(path, recursive=True) if every_link else _matching(path, is_new)
+    for name in sorted(set(names)):
         if os.path.basename(name).startswith(".") and os.path.isdir(path):
             yield "hidden", None
             continue
@@ -153,15 +154,37 @@ def _on_disk(path: str, every_link: bool) -> Listed:
             yield "folders that cannot be read", None
 
 
-def _below(folder: str, is_new: Callable[[os.stat_result], bool]) -> Iterator[str]:
+def _below(folder: str, is_new: Callable[[os.stat_result], bool], hidden_too: bool = False) -> Iterator[str]:
     """The files in a folder and in those below it, each folder once; and the folders that are not searched."""
     is_new(os.stat(folder))
     errors: list[OSError] = []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
-        hidden = [name for name in folders if name.startswith(".")]
+        hidden = [name for name in folders if name.startswith(".") and not hidden_too]
         folders[:] = [name for name in sorted({*folders} - {*hidden}) if is_new(os.stat(os.path.join(parent, name)))]
         yield from (os.path.join(parent, name) for name in [*hidden, *names])
     yield from (error.filename for error in errors)
+
+
+def _matching(pattern: str, is_new: Callable[[os.stat_result], bool]) -> Iterator[str]:
+    """The files that a glob means. Python's own follows links in circles, with two of them nearly for ever."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    at = parts.index("**")
+    asked = [part for part in parts[at:] if part.startswith(".")]
+    try:
+        matches = re.compile(glob_translate("/".join(parts[at:]))).fullmatch
+    except (ValueError, re.error) as error:
+        raise ConfigError(
+            "data.path", f"is {pattern!r}, which is no glob ({error}); write one like 'a/**/*.txt'"
+        ) from error
+    for root in glob.glob(os.sep.join(parts[:at]) + os.sep) if at else ["."]:
+        for name in _below(root, is_new, bool(asked)):
+            below = os.path.relpath(name, root)
+            is_hidden = any(part.startswith(".") and part not in asked for part in below.split(os.sep))
+            if matches(below) and not is_hidden:
+                yield name
 
 
 def _in_bucket(path: str, every_link: bool) -> Listed:

@@ -8,6 +8,7 @@ python -m pytest -n 0 -m faults tests/faults/test_inputs.py
 import collections
 import contextlib
 import gc
+import gzip
 import io
 import json
 import os
@@ -35,7 +36,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
-from gsae_jax.data.corpora import text
+from gsae_jax.data import files as files_lib
 from gsae_jax.evaluation import plots, report
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -74,6 +75,7 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     pyarrow.parquet.write_table(table, root / "text" / "a.parquet", row_group_size=20)
     lines = [json.dumps({"text": document, "id": [1, {"a": None}]}) for document in documents]
     (root / "text" / "a.jsonl").write_text("\n".join(lines))
+    (root / "text" / "a.json").write_text(json.dumps([{"text": document} for document in documents]))
     (root / "text" / "a.txt").write_text("\n".join(documents))
     rows = [f"someone,relu,{site},0,{l0},0.9,0.8" for site in ("mlp", SITE) for l0 in (10.5, 20, 40)]
     (root / "published" / "points.csv").write_text(
@@ -199,10 +201,59 @@ def use_metrics(folder):
 
 def use_documents(file):
     def use(folder):
-        for document in text.read_documents(str(folder / file), "text", ""):
+        for document in files_lib.Reader("text", "").documents(str(folder / file)):
             document.encode()
 
     return use
+
+
+def a_packed_file(draw, folder):
+    """JSON lines, packed and then damaged, or packed many times over."""
+    content = (folder / "a.jsonl").read_bytes()
+    ending, pack = draw.choice(list(mutants.PACK.items()))
+    kind = draw.randrange(16)
+    if kind < 5:
+        content = mutants.file(draw, content)
+    packed = pack(content + b" " * (2**27 if kind == 15 and ending in (".gz", ".zst") else 0))
+    (folder / f"packed.jsonl{ending}").write_bytes(mutants.file(draw, packed) if 5 <= kind < 10 else packed)
+
+
+def use_packed(folder):
+    (file,) = folder.glob("packed.*")
+    use_documents(file.name)(folder)
+
+
+def a_tree_of_files(draw, folder):
+    """Files of any name in folders of any name, links that lead anywhere, and a path that may mean some of them."""
+    at, places = folder, [folder]
+    for _ in range(draw.randrange(1, 8)):
+        at = draw.choice(places) / mutants.name(draw)
+        if not at.exists():
+            places.append(at)
+            at.mkdir()
+    contents = {".txt": b"text", ".TXT": b"", ".md.gz": gzip.compress(b"text"), ".csv": b"a,b", "": b"", ".json": b"[]"}
+    for _ in range(draw.randrange(8)):
+        ending = draw.choice(list(contents))
+        at = draw.choice(places) / (mutants.name(draw) + ending)
+        if os.path.lexists(at):
+            continue
+        kind = draw.randrange(8)
+        if kind == 0:
+            at.symlink_to(draw.choice([*places, folder / "a.txt", folder / "nowhere", Path("/dev/zero")]))
+        elif kind == 1:
+            os.mkfifo(at)
+        else:
+            at.write_bytes(b"\xff" if kind == 2 else contents[ending])
+    path = os.path.join(draw.choice((folder, folder, at)), draw.choice(("", "", "*", "**/*.txt", "[", "..")))
+    (folder / "path").write_bytes(os.fsencode(path))
+
+
+def use_found(folder):
+    path = os.fsdecode((folder / "path").read_bytes())
+    config_lib.check_text("data.path", path)
+    for file in files_lib.find(path).stamps:
+        for document in files_lib.Reader("text", "").documents(file):
+            document.encode()
 
 
 def use_published(folder):
@@ -227,6 +278,9 @@ KINDS = {  # what it is made of, how it is damaged, what a command does with it
     "checkpoint": ("run", a_checkpoint_file, use_run),
     "metrics.jsonl": ("run", an_edit("metrics.jsonl", a_line(mutants.json_file)), use_metrics),
     ".jsonl text": ("text", an_edit("a.jsonl", a_line(mutants.json_file)), use_documents("a.jsonl")),
+    ".json text": ("text", an_edit("a.json", mutants.json_file), use_documents("a.json")),
+    "packed text": ("text", a_packed_file, use_packed),
+    "folder of text": ("text", a_tree_of_files, use_found),
     ".parquet text": ("text", an_edit("a.parquet", mutants.file), use_documents("a.parquet")),
     ".txt text": ("text", an_edit("a.txt", mutants.file), use_documents("a.txt")),
     "`--published` points": ("published", an_edit("points.csv", mutants.csv_file), use_published),
@@ -237,7 +291,7 @@ LENIENT = ("metrics.jsonl",)  # a line that says nothing is left out, with a war
 
 
 def listing(folder):
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def memory(field):
