@@ -228,7 +228,7 @@ def test_globs(tmp_path, monkeypatch):
         expected = [name for name in glob.glob(str(tmp_path / pattern), recursive=True) if os.path.isfile(name)]
         assert list(files_lib.find(pattern).stamps) == sorted(expected), pattern
         assert list(files_lib.find(str(tmp_path / pattern)).stamps) == sorted(expected), pattern
-    for wrong in ("**/a**/x", "**/[z-a]"):
+    for wrong in ("**/a**/x", "b/**/**a/*.txt"):
         with pytest.raises(ConfigError, match=r"data\.path: is .* no glob"):
             files_lib.find(wrong)
 
