@@ -517,17 +517,6 @@ def test_a_token_without_an_embedding_is_refused(tmp_path, tokenizer, documents)
         rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
 
 
-def test_special_tokens_of_rows_have_embeddings(tmp_path, tokenizer, documents):
-    tokenizer, d_vocab = with_token(tokenizer)
-    path = str(write(tmp_path / "a.jsonl", documents))
-    for token, message in (("eos_token", "stands between documents"), ("bos_token", "begins every row")):
-        changed = copy.deepcopy(tokenizer)
-        setattr(changed, token, "<extra>")
-        with pytest.raises(ConfigError, match=f"'<extra>' with id {d_vocab}, which {message}") as error:
-            rows_lib.open_rows(data_config(tmp_path, path=path, field="body"), "train", changed, ALL, d_vocab)
-        assert error.value.field == "lm.path"
-
-
 def test_tokens_are_kept_elsewhere_if_the_text_can_only_be_read(tmp_path, tokenizer, text_dir, monkeypatch, capsys):
     config = data_config(tmp_path, path=str(text_dir))
     builder, _ = text_corpus.open_corpus(config)

@@ -151,7 +151,7 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
 
     Raises:
         ConfigError: what `open_texts` refuses, a tokenizer without the special tokens that rows need, or a token of
-            the text or of the rows that has no embedding.
+            the text that has no embedding.
     """
     separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if separator is None:
@@ -160,10 +160,6 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
         )
     if config.prepend_bos and tokenizer.bos_token_id is None:
         raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS; write False")
-    if d_vocab is not None and separator >= d_vocab:
-        raise _no_embedding(tokenizer, separator, d_vocab, "stands between documents")
-    if d_vocab is not None and config.prepend_bos and tokenizer.bos_token_id >= d_vocab:
-        raise _no_embedding(tokenizer, tokenizer.bos_token_id, d_vocab, "begins every row (data.prepend_bos)")
     source, feature = open_texts(config, split)
     folder = epath.Path(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
