@@ -19,7 +19,7 @@ from gsae_jax.config import ConfigError
 from gsae_jax.data import files
 
 PIECE = 2_000  # characters of a long document that are held out, or not, together; a divisor of files.LONGEST
-HELD_OUT = 20  # one piece in so many, and how many different ones there must be
+HELD_OUT = 20  # one piece in so many is held out; there must be as many
 BEFORE = (".txt", ".md", ".jsonl", ".parquet")  # what earlier versions read
 
 
@@ -34,7 +34,6 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         self._files, self._left_out = found.stamps, found.left_out
         if self._before:
             self._files = {file: stamp for file, stamp in self._files.items() if Path(file).suffix in BEFORE}
-        self._config = config
         self._reader = files.Reader(config.field, config.separator, config.on_bad_row == "skip", self._before)
         self._limit = 2**64 // HELD_OUT  # text with a lower hash is held out
         stamps = [(file, *stamp) for file, stamp in self._files.items()]
