@@ -17,7 +17,8 @@ import transformers
 
 from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
-from gsae_jax.lms import gelu, hugging_face, partition, weights
+from gsae_jax.lms import gelu, partition, weights
+from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.transformer import Config, Model
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -71,41 +72,30 @@ class Checkpoint:
         return Model(dataclasses.replace(self.config, layers=layers), head=False, mesh=mesh)
 
     def tokenizer(self) -> Any:
-        """The tokenizer, a `transformers` one; refused if it has ids that the model has no embedding for."""
-        settings = {
-            name: weights.read_json(self.folder / name, self.field)
-            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-            if (self.folder / name).exists()
-        }
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it warns of every model_type it has no class for
-        try:
-            config = hugging_face.transformers_config(settings["config.json"])
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.folder, config=config, local_files_only=True, trust_remote_code=False
-            )
-            vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-            tokenizer("a b", add_special_tokens=False)
-            if not all(isinstance(number, int) for number in tokenizer.all_special_ids):
-                raise ValueError(f"not all of its special tokens have ids: {tokenizer.special_tokens_map}")
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # whatever a wrong value leads to; a panic of tokenizers is no Exception
-            why = f"{str(error).partition(chr(10))[0] or type(error).__name__}; copy its files again"
-            if "auto_map" in settings.get("tokenizer_config.json", {}):
-                why = "it is code (auto_map in tokenizer_config.json), which is not run; save it as tokenizer.json"
-            raise ConfigError(self.field, f"{self.folder} has no tokenizer that can be read: {why}") from error
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-        # Some models have special tokens, as for images, beyond their embedding; text never gives those.
-        special = {number for number, token in added.items() if token.special}
-        beyond = [id for id in vocabulary.values() if id >= self.config.d_vocab and id not in special]
-        if beyond:
+        """The tokenizer, a `transformers` one.
+
+        Raises:
+            ConfigError: what `tokenizer.load` refuses, or tokens that the model has no embedding for: words, or EOS.
+        """
+        tokenizer = tokenizer_lib.load(self.folder, self.field)
+        # Some models have special tokens, as for images, beyond their embedding; text rarely gives those.
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= self.config.d_vocab}
+        words = sorted(beyond.keys() - special)
+        if words:
             raise ConfigError(
                 self.field,
-                f"{self.folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {self.config.d_vocab}; "
-                "write the directory of one whole model",
+                f"{self.folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {self.config.d_vocab} "
+                f"(the first without one is {beyond[words[0]]!r}, {words[0]}); write the directory of one whole model",
             )
+        if tokenizer.eos_token_id in beyond:
+            raise ConfigError(
+                self.field,
+                f"{self.folder} has the EOS token {tokenizer.eos_token!r} with id {tokenizer.eos_token_id}, but "
+                f"embeddings for {self.config.d_vocab} tokens; write another eos_token in {tokenizer_lib.CONFIG}",
+            )
+        if tokenizer.bos_token_id in beyond:
+            tokenizer.bos_token = None  # only rows that are to begin with BOS need it, and they refuse its absence
         return tokenizer
 
     def params(self, module: Model, dtype: str, allow_nan: bool = False) -> dict[str, Any]:

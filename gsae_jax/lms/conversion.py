@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import checkpoints, weights
+from gsae_jax.lms import tokenizer as tokenizer_lib
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
@@ -106,7 +105,6 @@ def _convert_file(file: Path, out: Path) -> list[str]:
 def _copy_tokenizer(source: str | Path | None, out: Path, folder: Path) -> None:
     if not source:
         raise ConfigError("--tokenizer", f"{folder} has no tokenizer; write the directory or hub name of one")
-    try:
-        transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError("--tokenizer", f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+    if not Path(source).expanduser().is_dir():
+        source = checkpoints.fetch(str(source), "", "--tokenizer", "*.json", "*.model", "*.txt", "*.jinja")
+    tokenizer_lib.load(Path(source).expanduser(), "--tokenizer").save_pretrained(out)

@@ -191,4 +191,5 @@ def check_tokens(tokens: np.ndarray, d_vocab: int, field: str) -> None:
 
 def special_tokens(tokenizer: Any) -> tuple[int, ...]:
     """Ids of BOS, EOS, padding and the tokenizer's other special tokens, in order."""
-    return tuple(sorted(set(tokenizer.all_special_ids)))
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(sorted(added | set(tokenizer.all_special_ids)))

@@ -1,5 +1,6 @@
 """Weights in safetensors files: which tensor holds which parameter, in what layout, and how it gets onto its shards."""
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = ("F32", "F16", "BF16")
 ParamPath = tuple[str, ...]
 
@@ -57,6 +59,7 @@ class Tensors:
                     self.faults.append(f"{name} is in {file}, but not so in the index")
 
     def _unreadable(self, file: Path, error: Exception) -> ConfigError:
+        check_fetched(file, self._field)
         return ConfigError(
             self._field, f"{file} cannot be read ({error}); it is truncated or not a safetensors file: copy it again"
         )
@@ -195,6 +198,15 @@ def read_index(file: Path, field: str) -> dict[str, str]:
     return index
 
 
+def check_fetched(file: Path, field: str) -> None:
+    """Raises `ConfigError` for the stand-in that git leaves where a large file was not fetched."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(LFS)) == LFS:
+            raise ConfigError(
+                field, f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in {file.parent}"
+            )
+
+
 def read_json(file: Path, field: str) -> dict[str, Any]:
     """A JSON object; raises `ConfigError` where the file holds none."""
     if not file.is_file():
@@ -202,6 +214,7 @@ def read_json(file: Path, field: str) -> dict[str, Any]:
     try:
         value = config_lib.parse_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
+        check_fetched(file, field)
         raise ConfigError(field, f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(field, f"{file} is not a JSON object")
