@@ -163,7 +163,7 @@ def with_rope(kind, **more):
         ("llama_2", with_rope("yarn", factor=2.0), "has rope scaling 'yarn', which is not supported; known: default"),
         ("llama_2", with_rope("dynamic", factor=2.0), "has rope scaling 'dynamic', which is not supported"),
         ("llama_2", lambda s: s | {"hidden_act": "xielu"}, "has the activation 'xielu', which is not supported"),
-        ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, "describes quantised weights"),
+        ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, "describes weights quantised with"),
         ("llama_2", lambda s: s | {"num_attention_heads": 5}, "is not valid: .* not a multiple"),
         ("llama_2", lambda s: s | {"hidden_size": "24"}, "has hidden_size = '24'; it must be a whole number"),
         ("llama_2", lambda s: {k: v for k, v in s.items() if k != "vocab_size"}, "lacks vocab_size"),

@@ -17,12 +17,19 @@ import transformers
 
 from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
-from gsae_jax.lms import gelu, partition, weights
+from gsae_jax.lms import gelu, hugging_face, partition, weights
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.transformer import Config, Model
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+GGUF = "GGUF is not supported: write the Hugging Face checkpoint that it was made from"
+QUANTISED = {  # what the tensors of quantised weights are called
+    r"\.qweight$": "GPTQ or AWQ",
+    r"\.scales$": "MLX",
+    r"\.(SCB|weight\.absmax)$": "bitsandbytes",
+    r"\.weight_(packed|scale|scale_inv)$": "compressed-tensors or FP8",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +141,11 @@ class Checkpoint:
         """The tensors, and of each that is wanted how its parts become parameters; every fault is raised at once."""
         self._fetch_weights()
         tensors = weights.Tensors(self.folder, self.field)
+        for pattern, method in QUANTISED.items():
+            name = next((name for name in sorted(tensors.names) if re.search(pattern, name)), None)
+            if name:
+                what = f"{tensors.label} has weights quantised with {method} ({name})"
+                raise ConfigError(self.field, f"{what}; {hugging_face.UNQUANTISED}")
         sources, faults = weights.match(
             tensors,
             wanted,
@@ -176,6 +188,7 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
         if revision:
             of = field.replace("path", "revision").replace("model", "revision")
             raise ConfigError(of, f"is {revision!r}, but {str(path)!r} is not a hub name; write '' for a directory")
+        refuse_other_formats(folder, field)
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles and not list(folder.glob("*.safetensors")):
             raise ConfigError(
@@ -183,8 +196,12 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
                 f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read; "
                 f"{convert_once(folder)}",
             )
+    elif folder.is_file():
+        how = GGUF if folder.suffix.lower() == ".gguf" else "write the directory that it is in"
+        raise ConfigError(field, f"{str(path)!r} is a file; {how}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = fetch(str(path), revision, field, "*.json", "*.model", "*.txt", "*.jinja")
+        refuse_other_formats(folder, field)
     else:
         raise ConfigError(
             field,
@@ -192,6 +209,24 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
             "or '' for the embedded model",
         )
     return folder, folder.name if from_hub else ""
+
+
+def refuse_other_formats(folder: Path, field: str) -> None:
+    """Raises `ConfigError` for a directory that holds an adapter or GGUF files, and no whole model beside them."""
+    names = sorted(file.name for file in folder.iterdir())
+    if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|pth)(\.index\.json)?", name) for name in names):
+        return
+    gguf = [name for name in names if name.lower().endswith(".gguf")]
+    if gguf:
+        raise ConfigError(field, f"{folder} has its weights as GGUF ({gguf[0]}); {GGUF}")
+    adapters = [name for name in names if re.fullmatch(r"adapters?(_model)?\.(safetensors|bin|npz)", name)]
+    if "adapter_config.json" in names and (adapters or "config.json" not in names):
+        base = weights.read_json(folder / "adapter_config.json", field).get("base_model_name_or_path")
+        raise ConfigError(
+            field,
+            f"{folder} is an adapter (LoRA) for {base or 'another model'!r}, not a whole model; merge the two with "
+            "peft's merge_and_unload(), save the result with save_pretrained, and write its directory",
+        )
 
 
 def read_settings(folder: Path, field: str) -> dict[str, Any]:
@@ -207,13 +242,22 @@ def read_settings(folder: Path, field: str) -> dict[str, Any]:
 def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any, Config]:
     """The family of a `config.json`, and what it describes; raises `ConfigError` for what we lack."""
     families = {kind: family for family in plugins.known("lms", "MODEL_TYPES").values() for kind in family.MODEL_TYPES}
-    model_type = str(settings.get("model_type"))
-    if model_type not in families:
+    if settings.get("model_type") is None:
         raise ConfigError(
-            field,
-            f"{folder} is a model of type {model_type!r}, which is not supported; "
-            f"{known_names(model_type, sorted(families))}",
+            field, f"{folder / 'config.json'} has no model_type: it is not a language model's; write the directory of one"
         )
+    model_type = str(settings["model_type"])
+    if model_type not in families:
+        what, known = f"{folder} is a model of type {model_type!r}, which is not supported", sorted(families)
+        inner = settings.get("text_config")
+        text = inner.get("model_type", f"{model_type}_text") if isinstance(inner, dict) else None
+        if text in known:
+            advice = f"its language model alone, of type {text!r}, is: save that, and write its directory"
+        elif model_type in transformers.CONFIG_MAPPING:  # another model, not a slip of the pen
+            advice = f"known: {', '.join(known)}"
+        else:
+            advice = known_names(model_type, known)
+        raise ConfigError(field, f"{what}; {advice}")
     try:
         return families[model_type], families[model_type].config(settings)
     except ValueError as error:

@@ -33,6 +33,7 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
     if not folder.is_dir():
         patterns = ("*.json", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin", "model_final.pth")
         folder = checkpoints.fetch(source, revision, "SRC", *patterns)
+    checkpoints.refuse_other_formats(folder, "SRC")
     settings = checkpoints.read_settings(folder, "SRC")
     if "model_type" not in settings:  # TransformerLens' own
         settings = {"model_type": "gelu"} | settings
@@ -93,6 +94,7 @@ def _convert_file(file: Path, out: Path) -> list[str]:
     try:
         tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, those of zip files and those of pickles
+        weights.check_fetched(file, "SRC")
         why = str(error).splitlines()[0]
         raise ConfigError("SRC", f"{file} cannot be read as a pickle of tensors alone: {why}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
