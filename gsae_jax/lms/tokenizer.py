@@ -55,6 +55,8 @@ def load(folder: Path, field: str) -> Any:
 
 def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
     backend = tokenizers.Tokenizer.from_file(str(folder / FILE))
+    backend.no_truncation()
+    backend.no_padding()
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None  # it is for training: the same text would have other tokens every time
     own = settings.get(CONFIG, {})
@@ -76,24 +78,20 @@ def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
 
 
 def _roles(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """The token of each special role. Files are asked in transformers' order; the first that names a role decides."""
-    config, own = settings.get("config.json", {}), settings.get(CONFIG, {})
-    sources = [settings.get(MAP, {}), own]
-    if "added_tokens_decoder" in own:
+    """The token of each special role; where the tokenizer's files name none, BOS and EOS are those of `config.json`."""
+    own = settings.get(CONFIG, {})
+    sources = [own, settings.get(MAP, {})]
+    if "added_tokens_decoder" in own:  # transformers does not read the other file then
         sources.reverse()
-    roles = {}
-    for role in ROLES:
-        values = [source[role] for source in sources if role in source]
-        token = next((value for value in values if value is not None), None)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if not values and role in ("bos_token", "eos_token"):
-            token = _from_id(config.get(f"{role}_id"), backend)
-        if token is not None:
-            if not isinstance(token, str):
-                raise ValueError(f"{role} is {token!r}, not a string")
-            roles[role] = token
-    return roles
+    values = {role: source[role] for source in sources for role in ROLES if source.get(role) is not None}
+    if not values and not any(role in source for source in sources for role in ROLES):
+        ids = {role: settings.get("config.json", {}).get(f"{role}_id") for role in ("bos_token", "eos_token")}
+        values = {role: token for role, number in ids.items() if (token := _from_id(number, backend)) is not None}
+    tokens = {role: value.get("content") if isinstance(value, dict) else value for role, value in values.items()}
+    for role, token in tokens.items():
+        if not isinstance(token, str):
+            raise ValueError(f"{role} is {token!r}, not a string")
+    return tokens
 
 
 def _from_id(number: Any, backend: tokenizers.Tokenizer) -> str | None:
