@@ -1,4 +1,4 @@
-"""The tokens of a checkpoint are those of its tokenizer.json, whatever its config.json and tokenizer_config.json say."""
+"""The tokens of a checkpoint are those of its tokenizer.json, whatever the other files say."""
 
 import json
 import shutil
@@ -17,9 +17,11 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
 
 FIXTURES = Path(make.__file__).parent
-REAL = next((above / "shared" / "real" for above in Path(__file__).parents if (above / "shared" / "real").exists()), None)
+REAL = next(
+    (above / "shared" / "real" for above in Path(__file__).parents if (above / "shared" / "real").exists()), None
+)
 TEXTS = ["the cat sat on a mat", "The  CAT!", "dog\n\tran <eos> é 漢 🙂", "", " ", "e\u0301 ﬁ <unk> ran", "a" * 300]
-WORDS = ["<unk>", "<eos>", *"the cat sat on a mat and dog ran".split()]
+WORDS = ["<unk>", "<eos>", "the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]
 
 
 def characters():
@@ -46,7 +48,9 @@ def metaspace():
     """Llama's way, with merges and a fallback to bytes."""
     vocabulary = {t: i for i, t in enumerate(["<unk>", "<eos>", *(f"<0x{b:02X}>" for b in range(32)), *"▁theca", "th"])}
     merges = [("t", "h")]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer

@@ -244,7 +244,8 @@ def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any,
     families = {kind: family for family in plugins.known("lms", "MODEL_TYPES").values() for kind in family.MODEL_TYPES}
     if settings.get("model_type") is None:
         raise ConfigError(
-            field, f"{folder / 'config.json'} has no model_type: it is not a language model's; write the directory of one"
+            field,
+            f"{folder / 'config.json'} has no model_type: it is not a language model's; write the directory of one",
         )
     model_type = str(settings["model_type"])
     if model_type not in families:

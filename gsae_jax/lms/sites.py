@@ -7,7 +7,7 @@ splicing, ablating and steering are all taps.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from gsae_jax.config import ConfigError, known_names
 Tap = Callable[[str, jax.Array], Any]
 
 
+@runtime_checkable
 class Edit(Protocol):
     """A function of the activations of one site that it names, such as a trained SAE."""
 
@@ -58,7 +59,7 @@ def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
     """
     if not callable(tap):
         raise ConfigError("tap", f"is of type {type(tap).__name__}; give a function of (site, activations), or an SAE")
-    if not hasattr(tap, "site"):
+    if not isinstance(tap, Edit):
         return tap
     if not tap.site:
         raise ConfigError("tap", "does not say its site; give `lambda site, x: sae(x) if site == '...' else x`")
@@ -81,7 +82,7 @@ def checked(tap: Tap) -> Tap:
             return x
         try:
             dtype, shape = jnp.result_type(value), jnp.shape(value)
-        except TypeError:
+        except (TypeError, ValueError):
             what = f"a {type(value).__name__}"
         else:
             if shape == x.shape and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):

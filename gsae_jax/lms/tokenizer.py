@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint directory.
 
-Where `tokenizer.json` is there, it alone says how a text is split. transformers 5 would choose a class by `model_type` or
-`tokenizer_class` instead, and that class builds another normaliser and pre-tokenizer around the same vocabulary.
+Where `tokenizer.json` is there, it alone says how a text is split. transformers 5 would choose a class by `model_type`
+or `tokenizer_class` instead, and that class builds another normaliser and pre-tokenizer around the same vocabulary.
 """
 
 import importlib.util
@@ -77,7 +77,7 @@ def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
     return tokenizer
 
 
-def _roles(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
+def _roles(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, Any]:
     """The token of each special role; where the tokenizer's files name none, BOS and EOS are those of `config.json`."""
     own = settings.get(CONFIG, {})
     sources = [own, settings.get(MAP, {})]
