@@ -76,20 +76,35 @@ def open_tokenizer(folder):
     return Checkpoint.open(folder).tokenizer()
 
 
+def plain(folder):
+    """What the `tokenizers` library makes of tokenizer.json."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def folders(root):
+    """One checkpoint directory of each kind of tokenizer; without weights."""
+    config = {"eos_token": "<eos>", "unk_token": "<unk>"}
+    settings = json.loads((FIXTURES / "gpt2" / "config.json").read_text()) | {"vocab_size": 300}
+    files = {"tokenizer_config": config, "special_tokens_map": config, "config": settings}
+    made = [folder_with(root / kind.__name__, kind(), **files) for kind in KINDS]
+    return [*made, older(root / "older", "gpt2", "vocab.json", "merges.txt", config=settings)[0]]
+
+
 @pytest.mark.parametrize("case", ["gpt2", "llama_2", "gemma2", "qwen2", "gpt_neox"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_the_files(tmp_path, kind, case):
     config = {"eos_token": "<eos>", "unk_token": "<unk>", "add_bos_token": True, "add_prefix_space": True}
     folder = folder_with(tmp_path, kind(), case, tokenizer_config=config | {"tokenizer_class": "LlamaTokenizer"})
-    ours, plain = open_tokenizer(folder), kind()
-    plain.no_truncation()
-    plain.no_padding()
+    ours, theirs = open_tokenizer(folder), plain(folder)
     for special in (False, True):
-        expected = [encoding.ids for encoding in plain.encode_batch(TEXTS, add_special_tokens=special)]
+        expected = [encoding.ids for encoding in theirs.encode_batch(TEXTS, add_special_tokens=special)]
         assert ours(TEXTS, add_special_tokens=special)["input_ids"] == expected
-    assert ours.get_vocab() == plain.get_vocab()
-    ids = plain.encode(TEXTS[0], add_special_tokens=False).ids
-    assert ours.decode(ids) == plain.decode(ids, skip_special_tokens=False)
+    assert ours.get_vocab() == theirs.get_vocab()
+    ids = theirs.encode(TEXTS[0], add_special_tokens=False).ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
     assert (ours.eos_token_id, ours.unk_token_id, ours.bos_token_id) == (1, 0, None)
     assert loading.special_tokens(ours) == (0, 1)
 
@@ -232,6 +247,22 @@ def test_no_vocabulary_is_invented(tmp_path, case, names, message):
     folder, _ = older(tmp_path, case, *names)
     with pytest.raises(ConfigError, match=message):
         tokenizer_lib.load(folder, "lm.path")
+
+
+@pytest.mark.parametrize("id", [5, "5", None, -1])
+def test_no_entry_of_a_vocabulary_is_dropped(tmp_path, id):
+    """Two tokens of one id, or an id that is no number."""
+    folder, _ = older(tmp_path, "gpt2", "vocab.json", "merges.txt")
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocabulary | {"t": id}))
+    with pytest.raises(ConfigError, match=r"has no tokenizer that can be read|but no tokenizer"):
+        tokenizer_lib.load(folder, "lm.path")
+    other = folder_with(tmp_path / "other", characters())
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["vocab"]["t"] = id
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="has no tokenizer that can be read"):
+        tokenizer_lib.load(other, "lm.path")
 
 
 def test_a_sentencepiece_model_that_is_none_is_refused(tmp_path):

@@ -64,6 +64,7 @@ def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
     if (folder / TEMPLATE).is_file():
         kept["chat_template"] = (folder / TEMPLATE).read_text("utf-8")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **kept)
+    _check_vocabulary(tokenizer, backend.get_vocab(), folder / FILE)
     # Set afterwards: the constructor would add them to the vocabulary, and text that contains them would change.
     for role, token in _roles(settings, backend).items():
         if backend.token_to_id(token) is not None:
@@ -128,9 +129,19 @@ def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> 
     kind, read = type(tokenizer).__name__, tokenizer.init_kwargs.get("vocab_file")
     if not read:
         raise ConfigError(field, f"{folder} has {', '.join(files)}, none of which {kind} reads; {advice}")
+    if "vocab.json" in files and str(read).endswith("vocab.json"):
+        _check_vocabulary(tokenizer, weights.read_json(folder / "vocab.json", field), folder / "vocab.json")
     if str(read).endswith(".model"):
         _compare_with_sentencepiece(tokenizer, read, f"{kind} reads {read} as other tokens", advice, field)
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, expected: Mapping[str, int], file: Path) -> None:
+    """Raises `ValueError` for an id that is no number (the token would be dropped), or that two tokens have."""
+    vocabulary, owners = tokenizer.get_vocab(), {}
+    for token, number in expected.items():
+        if vocabulary.get(token) != number or owners.setdefault(number, token) != token:
+            raise ValueError(f"{file.name} gives {token!r} the id {number!r}, which is no number or another token's")
 
 
 def _compare_with_sentencepiece(tokenizer: Any, file: str, what: str, advice: str, field: str) -> None:
