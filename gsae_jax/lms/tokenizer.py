@@ -104,10 +104,12 @@ def _from_id(number: Any, backend: tokenizers.Tokenizer) -> str | None:
 
 def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
     """What transformers makes of vocabulary files, if it reads them: for some classes it would invent a vocabulary."""
-    files = sorted({file.name for pattern in OLDER for file in folder.glob(pattern) if file.is_file()})
+    files = sorted({file.name for pattern in OLDER for file in folder.glob(pattern)})
     if not files:
         raise ConfigError(field, f"{folder} has no tokenizer files; copy the model's {FILE} there")
     for name in files:
+        if not (folder / name).is_file():
+            raise ConfigError(field, f"{folder / name} is not a file; write one that can be read to its end")
         weights.check_fetched(folder / name, field)
     if "auto_map" in settings.get(CONFIG, {}):
         raise ConfigError(
@@ -138,7 +140,8 @@ def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> 
 
 def _check_vocabulary(tokenizer: Any, expected: Mapping[str, int], file: Path) -> None:
     """Raises `ValueError` for an id that is no number (the token would be dropped), or that two tokens have."""
-    vocabulary, owners = tokenizer.get_vocab(), {}
+    vocabulary = tokenizer.get_vocab()
+    owners: dict[int, str] = {}
     for token, number in expected.items():
         if vocabulary.get(token) != number or owners.setdefault(number, token) != token:
             raise ValueError(f"{file.name} gives {token!r} the id {number!r}, which is no number or another token's")
