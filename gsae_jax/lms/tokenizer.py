@@ -104,6 +104,10 @@ def _from_id(number: Any, backend: tokenizers.Tokenizer) -> str | None:
 
 def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
     """What transformers makes of vocabulary files, if it reads them: for some classes it would invent a vocabulary."""
+    if "auto_map" in settings.get(CONFIG, {}):
+        raise ConfigError(
+            field, f"{folder} has a tokenizer that is code (auto_map in {CONFIG}), which is not run; save it as {FILE}"
+        )
     files = sorted({file.name for pattern in OLDER for file in folder.glob(pattern)})
     if not files:
         raise ConfigError(field, f"{folder} has no tokenizer files; copy the model's {FILE} there")
@@ -111,10 +115,6 @@ def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> 
         if not (folder / name).is_file():
             raise ConfigError(field, f"{folder / name} is not a file; write one that can be read to its end")
         weights.check_fetched(folder / name, field)
-    if "auto_map" in settings.get(CONFIG, {}):
-        raise ConfigError(
-            field, f"{folder} has a tokenizer that is code (auto_map in {CONFIG}), which is not run; save it as {FILE}"
-        )
     if "vocab.json" not in files and files[-1].endswith(".model") and not importlib.util.find_spec("sentencepiece"):
         raise ConfigError(field, f"{folder / files[-1]} can only be read with sentencepiece: pip install sentencepiece")
     advice = f"copy the model's {FILE} there, or name its tokenizer_class in {CONFIG}"
