@@ -156,10 +156,11 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
     separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if separator is None:
         raise ConfigError(
-            "lm.path", "the tokenizer has neither EOS nor BOS to put between documents; add one to its special tokens"
+            "lm.path",
+            "the tokenizer has neither EOS nor BOS to put between documents; name one in tokenizer_config.json",
         )
     if config.prepend_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS; write False")
+        raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS with an embedding; write False")
     source, feature = open_texts(config, split)
     folder = epath.Path(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split

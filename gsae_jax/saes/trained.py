@@ -124,7 +124,7 @@ class SAE:
         return x_BxD.reshape(*f.shape[:-1], self.config.d_in)
 
     def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
-        """The reconstruction [..., D] of activations [..., D], in their dtype: an edit for `lm.run`."""
+        """The reconstruction [..., D] of activations [..., D], in their dtype; `lm.run(tokens, sae)` splices it in."""
         return self.decode(self.encode(x)).astype(jnp.asarray(x).dtype)
 
     def save(self, path: str | os.PathLike[str], format: str = "saelens") -> None:

@@ -39,14 +39,17 @@ from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.data import files as files_lib
 from gsae_jax.evaluation import plots, report
 from gsae_jax.lms import loading
+from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.weights import INDEX, WEIGHTS, Tensors
 from gsae_jax.training import loop
+from tests import test_tokenizers
 from tests.conftest import tiny
 from tests.faults import mutants
 from tests.fixtures.lms import make
 
 LMS = Path(make.__file__).parent
+TOKENIZER = tokenizer_lib.FILE
 SITE = "blocks.0.hook_mlp_out"
 FEW, MANY = 8, 200  # mutants of each kind
 SECONDS = 60  # of computing for one of them; ten times as long on the clock, as a machine may have other work
@@ -84,8 +87,9 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     lms = [lm_dir, *(folder for folder in sorted(LMS.iterdir()) if (folder / "config.json").exists())]
     sharded = [folder for folder in lms if (folder / INDEX).exists()]
     whole = [folder for folder in lms if (folder / WEIGHTS).exists()]
+    vocabularies = test_tokenizers.folders(root / "tokenizers")
     folders = {name: [root / name] for name in ("config", "override", "text", "published", "run")}
-    return folders | {"lm": lms, "sharded": sharded, "whole": whole}
+    return folders | {"lm": lms, "sharded": sharded, "whole": whole, "tokenizers": vocabularies}
 
 
 def an_edit(name, mutate):
@@ -188,6 +192,48 @@ def use_tokenizer(folder):
     loading.special_tokens(tokenizer)
 
 
+def a_tokenizer_file(draw, folder):
+    """One of them is gone, another's, a git-lfs pointer, or damaged."""
+    names = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    file = draw.choice([folder / name for name in names if (folder / name).exists()])
+    kind = draw.randrange(8)
+    if kind == 0:
+        file.unlink()
+    elif kind == 1:
+        file.write_text(draw.choice(("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "{}", "")))
+    elif kind == 2:
+        roles = {
+            draw.choice(tokenizer_lib.ROLES): draw.choice(("<eos>", "the", "</s>", "", "a b", 3)) for _ in range(3)
+        }
+        (folder / draw.choice(names[1:3])).write_text(json.dumps(roles))
+    elif kind == 3:
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {
+            "vocab_size": draw.choice((1, 2, 20, 300)),
+            "eos_token_id": draw.choice((None, 0, 1, [1], -1, 300)),
+        }
+        (folder / "config.json").write_text(json.dumps(settings | {"model_type": draw.choice(("gpt2", "gpt3"))}))
+    else:
+        content = file.read_bytes()
+        file.write_bytes((mutants.file if file.suffix == ".txt" else mutants.json_file)(draw, content))
+
+
+def use_tokens(folder):
+    """What is opened gives the tokens of its file, and none that the model lacks between documents."""
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = checkpoint.tokenizer()
+    tokens = tokenizer(test_tokenizers.TEXTS, add_special_tokens=False)["input_ids"]
+    assert {tokenizer.eos_token_id, tokenizer.bos_token_id} <= {None, *range(checkpoint.config.d_vocab)}
+    if (folder / TOKENIZER).exists():
+        plain = test_tokenizers.plain(folder)
+        assert tokens == [
+            encoding.ids for encoding in plain.encode_batch(test_tokenizers.TEXTS, add_special_tokens=False)
+        ]
+        assert tokenizer.get_vocab() == plain.get_vocab()
+    else:
+        assert set(json.loads((folder / "vocab.json").read_text())) <= set(tokenizer.get_vocab())
+
+
 def use_run(folder):
     gsae_jax.load(folder)
     workdir_lib.Workdir(folder).check(config_lib.to_dict(workdir_lib.Workdir(folder).experiment()))
@@ -272,6 +318,7 @@ KINDS = {  # what it is made of, how it is damaged, what a command does with it
     "language model's config.json": ("lm", an_edit("config.json", mutants.json_file), use_settings),
     "tokenizer.json": ("lm", an_edit("tokenizer.json", mutants.json_file), use_tokenizer),
     "tokenizer_config.json": ("lm", an_edit("tokenizer_config.json", mutants.json_file), use_tokenizer),
+    "tokenizers": ("tokenizers", a_tokenizer_file, use_tokens),
     "model.safetensors": ("whole", an_edit(WEIGHTS, mutants.safetensors_file), gsae_jax.load_lm),
     "model.safetensors.index.json": ("sharded", an_edit(INDEX, mutants.json_file), use_settings),
     "config.json of a run": ("run", an_edit("config.json", mutants.json_file), use_run),
