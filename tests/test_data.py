@@ -482,6 +482,8 @@ def test_batches_shuffle_resume_and_split_by_process(tmp_path, tokenizer, text_d
             stream.set_state(position)
             np.testing.assert_array_equal(next(stream), ahead[0][part])
         np.testing.assert_array_equal(together.reshape(40, 8), epochs[0])
+    alone = rows_lib.batches(rows, 1, seed=3)  # one row a batch
+    np.testing.assert_array_equal(np.concatenate([next(alone) for _ in range(80)]), np.concatenate(epochs))
     one = rows_lib.batches(rows, 8, seed=3, local=[5])
     read.clear()
     next(one)
