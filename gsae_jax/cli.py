@@ -1,5 +1,7 @@
 """What every command shares: a config flag, and errors as one sentence with exit code 2."""
 
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +17,35 @@ from gsae_jax import processes
 from gsae_jax.config import ConfigError, TrainingError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
+
+
+class Output:
+    """A standard stream that does not fail when its reader is gone: a closed pipe or terminal. Nothing is read then."""
+
+    def __init__(self, stream: Any):
+        """`stream`: sys.stdout or sys.stderr."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write it."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., Any], *args: Any) -> None:
+        try:
+            act(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> Any:
@@ -57,6 +88,7 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
         positional: names of the arguments that `main` takes from the command line.
         several: the command may run in several processes, which find each other by the cluster or by flags.
     """
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))
     if several:
         flags.DEFINE_string("coordinator", None, "host:port of process 0; clusters that JAX knows say so themselves.")
         flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")

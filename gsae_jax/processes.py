@@ -5,6 +5,7 @@ Every process runs the same command and the same compiled programs on its own de
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ LAUNCHERS: dict[str, Callable[[str], bool]] = {
     "PMI_SIZE": lambda size: size not in ("", "1"),
     "JOB_COMPLETION_INDEX": lambda index: index != "",  # Kubernetes, which does not say of how many
 }
+# A scheduler that takes the machine back, a user at the keyboard, and a terminal that is closed.
+INTERRUPTIONS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILURE = "gsae_jax/failure"  # where the first process to fail says why
 
 
@@ -83,6 +86,17 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
         raise ConfigError(
             "--coordinator", f"process {index} of {count} cannot work with {where}({' '.join(str(error).split())})"
         ) from error
+
+
+def on_interruption(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Have `handler` called on SIGTERM, SIGINT and SIGHUP; returns the handlers that it replaces.
+
+    A signal that this process was told to ignore, as by nohup, stays ignored. Of several processes JAX handles SIGTERM.
+    """
+    numbers = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
+    if jax.distributed.is_initialized():
+        numbers.remove(signal.SIGTERM)
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def first() -> bool:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,15 @@ def test_the_command_refuses_in_one_sentence(tmp_path, arguments, message):
 def test_evaluate_refuses_what_is_not_a_run(tmp_path):
     code, last_line = command("gsae_jax.evaluate", f"--workdir={tmp_path}")
     assert (code, "holds no run (no config.json)" in last_line) == (2, True), last_line
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("--model=nowhere",)])
+def test_a_closed_pipe_is_quiet(arguments):
+    """As of `python -m gsae_jax.sites | head -1`; a refusal still says so."""
+    command = [sys.executable, "-u", "-m", "gsae_jax.sites", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.stderr.count("\n") == bool(arguments and "model" in arguments[0]), done.stderr
+    assert done.returncode == {(): 0, ("--help",): 1}.get(arguments, 2)  # 1 is absl's code for help

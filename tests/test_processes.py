@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -168,13 +169,14 @@ def test_an_error_in_one_process_ends_the_other_with_the_reason(tmp_path):
 
 
 @pytest.mark.processes
-def test_sigterm_to_one_process_saves_the_run_of_all(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_one_process_saves_the_run_of_all(tmp_path, number):
     run = tmp_path / "run"
     started = start(run, 2, "--config.train.steps=100_000", "--config.checkpoint.every=100_000")
     until(run, "tokens/s")
-    started[1].terminate()
+    started[1].send_signal(number)
     assert end(started) == [75, 75]
-    assert "SIGTERM: step" in log(run)
+    assert "SIGTERM: step" in log(run)  # which is how the first process hears of it
     assert not (run / "report").exists()
 
 

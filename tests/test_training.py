@@ -309,7 +309,7 @@ def test_a_save_does_not_ask_when_the_run_should_end(experiment, tmp_path, monke
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
     monkeypatch.setattr(loop._Signals, "__enter__", lambda signals: signals)
     monkeypatch.setattr(loop._Signals, "__exit__", lambda *_: None)
-    monkeypatch.setattr(loop._Signals, "_before", {}, raising=False)  # as where there are several processes
+    monkeypatch.setattr(loop._Signals, "_together", True, raising=False)  # as where there are several processes
     assert loop.train(experiment, tmp_path / "run")
     assert asked == [0, 1, 2, 3]
 
