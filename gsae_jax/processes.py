@@ -53,6 +53,8 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
         raise ConfigError(missing[0], f"is missing; write all of {', '.join(given)}, or none where the cluster says so")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise ConfigError("--coordinator", f"is {coordinator!r}; write host:port of process 0, such as 10.0.0.1:8476")
+    if count is not None and count < 1:
+        raise ConfigError("--num_processes", f"is {count}; write 1 or more")
     if count is not None and index is not None and not 0 <= index < count:
         raise ConfigError("--process_id", f"is {index}; write 0 to {count - 1}, another one in each process")
     # A Slurm job of one task needs nobody, and JAX would see one of its GPUs only.

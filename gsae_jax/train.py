@@ -29,6 +29,11 @@ def run(config: Experiment, path: epath.PathLike) -> int:
     if workdir.latest_step() == config.train.steps == workdir_lib.reported_step(workdir):
         processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
+    if config.train.dead_after > config.train.steps:
+        processes.warn(
+            f"train.dead_after is {config.train.dead_after:,}, more than the {config.train.steps:,} steps of this run: "
+            "the metrics will count no feature as dead; lower it to count them"
+        )
     starts = runs.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED

@@ -52,9 +52,20 @@ def refused(config, **changes):
         ({"train__steps": 0}, "train.steps: is 0; write 1 or more"),
         (
             {"train__resample_steps": (5,)},
-            "train.resample_steps: is (5,); write steps from 1000 (train.dead_after) to 15",
+            "train.resample_steps: is (5,), but this run has no step for it: features count as dead after 1000 steps",
         ),
-        ({"train__resample_steps": (14,), "train__dead_after": 4}, "train.resample_steps: is (14,); write steps to 12"),
+        (
+            {"train__resample_steps": (12,), "train__dead_after": 13},
+            "(train.dead_after), and resampling is possible until step 12; lower train.dead_after",
+        ),
+        (
+            {"train__resample_steps": (14,), "train__dead_after": 4},
+            "train.resample_steps: is (14,); write steps from 4 (train.dead_after) to 12",
+        ),
+        (
+            {"train__resample_steps": (3,), "train__dead_after": 4},
+            "is (3,); write steps from 4 (train.dead_after) to 12",
+        ),
         ({"stacks__gated__target_l0": (64.0,)}, "stacks.gated.target_l0: is (64.0,); write active features per token"),
         ({"stacks__gated__target_l0": (9.0, 9.0, 9.0)}, "stacks.gated.l1_coefficients: has 2 values; write 1 or 3"),
         (
@@ -85,6 +96,12 @@ def refused(config, **changes):
         ({"data__context_length": 64}, "data.context_length: is 64; this language model has positions for 32"),
         ({"stacks": ConfigDict()}, "stacks: is empty; add one"),
         ({"stacks__gated__l1_coefficients": (0.1, 0.2, 0.3)}, "stacks.gated.seeds: has 2 values; write 1 or 3"),
+        ({"stacks__gated__l1_coefficients": ()}, "stacks.gated.l1_coefficients: has no values; write one for all SAEs"),
+        (
+            {"stacks__gated__target_l0": (9.0,), "train__steps": 1, "train__warmup_steps": 0, "train__batch_size": 256}
+            | {"activations__buffer_size": 2048},
+            "train.steps: is 1, in which stacks.gated.target_l0 cannot be met; write more",
+        ),
         ({"stacks__gated__l1_coefficients": (0.1, -0.2)}, "stacks.gated.l1_coefficients: has a negative value"),
         (
             {"stacks__gated__l1_coefficients": ("a",)},

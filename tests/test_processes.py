@@ -186,6 +186,7 @@ def test_a_signal_to_one_process_saves_the_run_of_all(tmp_path, number):
         (("localhost:1234", None, None), "--num_processes: is missing; write all of --coordinator, --num_processes"),
         (("localhost", 2, 0), "--coordinator: is 'localhost'; write host:port of process 0"),
         (("localhost:1234", 2, 2), "--process_id: is 2; write 0 to 1"),
+        (("localhost:1234", 0, 0), "--num_processes: is 0; write 1 or more"),
     ],
 )
 def test_processes_that_cannot_be_joined(arguments, message):

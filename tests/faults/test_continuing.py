@@ -191,7 +191,9 @@ def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict,
     finally:
         for other, handler in before.items():
             signal.signal(other, handler)
-    assert f"{number.name}: the same command continues" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"{number.name}: the same command continues" in out
+    assert "train.dead_after is 1,000, more than the 16 steps" in err
 
 
 def test_a_run_of_an_earlier_version_is_read(experiment, tmp_path, capsys):
