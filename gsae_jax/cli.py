@@ -50,7 +50,10 @@ class Output:
 
 def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> Any:
     """The `--config FILE.py` flag; `--config.a.b=value` overrides one field."""
-    about = "Experiment file, for example configs/quickstart.py."
+    about = (
+        "Config file, for example configs/quickstart.py. --config.GROUP.FIELD=value changes one of its fields, for "
+        "example --config.train.steps=5000; configs/base.py lists those of an experiment."
+    )
     return config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
 
 
@@ -93,6 +96,10 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
         flags.DEFINE_string("coordinator", None, "host:port of process 0; clusters that JAX knows say so themselves.")
         flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
         flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+
+    # --help shows the flags of the command's own file; ours belong to every command.
+    for flag in flags.FLAGS.get_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def parsed(argv):
         try:

@@ -203,3 +203,9 @@ def test_a_closed_pipe_is_quiet(arguments):
         done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.stderr.count("\n") == bool(arguments and "model" in arguments[0]), done.stderr
     assert done.returncode == {(): 0, ("--help",): 1}.get(arguments, 2)  # 1 is absl's code for help
+
+
+def test_help_says_how_a_config_is_given_and_changed():
+    done = subprocess.run([sys.executable, "-m", "gsae_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    for flag in ("--config:", "--config.GROUP.FIELD=value", "--workdir:", "--num_processes:"):
+        assert flag in done.stdout

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+from absl import logging
 
 from configs import base
 from gsae_jax import config as config_lib
@@ -563,6 +564,12 @@ def test_a_lock_that_another_process_holds_is_named(tmp_path, capsys):
     ((seconds, message),) = told
     assert seconds < 1
     assert str(lock) in message
+def test_preparing_text_logs_nothing(tmp_path, tokenizer, text_dir, caplog):
+    """And what absl logs otherwise stays as it was."""
+    before = logging.get_verbosity()
+    rows_lib.open_rows(data_config(tmp_path, path=str(text_dir)), "train", tokenizer, limit=7 * 5)
+    assert not caplog.records
+    assert logging.get_verbosity() == before
 
 
 def test_fewer_tokens_than_a_batch(tmp_path, tokenizer, text_dir):

@@ -139,6 +139,8 @@ def test_torch_is_not_imported(tmp_path):
     """Where it is installed tensorboardX would import it, which takes over a second, and a broken one would show."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()  # transformers asks for its version
+    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.13.0\n")
     program = "import sys, gsae_jax; from gsae_jax.loggers import tensorboard; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

@@ -26,6 +26,7 @@ import filelock
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 
 from gsae_jax import buckets, plugins, processes
@@ -100,6 +101,18 @@ class TokenRows:
         return body if self._bos is None else np.concatenate([np.array([self._bos], np.int32), body])
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS logs warnings of what is as it should be; a command has no log, but a notebook would show them."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))  # a lower number is quieter
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@_quiet()
 def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     """The documents of `split` ("train" or "test") as a random-access source, and the name of their text feature.
 
