@@ -158,7 +158,8 @@ with _Signals() as signals:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_ends_at_once(number):
-    command = [sys.executable, "-c", SIGNALS]
+    heard = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)"  # tests in the background ignore some
+    command = [sys.executable, "-c", heard + SIGNALS]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
@@ -186,6 +187,7 @@ def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict,
     monkeypatch.setattr(train_command.loop, "train", lambda *_: True)
     monkeypatch.setattr(train_command, "evaluate", lambda path: signal.raise_signal(number))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    signal.signal(number, signal.SIG_DFL)  # tests in the background ignore some
     try:
         assert train_command.main() == train_command.INTERRUPTED
     finally:
