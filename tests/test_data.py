@@ -564,6 +564,8 @@ def test_a_lock_that_another_process_holds_is_named(tmp_path, capsys):
     ((seconds, message),) = told
     assert seconds < 1
     assert str(lock) in message
+
+
 def test_preparing_text_logs_nothing(tmp_path, tokenizer, text_dir, caplog):
     """And what absl logs otherwise stays as it was."""
     before = logging.get_verbosity()
