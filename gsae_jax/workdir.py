@@ -36,6 +36,17 @@ FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may 
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
 
 
+class _LocalPath(epath.gpath.PosixGPath):
+    """A local path whose own characters are literal in `glob`, where epath takes them for a pattern.
+
+    orbax looks for the files of a checkpoint by `glob`. It passes on the path that it was given, and what it makes of
+    it has this class too.
+    """
+
+    def glob(self, pattern: str) -> Iterator["_LocalPath"]:
+        return map(type(self), Path(self).glob(pattern))
+
+
 class Workdir:
     """A run directory; nothing is created before `create`."""
 
@@ -47,7 +58,7 @@ class Workdir:
         """
         config_lib.check_text("--workdir", os.fspath(path))
         buckets.check("--workdir", path)
-        self.path = epath.Path(path)
+        self.path = epath.Path(path) if is_bucket(path) else _LocalPath(path)
         self._lock = filelock.FileLock(self.path / LOCK) if not is_bucket(self.path) else None
 
     @property
@@ -170,6 +181,7 @@ class Workdir:
             ConfigError: the directory holds no run, or cannot be read.
         """
         path = self.path / "config.json"
+        self._check_path()
         try:
             if path.exists() and not _is_file(path):
                 raise ValueError("it is not a file")
@@ -243,8 +255,19 @@ class Workdir:
         if self._lock is not None:
             self._lock.release()
 
+    def _check_path(self) -> None:
+        """Raises `ConfigError` for a path that tensorstore or gcsfs takes for another one."""
+        if is_bucket(self.path):
+            refused, reason = "[]*?\\", "which bucket clients take for patterns"
+        else:
+            refused, reason = "\\", "which the checkpoint library takes for a slash, so that it would write elsewhere"
+        path = os.fspath(_absolute(self.path))
+        if found := [char for char in refused if char in path]:
+            raise ConfigError("--workdir", f"{path} contains {' '.join(found)}, {reason}; write a path without it")
+
     def check_writable(self) -> None:
         """Raises `ConfigError` if nothing can be written here."""
+        self._check_path()
         if not is_bucket(self.path):
             parent = next(folder for folder in (self.path, *_absolute(self.path).parents) if folder.is_dir())
             if not os.access(parent, os.W_OK | os.X_OK):
@@ -288,6 +311,7 @@ class Checkpoints:
     def __init__(self, workdir: Workdir, config: config_lib.Checkpoint):
         """`config`: which to keep."""
         self._folder, self._config, self._saving = _absolute(workdir.path / "checkpoints"), config, 0
+        self._saved: dict[str, Any] = {}  # what is being saved: trees of `ShapeDtypeStruct`s, and what JSON holds
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -298,8 +322,8 @@ class Checkpoints:
         if config.keep_best:
             lowest = {"n": 1, "reverse": True, "keep_checkpoints_without_metrics": False}
             keep.append(policy.BestN(get_metric_fn=_score, **lowest))
-        # Called when all files are written, before the checkpoint takes its name.
-        written = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
+        # Called when all files are written, before the checkpoint takes its name and older ones are deleted.
+        written = ocp.options.AsyncOptions(post_finalization_callback=self._finish)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(keep),
             best_fn=_score if config.keep_best else None,  # without it orbax would not save what `score` is
@@ -318,7 +342,8 @@ class Checkpoints:
     ) -> None:
         """Save in the background; arrays are copied before this returns. The lowest `score` is the best.
 
-        A save that fails, as on a full disk, is a warning; the checkpoints before it stay.
+        A save that fails, as on a full disk, is a warning; so is one that cannot be read back. The checkpoints before
+        it stay.
         """
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
@@ -328,11 +353,18 @@ class Checkpoints:
         )
         self.wait()  # before the name changes that the manifest's place is found by
         self._saving = step
+        arrays = {"params": params, "state": state}
+        self._saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays) | {
+            "data": data,
+            "facts": facts,
+        }
         self._try(self._manager.save, step, args=items, metrics=None if score is None else {"score": score})
 
-    def _write_manifest(self) -> None:
+    def _finish(self) -> None:
+        """Reads the checkpoint back, and writes its manifest."""
         # The name of a local checkpoint in the making has a suffix.
         (folder,) = [path for path in self._folder.iterdir() if path.name.partition(".")[0] == str(self._saving)]
+        self._read_back(folder)
         files = {
             str(file.relative_to(folder)): (file.stat().length, _file_digest(file))
             for file in _files(folder)
@@ -340,6 +372,24 @@ class Checkpoints:
         }
         digest = _digest(json.dumps(files, sort_keys=True).encode())
         (folder / MANIFEST).write_text(json.dumps({"files": files, "digest": digest}))
+
+    def _read_back(self, folder: epath.Path) -> None:
+        """Opens every array by its name, as restoring does, and reads the rest; raises what keeps one from being read.
+
+        Of the arrays it reads shapes and types only. Their contents are covered by the hashes of the files.
+        """
+        for name in ("params", "state"):
+            stored = ocp.PyTreeCheckpointHandler().metadata(folder / name).tree
+            there, saved = (
+                {".".join(path): (leaf.shape, leaf.dtype) for path, leaf in ocp.tree.to_flat_dict(tree).items()}
+                for tree in (stored, self._saved[name])
+            )
+            if there != saved:
+                raise OSError(f"{', '.join(sorted(dict(there.items() ^ saved.items())))} of {name} cannot be read back")
+        for name in ("data", "facts"):
+            stored = ocp.JsonCheckpointHandler().restore(folder / name, args=ocp.args.JsonRestore())
+            if json.dumps(stored, sort_keys=True) != json.dumps(self._saved[name], sort_keys=True):
+                raise OSError(f"{name} cannot be read back")
 
     def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(params, state, data) of a step, on the shardings of the given `ShapeDtypeStruct` trees."""
@@ -526,4 +576,4 @@ def _file_digest(path: epath.Path) -> str:
 
 def _absolute(path: epath.Path) -> epath.Path:
     """As orbax wants local paths; epath's own `absolute` takes gs:// for one."""
-    return path if is_bucket(path) else epath.Path(Path(path).absolute())
+    return path if is_bucket(path) else _LocalPath(Path(path).absolute())

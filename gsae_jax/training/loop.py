@@ -374,23 +374,25 @@ def _tokens_needed(config: Experiment) -> int:
 
 
 class _Signals:
-    """Turns SIGTERM and SIGINT into a name to look at between steps; a second one ends the process at once.
+    """Turns SIGTERM, SIGINT and SIGHUP into a name to look at between steps; a second one ends the process at once.
 
-    Of several processes, whichever receives a SIGTERM, all end after the same step, which JAX finds; a SIGINT
-    interrupts at once.
+    Of several processes, whichever receives one, all end after the same step, which JAX finds.
     """
 
     received = ""
 
     def stop(self, call: int) -> bool:
         """Whether to end before this call of the train step."""
-        if not self._before and multihost_utils.reached_preemption_sync_point(call):
-            self.received = "SIGTERM"
-        return bool(self.received)
+        if not self._together:
+            return bool(self.received)
+        if not multihost_utils.reached_preemption_sync_point(call):
+            return False
+        self.received = self.received or "SIGTERM"
+        return True
 
     def __enter__(self) -> "_Signals":
-        numbers = () if jax.distributed.is_initialized() else (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        self._together = jax.distributed.is_initialized()
+        self._before = processes.on_interruption(self._receive)
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -398,6 +400,8 @@ class _Signals:
             print(f"{signal.Signals(number).name} again: ended without saving", file=sys.stderr, flush=True)
             os._exit(128 + number)  # an orderly exit would wait for what is being saved
         self.received = signal.Signals(number).name
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)  # the one that JAX tells the others about
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
