@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from tests.test_lms import checkpoint
 
 SITE = "blocks.0.hook_mlp_out"
 UNUSED = ["predictions", "kl", "squared_error", "variance", "x_hat_sq", "x_hat_dot_x", "cosine", "l1", "gate_only"]
+UNUSED += ["squared_error_all", "variance_all", "x_hat_sq_all", "x_hat_dot_x_all", "typical"]
 UNUSED += ["tokens", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean"]
 
 
@@ -35,16 +37,27 @@ def zero(D):
     return identity(D) | {"b_enc": jnp.full(2 * D, -1e6)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lm(lm_dir):
     return gsae_jax.load_lm(lm_dir)
 
 
-def batches(lm, count=3, rows=16, length=20):
-    tokens = np.random.default_rng(1).integers(1, lm.config.d_vocab, (count, rows, length))
-    tokens[:, :, 0] = lm.tokenizer.bos_token_id
+@functools.cache
+def sampled(lm, count, rows, length):
+    """Text that the language model has drawn, so that it predicts it better with its activations than without."""
+    random = np.random.default_rng(1)
+    tokens = np.full((count * rows, length), lm.tokenizer.bos_token_id)
+    logits = jax.jit(lambda tokens: lm.module.apply({"params": lm.params}, tokens))
+    for position in range(1, length):
+        drawn = np.asarray(logits(tokens))[:, position - 1] + random.gumbel(size=(len(tokens), lm.config.d_vocab))
+        tokens[:, position] = 1 + drawn[:, 1:].argmax(-1)
+    tokens = tokens.reshape(count, rows, length)
     tokens[:, ::3, 7] = lm.tokenizer.eos_token_id
     return tokens
+
+
+def batches(lm, count=3, rows=16, length=20):
+    return sampled(lm, count, rows, length).copy()
 
 
 def on_mesh(data, latent):
@@ -131,7 +144,9 @@ def test_every_metric_matches_float64(lm, lm_dir):
         "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
         "alive": (f > 0).any(0).mean(),
         "tokens": valid.sum(),
+        "extreme": 0,
     }
+    expected |= {f"{name}_all": expected[name] for name in ("fvu", "gamma")}
     assert expected["alive"] <= 0.9
     intervals = ours.pop("intervals")
     assert ours == pytest.approx(expected, rel=1e-4)
@@ -325,7 +340,7 @@ def test_the_report_is_whole(tmp_path, lm):
     keys += (
         "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu variant ito ce_mean loss_recovered_from_mean kl cosine "
     )
-    keys += "l1 gate_only dense intervals"
+    keys += "l1 gate_only dense intervals fvu_all gamma_all extreme target_l0"
     for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()
