@@ -199,9 +199,9 @@ def _against_l0(
             if points:
                 x, y = ([point[name] for point in points] for name in ("l0", field))
                 axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose).replace("$", r"\$"))
-    for site, axis in panels.items():
-        if not any(record["site"] == site and np.isfinite(record[field]) for record in records):
-            text = f"{label} has no meaning here:\nsee the sentences below the report's table"
+    for axis in panels.values():
+        if not axis.lines:
+            text = "there is nothing to draw here:\nsee the sentences below the report's table"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center")
         if any(record["ito"] for record in records):
             axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")

@@ -244,11 +244,11 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
     diverged = [r for r in encoders if not all(math.isfinite(r[name]) for name in blank if name in r)]
     sound = [r for r in encoders if r not in diverged]
     for members, text in (
-        (diverged, "numbers that are not finite: training diverged. Their metrics are left blank"),
+        (diverged, "reconstructions that are not finite: training diverged. What cannot be measured is left blank"),
         (
             [r for r in sound if r["fvu"] > 1],
-            "an FVU above 1: their reconstructions are worse than the mean activation. Training diverged, or they are "
-            "of another site or language model",
+            "an FVU above 1, which is worse than the mean activation as the reconstruction. Training diverged, or this "
+            "is another site or language model than that of training",
         ),
         ([r for r in sound if r["l0"] == 0], "an L0 of 0: no feature fires. Lower the l1 coefficient or learning rate"),
     ):
