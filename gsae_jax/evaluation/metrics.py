@@ -140,7 +140,8 @@ def draws(rows: int) -> np.ndarray:
 def resampled(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The metrics [draws] on resampled rows."""
     weights = draws(len(rows["tokens"]))
-    return _ratios({name: weights @ values for name, values in rows.items()})
+    with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
+        return _ratios({name: weights @ values for name, values in rows.items()})
 
 
 def interval(values: np.ndarray) -> list[float]:

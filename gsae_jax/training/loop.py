@@ -251,7 +251,7 @@ def _loop(
         facts["l1_coefficients"] = {name: jax.device_get(s.l1_coefficient).tolist() for name, s in state.stacks.items()}
         stack, _, name = config.checkpoint.keep_best.partition("/")
         score = float(jax.device_get(statistics[stack][name]).mean()) if stack else math.nan
-        divergence.look(step, statistics, tokens_RxT)
+        divergence.look(step, statistics, trained_on)
         facts["skips"] = divergence.skips
         parts = saved_parts(state, config.checkpoint.buffer)
         checkpoints.save(step, *parts, stream.get_state(), facts, score if math.isfinite(score) else None)
@@ -281,7 +281,8 @@ def _loop(
                 log(*waiting[:3])
                 if metrics and waiting[0] == saved:
                     metrics.sync()  # now with the line of the step that was saved
-            waiting = step, statistics, dropped, tokens_RxT
+            trained_on = tokens_RxT
+            waiting = step, statistics, dropped, trained_on
             progress.bar.update(per_call)
             if step // config.checkpoint.every > saved // config.checkpoint.every:
                 save()
