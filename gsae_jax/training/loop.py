@@ -260,7 +260,7 @@ def _loop(
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
         # Statistics of the call before, which are read while the next one runs.
         waiting: tuple[int, Any, jax.Array, np.ndarray] | None = None
-        divergence = _Divergence(config, progress, facts["skips"])
+        divergence = _Divergence(config, program.widths, progress, facts["skips"])
         divergence.count(step, {name: stack.skipped_in_row for name, stack in state.stacks.items()})
         while step < total and not signals.stop(step // per_call) and not divergence.lost:
             try:
@@ -321,9 +321,11 @@ def _loop(
 class _Divergence:
     """Watches for SAEs that diverge: numbers that are not finite, or a reconstruction that is far worse than none."""
 
-    def __init__(self, config: Experiment, progress: "_Progress", skips: dict[str, dict[str, Any]]):
-        """`skips`: those that the checkpoint had when it was written."""
-        self._config, self._progress = config, progress
+    def __init__(
+        self, config: Experiment, widths: dict[str, int], progress: "_Progress", skips: dict[str, dict[str, Any]]
+    ):
+        """`widths`: of the sites; `skips`: those that the checkpoint had when it was written."""
+        self._config, self._widths, self._progress = config, widths, progress
         self._far: set[str] = set()
         # SAE that skips updates -> the step of the call in which that began, and the tokens of that call.
         self.skips = dict(skips)
@@ -331,22 +333,25 @@ class _Divergence:
 
     def look(self, step: int, statistics: dict[str, dict[str, jax.Array]], tokens_RxT: np.ndarray) -> None:
         """Say which SAEs begin to diverge in the call that ended at this step; it may be looked at twice."""
-        fields = ("skipped_in_row", "mse", "x_sq")
+        fields = ("skipped_in_row", "mse", "x_hat_sq", "x_hat_dot_x")
         found = jax.device_get({name: {field: of[field] for field in fields} for name, of in statistics.items()})
         self.count(step, {name: of["skipped_in_row"] for name, of in found.items()}, tokens_RxT)
         # A wide random dictionary begins with large reconstructions.
         if step <= max(self._config.train.warmup_steps, self._config.train.steps // 10):
             return
         for name, of in found.items():
-            for index, (mse, x_sq) in enumerate(zip(of["mse"], of["x_sq"], strict=True)):
+            # Of E||x - x_hat||^2 what a zero reconstruction has: 1 in the mean, by the scale, and more in some batches.
+            D = self._widths[self._config.stacks[name].site]
+            zero_N = np.maximum(1, of["mse"] + (2 * of["x_hat_dot_x"] - of["x_hat_sq"]) / D)
+            for index, far in enumerate(of["mse"] > FAR * zero_N):
                 sae = f"{name}_{index}"
-                if not 0 < FAR * x_sq < mse:
+                if not far:
                     self._far.discard(sae)
                 elif sae not in self._far:
                     self._far.add(sae)
                     self._progress.say(
-                        f"step {step:,}: {sae} has diverged: its squared error is {mse / x_sq:,.0f} times that of a "
-                        "zero reconstruction; lower its learning rate in a new run"
+                        f"step {step:,}: {sae} has diverged: its squared error is more than {FAR} times that of a zero "
+                        "reconstruction; lower its learning rate in a new run"
                     )
 
     def count(self, step: int, in_row: dict[str, Any], tokens_RxT: np.ndarray | None = None) -> None:
@@ -463,7 +468,6 @@ class _Progress:
         """Put L0, loss and gamma of every SAE on the lines; returns these and the others by `{stack}/{name}`."""
         values: dict[str, Any] = {}
         for name, stack in statistics.items():
-            stack.pop("x_sq")
             dot = stack.pop("x_hat_dot_x")
             gamma = stack.pop("x_hat_sq") / np.where(dot == 0, np.nan, dot)
             values |= {f"{name}/{key}": value.tolist() for key, value in sorted((stack | {"gamma": gamma}).items())}

@@ -97,9 +97,7 @@ class Stack:
     ) -> tuple[StackState, dict[str, jax.Array]]:
         """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
 
-        To these it adds `l1_coefficient`, `x_sq` (the squared error per dimension of reconstructions that are zero) and
-        `updates` (1 where the update was made). An SAE whose loss or gradients are not finite stays as it is, and its
-        statistics are 0.
+        An SAE whose loss or gradients are not finite stays as it is, and its statistics are 0.
 
         `rate` is the schedule's factor on learning rates, and `gain` how far L0 off its target moves l1 coefficients.
 
@@ -127,8 +125,7 @@ class Stack:
         fired = statistics.pop("fired").astype(jnp.int32)
         if jax.lax.axis_size("data") > 1:
             fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)
-        x_sq_N = jnp.broadcast_to(jnp.square(x_BxD).mean(), statistics["loss"].shape)
-        statistics = jax.lax.pmean(statistics | {"x_sq": x_sq_N}, "data")
+        statistics = jax.lax.pmean(statistics, "data")
         finite_N = _finite(grads) & jnp.isfinite(statistics["loss"])
 
         def where_finite(new: jax.Array, old: jax.typing.ArrayLike) -> jax.Array:
