@@ -9,6 +9,7 @@ hash of every file, with which they are compared before they are read. It appear
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -452,12 +453,17 @@ class Metrics:
         self._loggers = [loggers.module(name).open_logger(run) for name in names]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line: the step and its values, lists for stacks."""
-        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        """One line: the step and its values, lists for stacks. What is not finite is null there, and in no logger."""
+        line = {
+            name: list(map(_or_null, value)) if isinstance(value, list) else _or_null(value)
+            for name, value in values.items()
+        }
+        self._file.write((json.dumps({"step": step, **line}, allow_nan=False) + "\n").encode())
         numbers = {
             name if index is None else f"{name}/{index}": number
             for name, value in values.items()
             for index, number in (enumerate(value) if isinstance(value, list) else [(None, value)])
+            if math.isfinite(number)
         }
         for logger in self._loggers:
             logger.write(step, numbers)
@@ -482,8 +488,12 @@ class Metrics:
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`."""
+    """The lines of `metrics.jsonl`; a number that was not finite is None."""
     return [logged for _, logged in _logged(workdir.path / "metrics.jsonl")]
+
+
+def _or_null(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _lines(path: epath.Path) -> list[str]:
@@ -497,7 +507,7 @@ def _logged(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             logged = config_lib.parse_json(line)
             numbers = [value for each in logged.values() for value in (each if isinstance(each, list) else [each])]
-            if type(logged["step"]) is not int or not all(isinstance(x, int | float) for x in numbers):
+            if type(logged["step"]) is not int or not all(x is None or isinstance(x, int | float) for x in numbers):
                 raise ValueError
         except (ValueError, KeyError, AttributeError):
             if line.endswith("\n"):  # else it was being written when its process ended
