@@ -23,7 +23,7 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
         ConfigError: no such SAE, step or format, a format that cannot hold one of them, or an `out` that exists.
     """
     module = plugins.load("exchange", format, having="write", field="--format")
-    saes = runs.load(path, step=step)
+    saes = runs.load(path, step=step, field="--workdir")
     if name:
         if name not in saes:
             raise ConfigError("--sae", f"{name!r} is not in {path}; {known_names(name, saes)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
 
 def load(
-    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
+    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None, field: str = "path"
 ) -> dict[str, trained.SAE]:
     """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`; or one or several from elsewhere.
 
@@ -34,26 +35,24 @@ def load(
             such folders. An SAE that was not exported by us has the name of its folder.
         mesh: over whose devices features are spread; by default all are on this process's first device.
         step: of which checkpoint; by default the newest that is whole.
+        field: what an error calls the path.
 
     Raises:
         ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read; or of
             another format, everything that does not fit.
     """
-    workdir = workdir_lib.Workdir(path)
+    workdir = workdir_lib.Workdir(path, field)
     bucket = buckets.is_bucket(path)
     if imported := {} if bucket else imports.read(Path(path)):
         if step is not None:
             raise ConfigError("step", f"is {step}, and {path} is no run; leave it out")
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
-    if not bucket and not (Path(path) / "config.json").exists():
-        formats = ", ".join(plugins.known("exchange", having="recognises"))
-        raise ConfigError(
-            "--workdir", f"{path} holds no run (no config.json), and no SAE in a format that is known ({formats})"
-        )
+    if not bucket and not workdir.holds_run():
+        raise ConfigError(field, _nothing(os.fspath(path)))
     config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
-        raise ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
+        raise ConfigError(field, f"{workdir.path} has no checkpoint yet; run training for longer")
     facts = _checked(workdir, step, config)
     built = {
         name: trained.build_config(
@@ -78,6 +77,21 @@ def load(
     return {
         sae.name: sae for name in config.stacks for sae in _members(name, config, built[name][1], params[name], facts)
     }
+
+
+def _nothing(path: str) -> str:
+    """Why a path gives no SAEs."""
+    if not os.path.lexists(os.path.expanduser(path)):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(/.*)?", path) and not path.startswith("."):
+            fetched = f"huggingface_hub.snapshot_download({'/'.join(path.split('/')[:2])!r})"
+            return (
+                f"{path} is not here; write a folder that is. Names on the Hugging Face hub are not taken: fetch one "
+                f"with {fetched}, and write the folder that this gives"
+            )
+        return f"{path} is not here; write the directory of a run, or a folder of SAEs"
+    formats = ", ".join(plugins.known("exchange", having="recognises"))
+    other = "its config.json is not one of a run" if (Path(path) / "config.json").exists() else "it has no config.json"
+    return f"{path} holds no run ({other}), and no SAE in a format that is known ({formats})"
 
 
 def names(lm: config_lib.LM, data: config_lib.Data) -> dict[str, str]:
@@ -106,7 +120,11 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
         except ConfigError as error:
             raise ConfigError(field, str(error).removeprefix("start_from: ")) from error
         convert = trained.converter(members[0].architecture, stack.architecture)
-        theirs = {"site": members[0].site or stack.site, "width": members[0].config.width, "as many SAEs": len(members)}
+        site = members[0].site
+        if site and not site.startswith("blocks."):  # another library's name for it
+            processes.warn(f"{stack.start_from} says that it reads {site!r}; taken for {stack.site}, as {name} does")
+            site = ""
+        theirs = {"site": site or stack.site, "width": members[0].config.width, "as many SAEs": len(members)}
         ours = {"site": stack.site, "width": stack.width, "as many SAEs": len(stack)}
         differing = [f"{what} ({theirs[what]} there, {ours[what]} here)" for what in ours if ours[what] != theirs[what]]
         if convert is None:
@@ -136,7 +154,7 @@ def _members_of(start: str) -> list[trained.SAE]:
     path, _, source = start.rpartition(":")
     if not path or not source:
         raise ConfigError("start_from", f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
-    saes = load(path)
+    saes = load(path, field="start_from")
     stacks = {sae.rpartition("_")[0] for sae in saes}
     if source not in stacks:
         raise ConfigError(
@@ -220,7 +238,7 @@ def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dic
                 raise ValueError(f"the mean of {site} is not as it was written")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config"
-        raise ConfigError("--workdir", f"{why} ({type(error).__name__}: {error}); put its own back") from error
+        raise ConfigError(workdir.field, f"{why} ({type(error).__name__}: {error}); put its own back") from error
     return facts
 
 

@@ -1,6 +1,9 @@
 """Weights in safetensors files: which tensor holds which parameter, in what layout, and how it gets onto its shards."""
 
+import hashlib
+import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -18,6 +21,7 @@ from gsae_jax.config import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
+WHOLE, PAGE, PAGES = 2**28, 4096, 64  # bytes of weights that a fingerprint reads all of; else pages of each tensor
 ParamPath = tuple[str, ...]
 
 
@@ -32,6 +36,7 @@ class Tensors:
     def __init__(self, folder: Path, field: str):
         self.faults: list[str] = []
         self._field, self._files = field, {}
+        self._paths: dict[str, Path] = {}
         if (folder / INDEX).exists():
             self.label = folder / INDEX
             index = read_index(folder / INDEX, field)
@@ -52,7 +57,7 @@ class Tensors:
             except (OSError, safetensors.SafetensorError) as error:
                 raise self._unreadable(folder / file, error) from error
             for name in opened.keys():  # noqa: SIM118 (not a dict)
-                self._files[name] = opened
+                self._files[name], self._paths[name] = opened, folder / file
                 if index and index.get(name) != file:
                     self.faults.append(f"{name} is in {file}, but not so in the index")
 
@@ -78,6 +83,33 @@ class Tensors:
         """One whole tensor."""
         return self._files[name].get_tensor(name)
 
+    def fingerprint(self) -> str:
+        """A name for the tensors: equal names, types, shapes and contents have equal fingerprints.
+
+        How tensors are divided into files does not matter. Up to `WHOLE` bytes, every byte counts. Of larger
+        checkpoints, of which reading all would take too long, it is `PAGES` pages of each tensor, evenly spaced.
+        """
+        headers = {file: _header(file) for file in sorted(set(self._paths.values()))}
+        entries = [(name, *headers[file][name]) for name, file in sorted(self._paths.items())]
+        whole = sum(end - begin for *_, begin, end in entries) <= WHOLE
+        digest = hashlib.sha256()
+        files = {file: os.open(file, os.O_RDONLY) for file in headers}
+        try:
+            for name, dtype, shape, begin, end in entries:
+                digest.update(json.dumps([name, dtype, shape]).encode())
+                if whole or end - begin <= PAGES * PAGE:
+                    pieces = [(start, min(2**20, end - start)) for start in range(begin, end, 2**20)]
+                else:
+                    pieces = [(begin + (end - begin - PAGE) * i // (PAGES - 1), PAGE) for i in range(PAGES)]
+                for start, length in pieces:
+                    digest.update(os.pread(files[self._paths[name]], length, start))
+        except OSError as error:
+            raise self._unreadable(self.label, error) from error
+        finally:
+            for file in files.values():
+                os.close(file)
+        return digest.hexdigest()[:16]
+
     def equal(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two tensors are the same, some rows at a time."""
         count = self.shape(one)[0]
@@ -86,6 +118,18 @@ class Tensors:
         pair = [self._files[name].get_slice(name) for name in (one, other)]
         parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
         return all(pair[0][part].tobytes() == pair[1][part].tobytes() for part in parts)
+
+
+def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """(type, shape, begin, end) of each tensor of a safetensors file, in bytes of the file; it was checked before."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (about["dtype"], about["shape"], *(8 + length + offset for offset in about["data_offsets"]))
+        for name, about in header.items()
+    }
 
 
 def match(

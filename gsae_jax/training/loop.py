@@ -65,10 +65,14 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         if params["b_dec"].shape[-1] != program.widths[config.stacks[name].site]:
             raise ConfigError(f"stacks.{name}.start_from", "is of another language model; write a run of this one")
     lm_params = checkpoint.params(program.module, config.lm.dtype)
+    lm_fingerprint = checkpoint.fingerprint()
+    processes.agree("lm.path", lm_fingerprint, "give every process the same language model")
     rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
     processes.agree("data", rows.fingerprint, "give every process the same text")
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
-    rows_lib.held_out(config, tokenizer, config.evaluation.tokens)  # the report's text must be there too
+    held_out = rows_lib.held_out_rows(
+        config, tokenizer, config.evaluation.tokens
+    )  # the report's text must be there too
     latest = workdir.latest_step()
     if latest is not None:
         if processes.first():
@@ -77,6 +81,13 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         processes.wait("a sound checkpoint")
         latest = workdir.latest_step()
     processes.agree("--workdir", latest, "their checkpoints are not the same; write a directory that they share")
+    before = {} if latest is None else workdir.facts(latest)
+    if latest is not None:
+        workdir.check_model(before, config.lm, lm_fingerprint, "lm.path")
+        if before.get("rows") != rows.fingerprint:
+            raise ConfigError(
+                "data", "the text has changed since this run began; put it back, or start a new --workdir"
+            )
     if latest is None:
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
         state = start(program, lm_params, stream)
@@ -92,14 +103,10 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         raise ConfigError("--workdir", "another process has trained here meanwhile; run the command again")
     checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
     machine = _machine(mesh)
-    facts = {"rows": rows.fingerprint, "buffer": config.checkpoint.buffer, "machine": machine}
+    facts: dict[str, Any] = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "lm": lm_fingerprint}
+    facts |= {"buffer": config.checkpoint.buffer, "machine": machine}
     try:
         if latest is not None:
-            before = workdir.facts(latest)
-            if before.get("rows") != rows.fingerprint:
-                raise ConfigError(
-                    "data", "the text has changed since this run began; put it back, or start a new --workdir"
-                )
             state, position = _restore(program, checkpoints, latest, before.get("buffer", True))
             try:
                 stream.set_state(position)
