@@ -267,7 +267,7 @@ class Workdir:
             raise ConfigError(
                 field,
                 f"{lm.path or 'the embedded model'} is not the language model that the run in {self.path} was trained "
-                f"with: its {' and '.join(differing)} differ; write a directory that holds the same files",
+                f"with: they differ in {' and '.join(differing)}; write a directory that holds the same files",
             )
 
     def hold(self) -> None:
