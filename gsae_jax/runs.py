@@ -116,9 +116,11 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
             continue
         field = f"stacks.{name}.start_from"
         try:
-            members = _members_of(stack.start_from)
+            members = _members_of(stack.start_from, field)
         except ConfigError as error:
-            raise ConfigError(field, str(error).removeprefix("start_from: ")) from error
+            if error.field == field:
+                raise
+            raise ConfigError(field, str(error)) from error
         convert = trained.converter(members[0].architecture, stack.architecture)
         site = members[0].site
         if site and not site.startswith("blocks."):  # another library's name for it
@@ -145,32 +147,33 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def _members_of(start: str) -> list[trained.SAE]:
-    """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path."""
+def _members_of(start: str, field: str) -> list[trained.SAE]:
+    """The SAEs that `start_from`, called `field`, names: a stack of a run, or whatever SAEs lie in a path."""
     if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(start)):
         if len(kinds := {(sae.architecture, sae.config, sae.site) for sae in elsewhere.values()}) > 1:
-            raise ConfigError("start_from", f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
+            raise ConfigError(field, f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
         return list(elsewhere.values())
     path, _, source = start.rpartition(":")
     if not path or not source:
-        raise ConfigError("start_from", f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
-    saes = load(path, field="start_from")
+        raise ConfigError(field, f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
+    saes = load(path, field=field)
     stacks = {sae.rpartition("_")[0] for sae in saes}
     if source not in stacks:
-        raise ConfigError(
-            "start_from", f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}"
-        )
+        raise ConfigError(field, f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}")
     return [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
 
 
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
-    """The experiment with a hub model's commit for its revision: that of the run in `path`, or the newest.
+    """The experiment as the run in `path` has it, or will have it.
+
+    A hub model has its commit for its revision: the run's, or the newest. SAEs that a stack of the run started from may
+    lie elsewhere now; then the experiment names the place that the run knows.
 
     Raises:
         ConfigError: no such model, or a path that cannot be a run directory.
     """
     workdir = workdir_lib.Workdir(path)
-    config = _as_begun(config, workdir)
+    config = _with_known_starts(_as_begun(config, workdir), workdir)
     name, revision = config.lm.path, config.lm.revision
     if not name or Path(name).is_dir():
         return config
@@ -203,6 +206,22 @@ def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
     if left_out:
         processes.warn(f"{workdir.path} began before some settings existed and continues with {', '.join(left_out)}")
     return config_lib.from_dict(Experiment, now)
+
+
+def _with_known_starts(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
+    if workdir.latest_step() is None:
+        return config
+    recorded, stacks = workdir.experiment().stacks, dict(config.stacks)
+    for name, stack in config.stacks.items():
+        before = recorded[name].start_from if name in recorded else ""
+        if not before or not stack.start_from or before == stack.start_from:
+            continue
+        step = workdir.sound_step(("facts",))
+        known = {} if step is None else workdir.facts(step).get("starts", {})
+        moved = starts(dataclasses.replace(config, stacks={name: stack}))
+        if known.get(name) == trained.fingerprint(moved[name]):
+            stacks[name] = dataclasses.replace(stack, start_from=before)
+    return dataclasses.replace(config, stacks=stacks)
 
 
 def _spread(mesh: jax.sharding.Mesh, like: dict[str, Any], built: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

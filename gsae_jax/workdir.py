@@ -548,23 +548,15 @@ def absolute(path: str) -> str:
 
 def _located(config: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON config with absolute paths."""
-
-    def source(start: str) -> str:  # a folder, or RUN:STACK
-        run, colon, stack = start.rpartition(":")
-        return f"{absolute(run)}:{stack}" if colon and not os.path.lexists(start) else absolute(start)
-
-    groups = {group: dict(config[group]) for group in ("lm", "data")}
+    groups = {group: dict(config[group]) for group in LOCATIONS}
     for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
         groups[group][field] = absolute(groups[group][field])
-    stacks = {
-        name: {**stack, "start_from": source(stack.get("start_from", ""))} for name, stack in config["stacks"].items()
-    }
-    return {**config, **groups, "stacks": stacks}
+    return {**config, **groups}
 
 
 def _without_locations(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must not change when it continues."""
-    kept = {group: value for group, value in _located(config).items() if group not in FREE}
+    kept = {group: value for group, value in config.items() if group not in FREE}
     for group, fields in LOCATIONS.items():
         kept[group] = {name: value for name, value in kept[group].items() if name not in fields}
     return kept

@@ -10,9 +10,10 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import train, workdir
+from gsae_jax import runs, train, workdir
 from gsae_jax.config import ConfigError
 from gsae_jax.reports import evaluate
+from gsae_jax.saes import trained
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults.test_inputs import digest, seal
@@ -177,3 +178,27 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     }.items():
         assert workdir.absolute(path) == expected
     assert workdir.Workdir("~/[a]").path.exists()
+
+
+def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, monkeypatch):
+    shutil.copytree(places / "run", tmp_path / "first")
+    shutil.copytree(places / "run", tmp_path / "other")
+    stack = dataclasses.replace(halfway.stacks["baseline"], start_from=f"{tmp_path}/first:baseline")
+    experiment = dataclasses.replace(with_(halfway, train={"steps": 8}), stacks={"again": stack})
+    starts = runs.starts(experiment)
+    assert loop.train(experiment, tmp_path / "second", starts)
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+
+    def named(start):
+        return dataclasses.replace(experiment, stacks={"again": dataclasses.replace(stack, start_from=start)})
+
+    place = workdir.Workdir(tmp_path / "second")
+    for start in (f"{tmp_path}/first:baseline", f"{tmp_path}/moved:baseline"):
+        assert runs.pinned(named(start), tmp_path / "second") == experiment
+    place.check(config_lib.to_dict(experiment))
+    assert place.facts(8)["starts"] == {"again": trained.fingerprint(starts["again"])}
+    shutil.copytree(places / "run", tmp_path / "finished")
+    loop.train(halfway, tmp_path / "finished")  # other parameters
+    other = runs.pinned(named(f"{tmp_path}/finished:baseline"), tmp_path / "second")
+    with pytest.raises(ConfigError, match=r"another config.*stacks\.again\.start_from"):
+        place.check(config_lib.to_dict(other))

@@ -1,14 +1,16 @@
 """A trained SAE as a small frozen object, in the language model's own units."""
 
 import dataclasses
+import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
@@ -175,6 +177,15 @@ def as_floats(value: Any, name: str) -> jax.Array:
 @partial(jax.jit, static_argnums=(0, 1))
 def _encode(architecture: str, config: Any, params: dict[str, jax.Array], x_BxD: jax.Array) -> jax.Array:
     return module_of(architecture).encode(params, x_BxD, config)
+
+
+def fingerprint(params: Mapping[str, jax.typing.ArrayLike]) -> str:
+    """A name for parameters: equal names, shapes and numbers have equal fingerprints."""
+    digest = hashlib.sha256()
+    for name, value in sorted(params.items()):
+        array = np.asarray(value, np.float32, order="C")
+        digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def fold(params: dict[str, jax.Array], scale: float, mean_D: jax.typing.ArrayLike = 0.0) -> dict[str, jax.Array]:

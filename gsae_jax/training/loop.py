@@ -70,9 +70,8 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
     processes.agree("data", rows.fingerprint, "give every process the same text")
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
-    held_out = rows_lib.held_out_rows(
-        config, tokenizer, config.evaluation.tokens
-    )  # the report's text must be there too
+    # The report's text must be there too.
+    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens)
     latest = workdir.latest_step()
     if latest is not None:
         if processes.first():
@@ -104,6 +103,7 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
     machine = _machine(mesh)
     facts: dict[str, Any] = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "lm": lm_fingerprint}
+    facts["starts"] = before.get("starts") or {name: trained.fingerprint(params) for name, params in starts.items()}
     facts |= {"buffer": config.checkpoint.buffer, "machine": machine}
     try:
         if latest is not None:
