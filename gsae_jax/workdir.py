@@ -130,7 +130,7 @@ class Workdir:
                 return f"{name} is missing or empty"
         for name, (size, digest) in files.items():
             file = folder / name
-            if ".." in file.parts or not file.is_relative_to(folder):
+            if ".." in Path(name).parts or not file.is_relative_to(folder):
                 return f"{MANIFEST} names {name}"
             if not name.startswith(parts):
                 continue
@@ -297,7 +297,7 @@ class Workdir:
             if not os.access(parent, os.W_OK | os.X_OK):
                 raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
             try:
-                tempfile.TemporaryFile(dir=parent).close()  # has no name; also root may not write everywhere
+                tempfile.TemporaryFile(dir=os.path.realpath(parent)).close()  # has no name; root may not write everywhere
             except OSError as error:
                 raise ConfigError("--workdir", f"{parent} is not writable ({error}); write one that is") from error
             return

@@ -17,6 +17,7 @@ import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import runs
 from gsae_jax import workdir as workdir_lib
+from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.training import loop
@@ -88,6 +89,13 @@ def places(draw, folder):
 
 
 def use_places(folder):
+    try:
+        compare_places(folder)
+    except ConfigError as error:
+        raise AssertionError((folder / "names.json").read_text()) from error
+
+
+def compare_places(folder):
     """All that a run which continues, and one that is measured, compares; nothing is compiled."""
     names = json.loads((folder / "names.json").read_text())
     where, here = names.pop("where"), Path.cwd()
@@ -121,7 +129,7 @@ def use_places(folder):
 
 
 def a_foreign_file(draw, folder):
-    """Another tree or other bytes in one of the files, or a file gone, doubled or beside the others; or all as it was."""
+    """Other contents of a file, or a file gone, under another name or beside the others; or all as it was."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     file, kind = draw.choice(files), draw.randrange(10)
     if kind == 0:
