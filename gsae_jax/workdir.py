@@ -257,10 +257,11 @@ class Workdir:
         if not isinstance(recorded, dict):  # of an earlier version: where it lay is all that is known of it
             there, here = ((absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
             if there != here:
+                was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
                 raise ConfigError(
                     field,
-                    f"is {lm.path!r}, but the run in {self.path} was trained with {there[0]!r}; it is of an earlier "
-                    "version, which recorded no fingerprint to compare them by, so put the model back there",
+                    f"is {now}, but the run in {self.path} was trained with {was}; it is of an earlier version, which "
+                    "recorded no fingerprint to compare them by, so put the model back there",
                 )
         elif recorded != fingerprint:
             differing = [part for part in fingerprint if recorded.get(part) != fingerprint[part]]
@@ -297,7 +298,9 @@ class Workdir:
             if not os.access(parent, os.W_OK | os.X_OK):
                 raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
             try:
-                tempfile.TemporaryFile(dir=os.path.realpath(parent)).close()  # has no name; root may not write everywhere
+                tempfile.TemporaryFile(
+                    dir=os.path.realpath(parent)
+                ).close()  # has no name; root may not write everywhere
             except OSError as error:
                 raise ConfigError("--workdir", f"{parent} is not writable ({error}); write one that is") from error
             return
