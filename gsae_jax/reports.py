@@ -78,8 +78,13 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
         )
         for group, fields in workdir_lib.LOCATIONS.items()
     }
+    if moved["lm"] == dataclasses.replace(settings.lm, revision=""):  # a hub's model, whose commit the run knows
+        moved["lm"] = settings.lm
     for group, value in moved.items():
-        there, here = (dataclasses.asdict(each) for each in (value, getattr(elsewhere, group)))
+        there, here = (
+            {name: item for name, item in dataclasses.asdict(each).items() if name not in workdir_lib.LOCATIONS[group]}
+            for each in (value, getattr(elsewhere, group))
+        )
         if differing := config_lib.differences(there, here, f"{group}."):
             why = f"is not the config of this run; undo (there != here): {'; '.join(differing)}"
             raise ConfigError("--config", f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT")
@@ -101,7 +106,10 @@ def _check_inputs(
     except ConfigError as error:
         if settings.lm != run.lm:
             raise
-        raise ConfigError("lm.path", f"{error}; if the model lies elsewhere now, write --model DIRECTORY") from error
+        why = str(error).removeprefix("lm.path: ")
+        raise ConfigError(
+            "lm.path", f"{why}; if the run's model lies elsewhere now, write --model DIRECTORY"
+        ) from error
     moved = workdir_lib.absolute(settings.lm.path) != workdir_lib.absolute(run.lm.path)
     if "lm" in facts or not moved:
         workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), "--model" if moved else "lm.path")
@@ -109,11 +117,11 @@ def _check_inputs(
         processes.warn(
             f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
         )
-    recorded = facts.get("held_out")
-    trained_on = dataclasses.replace(settings, evaluation=run.evaluation)
-    if recorded is not None and recorded != (
-        rows.held_out_rows(trained_on, checkpoint.tokenizer(), run.evaluation.tokens).fingerprint
-    ):
+    if "held_out" not in facts:  # of an earlier version
+        return
+    as_then = dataclasses.replace(settings, evaluation=run.evaluation)
+    held_out = rows.held_out_rows(as_then, checkpoint.tokenizer(), run.evaluation.tokens)
+    if held_out.fingerprint != facts["held_out"]:
         if settings.data != run.data:
             raise ConfigError(
                 "data.path", f"{settings.data.path} does not hold the text of the run in {workdir.path}; write a copy"

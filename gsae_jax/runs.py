@@ -82,7 +82,7 @@ def load(
 def _nothing(path: str) -> str:
     """Why a path gives no SAEs."""
     if not os.path.lexists(os.path.expanduser(path)):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(/.*)?", path) and not path.startswith("."):
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/.*)?", path) and not os.path.lexists(path.partition("/")[0]):
             fetched = f"huggingface_hub.snapshot_download({'/'.join(path.split('/')[:2])!r})"
             return (
                 f"{path} is not here; write a folder that is. Names on the Hugging Face hub are not taken: fetch one "
