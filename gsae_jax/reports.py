@@ -110,7 +110,7 @@ def _check_inputs(
         raise ConfigError(
             "lm.path", f"{why}; if the run's model lies elsewhere now, write --model DIRECTORY"
         ) from error
-    moved = workdir_lib.absolute(settings.lm.path) != workdir_lib.absolute(run.lm.path)
+    moved = buckets.absolute(settings.lm.path) != buckets.absolute(run.lm.path)
     if "lm" in facts or not moved:
         workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), "--model" if moved else "lm.path")
     else:

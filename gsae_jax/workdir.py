@@ -7,7 +7,6 @@ hash of every file, with which they are compared before they are read. It appear
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -255,7 +254,7 @@ class Workdir:
         """
         recorded = facts.get("lm")
         if not isinstance(recorded, dict):  # of an earlier version: where it lay is all that is known of it
-            there, here = ((absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
+            there, here = ((buckets.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
             if there != here:
                 was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
                 raise ConfigError(
@@ -536,24 +535,11 @@ def _readable(where: epath.Path, step: int, field: str = "--workdir") -> Iterato
         raise ConfigError(field, f"{why}; put its files back, or write another directory") from error
 
 
-def absolute(path: str) -> str:
-    """A local path that means the same in every working directory; what is not there, a hub name too, is as it was."""
-    try:
-        expanded = os.path.expanduser(path)
-        if path and not is_bucket(path) and os.path.lexists(expanded):
-            return os.path.abspath(expanded)
-        # The working directory is a name, whatever the pattern is.
-        pattern = glob.has_magic(path) and not is_bucket(path) and not os.path.isabs(expanded)
-        return os.path.join(glob.escape(os.getcwd()), expanded) if pattern else path
-    except (OSError, ValueError):  # a name that no path can have, or a working directory that is gone
-        return path
-
-
 def _located(config: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON config with absolute paths."""
     groups = {group: dict(config[group]) for group in LOCATIONS}
     for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
-        groups[group][field] = absolute(groups[group][field])
+        groups[group][field] = buckets.absolute(groups[group][field])
     return {**config, **groups}
 
 

@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
+from gsae_jax import buckets, runs, train, workdir
 from gsae_jax import config as config_lib
-from gsae_jax import runs, train, workdir
 from gsae_jax.config import ConfigError
 from gsae_jax.reports import evaluate
 from gsae_jax.saes import trained
@@ -176,7 +176,7 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
         "/elsewhere/*.txt": "/elsewhere/*.txt",
         "a" * 5000: "a" * 5000,
     }.items():
-        assert workdir.absolute(path) == expected
+        assert buckets.absolute(path) == expected
     assert workdir.Workdir("~/[a]").path.exists()
 
 

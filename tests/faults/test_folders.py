@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import gsae_jax
+from gsae_jax import buckets, runs
 from gsae_jax import config as config_lib
-from gsae_jax import runs
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
@@ -123,7 +123,7 @@ def compare_places(folder):
         held_out = rows.held_out_rows(experiment, tokenizer, experiment.evaluation.tokens)
         assert (facts["rows"], facts["held_out"]) == (train.fingerprint, held_out.fingerprint)
         assert set(gsae_jax.load(paths["run"])) == {"gated_0", "baseline_0"}
-        assert Path(workdir_lib.absolute(paths["text"])).is_absolute()
+        assert Path(buckets.absolute(paths["text"])).is_absolute()
     assert Path.cwd() == here
 
 
