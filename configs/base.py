@@ -7,12 +7,14 @@ def data() -> ConfigDict:
     return ConfigDict(
         dict(
             corpus="stdlib",  # stdlib (this Python's own library), text (your files) or tfds (a prepared data set)
-            path="",  # text: a file, a folder or a glob of .txt, .md, .jsonl, .parquet
-            field="text",  # field of a .jsonl line, column of a .parquet, or text feature of a TFDS data set
+            path="",  # text: a file, a folder or a glob of .txt, .md, .json, .jsonl, .ndjson, .parquet, packed or not
+            field="text",  # field of a JSON object, column of a .parquet (a.b for a nested one), feature of a TFDS set
+            on_bad_row="error",  # text: a row without text ends the command ("error"), or is left out ("skip")
             separator="",  # text: stands between documents in a .txt or .md file; "" = a file is one document
             name="",  # tfds: name of the data set, such as "wiki40b/en"
             train_split="train",  # the split to train on, in TFDS' notation: "train[:90%]" works
             test_split="test",  # the split to measure on
+            held_out="hash",  # text: "hash" of the text decides what is held out; "position" did in earlier versions
             data_dir="",  # where prepared data lives; "" = TFDS' own default (~/tensorflow_datasets)
             context_length=128,  # tokens in a row, BOS included
             prepend_bos=True,  # start every row with BOS

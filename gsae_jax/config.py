@@ -66,6 +66,9 @@ class Data:
     data_dir: str
     context_length: int
     prepend_bos: bool
+    # Runs of earlier versions have none of these, and held out every twentieth piece of their text.
+    held_out: Literal["hash", "position"] = "position"
+    on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         _at_least("data.context_length", self.context_length, 2)

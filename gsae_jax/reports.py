@@ -120,7 +120,7 @@ def _check_inputs(
     if "held_out" not in facts:  # of an earlier version
         return
     as_then = dataclasses.replace(settings, evaluation=run.evaluation)
-    held_out = rows.held_out_rows(as_then, checkpoint.tokenizer(), run.evaluation.tokens)
+    held_out = rows.held_out_rows(as_then, checkpoint.tokenizer(), run.evaluation.tokens, checkpoint.config.d_vocab)
     if held_out.fingerprint != facts["held_out"]:
         if settings.data != run.data:
             raise ConfigError(
@@ -277,7 +277,8 @@ def _write(
             "data.context_length",
             f"is {settings.data.context_length}; this language model has positions for {lm.config.n_ctx}",
         )
-    batches = list(rows.held_out(settings, lm.tokenizer, settings.evaluation.tokens if tokens is None else tokens))
+    tokens = settings.evaluation.tokens if tokens is None else tokens
+    batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)

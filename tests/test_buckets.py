@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import importlib.util
 import json
 import os
@@ -27,8 +28,8 @@ from matplotlib.figure import Figure
 import gsae_jax
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
+from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
-from gsae_jax.data.corpora import text as text_corpus
 from gsae_jax.evaluation import report
 from gsae_jax.lms import loading
 from gsae_jax.training import loop
@@ -64,8 +65,17 @@ class Folder(DirFileSystem):
 
     def glob(self, path, detail=False, **options):
         found = super().glob(path, detail=True, **options)
-        found = {name: info | {"generation": str(int(info["mtime"] * 1e9))} for name, info in found.items()}
-        return found if detail else list(found)
+        return {name: self._as_listed(info) for name, info in found.items()} if detail else list(found)
+
+    def find(self, path, detail=False, **options):
+        found = super().find(path, detail=True, **options)
+        return {name: self._as_listed(info) for name, info in found.items()} if detail else list(found)
+
+    def info(self, path, **options):
+        return self._as_listed(super().info(path, **options))
+
+    def _as_listed(self, info):
+        return info | {"generation": str(int(info["mtime"] * 1e9))}
 
     def mkdir(self, *args, **options):
         raise AssertionError("a bucket has no directories")
@@ -191,20 +201,26 @@ def test_text_in_a_bucket_is_the_text_of_a_folder(bucket, tmp_path):
     (folder / "b" / "x.csv").write_text("no")
     (folder / "b" / "lines.jsonl").write_text('{"text": "é"}\n\n{"text": "2"}\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"]}), folder / "b" / "deeper" / "t.parquet")
+    (folder / "c[1]").mkdir()
+    (folder / "c[1]" / "p*.txt.gz").write_bytes(gzip.compress(b"packed"))
     shutil.copytree(folder, bucket / "text")
-    for pattern in ("", "/", "/**/*", "/**/*.txt", "/*/*", "/b/lines.jsonl", "/.hidden/*"):
-        ours = list(text_corpus.find_files(f"gs://bucket/text{pattern}"))
-        theirs = list(text_corpus.find_files(f"{folder}{pattern}"))
+    for pattern in (
+        *("", "/", "/**/*", "/**/*.txt", "/*/*", "/b/lines.jsonl", "/.hidden/*", "/c[1]", "/c[1]/p*.txt.gz"),
+    ):
+        ours, theirs = files_lib.find(f"gs://bucket/text{pattern}"), files_lib.find(f"{folder}{pattern}")
+        assert ours.left_out.get(".csv") == theirs.left_out.get(".csv")
+        ours, theirs = list(ours.stamps), list(theirs.stamps)
         assert [file.removeprefix("gs://bucket/text") for file in ours] == [
             file.removeprefix(str(folder)) for file in theirs
         ]
-        documents = [[list(text_corpus.read_documents(f, "text", "")) for f in files] for files in (ours, theirs)]
+        reader = files_lib.Reader("text", "")
+        documents = [[list(reader.documents(f)) for f in files] for files in (ours, theirs)]
         assert documents[0] == documents[1] != []
-    before = text_corpus.find_files("gs://bucket/text")
+    before = files_lib.find("gs://bucket/text")
     (bucket / "text" / "a.txt").write_text("else")
-    assert text_corpus.find_files("gs://bucket/text") != before
+    assert files_lib.find("gs://bucket/text") != before
     with pytest.raises(ConfigError, match="file matches 'gs://bucket/none'"):
-        text_corpus.find_files("gs://bucket/none")
+        files_lib.find("gs://bucket/none")
 
 
 def test_tokens_of_a_bucket_are_copied_to_the_machine(bucket, tmp_path, text_dir, monkeypatch):
@@ -213,7 +229,7 @@ def test_tokens_of_a_bucket_are_copied_to_the_machine(bucket, tmp_path, text_dir
     source, feature = rows_lib.open_texts(data_config(tmp_path, path=str(text_dir), separator="\n"), "train")
     tokenized = []
     real = rows_lib._tokenize
-    monkeypatch.setattr(rows_lib, "_tokenize", lambda *args: tokenized.append(args[-1]) or real(*args))
+    monkeypatch.setattr(rows_lib, "_tokenize", lambda *args: tokenized.append(args[-2]) or real(*args))
 
     def on_machine(name, limit):
         monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / name))

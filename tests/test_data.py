@@ -1,4 +1,13 @@
+import bz2
+import copy
+import glob
+import gzip
 import json
+import lzma
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow
@@ -9,6 +18,7 @@ import tensorflow_datasets as tfds
 from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
+from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.data.corpora import text as text_corpus
 from gsae_jax.lms import loading
@@ -39,23 +49,98 @@ def documents():
     return [f"document {number}: {'é ' * number}end" for number in range(45)]
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_every_format_gives_the_documents(tmp_path, documents, kind):
-    folder = tmp_path / "text" / "deeper"
-    folder.mkdir(parents=True)
-    file = folder / f"a.{kind}"
-    if kind == "txt":
-        file.write_text("<sep>".join(documents))
-    elif kind == "jsonl":
-        file.write_text("\n".join(json.dumps({"id": 1, "body": text}) for text in documents))
+def write(file, documents):
+    """Documents as a file of the kind that its name says; those of text files are separated by <sep>."""
+    kind, packing = files_lib.kind_of(str(file))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".parquet":
+        table = pyarrow.table({"body": documents, "id": range(len(documents))})
+        pyarrow.parquet.write_table(table, file)
+        content = file.read_bytes()
     else:
-        pyarrow.parquet.write_table(pyarrow.table({"body": documents, "id": range(45)}), file)
+        rows = [{"id": 1, "body": text} for text in documents]
+        if kind in (".txt", ".md"):
+            content = "<sep>".join(documents)
+        elif kind == ".json":
+            content = json.dumps(rows, indent=1, ensure_ascii=False)
+        else:
+            content = "\n".join(map(json.dumps, rows))
+        content = content.encode()
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+    }
+    file.write_bytes(pack[packing](content))
+    return file
+
+
+NAMES = [f"a{kind}" for kind in files_lib.KINDS] + ["a.TXT", "a.JSONL"]
+NAMES += [
+    f"a{kind}{packing}" for kind, packing in zip((".txt", ".jsonl", ".json", ".ndjson"), files_lib.PACKED, strict=True)
+]
+NAMES += [f"a.parquet{packing}" for packing in files_lib.PACKED]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format_gives_the_documents(tmp_path, documents, name, monkeypatch):
+    monkeypatch.setattr(files_lib, "CHUNK", 50)  # so that documents go on from one to the next
+    write(tmp_path / "text" / "deeper" / name, documents)
     config = data_config(tmp_path, path=str(tmp_path / "text"), field="body", separator="<sep>")
     train, test = texts_of(config, "train"), texts_of(config, "test")
     assert sorted(train + test) == sorted(documents)
-    assert test == [documents[19], documents[39]]
-    as_glob = data_config(tmp_path, path=f"{tmp_path}/te*/**/*.{kind}", field="body", separator="<sep>")
+    assert 1 <= len(test) <= 6
+    as_glob = data_config(tmp_path, path=f"{tmp_path}/te*/**/{name}", field="body", separator="<sep>")
     assert texts_of(as_glob, "train") == train
+
+
+def held_out_of(tmp_path, documents, name="a.jsonl", **changes):
+    config = data_config(tmp_path, path=str(write(tmp_path / name, documents)), field="body", **changes)
+    return texts_of(config, "train"), texts_of(config, "test")
+
+
+def test_text_is_held_out_by_what_it_says(tmp_path):
+    """Not by its place: speakers in turn are both held out, copies are on one side, added text moves nothing."""
+    turns = [f"{'USER' if number % 2 else 'ASSISTANT'} says {number}" for number in range(2000)]
+    train, test = held_out_of(tmp_path, turns)
+    assert 70 <= len(test) <= 130
+    assert 0.3 < np.mean([text.startswith("USER") for text in test]) < 0.7
+    more_train, more_test = held_out_of(tmp_path, ["first", *turns[:700], "between", *turns[700:], *turns[:300]])
+    assert set(test) <= set(more_test)
+    assert set(train) <= set(more_train)
+    assert not {*more_train} & {*more_test}
+    assert len(more_train) + len(more_test) == 2302
+
+
+def test_a_long_document_that_grows_keeps_what_is_held_out(tmp_path):
+    words = " ".join(map(str, range(40_000)))
+    train, test = held_out_of(tmp_path, [words], "a.txt")
+    assert len("".join(train + test)) == len(words)
+    assert 0.02 < len("".join(test)) / len(words) < 0.1
+    assert all(part in words for part in train + test)
+    assert len(train) <= len(test) + 1  # what follows on is not cut
+    grown_train, grown_test = held_out_of(tmp_path, [words + " and more" * 2000], "a.txt")
+    assert {*test} <= {*grown_test}
+    assert {*train[:-1]} - {*grown_train} <= {train[-1]} | {words[-len(train[-1]) :]}
+
+
+def test_what_was_read_is_said(tmp_path, tokenizer, capsys):
+    texts = [f"text {number % 90}" for number in range(100)]
+    write(tmp_path / "text" / "a.jsonl", [*texts, "", " \u00a0\u200b\n", 3])
+    for name in ("a.csv", "b.CSV", "c.tar.gz", "README"):
+        (tmp_path / "text" / name).write_text("x")
+    config = data_config(tmp_path, path=str(tmp_path / "text"), field="body", on_bad_row="skip")
+    for _ in range(2):  # also where it was prepared before
+        rows_lib.open_texts(config, "train")
+        rows_lib.open_texts(config, "train")
+        files, counts = capsys.readouterr().out.splitlines()[-2:]
+        assert files == "text: 1 of 5 files are read; left out: 2 .csv, 1 .tar.gz, 1 without an ending"
+        assert "100 documents, of which 10 are copies of others; 2 blank ones were left out; 1 rows" in counts
+        assert "line 103 has the number 3 under 'body'" in counts
+    rows_lib.open_texts(config, "test")
+    assert not capsys.readouterr().out
 
 
 def test_a_long_document_is_cut_so_that_some_is_held_out(tmp_path):
@@ -63,7 +148,195 @@ def test_a_long_document_is_cut_so_that_some_is_held_out(tmp_path):
     config = data_config(tmp_path, path=str(tmp_path / "book.txt"))
     train, test = texts_of(config, "train"), texts_of(config, "test")
     assert len("".join(train + test)) == 99_000
-    assert 0.02 < len("".join(test)) / 99_000 < 0.1
+    assert 0.02 < len("".join(test)) / 99_000 < 0.11
+
+
+def test_text_is_measured_in_characters(tmp_path):
+    """However it is written, and whatever stands beside it."""
+    text = "".join(chr(0x4E00 + 7919 * number % 20_000) for number in range(140_000))
+    files = [tmp_path / name for name in ("utf8.jsonl", "escapes.jsonl", "images.parquet")]
+    files[0].write_text(json.dumps({"text": text}, ensure_ascii=False))
+    files[1].write_text(json.dumps({"text": text}))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text], "image": [os.urandom(2**22)]}), files[2])
+    splits = [[texts_of(data_config(tmp_path, path=str(f)), split) for split in ("train", "test")] for f in files]
+    assert splits[0] == splits[1] == splits[2]
+    assert all(splits[0])
+
+
+def test_a_run_of_an_earlier_version_keeps_its_text(tmp_path):
+    """Every twentieth piece, from the files that were read then, byte order mark and all."""
+    folder = tmp_path / "text"
+    write(folder / "a.jsonl", [f"{number}" for number in range(60)] + [" "])
+    (folder / "b.txt").write_bytes(b"\xef\xbb\xbfwith a mark")
+    os.symlink(folder / "b.txt", folder / "c.txt")
+    for later in ("d.JSONL", "e.jsonl.gz", "f.json"):
+        write(folder / later, ["not read then"] * 30)
+    config = data_config(tmp_path, path=str(folder), field="body", held_out="position")
+    assert texts_of(config, "test") == ["19", "39", "59"]
+    stamps = [
+        (str(folder / f), (folder / f).stat().st_size, (folder / f).stat().st_mtime_ns)
+        for f in ("a.jsonl", "b.txt", "c.txt")
+    ]
+    (prepared,) = (tmp_path / "tfds" / "text_files").iterdir()
+    assert prepared.name == config_lib.fingerprint(stamps, "body", "")
+    train = texts_of(config, "train")
+    assert len(train) == 60
+    assert train.count("\ufeffwith a mark") == 2
+    assert train.count(" ") == 1
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?b", "[x", "a\\b"])
+def test_a_path_that_exists_is_no_pattern(tmp_path, name):
+    for path in (tmp_path / name, tmp_path / "in" / f"{name}.txt"):
+        file = write(path / "x.txt" if path.suffix == "" else path, ["a", "b"])
+        assert list(files_lib.find(str(path)).stamps) == [str(file)]
+
+
+def test_links_lead_to_one_file(tmp_path):
+    file = write(tmp_path / "text" / "b.txt", ["a"])
+    for number in range(4):  # of which two would keep Python's glob busy for hours
+        (tmp_path / "text" / f"loop{number}").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "c.txt").symlink_to(file)
+    os.link(file, tmp_path / "text" / "d.txt")
+    (tmp_path / "text" / "e.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "text" / ".hidden").mkdir()
+    for path in ("", "/**/*.txt"):
+        found = files_lib.find(str(tmp_path / "text") + path)
+        assert list(found.stamps) == [str(file)]
+    assert files_lib.find(str(tmp_path / "text")).left_out == {
+        "links to a file that is read already": 2,
+        "broken links": 1,
+        "hidden": 1,
+    }
+
+
+def test_globs(tmp_path, monkeypatch):
+    for name in ("a.txt", "b/c.txt", "b/d/e.md", "b/d/[x].txt", ".h/i.txt", "b/.j.txt", "k1/l.txt", "k2/l.txt"):
+        write(tmp_path / name, ["a"])
+    monkeypatch.chdir(tmp_path)
+    for pattern in (
+        "**/*.txt",
+        "*/*.txt",
+        "**/d/*",
+        "b/**/*",
+        "b/**/[[]x].txt",
+        "**/.h/*.txt",
+        "**/.j.txt",
+        "k?/**/*",
+        "**",
+    ):
+        expected = [name for name in glob.glob(str(tmp_path / pattern), recursive=True) if os.path.isfile(name)]
+        assert list(files_lib.find(pattern).stamps) == sorted(expected), pattern
+        assert list(files_lib.find(str(tmp_path / pattern)).stamps) == sorted(expected), pattern
+    for wrong in ("**/a**/x", "b/**/**a/*.txt"):
+        with pytest.raises(ConfigError, match=r"data\.path: is .* no glob"):
+            files_lib.find(wrong)
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
+        file.write("x")
+    with pytest.raises(ConfigError, match="has a name that is not UTF-8") as error:
+        files_lib.find(str(tmp_path))
+    assert error.value.field == "data.path"
+
+
+@pytest.mark.parametrize("packing", files_lib.PACKED)
+def test_what_unpacks_to_far_more_is_refused(tmp_path, packing, monkeypatch):
+    monkeypatch.setattr(files_lib, "SMALL", 2**16)
+    file = write(tmp_path / f"a.txt{packing}", ["a b " * 2**18])
+    with pytest.raises(ConfigError, match="unpacks to more than") as error:
+        list(files_lib.Reader("text", "").documents(str(file)))
+    assert error.value.field == "data.path"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_byte_order_mark_and_blank_documents_are_dropped(tmp_path, name):
+    kind, packing = files_lib.kind_of(name)
+    file = write(tmp_path / name, ["one", "", "  ", "\u00a0", "\u200b \u00a0", "two"])
+    if not packing and kind != ".parquet":
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    reader = files_lib.Reader("body", "<sep>")
+    assert list(reader.documents(str(file))) == ["one", "two"]
+    assert reader.blank == 4
+
+
+ROWS = [  # what a row has, the field that is asked for, what the sentence says
+    ({"text": None}, "text", "has null under 'text'"),
+    ({"text": 3.5}, "text", "has the number 3.5 under 'text'"),
+    ({"text": True}, "text", "has true under 'text'"),
+    ({"text": ["a", "b"]}, "text", r"has a list of 2 under 'text'.* data.field='text.0'"),
+    ({"text": {"en": "a"}}, "text", r"has an object under 'text'.* data.field='text.en'"),
+    ({"body": {"en": "a"}}, "text", r"has no text under 'text'; its fields: body, body.en"),
+    ({"text": {"en": "a"}}, "text.de", r"has no text under 'text.de'; its fields: text, text.en"),
+    ({"text": "\ud800"}, "text", "has a character that UTF-8 lacks"),
+    ([1], "text", "is not a JSON object but a list of 1"),
+    (7, "text", "is not a JSON object but the number 7"),
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize(("row", "field", "message"), ROWS)
+def test_a_row_without_text(tmp_path, kind, row, field, message):
+    *above, last = field.split(".")
+    good = {last: "good"}
+    for name in above:
+        good = {name: good}
+    rows = [good, row, good]
+    file = tmp_path / f"a.{kind}"
+    file.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=f"a.{kind} (line|item) 2 {message}") as error:
+        list(files_lib.Reader(field, "").documents(str(file)))
+    assert error.value.field in ("data.field", "data.path")
+    reader = files_lib.Reader(field, "", skip_bad_rows=True)
+    assert list(reader.documents(str(file))) == ["good", "good"]
+    assert reader.bad_rows == 1
+
+
+def test_rows_of_tables_are_named(tmp_path):
+    nested = [{"en": "one", "image": b"x"}, {"en": None, "image": b"x"}, None]
+    table = pyarrow.table({"flat": ["a", None, "c"], "nested": nested, "turns": [[{"text": "hi"}], [], None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for field, texts, message in (
+        ("flat", ["a", "c"], "row 2 has null under 'flat'"),
+        ("nested.en", ["one"], "row 2 has null under 'nested.en'"),
+        ("turns.0.text", ["hi"], "row 2 has no text under 'turns.0.text'"),
+        ("other", [], "has no column 'other'; its columns: flat, nested, turns"),
+    ):
+        reader = files_lib.Reader(field, "", skip_bad_rows=True)
+        assert list(reader.documents(str(tmp_path / "a.parquet"))) == texts
+        assert reader.bad_rows == 3 - len(texts)
+        with pytest.raises(ConfigError, match=message) as error:
+            list(files_lib.Reader(field, "").documents(str(tmp_path / "a.parquet")))
+        assert error.value.field == "data.field"
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ('{"text": "a"}', ["a"]),
+        ('{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        (' [\n {"text": "a"} ,\n {"text": "b"}\n]\n ', ["a", "b"]),
+        ("[]", []),
+        ("", []),
+        ('["a", 123456, "b"]', "item 2 is not a JSON object but the number 123456"),
+        ('["a" "b"]', "there is no comma behind item 1"),
+        ('["a", "b"', "its array does not end"),
+        ('["a", {"text": "b]', "item 2 is not JSON"),
+        ('["a"] ["b"]', "there is more behind its array"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 4, 2**20])
+def test_json_is_read_item_by_item(tmp_path, content, texts, chunk, monkeypatch):
+    monkeypatch.setattr(files_lib, "CHUNK", chunk)
+    (tmp_path / "a.json").write_text(content)
+    documents = files_lib.Reader("text", "").documents(str(tmp_path / "a.json"))
+    if isinstance(texts, list):
+        assert list(documents) == texts
+    else:
+        with pytest.raises(ConfigError, match=texts):
+            list(documents)
 
 
 def test_changed_files_are_another_data_set(tmp_path):
@@ -78,7 +351,12 @@ def test_changed_files_are_another_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "changes", "message"),
     [
-        ("a.csv", b"x", {}, "no .txt, .md, .jsonl, .parquet file matches"),
+        ("a.csv", b"x", {}, "no .txt, .md, .*parquet file matches.* what is there is of another kind: 1 .csv"),
+        ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], {}, "a.txt.gz cannot be read as .txt.gz"),
+        ("a.txt.bz2", b"x", {}, "a.txt.bz2 cannot be read as .txt.bz2"),
+        ("a.txt.xz", b"x", {}, "a.txt.xz cannot be read as .txt.xz"),
+        ("a.txt.zst", b"x", {}, "a.txt.zst cannot be read as .txt.zst"),
+        ("a.jsonl", b'{"text": "x"}\n' * 40, {}, "gives 40 pieces of text, all the same; add text"),
         ("a.txt", b"x", {"path": ""}, "data.path: is empty; write a text file"),
         ("a.txt", b"x y z", {"separator": " "}, "data.path: gives 3 pieces of text; add text: 20 are needed"),
         ("a.jsonl", b'{"body": "x"}', {}, "a.jsonl line 1 has no text under 'text'; its fields: body"),
@@ -208,6 +486,81 @@ def test_batches_shuffle_resume_and_split_by_process(tmp_path, tokenizer, text_d
     read.clear()
     next(one)
     assert len(read) <= 16  # one for the batch, and those read ahead; not eight for each
+
+
+def with_token(tokenizer):
+    """The tokenizer with one more token, and the ids that the language model has embeddings for."""
+    tokenizer = copy.deepcopy(tokenizer)
+    d_vocab = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    return tokenizer, d_vocab
+
+
+def test_a_token_without_an_embedding_is_refused(tmp_path, tokenizer, documents):
+    """While the text is prepared, and also where its tokens were kept for another language model."""
+    tokenizer, d_vocab = with_token(tokenizer)
+    texts = [*documents, *(f"with <extra> {number}" for number in range(40))]
+    config = data_config(tmp_path, path=str(write(tmp_path / "a.jsonl", texts)), field="body")
+    for prepare in (False, True):
+        if prepare:
+            rows_lib.open_rows(config, "train", tokenizer, ALL)
+        with pytest.raises(ConfigError, match=f"'<extra>' with id {d_vocab}, .* in a document of .*a.jsonl that ") as e:
+            rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
+        assert e.value.field == "lm.path"
+        assert "begins 'with <extra> " in str(e.value)
+        assert bool(list((tmp_path / "tfds").glob("**/tokens.bin"))) == prepare
+    rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab + 1)
+    for meta in (tmp_path / "tfds").glob("**/meta.json"):  # as earlier versions wrote it
+        meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "largest"}))
+    rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab + 1)
+    with pytest.raises(ConfigError, match="'<extra>'"):
+        rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
+
+
+def test_tokens_are_kept_elsewhere_if_the_text_can_only_be_read(tmp_path, tokenizer, text_dir, monkeypatch, capsys):
+    config = data_config(tmp_path, path=str(text_dir))
+    builder, _ = text_corpus.open_corpus(config)
+    builder.download_and_prepare()
+    before = sorted((tmp_path / "tfds").rglob("*"))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "mine"))
+    access = os.access  # root may write everywhere but on a disk that can only be read
+    monkeypatch.setattr(os, "access", lambda path, mode: "tfds" not in str(path) and access(path, mode))
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    assert f"the tokens of this text are kept in {tmp_path / 'mine'}" in capsys.readouterr().out
+    assert sorted((tmp_path / "tfds").rglob("*")) == before
+    monkeypatch.setattr(rows_lib, "_tokenize", None)
+    again = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    assert "are kept" not in capsys.readouterr().out
+    assert again.fingerprint == rows.fingerprint
+
+
+HOLDER = """
+import sys, filelock
+with filelock.FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_that_another_process_holds_is_named(tmp_path, capsys):
+    lock = tmp_path / ".folder.lock"
+    command = [sys.executable, "-c", HOLDER, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        told = []
+
+        def tell(message):
+            told.append((time.monotonic() - began, message))
+            holder.stdin.close()  # it ends
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rows_lib.processes, "warn", tell)
+            began = time.monotonic()
+            with rows_lib._alone(tmp_path / "folder"):
+                pass
+    ((seconds, message),) = told
+    assert seconds < 1
+    assert str(lock) in message
 
 
 def test_fewer_tokens_than_a_batch(tmp_path, tokenizer, text_dir):

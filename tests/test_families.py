@@ -143,6 +143,50 @@ def test_tied_embeddings_under_both_names(tmp_path):
         gsae_jax.load_lm(copy("llama_3", tmp_path / "other", tensors=differing))
 
 
+@pytest.mark.parametrize(
+    ("embedding", "unembedding"), [(np.float32, "bfloat16"), ("bfloat16", np.float32), ("float16", "bfloat16")]
+)
+def test_tied_embeddings_in_two_dtypes(tmp_path, embedding, unembedding):
+    """The finer one is read, whichever name it has; the other must be what it rounds to."""
+
+    def both(t):
+        exact = t["lm_head.weight"].astype(jnp.bfloat16 if embedding == "float16" else np.float32)
+        return t | {"model.embed_tokens.weight": exact.astype(embedding), "lm_head.weight": exact.astype(unembedding)}
+
+    folder = copy("llama_3", tmp_path, tensors=both)
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    finer = max(
+        (stored["model.embed_tokens.weight"], stored["lm_head.weight"]),
+        key=lambda x: (x.itemsize, x.dtype == "float16"),
+    )
+    lm = gsae_jax.load_lm(folder)
+    np.testing.assert_array_equal(lm.params["embed.W_E"], finer.astype(np.float32))
+    if embedding != "float16":
+        check(lm, expected("llama_3"))
+
+    def differing(t):
+        t = both(t)
+        t["lm_head.weight"][-1, -1] *= 1.25
+        return t
+
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
+        gsae_jax.load_lm(copy("llama_3", tmp_path / "other", tensors=differing))
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization": {"group_size": 64}, "quantization_config": {"group_size": 64}}, "MLX"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+    ],
+)
+def test_quantised_weights_are_named(tmp_path, settings, method):
+    with pytest.raises(ConfigError, match=f"quantised with '{method}'; quantised weights are not supported"):
+        Checkpoint.open(copy("llama_2", tmp_path, lambda s: s | settings))
+
+
 def test_fewer_layers_of_a_sharded_checkpoint():
     whole, first = gsae_jax.load_lm(FIXTURES / "mistral"), gsae_jax.load_lm(FIXTURES / "mistral", num_layers=1)
     tokens = expected("mistral")["tokens"]
@@ -163,7 +207,7 @@ def with_rope(kind, **more):
         ("llama_2", with_rope("yarn", factor=2.0), "has rope scaling 'yarn', which is not supported; known: default"),
         ("llama_2", with_rope("dynamic", factor=2.0), "has rope scaling 'dynamic', which is not supported"),
         ("llama_2", lambda s: s | {"hidden_act": "xielu"}, "has the activation 'xielu', which is not supported"),
-        ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, "describes quantised weights"),
+        ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, "describes weights quantised with"),
         ("llama_2", lambda s: s | {"num_attention_heads": 5}, "is not valid: .* not a multiple"),
         ("llama_2", lambda s: s | {"hidden_size": "24"}, "has hidden_size = '24'; it must be a whole number"),
         ("llama_2", lambda s: {k: v for k, v in s.items() if k != "vocab_size"}, "lacks vocab_size"),

@@ -1,6 +1,9 @@
+import dataclasses
 import json
+import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from gsae_jax.config import ConfigError
 from gsae_jax.lms import sites
 from gsae_jax.lms.checkpoints import EMBEDDED
 from gsae_jax.lms.loss import cross_entropy
+from gsae_jax.saes import relu
+from gsae_jax.saes.trained import SAE
 from tests import references
 
 SUFFIXES = [
@@ -103,6 +108,74 @@ def test_bad_calls(lm_dir):
         lm.logits(np.array([[0, 4096]]))
     with pytest.raises(ConfigError, match=r"are float64\[3\]; give integers of shape"):
         lm.logits(np.zeros(3))
+    with pytest.raises(ConfigError, match="are rows of several lengths; pad them"):
+        lm.logits([[1, 2], [1]])
+
+
+def test_tokens_are_checked_under_jit_too(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    calls = (lm.logits, lambda t: lm.run(t, sites.no_tap), lambda t: lm.activations(t, ["blocks.0.hook_mlp_out"]))
+    for call in calls:
+        for wrong in (jnp.zeros((1, 33), int), jnp.zeros(3, int), jnp.zeros((2, 0), int), jnp.zeros((1, 4))):
+            for maybe_jit in (lambda f: f, jax.jit):
+                with pytest.raises(ConfigError) as error:
+                    maybe_jit(call)(wrong)
+                assert error.value.field == "tokens"
+    assert jax.eval_shape(lm.logits, some_tokens(lm)).shape == (3, 20, lm.config.d_vocab)
+
+
+@pytest.mark.parametrize("site", ["blocks.0.hook_resid_post", "blocks.1.mlp.hook_post"])
+def test_a_tap_returns_activations_of_the_same_shape(lm_dir, site):
+    lm = gsae_jax.load_lm(lm_dir)
+    edits = (
+        lambda x: x[..., :1],
+        lambda x: x[0],
+        lambda x: x[:, :1],
+        lambda x: x.mean(),
+        lambda x: 0.0,
+        lambda x: x > 0,
+        lambda x: x.astype(complex),
+        lambda x: "zero",
+        lambda x: {"x": x},
+    )
+    for edit in edits:
+        tap = sites.splice({site: edit})
+        with pytest.raises(ConfigError, match=re.escape(site)) as error:
+            jax.eval_shape(lambda tokens, tap=tap: lm.run(tokens, tap), some_tokens(lm))
+        assert error.value.field == "tap"
+
+
+def test_a_tap_that_returns_none_leaves_all_as_it_was(lm_dir):
+    lm, seen = gsae_jax.load_lm(lm_dir), {}
+    tokens = some_tokens(lm)
+    np.testing.assert_array_equal(lm.run(tokens, seen.__setitem__), lm.run(tokens, sites.no_tap))
+    assert list(seen) == list(lm.sites)
+
+
+def test_what_a_tap_returns_has_the_models_dtype(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir, dtype="bfloat16")
+    tokens, seen = some_tokens(lm), {}
+
+    def tap(site, x):
+        seen[site] = x.dtype
+        return x.astype(jnp.float32)
+
+    np.testing.assert_array_equal(lm.run(tokens, tap), lm.run(tokens, sites.no_tap))
+    assert set(seen.values()) == {jnp.dtype("bfloat16")}
+
+
+def test_an_sae_is_spliced_in_at_its_site(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    tokens, site = some_tokens(lm), "blocks.0.hook_mlp_out"
+    config = relu.Config(d_in=lm.sites[site], width=48)
+    sae = SAE("a_0", "relu", config, site, relu.init(jax.random.key(0), config))
+    expected = lm.run(tokens, lambda name, x: sae(x) if name == site else x)
+    assert not np.array_equal(expected, lm.logits(tokens))
+    np.testing.assert_array_equal(lm.run(tokens, sae), expected)
+    for wrong in (dataclasses.replace(sae, site=""), dataclasses.replace(sae, site="blocks.7.hook_mlp_out"), 3):
+        with pytest.raises(ConfigError) as error:
+            lm.run(tokens, wrong)
+        assert error.value.field == "tap"
 
 
 def damaged(tmp_path, lm_dir, damage):
@@ -164,6 +237,80 @@ def several(tensors):
 def test_damaged_checkpoints_are_refused(tmp_path, lm_dir, damage, message):
     with pytest.raises(ConfigError, match=message):
         gsae_jax.load_lm(damaged(tmp_path, lm_dir, damage))
+
+
+def without_weights(*names, **settings):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        if settings.get("model_type") == "":
+            (folder / "config.json").unlink()
+        for name in names:
+            (folder / name).write_text(json.dumps({"base_model_name_or_path": "someone/large", "peft_type": "LORA"}))
+
+    return damage
+
+
+def a_pointer(name):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548105171\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
+def quantised(*names):
+    def damage(tensors):
+        for name in names:
+            tensors[name] = np.zeros((2, 2), np.int32)
+
+    return edit_tensors(damage)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weights("model-Q4_K_M.gguf"), r"has its weights as GGUF \(model-Q4_K_M\.gguf\)"),
+        (without_weights("small.GGUF", model_type=""), r"has its weights as GGUF \(small\.GGUF\)"),
+        (without_weights("adapter_config.json", "adapter_model.safetensors"), "LoRA.* for 'someone/large'.* merge"),
+        (without_weights("adapter_config.json", "adapter_model.bin", model_type=""), "LoRA.* for 'someone/large'"),
+        (without_weights("adapter_config.json", "adapters.safetensors"), "LoRA.* for 'someone/large'"),
+        (a_pointer("model.safetensors"), r"model\.safetensors is a git-lfs pointer.* `git lfs pull`"),
+        (a_pointer("tokenizer.json"), r"tokenizer\.json is a git-lfs pointer.* `git lfs pull`"),
+        (a_pointer("config.json"), r"config\.json is a git-lfs pointer.* `git lfs pull`"),
+        (quantised("a.qweight", "a.qzeros", "a.scales"), r"quantised with GPTQ or AWQ \(a\.qweight\)"),
+        (quantised("a.scales", "a.biases"), r"quantised with MLX \(a\.scales\)"),
+        (quantised("a.SCB"), "quantised with bitsandbytes"),
+        (quantised("a.weight_scale"), "quantised with compressed-tensors or FP8"),
+        (edit_config(model_type=None, n_layers=None), "has no model_type: it is not a language model's"),
+        (edit_config(model_type="gpt-2"), "type 'gpt-2', which is not supported; did you mean 'gpt2'"),
+        (edit_config(model_type="gemma3", text_config={"model_type": "gemma3_text"}), "of type 'gemma3_text', is"),
+        (edit_config(model_type="gemma3", text_config={}), "of type 'gemma3_text', is"),
+        (edit_config(model_type="llava", text_config={"model_type": "llama"}), "of type 'llama', is"),
+    ],
+)
+def test_what_other_libraries_write_is_called_what_it_is(tmp_path, lm_dir, damage, message):
+    folder = damaged(tmp_path, lm_dir, damage)
+    with pytest.raises(ConfigError, match=message) as error:
+        gsae_jax.load_lm(folder)
+    assert error.value.field == "lm.path"
+
+
+def test_a_file_is_no_directory(tmp_path, lm_dir):
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"small\.gguf' is a file; GGUF is not supported"):
+        gsae_jax.load_lm(tmp_path / "small.gguf")
+    with pytest.raises(ConfigError, match=r"model\.safetensors' is a file; write the directory"):
+        gsae_jax.load_lm(lm_dir / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_neo", "gemma3n", "qwen2_moe", "qwen3_moe", "phi3", "llama4"])
+def test_another_model_is_not_taken_for_a_slip_of_the_pen(tmp_path, lm_dir, model_type):
+    folder = damaged(tmp_path, lm_dir, edit_config(model_type=model_type))
+    with pytest.raises(ConfigError, match=f"type '{model_type}', which is not supported; known: gelu, gemma") as error:
+        gsae_jax.load_lm(folder)
+    assert "did you mean" not in str(error.value)
+
+
+def test_an_adapter_beside_a_whole_model_is_left_alone(tmp_path, lm_dir):
+    folder = damaged(tmp_path, lm_dir, lambda folder: (folder / "adapter_config.json").write_text("{}"))
+    assert gsae_jax.load_lm(folder).config.n_layers == 2
 
 
 def test_loading_fewer_layers_still_finds_a_stray_tensor(tmp_path, lm_dir):

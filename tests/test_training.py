@@ -12,9 +12,11 @@ import pytest
 from jax.experimental import multihost_utils
 
 import gsae_jax
+from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import runs
 from gsae_jax import train as train_command
+from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluate import evaluate
@@ -397,6 +399,52 @@ def test_a_run_continues_only_on_the_text_it_began_with(experiment, tmp_path, te
     (text / "a.txt").write_text((text / "a.txt").read_text()[::-1])
     with pytest.raises(ConfigError, match="the text has changed since this run began"):
         loop.train(mine, tmp_path / "run")
+
+
+def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path, capsys):
+    """The same command continues it, and it is measured on what it did not train on."""
+    run = tmp_path / "run"
+    before = with_(experiment, data={"held_out": "position"})
+    assert loop.train(before, run)
+    config = config_lib.to_dict(before)
+    for field in ("held_out", "on_bad_row"):
+        del config["data"][field]
+    (run / "config.json").write_text(json.dumps(config))
+    assert experiment.data.held_out == "hash"
+    shutil.rmtree(run / "checkpoints" / "16")
+    capsys.readouterr()
+    assert train_command.run(experiment, run) == 0
+    out, err = capsys.readouterr()
+    assert "data.held_out=position" in err
+    assert "continuing from step 8" in out
+    assert workdir_lib.Workdir(run).experiment().data.held_out == "position"
+    with pytest.raises(ConfigError, match=r"data\.held_out: 'position' != 'hash'"):
+        loop.train(experiment, run)
+
+
+def test_a_scale_is_measured_on_the_text_that_there_is(experiment, tmp_path, monkeypatch):
+    """At most once over, however many tokens are asked for."""
+    placed, calls = loop.Program.place_tokens, []
+    monkeypatch.setattr(loop.Program, "place_tokens", lambda *args: calls.append(args) or placed(*args))
+    tokenizer = gsae_jax.load_lm(experiment.lm.path).tokenizer
+    rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**40)
+    once = len(rows) // experiment.rows_per_call
+    assert loop.train(with_(experiment, activations={"scale_tokens": 10**9}), tmp_path / "run")
+    assert once < len(calls) < once + 100
+
+
+def test_a_token_that_cannot_be_used_ends_training_with_what_was_trained_saved(experiment, tmp_path, monkeypatch):
+    """As a last line of defence: such text is refused while it is prepared."""
+    placed, calls, first = loop.Program.place_tokens, [], begin_calls(experiment)
+
+    def place(program, tokens):
+        calls.append(tokens)
+        return placed(program, tokens + 10**6 if len(calls) == first + 3 else tokens)
+
+    monkeypatch.setattr(loop.Program, "place_tokens", place)
+    with pytest.raises(ConfigError, match="the tokens of the text"):
+        loop.train(experiment, tmp_path / "run")
+    assert workdir_lib.Workdir(tmp_path / "run").sound_step() == 2 * experiment.updates_per_call
 
 
 def test_a_refused_run_leaves_nothing(experiment, tmp_path):

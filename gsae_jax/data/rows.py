@@ -34,6 +34,7 @@ from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError, TrainingError
 
 RETRIES = (1, 5, 25)  # seconds after which a file that cannot be read is tried again
+PATIENCE = 0.5  # seconds until a wait for another process is told
 FORMAT = 1  # part of the cache's key: raise it when the tokens of a text change
 
 
@@ -112,6 +113,7 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     builder, feature = corpus.open_corpus(config)
     # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
+    prepared = False
     with contextlib.redirect_stdout(io.StringIO()), _writable(config):
         if not builder.is_prepared():
             if is_bucket(builder.data_dir):
@@ -124,6 +126,10 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
             with _alone(Path(builder.data_dir)):
                 builder, feature = corpus.open_corpus(config)  # another process may have prepared it meanwhile
                 builder.download_and_prepare()
+            prepared = True
+    if prepared or split == "train":
+        for remark in getattr(builder, "remarks", list)():
+            processes.say(remark)
     name = config.train_split if split == "train" else config.test_split
     try:
         return builder.as_data_source(split=name), feature
@@ -133,25 +139,34 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
         ) from error
 
 
-def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int) -> TokenRows:
+def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d_vocab: int | None = None) -> TokenRows:
     """The rows of `split` ("train" or "test"), from at most the first `limit` tokens; prepares what is not on disk yet.
 
+    Args:
+        config: which text, and the rows' layout.
+        split: which part of it.
+        tokenizer: of the language model.
+        limit: the number of tokens.
+        d_vocab: how many tokens the language model has embeddings for, if it is known.
+
     Raises:
-        ConfigError: what `open_texts` refuses, or a tokenizer without the special tokens that rows need.
+        ConfigError: what `open_texts` refuses, a tokenizer without the special tokens that rows need, or a token of
+            the text that has no embedding.
     """
     separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if separator is None:
         raise ConfigError(
-            "lm.path", "the tokenizer has neither EOS nor BOS to put between documents; add one to its special tokens"
+            "lm.path",
+            "the tokenizer has neither EOS nor BOS to put between documents; name one in tokenizer_config.json",
         )
     if config.prepend_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS; write False")
+        raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS with an embedding; write False")
     source, feature = open_texts(config, split)
     folder = epath.Path(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
     key = config_lib.fingerprint(FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str())
     with _writable(config):
-        tokens = _cached_tokens(folder / f"tokens-{key}", source, feature, tokenizer, separator, limit)
+        tokens = _cached_tokens(folder / f"tokens-{key}", source, feature, tokenizer, separator, limit, d_vocab)
     return TokenRows(tokens, config.context_length, tokenizer.bos_token_id if config.prepend_bos else None, limit)
 
 
@@ -201,21 +216,27 @@ def in_order(rows: TokenRows, rows_per_batch: int) -> Iterator[np.ndarray]:
         yield np.stack([rows[row] for row in range(start, start + rows_per_batch)])
 
 
-def held_out(config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
+def held_out(
+    config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int, d_vocab: int | None = None
+) -> Iterator[np.ndarray]:
     """Batches of held-out rows of about so many tokens, one batch at the least; warns where there are fewer.
+
+    `d_vocab`: how many tokens the language model has embeddings for, if it is known.
 
     Raises:
         ConfigError: what `open_rows` refuses, or less text than one batch.
     """
-    rows = held_out_rows(config, tokenizer, tokens)
+    rows = held_out_rows(config, tokenizer, tokens, d_vocab)
     return itertools.islice(in_order(rows, config.evaluation.rows_per_forward), _held_out_batches(config, tokens))
 
 
-def held_out_rows(config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int) -> TokenRows:
+def held_out_rows(
+    config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int, d_vocab: int | None = None
+) -> TokenRows:
     """The rows that `held_out` gives batches of; warns and raises as it does."""
     per_batch, T = config.evaluation.rows_per_forward, config.data.context_length
     wanted = _held_out_batches(config, tokens) * per_batch
-    rows = open_rows(config.data, "test", tokenizer, limit=wanted * T)
+    rows = open_rows(config.data, "test", tokenizer, wanted * T, d_vocab)
     if len(rows) < per_batch:
         raise ConfigError(
             "evaluation.rows_per_forward",
@@ -242,7 +263,9 @@ def _writable(config: config_lib.Data) -> Iterator[None]:
     except OSError as error:
         where = config.data_dir or tfds.core.constants.DATA_DIR
         raise ConfigError(
-            "data.data_dir", f"{where} cannot hold prepared data ({error}); write a directory that can be written"
+            "data.data_dir",
+            f"{where} cannot hold prepared data ({error}); write a directory that can be written, or set TFDS_DATA_DIR "
+            "to one, where tokens are kept if data.data_dir can only be read",
         ) from error
 
 
@@ -259,17 +282,33 @@ def _check_bucket(field: str, path: str) -> None:
         ) from error
 
 
-def _alone(folder: Path) -> filelock.BaseFileLock:
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
     """Held while a folder is written, so that of several processes one does the work and the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except filelock.Timeout:
+        processes.warn(f"another process is preparing this text; waiting until it lets go of {lock.lock_file}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _cached_tokens(
-    shared: epath.Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
+    shared: epath.Path,
+    source: Any,
+    feature: str,
+    tokenizer: Any,
+    separator: int,
+    limit: int,
+    d_vocab: int | None = None,
 ) -> _TokenFile:
     """The first `limit` tokens of the source (all, where it has fewer), tokenized unless the folder has as many."""
-    folder = _on_disk(shared)
+    folder = _on_disk(shared, limit)
     known = _known_tokens(folder, limit)
     if known is None:
         with _alone(folder):
@@ -277,19 +316,60 @@ def _cached_tokens(
             if known is None and is_bucket(shared):
                 known = _download_tokens(shared, folder, limit)
             if known is None:
-                known = _write_tokens(folder, source, feature, tokenizer, separator, limit)
+                known = _write_tokens(folder, source, feature, tokenizer, separator, limit, d_vocab)
                 if is_bucket(shared):
                     for name in ("tokens.bin", "meta.json"):  # in this order: there are as many tokens as meta says
                         epath.Path(folder / name).copy(shared / name, overwrite=True)
-    return _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
+    tokens = _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
+    # Those that were kept may be of another language model with this tokenizer.
+    if d_vocab is not None and known.get("largest", np.inf) >= d_vocab:
+        _check_kept(tokens, source, feature, tokenizer, separator, d_vocab)
+    return tokens
 
 
-def _on_disk(folder: epath.Path) -> Path:
-    """The folder, or where this machine has its copy."""
-    if not is_bucket(folder):
-        return Path(folder)
+def _check_kept(tokens: _TokenFile, source: Any, feature: str, tokenizer: Any, separator: int, d_vocab: int) -> None:
+    """Raises `ConfigError` for a token that has no embedding, as preparing would."""
+    document, many = 0, 2**24
+    for start in range(0, len(tokens), many):
+        part = tokens[start : start + many]
+        if part.max() >= d_vocab:
+            first = int(np.argmax(part >= d_vocab))
+            document += int((part[:first] == separator).sum())
+            raise _no_embedding(tokenizer, int(part[first]), d_vocab, _where(source[document], feature))
+        document += int((part == separator).sum())
+
+
+def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> ConfigError:
+    return ConfigError(
+        "lm.path",
+        f"the tokenizer has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, which {where}, but "
+        f"this language model has embeddings for ids 0 to {d_vocab - 1}; take it out of the tokenizer or of the text",
+    )
+
+
+def _where(example: dict[str, Any], feature: str) -> str:
+    """Which document an example is, for a sentence about a token in it."""
+    text = _text(example[feature])
+    path = f" of {_text(example['path'])}" if "path" in example else ""
+    return f"is in a document{path} that begins {text[:40]!r}"
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _on_disk(folder: epath.Path, limit: int) -> Path:
+    """The folder; or where this machine has its copy, of one in a bucket or one that can only be read."""
     local = tfds.core.constants.DATA_DIR
-    return Path(tempfile.gettempdir() if is_bucket(local) else local) / folder.name
+    elsewhere = Path(tempfile.gettempdir() if is_bucket(local) else local) / folder.name
+    if is_bucket(folder):
+        return elsewhere
+    folder = Path(folder)
+    if os.access(folder.parent, os.W_OK) or _known_tokens(folder, limit):
+        return folder
+    if _known_tokens(elsewhere, limit) is None:
+        processes.say(f"{folder.parent} cannot be written; the tokens of this text are kept in {elsewhere}")
+    return elsewhere
 
 
 def _known_tokens(folder: Path | epath.Path, limit: int) -> dict[str, Any] | None:
@@ -305,13 +385,21 @@ def _known_tokens(folder: Path | epath.Path, limit: int) -> dict[str, Any] | Non
 
 
 def _write_tokens(
-    folder: Path, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
+    folder: Path,
+    source: Any,
+    feature: str,
+    tokenizer: Any,
+    separator: int,
+    limit: int,
+    d_vocab: int | None,
 ) -> dict[str, Any]:
     with _whole(folder) as scratch:
         largest = max(separator, *tokenizer.get_vocab().values())
         dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
-        count, complete = _tokenize(scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit)
-        known = {"tokens": count, "complete": complete, "dtype": dtype.name}
+        count, largest, complete = _tokenize(
+            scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit, d_vocab
+        )
+        known = {"tokens": count, "complete": complete, "dtype": dtype.name, "largest": largest}
         (scratch / "meta.json").write_text(json.dumps(known))
         return known
 
@@ -343,24 +431,33 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _tokenize(
-    path: Path, dtype: np.dtype, source: Any, feature: str, tokenizer: Any, separator: int, limit: int
-) -> tuple[int, bool]:
-    """Write tokens until `limit`; returns their count, and whether the source ended."""
-    count, chunk = 0, 256
+    path: Path,
+    dtype: np.dtype,
+    source: Any,
+    feature: str,
+    tokenizer: Any,
+    separator: int,
+    limit: int,
+    d_vocab: int | None,
+) -> tuple[int, int, bool]:
+    """Write tokens until `limit`; returns their count, the largest of them, and whether the source ended."""
+    count, largest, chunk = 0, separator, 256
     with open(path, "wb") as file:
         for start in range(0, len(source), chunk):
             examples = source.__getitems__(range(start, min(start + chunk, len(source))))
-            texts = [
-                text.decode() if isinstance(text, bytes) else text
-                for text in (example[feature] for example in examples)
-            ]
+            texts = [_text(example[feature]) for example in examples]
             try:
                 encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             except Exception as error:  # tokenizers has no errors of its own kind
                 raise ConfigError("lm.path", f"the tokenizer cannot read the text: {error}") from error
+            for example, ids in zip(examples, encoded["input_ids"], strict=True):
+                most = max(ids, default=0)
+                if d_vocab is not None and most >= d_vocab:
+                    raise _no_embedding(tokenizer, most, d_vocab, _where(example, feature))
+                largest = max(largest, most)
             tokens = np.concatenate([np.array([*ids, separator], dtype) for ids in encoded["input_ids"]])
             tokens.tofile(file)
             count += len(tokens)
             if count >= limit:
-                return count, start + chunk >= len(source)
-    return count, True
+                return count, largest, start + chunk >= len(source)
+    return count, largest, True

@@ -20,9 +20,9 @@ import safetensors
 
 from gsae_jax import config
 from gsae_jax.config import ConfigError
+from gsae_jax.lms.weights import LFS
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-LFS = b"version https://git-lfs.github.com/spec/"
 Shape = tuple[int, ...]
 # Of each tensor its shape and its type, and a function that reads one.
 Contents = tuple[dict[str, tuple[Shape, str]], Callable[[str], np.ndarray]]

@@ -19,10 +19,18 @@ from gsae_jax import config as config_lib
 from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
 from gsae_jax.lms import gelu, hugging_face, partition, weights
+from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.transformer import Config, Model
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+GGUF = "GGUF is not supported: write the Hugging Face checkpoint that it was made from"
+QUANTISED = {  # what the tensors of quantised weights are called
+    r"\.qweight$": "GPTQ or AWQ",
+    r"\.scales$": "MLX",
+    r"\.(SCB|weight\.absmax)$": "bitsandbytes",
+    r"\.weight_(packed|scale|scale_inv)$": "compressed-tensors or FP8",
+}
 # Fields of config.json that say who wrote it and how, and nothing of the function.
 PROVENANCE = (
     "_name_or_path",
@@ -82,41 +90,30 @@ class Checkpoint:
         return Model(dataclasses.replace(self.config, layers=layers), head=False, mesh=mesh)
 
     def tokenizer(self) -> Any:
-        """The tokenizer, a `transformers` one; refused if it has ids that the model has no embedding for."""
-        settings = {
-            name: weights.read_json(self.folder / name, self.field)
-            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-            if (self.folder / name).exists()
-        }
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it warns of every model_type it has no class for
-        try:
-            config = hugging_face.transformers_config(settings["config.json"])
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.folder, config=config, local_files_only=True, trust_remote_code=False
-            )
-            vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-            tokenizer("a b", add_special_tokens=False)
-            if not all(isinstance(number, int) for number in tokenizer.all_special_ids):
-                raise ValueError(f"not all of its special tokens have ids: {tokenizer.special_tokens_map}")
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # whatever a wrong value leads to; a panic of tokenizers is no Exception
-            why = f"{str(error).partition(chr(10))[0] or type(error).__name__}; copy its files again"
-            if "auto_map" in settings.get("tokenizer_config.json", {}):
-                why = "it is code (auto_map in tokenizer_config.json), which is not run; save it as tokenizer.json"
-            raise ConfigError(self.field, f"{self.folder} has no tokenizer that can be read: {why}") from error
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-        # Some models have special tokens, as for images, beyond their embedding; text never gives those.
-        special = {number for number, token in added.items() if token.special}
-        beyond = [id for id in vocabulary.values() if id >= self.config.d_vocab and id not in special]
-        if beyond:
+        """The tokenizer, a `transformers` one.
+
+        Raises:
+            ConfigError: what `tokenizer.load` refuses, or tokens that the model has no embedding for: words, or EOS.
+        """
+        tokenizer = tokenizer_lib.load(self.folder, self.field)
+        # Some models have special tokens, as for images, beyond their embedding; text rarely gives those.
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= self.config.d_vocab}
+        words = sorted(beyond.keys() - special)
+        if words:
             raise ConfigError(
                 self.field,
-                f"{self.folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {self.config.d_vocab}; "
-                "write the directory of one whole model",
+                f"{self.folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {self.config.d_vocab} "
+                f"(the first without one is {beyond[words[0]]!r}, {words[0]}); write the directory of one whole model",
             )
+        if tokenizer.eos_token_id in beyond:
+            raise ConfigError(
+                self.field,
+                f"{self.folder} has the EOS token {tokenizer.eos_token!r} with id {tokenizer.eos_token_id}, but "
+                f"embeddings for {self.config.d_vocab} tokens; write another eos_token in {tokenizer_lib.CONFIG}",
+            )
+        if tokenizer.bos_token_id in beyond:
+            tokenizer.bos_token = None  # only rows that are to begin with BOS need it, and they refuse its absence
         return tokenizer
 
     def params(self, module: Model, dtype: str, allow_nan: bool = False) -> dict[str, Any]:
@@ -163,6 +160,11 @@ class Checkpoint:
         """The tensors, and of each that is wanted how its parts become parameters; every fault is raised at once."""
         self._fetch_weights()
         tensors = weights.Tensors(self.folder, self.field)
+        for pattern, method in QUANTISED.items():
+            name = next((name for name in sorted(tensors.names) if re.search(pattern, name)), None)
+            if name:
+                what = f"{tensors.label} has weights quantised with {method} ({name})"
+                raise ConfigError(self.field, f"{what}; {hugging_face.UNQUANTISED}")
         sources, faults = weights.match(
             tensors,
             wanted,
@@ -205,6 +207,7 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
         if revision:
             of = field.replace("path", "revision").replace("model", "revision")
             raise ConfigError(of, f"is {revision!r}, but {str(path)!r} is not a hub name; write '' for a directory")
+        refuse_other_formats(folder, field)
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles and not list(folder.glob("*.safetensors")):
             raise ConfigError(
@@ -212,8 +215,12 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
                 f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read; "
                 f"{convert_once(folder)}",
             )
+    elif folder.is_file():
+        how = GGUF if folder.suffix.lower() == ".gguf" else "write the directory that it is in"
+        raise ConfigError(field, f"{str(path)!r} is a file; {how}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = fetch(str(path), revision, field, "*.json", "*.model", "*.txt", "*.jinja")
+        refuse_other_formats(folder, field)
     else:
         raise ConfigError(
             field,
@@ -221,6 +228,24 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
             "or '' for the embedded model",
         )
     return folder, folder.name if from_hub else ""
+
+
+def refuse_other_formats(folder: Path, field: str) -> None:
+    """Raises `ConfigError` for a directory that holds an adapter or GGUF files, and no whole model beside them."""
+    names = sorted(file.name for file in folder.iterdir())
+    if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|pth)(\.index\.json)?", name) for name in names):
+        return
+    gguf = [name for name in names if name.lower().endswith(".gguf")]
+    if gguf:
+        raise ConfigError(field, f"{folder} has its weights as GGUF ({gguf[0]}); {GGUF}")
+    adapters = [name for name in names if re.fullmatch(r"adapters?(_model)?\.(safetensors|bin|npz)", name)]
+    if "adapter_config.json" in names and (adapters or "config.json" not in names):
+        base = weights.read_json(folder / "adapter_config.json", field).get("base_model_name_or_path")
+        raise ConfigError(
+            field,
+            f"{folder} is an adapter (LoRA) for {base or 'another model'!r}, not a whole model; merge the two with "
+            "peft's merge_and_unload(), save the result with save_pretrained, and write its directory",
+        )
 
 
 def read_settings(folder: Path, field: str) -> dict[str, Any]:
@@ -236,13 +261,23 @@ def read_settings(folder: Path, field: str) -> dict[str, Any]:
 def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any, Config]:
     """The family of a `config.json`, and what it describes; raises `ConfigError` for what we lack."""
     families = {kind: family for family in plugins.known("lms", "MODEL_TYPES").values() for kind in family.MODEL_TYPES}
-    model_type = str(settings.get("model_type"))
-    if model_type not in families:
+    if settings.get("model_type") is None:
         raise ConfigError(
             field,
-            f"{folder} is a model of type {model_type!r}, which is not supported; "
-            f"{known_names(model_type, sorted(families))}",
+            f"{folder / 'config.json'} has no model_type: it is not a language model's; write the directory of one",
         )
+    model_type = str(settings["model_type"])
+    if model_type not in families:
+        what, known = f"{folder} is a model of type {model_type!r}, which is not supported", sorted(families)
+        inner = settings.get("text_config")
+        text = inner.get("model_type", f"{model_type}_text") if isinstance(inner, dict) else None
+        if text in known:
+            advice = f"its language model alone, of type {text!r}, is: save that, and write its directory"
+        elif model_type in transformers.CONFIG_MAPPING:  # another model, not a slip of the pen
+            advice = f"known: {', '.join(known)}"
+        else:
+            advice = known_names(model_type, known)
+        raise ConfigError(field, f"{what}; {advice}")
     try:
         return families[model_type], families[model_type].config(settings)
     except ValueError as error:

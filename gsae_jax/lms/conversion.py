@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import checkpoints, weights
+from gsae_jax.lms import tokenizer as tokenizer_lib
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
@@ -34,6 +33,7 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
     if not folder.is_dir():
         patterns = ("*.json", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin", "model_final.pth")
         folder = checkpoints.fetch(source, revision, "SRC", *patterns)
+    checkpoints.refuse_other_formats(folder, "SRC")
     settings = checkpoints.read_settings(folder, "SRC")
     if "model_type" not in settings:  # TransformerLens' own
         settings = {"model_type": "gelu"} | settings
@@ -94,6 +94,7 @@ def _convert_file(file: Path, out: Path) -> list[str]:
     try:
         tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, those of zip files and those of pickles
+        weights.check_fetched(file, "SRC")
         why = str(error).splitlines()[0]
         raise ConfigError("SRC", f"{file} cannot be read as a pickle of tensors alone: {why}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
@@ -106,7 +107,6 @@ def _convert_file(file: Path, out: Path) -> list[str]:
 def _copy_tokenizer(source: str | Path | None, out: Path, folder: Path) -> None:
     if not source:
         raise ConfigError("--tokenizer", f"{folder} has no tokenizer; write the directory or hub name of one")
-    try:
-        transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError("--tokenizer", f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+    if not Path(source).expanduser().is_dir():
+        source = checkpoints.fetch(str(source), "", "--tokenizer", "*.json", "*.model", "*.txt", "*.jinja")
+    tokenizer_lib.load(Path(source).expanduser(), "--tokenizer").save_pretrained(out)

@@ -12,6 +12,7 @@ from gsae_jax.config import known_names
 from gsae_jax.lms.transformer import ACTIVATIONS, check_size
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+UNQUANTISED = "quantised weights are not supported: load the unquantised checkpoint"
 
 
 def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking: Any) -> Any:
@@ -30,8 +31,10 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
         raise ValueError(f"lacks {', '.join(missing)}")
     for name in required:
         check_size(name, settings[name])
-    if "quantization_config" in settings:
-        raise ValueError("describes quantised weights, which are not supported; load the unquantised checkpoint")
+    quantised = settings.get("quantization_config") or settings.get("quantization")  # the second is MLX's
+    if quantised:
+        method = quantised.get("quant_method") or ("MLX" if "quantization" in settings else "no named method")
+        raise ValueError(f"describes weights quantised with {method!r}; {UNQUANTISED}")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of rotary settings that `frequencies` refuses
     try:

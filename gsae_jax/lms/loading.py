@@ -77,15 +77,25 @@ class LM:
     def run(
         self,
         tokens_BxT: jax.typing.ArrayLike,
-        tap: sites_lib.Tap,
+        tap: sites_lib.Tap | sites_lib.Edit,
         mask_BxT: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Logits [B, T, V] of a forward pass in which `tap(site, x_BxTxD)` may replace the activations of any site.
 
         Not compiled, so that a tap may look at values and keep them; wrap the call in `jax.jit` where it is repeated.
+
+        Args:
+            tokens_BxT: token ids.
+            tap: returns an array of the same shape, or None to leave the activations as they are; or a trained SAE,
+                whose reconstructions take the place of the activations at its own site.
+            mask_BxT: False (or 0) at padding.
+
+        Raises:
+            ConfigError: tokens or a mask that do not fit, an SAE of another site, or a tap that returns another shape.
         """
         self._check_head()
         tokens = self._tokens(tokens_BxT)
+        tap = sites_lib.as_tap(tap, self.sites)
         return self.module.apply({"params": self.params}, tokens, tap, _mask(mask_BxT, tokens))
 
     def _check_head(self) -> None:
@@ -93,10 +103,13 @@ class LM:
             raise ConfigError("num_layers", "was given to load_lm, so there is no unembedding; load the whole model")
 
     def _tokens(self, tokens_BxT: jax.typing.ArrayLike) -> jax.Array:
-        if isinstance(tokens_BxT, jax.core.Tracer):
-            return tokens_BxT
-        tokens = np.asarray(tokens_BxT)
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        """Tokens [B, T], int32. Under `jax.jit` their shape is checked; their values are not known yet."""
+        traced = isinstance(tokens_BxT, jax.core.Tracer)
+        try:
+            tokens: Any = tokens_BxT if traced else np.asarray(tokens_BxT)
+        except ValueError as error:
+            raise ConfigError("tokens", "are rows of several lengths; pad them, and give the mask") from error
+        if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ConfigError(
                 "tokens", f"are {tokens.dtype}{list(tokens.shape)}; give integers of shape [batch, tokens]"
             )
@@ -104,7 +117,8 @@ class LM:
             raise ConfigError(
                 "tokens", f"have {tokens.shape[1]} positions; this language model has {self.config.n_ctx}"
             )
-        check_tokens(tokens, self.config.d_vocab, "tokens")
+        if not traced:
+            check_tokens(tokens, self.config.d_vocab, "tokens")
         return jnp.asarray(tokens, jnp.int32)
 
 
@@ -191,4 +205,5 @@ def check_tokens(tokens: np.ndarray, d_vocab: int, field: str) -> None:
 
 def special_tokens(tokenizer: Any) -> tuple[int, ...]:
     """Ids of BOS, EOS, padding and the tokenizer's other special tokens, in order."""
-    return tuple(sorted(set(tokenizer.all_special_ids)))
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(sorted(added | set(tokenizer.all_special_ids)))

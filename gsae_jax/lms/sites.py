@@ -1,18 +1,32 @@
 """Sites and taps: where activations are read from a language model, and put back.
 
 A site is a TransformerLens hook name, such as `blocks.3.hook_resid_post`. A tap is called by the model with every
-site's name and activations [B, T, D], and what it returns takes their place: reading, splicing, ablating and steering
-are all taps.
+site's name and activations [B, T, D], and what it returns takes their place (None: they stay as they were): reading,
+splicing, ablating and steering are all taps.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from gsae_jax.config import ConfigError, known_names
 
-Tap = Callable[[str, jax.Array], jax.Array]
+Tap = Callable[[str, jax.Array], Any]
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A function of the activations of one site that it names, such as a trained SAE."""
+
+    @property
+    def site(self) -> str:
+        """The site."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What takes the place of the activations [B, T, D]."""
 
 
 def no_tap(site: str, x: jax.Array) -> jax.Array:
@@ -35,6 +49,52 @@ def capture(sites: Iterable[str], into: dict[str, jax.Array]) -> Tap:
 def splice(edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Tap:
     """A tap that applies `edits[site]` to the activations of each of its sites."""
     return lambda site, x: edits[site](x) if site in edits else x
+
+
+def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
+    """A tap as it is; an edit as the tap that applies it at its site.
+
+    Raises:
+        ConfigError: neither of the two, or an edit at a site that is none of `sites`.
+    """
+    if not callable(tap):
+        raise ConfigError("tap", f"is of type {type(tap).__name__}; give a function of (site, activations), or an SAE")
+    if not isinstance(tap, Edit):
+        return tap
+    if not tap.site:
+        raise ConfigError("tap", "does not say its site; give `lambda site, x: sae(x) if site == '...' else x`")
+    check(tap.site, sites, "tap")
+    return splice({tap.site: tap})
+
+
+def checked(tap: Tap) -> Tap:
+    """The tap, with its None as the activations themselves and its arrays in their dtype.
+
+    A smaller array would be broadcast along the stream, and the model would go on with wrong numbers.
+
+    Raises:
+        ConfigError: when called, where the tap returns no array of real numbers of the activations' shape.
+    """
+
+    def apply(site: str, x: jax.Array) -> jax.Array:
+        value = tap(site, x)
+        if value is None:
+            return x
+        try:
+            dtype, shape = jnp.result_type(value), jnp.shape(value)
+        except (TypeError, ValueError):
+            what = f"a {type(value).__name__}"
+        else:
+            if shape == x.shape and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+                return jnp.asarray(value, x.dtype)
+            what = f"{dtype}{list(shape)}"
+        raise ConfigError(
+            "tap",
+            f"returned {what} at {site}, where activations are {x.dtype}{list(x.shape)}; return an array of their "
+            "shape, or None to leave them as they are",
+        )
+
+    return apply
 
 
 def layer_of(site: str) -> int:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gsae_jax.lms import partition
 from gsae_jax.lms.attention import attend
-from gsae_jax.lms.sites import Tap, no_tap
+from gsae_jax.lms.sites import Tap, checked, no_tap
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -265,10 +265,10 @@ class Model(nn.Module):
 
         Args:
             tokens_BxT: token ids.
-            tap: called with every site's name and activations.
+            tap: called with every site's name and activations (`gsae_jax.lms.sites`).
             mask_BxT: False at padding, which nothing attends to; positions count the other tokens.
         """
-        c = self.config
+        c, tap = self.config, checked(tap)
         positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
         if mask_BxT is not None:
             positions_BxT = jnp.maximum(jnp.cumsum(mask_BxT, axis=1) - 1, 0)

@@ -1,5 +1,6 @@
 """Weights in safetensors files: which tensor holds which parameter, in what layout, and how it gets onto its shards."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -20,7 +21,8 @@ from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("F32", "F16", "BF16")
+LFS = b"version https://git-lfs.github.com/spec/"
+DTYPES = ("F32", "F16", "BF16")  # from fine to coarse
 WHOLE, PAGE, PAGES = 2**28, 4096, 64  # bytes of weights that a fingerprint reads all of; else pages of each tensor
 ParamPath = tuple[str, ...]
 
@@ -62,6 +64,7 @@ class Tensors:
                     self.faults.append(f"{name} is in {file}, but not so in the index")
 
     def _unreadable(self, file: Path, error: Exception) -> ConfigError:
+        check_fetched(file, self._field)
         return ConfigError(
             self._field, f"{file} cannot be read ({error}); it is truncated or not a safetensors file: copy it again"
         )
@@ -110,14 +113,25 @@ class Tensors:
                 os.close(file)
         return digest.hexdigest()[:16]
 
-    def equal(self, one: str, other: str, rows: int = 4096) -> bool:
-        """Whether two tensors are the same, some rows at a time."""
-        count = self.shape(one)[0]
+    def fineness(self, name: str) -> int:
+        """The place of one tensor's dtype among `DTYPES`; of two copies, the one with the lower is to be read."""
+        return DTYPES.index(self.dtype(name)) if self.dtype(name) in DTYPES else len(DTYPES)
+
+    def same(self, one: str, other: str, rows: int = 4096) -> bool:
+        """Whether two tensors have the same values, some rows at a time; where their dtypes differ, in the coarser."""
         if self.shape(one) != self.shape(other):
             return False
-        pair = [self._files[name].get_slice(name) for name in (one, other)]
-        parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-        return all(pair[0][part].tobytes() == pair[1][part].tobytes() for part in parts)
+        coarse, fine = sorted((one, other), key=self.fineness, reverse=True)
+        pair = [self._files[name].get_slice(name) for name in (coarse, fine)]
+        count = self.shape(one)[0]
+        for start in range(0, count, rows):
+            a, b = (part[start : min(start + rows, count)] for part in pair)
+            if a.dtype != b.dtype:
+                with np.errstate(over="ignore"):
+                    b = b.astype(np.float32).astype(a.dtype)
+            if not np.array_equal(a, b, equal_nan=True):
+                return False
+        return True
 
 
 def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
@@ -167,9 +181,9 @@ def match(
         if not present:
             faults.append(f"{'' if path == ('unembed.W_U',) else prefix}{name} is missing")
             continue
-        if len(present) == 2 and name != unembedding and not tensors.equal(actual[name], actual[unembedding]):
+        if len(present) == 2 and name != unembedding and not tensors.same(actual[name], actual[unembedding]):
             faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
-        source = actual[present[0]]
+        source = min((actual[each] for each in present), key=tensors.fineness)
         shape, sizes = _layout(pattern, leaf.shape)
         found = tensors.shape(source)
         if found != shape:
@@ -239,6 +253,15 @@ def read_index(file: Path, field: str) -> dict[str, str]:
     return index
 
 
+def check_fetched(file: Path, field: str) -> None:
+    """Raises `ConfigError` for the stand-in that git leaves where a large file was not fetched."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(LFS)) == LFS:
+            raise ConfigError(
+                field, f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in {file.parent}"
+            )
+
+
 def read_json(file: Path, field: str) -> dict[str, Any]:
     """A JSON object; raises `ConfigError` where the file holds none."""
     if not file.is_file():
@@ -246,6 +269,7 @@ def read_json(file: Path, field: str) -> dict[str, Any]:
     try:
         value = config_lib.parse_json(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
+        check_fetched(file, field)
         raise ConfigError(field, f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(field, f"{file} is not a JSON object")

@@ -130,7 +130,7 @@ class SAE:
         return x_BxD.reshape(*f.shape[:-1], self.config.d_in)
 
     def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
-        """The reconstruction [..., D] of activations [..., D], in their dtype: an edit for `lm.run`."""
+        """The reconstruction [..., D] of activations [..., D], in their dtype; `lm.run(tokens, sae)` splices it in."""
         x = as_floats(x, "x")
         return self.decode(self.encode(x)).astype(x.dtype)
 

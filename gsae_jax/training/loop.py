@@ -67,11 +67,12 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     lm_params = checkpoint.params(program.module, config.lm.dtype)
     lm_fingerprint = checkpoint.fingerprint()
     processes.agree("lm.path", lm_fingerprint, "give every process the same language model")
-    rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config))
+    d_vocab = program.module.config.d_vocab
+    rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config), d_vocab)
     processes.agree("data", rows.fingerprint, "give every process the same text")
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
     # The report's text must be there too.
-    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens)
+    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab)
     latest = workdir.latest_step()
     if latest is not None:
         if processes.first():
@@ -89,7 +90,7 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
             )
     if latest is None:
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
-        state = start(program, lm_params, stream)
+        state = start(program, lm_params, stream, most=len(rows) // config.rows_per_call)
         for name, params in starts.items():
             own, site = state.stacks[name].params, config.stacks[name].site
             params = trained.unfold(params, float(state.scales[site]), np.asarray(state.means.get(site, 0.0)))
@@ -153,10 +154,11 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     return program, tokenizer
 
 
-def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray]) -> TrainState:
-    """The first state: sites measured on the first tokens, and a full buffer."""
+def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: int | None = None) -> TrainState:
+    """The first state: sites measured on the first tokens, in at `most` so many calls, and a full buffer."""
     config = program.config
     calls = -(-config.activations.scale_tokens // (config.rows_per_call * config.data.context_length))
+    calls = calls if most is None else min(calls, most)
     batches = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
     measured = {}
     for site in config.sites:
@@ -218,7 +220,7 @@ def _loop(
     facts: dict[str, Any],
 ) -> bool:
     step = logged = saved = int(state.step)
-    unreadable: TrainingError | None = None
+    unusable: TrainingError | ConfigError | None = None
     total, per_call, every = config.train.steps, config.updates_per_call, config.train.log_every
     facts |= {
         "widths": program.widths,
@@ -263,12 +265,13 @@ def _loop(
         while step < total and not signals.stop(step // per_call) and not skips.lost:
             try:
                 tokens_RxT = next(stream)
-            except TrainingError as error:  # the text cannot be read any more
+                placed = program.place_tokens(tokens_RxT)
+            except (TrainingError, ConfigError) as error:  # the text cannot be read any more, or used
                 if jax.process_count() > 1:  # the others wait in the next call
                     raise
-                unreadable = error
+                unusable = error
                 break
-            state, statistics, dropped = program.train_step(state, lm_params, program.place_tokens(tokens_RxT))
+            state, statistics, dropped = program.train_step(state, lm_params, placed)
             step += per_call
             if step in config.resampled_at:
                 state, counts = program.resample(state)
@@ -300,8 +303,8 @@ def _loop(
             f"step {step:,} could not be saved, the newest checkpoint is of step {newest or 0:,}; make room, and the "
             "same command continues from there"
         )
-    if unreadable:
-        raise unreadable
+    if unusable:
+        raise unusable
     if skips.lost:
         raise TrainingError(skips.write(workdir, step))
     if step < total:

@@ -1,9 +1,23 @@
 """Damaged and hostile versions of files and of trees, drawn from a seed."""
 
+import bz2
 import copy
+import gzip
 import json
+import lzma
+import os
 import random
+from collections.abc import Callable
 from typing import Any
+
+import pyarrow
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+}
 
 DEEP: Any = 0
 for _ in range(100):
@@ -122,6 +136,12 @@ def file(random: random.Random, content: bytes) -> bytes:
             where = random.randrange(len(mutant)) if random.random() < 0.5 else random.randrange(min(200, len(mutant)))
             mutant[where] = random.choice((0, 0xFF, mutant[where] ^ 1 << random.randrange(8)))
     return bytes(mutant)
+
+
+def name(random: random.Random) -> str:
+    """Of a file or a folder, as file systems allow it."""
+    names = ("a", "b", "[1]", "[", "]", "*", "?", "**", "a b", "\\", "~", "-", "é", ".hidden", "x" * 200, "\n", "$HOME")
+    return random.choice((*names, os.fsdecode(b"\xff"), "%", "'", "gs:"))
 
 
 def safetensors_file(random: random.Random, content: bytes) -> bytes:

@@ -8,6 +8,7 @@ python -m pytest -n 0 -m faults tests/faults/test_inputs.py
 import collections
 import contextlib
 import gc
+import gzip
 import io
 import json
 import os
@@ -35,17 +36,20 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
-from gsae_jax.data.corpora import text
+from gsae_jax.data import files as files_lib
 from gsae_jax.evaluation import plots, report
 from gsae_jax.lms import loading
+from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.weights import INDEX, WEIGHTS, Tensors
 from gsae_jax.training import loop
+from tests import test_tokenizers
 from tests.conftest import tiny
 from tests.faults import mutants
 from tests.fixtures.lms import make
 
 LMS = Path(make.__file__).parent
+TOKENIZER = tokenizer_lib.FILE
 SITE = "blocks.0.hook_mlp_out"
 FEW, MANY = 8, 200  # mutants of each kind
 SECONDS = 60  # of computing for one of them; ten times as long on the clock, as a machine may have other work
@@ -74,6 +78,7 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     pyarrow.parquet.write_table(table, root / "text" / "a.parquet", row_group_size=20)
     lines = [json.dumps({"text": document, "id": [1, {"a": None}]}) for document in documents]
     (root / "text" / "a.jsonl").write_text("\n".join(lines))
+    (root / "text" / "a.json").write_text(json.dumps([{"text": document} for document in documents]))
     (root / "text" / "a.txt").write_text("\n".join(documents))
     rows = [f"someone,relu,{site},0,{l0},0.9,0.8" for site in ("mlp", SITE) for l0 in (10.5, 20, 40)]
     (root / "published" / "points.csv").write_text(
@@ -82,8 +87,9 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     lms = [lm_dir, *(folder for folder in sorted(LMS.iterdir()) if (folder / "config.json").exists())]
     sharded = [folder for folder in lms if (folder / INDEX).exists()]
     whole = [folder for folder in lms if (folder / WEIGHTS).exists()]
+    vocabularies = test_tokenizers.folders(root / "tokenizers")
     folders = {name: [root / name] for name in ("config", "override", "text", "published", "run")}
-    return folders | {"lm": lms, "sharded": sharded, "whole": whole}
+    return folders | {"lm": lms, "sharded": sharded, "whole": whole, "tokenizers": vocabularies}
 
 
 def an_edit(name, mutate):
@@ -186,6 +192,48 @@ def use_tokenizer(folder):
     loading.special_tokens(tokenizer)
 
 
+def a_tokenizer_file(draw, folder):
+    """One of them is gone, another's, a git-lfs pointer, or damaged."""
+    names = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    file = draw.choice([folder / name for name in names if (folder / name).exists()])
+    kind = draw.randrange(8)
+    if kind == 0:
+        file.unlink()
+    elif kind == 1:
+        file.write_text(draw.choice(("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "{}", "")))
+    elif kind == 2:
+        roles = {
+            draw.choice(tokenizer_lib.ROLES): draw.choice(("<eos>", "the", "</s>", "", "a b", 3)) for _ in range(3)
+        }
+        (folder / draw.choice(names[1:3])).write_text(json.dumps(roles))
+    elif kind == 3:
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {
+            "vocab_size": draw.choice((1, 2, 20, 300)),
+            "eos_token_id": draw.choice((None, 0, 1, [1], -1, 300)),
+        }
+        (folder / "config.json").write_text(json.dumps(settings | {"model_type": draw.choice(("gpt2", "gpt3"))}))
+    else:
+        content = file.read_bytes()
+        file.write_bytes((mutants.file if file.suffix == ".txt" else mutants.json_file)(draw, content))
+
+
+def use_tokens(folder):
+    """What is opened gives the tokens of its file, and none that the model lacks between documents."""
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = checkpoint.tokenizer()
+    tokens = tokenizer(test_tokenizers.TEXTS, add_special_tokens=False)["input_ids"]
+    assert {tokenizer.eos_token_id, tokenizer.bos_token_id} <= {None, *range(checkpoint.config.d_vocab)}
+    if (folder / TOKENIZER).exists():
+        plain = test_tokenizers.plain(folder)
+        assert tokens == [
+            encoding.ids for encoding in plain.encode_batch(test_tokenizers.TEXTS, add_special_tokens=False)
+        ]
+        assert tokenizer.get_vocab() == plain.get_vocab()
+    else:
+        assert set(json.loads((folder / "vocab.json").read_text())) <= set(tokenizer.get_vocab())
+
+
 def use_run(folder):
     gsae_jax.load(folder)
     workdir_lib.Workdir(folder).check(config_lib.to_dict(workdir_lib.Workdir(folder).experiment()))
@@ -199,10 +247,59 @@ def use_metrics(folder):
 
 def use_documents(file):
     def use(folder):
-        for document in text.read_documents(str(folder / file), "text", ""):
+        for document in files_lib.Reader("text", "").documents(str(folder / file)):
             document.encode()
 
     return use
+
+
+def a_packed_file(draw, folder):
+    """JSON lines, packed and then damaged, or packed many times over."""
+    content = (folder / "a.jsonl").read_bytes()
+    ending, pack = draw.choice(list(mutants.PACK.items()))
+    kind = draw.randrange(16)
+    if kind < 5:
+        content = mutants.file(draw, content)
+    packed = pack(content + b" " * (2**27 if kind == 15 and ending in (".gz", ".zst") else 0))
+    (folder / f"packed.jsonl{ending}").write_bytes(mutants.file(draw, packed) if 5 <= kind < 10 else packed)
+
+
+def use_packed(folder):
+    (file,) = folder.glob("packed.*")
+    use_documents(file.name)(folder)
+
+
+def a_tree_of_files(draw, folder):
+    """Files of any name in folders of any name, links that lead anywhere, and a path that may mean some of them."""
+    at, places = folder, [folder]
+    for _ in range(draw.randrange(1, 8)):
+        at = draw.choice(places) / mutants.name(draw)
+        if not at.exists():
+            places.append(at)
+            at.mkdir()
+    contents = {".txt": b"text", ".TXT": b"", ".md.gz": gzip.compress(b"text"), ".csv": b"a,b", "": b"", ".json": b"[]"}
+    for _ in range(draw.randrange(8)):
+        ending = draw.choice(list(contents))
+        at = draw.choice(places) / (mutants.name(draw) + ending)
+        if os.path.lexists(at):
+            continue
+        kind = draw.randrange(8)
+        if kind == 0:
+            at.symlink_to(draw.choice([*places, folder / "a.txt", folder / "nowhere", Path("/dev/zero")]))
+        elif kind == 1:
+            os.mkfifo(at)
+        else:
+            at.write_bytes(b"\xff" if kind == 2 else contents[ending])
+    path = os.path.join(draw.choice((folder, folder, at)), draw.choice(("", "", "*", "**/*.txt", "[", "..")))
+    (folder / "path").write_bytes(os.fsencode(path))
+
+
+def use_found(folder):
+    path = os.fsdecode((folder / "path").read_bytes())
+    config_lib.check_text("data.path", path)
+    for file in files_lib.find(path).stamps:
+        for document in files_lib.Reader("text", "").documents(file):
+            document.encode()
 
 
 def use_published(folder):
@@ -221,12 +318,16 @@ KINDS = {  # what it is made of, how it is damaged, what a command does with it
     "language model's config.json": ("lm", an_edit("config.json", mutants.json_file), use_settings),
     "tokenizer.json": ("lm", an_edit("tokenizer.json", mutants.json_file), use_tokenizer),
     "tokenizer_config.json": ("lm", an_edit("tokenizer_config.json", mutants.json_file), use_tokenizer),
+    "tokenizers": ("tokenizers", a_tokenizer_file, use_tokens),
     "model.safetensors": ("whole", an_edit(WEIGHTS, mutants.safetensors_file), gsae_jax.load_lm),
     "model.safetensors.index.json": ("sharded", an_edit(INDEX, mutants.json_file), use_settings),
     "config.json of a run": ("run", an_edit("config.json", mutants.json_file), use_run),
     "checkpoint": ("run", a_checkpoint_file, use_run),
     "metrics.jsonl": ("run", an_edit("metrics.jsonl", a_line(mutants.json_file)), use_metrics),
     ".jsonl text": ("text", an_edit("a.jsonl", a_line(mutants.json_file)), use_documents("a.jsonl")),
+    ".json text": ("text", an_edit("a.json", mutants.json_file), use_documents("a.json")),
+    "packed text": ("text", a_packed_file, use_packed),
+    "folder of text": ("text", a_tree_of_files, use_found),
     ".parquet text": ("text", an_edit("a.parquet", mutants.file), use_documents("a.parquet")),
     ".txt text": ("text", an_edit("a.txt", mutants.file), use_documents("a.txt")),
     "`--published` points": ("published", an_edit("points.csv", mutants.csv_file), use_published),
@@ -237,7 +338,7 @@ LENIENT = ("metrics.jsonl",)  # a line that says nothing is left out, with a war
 
 
 def listing(folder):
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def memory(field):

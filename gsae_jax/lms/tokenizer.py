@@ -1,0 +1,157 @@
+"""The tokenizer of a checkpoint directory.
+
+Where `tokenizer.json` is there, it alone says how a text is split. transformers 5 would choose a class by `model_type`
+or `tokenizer_class` instead, and that class builds another normaliser and pre-tokenizer around the same vocabulary.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+
+from gsae_jax.config import ConfigError
+from gsae_jax.lms import hugging_face, weights
+
+FILE, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+OLDER = ("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")  # what transformers makes a tokenizer from
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+KEPT = ("chat_template", "model_max_length", "padding_side")  # settings that do not change how a text is split
+PROBES = ("The cat sat on the mat, and it's 3 o'clock.", "def main(): return x", "(a) déjà-vu")
+
+
+def load(folder: Path, field: str) -> Any:
+    """A `transformers` tokenizer that gives the tokens of `tokenizer.json`, neither truncated nor padded.
+
+    A folder without that file may have older vocabulary files, of which transformers makes a tokenizer.
+
+    Raises:
+        ConfigError: no tokenizer files, files that cannot be read, or an EOS that they lack.
+    """
+    settings = {
+        name: weights.read_json(folder / name, field)
+        for name in ("config.json", FILE, CONFIG, MAP)
+        if (folder / name).exists()
+    }
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of every model_type it has no class for
+    try:
+        tokenizer = (_from_file if FILE in settings else _from_older_files)(folder, settings, field)
+        tokenizer("a b", add_special_tokens=False)
+        if not all(isinstance(number, int) for number in tokenizer.all_special_ids):
+            raise ValueError(f"not all of its special tokens have ids: {tokenizer.special_tokens_map}")
+    except (ConfigError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a wrong value leads to; a panic of tokenizers is no Exception
+        why = f"{str(error).strip().partition(chr(10))[0] or type(error).__name__}; copy its files again"
+        raise ConfigError(field, f"{folder} has no tokenizer that can be read: {why}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return tokenizer
+
+
+def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
+    backend = tokenizers.Tokenizer.from_file(str(folder / FILE))
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None  # it is for training: the same text would have other tokens every time
+    own = settings.get(CONFIG, {})
+    kept = {name: own[name] for name in KEPT if name in own}
+    if (folder / TEMPLATE).is_file():
+        kept["chat_template"] = (folder / TEMPLATE).read_text("utf-8")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **kept)
+    _check_vocabulary(tokenizer, backend.get_vocab(), folder / FILE)
+    # Set afterwards: the constructor would add them to the vocabulary, and text that contains them would change.
+    for role, token in _roles(settings, backend).items():
+        if backend.token_to_id(token) is not None:
+            setattr(tokenizer, role, token)
+        elif role == "eos_token":
+            raise ConfigError(
+                field,
+                f"{folder} names the EOS token {token!r}, which {FILE} does not have; write one that it has as "
+                f"eos_token in {CONFIG}",
+            )
+    return tokenizer
+
+
+def _roles(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The token of each special role; where the tokenizer's files name none, BOS and EOS are those of `config.json`."""
+    own = settings.get(CONFIG, {})
+    sources = [own, settings.get(MAP, {})]
+    if "added_tokens_decoder" in own:  # transformers does not read the other file then
+        sources.reverse()
+    values = {role: source[role] for source in sources for role in ROLES if source.get(role) is not None}
+    if not values and not any(role in source for source in sources for role in ROLES):
+        ids = {role: settings.get("config.json", {}).get(f"{role}_id") for role in ("bos_token", "eos_token")}
+        values = {role: token for role, number in ids.items() if (token := _from_id(number, backend)) is not None}
+    tokens = {role: value.get("content") if isinstance(value, dict) else value for role, value in values.items()}
+    for role, token in tokens.items():
+        if not isinstance(token, str):
+            raise ValueError(f"{role} is {token!r}, not a string")
+    return tokens
+
+
+def _from_id(number: Any, backend: tokenizers.Tokenizer) -> str | None:
+    """The special token that `config.json` means. Its ids may be another vocabulary's: a word is not taken for one."""
+    number = number[0] if isinstance(number, list) and number else number
+    token = backend.get_added_tokens_decoder().get(number) if isinstance(number, int) else None
+    return token.content if token is not None and token.special else None
+
+
+def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
+    """What transformers makes of vocabulary files, if it reads them: for some classes it would invent a vocabulary."""
+    if "auto_map" in settings.get(CONFIG, {}):
+        raise ConfigError(
+            field, f"{folder} has a tokenizer that is code (auto_map in {CONFIG}), which is not run; save it as {FILE}"
+        )
+    files = sorted({file.name for pattern in OLDER for file in folder.glob(pattern)})
+    if not files:
+        raise ConfigError(field, f"{folder} has no tokenizer files; copy the model's {FILE} there")
+    for name in files:
+        if not (folder / name).is_file():
+            raise ConfigError(field, f"{folder / name} is not a file; write one that can be read to its end")
+        weights.check_fetched(folder / name, field)
+    if "vocab.json" not in files and files[-1].endswith(".model") and not importlib.util.find_spec("sentencepiece"):
+        raise ConfigError(field, f"{folder / files[-1]} can only be read with sentencepiece: pip install sentencepiece")
+    advice = f"copy the model's {FILE} there, or name its tokenizer_class in {CONFIG}"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder,
+            config=hugging_face.transformers_config(settings.get("config.json", {})),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0].rstrip(": ")
+        raise ConfigError(field, f"{folder} has {', '.join(files)}, but no tokenizer: {why}; {advice}") from error
+    kind, read = type(tokenizer).__name__, tokenizer.init_kwargs.get("vocab_file")
+    if not read:
+        raise ConfigError(field, f"{folder} has {', '.join(files)}, none of which {kind} reads; {advice}")
+    if "vocab.json" in files and str(read).endswith("vocab.json"):
+        _check_vocabulary(tokenizer, weights.read_json(folder / "vocab.json", field), folder / "vocab.json")
+    if str(read).endswith(".model"):
+        _compare_with_sentencepiece(tokenizer, read, f"{kind} reads {read} as other tokens", advice, field)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, expected: Mapping[str, int], file: Path) -> None:
+    """Raises `ValueError` for an id that is no number (the token would be dropped), or that two tokens have."""
+    vocabulary = tokenizer.get_vocab()
+    owners: dict[int, str] = {}
+    for token, number in expected.items():
+        if vocabulary.get(token) != number or owners.setdefault(number, token) != token:
+            raise ValueError(f"{file.name} gives {token!r} the id {number!r}, which is no number or another token's")
+
+
+def _compare_with_sentencepiece(tokenizer: Any, file: str, what: str, advice: str, field: str) -> None:
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=file)
+    for text in PROBES:
+        ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
+        if ours != theirs:
+            raise ConfigError(field, f"{what}: {text!r} is {ours}, and {theirs} in sentencepiece; {advice}")
