@@ -1,5 +1,6 @@
-"""gs:// paths: which they are, and what they need."""
+"""Local and gs:// paths: which they are, and what they need."""
 
+import glob
 import importlib.util
 import os
 import re
@@ -31,6 +32,19 @@ def check(field: str, path: epath.PathLike) -> None:
         raise ConfigError(field, f"{text} is in a bucket; `pip install '.[gcs]'` first")
     # What other processes and tensorstore write would be missing from remembered listings.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def absolute(path: str) -> str:
+    """A local path that means the same in every working directory; what is not there, a hub name too, is as it was."""
+    try:
+        expanded = os.path.expanduser(path)
+        if path and not is_bucket(path) and os.path.lexists(expanded):
+            return os.path.abspath(expanded)
+        # The working directory is a name, whatever the pattern is.
+        pattern = glob.has_magic(path) and not is_bucket(path) and not os.path.isabs(expanded)
+        return os.path.join(glob.escape(os.getcwd()), expanded) if pattern else path
+    except (OSError, ValueError):  # a name that no path can have, or a working directory that is gone
+        return path
 
 
 def line(error: Exception) -> str:

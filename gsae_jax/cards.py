@@ -27,7 +27,7 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
     for format in formats:
         plugins.load("exchange", format, having="write", field="--format")
     records = _records(place)
-    saes = runs.load(workdir, step=workdir_lib.reported_step(place))
+    saes = runs.load(workdir, step=workdir_lib.reported_step(place), field="--workdir")
     with files.new_folder(out) as folder:
         for format in formats:  # SAEs that have diverged are left out
             written = export.write(saes, format, folder / format)

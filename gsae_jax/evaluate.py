@@ -1,6 +1,6 @@
 """Measure SAEs on held-out text and write their report: those of a run, or any that gsae_jax.load reads.
 
-python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000] [--ito 5,10,20,40]
+python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000] [--ito 5,10,20,40] [--model DIR]
 python -m gsae_jax.evaluate --sae PATH [--sae PATH] --out OUT [--model DIR] [--site blocks.0.hook_mlp_out]
 """
 
@@ -23,20 +23,20 @@ def main() -> None:
     if (WORKDIR.value is None) == (not SAE.value):
         raise ConfigError("--workdir", "or --sae: write one of them, a run or SAEs from elsewhere")
     tokens, ito = TOKENS.value, [int(number) for number in ITO.value]
+    config = None if CONFIG.value is None else cli.given(CONFIG)
     if SAE.value:
         if OUT.value is None:
             raise ConfigError("--out", "is missing; write the name of a new folder for the report")
         if STEP.value is not None:
             raise ConfigError("--step", "goes with --workdir; SAEs from elsewhere have no steps")
-        config = None if CONFIG.value is None else cli.given(CONFIG)
         folder = OUT.value
         table = evaluate_saes(SAE.value, folder, config, MODEL.value, SITE.value, tokens, ito, PUBLISHED.value)
     else:
-        for name, flag in (("--out", OUT), ("--config", CONFIG), ("--model", MODEL), ("--site", SITE)):
+        for name, flag in (("--out", OUT), ("--site", SITE)):
             if flag.value:
-                raise ConfigError(name, "goes with --sae; a run is measured as its config says, in its own folder")
+                raise ConfigError(name, "goes with --sae; a run is measured at its own sites, in its own folder")
         folder = str(workdir_lib.Workdir(WORKDIR.value).report)
-        table = evaluate(WORKDIR.value, tokens, ito, PUBLISHED.value, STEP.value)
+        table = evaluate(WORKDIR.value, tokens, ito, PUBLISHED.value, STEP.value, MODEL.value, config)
     processes.say(f"{table}\n\nreport: {folder}/report.md")
 
 
@@ -51,8 +51,11 @@ if __name__ == "__main__":
     SAE = flags.DEFINE_multi_string("sae", [], "Folder of an SAE in any known format; may be repeated.")
     OUT = flags.DEFINE_string("out", None, "With --sae: a new folder for the report.")
     MODEL = flags.DEFINE_string(
-        "model", "", "With --sae: checkpoint directory or hub name; the embedded model by default."
+        "model",
+        "",
+        "Checkpoint directory or hub name: with --sae of the model to measure on (by default the embedded one), with "
+        "--workdir of the run's own, where it lies elsewhere now.",
     )
-    SITE = flags.DEFINE_string("site", "", "With --sae: where SAEs read whose files do not say.")
-    CONFIG = cli.define_config()  # with --sae: whose language model and text to take, and how much
+    SITE = flags.DEFINE_string("site", "", "With --sae: where the SAEs read, whatever their files say.")
+    CONFIG = cli.define_config()  # whose language model and text to take, and how much; with --workdir, the same ones
     cli.run(main, several=True)

@@ -24,7 +24,7 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
             all of them have diverged. One that has is left out with a warning, where others have not.
     """
     module = plugins.load("exchange", format, having="write", field="--format")
-    saes = runs.load(path, step=step)
+    saes = runs.load(path, step=step, field="--workdir")
     if name:
         if name not in saes:
             raise ConfigError("--sae", f"{name!r} is not in {path}; {known_names(name, saes)}")

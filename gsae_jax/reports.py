@@ -17,7 +17,8 @@ from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, HeldOut, TrainingError
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, report
-from gsae_jax.lms import loading
+from gsae_jax.lms import loading, sites
+from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
 
 
@@ -27,6 +28,8 @@ def evaluate(
     ito: Sequence[int] = (),
     published: str = "",
     step: int | None = None,
+    model: str = "",
+    config: Mapping[str, Any] | None = None,
 ) -> str:
     """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table.
 
@@ -36,26 +39,99 @@ def evaluate(
         ito: numbers of features for inference-time optimisation (`measure.measure`).
         published: a CSV file of points to draw beside ours (`report.read_published`).
         step: of which checkpoint; by default the newest that is whole.
+        model: where the run's language model lies now, if not where it lay in training.
+        config: an experiment's, whose `lm` and `data` say where the run's language model and text lie now, and whose
+            `evaluation` says how much is measured; by default all is as the run's own config says.
 
     Raises:
-        ConfigError: not a run with a checkpoint, or too little held-out text.
+        ConfigError: not a run with a checkpoint, another language model than the one it was trained with, other text
+            where `config` says where it lies, or too little held-out text.
         TrainingError: the report cannot be written.
     """
     workdir = workdir_lib.Workdir(path)
     points = report.read_published(published) if published else []
-    config = workdir.experiment()
+    run = workdir.experiment()
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
-    latent = config.mesh.latent if jax.device_count() % config.mesh.latent == 0 else 1
+    settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens)
+    if config is not None:
+        settings = _moved(settings, _of_experiment(config))
+    if model:
+        settings = dataclasses.replace(settings, lm=dataclasses.replace(run.lm, path=model, revision=""))
+    latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
-    settings = HeldOut(config.lm, config.data, config.evaluation, config.activations.drop_special_tokens)
     step = workdir.sound_step(("params", "facts"), step)
-    saes, training = runs.load(path, mesh, step), workdir_lib.read_metrics(workdir)
+    saes, training = runs.load(path, mesh, step, workdir.field), workdir_lib.read_metrics(workdir)
+    if step is not None:
+        _check_inputs(workdir, workdir.facts(step), run, settings)
     targets = {
         f"{name}_{index}": target
-        for name, stack in config.stacks.items()
+        for name, stack in run.stacks.items()
         for index, target in enumerate(stack.target_l0 * (len(stack) if len(stack.target_l0) == 1 else 1))
     }
     return _write(workdir.report, saes, settings, mesh, tokens, ito, points, training, step, targets)
+
+
+def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
+    """A run's settings, with the language model and the text where another config has them, and as much text.
+
+    Raises:
+        ConfigError: the other config is of another run.
+    """
+    moved = {
+        group: dataclasses.replace(
+            getattr(settings, group), **{name: getattr(getattr(elsewhere, group), name) for name in fields}
+        )
+        for group, fields in workdir_lib.LOCATIONS.items()
+    }
+    if moved["lm"] == dataclasses.replace(settings.lm, revision=""):  # a hub's model, whose commit the run knows
+        moved["lm"] = settings.lm
+    for group, value in moved.items():
+        there, here = (
+            {name: item for name, item in dataclasses.asdict(each).items() if name not in workdir_lib.LOCATIONS[group]}
+            for each in (value, getattr(elsewhere, group))
+        )
+        if differing := config_lib.differences(there, here, f"{group}."):
+            why = f"is not the config of this run; undo (there != here): {'; '.join(differing)}"
+            raise ConfigError("--config", f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT")
+    return dataclasses.replace(settings, evaluation=elsewhere.evaluation, **moved)
+
+
+def _check_inputs(
+    workdir: workdir_lib.Workdir, facts: Mapping[str, Any], run: config_lib.Experiment, settings: HeldOut
+) -> None:
+    """Compare the language model and the held-out text with those of training, by a checkpoint's fingerprints.
+
+    Text that lies where it lay is only warned of: that of the corpus `stdlib`, for one, is this Python's.
+
+    Raises:
+        ConfigError: they are not the same.
+    """
+    try:
+        checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision)
+    except ConfigError as error:
+        if settings.lm != run.lm:
+            raise
+        why = str(error).removeprefix("lm.path: ")
+        raise ConfigError(
+            "lm.path", f"{why}; if the run's model lies elsewhere now, write --model DIRECTORY"
+        ) from error
+    moved = buckets.absolute(settings.lm.path) != buckets.absolute(run.lm.path)
+    if "lm" in facts or not moved:
+        workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), "--model" if moved else "lm.path")
+    else:
+        processes.warn(
+            f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
+        )
+    if "held_out" not in facts:  # of an earlier version
+        return
+    as_then = dataclasses.replace(settings, evaluation=run.evaluation)
+    held_out = rows.held_out_rows(as_then, checkpoint.tokenizer(), run.evaluation.tokens, checkpoint.config.d_vocab)
+    if held_out.fingerprint != facts["held_out"]:
+        if settings.data != run.data:
+            raise ConfigError(
+                "data.path", f"{settings.data.path} does not hold the text of the run in {workdir.path}; write a copy"
+            )
+        processes.warn("the held-out text is not the one that was there in training; the report is on the new text")
 
 
 def evaluate_saes(
@@ -76,7 +152,7 @@ def evaluate_saes(
         config: an experiment's, for its language model and text; by default the embedded model, and this Python's
             library in rows as those that the SAEs were trained on.
         model: another language model.
-        site: of SAEs whose files do not say.
+        site: where the SAEs read; by default, where their files say.
         tokens: as in `evaluate`; so are `ito` and `published`.
 
     Raises:
@@ -90,20 +166,19 @@ def evaluate_saes(
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
     saes: dict[str, trained.SAE] = {}
     for path in paths:
-        for name, sae in runs.load(path, mesh).items():
+        for name, sae in runs.load(path, mesh, field="--sae").items():
             if name in saes:
                 raise ConfigError("--sae", f"{path} has the second SAE called {name!r}; measure them one by one")
-            if site and sae.site not in ("", site):
-                raise ConfigError("--site", f"is {site!r}, but {name} says that it reads {sae.site!r}; leave it out")
             if not (site or sae.site):
                 raise ConfigError(
                     "--site", f"is missing, and {path} does not say; write one like blocks.0.hook_mlp_out"
                 )
-            saes[name] = dataclasses.replace(sae, site=site or sae.site)
+            saes[name] = sae
     settings = _as_trained(saes) if config is None else _of_experiment(config)
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
     _check_told(saes, settings, given=bool(model) or config is not None)
+    saes = _at_sites(saes, settings.lm, site)
     return _write(epath.Path(out), saes, settings, mesh, tokens, ito, points)
 
 
@@ -123,6 +198,30 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
         "drop_special_tokens": agreed("exclude_special_tokens", True),
     }
     return config_lib.from_dict(HeldOut, tree)
+
+
+def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> dict[str, trained.SAE]:
+    """SAEs with the language model's name for the site that each reads; `site` is that of all, if given.
+
+    Raises:
+        ConfigError: the language model has no such site.
+    """
+    checkpoint = Checkpoint.open(lm.path, lm.revision)
+    widths = loading.site_widths(checkpoint.module())
+
+    def ours(name: str) -> str:
+        return sites.hook_name(name, checkpoint.config.norm_after) or name
+
+    placed = {}
+    for name, sae in saes.items():
+        if site and ours(sae.site) not in ("", ours(site)):
+            processes.warn(f"{name} says that it reads {sae.site!r}; it is measured at {site!r}, as --site says")
+        if not site and ours(sae.site) not in widths:
+            why = f"is missing, and {name} says that it reads {sae.site!r}, which this language model does not have"
+            raise ConfigError("--site", f"{why}; write one of {', '.join(widths)}")
+        placed[name] = dataclasses.replace(sae, site=ours(site or sae.site))
+        sites.check(placed[name].site, widths, "--site")
+    return placed
 
 
 def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool) -> None:

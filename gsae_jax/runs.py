@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
 
 def load(
-    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
+    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None, field: str = "path"
 ) -> dict[str, trained.SAE]:
     """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`; or one or several from elsewhere.
 
@@ -34,26 +35,24 @@ def load(
             such folders. An SAE that was not exported by us has the name of its folder.
         mesh: over whose devices features are spread; by default all are on this process's first device.
         step: of which checkpoint; by default the newest that is whole.
+        field: what an error calls the path.
 
     Raises:
         ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read; or of
             another format, everything that does not fit.
     """
-    workdir = workdir_lib.Workdir(path)
+    workdir = workdir_lib.Workdir(path, field)
     bucket = buckets.is_bucket(path)
     if imported := {} if bucket else imports.read(Path(path)):
         if step is not None:
             raise ConfigError("step", f"is {step}, and {path} is no run; leave it out")
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
-    if not bucket and not (Path(path) / "config.json").exists():
-        formats = ", ".join(plugins.known("exchange", having="recognises"))
-        raise ConfigError(
-            "--workdir", f"{path} holds no run (no config.json), and no SAE in a format that is known ({formats})"
-        )
+    if not bucket and not workdir.holds_run():
+        raise ConfigError(field, _nothing(os.fspath(path)))
     config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
-        raise ConfigError("--workdir", f"{workdir.path} has no checkpoint yet; run training for longer")
+        raise ConfigError(field, f"{workdir.path} has no checkpoint yet; run training for longer")
     facts = _checked(workdir, step, config)
     built = {
         name: trained.build_config(
@@ -80,6 +79,21 @@ def load(
     }
 
 
+def _nothing(path: str) -> str:
+    """Why a path gives no SAEs."""
+    if not os.path.lexists(os.path.expanduser(path)):
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/.*)?", path) and not os.path.lexists(path.partition("/")[0]):
+            fetched = f"huggingface_hub.snapshot_download({'/'.join(path.split('/')[:2])!r})"
+            return (
+                f"{path} is not here; write a folder that is. Names on the Hugging Face hub are not taken: fetch one "
+                f"with {fetched}, and write the folder that this gives"
+            )
+        return f"{path} is not here; write the directory of a run, or a folder of SAEs"
+    formats = ", ".join(plugins.known("exchange", having="recognises"))
+    other = "its config.json is not one of a run" if (Path(path) / "config.json").exists() else "it has no config.json"
+    return f"{path} holds no run ({other}), and no SAE in a format that is known ({formats})"
+
+
 def names(lm: config_lib.LM, data: config_lib.Data) -> dict[str, str]:
     """What an SAE's metadata calls its language model and its text: hub names in full, of directories the last part."""
     folder = os.path.abspath(os.path.expanduser(lm.path)) if lm.path else str(checkpoints.EMBEDDED)
@@ -102,11 +116,17 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
             continue
         field = f"stacks.{name}.start_from"
         try:
-            members = _members_of(stack.start_from)
+            members = _members_of(stack.start_from, field)
         except ConfigError as error:
-            raise ConfigError(field, str(error).removeprefix("start_from: ")) from error
+            if error.field == field:
+                raise
+            raise ConfigError(field, str(error)) from error
         convert = trained.converter(members[0].architecture, stack.architecture)
-        theirs = {"site": members[0].site or stack.site, "width": members[0].config.width, "as many SAEs": len(members)}
+        site = members[0].site
+        if site and not site.startswith("blocks."):  # another library's name for it
+            processes.warn(f"{stack.start_from} says that it reads {site!r}; taken for {stack.site}, as {name} does")
+            site = ""
+        theirs = {"site": site or stack.site, "width": members[0].config.width, "as many SAEs": len(members)}
         ours = {"site": stack.site, "width": stack.width, "as many SAEs": len(stack)}
         differing = [f"{what} ({theirs[what]} there, {ours[what]} here)" for what in ours if ours[what] != theirs[what]]
         if convert is None:
@@ -127,32 +147,33 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def _members_of(start: str) -> list[trained.SAE]:
-    """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path."""
+def _members_of(start: str, field: str) -> list[trained.SAE]:
+    """The SAEs that `start_from`, called `field`, names: a stack of a run, or whatever SAEs lie in a path."""
     if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(start)):
         if len(kinds := {(sae.architecture, sae.config, sae.site) for sae in elsewhere.values()}) > 1:
-            raise ConfigError("start_from", f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
+            raise ConfigError(field, f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
         return list(elsewhere.values())
     path, _, source = start.rpartition(":")
     if not path or not source:
-        raise ConfigError("start_from", f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
-    saes = load(path)
+        raise ConfigError(field, f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
+    saes = load(path, field=field)
     stacks = {sae.rpartition("_")[0] for sae in saes}
     if source not in stacks:
-        raise ConfigError(
-            "start_from", f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}"
-        )
+        raise ConfigError(field, f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}")
     return [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
 
 
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
-    """The experiment with a hub model's commit for its revision: that of the run in `path`, or the newest.
+    """The experiment as the run in `path` has it, or will have it.
+
+    A hub model has its commit for its revision: the run's, or the newest. SAEs that a stack of the run started from may
+    lie elsewhere now; then the experiment names the place that the run knows.
 
     Raises:
         ConfigError: no such model, or a path that cannot be a run directory.
     """
     workdir = workdir_lib.Workdir(path)
-    config = _as_begun(config, workdir)
+    config = _with_known_starts(_as_begun(config, workdir), workdir)
     name, revision = config.lm.path, config.lm.revision
     if not name or Path(name).is_dir():
         return config
@@ -185,6 +206,22 @@ def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
     if left_out:
         processes.warn(f"{workdir.path} began before some settings existed and continues with {', '.join(left_out)}")
     return config_lib.from_dict(Experiment, now)
+
+
+def _with_known_starts(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
+    if workdir.latest_step() is None:
+        return config
+    recorded, stacks = workdir.experiment().stacks, dict(config.stacks)
+    for name, stack in config.stacks.items():
+        before = recorded[name].start_from if name in recorded else ""
+        if not before or not stack.start_from or before == stack.start_from:
+            continue
+        step = workdir.sound_step(("facts",))
+        known = {} if step is None else workdir.facts(step).get("starts", {})
+        moved = starts(dataclasses.replace(config, stacks={name: stack}))
+        if known.get(name) == trained.fingerprint(moved[name]):
+            stacks[name] = dataclasses.replace(stack, start_from=before)
+    return dataclasses.replace(config, stacks=stacks)
 
 
 def _spread(mesh: jax.sharding.Mesh, like: dict[str, Any], built: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
@@ -220,7 +257,7 @@ def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dic
                 raise ValueError(f"the mean of {site} is not as it was written")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config"
-        raise ConfigError("--workdir", f"{why} ({type(error).__name__}: {error}); put its own back") from error
+        raise ConfigError(workdir.field, f"{why} ({type(error).__name__}: {error}); put its own back") from error
     return facts
 
 

@@ -15,7 +15,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it
 MANIFEST = "manifest.json"
 SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of a checkpoint; orbax writes them after the manifest
 FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
+GROUPS = {"lm", "activations", "stacks", "train", "seed"}  # of the config, by which one is known
+# Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
+LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
 
 
@@ -51,15 +54,17 @@ class _LocalPath(epath.gpath.PosixGPath):
 class Workdir:
     """A run directory; nothing is created before `create`."""
 
-    def __init__(self, path: epath.PathLike):
-        """`path`: local, or gs://bucket/folder.
+    def __init__(self, path: epath.PathLike, field: str = "--workdir"):
+        """`path`: local, or gs://bucket/folder; `field`: what an error calls it.
 
         Raises:
             ConfigError: no path, a URL of another kind, or gs:// without the packages for it.
         """
-        config_lib.check_text("--workdir", os.fspath(path))
-        buckets.check("--workdir", path)
-        self.path = epath.Path(path) if is_bucket(path) else _LocalPath(path)
+        config_lib.check_text(field, os.fspath(path))
+        buckets.check(field, path)
+        if not is_bucket(path) and not os.path.lexists(path):
+            path = os.path.expanduser(path)  # shells leave the ~ of --workdir=~/x to programs
+        self.path, self.field = epath.Path(path) if is_bucket(path) else _LocalPath(path), field
         self._lock = filelock.FileLock(self.path / LOCK) if not is_bucket(self.path) else None
 
     @property
@@ -100,7 +105,7 @@ class Workdir:
             processes.warn(f"{problems[-1]}; looking for an earlier one")
         if problems:
             raise ConfigError(
-                "--workdir",
+                self.field,
                 f"no checkpoint in {self.path} is whole ({'; '.join(problems)}); put these files back, or write "
                 "another directory",
             )
@@ -137,7 +142,7 @@ class Workdir:
                 return f"{name} is missing or empty"
         for name, (size, digest) in files.items():
             file = folder / name
-            if ".." in file.parts or not file.is_relative_to(folder):
+            if ".." in Path(name).parts or not file.is_relative_to(folder):
                 return f"{MANIFEST} names {name}"
             if not name.startswith(parts):
                 continue
@@ -151,12 +156,12 @@ class Workdir:
 
     def params(self, step: int, like: Any) -> Any:
         """The SAEs' parameters of a checkpoint, on the shardings of the given `ShapeDtypeStruct` tree."""
-        with ocp.StandardCheckpointer() as checkpointer, _readable(self.path, step):
+        with ocp.StandardCheckpointer() as checkpointer, _readable(self.path, step, self.field):
             return checkpointer.restore(self._item(step, "params"), like)
 
     def facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint says about its run."""
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, _readable(self.path, step):
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, _readable(self.path, step, self.field):
             facts = checkpointer.restore(self._item(step, "facts"), args=ocp.args.JsonRestore())
             return dict(facts)
 
@@ -189,17 +194,28 @@ class Workdir:
             return config_lib.parse_json(path.read_text())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
-                "--workdir", f"{self.path} holds no run (no config.json); write the --workdir of a training run"
+                self.field, f"{self.path} holds no run (no config.json); write the directory of a training run"
             ) from error
         except ValueError as error:
-            raise ConfigError("--workdir", f"{path} is not JSON: {error}; put the run's own back") from error
+            raise ConfigError(self.field, f"{path} is not JSON: {error}; put the run's own back") from error
         except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
             if not is_bucket(self.path):
-                raise ConfigError("--workdir", f"{path} cannot be read ({error}); write a run that can be") from error
+                raise ConfigError(self.field, f"{path} cannot be read ({error}); write a run that can be") from error
             raise ConfigError(
-                "--workdir",
+                self.field,
                 f"{self.path} cannot be read ({buckets.line(error)}); log in to an account that may read it",
             ) from error
+
+    def holds_run(self) -> bool:
+        """Whether the directory is one of a run; others have a `config.json` too, those of language models for one."""
+        if not _is_file(self.path / "config.json"):
+            return False
+        try:
+            tree = config_lib.parse_json((self.path / "config.json").read_text())
+        except (OSError, ValueError):
+            tree = None
+        # What was damaged is still a run's.
+        return bool(tree.keys() & GROUPS) if isinstance(tree, dict) else (self.path / "checkpoints").is_dir()
 
     def experiment(self) -> config_lib.Experiment:
         """The config of the run.
@@ -211,10 +227,15 @@ class Workdir:
             # The dataclass fills in the fields that an earlier version did not have.
             return config_lib.from_dict(config_lib.Experiment, self.config())
         except ConfigError as error:
-            if error.field == "--workdir":
+            if error.field == self.field:
                 raise
+            if not self.holds_run():
+                raise ConfigError(
+                    self.field,
+                    f"{self.path} holds no run (its config.json is not one of a run); write the directory of a run",
+                ) from error
             raise ConfigError(
-                "--workdir", f"{self.path / 'config.json'} is not a config of this version ({error}); put its own back"
+                self.field, f"{self.path / 'config.json'} is not a config of this version ({error}); put its own back"
             ) from error
 
     def check(self, config: dict[str, Any]) -> None:
@@ -225,16 +246,43 @@ class Workdir:
         self.check_writable()
         if self.latest_step() is not None:
             recorded = config_lib.to_dict(self.experiment())
-            recorded, here = ({f: v for f, v in tree.items() if f not in FREE} for tree in (recorded, config))
-            differing = config_lib.differences(recorded, here)
+            # Locations may differ here: `check_model`, and the trainer for text, compare what lies there.
+            differing = config_lib.differences(_without_locations(recorded), _without_locations(config))
             if differing:
                 raise ConfigError(
                     "--workdir",
                     f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
                     f"{'; '.join(differing)}",
                 )
-        elif not (self.path / "config.json").exists() and not self._is_empty():
+        elif not self._is_empty() and not self.holds_run():
             raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
+
+    def check_model(self, facts: Mapping[str, Any], lm: config_lib.LM, fingerprint: dict[str, str], field: str) -> None:
+        """Raises `ConfigError` where a language model is not the one that a checkpoint was trained with.
+
+        Args:
+            facts: the checkpoint's.
+            lm: where the model lies.
+            fingerprint: the model's, `lms.checkpoints.Checkpoint.fingerprint`.
+            field: what an error names.
+        """
+        recorded = facts.get("lm")
+        if not isinstance(recorded, dict):  # of an earlier version: where it lay is all that is known of it
+            there, here = ((buckets.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
+            if there != here:
+                was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
+                raise ConfigError(
+                    field,
+                    f"is {now}, but the run in {self.path} was trained with {was}; it is of an earlier version, which "
+                    "recorded no fingerprint to compare them by, so put the model back there",
+                )
+        elif recorded != fingerprint:
+            differing = [part for part in fingerprint if recorded.get(part) != fingerprint[part]]
+            raise ConfigError(
+                field,
+                f"{lm.path or 'the embedded model'} is not the language model that the run in {self.path} was trained "
+                f"with: they differ in {' and '.join(differing)}; write a directory that holds the same files",
+            )
 
     def hold(self) -> None:
         """Keep other processes from training here until `release`; a bucket has no locks.
@@ -274,7 +322,9 @@ class Workdir:
             if not os.access(parent, os.W_OK | os.X_OK):
                 raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
             try:
-                tempfile.TemporaryFile(dir=parent).close()  # has no name; also root may not write everywhere
+                tempfile.TemporaryFile(
+                    dir=os.path.realpath(parent)
+                ).close()  # has no name; root may not write everywhere
             except OSError as error:
                 raise ConfigError("--workdir", f"{parent} is not writable ({error}); write one that is") from error
             return
@@ -290,7 +340,7 @@ class Workdir:
             ) from error
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make the directory and write the config.
+        """Make the directory and write the config, with absolute paths.
 
         Raises:
             ConfigError: the disk is full, or another process trains here.
@@ -299,7 +349,7 @@ class Workdir:
             if not is_bucket(self.path):  # which has no directories
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.hold()
-            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+            write_text(self.path / "config.json", json.dumps(_located(config), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 "--workdir", f"{self.path} cannot be written ({error}); write another directory"
@@ -536,14 +586,30 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _readable(where: epath.Path, step: int) -> Iterator[None]:
+def _readable(where: epath.Path, step: int, field: str = "--workdir") -> Iterator[None]:
     """Names the checkpoint that orbax cannot read, for which it and tensorstore have errors of many kinds."""
     try:
         yield
     except Exception as error:
         # They append all that they know of the array.
         why = f"checkpoint {step} in {where} cannot be read ({buckets.line(error)[:300]})"
-        raise ConfigError("--workdir", f"{why}; put its files back, or write another directory") from error
+        raise ConfigError(field, f"{why}; put its files back, or write another directory") from error
+
+
+def _located(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON config with absolute paths."""
+    groups = {group: dict(config[group]) for group in LOCATIONS}
+    for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
+        groups[group][field] = buckets.absolute(groups[group][field])
+    return {**config, **groups}
+
+
+def _without_locations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must not change when it continues."""
+    kept = {group: value for group, value in config.items() if group not in FREE}
+    for group, fields in LOCATIONS.items():
+        kept[group] = {name: value for name, value in kept[group].items() if name not in fields}
+    return kept
 
 
 def single_device(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """Loading under bad input, from the hub, and from pickles."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import runs, workdir
 from gsae_jax.config import ConfigError
-from gsae_jax.lms import gelu
+from gsae_jax.lms import gelu, weights
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.conversion import convert
 from gsae_jax.lms.weights import INDEX, WEIGHTS
@@ -174,8 +175,10 @@ def test_a_run_that_knew_no_revisions_goes_on(experiment, tmp_path):
     older = config | {"lm": {name: value for name, value in config["lm"].items() if name != "revision"}}
     run = begun(tmp_path / "run", older)
     run.check(config)
-    with pytest.raises(ConfigError, match=r"holds a run of another config; .* lm\.revision: '' != 'main'"):
-        run.check(config | {"lm": config["lm"] | {"revision": "main"}})
+    run.check_model({}, experiment.lm, {}, "lm.path")
+    with pytest.raises(ConfigError, match=r"lm\.path: .*recorded no fingerprint") as error:
+        run.check_model({}, dataclasses.replace(experiment.lm, revision="main"), {}, "lm.path")
+    assert error.value.field == "lm.path"
 
 
 def test_hub_names_are_pinned_to_a_commit(hub, experiment, tmp_path):
@@ -333,3 +336,45 @@ def test_conversion_needs_torch_and_a_model_we_have(lm_dir, tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=r"must have one pickle, or pytorch_model\.bin\.index\.json; it has none"):
         convert(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fingerprint_is_of_what_the_model_computes(lm_dir, tmp_path, monkeypatch):
+    """Not of how its tensors lie in files, nor of who wrote its config.json."""
+    shutil.copytree(lm_dir, tmp_path / "lm")
+    file, settings = tmp_path / "lm" / "model.safetensors", tmp_path / "lm" / "config.json"
+    tensors = safetensors.numpy.load_file(file)
+    names = sorted(tensors)
+
+    def prints():
+        return Checkpoint.open(tmp_path / "lm").fingerprint()
+
+    before = prints()
+    assert before == Checkpoint.open(lm_dir).fingerprint()
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"transformers_version": "9", "architectures": []})
+    )
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for name, held in parts.items():
+        safetensors.numpy.save_file({tensor: tensors[tensor] for tensor in held}, tmp_path / "lm" / name)
+    index = {tensor: name for name, held in parts.items() for tensor in held}
+    (tmp_path / "lm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert prints() == before
+    (tmp_path / "lm" / "model.safetensors.index.json").unlink()
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"layer_norm_eps": 0.1}))
+    assert {part for part, value in prints().items() if value != before[part]} == {"config.json"}
+    for name in names:  # one number of each tensor
+        changed = tensors[name].copy()
+        changed.flat[changed.size // 2] += 1
+        safetensors.numpy.save_file(tensors | {name: changed}, file)
+        assert prints()["weights"] != before["weights"], name
+    # Of large checkpoints some pages, the first and the last among them.
+    monkeypatch.setattr(weights, "WHOLE", 0)
+    monkeypatch.setattr(weights, "PAGE", 64)
+    safetensors.numpy.save_file(tensors, file)
+    before, name = prints(), "embed.W_E"
+    assert tensors[name].nbytes > 64 * 64
+    for at in (0, -1):
+        changed = tensors[name].copy()
+        changed.flat[at] += 1
+        safetensors.numpy.save_file(tensors | {name: changed}, file)
+        assert prints()["weights"] != before["weights"]

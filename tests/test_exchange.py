@@ -21,6 +21,7 @@ from gsae_jax import runs
 from gsae_jax.config import ConfigError
 from gsae_jax.exchange import files, jumprelu
 from gsae_jax.lms import checkpoints
+from gsae_jax.lms import sites as sites_lib
 from gsae_jax.reports import evaluate, evaluate_saes
 from gsae_jax.saes import gated, relu, trained
 from gsae_jax.training import loop
@@ -350,9 +351,13 @@ def saelens_with(tmp_path, change=None, tensors=None, kind="gated"):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalize_activations": "layer_norm"}, 'normalize_activations is "layer_norm", not "none"'),
-        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations is"),
-        ({"architecture": "topk"}, 'architecture is "topk", not "gated" or "standard" or "jumprelu"'),
+        ({"normalize_activations": "layer_norm"}, 'normalize_activations "layer_norm" is not supported'),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations .* is not supported"),
+        (
+            {"architecture": "topk"},
+            r'architecture "topk" is not supported \(supported: "gated", "standard", "jumprelu"',
+        ),
+        ({"architecture": "topk", "dtype": 3, "d_in": None}, 'architecture "topk" is not supported'),
         ({"d_in": True}, "d_in is true, not int"),
         ({"d_sae": F + 1}, r"the tensor W_enc has shape \[12, 40\], not \[12, 41\]"),
         ({"d_in": 10**18}, r"the tensor W_enc has shape"),
@@ -362,7 +367,7 @@ def saelens_with(tmp_path, change=None, tensors=None, kind="gated"):
         ({"metadata": {"hook_head_index": 3}}, "metadata.hook_head_index is 3, not null"),
         (
             {"metadata": {"sae_lens_version": "5.9.1"}},
-            "it is not of SAELens 6 or later; load it there and save it again",
+            "is of SAELens before 6, .*; load it in SAELens 6 .*, and save it again",
         ),
         ({"metadata": {"gsae_jax": {}}}, "metadata.gsae_jax.name is missing"),
     ],
@@ -370,6 +375,84 @@ def saelens_with(tmp_path, change=None, tensors=None, kind="gated"):
 def test_what_we_do_not_have_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         gsae_jax.load(saelens_with(tmp_path, change))
+
+
+EARLIER_SAELENS = {  # of SAELens 3
+    "architecture": "standard",
+    "d_in": D,
+    "d_sae": F,
+    "activation_fn_str": "relu",
+    "apply_b_dec_to_input": True,
+    "finetuning_scaling_factor": False,
+    "context_size": 128,
+    "model_name": "gpt2-small",
+    "hook_name": "blocks.8.hook_resid_pre",
+    "hook_layer": 8,
+    "hook_head_index": None,
+    "prepend_bos": True,
+    "dataset_path": "texts",
+    "normalize_activations": "none",
+    "dtype": "torch.float32",
+    "device": "cpu",
+    "sae_lens_training_version": "3.5.0",
+}
+
+
+@pytest.mark.parametrize("change", [{}, {"normalize_activations": "layer_norm"}, {"d_in": "x"}, {"hook_layer": None}])
+def test_earlier_saelens_gets_one_sentence_whatever_else_is_wrong(tmp_path, change):
+    path = saelens_with(tmp_path)
+    (path / "cfg.json").write_text(json.dumps(EARLIER_SAELENS | change))
+    with pytest.raises(ConfigError, match=r"is of SAELens before 6, .* save it again with its save_model$") as error:
+        gsae_jax.load(path)
+    assert error.value.field == str(path / "cfg.json")
+    for topk in ({"architecture": "topk"}, {"activation_fn_str": "topk"}):  # which it would be there as well
+        (path / "cfg.json").write_text(json.dumps(EARLIER_SAELENS | topk))
+        with pytest.raises(ConfigError, match='"topk" is not supported'):
+            gsae_jax.load(path)
+
+
+def test_other_folders_are_told_for_what_they_are(tmp_path, lm_dir):
+    sparsify = {"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": 32, "d_in": D, "transcode": False}
+    for name in ("layers.0", "layers.1"):
+        (tmp_path / "sparsify" / name).mkdir(parents=True)
+        (tmp_path / "sparsify" / name / "cfg.json").write_text(json.dumps(sparsify))
+        (tmp_path / "sparsify" / name / "sae.safetensors").touch()
+    (tmp_path / "sparsify" / "config.json").write_text(json.dumps({"sae": sparsify, "batch_size": 32}))
+    saelens_with(tmp_path / "stray")
+    (tmp_path / "stray" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    lfs = saelens_with(tmp_path / "lfs")
+    (lfs / "sae_weights.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / "trained").mkdir()
+    trainer = {"dict_class": "AutoEncoderTopK", "k": 32}
+    (tmp_path / "trained" / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    (tmp_path / "trained" / "ae.pt").touch()
+
+    for path, message in {
+        "sparsify": r"sparsify/layers\.0: is of EleutherAI's sparsify, whose architecture \(top-k\) is not supported",
+        "sparsify/layers.1": r"sparsify/layers\.1: is of EleutherAI's sparsify",
+        "empty": r"path: .*empty holds no run \(its config\.json is not one of a run\), and no SAE",
+        "lfs": r"sae_weights\.safetensors: .*is a pointer of git-lfs",
+        "trained": r'trained/config\.json: dict_class "AutoEncoderTopK" is not supported',
+        "nowhere": r"path: .*nowhere is not here",
+        lm_dir: "holds a language model and no SAE",
+    }.items():
+        with pytest.raises(ConfigError, match=message) as error:
+            gsae_jax.load(tmp_path / path)
+        assert not re.search("copy or save|--workdir|seed", str(error.value))
+    assert list(gsae_jax.load(tmp_path / "stray")) == ["stack_2"]
+
+
+def test_a_name_on_the_hub_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("google/gemma-scope-2b-pt-res", "google/gemma-scope-2b-pt-res/layer_20/width_16k"):
+        with pytest.raises(
+            ConfigError, match=r"hub are not taken: .*snapshot_download\('google/gemma-scope-2b-pt-res'\)"
+        ):
+            gsae_jax.load(name)
+    with pytest.raises(ConfigError, match=r"^stacks\.gated\.start_from: google/x is not here"):
+        runs._members_of("google/x:gated", "stacks.gated.start_from")
 
 
 @pytest.mark.parametrize(
@@ -479,16 +562,16 @@ def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act_fn": "topk"}, 'act_fn is "topk", not "relu" or "jumprelu"'),
-        ({"use_glu_encoder": True}, "use_glu_encoder is true, not false"),
-        ({"norm_activation": "token-wise"}, "norm_activation is"),
+        ({"act_fn": "topk"}, r'act_fn "topk" is not supported \(supported: "relu", "jumprelu"\)'),
+        ({"use_glu_encoder": True}, "use_glu_encoder true is not supported"),
+        ({"norm_activation": "token-wise"}, "norm_activation .* is not supported"),
         ({"hook_point_out": "blocks.3.hook_mlp_out"}, "hook_point_in and hook_point_out differ: it is a transcoder"),
         ({"something": 1}, "something is not known"),
         ({"use_decoder_bias": False}, "the tensor b_D is not of this architecture"),
         ({"expansion_factor": 2}, "the tensor W_E has shape"),
         ({"expansion_factor": 1e308}, "d_model and expansion_factor are not both above 0"),
         ({"d_model": 10**400}, "d_model and expansion_factor are not both above 0"),
-        ({"sae_type": "crosscoder"}, 'sae_type is "crosscoder", not "sae"'),
+        ({"sae_type": "crosscoder"}, 'sae_type "crosscoder" is not supported'),
     ],
 )
 def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, message):
@@ -651,6 +734,38 @@ def test_dictionary_learning_says_that_it_needs_torch(tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "unknown", "plain", "normed"),
+    [
+        ("model.layers.1", *["blocks.1.hook_resid_post"] * 3),
+        ("model.model.layers.01", *["blocks.1.hook_resid_post"] * 3),
+        ("layers.5", *["blocks.5.hook_resid_post"] * 3),
+        ("gpt_neox.layers.3.mlp", *["blocks.3.hook_mlp_out"] * 3),
+        ("gpt_neox.layers.3.attention", *["blocks.3.hook_attn_out"] * 3),
+        ("transformer.h.0", *["blocks.0.hook_resid_post"] * 3),
+        ("transformer.h.0.mlp", *["blocks.0.hook_mlp_out"] * 3),
+        ("transformer.h.0.attn.output[0]", *["blocks.0.hook_attn_out"] * 3),
+        ("transformer.h.0.mlp.act", *["blocks.0.mlp.hook_post"] * 3),
+        ("model.layers.2.mlp", None, "blocks.2.hook_mlp_out", None),
+        ("model.layers.2.self_attn", None, "blocks.2.hook_attn_out", None),
+        ("model.layers.2.post_feedforward_layernorm", None, None, "blocks.2.hook_mlp_out"),
+        ("model.layers.2.post_attention_layernorm", None, None, "blocks.2.hook_attn_out"),
+        ("resid_post_layer_8", *["blocks.8.hook_resid_post"] * 3),
+        ("blocks.4.hook_resid_pre", *["blocks.4.hook_resid_pre"] * 3),
+        ("blocks.4.attn.hook_z.hook_sae_input", *["blocks.4.attn.hook_z"] * 3),
+        ("blocks.4.hook_out", *["blocks.4.hook_resid_post"] * 3),
+        ("blocks." + "9" * 9000 + ".hook_in", *["blocks." + "9" * 9000 + ".hook_resid_pre"] * 3),
+        ("model.layers.1.input_layernorm", None, None, None),
+        ("model.layers.x", None, None, None),
+        ("", None, None, None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_others_call_a_site(name, unknown, plain, normed):
+    """By where the families have their taps; a norm behind the MLP, as in Gemma 2, makes another place of it."""
+    assert [sites_lib.hook_name(name, after) for after in (None, False, True)] == [unknown, plain, normed]
+
+
 def test_fields_are_compared_by_type():
     tree = {"a": 1, "b": True, "c": None, "d": 1.0}
     assert files.misfits(tree, {"a": (int,), "b": (True,), "c": (str, None), "d": (float,), "e": (int, ...)}) == []
@@ -693,6 +808,34 @@ def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_p
     assert "has 2 features whose row of the decoder is zero" in refused(tmp_path / "dead")
 
 
+@pytest.mark.parametrize("hook", ["model.layers.0.mlp", "transformer.h.0.mlp.output", "blocks.0.mlp.hook_out", "x.y"])
+def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
+    """They are understood, and `--site` wins."""
+    config = relu.Config(32, 64)
+    sae = dataclasses.replace(make(relu), config=config, params=away_from_init(relu, config), site=hook)
+    sae.save(tmp_path / "a")
+    tree = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    del tree["metadata"]["gsae_jax"], tree["metadata"]["model_name"], tree["metadata"]["dataset_path"]
+    (tmp_path / "a" / "cfg.json").write_text(json.dumps(tree))
+    config_dict, site = config_dict.to_dict() | {"stacks": {}}, "blocks.0.hook_mlp_out"
+
+    def sites(out, **flags):
+        evaluate_saes([str(tmp_path / "a")], str(tmp_path / out), config_dict, tokens=256, **flags)
+        return {record["site"] for record in json.loads((tmp_path / out / "report.json").read_text())["saes"]}
+
+    if hook == "x.y":
+        with pytest.raises(ConfigError, match=r"is missing, and a_0 says that it reads 'x\.y'") as error:
+            sites("one")
+        assert error.value.field == "--site"
+    else:
+        assert sites("one") == {site}
+    assert sites("two", site=site) == {site}
+    warned = "it is measured at 'blocks.0.hook_mlp_out', as --site says"
+    assert (warned in capsys.readouterr().err) == (hook == "x.y")
+    assert sites("three", site="model.layers.1") == {"blocks.1.hook_resid_post"}
+    assert "it is measured at 'model.layers.1', as --site says" in capsys.readouterr().err
+
+
 def test_jumprelu_is_for_evaluation(experiment):
     stack = dataclasses.replace(experiment.stacks["baseline"], architecture="jumprelu")
     message = "stacks.a.architecture: 'jumprelu' is for evaluation and cannot be trained; write one of gated, relu"
@@ -733,9 +876,7 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
     assert refused("one").endswith("one does not say; write one like blocks.0.hook_mlp_out")
     capsys.readouterr()
     assert "has the second SAE called 'gated_0'" in refused("out", "out/gated_0")
-    assert "--site: is 'blocks.1.hook_mlp_out', but gated_0 says" in refused(
-        "out/gated_0", site="blocks.1.hook_mlp_out"
-    )
+    assert "--site: 'blocks.9.hook_mlp_out' is not a site" in refused("one", site="blocks.9.hook_mlp_out")
     assert capsys.readouterr().err == ""
     # Another model, which has another width here; and another text.
     tree["data"]["path"] = ""

@@ -223,3 +223,44 @@ def test_nan_is_never_hidden(module):
             features = np.asarray(dataclasses.replace(sae, params=broken).encode(x))
             assert np.isnan(features[:, 7]).any(), name
             assert np.isfinite(np.delete(features, 7, 1)).all(), name
+
+
+def an_sae():
+    config = relu.Config(D, F)
+    return trained.SAE("a_0", "relu", config, "", away_from_init(relu, config))
+
+
+def test_activations_of_any_number_type():
+    """Integers are numbers, and reconstructions of them are not rounded to integers."""
+    sae, whole = an_sae(), np.arange(3 * D).reshape(3, D)
+    expected, back = sae.encode(whole.astype(np.float32)), sae(whole.astype(np.float32))
+    for x in (whole, whole.tolist(), whole.astype(np.uint8), jnp.asarray(whole)):
+        np.testing.assert_array_equal(sae.encode(x), expected)
+        np.testing.assert_array_equal(sae(x), back)
+        assert sae(x).dtype == jnp.float32
+    np.testing.assert_array_equal(sae.decode(np.ones(F, bool)), sae.decode(np.ones(F, np.float32)))
+    assert sae(whole.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert jax.jit(sae.encode)(jnp.asarray(whole)).shape == (3, F)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [[[1.0] * D, [1.0]], "text", None, {}, np.array([None] * D), np.ones(D, complex), [10**400] * D, np.ones(D + 1), 3],
+    ids=["ragged", "text", "None", "dict", "objects", "complex", "huge", "longer", "scalar"],
+)
+def test_what_is_no_array_of_activations_is_refused(x):
+    with pytest.raises(ConfigError) as error:
+        an_sae().encode(x)
+    assert error.value.field == "x"
+
+
+@pytest.mark.torch
+def test_tensors_of_torch_are_activations():
+    import torch
+
+    sae, x = an_sae(), inputs()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        tensor = torch.tensor(np.asarray(x)).to(dtype).requires_grad_()
+        same = jnp.asarray(tensor.detach().float().numpy(), str(dtype).removeprefix("torch."))
+        np.testing.assert_array_equal(sae.encode(tensor), sae.encode(same))
+        assert sae(tensor).dtype == same.dtype

@@ -289,7 +289,7 @@ def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
 
     path = tmp_path / "first"
     assert "stacks.rescaled.start_from: is 'x'; write RUN_DIRECTORY:STACK" in refused(start_from="x")
-    assert "stacks.rescaled.start_from: --workdir: nowhere holds no run" in refused(start_from="nowhere:baseline")
+    assert "stacks.rescaled.start_from: nowhere is not here" in refused(start_from="nowhere:baseline")
     assert "did you mean 'baseline'?" in refused(start_from=f"{path}:basline")
     assert "differs in width (128 there, 64 here); write the same here" in refused(width=64)
     assert "differs in architecture (gated there, relu here)" in refused(

@@ -239,8 +239,16 @@ def held_out(
     Raises:
         ConfigError: what `open_rows` refuses, or less text than one batch.
     """
+    rows = held_out_rows(config, tokenizer, tokens, d_vocab)
+    return itertools.islice(in_order(rows, config.evaluation.rows_per_forward), _held_out_batches(config, tokens))
+
+
+def held_out_rows(
+    config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int, d_vocab: int | None = None
+) -> TokenRows:
+    """The rows that `held_out` gives batches of; warns and raises as it does."""
     per_batch, T = config.evaluation.rows_per_forward, config.data.context_length
-    wanted = max(1, round(tokens / (per_batch * T))) * per_batch
+    wanted = _held_out_batches(config, tokens) * per_batch
     rows = open_rows(config.data, "test", tokenizer, wanted * T, d_vocab)
     if len(rows) < per_batch:
         raise ConfigError(
@@ -253,7 +261,11 @@ def held_out(
             f"evaluation.tokens: {tokens:,} are asked for, but the held-out text has {measured:,} in whole batches; "
             "add text for more"
         )
-    return itertools.islice(in_order(rows, per_batch), wanted // per_batch)
+    return rows
+
+
+def _held_out_batches(config: config_lib.Experiment | config_lib.HeldOut, tokens: int) -> int:
+    return max(1, round(tokens / (config.evaluation.rows_per_forward * config.data.context_length)))
 
 
 @contextlib.contextmanager

@@ -98,6 +98,7 @@ def read(path: Path) -> trained.SAE:
     config = files.read_json(path / CONFIG)
     trainer: Any = config.get("trainer")
     ours: Any = config.get(records.KEY)
+    files.check_supported(path / CONFIG, trainer, TRAINER, ("dict_class",))
     # Theirs is written where the source of activations has a config.
     buffer: Any = config.get("buffer", {} if ours is None else None)
     faults = files.misfits(trainer, TRAINER, "trainer.")
@@ -109,7 +110,7 @@ def read(path: Path) -> trained.SAE:
     if ours is None:
         carried = {"trainer": trainer, "buffer": buffer}
         metadata = {"model_name": trainer["lm_name"], "context_size": buffer.get("ctx_len")}
-        site, told, metadata = _site(trainer), None, metadata | {"dictionary_learning": carried}
+        site, told, metadata = trainer.get("submodule_name"), None, metadata | {"dictionary_learning": carried}
     else:
         site, told, metadata = ours["site"], ours["record"], ours["metadata"]
         faults = files.misfits(metadata, records.METADATA, f"{records.KEY}.metadata.")
@@ -135,13 +136,6 @@ def _turned(name: str) -> bool:
     return name.endswith(".weight")
 
 
-def _site(trainer: dict[str, Any]) -> str | None:
-    """The hook name, where its submodule is the residual stream after a layer or named as a hook."""
-    name = trainer.get("submodule_name") or ""
-    residual = re.fullmatch(r"resid_post_layer_(\d+)", name)
-    return f"blocks.{residual[1]}.hook_resid_post" if residual else name if name.startswith("blocks.") else None
-
-
 def _contents(file: Path) -> files.Contents:
     """Of a file of torch; only tensors are read, and no more of them than the file holds."""
     torch = _torch()
@@ -157,7 +151,7 @@ def _contents(file: Path) -> files.Contents:
         if sum(value.numel() * value.element_size() for value in state.values()) > file.stat().st_size:
             raise ValueError("its tensors are larger than the file")
     except Exception as error:  # torch's readers have errors of many kinds
-        why = str(error).split("\n")[0]
+        why = files.why(file, error).split("\n")[0]
         raise ConfigError(str(file), f"cannot be read as weights of torch ({why}); copy or save it again") from error
     about = {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()}
     return about, lambda name: state[name].detach().float().numpy()

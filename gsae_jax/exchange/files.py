@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import safetensors
 
 from gsae_jax import config
 from gsae_jax.config import ConfigError
+from gsae_jax.lms.weights import LFS
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Shape = tuple[int, ...]
@@ -100,6 +101,28 @@ def _is(value: Any, kind: Any) -> bool:
     return type(value) is kind if isinstance(kind, type) else type(value) is type(kind) and value == kind
 
 
+def check_supported(path: Path, tree: Any, kinds: Mapping[str, tuple[Any, ...]], names: Iterable[str]) -> None:
+    """Raises `ConfigError` for fields whose value is well formed and asks for what we do not have.
+
+    Args:
+        path: of the file.
+        tree: what it holds.
+        kinds: of its fields, as for `misfits`.
+        names: of the fields that choose what an SAE computes.
+    """
+    if not isinstance(tree, dict):
+        return
+    lacking = []
+    for name in names:
+        known = [kind for kind in kinds[name] if isinstance(kind, str | bool)]
+        value = tree.get(name)
+        if type(value) in {type(kind) for kind in known} and value not in known:
+            said, supported = json.dumps(value)[:60], ", ".join(json.dumps(kind) for kind in known)
+            lacking.append(f"{name} {said} is not supported (supported: {supported})")
+    if lacking:
+        raise ConfigError(str(path), f"{'; '.join(lacking)}; write another SAE")
+
+
 def refuse(path: Path, faults: list[str]) -> None:
     """Raises `ConfigError` with all faults of a file, if there are any."""
     if faults:
@@ -112,11 +135,19 @@ def safetensors_contents(file: Path) -> Contents:
         opened = safetensors.safe_open(file, "np")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(str(file), f"cannot be read ({error}); copy it again") from error
+        raise ConfigError(str(file), f"cannot be read ({why(file, error)}); copy it again") from error
     about = {
         name: (tuple(part.get_shape()), FLOATS.get(part.get_dtype(), part.get_dtype())) for name, part in slices.items()
     }
     return about, opened.get_tensor
+
+
+def why(file: Path, error: Exception) -> str:
+    """What is wrong with a file; git-lfs leaves a line of text where it did not fetch."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(LFS)) == LFS:
+            return "it is a pointer of git-lfs, and `git lfs pull` fetches the file itself"
+    return str(error)
 
 
 def npz_contents(file: Path) -> Contents:
@@ -138,7 +169,7 @@ def npz_contents(file: Path) -> Contents:
                     raise ValueError(f"two of its parts are called {name}")
                 about[name] = (tuple(shape), dtype.name)
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ConfigError(str(file), f"cannot be read as an npz file ({error}); copy it again") from error
+        raise ConfigError(str(file), f"cannot be read as an npz file ({why(file, error)}); copy it again") from error
 
     def read(name: str) -> np.ndarray:
         with np.load(file, allow_pickle=False) as arrays:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from gsae_jax import plugins, processes
+from gsae_jax import plugins, processes, workdir
 from gsae_jax.config import ConfigError
+from gsae_jax.exchange import foreign
 from gsae_jax.saes import trained
 
 
@@ -13,16 +14,19 @@ def read(path: Path) -> dict[str, trained.SAE]:
     Warns of folders beside them that are no SAE, one that was copied in part for example.
 
     Raises:
-        ConfigError: a file that does not fit its format, or two SAEs of one name.
+        ConfigError: a file that does not fit its format, a folder that is known to be of another kind, or two SAEs of
+            one name.
     """
     path = path.expanduser()
     formats = plugins.known("exchange", having="recognises").values()
-    folders = path.is_dir() and not (path / "config.json").exists()  # which runs have
+    folders = path.is_dir() and not workdir.Workdir(path).holds_run()
     # Hidden ones are a program's own: .git, or what is left of an export that was killed.
     inside = sorted(folder for folder in path.glob("[!.]*") if folder.is_dir()) if folders else []
     found: dict[str, trained.SAE] = {}
     others = []
+    foreign.check(path)
     for folder in [path] if any(format.recognises(path) for format in formats) else inside:
+        foreign.check(folder)
         format = next((format for format in formats if format.recognises(folder)), None)
         if format is None:
             others.append(folder.name)

@@ -47,6 +47,7 @@ def read(path: Path) -> trained.SAE:
         ConfigError: everything that does not fit, or that we do not have.
     """
     config = files.read_json(path / CONFIG)
+    files.check_supported(path / CONFIG, config, KINDS, ("sae_type", "act_fn", "norm_activation", "use_glu_encoder"))
     faults = files.misfits(config, KINDS)
     faults += [f"{name} is not known" for name in sorted(set(config) - set(KINDS))]
     if not faults and config["hook_point_in"] != config["hook_point_out"]:

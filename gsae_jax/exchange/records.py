@@ -13,6 +13,7 @@ import numpy as np
 
 from gsae_jax.config import FLOAT32, INT32, ConfigError
 from gsae_jax.exchange import files
+from gsae_jax.lms import sites
 from gsae_jax.saes import linalg, trained
 
 KEY = "gsae_jax"  # of the record, in files of other projects
@@ -151,7 +152,7 @@ def build(
     stem = path.name if path.is_dir() else path.parent.name if path.stem == "params" else path.stem
     stem = re.sub(r"^[. ]|[^\w .=+-]", "_", stem)[:100]
     name = stem if re.search(r"._\d+$", stem) else f"{stem}_0"
-    told = told or {"name": name, "options": {}, "dtype": "float32"}
+    ours, told = told is not None, told or {"name": name, "options": {}, "dtype": "float32"}
     if told["options"].get("use_r_mag") is False and np.any(params["r_mag"]):
         files.refuse(path, ["its options say use_r_mag false, but the tensor r_mag is not zero"])
     names = trained.not_finite(params)
@@ -163,7 +164,7 @@ def build(
         name=told["name"],
         architecture=architecture,
         config=trained.module_of(architecture).Config(d_in, width, dtype=told["dtype"], **told["options"]),
-        site=site or "",
+        site=site if ours and site else sites.hook_name(site or "") or site or "",
         params={name: jnp.asarray(value) for name, value in params.items()},
         seed=told.get("seed"),
         norm_limit=math.inf if limit is None else limit,

@@ -7,7 +7,8 @@ from typing import Any
 
 import safetensors.numpy
 
-from gsae_jax.exchange import files, records
+from gsae_jax.config import ConfigError
+from gsae_jax.exchange import files, foreign, records
 from gsae_jax.saes import trained
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -29,6 +30,15 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "normalize_activations": ("none",),
     "reshape_activations": ("none", "hook_z"),
     "metadata": (dict,),
+}
+# What only SAELens before 6 has.
+EARLIER: dict[str, tuple[Any, ...]] = {
+    "activation_fn_str": ("relu",),
+    "sae_lens_version": (str,),
+    "sae_lens_training_version": (str,),
+    "hook_point": (str,),
+    "hook_point_layer": (int,),
+    "hook_layer": (int,),
 }
 METADATA = records.METADATA | {
     "sae_lens_version": (str,),
@@ -63,7 +73,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
 
 def recognises(path: Path) -> bool:
     """Whether a path is such a folder."""
-    return (path / CONFIG).is_file()
+    return (path / CONFIG).is_file() and not foreign.is_sparsify(path)
 
 
 def read(path: Path) -> trained.SAE:
@@ -73,13 +83,19 @@ def read(path: Path) -> trained.SAE:
         ConfigError: everything that does not fit, or that we do not have.
     """
     config = files.read_json(path / CONFIG)
+    files.check_supported(path / CONFIG, config, KINDS | EARLIER, ("architecture", "activation_fn_str"))
+    if _is_earlier(config):
+        raise ConfigError(
+            str(path / CONFIG),
+            "is of SAELens before 6, which had other files; load it in SAELens 6 with SAE.load_from_disk, and save it "
+            "again with its save_model",
+        )
+    files.check_supported(path / CONFIG, config, KINDS, ("normalize_activations", "reshape_activations"))
     faults = files.misfits(config, KINDS)
     faults += [f"{name} is not a field of an SAE for inference" for name in sorted(set(config) - set(KINDS))]
     metadata = dict(config["metadata"]) if isinstance(config.get("metadata"), dict) else {}
     if "metadata" in config and not faults:
         faults += files.misfits(metadata, METADATA, "metadata.")
-        if not re.match(r"([6-9]|\d\d+)\.", str(metadata.get("sae_lens_version"))):
-            faults.append("it is not of SAELens 6 or later; load it there and save it again")
     files.refuse(path / CONFIG, faults)
     (architecture,) = (ours for ours, theirs in ARCHITECTURES.items() if theirs == config["architecture"])
     told, site = metadata.pop(records.KEY, None), metadata.pop("hook_name", None)
@@ -94,6 +110,14 @@ def read(path: Path) -> trained.SAE:
     if config["apply_b_dec_to_input"] != (architecture != "jumprelu"):
         params |= records.recentred(architecture, params)
     return records.build(path, architecture, params, site, told, metadata)
+
+
+def _is_earlier(config: dict[str, Any]) -> bool:
+    """Whether SAELens before 6 wrote it: what is metadata now stood beside the rest."""
+    metadata = config.get("metadata")
+    if not isinstance(metadata, dict):
+        return "metadata" not in config and not config.keys().isdisjoint((*METADATA, *EARLIER))
+    return bool(re.match(r"[0-5](\.|$)", str(metadata.get("sae_lens_version"))))
 
 
 def _tensors(architecture: str) -> dict[str, str]:

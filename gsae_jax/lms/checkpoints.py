@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 import transformers
 
+from gsae_jax import config as config_lib
 from gsae_jax import plugins
 from gsae_jax.config import ConfigError, known_names
 from gsae_jax.lms import gelu, hugging_face, partition, weights
@@ -30,6 +31,16 @@ QUANTISED = {  # what the tensors of quantised weights are called
     r"\.(SCB|weight\.absmax)$": "bitsandbytes",
     r"\.weight_(packed|scale|scale_inv)$": "compressed-tensors or FP8",
 }
+# Fields of config.json that say who wrote it and how, and nothing of the function.
+PROVENANCE = (
+    "_name_or_path",
+    "_commit_hash",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +143,14 @@ class Checkpoint:
                 "or use load_lm(..., allow_nan=True) to look at them",
             )
         return flax.traverse_util.unflatten_dict(params)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Names for what the model computes: its `config.json`, and its weights (`weights.Tensors.fingerprint`)."""
+        self._fetch_weights()
+        settings = read_settings(self.folder, self.field)
+        told = {name: value for name, value in settings.items() if name not in PROVENANCE}
+        tensors = weights.Tensors(self.folder, self.field)
+        return {"config.json": config_lib.fingerprint(told), "weights": tensors.fingerprint()}
 
     def check(self) -> None:
         """Raises `ConfigError` where the weights do not fit the model; reads their names and shapes only."""

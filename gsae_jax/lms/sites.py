@@ -109,8 +109,56 @@ def layer_of(site: str) -> int:
     return int(match[1])
 
 
+# What modules of a Hugging Face block, or hooks of TransformerLens 3, give back: their names behind the block's number.
+OUTPUTS = {
+    "": "hook_resid_post",
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "mlp.act": "mlp.hook_post",
+}
+# In blocks where no norm follows attention and MLP. In the others, those of Gemma 2 and 3, it is the norm's output.
+UNNORMED = {
+    **dict.fromkeys(("mlp", "mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.hook_out"), "hook_mlp_out"),
+    **dict.fromkeys(("attn", "attn.c_proj", "attn.hook_out", "attention", "attention.dense"), "hook_attn_out"),
+    **dict.fromkeys(("self_attn", "self_attn.o_proj"), "hook_attn_out"),
+}
+NORMED = {"post_attention_layernorm": "hook_attn_out", "post_feedforward_layernorm": "hook_mlp_out"}
+BLOCK = r"(?:(?:model|transformer|gpt_neox|language_model|base_model)\.)*(?P<list>layers|h|blocks)\.(?P<number>\d+)"
+
+
+def hook_name(name: str, norm_after: bool | None = None) -> str | None:
+    """The site that others' name for a place in a language model means.
+
+    Args:
+        name: a module of a Hugging Face model, whose output is meant, such as `model.layers.1` or
+            `transformer.h.0.mlp`; a hook of another library, such as `resid_post_layer_8`; or a site.
+        norm_after: whether norms follow attention and MLP in that model's blocks; None is unknown.
+
+    Returns:
+        The site; None where the name is not known, or its meaning depends on `norm_after` and that is None.
+    """
+    name = re.sub(r"(\.hook_sae_\w+|\.output(\.0|\[0\])?)$", "", name.strip())
+    if short := re.fullmatch(r"(resid_pre|resid_mid|resid_post|mlp_out|attn_out)(?:_layer_|[._])(\d+)", name, re.ASCII):
+        return f"blocks.{_number(short[2])}.hook_{short[1]}"
+    block = re.fullmatch(BLOCK + r"(?:\.(?P<module>.+))?", name, re.ASCII)
+    if not block:
+        return None
+    module = block["module"] or ""
+    if block["list"] == "h" or "gpt_neox" in name:  # which have no such norms
+        norm_after = False
+    known = OUTPUTS | {None: {}, False: UNNORMED, True: NORMED}[norm_after]
+    hook = known.get(module, module if block["list"] == "blocks" and "hook_" in module else None)
+    return f"blocks.{_number(block['number'])}.{hook}" if hook else None
+
+
+def _number(digits: str) -> str:
+    return digits.lstrip("0") or "0"
+
+
 def check(site: str, sites: Iterable[str], field: str) -> None:
     """Raises `ConfigError`, listing the sites, where `site` is none of them."""
     sites = list(sites)
     if site not in sites:
-        raise ConfigError(field, f"{site!r} is not a site of this language model; {known_names(site, sites)}")
+        ours = hook_name(site) or hook_name(site, norm_after=False)
+        hint = f"did you mean {ours!r}? known: {', '.join(sites)}" if ours in sites else known_names(site, sites)
+        raise ConfigError(field, f"{site!r} is not a site of this language model; {hint}")

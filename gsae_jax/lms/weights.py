@@ -1,7 +1,10 @@
 """Weights in safetensors files: which tensor holds which parameter, in what layout, and how it gets onto its shards."""
 
 import contextlib
+import hashlib
+import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -20,6 +23,7 @@ from gsae_jax.config import ConfigError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = ("F32", "F16", "BF16")  # from fine to coarse
+WHOLE, PAGE, PAGES = 2**28, 4096, 64  # bytes of weights that a fingerprint reads all of; else pages of each tensor
 ParamPath = tuple[str, ...]
 
 
@@ -34,6 +38,7 @@ class Tensors:
     def __init__(self, folder: Path, field: str):
         self.faults: list[str] = []
         self._field, self._files = field, {}
+        self._paths: dict[str, Path] = {}
         if (folder / INDEX).exists():
             self.label = folder / INDEX
             index = read_index(folder / INDEX, field)
@@ -54,7 +59,7 @@ class Tensors:
             except (OSError, safetensors.SafetensorError) as error:
                 raise self._unreadable(folder / file, error) from error
             for name in opened.keys():  # noqa: SIM118 (not a dict)
-                self._files[name] = opened
+                self._files[name], self._paths[name] = opened, folder / file
                 if index and index.get(name) != file:
                     self.faults.append(f"{name} is in {file}, but not so in the index")
 
@@ -81,6 +86,33 @@ class Tensors:
         """One whole tensor."""
         return self._files[name].get_tensor(name)
 
+    def fingerprint(self) -> str:
+        """A name for the tensors: equal names, types, shapes and contents have equal fingerprints.
+
+        How tensors are divided into files does not matter. Up to `WHOLE` bytes, every byte counts. Of larger
+        checkpoints, of which reading all would take too long, it is `PAGES` pages of each tensor, evenly spaced.
+        """
+        headers = {file: _header(file) for file in sorted(set(self._paths.values()))}
+        entries = [(name, *headers[file][name]) for name, file in sorted(self._paths.items())]
+        whole = sum(end - begin for *_, begin, end in entries) <= WHOLE
+        digest = hashlib.sha256()
+        files = {file: os.open(file, os.O_RDONLY) for file in headers}
+        try:
+            for name, dtype, shape, begin, end in entries:
+                digest.update(json.dumps([name, dtype, shape]).encode())
+                if whole or end - begin <= PAGES * PAGE:
+                    pieces = [(start, min(2**20, end - start)) for start in range(begin, end, 2**20)]
+                else:
+                    pieces = [(begin + (end - begin - PAGE) * i // (PAGES - 1), PAGE) for i in range(PAGES)]
+                for start, length in pieces:
+                    digest.update(os.pread(files[self._paths[name]], length, start))
+        except OSError as error:
+            raise self._unreadable(self.label, error) from error
+        finally:
+            for file in files.values():
+                os.close(file)
+        return digest.hexdigest()[:16]
+
     def fineness(self, name: str) -> int:
         """The place of one tensor's dtype among `DTYPES`; of two copies, the one with the lower is to be read."""
         return DTYPES.index(self.dtype(name)) if self.dtype(name) in DTYPES else len(DTYPES)
@@ -100,6 +132,18 @@ class Tensors:
             if not np.array_equal(a, b, equal_nan=True):
                 return False
         return True
+
+
+def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """(type, shape, begin, end) of each tensor of a safetensors file, in bytes of the file; it was checked before."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (about["dtype"], about["shape"], *(8 + length + offset for offset in about["data_offsets"]))
+        for name, about in header.items()
+    }
 
 
 def match(

@@ -1,9 +1,10 @@
 """A trained SAE as a small frozen object, in the language model's own units."""
 
 import dataclasses
+import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -127,7 +128,11 @@ class SAE:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, x: jax.typing.ArrayLike) -> jax.Array:
-        """Feature activations [..., F] of activations [..., D]."""
+        """Feature activations [..., F] of activations [..., D]; tensors of torch may be given too.
+
+        Raises:
+            ConfigError: another last axis than D, or what is no array of real numbers.
+        """
         x = self._checked(x, self.config.d_in, "x")
         f_BxF = _encode(self.architecture, self.config, self.params, x.reshape(-1, self.config.d_in))
         return f_BxF.reshape(*x.shape[:-1], self.config.width)
@@ -140,7 +145,8 @@ class SAE:
 
     def __call__(self, x: jax.typing.ArrayLike) -> jax.Array:
         """The reconstruction [..., D] of activations [..., D], in their dtype; `lm.run(tokens, sae)` splices it in."""
-        return self.decode(self.encode(x)).astype(jnp.asarray(x).dtype)
+        x = as_floats(x, "x")
+        return self.decode(self.encode(x)).astype(x.dtype)
 
     def save(self, path: str | os.PathLike[str], format: str = "saelens") -> None:
         """Write it as a new folder that another library reads, and `gsae_jax.load` too.
@@ -154,16 +160,46 @@ class SAE:
         """
         plugins.load("exchange", format, having="write", field="format").write(self, path)
 
-    def _checked(self, value: jax.typing.ArrayLike, size: int, name: str) -> jax.Array:
-        value = jnp.asarray(value)
+    def _checked(self, value: Any, size: int, name: str) -> jax.Array:
+        value = as_floats(value, name)
         if value.ndim == 0 or value.shape[-1] != size:
             raise ConfigError(name, f"has shape {list(value.shape)}; the last axis of this SAE's {name} is {size}")
         return value
 
 
+def as_floats(value: Any, name: str) -> jax.Array:
+    """An array of floating-point numbers, in the type that it has; integers become float32.
+
+    Raises:
+        ConfigError: it is no array of real numbers, a ragged list for one; the message begins with `name`.
+    """
+    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
+        tensor = value.detach().cpu()
+        # NumPy has no bfloat16; float32 holds each of its numbers exactly.
+        half = str(tensor.dtype) == "torch.bfloat16"
+        value = tensor.float().numpy().astype(jnp.bfloat16) if half else tensor.numpy()
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:  # of NumPy for what is ragged, of JAX for text and objects
+        why = str(error).partition("\n")[0]
+        raise ConfigError(name, f"is no array of numbers ({why}); give one whose rows have equal lengths") from error
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ConfigError(name, f"is of type {array.dtype}; give real numbers")
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _encode(architecture: str, config: Any, params: dict[str, jax.Array], x_BxD: jax.Array) -> jax.Array:
     return module_of(architecture).encode(params, x_BxD, config)
+
+
+def fingerprint(params: Mapping[str, jax.typing.ArrayLike]) -> str:
+    """A name for parameters: equal names, shapes and numbers have equal fingerprints."""
+    digest = hashlib.sha256()
+    for name, value in sorted(params.items()):
+        array = np.asarray(value, np.float32, order="C")
+        digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def fold(params: dict[str, jax.Array], scale: float, mean_D: jax.typing.ArrayLike = 0.0) -> dict[str, jax.Array]:

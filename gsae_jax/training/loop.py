@@ -67,11 +67,14 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         if params["b_dec"].shape[-1] != program.widths[config.stacks[name].site]:
             raise ConfigError(f"stacks.{name}.start_from", "is of another language model; write a run of this one")
     lm_params = checkpoint.params(program.module, config.lm.dtype)
+    lm_fingerprint = checkpoint.fingerprint()
+    processes.agree("lm.path", lm_fingerprint, "give every process the same language model")
     d_vocab = program.module.config.d_vocab
     rows = rows_lib.open_rows(config.data, "train", tokenizer, _tokens_needed(config), d_vocab)
     processes.agree("data", rows.fingerprint, "give every process the same text")
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
-    rows_lib.held_out(config, tokenizer, config.evaluation.tokens, d_vocab)  # the report's text must be there too
+    # The report's text must be there too.
+    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab)
     latest = workdir.latest_step()
     if latest is not None:
         if processes.first():
@@ -80,6 +83,13 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         processes.wait("a sound checkpoint")
         latest = workdir.latest_step()
     processes.agree("--workdir", latest, "their checkpoints are not the same; write a directory that they share")
+    before = {} if latest is None else workdir.facts(latest)
+    if latest is not None:
+        workdir.check_model(before, config.lm, lm_fingerprint, "lm.path")
+        if before.get("rows") != rows.fingerprint:
+            raise ConfigError(
+                "data", "the text has changed since this run began; put it back, or start a new --workdir"
+            )
     if latest is None:
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
         state = start(program, lm_params, stream, most=len(rows) // config.rows_per_call)
@@ -95,15 +105,11 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         raise ConfigError("--workdir", "another process has trained here meanwhile; run the command again")
     checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
     machine = _machine(mesh)
-    facts = {"rows": rows.fingerprint, "buffer": config.checkpoint.buffer, "machine": machine, "skips": {}}
+    facts: dict[str, Any] = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "lm": lm_fingerprint}
+    facts["starts"] = before.get("starts") or {name: trained.fingerprint(params) for name, params in starts.items()}
+    facts |= {"buffer": config.checkpoint.buffer, "machine": machine, "skips": before.get("skips", {})}
     try:
         if latest is not None:
-            before = workdir.facts(latest)
-            if before.get("rows") != rows.fingerprint:
-                raise ConfigError(
-                    "data", "the text has changed since this run began; put it back, or start a new --workdir"
-                )
-            facts["skips"] = before.get("skips", {})
             state, position = _restore(program, checkpoints, latest, before.get("buffer", True))
             try:
                 stream.set_state(position)
@@ -154,7 +160,7 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: 
     """The first state: sites measured on the first tokens, in at `most` so many calls, and a full buffer."""
     config = program.config
     calls = -(-config.activations.scale_tokens // (config.rows_per_call * config.data.context_length))
-    calls = calls if most is None else min(calls, most)
+    calls = calls if most is None else min(calls, max(1, most))
     batches = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
     measured = {}
     for site in config.sites:

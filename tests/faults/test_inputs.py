@@ -385,8 +385,8 @@ def works(use, *args):
     return False
 
 
-def try_mutants(kind, originals, folder, seeds):
-    made_of, damage, use = KINDS[kind]
+def try_mutants(kind, originals, folder, seeds, kinds=None):
+    made_of, damage, use = (kinds or KINDS)[kind]
     counts = collections.Counter()
     for seed in seeds:
         draw = random.Random(f"{kind} {seed}")

@@ -1,0 +1,23 @@
+"""Folders that are known and cannot be read, each told for what it is."""
+
+from pathlib import Path
+
+from gsae_jax.config import ConfigError
+
+SPARSIFY = "sae.safetensors"  # beside a cfg.json, where SAELens has another name
+LANGUAGE_MODEL = ("model.safetensors", "model.safetensors.index.json", "tokenizer.json")
+
+
+def is_sparsify(path: Path) -> bool:
+    """Whether a path is a folder of EleutherAI's sparsify (sparsify/sparse_coder.py of 1.3)."""
+    return (path / SPARSIFY).is_file()
+
+
+def check(path: Path) -> None:
+    """Raises `ConfigError` for a folder that is not an SAE which can be read."""
+    if is_sparsify(path):
+        raise ConfigError(
+            str(path), "is of EleutherAI's sparsify, whose architecture (top-k) is not supported; write another SAE"
+        )
+    if (path / "config.json").is_file() and any((path / name).is_file() for name in LANGUAGE_MODEL):
+        raise ConfigError(str(path), "holds a language model and no SAE; write the folder of an SAE")
