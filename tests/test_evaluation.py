@@ -21,6 +21,7 @@ from tests.test_lms import checkpoint
 SITE = "blocks.0.hook_mlp_out"
 UNUSED = ["predictions", "kl", "squared_error", "variance", "x_hat_sq", "x_hat_dot_x", "cosine", "l1", "gate_only"]
 UNUSED += ["squared_error_all", "variance_all", "x_hat_sq_all", "x_hat_dot_x_all", "typical"]
+UNUSED += ["x_sq", "c_hat_sq", "c_hat_dot_c"]
 UNUSED += ["tokens", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean"]
 
 
@@ -148,6 +149,9 @@ def test_every_metric_matches_float64(lm, lm_dir):
         "extreme": 0,
     }
     expected |= {f"{name}_all": expected[name] for name in ("fvu", "gamma")}
+    c, c_hat = x - x.mean(0), x_hat - x.mean(0)
+    expected["gamma_centered"] = (c_hat**2).sum() / (c_hat * c).sum()
+    expected["mean_share"] = (x.mean(0) ** 2).sum() / (x**2).sum(1).mean()
     assert expected["alive"] <= 0.9
     intervals = ours.pop("intervals")
     assert ours == pytest.approx(expected, rel=1e-4)
@@ -341,7 +345,7 @@ def test_the_report_is_whole(tmp_path, lm):
     keys += (
         "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu variant ito ce_mean loss_recovered_from_mean kl cosine "
     )
-    keys += "l1 gate_only dense intervals fvu_all gamma_all extreme target_l0"
+    keys += "l1 gate_only dense intervals fvu_all gamma_all gamma_centered mean_share extreme target_l0"
     for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()
@@ -438,6 +442,22 @@ def test_tokens_of_extreme_norm_are_no_denominator(lm):
         assert ours[f"gamma{end}"] == pytest.approx((x_hat[rows] ** 2).sum() / (x_hat[rows] * x[rows]).sum(), rel=1e-4)
     record = report.rows("small", {"a_0": sae}, {"a_0": measure.measure(lm, [sae], tokens, lm.special_tokens)["a_0"]})
     assert any(f"{ours['extreme']} of" in note for note in report.notes(record))
+
+
+def test_a_mean_that_hides_shrinkage_is_told(lm):
+    D = lm.sites[SITE]
+    lm = dataclasses.replace(lm, params=jax.tree.map(lambda value: value, lm.params))
+    layer = SITE.rpartition(".")[0]
+    lm.params[layer]["mlp"]["b_out"] = lm.params[layer]["mlp"]["b_out"] + 30
+    config = gated.Config(D, 48)
+    sae = as_sae("a_0", gated, gated.init(jax.random.key(0), config) | {"b_dec": jnp.full(D, 30.0)}, config)
+    sums = measure.measure(lm, [sae], batches(lm), lm.special_tokens)
+    ours = metrics.combine(sums["a_0"])
+    assert ours["gamma"] == pytest.approx(1, abs=0.01)
+    assert abs(ours["gamma_centered"] - 1) > 0.05
+    assert ours["mean_share"] > 0.9
+    notes = report.notes(report.rows("small", {"a_0": sae}, sums))
+    assert any(f"{ours['gamma_centered']:.3f}" in note for note in notes)
 
 
 @pytest.mark.parametrize("devices", [3, 8])

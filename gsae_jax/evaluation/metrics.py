@@ -18,6 +18,8 @@ RATIOS = {
     "loss_recovered_from_mean": lambda t: 1 - (t["ce_sae"] - t["ce_clean"]) / (t["ce_mean"] - t["ce_clean"]),
     "gamma": lambda t: t["x_hat_sq"] / t["x_hat_dot_x"],
     "gamma_all": lambda t: t["x_hat_sq_all"] / t["x_hat_dot_x_all"],
+    "gamma_centered": lambda t: t["c_hat_sq"] / t["c_hat_dot_c"],
+    "mean_share": lambda t: 1 - t["variance"] / t["x_sq"],
     "kl": lambda t: t["kl"] / t["predictions"],
     "fvu": lambda t: t["squared_error"] / t["variance"],
     "fvu_all": lambda t: t["squared_error_all"] / t["variance_all"],
@@ -72,9 +74,13 @@ def reconstruction_sums(
         "cosine": jnp.where(norms == 0, 0, dot / jnp.where(norms == 0, 1, norms)),
         "variance_all": jnp.square(x - mean_D[None, None]).sum(-1),
     } | {f"{name}_all": value for name, value in squares.items()}
+    c, c_hat = x - typical_mean_D[None, None], x_hat - typical_mean_D[None, None]
     per_typical = squares | {
         "typical": jnp.ones(valid_RxT.shape, jnp.float32),
-        "variance": jnp.square(x - typical_mean_D[None, None]).sum(-1),
+        "variance": jnp.square(c).sum(-1),
+        "x_sq": jnp.square(x).sum(-1),
+        "c_hat_sq": jnp.square(c_hat).sum(-1),
+        "c_hat_dot_c": (c_hat * c).sum(-1),
     }
     sums = {
         name: jnp.where(where_RxT, value, 0).sum(1)
@@ -103,6 +109,8 @@ def combine(sums: Sums) -> dict[str, Any]:
         ce_clean, ce_sae, ce_zero, ce_mean: nats per token with the activations kept, reconstructed, zeroed, or
             replaced by their mean.
         gamma: relative reconstruction bias, E||x_hat||^2 / E[x_hat . x]; below 1 is shrinkage.
+        gamma_centered: the same of x and x_hat less the site's mean, which hides shrinkage where it is large.
+        mean_share: ||mean||^2 / E||x||^2.
         kl: of the clean predictions to those with reconstructions, nats per token.
         fvu: fraction of the activations' variance that is not explained.
         gamma_all, fvu_all: with the tokens of `extreme` norm, which gamma and fvu leave out.

@@ -61,6 +61,7 @@ COLUMNS = {
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
 Sections = Sequence[tuple[str, str, str]]  # heading, figure, text
 WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
+LARGE_MEAN = 0.5  # share of E||x||^2 from which a site's mean hides shrinkage
 MISSED = 0.1  # a target of L0 is missed where L0 is further from it than this fraction of it
 
 
@@ -233,6 +234,13 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
                 "model predicts the text no worse than with its own, or not certainly worse (CE zero "
                 f"{r['ce_zero']:.3f}, CE clean {r['ce_clean']:.3f} nats). Check that the text is of the kind that the "
                 "language model was trained on, and that rows are longer than 2 tokens."
+            )
+        if r.get("mean_share", 0) > LARGE_MEAN:
+            gammas = [f"{record['name']} {_number(record['gamma_centered'], '.3f')}" for record in here]
+            shown = ", ".join(gammas if len(gammas) <= 4 else [*gammas[:3], f"{len(gammas) - 3} more"])
+            found.append(
+                f"At {site} the mean is {r['mean_share']:.1%} of E‖x‖², which hides shrinkage from γ. Less the mean, "
+                f"γ is: {shown}. report.json has it as gamma_centered."
             )
         if r.get("extreme"):
             found.append(
