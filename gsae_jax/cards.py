@@ -29,8 +29,9 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
     records = _records(place)
     saes = runs.load(workdir, step=workdir_lib.reported_step(place), field="--workdir")
     with files.new_folder(out) as folder:
-        for format in formats:
-            export.write(saes, format, folder / format)
+        for format in formats:  # SAEs that have diverged are left out
+            written = export.write(saes, format, folder / format)
+            saes = {name: sae for name, sae in saes.items() if name in written}
         (folder / "report").mkdir()
         for file in (place.report / name for name in report.FILES):
             if file.exists():
@@ -47,7 +48,10 @@ def _records(place: workdir_lib.Workdir) -> list[dict[str, Any]]:
         numbers = config_lib.parse_json(found.read_text())["saes"]
         # A metric that is not a number is null there.
         records = [{name: math.nan if value is None else value for name, value in record.items()} for record in numbers]
-        report.table(records)
+        for record in records:
+            if not record["ce_zero"] > record["ce_clean"]:  # of which earlier versions said nothing
+                record["loss_recovered"] = math.nan
+        report.in_markdown(records)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f"{found} cannot be read ({type(error).__name__}: {error})"
         raise ConfigError("--workdir", f"{why}; run gsae_jax.evaluate, which writes it again") from error
@@ -72,9 +76,7 @@ tags: [sparse-autoencoder, {architectures}]
 of {told["context_size"]} tokens. They take activations as the language model has them. The whole report is
 [here](report/report.md).
 
-{report.table(records)}
-
-{report.about(records)}
+{report.in_markdown(records)}
 
 ![Loss recovered against L0](report/frontier.png)
 

@@ -1,5 +1,7 @@
 """What every command shares: a config flag, and errors as one sentence with exit code 2."""
 
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,9 +19,41 @@ from gsae_jax.config import ConfigError, TrainingError
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
 
 
+class Output:
+    """A standard stream that does not fail when its reader is gone: a closed pipe or terminal. Nothing is read then."""
+
+    def __init__(self, stream: Any):
+        """`stream`: sys.stdout or sys.stderr."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write it."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., Any], *args: Any) -> None:
+        try:
+            act(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> Any:
     """The `--config FILE.py` flag; `--config.a.b=value` overrides one field."""
-    about = "Experiment file, for example configs/quickstart.py."
+    about = (
+        "Config file, for example configs/quickstart.py. --config.GROUP.FIELD=value changes one of its fields, for "
+        "example --config.train.steps=5000; configs/base.py lists those of an experiment."
+    )
     return config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
 
 
@@ -57,10 +91,15 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
         positional: names of the arguments that `main` takes from the command line.
         several: the command may run in several processes, which find each other by the cluster or by flags.
     """
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))
     if several:
         flags.DEFINE_string("coordinator", None, "host:port of process 0; clusters that JAX knows say so themselves.")
         flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
         flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+
+    # --help shows the flags of the command's own file; ours belong to every command.
+    for flag in flags.FLAGS.get_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def parsed(argv):
         try:

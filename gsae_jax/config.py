@@ -39,7 +39,7 @@ def known_names(name: str, names: Iterable[str]) -> str:
     """`did you mean 'x'? known: x, y, z` for an unknown name."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
     return f"{hint}known: {', '.join(names)}"
 
 
@@ -129,7 +129,11 @@ class Stack:
             values = getattr(self, field)
             if field == "target_l0" and not values:
                 continue
-            if len(values) not in (1, len(self)) or not values:
+            if not values:
+                raise ConfigError(
+                    f"{path}.{field}", "has no values; write one for all SAEs of the stack, or one for each"
+                )
+            if len(values) not in (1, len(self)):
                 raise ConfigError(
                     f"{path}.{field}",
                     f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs",
@@ -185,11 +189,6 @@ class Train:
             raise ConfigError(
                 "train.decay_fraction",
                 f"is {self.decay_fraction:g}; write a fraction of training from 0 (constant rate) to 1",
-            )
-        if any(not self.dead_after <= step < self.steps for step in self.resample_steps):
-            raise ConfigError(
-                "train.resample_steps",
-                f"is {self.resample_steps}; write steps from {self.dead_after} (train.dead_after) to {self.steps - 1}",
             )
 
 
@@ -290,11 +289,19 @@ class Experiment:
                 f"is {self.train.steps}; write a multiple of {self.updates_per_call}, the updates of one forward pass",
             )
 
-        if self.resampled_at and self.resampled_at[-1] >= self.train.steps:
+        # Features are dead after so many steps at the earliest, and those that begin again need a call to train in.
+        earliest, last = self.train.dead_after, self.train.steps - self.updates_per_call
+        if self.train.resample_steps and last < earliest:
             raise ConfigError(
                 "train.resample_steps",
-                f"is {self.train.resample_steps}; write steps to {self.train.steps - self.updates_per_call}, where the "
-                "last forward pass is still to come",
+                f"is {self.train.resample_steps}, but this run has no step for it: features count as dead after "
+                f"{earliest} steps at the earliest (train.dead_after), and resampling is possible until step {last}; "
+                "lower train.dead_after, raise train.steps, or write ()",
+            )
+        if any(not earliest <= step <= last for step in self.train.resample_steps):
+            raise ConfigError(
+                "train.resample_steps",
+                f"is {self.train.resample_steps}; write steps from {earliest} (train.dead_after) to {last}",
             )
         best, _, statistic = self.checkpoint.keep_best.partition("/")
         if self.checkpoint.keep_best and (best not in self.stacks or statistic not in ("loss", "mse")):
@@ -304,6 +311,8 @@ class Experiment:
                 f"{', '.join(self.stacks)}",
             )
         for name, stack in self.stacks.items():
+            if stack.target_l0 and self.train.steps < 2:
+                raise ConfigError("train.steps", f"is 1, in which stacks.{name}.target_l0 cannot be met; write more")
             if stack.target_l0 and self.train.warmup_steps >= 2 * self.train.steps // 3:
                 raise ConfigError(
                     "train.warmup_steps",

@@ -10,9 +10,9 @@ import os
 
 from absl import flags
 
-from gsae_jax import cli, plugins, runs
+from gsae_jax import cli, plugins, processes, runs
 from gsae_jax.config import ConfigError, known_names
-from gsae_jax.exchange import files
+from gsae_jax.exchange import files, records
 from gsae_jax.saes import trained
 
 
@@ -20,7 +20,8 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
     """Write one SAE, or all of them, or nothing; returns the names of those written.
 
     Raises:
-        ConfigError: no such SAE, step or format, a format that cannot hold one of them, or an `out` that exists.
+        ConfigError: no such SAE, step or format, a format that cannot hold one of them, or an `out` that exists; or
+            all of them have diverged. One that has is left out with a warning, where others have not.
     """
     module = plugins.load("exchange", format, having="write", field="--format")
     saes = runs.load(path, step=step, field="--workdir")
@@ -29,16 +30,24 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
             raise ConfigError("--sae", f"{name!r} is not in {path}; {known_names(name, saes)}")
         module.write(saes[name], out)
         return [name]
-    write(saes, format, out)
-    return list(saes)
+    return write(saes, format, out)
 
 
-def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> None:
-    """A new folder with a folder for each of them, or nothing; raises `ConfigError` like `export`."""
+def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> list[str]:
+    """A new folder with a folder for each of them, or nothing; returns their names, and raises like `export`."""
     module = plugins.load("exchange", format, having="write", field="--format")
+    diverged: dict[str, records.DivergedError] = {}
     with files.new_folder(out) as folder:
         for sae in saes.values():
-            module.write(sae, folder / sae.name)
+            try:
+                module.write(sae, folder / sae.name)
+            except records.DivergedError as error:
+                diverged[sae.name] = error
+        if len(diverged) == len(saes):
+            raise next(iter(diverged.values()))
+    for why in diverged.values():
+        processes.warn(f"{why}. It is left out")
+    return [name for name in saes if name not in diverged]
 
 
 def main() -> None:

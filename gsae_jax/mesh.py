@@ -44,7 +44,6 @@ def check(config: config_lib.Experiment, mesh: Mesh) -> None:
     for field, value in (
         ("train.batch_size", config.train.batch_size),
         ("activations.rows_per_forward", config.activations.rows_per_forward),
-        ("evaluation.rows_per_forward", config.evaluation.rows_per_forward),
     ):
         if value % data:
             raise ConfigError(field, f"is {value}, not divisible by the mesh's `data` axis; write a multiple of {data}")

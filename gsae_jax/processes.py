@@ -5,6 +5,7 @@ Every process runs the same command and the same compiled programs on its own de
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ LAUNCHERS: dict[str, Callable[[str], bool]] = {
     "PMI_SIZE": lambda size: size not in ("", "1"),
     "JOB_COMPLETION_INDEX": lambda index: index != "",  # Kubernetes, which does not say of how many
 }
+# A scheduler that takes the machine back, a user at the keyboard, and a terminal that is closed.
+INTERRUPTIONS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILURE = "gsae_jax/failure"  # where the first process to fail says why
 
 
@@ -50,6 +53,8 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
         raise ConfigError(missing[0], f"is missing; write all of {', '.join(given)}, or none where the cluster says so")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise ConfigError("--coordinator", f"is {coordinator!r}; write host:port of process 0, such as 10.0.0.1:8476")
+    if count is not None and count < 1:
+        raise ConfigError("--num_processes", f"is {count}; write 1 or more")
     if count is not None and index is not None and not 0 <= index < count:
         raise ConfigError("--process_id", f"is {index}; write 0 to {count - 1}, another one in each process")
     # A Slurm job of one task needs nobody, and JAX would see one of its GPUs only.
@@ -83,6 +88,17 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
         raise ConfigError(
             "--coordinator", f"process {index} of {count} cannot work with {where}({' '.join(str(error).split())})"
         ) from error
+
+
+def on_interruption(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Have `handler` called on SIGTERM, SIGINT and SIGHUP; returns the handlers that it replaces.
+
+    A signal that this process was told to ignore, as by nohup, stays ignored. Of several processes JAX handles SIGTERM.
+    """
+    numbers = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
+    if jax.distributed.is_initialized():
+        numbers.remove(signal.SIGTERM)
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def first() -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -57,13 +58,17 @@ def evaluate(
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(run.lm, path=model, revision=""))
     latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
-    spread = settings.evaluation.rows_per_forward % (jax.device_count() // latent) == 0
-    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent) if spread else run.mesh)
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
     step = workdir.sound_step(("params", "facts"), step)
     saes, training = runs.load(path, mesh, step, workdir.field), workdir_lib.read_metrics(workdir)
     if step is not None:
         _check_inputs(workdir, workdir.facts(step), run, settings)
-    return _write(workdir.report, saes, settings, mesh, tokens, ito, points, training, step)
+    targets = {
+        f"{name}_{index}": target
+        for name, stack in run.stacks.items()
+        for index, target in enumerate(stack.target_l0 * (len(stack) if len(stack.target_l0) == 1 else 1))
+    }
+    return _write(workdir.report, saes, settings, mesh, tokens, ito, points, training, step, targets)
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
@@ -174,11 +179,6 @@ def evaluate_saes(
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
     _check_told(saes, settings, given=bool(model) or config is not None)
     saes = _at_sites(saes, settings.lm, site)
-    if settings.evaluation.rows_per_forward % mesh.size:
-        raise ConfigError(
-            "evaluation.rows_per_forward",
-            f"is {settings.evaluation.rows_per_forward}; write a multiple of the number of devices ({mesh.size})",
-        )
     return _write(epath.Path(out), saes, settings, mesh, tokens, ito, points)
 
 
@@ -189,13 +189,12 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
         found = [sae.metadata.get(name) for sae in saes.values()]
         return found[0] if type(found[0]) is type(default) and all(value == found[0] for value in found) else default
 
-    devices = jax.device_count()
     tree = {
         "lm": {"path": "", "dtype": "float32"},
         "data": dict.fromkeys(("path", "separator", "name", "data_dir"), "")
         | {"corpus": "stdlib", "field": "text", "train_split": "train", "test_split": "test"}
         | {"context_length": agreed("context_size", 128), "prepend_bos": agreed("prepend_bos", True)},
-        "evaluation": {"tokens": 2**17, "rows_per_forward": -(-32 // devices) * devices},
+        "evaluation": {"tokens": 2**17, "rows_per_forward": 32},
         "drop_special_tokens": agreed("exclude_special_tokens", True),
     }
     return config_lib.from_dict(HeldOut, tree)
@@ -266,8 +265,9 @@ def _write(
     points: Sequence[dict[str, Any]],
     training: Sequence[dict[str, Any]] = (),
     step: int | None = None,
+    targets: Mapping[str, float] = MappingProxyType({}),
 ) -> str:
-    """Measure SAEs and write their report; returns the table."""
+    """Measure SAEs and write their report, with warnings of what is wrong with them; returns the table."""
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
         raise ConfigError("--ito", f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more")
@@ -283,7 +283,7 @@ def _write(
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = settings.lm.path or f"{runs.EMBEDDED} (embedded)"
-    records = report.rows(Path(model).name, saes, sums)
+    records = report.rows(Path(model).name, saes, sums, targets)
     gates = report.gates(saes)
     if processes.first():
         try:
@@ -292,4 +292,6 @@ def _write(
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"
             ) from error
+    for note in report.notes(records):
+        processes.warn(note)
     return report.table(records)

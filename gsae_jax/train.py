@@ -4,7 +4,7 @@ python -m gsae_jax.train --config configs/quickstart.py --workdir runs/quickstar
 """
 
 import signal
-import sys
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -29,6 +29,11 @@ def run(config: Experiment, path: epath.PathLike) -> int:
     if workdir.latest_step() == config.train.steps == workdir_lib.reported_step(workdir):
         processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
+    if config.train.dead_after > config.train.steps:
+        processes.warn(
+            f"train.dead_after is {config.train.dead_after:,}, more than the {config.train.steps:,} steps of this run: "
+            "the metrics will count no feature as dead; lower it to count them"
+        )
     starts = runs.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED
@@ -38,10 +43,18 @@ def run(config: Experiment, path: epath.PathLike) -> int:
 
 def main() -> int:
     """The command."""
-    if not jax.distributed.is_initialized():  # then JAX waits for this signal
-        # Outside of the loop, which has a handler of its own, there is nothing to save.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
-    return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), WORKDIR.value)
+    processes.on_interruption(_interrupt)
+    try:
+        return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), WORKDIR.value)
+    except KeyboardInterrupt as interruption:  # outside of the loop, which has a handler of its own
+        if jax.distributed.is_initialized():  # the other processes have to be told
+            raise
+        processes.say(f"{interruption}: the same command continues from what is saved")
+        return INTERRUPTED
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ hash of every file, with which they are compared before they are read. It appear
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -39,6 +40,17 @@ LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
 
 
+class _LocalPath(epath.gpath.PosixGPath):
+    """A local path whose own characters are literal in `glob`, where epath takes them for a pattern.
+
+    orbax looks for the files of a checkpoint by `glob`. It passes on the path that it was given, and what it makes of
+    it has this class too.
+    """
+
+    def glob(self, pattern: str) -> Iterator["_LocalPath"]:
+        return map(type(self), Path(self).glob(pattern))
+
+
 class Workdir:
     """A run directory; nothing is created before `create`."""
 
@@ -50,8 +62,9 @@ class Workdir:
         """
         config_lib.check_text(field, os.fspath(path))
         buckets.check(field, path)
-        home = not is_bucket(path) and not os.path.lexists(path)  # shells leave the ~ of --workdir=~/x to programs
-        self.path, self.field = epath.Path(os.path.expanduser(path) if home else path), field
+        if not is_bucket(path) and not os.path.lexists(path):
+            path = os.path.expanduser(path)  # shells leave the ~ of --workdir=~/x to programs
+        self.path, self.field = epath.Path(path) if is_bucket(path) else _LocalPath(path), field
         self._lock = filelock.FileLock(self.path / LOCK) if not is_bucket(self.path) else None
 
     @property
@@ -174,6 +187,7 @@ class Workdir:
             ConfigError: the directory holds no run, or cannot be read.
         """
         path = self.path / "config.json"
+        self._check_path()
         try:
             if path.exists() and not _is_file(path):
                 raise ValueError("it is not a file")
@@ -290,8 +304,19 @@ class Workdir:
         if self._lock is not None:
             self._lock.release()
 
+    def _check_path(self) -> None:
+        """Raises `ConfigError` for a path that tensorstore or gcsfs takes for another one."""
+        if is_bucket(self.path):
+            refused, reason = "[]*?\\", "which bucket clients take for patterns"
+        else:
+            refused, reason = "\\", "which the checkpoint library takes for a slash, so that it would write elsewhere"
+        path = os.fspath(_absolute(self.path))
+        if found := [char for char in refused if char in path]:
+            raise ConfigError("--workdir", f"{path} contains {' '.join(found)}, {reason}; write a path without it")
+
     def check_writable(self) -> None:
         """Raises `ConfigError` if nothing can be written here."""
+        self._check_path()
         if not is_bucket(self.path):
             parent = next(folder for folder in (self.path, *_absolute(self.path).parents) if folder.is_dir())
             if not os.access(parent, os.W_OK | os.X_OK):
@@ -337,6 +362,7 @@ class Checkpoints:
     def __init__(self, workdir: Workdir, config: config_lib.Checkpoint):
         """`config`: which to keep."""
         self._folder, self._config, self._saving = _absolute(workdir.path / "checkpoints"), config, 0
+        self._saved: dict[str, Any] = {}  # what is being saved: trees of `ShapeDtypeStruct`s, and what JSON holds
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -347,8 +373,8 @@ class Checkpoints:
         if config.keep_best:
             lowest = {"n": 1, "reverse": True, "keep_checkpoints_without_metrics": False}
             keep.append(policy.BestN(get_metric_fn=_score, **lowest))
-        # Called when all files are written, before the checkpoint takes its name.
-        written = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
+        # Called when all files are written, before the checkpoint takes its name and older ones are deleted.
+        written = ocp.options.AsyncOptions(post_finalization_callback=self._finish)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(keep),
             best_fn=_score if config.keep_best else None,  # without it orbax would not save what `score` is
@@ -367,7 +393,8 @@ class Checkpoints:
     ) -> None:
         """Save in the background; arrays are copied before this returns. The lowest `score` is the best.
 
-        A save that fails, as on a full disk, is a warning; the checkpoints before it stay.
+        A save that fails, as on a full disk, is a warning; so is one that cannot be read back. The checkpoints before
+        it stay.
         """
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
@@ -377,11 +404,18 @@ class Checkpoints:
         )
         self.wait()  # before the name changes that the manifest's place is found by
         self._saving = step
+        arrays = {"params": params, "state": state}
+        self._saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays) | {
+            "data": data,
+            "facts": facts,
+        }
         self._try(self._manager.save, step, args=items, metrics=None if score is None else {"score": score})
 
-    def _write_manifest(self) -> None:
+    def _finish(self) -> None:
+        """Reads the checkpoint back, and writes its manifest."""
         # The name of a local checkpoint in the making has a suffix.
         (folder,) = [path for path in self._folder.iterdir() if path.name.partition(".")[0] == str(self._saving)]
+        self._read_back(folder)
         files = {
             str(file.relative_to(folder)): (file.stat().length, _file_digest(file))
             for file in _files(folder)
@@ -389,6 +423,24 @@ class Checkpoints:
         }
         digest = _digest(json.dumps(files, sort_keys=True).encode())
         (folder / MANIFEST).write_text(json.dumps({"files": files, "digest": digest}))
+
+    def _read_back(self, folder: epath.Path) -> None:
+        """Opens every array by its name, as restoring does, and reads the rest; raises what keeps one from being read.
+
+        Of the arrays it reads shapes and types only. Their contents are covered by the hashes of the files.
+        """
+        for name in ("params", "state"):
+            stored = ocp.PyTreeCheckpointHandler().metadata(folder / name).tree
+            there, saved = (
+                {".".join(path): (leaf.shape, leaf.dtype) for path, leaf in ocp.tree.to_flat_dict(tree).items()}
+                for tree in (stored, self._saved[name])
+            )
+            if there != saved:
+                raise OSError(f"{', '.join(sorted(dict(there.items() ^ saved.items())))} of {name} cannot be read back")
+        for name in ("data", "facts"):
+            stored = ocp.JsonCheckpointHandler().restore(folder / name, args=ocp.args.JsonRestore())
+            if json.dumps(stored, sort_keys=True) != json.dumps(self._saved[name], sort_keys=True):
+                raise OSError(f"{name} cannot be read back")
 
     def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(params, state, data) of a step, on the shardings of the given `ShapeDtypeStruct` trees."""
@@ -451,12 +503,17 @@ class Metrics:
         self._loggers = [loggers.module(name).open_logger(run) for name in names]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line: the step and its values, lists for stacks."""
-        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        """One line: the step and its values, lists for stacks. What is not finite is null there, and in no logger."""
+        line = {
+            name: list(map(_or_null, value)) if isinstance(value, list) else _or_null(value)
+            for name, value in values.items()
+        }
+        self._file.write((json.dumps({"step": step, **line}, allow_nan=False) + "\n").encode())
         numbers = {
             name if index is None else f"{name}/{index}": number
             for name, value in values.items()
             for index, number in (enumerate(value) if isinstance(value, list) else [(None, value)])
+            if math.isfinite(number)
         }
         for logger in self._loggers:
             logger.write(step, numbers)
@@ -481,8 +538,12 @@ class Metrics:
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`."""
+    """The lines of `metrics.jsonl`; a number that was not finite is None."""
     return [logged for _, logged in _logged(workdir.path / "metrics.jsonl")]
+
+
+def _or_null(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _lines(path: epath.Path) -> list[str]:
@@ -496,7 +557,7 @@ def _logged(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             logged = config_lib.parse_json(line)
             numbers = [value for each in logged.values() for value in (each if isinstance(each, list) else [each])]
-            if type(logged["step"]) is not int or not all(isinstance(x, int | float) for x in numbers):
+            if type(logged["step"]) is not int or not all(x is None or isinstance(x, int | float) for x in numbers):
                 raise ValueError
         except (ValueError, KeyError, AttributeError):
             if line.endswith("\n"):  # else it was being written when its process ended
@@ -591,4 +652,4 @@ def _file_digest(path: epath.Path) -> str:
 
 def _absolute(path: epath.Path) -> epath.Path:
     """As orbax wants local paths; epath's own `absolute` takes gs:// for one."""
-    return path if is_bucket(path) else epath.Path(Path(path).absolute())
+    return path if is_bucket(path) else _LocalPath(Path(path).absolute())

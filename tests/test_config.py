@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +52,20 @@ def refused(config, **changes):
         ({"train__steps": 0}, "train.steps: is 0; write 1 or more"),
         (
             {"train__resample_steps": (5,)},
-            "train.resample_steps: is (5,); write steps from 1000 (train.dead_after) to 15",
+            "train.resample_steps: is (5,), but this run has no step for it: features count as dead after 1000 steps",
         ),
-        ({"train__resample_steps": (14,), "train__dead_after": 4}, "train.resample_steps: is (14,); write steps to 12"),
+        (
+            {"train__resample_steps": (12,), "train__dead_after": 13},
+            "(train.dead_after), and resampling is possible until step 12; lower train.dead_after",
+        ),
+        (
+            {"train__resample_steps": (14,), "train__dead_after": 4},
+            "train.resample_steps: is (14,); write steps from 4 (train.dead_after) to 12",
+        ),
+        (
+            {"train__resample_steps": (3,), "train__dead_after": 4},
+            "is (3,); write steps from 4 (train.dead_after) to 12",
+        ),
         ({"stacks__gated__target_l0": (64.0,)}, "stacks.gated.target_l0: is (64.0,); write active features per token"),
         ({"stacks__gated__target_l0": (9.0, 9.0, 9.0)}, "stacks.gated.l1_coefficients: has 2 values; write 1 or 3"),
         (
@@ -84,6 +96,12 @@ def refused(config, **changes):
         ({"data__context_length": 64}, "data.context_length: is 64; this language model has positions for 32"),
         ({"stacks": ConfigDict()}, "stacks: is empty; add one"),
         ({"stacks__gated__l1_coefficients": (0.1, 0.2, 0.3)}, "stacks.gated.seeds: has 2 values; write 1 or 3"),
+        ({"stacks__gated__l1_coefficients": ()}, "stacks.gated.l1_coefficients: has no values; write one for all SAEs"),
+        (
+            {"stacks__gated__target_l0": (9.0,), "train__steps": 1, "train__warmup_steps": 0, "train__batch_size": 256}
+            | {"activations__buffer_size": 2048},
+            "train.steps: is 1, in which stacks.gated.target_l0 cannot be met; write more",
+        ),
         ({"stacks__gated__l1_coefficients": (0.1, -0.2)}, "stacks.gated.l1_coefficients: has a negative value"),
         (
             {"stacks__gated__l1_coefficients": ("a",)},
@@ -173,3 +191,21 @@ def test_the_command_refuses_in_one_sentence(tmp_path, arguments, message):
 def test_evaluate_refuses_what_is_not_a_run(tmp_path):
     code, last_line = command("gsae_jax.evaluate", f"--workdir={tmp_path}")
     assert (code, "holds no run (no config.json)" in last_line) == (2, True), last_line
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("--model=nowhere",)])
+def test_a_closed_pipe_is_quiet(arguments):
+    """As of `python -m gsae_jax.sites | head -1`; a refusal still says so."""
+    command = [sys.executable, "-u", "-m", "gsae_jax.sites", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.stderr.count("\n") == bool(arguments and "model" in arguments[0]), done.stderr
+    assert done.returncode == {(): 0, ("--help",): 1}.get(arguments, 2)  # 1 is absl's code for help
+
+
+def test_help_says_how_a_config_is_given_and_changed():
+    done = subprocess.run([sys.executable, "-m", "gsae_jax.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    for flag in ("--config:", "--config.GROUP.FIELD=value", "--workdir:", "--num_processes:"):
+        assert flag in done.stdout

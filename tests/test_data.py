@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+from absl import logging
 
 from configs import base
 from gsae_jax import config as config_lib
@@ -482,6 +483,8 @@ def test_batches_shuffle_resume_and_split_by_process(tmp_path, tokenizer, text_d
             stream.set_state(position)
             np.testing.assert_array_equal(next(stream), ahead[0][part])
         np.testing.assert_array_equal(together.reshape(40, 8), epochs[0])
+    alone = rows_lib.batches(rows, 1, seed=3)  # one row a batch
+    np.testing.assert_array_equal(np.concatenate([next(alone) for _ in range(80)]), np.concatenate(epochs))
     one = rows_lib.batches(rows, 8, seed=3, local=[5])
     read.clear()
     next(one)
@@ -561,6 +564,14 @@ def test_a_lock_that_another_process_holds_is_named(tmp_path, capsys):
     ((seconds, message),) = told
     assert seconds < 1
     assert str(lock) in message
+
+
+def test_preparing_text_logs_nothing(tmp_path, tokenizer, text_dir, caplog):
+    """And what absl logs otherwise stays as it was."""
+    before = logging.get_verbosity()
+    rows_lib.open_rows(data_config(tmp_path, path=str(text_dir)), "train", tokenizer, limit=7 * 5)
+    assert not caplog.records
+    assert logging.get_verbosity() == before
 
 
 def test_fewer_tokens_than_a_batch(tmp_path, tokenizer, text_dir):

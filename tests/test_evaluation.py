@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -12,12 +13,14 @@ import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, report
+from gsae_jax.lms import loading
 from gsae_jax.saes import gated, relu, trained
 from tests import references
 from tests.test_lms import checkpoint
 
 SITE = "blocks.0.hook_mlp_out"
 UNUSED = ["predictions", "kl", "squared_error", "variance", "x_hat_sq", "x_hat_dot_x", "cosine", "l1", "gate_only"]
+UNUSED += ["squared_error_all", "variance_all", "x_hat_sq_all", "x_hat_dot_x_all", "typical"]
 UNUSED += ["tokens", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean"]
 
 
@@ -35,16 +38,27 @@ def zero(D):
     return identity(D) | {"b_enc": jnp.full(2 * D, -1e6)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lm(lm_dir):
     return gsae_jax.load_lm(lm_dir)
 
 
-def batches(lm, count=3, rows=16, length=20):
-    tokens = np.random.default_rng(1).integers(1, lm.config.d_vocab, (count, rows, length))
-    tokens[:, :, 0] = lm.tokenizer.bos_token_id
+@functools.cache
+def sampled(lm, count, rows, length):
+    """Text that the language model has drawn, so that it predicts it better with its activations than without."""
+    random = np.random.default_rng(1)
+    tokens = np.full((count * rows, length), lm.tokenizer.bos_token_id)
+    logits = jax.jit(lambda tokens: lm.module.apply({"params": lm.params}, tokens))
+    for position in range(1, length):
+        drawn = np.asarray(logits(tokens))[:, position - 1] + random.gumbel(size=(len(tokens), lm.config.d_vocab))
+        tokens[:, position] = 1 + drawn[:, 1:].argmax(-1)
+    tokens = tokens.reshape(count, rows, length)
     tokens[:, ::3, 7] = lm.tokenizer.eos_token_id
     return tokens
+
+
+def batches(lm, count=3, rows=16, length=20):
+    return sampled(lm, count, rows, length).copy()
 
 
 def on_mesh(data, latent):
@@ -131,7 +145,9 @@ def test_every_metric_matches_float64(lm, lm_dir):
         "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
         "alive": (f > 0).any(0).mean(),
         "tokens": valid.sum(),
+        "extreme": 0,
     }
+    expected |= {f"{name}_all": expected[name] for name in ("fvu", "gamma")}
     assert expected["alive"] <= 0.9
     intervals = ours.pop("intervals")
     assert ours == pytest.approx(expected, rel=1e-4)
@@ -325,7 +341,7 @@ def test_the_report_is_whole(tmp_path, lm):
     keys += (
         "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu variant ito ce_mean loss_recovered_from_mean kl cosine "
     )
-    keys += "l1 gate_only dense intervals"
+    keys += "l1 gate_only dense intervals fvu_all gamma_all extreme target_l0"
     for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()
@@ -338,3 +354,116 @@ def test_the_report_is_whole(tmp_path, lm):
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5
     assert not re.findall(r"(?:src|href)=.(?!data:)", page)  # nothing to fetch
+
+
+def reported(folder, lm, saes, tokens, **targets):
+    """The report, as JSON and in Markdown, of SAEs of one site."""
+    sums = measure.measure(lm, list(saes.values()), tokens, lm.special_tokens)
+    records = report.rows("small", saes, sums, targets)
+    report.write(folder / "report", None, records, sums, [], report.gates(saes))
+    return json.loads((folder / "report" / "report.json").read_text()), (folder / "report" / "report.md").read_text()
+
+
+def test_loss_recovered_is_blank_where_zeroing_helps(lm, tmp_path):
+    """An unembedding of the other sign predicts what does not come, the more so the more it knows."""
+    D = lm.sites[SITE]
+    wrong = dataclasses.replace(lm, params=lm.params | {"unembed.W_U": -lm.params["unembed.W_U"]})
+    gate = gated.Config(D, 48)
+    saes = {
+        "gated_0": as_sae("gated_0", gated, gated.init(jax.random.key(0), gate), gate),
+        "relu_0": as_sae("relu_0", relu, identity(D), relu.Config(D, 2 * D)),
+    }
+    found, text = reported(tmp_path, wrong, saes, batches(lm))
+    assert all(record["ce_zero"] < record["ce_clean"] for record in found["saes"])
+    assert [record["loss_recovered"] for record in found["saes"]] == [None, None]
+    assert all("loss_recovered" not in record["intervals"] for record in found["saes"])
+    assert found["l0_ratios"] == []
+    assert sum(SITE in note and "loss recovered" in note for note in found["notes"]) == 1
+    assert all(note in text for note in found["notes"])
+    assert "nan" not in text
+    (axis,) = plots.frontier([record | {"loss_recovered": math.nan} for record in found["saes"]]).axes
+    assert axis.texts[0].get_text().startswith("there is nothing to draw")
+
+
+def test_rows_of_two_tokens_recover_no_loss(lm, tmp_path):
+    """The only token that is measured comes last, and predicts nothing."""
+    D = lm.sites[SITE]
+    saes = {"relu_0": as_sae("relu_0", relu, identity(D), relu.Config(D, 2 * D))}
+    found, _ = reported(tmp_path, lm, saes, batches(lm)[:, :, :2])
+    assert found["saes"][0]["loss_recovered"] is None
+    assert any("longer than 2 tokens" in note for note in found["notes"])
+
+
+def test_what_is_wrong_with_saes_is_said(lm, tmp_path):
+    D = lm.sites[SITE]
+    config = relu.Config(D, 2 * D)
+    worse = identity(D) | {"W_dec": -identity(D)["W_dec"]}
+    broken = identity(D) | {"b_enc": jnp.full(2 * D, jnp.inf)}
+    params = {"sound": identity(D), "worse": worse, "none": zero(D), "broken": broken}
+    saes = {f"{name}_0": as_sae(f"{name}_0", relu, of, config) for name, of in params.items()}
+    found, text = reported(tmp_path, lm, saes, batches(lm), sound_0=D / 2, worse_0=float(D))
+    said = {name: [note for note in found["notes"] if f"{name}_0" in note] for name in params}
+    assert [len(notes) for notes in said.values()] == [1, 1, 2, 1]
+    for name, of in (("sound", "target"), ("worse", "FVU"), ("none", "FVU"), ("broken", "not finite")):
+        assert of in said[name][0]
+    by_name = {record["name"]: record for record in found["saes"]}
+    assert by_name["sound_0"]["target_l0"] == D / 2
+    assert by_name["none_0"]["target_l0"] is None
+    assert [name for name, value in by_name["broken_0"].items() if value is None] != []
+    assert by_name["sound_0"]["loss_recovered"] == 1
+    assert "Target L0" in text
+    assert "nan" not in text
+
+
+def test_tokens_of_extreme_norm_are_no_denominator(lm):
+    """FVU and gamma of the others, against float64, whatever is done with those; and of all of them beside these."""
+    site = "blocks.0.hook_resid_pre"
+    D, tokens = lm.sites[site], batches(lm)
+    spiky = int(tokens[0, 1, 3])
+    W_E = lm.params["embed.W_E"]
+    lm = dataclasses.replace(lm, params=lm.params | {"embed.W_E": W_E.at[spiky].multiply(1000)})
+    config = gated.Config(D, 48)
+    sae = as_sae("a_0", gated, gated.init(jax.random.key(0), config), config, site)
+    ours = metrics.combine(measure.measure(lm, [sae], tokens, lm.special_tokens)["a_0"])
+    valid = ~np.isin(tokens, lm.special_tokens)
+    x = np.concatenate([np.asarray(loading.capture(lm.module, lm.params, part, {site})[site]) for part in tokens])
+    x = x[valid.reshape(x.shape[:-1])].astype(np.float64)
+    x_hat = np.asarray(sae(x.astype(np.float32)), np.float64)
+    norms = np.linalg.norm(x, axis=1)
+    typical = norms <= 10 * np.median(norms)
+    assert 0 < ours["extreme"] == (~typical).sum() < 0.2 * len(x)
+    for end, rows in (("", typical), ("_all", np.full(len(x), True))):
+        error, of = x[rows] - x_hat[rows], x[rows] - x[rows].mean(0)
+        assert ours[f"fvu{end}"] == pytest.approx((error**2).sum() / (of**2).sum(), rel=1e-4)
+        assert ours[f"gamma{end}"] == pytest.approx((x_hat[rows] ** 2).sum() / (x_hat[rows] * x[rows]).sum(), rel=1e-4)
+    record = report.rows("small", {"a_0": sae}, {"a_0": measure.measure(lm, [sae], tokens, lm.special_tokens)["a_0"]})
+    assert any(f"{ours['extreme']} of" in note for note in report.notes(record))
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_any_number_of_devices_measures_any_number_of_rows(lm, devices):
+    D = lm.sites[SITE]
+    config = gated.Config(D, 48)
+    sae = as_sae("a_0", gated, gated.init(jax.random.key(0), config), config)
+    rows = batches(lm)[:2, :5]
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(devices, 1), jax.devices()[:devices])
+    alone, spread = (
+        metrics.combine(measure.measure(on, [sae], rows, lm.special_tokens)["a_0"]) for on in (lm, lm.on(mesh))
+    )
+    assert spread.pop("intervals").keys() == alone.pop("intervals").keys()
+    assert spread == pytest.approx(alone, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "l0", [(41.2, 44, 48.7), (11, 11.02, 11.05), (80,), (2, 150), (0.01, 1000), (1e-5, 1e4), (95, 105)]
+)
+def test_the_axis_of_l0_has_numbers(l0):
+    record = {"ito": 0, "site": SITE, "learning_rate": 0.1, "seed": 0, "variant": "gated", "width": 64}
+    records = [record | {"name": f"a_{i}", "l0": value, "loss_recovered": 0.9} for i, value in enumerate(l0)]
+    figure = plots.frontier(records)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = {tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()}
+    assert 2 <= len(shown) <= 15

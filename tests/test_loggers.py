@@ -6,6 +6,9 @@ import json
 import os
 import signal
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -13,6 +16,8 @@ from tensorboardX.proto import event_pb2
 from gsae_jax import loggers
 from gsae_jax.config import ConfigError
 from gsae_jax.training import loop
+
+ROOT = Path(__file__).parent.parent
 
 
 def records(content):
@@ -128,3 +133,15 @@ def test_wandb_tensorboard_and_the_lines_have_the_same_numbers_also_of_a_run_tha
     assert parts[0][0]
     assert min(step for step, _ in parts[1][0]) > min(step for step, _ in parts[0][0])
     assert parts[0][0] | parts[1][0] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_torch_is_not_imported(tmp_path):
+    """Where it is installed tensorboardX would import it, which takes over a second, and a broken one would show."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()  # transformers asks for its version
+    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.13.0\n")
+    program = "import sys, gsae_jax; from gsae_jax.loggers import tensorboard; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

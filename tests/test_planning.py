@@ -257,10 +257,15 @@ def test_exchanges_of_a_program():
     ("topology", "message"),
     [
         ("v9:4x4", "--topology: is 'v9:4x4'; write one like v5e:4x4, .*known: v4, v5e, v5p, v6e, gpu:a100, .*, cpu"),
-        ("v5e", "is 'v5e'; write one like v5e:4x4"),
-        ("gpu:h100", "is 'gpu:h100'; write one like"),
+        ("v5e", "is 'v5e'; write how many devices there are, such as v5e:4x4$"),
+        ("v5p:0x4", "is 'v5p:0x4'; write how many devices there are, such as v5p:2x2x2$"),
+        ("gpu:h100", "is 'gpu:h100'; write how many devices there are, such as gpu:h100x8$"),
+        ("gpu:h100x0", "such as gpu:h100x8$"),
+        ("gpu:h1000x8", "is 'gpu:h1000x8'; write one like .* did you mean 'gpu:h100'"),
+        ("cpu", "is 'cpu'; write how many devices there are, such as cpu:8$"),
+        ("cpu:2x2", "such as cpu:8$"),
         ("gpu:v100x8", "is 'gpu:v100x8'; write one like .* did you mean 'gpu:h100'"),
-        ("cpu:0", "is 'cpu:0'; write one like"),
+        ("cpu:0", "is 'cpu:0'; write how many devices there are, such as cpu:8$"),
         ("cpu:16", "is 'cpu:16', but there are 8 CPU devices"),
     ],
 )
@@ -269,9 +274,18 @@ def test_topologies_that_there_are_not(experiment, topology, message):
         planning.plan(experiment, topology)
 
 
-def test_a_mesh_that_a_topology_has_not(experiment):
-    with pytest.raises(ConfigError, match=r"mesh.latent: is 3, times 2 along mesh.data, but gpu:h100x8 has 8 devices"):
-        planning.plan(dataclasses.replace(experiment, mesh=Mesh(0, 3)), "gpu:h100x8")
+@pytest.mark.parametrize(
+    ("data", "latent", "message"),
+    [
+        (0, 3, r"mesh\.latent: is 3; gpu:h100x8 has 8 devices, write a divisor of that"),
+        (0, 16, r"mesh\.latent: is 16; gpu:h100x8 has 8 devices"),
+        (3, 1, r"mesh\.data: is 3, times mesh\.latent 1, but gpu:h100x8 has 8 devices; write 8, or 0"),
+        (8, 2, r"mesh\.data: is 8, times mesh\.latent 2, .*; write 4, or 0"),
+    ],
+)
+def test_a_mesh_that_a_topology_has_not(experiment, data, latent, message):
+    with pytest.raises(ConfigError, match=message):
+        planning.plan(dataclasses.replace(experiment, mesh=Mesh(data, latent)), "gpu:h100x8")
 
 
 @pytest.mark.tpu

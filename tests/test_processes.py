@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -168,13 +169,16 @@ def test_an_error_in_one_process_ends_the_other_with_the_reason(tmp_path):
 
 
 @pytest.mark.processes
-def test_sigterm_to_one_process_saves_the_run_of_all(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_one_process_saves_the_run_of_all(tmp_path, number):
     run = tmp_path / "run"
+    before = signal.signal(number, signal.SIG_DFL)  # tests under nohup ignore SIGHUP, and so would what they start
     started = start(run, 2, "--config.train.steps=100_000", "--config.checkpoint.every=100_000")
+    signal.signal(number, before)
     until(run, "tokens/s")
-    started[1].terminate()
+    started[1].send_signal(number)
     assert end(started) == [75, 75]
-    assert "SIGTERM: step" in log(run)
+    assert "SIGTERM: step" in log(run)  # which is how the first process hears of it
     assert not (run / "report").exists()
 
 
@@ -184,6 +188,7 @@ def test_sigterm_to_one_process_saves_the_run_of_all(tmp_path):
         (("localhost:1234", None, None), "--num_processes: is missing; write all of --coordinator, --num_processes"),
         (("localhost", 2, 0), "--coordinator: is 'localhost'; write host:port of process 0"),
         (("localhost:1234", 2, 2), "--process_id: is 2; write 0 to 1"),
+        (("localhost:1234", 0, 0), "--num_processes: is 0; write 1 or more"),
     ],
 )
 def test_processes_that_cannot_be_joined(arguments, message):

@@ -58,3 +58,13 @@ def test_nothing_to_find():
     W_dec = jnp.eye(4)
     np.testing.assert_array_equal(dense(W_dec, jnp.array([[-1.0, -1, -1, -1], [0, 0, 0, 0]]), 3), 0)
     np.testing.assert_allclose(dense(W_dec, jnp.array([[2.0, -1, 0, 0]]), 3), [[2, 0, 0, 0]])
+
+
+def test_nan_is_never_hidden():
+    """Of an input it is in that input's codes, of an atom in all codes."""
+    W_dec = linalg.unit_rows(jax.random.key(0), 96, 24)
+    x = jax.random.normal(jax.random.key(1), (5, 24))
+    codes = pursuit.pursue(W_dec, x.at[2, 3].set(jnp.nan), 4)[1]
+    assert np.isnan(codes[2]).all()
+    np.testing.assert_array_equal(np.delete(codes, 2, 0), np.delete(pursuit.pursue(W_dec, x, 4)[1], 2, 0))
+    assert np.isnan(pursuit.pursue(W_dec.at[7, 0].set(jnp.nan), x, 4)[1]).any(-1).all()

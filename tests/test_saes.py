@@ -202,6 +202,29 @@ def test_an_untied_encoder_has_no_jumprelu_form():
         jumprelu.from_gated(gated.init(jax.random.key(0), config), config)
 
 
+@pytest.mark.parametrize("module", [gated, relu, jumprelu])
+def test_nan_is_never_hidden(module):
+    """Neither of an input nor of a parameter; the other inputs keep their features."""
+    params = gated.init(jax.random.key(0), gated.Config(D, F))
+    if module is not gated:
+        params = jumprelu.from_gated(params, gated.Config(D, F))
+    if module is relu:
+        del params["threshold"]
+    sae = trained.SAE("a_0", module.__name__.rpartition(".")[2], module.Config(D, F), "", params)
+    x = inputs()
+    spoilt = x.at[3, 5].set(jnp.nan)
+    features = sae.encode(spoilt)
+    assert np.isnan(features[3]).all()
+    assert np.isnan(sae(spoilt)[3]).all()
+    np.testing.assert_array_equal(np.delete(features, 3, 0), np.delete(sae.encode(x), 3, 0))
+    for name in params:
+        if name not in ("W_dec", "b_dec"):
+            broken = params | {name: params[name].at[..., 7].set(jnp.nan)}
+            features = np.asarray(dataclasses.replace(sae, params=broken).encode(x))
+            assert np.isnan(features[:, 7]).any(), name
+            assert np.isfinite(np.delete(features, 7, 1)).all(), name
+
+
 def an_sae():
     config = relu.Config(D, F)
     return trained.SAE("a_0", "relu", config, "", away_from_init(relu, config))

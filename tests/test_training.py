@@ -166,6 +166,18 @@ def test_a_batch_may_take_several_forward_passes(experiment):
     np.testing.assert_allclose(one.stacks["gated"].params["W_dec"], two.stacks["gated"].params["W_dec"], atol=1e-4)
 
 
+def test_one_row_a_call(experiment):
+    """On eight devices, which then all lie along the dictionary, as on one."""
+    one = with_(experiment, activations={"rows_per_forward": 1}, train={"batch_size": 8})
+    alone, _ = advance(*begin(one, single_device_mesh()), calls=3)
+    spread, _ = advance(*begin(with_(one, mesh={"latent": 8})), calls=3)
+    assert int(alone.step) == int(spread.step) == 6
+    for name, stack in alone.stacks.items():
+        for key, value in stack.params.items():
+            difference = np.abs(np.asarray(value) - np.asarray(spread.stacks[name].params[key]))
+            assert difference.mean() < 1e-5, (name, key)
+
+
 def lm_flops(experiment):
     """FLOPs of the compiled forward pass that feeds the stacks."""
     checkpoint = Checkpoint.open(experiment.lm.path)
@@ -297,7 +309,7 @@ def test_a_save_does_not_ask_when_the_run_should_end(experiment, tmp_path, monke
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
     monkeypatch.setattr(loop._Signals, "__enter__", lambda signals: signals)
     monkeypatch.setattr(loop._Signals, "__exit__", lambda *_: None)
-    monkeypatch.setattr(loop._Signals, "_before", {}, raising=False)  # as where there are several processes
+    monkeypatch.setattr(loop._Signals, "_together", True, raising=False)  # as where there are several processes
     assert loop.train(experiment, tmp_path / "run")
     assert asked == [0, 1, 2, 3]
 

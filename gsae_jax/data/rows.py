@@ -26,6 +26,7 @@ import filelock
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 
 from gsae_jax import buckets, plugins, processes
@@ -100,6 +101,18 @@ class TokenRows:
         return body if self._bos is None else np.concatenate([np.array([self._bos], np.int32), body])
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS logs warnings of what is as it should be; a command has no log, but a notebook would show them."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))  # a lower number is quieter
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@_quiet()
 def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     """The documents of `split` ("train" or "test") as a random-access source, and the name of their text feature.
 
@@ -188,26 +201,26 @@ def batches(
             "add text, or take fewer rows at once",
         )
     shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    local = range(rows_per_batch) if local is None else local
+    parts = _Batches(shuffled, rows_per_batch, range(rows_per_batch) if local is None else local)
     return iter(
-        grain.MapDataset.source(_Part(shuffled, rows_per_batch, local))
-        .batch(len(local))
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+        grain.MapDataset.source(parts).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
     )
 
 
-class _Part:
-    """Of every `per_batch` elements of a data set, those numbered `local`."""
+class _Batches:
+    """Batches of `per_batch` elements of an endless data set; each is the elements numbered `local`, stacked.
+
+    Grain's own `batch` computes its length in float, in which that of an endless data set overflows at one row a batch.
+    """
 
     def __init__(self, dataset: Any, per_batch: int, local: Sequence[int] | np.ndarray):
         self._dataset, self._per_batch, self._local = dataset, per_batch, local
 
     def __len__(self) -> int:
-        return len(self._dataset) // self._per_batch * len(self._local)
+        return len(self._dataset) // self._per_batch
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        batch, row = divmod(index, len(self._local))
-        return self._dataset[batch * self._per_batch + int(self._local[row])]
+    def __getitem__(self, batch: int) -> np.ndarray:
+        return np.stack([self._dataset[batch * self._per_batch + int(row)] for row in self._local])
 
 
 def in_order(rows: TokenRows, rows_per_batch: int) -> Iterator[np.ndarray]:

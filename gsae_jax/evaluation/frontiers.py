@@ -19,7 +19,7 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
     together need not be of one kind, as dictionary_learning's trainer_0 and trainer_1.
     """
     groups = defaultdict(list)
-    for record in sorted(records, key=lambda record: record["l0"]):
+    for record in sorted(records, key=lambda record: (math.isnan(record["l0"]), record["l0"])):
         stem = record["name"].rpartition("_")[0]
         groups[stem, record["site"], record["variant"], record["width"]].append(record)
     found = {}
@@ -45,7 +45,8 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
 
     A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
     that of least L0 as the geometric mean over seeds. A level is left out where that cannot be told, because a
-    learning rate's SAEs end before the level and are better where they do.
+    learning rate's SAEs end before the level and are better where they do. So are SAEs without an L0 or a loss
+    recovered, which have diverged or are where that has no meaning.
 
     Returns:
         For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates, `ratio` of the
@@ -56,7 +57,8 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         lambda: defaultdict(lambda: defaultdict(list))
     )
     points, about = {}, {}
-    for (site, stack), members in stacks([record for record in records if not record["ito"]]).items():
+    told = [r for r in records if math.isfinite(r["loss_recovered"]) and math.isfinite(r["l0"]) and not r["ito"]]
+    for (site, stack), members in stacks(told).items():
         about[site, stack] = {"stack": stack, "variant": members[0]["variant"], "width": members[0]["width"]}
         for record in members:
             frontiers[site, stack][record["learning_rate"]][record["seed"]].append(record["name"])

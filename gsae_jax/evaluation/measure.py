@@ -17,6 +17,7 @@ from gsae_jax.lms.loss import cross_entropy_and_divergence
 from gsae_jax.saes import linalg, pursuit, trained
 
 AT_ONCE = 12  # interventions whose activations are held at once
+MEDIAN_TOKENS = 4096  # that tell a site's median norm
 Place = tuple[str, float]  # a site, and the norm above which its activations are left alone
 
 
@@ -30,6 +31,9 @@ def measure(
 ) -> dict[str, metrics.Sums]:
     """On the LM's mesh, sums over `batches` [R, T] of tokens, by SAE name; `metrics.combine` turns them into metrics.
 
+    Any number of rows can be spread over any number of devices: each device but the last ones has as many, and rows of
+    padding, which are not measured, fill up the rest.
+
     What an SAE was not trained on (`special_tokens`, and activations beyond its norm limit) is not measured, and keeps
     the language model's own activation under every intervention.
 
@@ -39,6 +43,7 @@ def measure(
             instead of its encoder (Appendix A), under the name `{SAE}_ito_{number}`.
     """
     mesh = lm.module.mesh
+    splits = mesh.shape["data"] if mesh else 1
     runs = []  # (name, SAE, its parameters, features to choose by pursuit)
     for sae in saes:
         sites.check(sae.site, lm.sites, f"site of {sae.name}")
@@ -51,41 +56,54 @@ def measure(
         runs += [(f"{sae.name}_ito_{k}" if k else sae.name, sae, params, k) for k in (0, *ito)]
     places = tuple(sorted({(sae.site, sae.norm_limit) for sae in saes}))
 
-    def placed(tokens: np.ndarray) -> jax.Array:
+    def placed(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Tokens, and which are neither special nor padding; both [R, T] with rows for every device."""
         check_tokens(tokens, lm.config.d_vocab, "data: the tokens of the text")
+        padding = ((0, -len(tokens) % splits), (0, 0))
+        arrays = [np.pad(array, padding) for array in (tokens, ~np.isin(tokens, special_tokens))]
         if not mesh:
-            return jnp.asarray(tokens)
-        return mesh_lib.place_rows(mesh, tokens[mesh_lib.local_rows(mesh, len(tokens))], len(tokens))
+            tokens_RxT, allowed_RxT = map(jnp.asarray, arrays)
+        else:
+            rows = len(arrays[0])
+            mine = mesh_lib.local_rows(mesh, rows)
+            tokens_RxT, allowed_RxT = (mesh_lib.place_rows(mesh, array[mine], rows) for array in arrays)
+        return tokens_RxT, allowed_RxT
 
+    looked_at = batches[: -(-MEDIAN_TOKENS // batches[0].size)]
+    norms = [mesh_lib.fetch(_norms(lm.module, places, lm.params, *placed(tokens))) for tokens in looked_at]
+    limits = [_extreme(np.concatenate([part.ravel() for part in parts])) for parts in zip(*norms, strict=True)]
     site_sums = []
     for tokens in batches:
-        site_sums.append(mesh_lib.fetch(_site_sums(lm.module, places, special_tokens, lm.params, placed(tokens))))
+        site_sums.append(mesh_lib.fetch(_site_sums(lm.module, places, lm.params, limits, *placed(tokens))))
         progress()
+    means = []
     for place, *parts in zip(places, *site_sums, strict=True):
-        if not sum(number for _, number in parts):
+        numbers = [sum(part[which][1] for part in parts) for which in (0, 1)]
+        if not all(numbers):
             name = next(sae.name for sae in saes if (sae.site, sae.norm_limit) == place)
             why = f"their norms are above its norm_limit, {place[1]:g}, or they are not finite or of special tokens"
             raise ConfigError(name, f"has no activation to be measured on: {why}; write its own model and text")
-    means = [
-        np.asarray(
-            sum(np.float64(s[i][0]) for s in site_sums) / sum(np.float64(s[i][1]) for s in site_sums), np.float32
+        means.append(
+            [
+                np.asarray(sum(np.float64(part[which][0]) for part in parts) / numbers[which], np.float32)
+                for which in (0, 1)
+            ]
         )
-        for i in range(len(places))
-    ]
 
     totals: dict[str, metrics.Sums] = {name: {} for name, *_ in runs}
     for tokens in batches:
-        tokens_RxT = placed(tokens)
-        hidden_RxTxD, contexts = _clean(lm.module, places, special_tokens, lm.params, means, tokens_RxT)
+        tokens_RxT, allowed_RxT = placed(tokens)
+        means_of = [mean_D for mean_D, _ in means]
+        hidden_RxTxD, contexts = _clean(lm.module, places, lm.params, means_of, limits, tokens_RxT, allowed_RxT)
         found: dict[str, metrics.Sums] = {}
-        for place, mean_D, context in zip(places, means, contexts, strict=True):
+        for place, means_here, context in zip(places, means, contexts, strict=True):
             mine = [run for run in runs if (run[1].site, run[1].norm_limit) == place]
-            x, valid = context["x"], context["valid"]
+            masks = context["valid"], context["typical"]
             losses: dict[str, tuple[jax.Array, jax.Array]] = {}
             waiting = {kind: context[kind] for kind in ("x", "zero", "mean")}
             for number, (name, sae, params, k) in enumerate(mine):
                 waiting[name], found[name] = _reconstruct(
-                    mesh, sae.architecture, sae.config, k, params, x, valid, mean_D
+                    mesh, sae.architecture, sae.config, k, params, context["x"], *means_here, *masks
                 )
                 if len(waiting) >= AT_ONCE or number == len(mine) - 1:
                     found_here = _losses(
@@ -97,6 +115,7 @@ def measure(
             for name, *_ in mine:
                 found[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
         for name, batch in mesh_lib.fetch(found).items():
+            batch = {key: value if key == "fired" else value[: len(tokens)] for key, value in batch.items()}
             predictions = {"predictions": np.full(len(tokens), tokens.shape[1] - 1)}
             metrics.add(totals[name], batch | predictions)
         progress()
@@ -114,53 +133,87 @@ def spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Ar
     }
 
 
-def _valid(x_RxTxD: jax.Array, tokens_RxT: jax.Array, special_tokens: tuple[int, ...], norm_limit: float) -> jax.Array:
+def _valid(x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:
     """Which activations are measured and replaced."""
-    norms = jnp.linalg.norm(x_RxTxD.astype(jnp.float32), axis=-1)
-    return ~jnp.isin(tokens_RxT, jnp.array(special_tokens, jnp.int32)) & jnp.isfinite(norms) & (norms <= norm_limit)
+    norms = _norm(x_RxTxD)
+    return allowed_RxT & jnp.isfinite(norms) & (norms <= norm_limit)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+def _norm(x_RxTxD: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(x_RxTxD.astype(jnp.float32), axis=-1)
+
+
+def _extreme(norms: np.ndarray) -> np.float32:
+    """The norm above which a token is extreme, from those of many; NaN is a token that is not measured."""
+    measured = norms[np.isfinite(norms)]
+    median = np.median(measured) if measured.size else 0.0
+    return np.float32(metrics.EXTREME * median if median > 0 else np.inf)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _norms(
+    module: Any, places: tuple[Place, ...], lm_params: Any, tokens_RxT: jax.Array, allowed_RxT: jax.Array
+) -> list[jax.Array]:
+    """The norms [R, T] of the valid activations at each place, NaN for the others."""
+    found = loading.capture(module, lm_params, tokens_RxT, {site for site, _ in places})
+    return [
+        jnp.where(_valid(found[site], allowed_RxT, norm_limit), _norm(found[site]), jnp.nan)
+        for site, norm_limit in places
+    ]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _site_sums(
-    module: Any, places: tuple[Place, ...], special_tokens: tuple[int, ...], lm_params: Any, tokens_RxT: jax.Array
-) -> list[tuple[jax.Array, jax.Array]]:
-    """(sum [D], number) of the valid activations at each place."""
+    module: Any,
+    places: tuple[Place, ...],
+    lm_params: Any,
+    limits: list[jax.Array],
+    tokens_RxT: jax.Array,
+    allowed_RxT: jax.Array,
+) -> list[list[tuple[jax.Array, jax.Array]]]:
+    """(sum [D], number) of the activations at each place: of the valid ones, and of those of no extreme norm."""
     found = loading.capture(module, lm_params, tokens_RxT, {site for site, _ in places})
 
-    def sums(site: str, norm_limit: float) -> tuple[jax.Array, jax.Array]:
-        valid = _valid(found[site], tokens_RxT, special_tokens, norm_limit)
-        return jnp.where(valid[..., None], found[site].astype(jnp.float32), 0).sum((0, 1)), valid.sum()
+    def sums(x: jax.Array, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        valid = _valid(x, allowed_RxT, norm_limit)
+        return jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum((0, 1)), valid.sum()
 
-    return [sums(*place) for place in places]
+    return [
+        [sums(found[site], norm_limit), sums(found[site], jnp.minimum(norm_limit, limit))]
+        for (site, norm_limit), limit in zip(places, limits, strict=True)
+    ]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _clean(
     module: Any,
     places: tuple[Place, ...],
-    special_tokens: tuple[int, ...],
     lm_params: Any,
     means: list[jax.Array],
+    limits: list[jax.Array],
     tokens_RxT: jax.Array,
+    allowed_RxT: jax.Array,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
     """The untouched forward pass: the last residual stream [R, T, D], and of each place what interventions need.
 
-    That is the activations `x`, which of them are `valid` [R, T], and `x` with those `zero` or at their `mean`; and the
-    residual stream `before` the block they are in.
+    That is the activations `x`, which of them are `valid` and which `typical` [R, T], and `x` with the valid ones
+    `zero` or at their `mean`; and the residual stream `before` the block they are in.
     """
     sites_wanted = {site for site, _ in places}
     found: dict[str, jax.Array] = {}
     tap = sites.capture(sites_wanted | {_before(site) for site in sites_wanted}, found)
     hidden_RxTxD = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
 
-    def context(site: str, norm_limit: float, mean_D: jax.Array) -> dict[str, jax.Array]:
+    def context(site: str, norm_limit: float, mean_D: jax.Array, limit: jax.Array) -> dict[str, jax.Array]:
         x = found[site]
-        valid = _valid(x, tokens_RxT, special_tokens, norm_limit)
+        valid = _valid(x, allowed_RxT, norm_limit)
         mean = jnp.where(valid[..., None], mean_D[None, None].astype(x.dtype), x)
         zero = jnp.where(valid[..., None], jnp.zeros_like(x), x)
-        return {"valid": valid, "x": x, "zero": zero, "mean": mean, "before": found[_before(site)]}
+        masks = {"valid": valid, "typical": valid & (_norm(x) <= limit)}
+        return masks | {"x": x, "zero": zero, "mean": mean, "before": found[_before(site)]}
 
-    return hidden_RxTxD, [context(*place, mean) for place, mean in zip(places, means, strict=True)]
+    each = zip(places, means, limits, strict=True)
+    return hidden_RxTxD, [context(*place, mean, limit) for place, mean, limit in each]
 
 
 def _before(site: str) -> str:
@@ -201,8 +254,10 @@ def _reconstruct(
     k: int,
     params: dict[str, jax.Array],
     x_RxTxD: jax.Array,
-    valid_RxT: jax.Array,
     mean_D: jax.Array,
+    typical_mean_D: jax.Array,
+    valid_RxT: jax.Array,
+    typical_RxT: jax.Array,
 ) -> tuple[jax.Array, metrics.Sums]:
     """Activations with the valid ones reconstructed, and the sums of `metrics.reconstruction_sums`.
 
@@ -232,5 +287,6 @@ def _reconstruct(
         gate_BxF = functions.pre_activations(params, x_BxD, config)[0] > 0 if gated else f_BxF != 0
     x_hat_RxTxD = functions.decode(params, f_BxF).reshape(x_RxTxD.shape)
     f, gate = (value.reshape(*valid_RxT.shape, -1) for value in (f_BxF, gate_BxF))
-    sums = metrics.reconstruction_sums(x_RxTxD, x_hat_RxTxD, f, gate, mean_D, valid_RxT)
+    masks = valid_RxT, typical_RxT
+    sums = metrics.reconstruction_sums(x_RxTxD, x_hat_RxTxD, f, gate, mean_D, typical_mean_D, *masks)
     return jnp.where(valid_RxT[..., None], x_hat_RxTxD, x_RxTxD).astype(x_RxTxD.dtype), sums

@@ -17,12 +17,17 @@ RATIOS = {
     "loss_recovered": lambda t: 1 - (t["ce_sae"] - t["ce_clean"]) / (t["ce_zero"] - t["ce_clean"]),
     "loss_recovered_from_mean": lambda t: 1 - (t["ce_sae"] - t["ce_clean"]) / (t["ce_mean"] - t["ce_clean"]),
     "gamma": lambda t: t["x_hat_sq"] / t["x_hat_dot_x"],
+    "gamma_all": lambda t: t["x_hat_sq_all"] / t["x_hat_dot_x_all"],
     "kl": lambda t: t["kl"] / t["predictions"],
     "fvu": lambda t: t["squared_error"] / t["variance"],
+    "fvu_all": lambda t: t["squared_error_all"] / t["variance_all"],
     "cosine": lambda t: t["cosine"] / t["tokens"],
     "l1": lambda t: t["l1"] / t["tokens"],
     "gate_only": lambda t: t["gate_only"] / t["tokens"],
 }
+# What they compare the SAE's cross-entropy with. Where it is no higher than the clean one they have no meaning.
+AGAINST = {"loss_recovered": "ce_zero", "loss_recovered_from_mean": "ce_mean"}
+EXTREME = 10  # a norm above this multiple of the site's median; a few such tokens would be all of an E||x||^2
 DENSE = 0.1  # a feature that fires on more than this fraction of tokens
 DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
 
@@ -33,30 +38,49 @@ def reconstruction_sums(
     f_RxTxF: jax.Array,
     gate_RxTxF: jax.Array,
     mean_D: jax.Array,
+    typical_mean_D: jax.Array,
     valid_RxT: jax.Array,
+    typical_RxT: jax.Array,
 ) -> Sums:
     """Over valid tokens: per row [R] what `RATIOS` need of the reconstruction, and `fired` [F] of all rows.
 
     Args:
         gate_RxTxF: whether each feature's gate is open (for a baseline: whether it fires).
-        mean_D: the site's mean, about which the variance is taken.
+        mean_D, typical_mean_D: the site's means over valid and over typical tokens, about which variances are taken.
+        typical_RxT: which tokens are valid and of no extreme norm. Squares are summed over these, and in sums whose
+            names end in `_all` over all valid tokens.
     """
     x, x_hat = x_RxTxD.astype(jnp.float32), x_hat_RxTxD.astype(jnp.float32)
-    fires = f_RxTxF != 0
+    broken_RxT = jnp.isnan(f_RxTxF).any(-1)  # features that are NaN neither fire nor rest
+    fires = (f_RxTxF != 0) & ~jnp.isnan(f_RxTxF)
+
+    def number(of_RxTxF: jax.Array) -> jax.Array:
+        return jnp.where(broken_RxT, jnp.nan, of_RxTxF.sum(-1).astype(jnp.float32))
+
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(x_hat, axis=-1)
     dot = (x_hat * x).sum(-1)
-    per_token = {
-        "tokens": jnp.ones(valid_RxT.shape, jnp.float32),
-        "l0": fires.sum(-1).astype(jnp.float32),
-        "l1": f_RxTxF.sum(-1),
-        "gate_only": (gate_RxTxF & ~fires).sum(-1).astype(jnp.float32),
+    squares = {
         "squared_error": jnp.square(x - x_hat).sum(-1),
-        "variance": jnp.square(x - mean_D[None, None]).sum(-1),
         "x_hat_sq": jnp.square(x_hat).sum(-1),
         "x_hat_dot_x": dot,
-        "cosine": jnp.where(norms > 0, dot / jnp.where(norms > 0, norms, 1), 0),
     }
-    sums = {name: jnp.where(valid_RxT, value, 0).sum(1) for name, value in per_token.items()}
+    per_token = {
+        "tokens": jnp.ones(valid_RxT.shape, jnp.float32),
+        "l0": number(fires),
+        "l1": f_RxTxF.sum(-1),
+        "gate_only": number(gate_RxTxF & ~fires),
+        "cosine": jnp.where(norms == 0, 0, dot / jnp.where(norms == 0, 1, norms)),
+        "variance_all": jnp.square(x - mean_D[None, None]).sum(-1),
+    } | {f"{name}_all": value for name, value in squares.items()}
+    per_typical = squares | {
+        "typical": jnp.ones(valid_RxT.shape, jnp.float32),
+        "variance": jnp.square(x - typical_mean_D[None, None]).sum(-1),
+    }
+    sums = {
+        name: jnp.where(where_RxT, value, 0).sum(1)
+        for where_RxT, values in ((valid_RxT, per_token), (typical_RxT, per_typical))
+        for name, value in values.items()
+    }
     return sums | {"fired": (fires & valid_RxT[..., None]).sum((0, 1))}
 
 
@@ -70,21 +94,23 @@ def add(total: Sums, batch: Sums) -> Sums:
 
 
 def combine(sums: Sums) -> dict[str, Any]:
-    """The metrics of one SAE.
+    """The metrics of one SAE; NaN is one that its reconstructions or the text give no meaning to.
 
     Returns:
         l0: mean active features per token.
-        loss_recovered: 1 - (ce_sae - ce_clean) / (ce_zero - ce_clean); loss_recovered_from_mean: with ce_mean.
+        loss_recovered: 1 - (ce_sae - ce_clean) / (ce_zero - ce_clean); loss_recovered_from_mean: with ce_mean. NaN
+            where that denominator is not certainly above 0: its interval, or with one row its value, reaches 0.
         ce_clean, ce_sae, ce_zero, ce_mean: nats per token with the activations kept, reconstructed, zeroed, or
             replaced by their mean.
         gamma: relative reconstruction bias, E||x_hat||^2 / E[x_hat . x]; below 1 is shrinkage.
         kl: of the clean predictions to those with reconstructions, nats per token.
         fvu: fraction of the activations' variance that is not explained.
+        gamma_all, fvu_all: with the tokens of `extreme` norm, which gamma and fvu leave out.
         cosine: mean cosine of activation and reconstruction.
         l1: mean sum of features, in the language model's units.
         gate_only: mean features per token whose gate is open and whose magnitude is 0.
         alive, dense: fractions of features that fired on at least one token, on more than a tenth of them.
-        tokens: how many activations were measured.
+        tokens, extreme: how many activations were measured, and how many of them have an extreme norm (`EXTREME`).
         intervals: {name: [low, high]}, 95% percentile bootstrap over rows, of all of these from l0 to gate_only
             but the cross-entropies; none for fewer than two rows.
     """
@@ -95,8 +121,14 @@ def combine(sums: Sums) -> dict[str, Any]:
     found: dict[str, Any] = _ratios(totals)
     found |= {f"ce_{kind}": totals[f"ce_{kind}"] / totals["predictions"] for kind in ("clean", "sae", "zero", "mean")}
     found |= {"alive": (fired > 0).mean(), "dense": (fired > DENSE * n).mean()}
-    found = {name: float(value) for name, value in found.items()} | {"tokens": int(n)}
-    return found | {"intervals": _intervals(dict(zip(names, rows, strict=True)))}
+    found = {name: float(value) for name, value in found.items()}
+    found |= {"tokens": int(n), "extreme": int(n - totals["typical"])}
+    intervals = _intervals(dict(zip(names, rows, strict=True)))
+    for name, other in AGAINST.items():
+        if not _is_certainly_above_0(sums[other] - sums["ce_clean"]):
+            found[name] = math.nan
+            intervals.pop(name, None)
+    return found | {"intervals": intervals}
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,13 +140,21 @@ def draws(rows: int) -> np.ndarray:
 def resampled(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The metrics [draws] on resampled rows."""
     weights = draws(len(rows["tokens"]))
-    return _ratios({name: weights @ values for name, values in rows.items()})
+    with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
+        return _ratios({name: weights @ values for name, values in rows.items()})
 
 
 def interval(values: np.ndarray) -> list[float]:
     """[low, high] of a metric on resampled rows; NaN if any is."""
     tail = 50 * (1 - LEVEL)
     return [float(value) for value in np.percentile(values, [tail, 100 - tail])]
+
+
+def _is_certainly_above_0(rows: np.ndarray) -> bool:
+    """Whether a total over rows [R] is, by its interval."""
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        return bool(rows.sum() > 0)
+    return bool(rows.sum() > 0) and interval(draws(len(rows)) @ rows)[0] > 0
 
 
 def _intervals(rows: dict[str, np.ndarray]) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from gsae_jax.evaluation import frontiers
 
@@ -19,7 +19,10 @@ LEGEND = 12  # with more SAEs than this in a panel, the legend names stacks
 
 def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
     """Loss recovered against L0, per site."""
-    return _against_l0(records, "loss_recovered", "loss recovered", published)[0]
+    figure, panels = _against_l0(records, "loss_recovered", "loss recovered", published)
+    for axis in panels.values():
+        _focus(axis, -0.5, 1.5)
+    return figure
 
 
 def gamma(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
@@ -27,6 +30,7 @@ def gamma(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = (
     figure, panels = _against_l0(records, "gamma", "relative reconstruction bias γ", published)
     for axis in panels.values():
         axis.axhline(1, color="0.4", linewidth=1, linestyle="--")
+        _focus(axis, 0, 3)
     return figure
 
 
@@ -52,22 +56,33 @@ def gates(records: list[dict[str, Any]], values: dict[str, dict[str, np.ndarray]
 
 
 def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: dict[str, np.ndarray]) -> None:
-    """One outline per SAE in its site's panel; the outermost bins take the thousandth of values beyond them."""
+    """One outline per SAE in its site's panel; the outermost bins take the thousandth of values beyond them.
+
+    They span the values of SAEs that have not diverged. One whose values are not finite is named in the legend only.
+    """
     stacks = frontiers.stacks(records)
+    values = {name: value.astype(np.float64) for name, value in values.items()}
     for site, axis in panels.items():
-        mine = [record["name"] for record in records if record["site"] == site and record["name"] in values]
-        low, high = np.quantile(np.concatenate([values[name] for name in mine]), (0.0005, 0.9995))
-        bins = np.linspace(low, high + 1e-6, 41)
+        members_here = [record for record in records if record["site"] == site and record["name"] in values]
+        mine = [record["name"] for record in members_here]
+        sound = [values[record["name"]] for record in members_here if record["fvu"] <= 1]
+        shown = np.concatenate(sound or [values[name] for name in mine])
+        shown = shown[np.isfinite(shown)]
+        low, high = np.quantile(shown, (0.0005, 0.9995)) if shown.size else (0.0, 1.0)
+        bins = np.linspace(low, high + 1e-6 * max(1, abs(high)), 41)
         for index, ((_, stack), members) in enumerate(stacks.items()):
             members = [record for record in members if record["name"] in mine]
             order = sorted((record["name"] for record in members), key=lambda name: (len(name), name))
             for number, record in enumerate(members):
                 each = len(mine) <= LEGEND
-                counts, _ = np.histogram(np.clip(values[record["name"]], bins[0], bins[-1]), bins)
+                value = values[record["name"]]
+                finite = value[np.isfinite(value)]
+                counts, _ = np.histogram(np.clip(finite, bins[0], bins[-1]), bins)
+                l0 = f"L0 {record['l0']:.0f}" if finite.size == value.size and np.isfinite(record["l0"]) else "diverged"
                 axis.stairs(
                     counts,
                     bins,
-                    label=f"{record['name']}, L0 {record['l0']:.0f}" if each else stack if number == 0 else None,
+                    label=f"{record['name']}, {l0}" if each else stack if number == 0 else None,
                     color=COLOURS[index % len(COLOURS)],
                     alpha=_shade(order.index(record["name"]), len(members)),
                     linewidth=1.4 if each else 0.7,
@@ -92,6 +107,8 @@ def training(lines: list[dict[str, Any]]) -> Figure:
                 axis.plot(steps, column, color=COLOURS[index % len(COLOURS)], alpha=alpha, lw=1.2)
             axis.plot([], [], color=COLOURS[index % len(COLOURS)], label=stack)
         axis.set(xlabel="step", ylabel=field, yscale="linear" if field == "gamma" else "log")
+        if field == "gamma":
+            _focus(axis, 0, 3)
         _plain_numbers(axis.yaxis)
         axis.grid(alpha=0.25)
         if stacks:
@@ -116,10 +133,28 @@ def _shade(index: int, count: int) -> float:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """20 rather than 2 x 10^1 on a logarithmic axis."""
+    """20 rather than 2 x 10^1 on a logarithmic axis, and always some numbers."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    if axis.get_scale() == "log":
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""))
+    if axis.get_scale() != "log":
+        return
+    low, high = axis.get_view_interval()
+    if high < 8 * low:  # there may be no power of ten, nor 2, 3 or 5 times one
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(NullLocator())
+    else:
+        # Between the powers of ten there is room for numbers where there are few powers.
+        between = "235" if high < 1000 * low else "3" if high < 1e6 * low else ""
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else ""))
+
+
+def _focus(axis: Axes, low: float, high: float) -> None:
+    """Keep what lies in [low, high] readable where SAEs that have diverged lie far beyond, and count those."""
+    values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axis.lines] or [np.zeros(0)])
+    inside, beyond = values[(values >= low) & (values <= high)], np.sum((values < low) | (values > high))
+    if beyond and inside.size:
+        margin = 0.05 * (np.ptp(inside) or 1)
+        axis.set_ylim(inside.min() - margin, inside.max() + margin)
+        axis.text(0.02, 0.02, f"{beyond} points lie beyond this axis", transform=axis.transAxes, fontsize=8)
 
 
 def _against_l0(
@@ -134,6 +169,7 @@ def _against_l0(
         axis, first, colour = panels[site], members[0], COLOURS[index % len(COLOURS)]
         colours |= {record["name"]: colour for record in members}
         lines = defaultdict(list)
+        members = [record for record in members if np.isfinite(record[field]) and 0 < record["l0"] < np.inf]
         for record in members:
             lines[record["learning_rate"], record["seed"]].append(record)
         style: dict[str, Any] = dict(color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5)
@@ -164,9 +200,13 @@ def _against_l0(
                 x, y = ([point[name] for point in points] for name in ("l0", field))
                 axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose).replace("$", r"\$"))
     for axis in panels.values():
+        if not axis.lines:
+            text = "there is nothing to draw here:\nsee the sentences below the report's table"
+            axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center")
         if any(record["ito"] for record in records):
             axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")
         axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
         _plain_numbers(axis.xaxis)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     return figure, panels

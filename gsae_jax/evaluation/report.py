@@ -9,8 +9,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,10 @@ COLUMNS = {
     "l1": "l1",
     "gate_only": "gate_only",
     "dense": "dense",
+    "gamma_all": "gamma_all",
+    "fvu_all": "fvu_all",
+    "extreme": "extreme",
+    "target_l0": "target_l0",
     "seed": "seed",
     "variant": "variant",
     "ito": "ito",
@@ -56,6 +61,7 @@ COLUMNS = {
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
 Sections = Sequence[tuple[str, str, str]]  # heading, figure, text
 WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
+MISSED = 0.1  # a target of L0 is missed where L0 is further from it than this fraction of it
 
 
 def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
@@ -72,11 +78,16 @@ def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
     )
 
 
-def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
+def rows(
+    model: str,
+    saes: dict[str, trained.SAE],
+    sums: dict[str, metrics.Sums],
+    targets: Mapping[str, float] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """One record per measured SAE: what it is, and what it measured.
 
     `variant` is its architecture and the options that are not the default; `ito` the number of features where they
-    were chosen by gradient pursuit, else 0.
+    were chosen by gradient pursuit, else 0; `target_l0` of `targets`, by SAE, or None.
     """
     records = []
     for name in sums:
@@ -95,6 +106,7 @@ def rows(model: str, saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums]
                 "l1_coefficient": sae.l1_coefficient,
                 "learning_rate": sae.learning_rate,
                 "seed": sae.seed,
+                "target_l0": None if int(k) else targets.get(whose),
                 **metrics.combine(sums[name]),
             }
         )
@@ -132,7 +144,7 @@ def write(
     try:
         scratch.chmod(0o755)
         ratios = frontiers.ratios(records, sums)
-        (scratch / "report.json").write_text(_json(step, saes=records, l0_ratios=ratios))
+        (scratch / "report.json").write_text(_json(step, notes(records), saes=records, l0_ratios=ratios))
         with open(scratch / "frontier.csv", "w", newline="") as file:
             table = csv.writer(file)
             intervals = [f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")]
@@ -208,6 +220,59 @@ def read_published(path: str) -> list[dict[str, Any]]:
         raise ConfigError("--published", f"{path} has a cell that is no number: {error}") from error
 
 
+def notes(records: list[dict[str, Any]]) -> list[str]:
+    """What to know before reading the records of `rows` or of a report: a sentence for each thing that is wrong."""
+    encoders = [record for record in records if not record["ito"]]
+    found = []
+    for site in sorted({record["site"] for record in encoders}):
+        here = [record for record in encoders if record["site"] == site]
+        r = here[0]
+        if not any(math.isfinite(record["loss_recovered"]) for record in here) and math.isfinite(r["ce_zero"]):
+            found.append(
+                f"At {site} loss recovered has no meaning and is left blank: with activations of zero the language "
+                "model predicts the text no worse than with its own, or not certainly worse (CE zero "
+                f"{r['ce_zero']:.3f}, CE clean {r['ce_clean']:.3f} nats). Check that the text is of the kind that the "
+                "language model was trained on, and that rows are longer than 2 tokens."
+            )
+        if r.get("extreme"):
+            found.append(
+                f"At {site} {r['extreme']:,} of {r['tokens']:,} tokens have a norm above {metrics.EXTREME} times the "
+                f"median. FVU and γ leave them out; with them FVU is {_number(r['fvu_all'], '.3f')} for {r['name']}. "
+                "report.json has both, as fvu_all and gamma_all."
+            )
+    blank = ("l0", "l1", "ce_sae", "kl", "cosine")
+    diverged = [r for r in encoders if not all(math.isfinite(r[name]) for name in blank if name in r)]
+    sound = [r for r in encoders if r not in diverged]
+    for members, text in (
+        (diverged, "reconstructions that are not finite: training diverged. What cannot be measured is left blank"),
+        (
+            [r for r in sound if r["fvu"] > 1],
+            "an FVU above 1, which is worse than the mean activation as the reconstruction. Training diverged, or this "
+            "is another site or language model than that of training",
+        ),
+        ([r for r in sound if r["l0"] == 0], "an L0 of 0: no feature fires. Lower the l1 coefficient or learning rate"),
+    ):
+        if members:
+            found.append(f"{_names(members)} {'has' if len(members) == 1 else 'have'} {text}.")
+    found += [
+        f"{r['name']} has an L0 of {r['l0']:.4g}, but its target was {r['target_l0']:g}."
+        for r in sound
+        if _has_target(r) and abs(r["l0"] - r["target_l0"]) > MISSED * r["target_l0"]
+    ]
+    return found
+
+
+def _names(records: list[dict[str, Any]]) -> str:
+    names = [record["name"] for record in records]
+    shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
+
+
+def _has_target(record: dict[str, Any]) -> bool:
+    # In reports it is null where there is none, and reports of earlier versions do not say.
+    return record.get("target_l0") is not None and math.isfinite(record["target_l0"])
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """The paper's table (Tables 1-8) in Markdown."""
     header, rows = _table(records)
@@ -223,6 +288,7 @@ def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         "λ",
         "Learning rate",
         "L0",
+        *(["Target L0"] if any(_has_target(record) for record in records) else []),
         "Loss recovered",
         "γ",
         "CE clean",
@@ -231,7 +297,12 @@ def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     ]
     header += ["CE mean", "KL", "FVU", "Alive"]
     rows = []
-    for r in sorted(records, key=lambda r: (r["site"], r["ito"] > 0, r["architecture"], r["width"], -r["l0"])):
+
+    def place(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["site"], r["ito"] > 0, r["architecture"], r["width"], math.isnan(r["l0"]), -r["l0"]
+
+    for r in sorted(records, key=place):
+        target = f"{r['target_l0']:g}" if _has_target(r) else ""
         trained_by = [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
         if r["ito"] or math.isnan(r["learning_rate"]):
             trained_by = ["", ""]
@@ -242,8 +313,9 @@ def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
                 str(r["width"]),
                 *trained_by,
                 _with_interval(r, "l0", ".1f"),
+                *([target] if "Target L0" in header else []),
                 *(_with_interval(r, name, ".3f") for name in ("loss_recovered", "gamma")),
-                *(f"{r[name]:.3f}" for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl", "fvu")),
+                *(_number(r[name], ".3f") for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl", "fvu")),
                 f"{r['alive']:.1%}",
             ]
         )
@@ -253,7 +325,12 @@ def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 def _with_interval(record: dict[str, Any], name: str, form: str) -> str:
     """`50.0 ±0.4`: half the width of the interval."""
     low_high = record["intervals"].get(name)
-    return f"{record[name]:{form}}" + (f" ±{(low_high[1] - low_high[0]) / 2:{form}}" if low_high else "")
+    return _number(record[name], form) + (f" ±{(low_high[1] - low_high[0]) / 2:{form}}" if low_high else "")
+
+
+def _number(value: float, form: str) -> str:
+    """A dash where it has no meaning."""
+    return f"{value:{form}}" if math.isfinite(value) else "–"
 
 
 def _ratio_table(ratios: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -285,9 +362,9 @@ def _in_markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *escaped])
 
 
-def _json(step: int | None, **report: list[dict[str, Any]]) -> str:
+def _json(step: int | None, notes: list[str], **report: list[dict[str, Any]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
-    whole: dict[str, Any] = {"step": step} | {
+    whole: dict[str, Any] = {"step": step, "notes": notes} | {
         part: [
             {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -305,7 +382,8 @@ ABOUT = (
     "cross-entropies (CE) in nats per token; zero and mean: activations replaced by zeros, by their mean. γ: "
     "E‖x̂‖² / E[x̂·x]; 1 is unbiased, below 1 is shrinkage. KL: of the clean predictions to those with reconstructions. "
     "FVU: fraction of variance unexplained. Alive: features that fired at least once. ±: half of a 95% bootstrap "
-    "interval over rows of text."
+    "interval over rows of text. –: has no meaning here. FVU and γ are of tokens whose norm is up to "
+    f"{metrics.EXTREME} times the site's median."
 )
 ITO = "Names ending in ito: the dictionary with so many features chosen by gradient pursuit, without its encoder."
 RATIOS = (
@@ -360,9 +438,15 @@ def about(records: list[dict[str, Any]]) -> str:
     return f"{ABOUT} {ITO}" if any(record["ito"] for record in records) else ABOUT
 
 
+def in_markdown(records: list[dict[str, Any]]) -> str:
+    """The table, what is wrong with its SAEs, and what its columns mean."""
+    listed = "\n".join(f"- {html.escape(note, quote=False)}" for note in notes(records))
+    return "\n\n".join(part for part in (table(records), listed, about(records)) if part)
+
+
 def _markdown(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections: Sections) -> str:
     title, measured = _title(records)
-    lines = [f"# {html.escape(title, quote=False)}", "", measured, "", table(records), "", about(records), ""]
+    lines = [f"# {html.escape(title, quote=False)}", "", measured, "", in_markdown(records), ""]
     if ratios:
         lines += ["## L0 at equal loss recovered", "", _in_markdown(*_ratio_table(ratios)), "", RATIOS, ""]
     for heading, figure, text in sections:
@@ -380,6 +464,8 @@ def _html(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections:
         return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
 
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{measured}</p>", in_html(*_table(records))]
+    if listed := "".join(f"<li>{html.escape(note)}</li>" for note in notes(records)):
+        parts.append(f"<ul>{listed}</ul>")
     parts.append(f"<p>{html.escape(about(records))}</p>")
     if ratios:
         parts += ["<h2>L0 at equal loss recovered</h2>", in_html(*_ratio_table(ratios)), f"<p>{RATIOS}</p>"]

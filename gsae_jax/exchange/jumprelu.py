@@ -16,12 +16,15 @@ def form(sae: trained.SAE) -> trained.SAE:
 
     Raises:
         ConfigError: a gated SAE whose encoder is not tied.
+        DivergedError: numbers that are not finite, or are too large in this form.
     """
     params: dict[str, Any] = records.parameters(sae)
     if sae.architecture == "relu":
         params = jumprelu.from_relu(params)
     elif sae.architecture == "gated":
         params = jumprelu.from_gated(params, sae.config)
+    if names := trained.not_finite(params):
+        raise records.DivergedError(sae.name, names)
     # Nothing lies between 0 and the smallest normal number.
     params["threshold"] = jnp.maximum(params["threshold"], np.finfo(np.float32).tiny)
     config = jumprelu.Config(sae.config.d_in, sae.config.width, sae.config.dtype)

@@ -47,6 +47,15 @@ METADATA: dict[str, tuple[Any, ...]] = {
 }
 
 
+class DivergedError(ConfigError):
+    """An SAE has numbers that are not finite, which no reader would take."""
+
+    def __init__(self, name: str, parameters: Iterable[str]):
+        """The SAE, and those of its parameters."""
+        message = "which happens when training diverges; lower its learning rate in a new run"
+        super().__init__(name, f"has numbers in {', '.join(parameters)} that are not finite or overflow, {message}")
+
+
 def record(sae: trained.SAE) -> dict[str, Any]:
     """What no other format has a place for; null is unknown, or no limit of norms."""
     numbers = {name: getattr(sae, name) for name in ("l1_coefficient", "learning_rate", "scale", "norm_limit")}
@@ -63,6 +72,7 @@ def parameters(sae: trained.SAE) -> dict[str, np.ndarray]:
 
     Raises:
         ConfigError: an architecture of your own, or a gated SAE whose encoder is not tied: no format can hold them.
+        DivergedError: numbers that are not finite, or would not be where they are used.
     """
     if sae.architecture not in ARCHITECTURES:
         message = f"is of architecture {sae.architecture!r}, which no format can hold"
@@ -74,6 +84,8 @@ def parameters(sae: trained.SAE) -> dict[str, np.ndarray]:
             raise ConfigError(sae.name, message)
         if not sae.config.use_r_mag:
             params["r_mag"] = np.zeros_like(params["r_mag"])
+    if names := trained.not_finite(params):
+        raise DivergedError(sae.name, names)
     return params
 
 
@@ -87,7 +99,8 @@ def recentred(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
     """Encoders' biases for inputs that are centred by b_dec, of an SAE whose are not; of a JumpReLU one the reverse."""
     b_dec = params["b_dec"]
     if architecture == "gated":
-        W_mag = params["W_gate"] * np.exp(params["r_mag"])[None]
+        with np.errstate(over="ignore", invalid="ignore"):  # which `build` refuses
+            W_mag = params["W_gate"] * np.exp(params["r_mag"])[None]
         return {
             "b_gate": linalg.shifted(params["b_gate"], b_dec, params["W_gate"]),
             "b_mag": linalg.shifted(params["b_mag"], b_dec, W_mag),
@@ -129,7 +142,11 @@ def build(
     told: dict[str, Any] | None,
     metadata: dict[str, Any],
 ) -> trained.SAE:
-    """The SAE of a file, with its record; one that is not ours has the name of its folder, or file."""
+    """The SAE of a file, with its record; one that is not ours has the name of its folder, or file.
+
+    Raises:
+        ConfigError: parameters that do not fit the record, or overflow.
+    """
     # A name ends in a number, as in a stack.
     path = path.absolute()
     stem = path.name if path.is_dir() else path.parent.name if path.stem == "params" else path.stem
@@ -138,6 +155,8 @@ def build(
     ours, told = told is not None, told or {"name": name, "options": {}, "dtype": "float32"}
     if told["options"].get("use_r_mag") is False and np.any(params["r_mag"]):
         files.refuse(path, ["its options say use_r_mag false, but the tensor r_mag is not zero"])
+    names = trained.not_finite(params)
+    files.refuse(path, [f"the parameter {name} has numbers that are not finite or overflow" for name in names])
     width, d_in = params["W_dec"].shape
     numbers = {name: told.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
     limit = told.get("norm_limit")

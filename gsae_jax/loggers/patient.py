@@ -4,8 +4,6 @@ import errno
 import os
 from pathlib import Path
 
-import tensorboardX
-
 from gsae_jax import processes
 
 
@@ -53,6 +51,3 @@ class File:
         if self._waiting:
             processes.warn(f"{self._path} lacks its last {len(self._waiting)} bytes")
         self._file.close()
-
-
-tensorboardX.record_writer.register_writer_factory(File.SCHEME, File)

@@ -1,12 +1,33 @@
 """TensorBoard: `tensorboard/` in the run's directory."""
 
-from collections.abc import Mapping
-
-import tensorboardX
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from gsae_jax.loggers import Run, patient
 
 PACKAGE = "tensorboardX"
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Importing torch takes over a second; tensorboardX does where it is installed, for tensors that it never gets."""
+    modules: dict[str, Any] = sys.modules
+    if "torch" in modules:
+        yield
+        return
+    modules["torch"] = None  # Python's way to say that there is none
+    try:
+        yield
+    finally:
+        del modules["torch"]
+
+
+with _without_torch():
+    import tensorboardX
+
+tensorboardX.record_writer.register_writer_factory(patient.File.SCHEME, patient.File)
 
 
 class Board:

@@ -93,7 +93,8 @@ def _pre_activations(
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
     pi_gate, pi_mag = pre_activations(params, x_BxD, config)
-    return jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0)
+    # NaN is not above 0, and would become a feature that is off.
+    return jnp.where(jnp.isnan(pi_gate), pi_gate, jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0))
 
 
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:

@@ -70,7 +70,10 @@ def _scale(params: dict[str, jax.Array], config: gated.Config) -> jax.Array:
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
     pi_BxF = linalg.matmul(x_BxD, params["W_enc"], config.dtype) + params["b_enc"][None]
-    return jnp.where(pi_BxF > jax.nn.relu(params["threshold"])[None], pi_BxF, 0)
+    threshold = jax.nn.relu(params["threshold"])[None]
+    # NaN is not above a threshold, nor anything above NaN: it would become a feature that is off.
+    is_nan = jnp.isnan(pi_BxF) | jnp.isnan(threshold)
+    return jnp.where(is_nan, jnp.nan, jnp.where(pi_BxF > threshold, pi_BxF, 0))
 
 
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:

@@ -30,7 +30,9 @@ def centred_product(x_BxD: jax.Array, b_D: jax.Array, W: jax.Array, dtype: str) 
 
 def shifted(bias: jax.Array, b_D: jax.Array, W_DxF: jax.Array) -> jax.Array:
     """bias + b @ W [F], on the host in float64 and rounded once: an encoder's bias for inputs centred otherwise."""
-    return jnp.asarray(np.asarray(bias) + np.asarray(b_D, np.float64) @ np.asarray(W_DxF, np.float64), jnp.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # who uses it looks at whether it is finite
+        shifted_F = np.asarray(bias) + np.asarray(b_D, np.float64) @ np.asarray(W_DxF, np.float64)
+        return jnp.asarray(shifted_F.astype(np.float32))
 
 
 def unit_rows(key: jax.Array, rows: int, columns: int) -> jax.Array:

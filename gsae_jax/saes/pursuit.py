@@ -19,7 +19,8 @@ def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, k: int) -> tuple[jax.Array, j
         k: the L0 allowed, at most F.
 
     Returns:
-        Which atoms [B, k], and their coefficients [B, k]; 0 where a round found nothing that helps.
+        Which atoms [B, k], and their coefficients [B, k]; 0 where a round found nothing that helps, NaN where an
+        input or an atom is not finite.
     """
     B, D = x_BxD.shape
     rows = jnp.arange(B)
@@ -28,7 +29,7 @@ def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, k: int) -> tuple[jax.Array, j
         chosen_BxF, index_BxK, atoms_BxKxD, alpha_BxK, residual_BxD = carry
         correlation = jnp.where(chosen_BxF, -jnp.inf, residual_BxD @ W_dec_FxD.T)
         best_B = correlation.argmax(-1)
-        helps_B = correlation[rows, best_B] > 0
+        helps_B = ~(correlation[rows, best_B] <= 0)  # NaN is chosen, so that the codes are NaN as well
         chosen_BxF = chosen_BxF.at[rows, best_B].set(helps_B)
         index_BxK = index_BxK.at[:, i].set(best_B)
         atoms_BxKxD = atoms_BxKxD.at[:, i].set(jnp.where(helps_B[:, None], W_dec_FxD[best_B], 0))

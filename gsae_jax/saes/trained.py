@@ -63,12 +63,26 @@ def converter(source: str, target: str) -> Callable[[dict[str, jax.Array]], dict
     return getattr(module_of(target), f"from_{source}", None)
 
 
+def not_finite(params: dict[str, Any]) -> list[str]:
+    """The names of parameters that have a number which is not finite; of r_mag its exponential must be, too."""
+
+    def is_finite(name: str, value: Any) -> bool:
+        with np.errstate(over="ignore"):
+            value = np.exp(np.asarray(value, np.float32)) if name == "r_mag" else np.asarray(value, np.float32)
+        return bool(np.isfinite(value).all())
+
+    return [name for name, value in params.items() if not is_finite(name, value)]
+
+
 def with_unit_rows(architecture: str, params: dict[str, jax.Array], field: str) -> dict[str, jax.Array]:
     """The same reconstructions from unit decoder rows, as training has them: activations take the rows' norms.
 
     Raises:
-        ConfigError: a row of zeros, which has no direction; the message starts with `field`.
+        ConfigError: a row of zeros, which has no direction, or numbers that are not finite; the message starts with
+            `field`.
     """
+    if names := not_finite(params):
+        raise ConfigError(field, f"has numbers in {', '.join(names)} that are not finite; write SAEs without such")
     norms_F = jnp.linalg.norm(params["W_dec"], axis=-1)
     if not norms_F.all():
         dead = int((norms_F == 0).sum())

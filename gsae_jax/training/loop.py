@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from gsae_jax.training import scaling
 from gsae_jax.training.step import Program, TrainState
 
 RETRIES = (1, 5, 25)  # seconds before the last state is saved again, if that failed
+FAR = 10  # squared errors of so many times that of a zero reconstruction are told, when training is under way
 
 
 def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[str, Any]] | None = None) -> bool:
@@ -105,7 +107,7 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     machine = _machine(mesh)
     facts: dict[str, Any] = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "lm": lm_fingerprint}
     facts["starts"] = before.get("starts") or {name: trained.fingerprint(params) for name, params in starts.items()}
-    facts |= {"buffer": config.checkpoint.buffer, "machine": machine}
+    facts |= {"buffer": config.checkpoint.buffer, "machine": machine, "skips": before.get("skips", {})}
     try:
         if latest is not None:
             state, position = _restore(program, checkpoints, latest, before.get("buffer", True))
@@ -158,7 +160,7 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: 
     """The first state: sites measured on the first tokens, in at `most` so many calls, and a full buffer."""
     config = program.config
     calls = -(-config.activations.scale_tokens // (config.rows_per_call * config.data.context_length))
-    calls = calls if most is None else min(calls, most)
+    calls = calls if most is None else min(calls, max(1, most))
     batches = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
     measured = {}
     for site in config.sites:
@@ -254,15 +256,19 @@ def _loop(
         nonlocal saved
         facts["l1_coefficients"] = {name: jax.device_get(s.l1_coefficient).tolist() for name, s in state.stacks.items()}
         stack, _, name = config.checkpoint.keep_best.partition("/")
-        score = float(jax.device_get(statistics[stack][name]).mean()) if stack else None
-        checkpoints.save(step, *saved_parts(state, config.checkpoint.buffer), stream.get_state(), facts, score)
+        score = float(jax.device_get(statistics[stack][name]).mean()) if stack else math.nan
+        divergence.look(step, statistics, trained_on)
+        facts["skips"] = divergence.skips
+        parts = saved_parts(state, config.checkpoint.buffer)
+        checkpoints.save(step, *parts, stream.get_state(), facts, score if math.isfinite(score) else None)
         saved = step
 
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
         # Statistics of the call before, which are read while the next one runs.
         waiting: tuple[int, Any, jax.Array, np.ndarray] | None = None
-        skips = _Skips(config, progress)
-        while step < total and not signals.stop(step // per_call) and not skips.lost:
+        divergence = _Divergence(config, program.widths, progress, facts["skips"])
+        divergence.count(step, {name: stack.skipped_in_row for name, stack in state.stacks.items()})
+        while step < total and not signals.stop(step // per_call) and not divergence.lost:
             try:
                 tokens_RxT = next(stream)
                 placed = program.place_tokens(tokens_RxT)
@@ -277,15 +283,17 @@ def _loop(
                 state, counts = program.resample(state)
                 progress.say(f"step {step:,}: dead features that began again: {_named(counts)}")
             if waiting is not None:
-                skips.look(waiting[0], waiting[1], waiting[3])
+                divergence.look(waiting[0], waiting[1], waiting[3])
                 log(*waiting[:3])
                 if metrics and waiting[0] == saved:
                     metrics.sync()  # now with the line of the step that was saved
-            waiting = step, statistics, dropped, tokens_RxT
+            trained_on = tokens_RxT
+            waiting = step, statistics, dropped, trained_on
             progress.bar.update(per_call)
             if step // config.checkpoint.every > saved // config.checkpoint.every:
                 save()
         if waiting is not None:
+            divergence.look(waiting[0], waiting[1], waiting[3])
             log(*waiting[:3])
         if step > saved:
             save()
@@ -305,41 +313,83 @@ def _loop(
         )
     if unusable:
         raise unusable
-    if skips.lost:
-        raise TrainingError(skips.write(workdir, step))
+    if divergence.lost:
+        message = divergence.write(workdir, step)
+        if step < total:
+            raise TrainingError(message)
+        processes.warn(message)  # the report tells of it too
     if step < total:
         kept = f"step {saved:,} is saved" if saved else "no step was made yet"
         processes.say(f"{signals.received}: {kept}; the same command continues from there")
     return step == total
 
 
-class _Skips:
-    """Watches for SAEs that skip updates because numbers are not finite."""
+class _Divergence:
+    """Watches for SAEs that diverge: numbers that are not finite, or a reconstruction that is far worse than none."""
 
-    def __init__(self, config: Experiment, progress: "_Progress"):
-        self._config, self._progress = config, progress
-        self._since: dict[str, tuple[int, np.ndarray]] = {}  # SAE -> the call that its skips began in, and its tokens
+    def __init__(
+        self, config: Experiment, widths: dict[str, int], progress: "_Progress", skips: dict[str, dict[str, Any]]
+    ):
+        """`widths`: of the sites; `skips`: those that the checkpoint had when it was written."""
+        self._config, self._widths, self._progress = config, widths, progress
+        self._far: set[str] = set()
+        # SAE that skips updates -> the step of the call in which that began, and the tokens of that call.
+        self.skips = dict(skips)
         self.lost: list[str] = []
 
     def look(self, step: int, statistics: dict[str, dict[str, jax.Array]], tokens_RxT: np.ndarray) -> None:
-        """At a call's statistics: say where skips begin, and which SAEs are `lost`."""
-        in_row = jax.device_get({name: stack["skipped_in_row"] for name, stack in statistics.items()})
-        for sae, count in ((f"{name}_{i}", n) for name, counts in in_row.items() for i, n in enumerate(counts)):
-            if count == 0:
-                self._since.pop(sae, None)
-            elif sae not in self._since:
-                self._since[sae] = step, tokens_RxT
-                self._progress.say(f"step {step:,}: {sae} skips updates: its loss or gradients are not finite")
-            if count >= self._config.train.max_skipped:
-                self.lost.append(sae)
+        """Say which SAEs begin to diverge in the call that ended at this step; it may be looked at twice."""
+        fields = ("skipped_in_row", "mse", "x_hat_sq", "x_hat_dot_x")
+        found = jax.device_get({name: {field: of[field] for field in fields} for name, of in statistics.items()})
+        self.count(step, {name: of["skipped_in_row"] for name, of in found.items()}, tokens_RxT)
+        # A wide random dictionary begins with large reconstructions.
+        if step <= max(self._config.train.warmup_steps, self._config.train.steps // 10):
+            return
+        for name, of in found.items():
+            # Of E||x - x_hat||^2 what a zero reconstruction has: 1 in the mean, by the scale, and more in some batches.
+            D = self._widths[self._config.stacks[name].site]
+            zero_N = np.maximum(1, of["mse"] + (2 * of["x_hat_dot_x"] - of["x_hat_sq"]) / D)
+            for index, far in enumerate(of["mse"] > FAR * zero_N):
+                sae = f"{name}_{index}"
+                if not far:
+                    self._far.discard(sae)
+                elif sae not in self._far:
+                    self._far.add(sae)
+                    self._progress.say(
+                        f"step {step:,}: {sae} has diverged: its squared error is more than {FAR} times that of a zero "
+                        "reconstruction; lower its learning rate in a new run"
+                    )
+
+    def count(self, step: int, in_row: dict[str, Any], tokens_RxT: np.ndarray | None = None) -> None:
+        """Note where skips began, and which SAEs are `lost`, from the updates that each skipped in a row."""
+        per_call = self._config.updates_per_call
+        counts = {f"{name}_{i}": int(n) for name, of in jax.device_get(in_row).items() for i, n in enumerate(of)}
+        for sae, skipped in counts.items():
+            began = -(-(step - skipped + 1) // per_call) * per_call
+            if skipped == 0:
+                self.skips.pop(sae, None)
+            elif self.skips.get(sae, {}).get("step") != began:
+                # Of calls before a checkpoint that does not tell of them, the tokens are not known any more.
+                tokens = None if tokens_RxT is None or began != step else tokens_RxT.tolist()
+                self.skips[sae] = {"step": began, "tokens": tokens}
+                self._progress.say(f"step {began:,}: {sae} skips updates: its loss or gradients are not finite")
+        self.lost = [sae for sae, skipped in counts.items() if skipped >= self._config.train.max_skipped]
 
     def write(self, workdir: workdir_lib.Workdir, step: int) -> str:
-        """Put `diverged.json` in the run's directory; returns the message."""
+        """Put `diverged.json` in the run's directory, where earlier records stay; returns the message."""
         path = workdir.path / "diverged.json"
         if processes.first():
-            about = {sae: {"step": self._since[sae][0], "tokens": self._since[sae][1].tolist()} for sae in self.lost}
-            workdir_lib.write_text(path, json.dumps(about) + "\n")
-        since = ", ".join(f"{sae} since step {self._since[sae][0]:,}" for sae in self.lost)
+            try:
+                records = dict(config_lib.parse_json(path.read_text()))
+            except (OSError, ValueError, TypeError):
+                records = {}
+            for sae in self.lost:
+                earlier, record = records.get(sae), self.skips[sae]
+                same = isinstance(earlier, dict) and earlier.get("step") == record["step"]
+                if earlier is None or not (same or record["tokens"] is None):
+                    records[sae] = record
+            workdir_lib.write_text(path, json.dumps(records) + "\n")
+        since = ", ".join(f"{sae} since step {self.skips[sae]['step']:,}" for sae in self.lost)
         return (
             f"not finite in {self._config.train.max_skipped} updates in a row: {since}; step {step:,} is saved and "
             f"{path} has the tokens that were read when it began; lower the learning rate of these SAEs in a new run"
@@ -381,23 +431,25 @@ def _tokens_needed(config: Experiment) -> int:
 
 
 class _Signals:
-    """Turns SIGTERM and SIGINT into a name to look at between steps; a second one ends the process at once.
+    """Turns SIGTERM, SIGINT and SIGHUP into a name to look at between steps; a second one ends the process at once.
 
-    Of several processes, whichever receives a SIGTERM, all end after the same step, which JAX finds; a SIGINT
-    interrupts at once.
+    Of several processes, whichever receives one, all end after the same step, which JAX finds.
     """
 
     received = ""
 
     def stop(self, call: int) -> bool:
         """Whether to end before this call of the train step."""
-        if not self._before and multihost_utils.reached_preemption_sync_point(call):
-            self.received = "SIGTERM"
-        return bool(self.received)
+        if not self._together:
+            return bool(self.received)
+        if not multihost_utils.reached_preemption_sync_point(call):
+            return False
+        self.received = self.received or "SIGTERM"
+        return True
 
     def __enter__(self) -> "_Signals":
-        numbers = () if jax.distributed.is_initialized() else (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        self._together = jax.distributed.is_initialized()
+        self._before = processes.on_interruption(self._receive)
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -405,6 +457,8 @@ class _Signals:
             print(f"{signal.Signals(number).name} again: ended without saving", file=sys.stderr, flush=True)
             os._exit(128 + number)  # an orderly exit would wait for what is being saved
         self.received = signal.Signals(number).name
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)  # the one that JAX tells the others about
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
@@ -424,7 +478,8 @@ class _Progress:
         """Put L0, loss and gamma of every SAE on the lines; returns these and the others by `{stack}/{name}`."""
         values: dict[str, Any] = {}
         for name, stack in statistics.items():
-            gamma = stack.pop("x_hat_sq") / np.maximum(stack.pop("x_hat_dot_x"), 1e-12)
+            dot = stack.pop("x_hat_dot_x")
+            gamma = stack.pop("x_hat_sq") / np.where(dot == 0, np.nan, dot)
             values |= {f"{name}/{key}": value.tolist() for key, value in sorted((stack | {"gamma": gamma}).items())}
             columns = (("L0", stack["l0"], ".1f"), ("loss", stack["loss"], ".3f"), ("γ", gamma, ".3f"))
             texts = (f"{title} {' '.join(f'{value:{form}}' for value in column)}" for title, column, form in columns)

@@ -50,6 +50,7 @@ CHIPS = {
     "gpu:h200": Chip(141 * 10**9, 989e12, 450e9, 50e9),
     "gpu:b200": Chip(180 * 10**9, 2250e12, 900e9, 50e9),
 }
+EXAMPLES = {"v4": (2, 2, 2), "v5e": (4, 4), "v5p": (2, 2, 2), "v6e": (4, 4)}  # sides; of others 8 devices
 
 
 class Topology(NamedTuple):
@@ -66,11 +67,12 @@ class Topology(NamedTuple):
         chip, sides = gpu or kind, tuple(int(side) for side in (number or size or "0").split("x"))
         known = [*CHIPS, "cpu"]
         if chip not in known or min(sides) < 1 or (chip == "cpu" and len(sides) > 1):
-            name = chip or text
-            raise ConfigError(
-                "--topology",
-                f"is {text!r}; write one like v5e:4x4, gpu:h100x8 or cpu:8; {known_names(name, known)}",
-            )
+            written = next((name for name in known if re.match(rf"{name}(?!\w)|{name}x", text)), None)
+            if written is None:
+                what = f"write one like v5e:4x4, gpu:h100x8 or cpu:8; {known_names(chip or text, known)}"
+            else:
+                what = f"write how many devices there are, such as {cls(written, EXAMPLES.get(written, (8,)))}"
+            raise ConfigError("--topology", f"is {text!r}; {what}")
         return cls(chip, sides)
 
     def __str__(self) -> str:

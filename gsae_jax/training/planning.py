@@ -210,12 +210,14 @@ def _range(values: dict[str, float], form: str) -> str:
 def mesh_of(config: Experiment, topology: Topology) -> Any:
     """The mesh: of devices to compile for, or, where there is no compiler, its shape alone."""
     devices = topology.devices()
-    latent, data = config.mesh.latent, config.mesh.data or topology.size // config.mesh.latent
-    if data * latent != topology.size:
+    latent, size = config.mesh.latent, topology.size
+    if size % latent:
+        raise ConfigError("mesh.latent", f"is {latent}; {topology} has {size} devices, write a divisor of that")
+    data = config.mesh.data or size // latent
+    if data * latent != size:
         raise ConfigError(
-            "mesh.latent",
-            f"is {latent}, times {data} along mesh.data, but {topology} has {topology.size} devices; write a divisor, "
-            "and 0 for mesh.data",
+            "mesh.data",
+            f"is {data}, times mesh.latent {latent}, but {topology} has {size} devices; write {size // latent}, or 0",
         )
     if devices is None:
         return AbstractMesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)

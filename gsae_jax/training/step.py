@@ -213,7 +213,7 @@ class Program:
     def train_step(self) -> Callable[..., tuple[TrainState, Metrics, jax.Array]]:
         """(state, lm_params, tokens [rows_per_call, T]) -> (state `updates_per_call` later, mean statistics, dropped).
 
-        Means are over the updates that an SAE made; `dropped` is the state's.
+        Means are over the updates that an SAE made, and NaN where it made none; `dropped` is the state's.
         """
         config, updates = self.config, self.config.updates_per_call
         schedule, gain = optimiser.schedule(config.train, config.resampled_at), optimiser.gain(config.train)
@@ -241,7 +241,10 @@ class Program:
             (stacks, store), metrics = jax.lax.scan(one_update, (stacks, store), inputs)
             for name, of_stack in metrics.items():
                 made = of_stack.pop("updates").sum(0)
-                metrics[name] = {key: value.sum(0) / jnp.maximum(made, 1) for key, value in of_stack.items()}
+                # An SAE that made no update has no mean. NaN says so; 0 would be the best loss of all.
+                metrics[name] = {
+                    key: value.sum(0) / jnp.where(made > 0, made, jnp.nan) for key, value in of_stack.items()
+                }
             return stacks, store, metrics
 
         mapped = jax.shard_map(

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -196,3 +197,24 @@ def csv_file(random: random.Random, content: bytes) -> bytes:
             random.choice((*VALUES[:-1], "$\\frac{", "$x$", "$\\frac{$", '"', "1e999", "-0.5", "nan"))
         )
     return "\n".join(",".join(row) for row in lines).encode("utf-8", "replace")
+
+
+def parameters(random: random.Random, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of an SAE as divergence leaves them: one or two with numbers that are not finite, huge, or zero."""
+    mutant = {name: np.array(value) for name, value in params.items()}
+    for _ in range(random.choice((1, 1, 2))):
+        name = random.choice(sorted(mutant))
+        value = mutant[name]
+        kind = random.randrange(6)
+        if kind == 0:  # all features off
+            for bias in {"b_gate", "b_enc"} & set(mutant):
+                mutant[bias][...] = -1e6
+        elif kind == 1:  # what a decoder's rows become where their norm overflows
+            mutant["W_dec"][random.randrange(len(mutant["W_dec"])) :] = 0
+        elif kind == 2 and "r_mag" in mutant:
+            mutant["r_mag"][: random.randrange(1, len(mutant["r_mag"]) + 1)] = random.choice((89, 1000, -1000, 1e30))
+        else:
+            number = random.choice((np.nan, np.inf, -np.inf, 1e30, -1e30, 3e38, 1e-38, 0))
+            where = random.choice((..., (..., random.randrange(value.shape[-1])), (0,) * value.ndim))
+            value[where] = number
+    return mutant

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -155,15 +156,46 @@ with _Signals() as signals:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_ends_at_once(number):
-    command = [sys.executable, "-c", SIGNALS]
+    heard = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)"  # tests in the background ignore some
+    command = [sys.executable, "-c", heard + SIGNALS]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == f"saving {number.name}\n"
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    command = ["nohup", sys.executable, "-c", SIGNALS]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "saving SIGTERM\n"
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict, tmp_path, monkeypatch, capsys, number):
+    """Here while the run reports."""
+    monkeypatch.setattr(train_command, "CONFIG", SimpleNamespace(value=config_dict), raising=False)
+    monkeypatch.setattr(train_command, "WORKDIR", SimpleNamespace(value=str(tmp_path)), raising=False)
+    monkeypatch.setattr(train_command.loop, "train", lambda *_: True)
+    monkeypatch.setattr(train_command, "evaluate", lambda path: signal.raise_signal(number))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    signal.signal(number, signal.SIG_DFL)  # tests in the background ignore some
+    try:
+        assert train_command.main() == train_command.INTERRUPTED
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    out, err = capsys.readouterr()
+    assert f"{number.name}: the same command continues" in out
+    assert "train.dead_after is 1,000, more than the 16 steps" in err
 
 
 def test_a_run_of_an_earlier_version_is_read(experiment, tmp_path, capsys):

@@ -1,10 +1,12 @@
-"""A damaged checkpoint is noticed, named and passed over."""
+"""A damaged checkpoint is noticed, named and passed over, and one that cannot be read back replaces none."""
 
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
 import gsae_jax
 from gsae_jax import config as config_lib
@@ -93,3 +95,73 @@ def test_when_none_is_sound_nothing_is_touched(run, experiment):
         loop.train(experiment, run)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != workdir_lib.LOCK}
     workdir_lib.Workdir(run).check(config_lib.to_dict(experiment))
+
+
+PARAMS = {"gated": {"W_dec": jnp.arange(6.0).reshape(2, 3), "b_dec": jnp.ones(3)}}
+STATE = {"step": jnp.array(7)}
+
+
+def save(path, steps, **which):
+    """A run directory in which these steps were saved, one after the other."""
+    workdir = workdir_lib.Workdir(path)
+    workdir.create({})
+    checkpoints = workdir_lib.Checkpoints(workdir, config_lib.Checkpoint(**{"every": 1, "keep": 1} | which))
+    for step in steps:
+        checkpoints.save(step, PARAMS, STATE, {"position": step}, {"rows": "all", "score": float("nan")}, None)
+    checkpoints.close()
+    workdir.release()
+    return workdir
+
+
+@pytest.mark.parametrize("name", ["l1=[1e-3] #1", "[!a]*", "a?b", "**", "{a,b} 50% é'\"\n"])
+def test_a_directory_of_any_name_keeps_what_is_saved_in_it(tmp_path, name):
+    """Also where it would match its neighbour as a pattern."""
+    neighbour = save(tmp_path / "axb" / "run", [1])
+    for path in (tmp_path / name, tmp_path / name / "run"):
+        workdir = save(path, [1, 2])
+        assert workdir.sound_step() == 2
+        assert [path.name for path in (path / "checkpoints").iterdir()] == ["2"]
+        jax.tree.map(np.testing.assert_array_equal, workdir.params(2, workdir_lib.single_device(PARAMS)), PARAMS)
+        assert workdir.facts(2)["rows"] == "all"
+    assert neighbour.sound_step() == 1
+
+
+def test_a_failed_save_removes_nothing_of_a_neighbour(tmp_path):
+    """Whose name the failed one's matches as a pattern."""
+    theirs = tmp_path / "axb" / "checkpoints" / "1.orbax-checkpoint-tmp"
+    theirs.mkdir(parents=True)
+    workdir = workdir_lib.Workdir(tmp_path / "a?b")
+    workdir.create({})
+    checkpoints = workdir_lib.Checkpoints(workdir, config_lib.Checkpoint(every=1, keep=1))
+    checkpoints.save(1, PARAMS, STATE, {"position": lambda: None}, {}, None)  # JSON cannot hold that
+    checkpoints.close()
+    assert workdir.latest_step() is None
+    assert theirs.is_dir()
+
+
+@pytest.mark.parametrize("path", ["a\\b", "a\\[1\\]/run", "gs://bucket/l1=[1e-3]", "gs://bucket/a?b/run"])
+def test_a_path_that_libraries_take_for_another_is_refused(experiment, tmp_path, path, monkeypatch):
+    monkeypatch.setattr(workdir_lib.buckets, "check", lambda field, path: None)  # whether gs:// can be used here
+    workdir = workdir_lib.Workdir(path if path.startswith("gs:") else tmp_path / path)
+    for act in (workdir.check_writable, workdir.config, lambda: workdir.check(config_lib.to_dict(experiment))):
+        with pytest.raises(ConfigError) as error:
+            act()
+        assert error.value.field == "--workdir"
+        assert "contains" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_read_back_replaces_nothing(tmp_path, capsys, monkeypatch):
+    """As when orbax leaves the arrays' names out of a checkpoint."""
+    save(tmp_path / "run", [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", unmerged)
+        workdir = save(tmp_path / "run", [2])
+    assert "checkpoint 2 could not be saved" in capsys.readouterr().err
+    assert workdir.sound_step() == workdir.latest_step() == 1
+    assert workdir.params(1, workdir_lib.single_device(PARAMS)).keys() == PARAMS.keys()
+    assert save(tmp_path / "run", [3]).sound_step() == 3
+
+
+async def unmerged(*args, **kwargs):
+    """Nothing."""

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from gsae_jax import mesh as mesh_lib
+from gsae_jax import reports
+from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import TrainingError
 from gsae_jax.lms.loading import capture
 from gsae_jax.training import loop
@@ -47,7 +49,9 @@ def test_one_saes_nan_leaves_the_others_bit_identical(experiment, shape):
     np.testing.assert_array_equal(stack.skipped, [0, 4, 0, 0])
     np.testing.assert_array_equal(stack.skipped_in_row, [0, 4, 0, 0])
     np.testing.assert_array_equal(after.stacks["gated"].skipped_in_row, 0)
-    assert all(np.isfinite(value).all() for name, value in metrics.items() if name != "l1_coefficient")
+    counted = ("skipped", "skipped_in_row", "dead")
+    for name, value in metrics.items():  # it made no update of which there could be a mean
+        np.testing.assert_array_equal(np.isfinite(value), [True, name in counted, True, True], name)
     parts = (lambda s: s.params, lambda s: s.second_moments.nu, lambda s: s.steps_since_fired)
     for part in parts:
         for old, kept, new, other in zip(
@@ -63,16 +67,47 @@ def test_one_saes_nan_leaves_the_others_bit_identical(experiment, shape):
 def test_an_sae_that_diverges_ends_training(experiment, tmp_path):
     """By name, with its step and tokens on disk, and the others' progress saved."""
     experiment = with_(four(experiment, learning_rates=(1e-2, 1e-2, 1e30, 1e-2)), train={"max_skipped": 6})
-    with pytest.raises(TrainingError, match=r"gated_2 since step 4; step 12 is saved") as caught:
-        loop.train(experiment, tmp_path / "run")
-    assert str(tmp_path / "run" / "diverged.json") in str(caught.value)
-    found = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    run, record = tmp_path / "run", tmp_path / "run" / "diverged.json"
+    with pytest.raises(TrainingError, match=r"gated_2 since step 4; step 8 is saved") as caught:
+        loop.train(experiment, run)
+    assert str(record) in str(caught.value)
+    found = json.loads(record.read_text())
     assert list(found) == ["gated_2"]
     assert np.shape(found["gated_2"]["tokens"]) == (16, 16)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 8, 12]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8]
     assert lines[-1]["gated/skipped"][:2] == [0, 0]
     assert lines[-1]["gated/skipped"][2] >= 6
+    # The same command says the same, and what is on disk stays.
+    before = record.read_text(), (run / "metrics.jsonl").read_text()
+    with pytest.raises(TrainingError, match=r"gated_2 since step 4; step 8 is saved"):
+        loop.train(experiment, run)
+    assert (record.read_text(), (run / "metrics.jsonl").read_text()) == before
+
+
+def test_one_that_diverges_has_no_score_and_spoils_no_report(experiment, tmp_path):
+    """Its mean of the first call is the best there was; a loss of 0 would have been better."""
+    rates = {"learning_rates": (1e-2, 1e-2, 1e30, 1e-2)}
+    checkpoint = {"every": 4, "keep": 1, "keep_best": "gated/loss"}
+    experiment = with_(four(experiment, **rates), checkpoint=checkpoint)
+    assert loop.train(experiment, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["16", "4"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("gated/loss", "gated/mse", "gated/l0", "gated/gamma"):
+        assert [value is None for value in lines[-1][name]] == [False, False, True, False]
+    assert len(workdir_lib.read_metrics(workdir_lib.Workdir(tmp_path / "run"))) == len(lines)
+    reports.evaluate(tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert [record["l0"] is None for record in found["saes"]] == [False, False, True, False]
+    assert [record["fvu"] is None for record in found["saes"]] == [False, False, True, False]
+    assert any("gated_2" in note for note in found["notes"])
+
+
+def test_finite_divergence_is_told_and_training_goes_on(experiment, tmp_path, capsys):
+    assert loop.train(four(experiment, learning_rates=(1e-2, 1e-2, 10.0, 1e-2)), tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if "has diverged" in line]
+    assert len(said) == 1
+    assert "gated_2 has diverged: its squared error is more than 10 times" in said[0]
 
 
 def test_activations_that_are_not_finite_are_dropped_and_counted(experiment):
