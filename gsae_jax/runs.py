@@ -43,7 +43,7 @@ def load(
     """
     workdir = workdir_lib.Workdir(path, field)
     bucket = buckets.is_bucket(path)
-    if imported := {} if bucket else imports.read(Path(path)):
+    if imported := {} if bucket else imports.read(Path(os.path.expanduser(path))):
         if step is not None:
             raise ConfigError("step", f"is {step}, and {path} is no run; leave it out")
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
@@ -149,7 +149,7 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
 
 def _members_of(start: str, field: str) -> list[trained.SAE]:
     """The SAEs that `start_from`, called `field`, names: a stack of a run, or whatever SAEs lie in a path."""
-    if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(start)):
+    if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(os.path.expanduser(start))):
         if len(kinds := {(sae.architecture, sae.config, sae.site) for sae in elsewhere.values()}) > 1:
             raise ConfigError(field, f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
         return list(elsewhere.values())

@@ -436,6 +436,7 @@ def test_other_folders_are_told_for_what_they_are(tmp_path, lm_dir):
         "lfs": r"sae_weights\.safetensors: .*is a pointer of git-lfs",
         "trained": r'trained/config\.json: dict_class "AutoEncoderTopK" is not supported',
         "nowhere": r"path: .*nowhere is not here",
+        "~nobody-is-called-so/x": r"path: .*is not here",
         lm_dir: "holds a language model and no SAE",
     }.items():
         with pytest.raises(ConfigError, match=message) as error:

@@ -17,7 +17,6 @@ def read(path: Path) -> dict[str, trained.SAE]:
         ConfigError: a file that does not fit its format, a folder that is known to be of another kind, or two SAEs of
             one name.
     """
-    path = path.expanduser()
     formats = plugins.known("exchange", having="recognises").values()
     folders = path.is_dir() and not workdir.Workdir(path).holds_run()
     # Hidden ones are a program's own: .git, or what is left of an export that was killed.

@@ -198,7 +198,8 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
     Raises:
         ConfigError: no such directory, or the hub cannot give it.
     """
-    folder = Path(path).expanduser() if path else EMBEDDED
+    # Path's own expanduser raises for the home of nobody, and takes ./~ for ~.
+    folder = Path(os.path.expanduser(path)) if path else EMBEDDED
     try:
         from_hub = not folder.is_dir()
     except OSError as error:  # a name that is too long, for one

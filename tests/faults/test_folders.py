@@ -66,14 +66,17 @@ NAMES = (
     "C:",
 )
 
+PATTERNS = ("a*", "a?b", "[a]", "[!a]", "**", "a\\b")  # if they were taken for some
+
 
 def places(draw, folder):
     """Run, model and text under other names, some through links, some below another folder."""
     names = {}
     for kind in ("run", "lm", "text"):
-        above = folder / draw.choice(NAMES) if draw.random() < 0.3 else folder
+        above = folder / f"{draw.choice(NAMES)} above" if draw.random() < 0.3 else folder  # never in another kind's
         above.mkdir(exist_ok=True)
-        name = draw.choice([name for name in NAMES if not (above / name).exists()])
+        choice = NAMES if kind == "run" else NAMES + PATTERNS
+        name = draw.choice([name for name in choice if not (above / name).exists()])
         (folder / kind).rename(above / name)
         path = above / name
         if draw.random() < 0.3:
