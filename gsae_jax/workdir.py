@@ -598,10 +598,11 @@ def _readable(where: epath.Path, step: int, field: str = "--workdir") -> Iterato
 
 def _located(config: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON config with absolute paths."""
-    groups = {group: dict(config[group]) for group in LOCATIONS}
+    groups = {group: dict(config.get(group, {})) for group in LOCATIONS}
     for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
-        groups[group][field] = buckets.absolute(groups[group][field])
-    return {**config, **groups}
+        if field in groups[group]:
+            groups[group][field] = buckets.absolute(groups[group][field])
+    return {**config, **{group: fields for group, fields in groups.items() if group in config}}
 
 
 def _without_locations(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_urls_of_another_kind(path, tmp_path, experiment, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--workdir: is .*; write a local path or gs://bucket/folder, as text"):
         loop.train(experiment, path)
-    with pytest.raises(ConfigError, match="--workdir: is "):
+    with pytest.raises(ConfigError, match="path: is "):
         gsae_jax.load(path)
     for field in ("path", "data_dir"):
         config = dataclasses.replace(experiment.data, **{field: str(path)})

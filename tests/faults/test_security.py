@@ -126,8 +126,10 @@ def test_files_that_have_no_end_are_not_waited_for(folder, tmp_path):
         (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": elsewhere}}))
         with pytest.raises(ConfigError, match="no file beside it"):
             gsae_jax.load_lm(folder)
-    os.mkfifo(tmp_path / "a.txt")
-    config = config_lib.from_dict(config_lib.Data, base.data().to_dict() | {"corpus": "text", "path": str(tmp_path)})
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    os.mkfifo(texts / "a.txt")
+    config = config_lib.from_dict(config_lib.Data, base.data().to_dict() | {"corpus": "text", "path": str(texts)})
     with pytest.raises(ConfigError, match=r"no \.txt, .* file matches"):
         rows_lib.open_texts(config, "train")
 
