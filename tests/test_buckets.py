@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from matplotlib.figure import Figure
 
 import gsae_jax
+from gsae_jax import metrics_log
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import files as files_lib
@@ -152,9 +153,9 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     workdir = workdir_lib.Workdir("gs://bucket/run")
 
     def steps():
-        return [line["step"] for line in workdir_lib.read_metrics(workdir)]
+        return [line["step"] for line in metrics_log.read_metrics(workdir)]
 
-    metrics = workdir_lib.Metrics(workdir, 0, ("tensorboard",), {})
+    metrics = metrics_log.Metrics(workdir, 0, ("tensorboard",), {})
     metrics.write(4, {"loss": [1.0, 2.0]})
     assert steps() == []
     metrics.sync()
@@ -162,7 +163,7 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     assert steps() == [4]
     metrics.close(complete=False)
     assert steps() == [4, 8]
-    resumed = workdir_lib.Metrics(workdir, 4, ("tensorboard",), {})
+    resumed = metrics_log.Metrics(workdir, 4, ("tensorboard",), {})
     resumed.write(12, {"loss": [1.0, 2.0]})
     scratch = Path(resumed._scratch.name)
     resumed.close(complete=True)

@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
-from gsae_jax import loggers, processes
+from gsae_jax import loggers, metrics_log, processes
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment, TrainingError
@@ -233,7 +233,7 @@ def _loop(
         },
     }
     metrics = (
-        workdir_lib.Metrics(workdir, step, config.loggers, config_lib.to_dict(config)) if processes.first() else None
+        metrics_log.Metrics(workdir, step, config.loggers, config_lib.to_dict(config)) if processes.first() else None
     )
     logged_at = time.perf_counter()
 
