@@ -32,7 +32,7 @@ LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it
 MANIFEST = "manifest.json"
 SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of a checkpoint; orbax writes them after the manifest
 FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
-GROUPS = {"lm", "activations", "stacks", "train", "seed"}  # of the config, by which one is known
+GROUPS = {"lm", "activations", "stacks", "train", "seed"}  # a config.json with two of these is a run's
 # Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
 LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
@@ -205,15 +205,15 @@ class Workdir:
             ) from error
 
     def holds_run(self) -> bool:
-        """Whether the directory is one of a run; others have a `config.json` too, those of language models for one."""
+        """Whether the directory is a run's; directories of language models have a `config.json` as well."""
         if not is_file(self.path / "config.json"):
             return False
         try:
             tree = config_lib.parse_json((self.path / "config.json").read_text())
         except (OSError, ValueError):
             tree = None
-        # What was damaged is still a run's.
-        return bool(tree.keys() & GROUPS) if isinstance(tree, dict) else (self.path / "checkpoints").is_dir()
+        # A damaged config.json beside checkpoints is still a run's.
+        return len(tree.keys() & GROUPS) > 1 if isinstance(tree, dict) else (self.path / "checkpoints").is_dir()
 
     def experiment(self) -> config_lib.Experiment:
         """The config of the run.
@@ -309,8 +309,8 @@ class Workdir:
         else:
             refused, reason = "\\", "which the checkpoint library takes for a slash, so that it would write elsewhere"
         path = os.fspath(_absolute(self.path))
-        if found := [char for char in refused if char in path]:
-            raise ConfigError("--workdir", f"{path} contains {' '.join(found)}, {reason}; write a path without it")
+        if wrong := [char for char in refused if char in path]:
+            raise ConfigError(self.field, f"{path} contains {' '.join(wrong)}, {reason}; write a path without it")
 
     def check_writable(self) -> None:
         """Raises `ConfigError` if nothing can be written here."""
@@ -338,6 +338,9 @@ class Workdir:
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory and write the config, with absolute paths.
 
+        The config of a run that continues gets no fields that it did not have. By their absence the next start knows
+        which settings did not exist when the run began.
+
         Raises:
             ConfigError: the disk is full, or another process trains here.
         """
@@ -345,7 +348,10 @@ class Workdir:
             if not is_bucket(self.path):  # which has no directories
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.hold()
-            write_text(self.path / "config.json", json.dumps(_located(config), indent=2) + "\n")
+            located = _located(config)
+            if self.latest_step() is not None:
+                located = _as_recorded(located, self.config()) | {group: config[group] for group in FREE}
+            write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 "--workdir", f"{self.path} cannot be written ({error}); write another directory"
@@ -513,6 +519,15 @@ def _located(config: Mapping[str, Any]) -> dict[str, Any]:
     for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
         groups[group][field] = buckets.absolute(groups[group][field])
     return {**config, **groups}
+
+
+def _as_recorded(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that a recorded one has, too."""
+    return {
+        name: _as_recorded(value, recorded[name]) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name in recorded
+    }
 
 
 def _without_locations(config: Mapping[str, Any]) -> dict[str, Any]:

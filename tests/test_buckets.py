@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from matplotlib.figure import Figure
 
 import gsae_jax
+from gsae_jax import config as config_lib
 from gsae_jax import metrics_log
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
@@ -122,15 +123,15 @@ def test_a_bucket_needs_packages(experiment, monkeypatch):
             rows_lib.open_texts(config, "train")
 
 
-def test_a_run_in_a_bucket_is_checked(bucket, monkeypatch):
-    workdir, config = workdir_lib.Workdir("gs://bucket/runs/x"), {"seed": 0}
+def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
+    workdir, config = workdir_lib.Workdir("gs://bucket/runs/x"), config_lib.to_dict(experiment)
     with pytest.raises(ConfigError, match="gs://bucket/runs/x holds no run"):
         workdir.config()
     workdir.check(config)
     assert not [path for path in bucket.rglob("*") if path.is_file()]
     workdir.create(config)
     assert json.loads((bucket / "runs" / "x" / "config.json").read_text()) == workdir.config() == config
-    workdir.check({"seed": 1})  # there is no checkpoint yet
+    workdir.check(config | {"seed": 1})  # there is no checkpoint yet
     (bucket / "runs" / ".probe-of-another-process").write_text("")
     with pytest.raises(
         ConfigError, match="gs://bucket/runs exists and is not a run; write a new or an empty directory"

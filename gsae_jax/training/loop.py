@@ -269,6 +269,7 @@ def _loop(
         divergence = _Divergence(config, program.widths, progress, facts["skips"])
         divergence.count(step, {name: stack.skipped_in_row for name, stack in state.stacks.items()})
         while step < total and not signals.stop(step // per_call) and not divergence.lost:
+            position = stream.get_state()
             try:
                 tokens_RxT = next(stream)
                 placed = program.place_tokens(tokens_RxT)
@@ -276,6 +277,7 @@ def _loop(
                 if jax.process_count() > 1:  # the others wait in the next call
                     raise
                 unusable = error
+                stream.set_state(position)  # what was not trained on is not passed over when the run continues
                 break
             state, statistics, dropped = program.train_step(state, lm_params, placed)
             step += per_call
