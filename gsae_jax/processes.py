@@ -97,7 +97,7 @@ def on_interruption(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """
     numbers = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
     if jax.distributed.is_initialized():
-        numbers.remove(signal.SIGTERM)
+        numbers = [number for number in numbers if number != signal.SIGTERM]
     return {number: signal.signal(number, handler) for number in numbers}
 
 

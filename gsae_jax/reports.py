@@ -10,7 +10,7 @@ import jax
 import tqdm
 from etils import epath
 
-from gsae_jax import buckets, processes, runs
+from gsae_jax import buckets, metrics_log, processes, runs
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
@@ -60,7 +60,7 @@ def evaluate(
     latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
     step = workdir.sound_step(("params", "facts"), step)
-    saes, training = runs.load(path, mesh, step, workdir.field), workdir_lib.read_metrics(workdir)
+    saes, training = runs.load(path, mesh, step, workdir.field), metrics_log.read_metrics(workdir)
     if step is not None:
         _check_inputs(workdir, workdir.facts(step), run, settings)
     targets = {

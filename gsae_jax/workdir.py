@@ -9,13 +9,12 @@ hash of every file, with which they are compared before they are read. It appear
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,16 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gsae_jax import buckets, loggers, processes
+from gsae_jax import buckets, processes
 from gsae_jax import config as config_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
-from gsae_jax.loggers import patient
 
 LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
 MANIFEST = "manifest.json"
 SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of a checkpoint; orbax writes them after the manifest
 FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
-GROUPS = {"lm", "activations", "stacks", "train", "seed"}  # of the config, by which one is known
+GROUPS = {"lm", "activations", "stacks", "train", "seed"}  # a config.json with two of these is a run's
 # Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
 LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
@@ -128,7 +126,7 @@ class Workdir:
     def _problem(self, step: int, parts: tuple[str, ...] = ("",)) -> str | None:
         """What is wrong with the files of a checkpoint, or of these parts of it, in a few words."""
         folder = self.path / "checkpoints" / str(step)
-        if not _is_file(folder / MANIFEST):
+        if not is_file(folder / MANIFEST):
             return f"{MANIFEST} is missing"
         try:
             manifest = config_lib.parse_json((folder / MANIFEST).read_text())
@@ -146,7 +144,7 @@ class Workdir:
                 return f"{MANIFEST} names {name}"
             if not name.startswith(parts):
                 continue
-            if not _is_file(file):
+            if not is_file(file):
                 return f"{name} is missing"
             if file.stat().length != size:
                 return f"{name} has {file.stat().length} bytes, not {size}"
@@ -189,7 +187,7 @@ class Workdir:
         path = self.path / "config.json"
         self._check_path()
         try:
-            if path.exists() and not _is_file(path):
+            if path.exists() and not is_file(path):
                 raise ValueError("it is not a file")
             return config_lib.parse_json(path.read_text())
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -207,15 +205,15 @@ class Workdir:
             ) from error
 
     def holds_run(self) -> bool:
-        """Whether the directory is one of a run; others have a `config.json` too, those of language models for one."""
-        if not _is_file(self.path / "config.json"):
+        """Whether the directory is a run's; directories of language models have a `config.json` as well."""
+        if not is_file(self.path / "config.json"):
             return False
         try:
             tree = config_lib.parse_json((self.path / "config.json").read_text())
         except (OSError, ValueError):
             tree = None
-        # What was damaged is still a run's.
-        return bool(tree.keys() & GROUPS) if isinstance(tree, dict) else (self.path / "checkpoints").is_dir()
+        # A damaged config.json beside checkpoints is still a run's.
+        return len(tree.keys() & GROUPS) > 1 if isinstance(tree, dict) else (self.path / "checkpoints").is_dir()
 
     def experiment(self) -> config_lib.Experiment:
         """The config of the run.
@@ -311,8 +309,8 @@ class Workdir:
         else:
             refused, reason = "\\", "which the checkpoint library takes for a slash, so that it would write elsewhere"
         path = os.fspath(_absolute(self.path))
-        if found := [char for char in refused if char in path]:
-            raise ConfigError("--workdir", f"{path} contains {' '.join(found)}, {reason}; write a path without it")
+        if wrong := [char for char in refused if char in path]:
+            raise ConfigError(self.field, f"{path} contains {' '.join(wrong)}, {reason}; write a path without it")
 
     def check_writable(self) -> None:
         """Raises `ConfigError` if nothing can be written here."""
@@ -321,10 +319,8 @@ class Workdir:
             parent = next(folder for folder in (self.path, *_absolute(self.path).parents) if folder.is_dir())
             if not os.access(parent, os.W_OK | os.X_OK):
                 raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
-            try:
-                tempfile.TemporaryFile(
-                    dir=os.path.realpath(parent)
-                ).close()  # has no name; root may not write everywhere
+            try:  # even root may not write everywhere; a temporary file has no name, so nothing is left behind
+                tempfile.TemporaryFile(dir=os.path.realpath(parent)).close()
             except OSError as error:
                 raise ConfigError("--workdir", f"{parent} is not writable ({error}); write one that is") from error
             return
@@ -342,6 +338,9 @@ class Workdir:
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory and write the config, with absolute paths.
 
+        The config of a run that continues gets no fields that it did not have. By their absence the next start knows
+        which settings did not exist when the run began.
+
         Raises:
             ConfigError: the disk is full, or another process trains here.
         """
@@ -349,7 +348,10 @@ class Workdir:
             if not is_bucket(self.path):  # which has no directories
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.hold()
-            write_text(self.path / "config.json", json.dumps(_located(config), indent=2) + "\n")
+            located = _located(config)
+            if self.latest_step() is not None:
+                located = _as_recorded(located, self.config()) | {group: config[group] for group in FREE}
+            write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 "--workdir", f"{self.path} cannot be written ({error}); write another directory"
@@ -481,91 +483,6 @@ class Checkpoints:
         self._manager.close()
 
 
-class Metrics:
-    """`metrics.jsonl`, and the loggers that are asked for; a resumed run continues all at its step.
-
-    Those of a bucket grow on the local disk, and `sync` puts them there.
-    """
-
-    def __init__(self, workdir: Workdir, step: int, names: Sequence[str], config: dict[str, Any]):
-        """`names`: of files of `gsae_jax/loggers/`; `config`: what they may say of the run."""
-        path = workdir.path / "metrics.jsonl"
-        lines = _lines(path)
-        kept = [line for line, logged in _logged(path) if line.endswith("\n") and logged["step"] <= step]
-        self._bucket, self._scratch, folder = None, None, workdir.path
-        if is_bucket(workdir.path):
-            self._bucket, self._scratch = workdir.path, tempfile.TemporaryDirectory(prefix="gsae_jax-")
-            folder = epath.Path(self._scratch.name)
-        if kept != lines or self._bucket:
-            write_text(folder / "metrics.jsonl", "".join(kept))
-        self._folder, self._file = folder, patient.File(Path(folder / "metrics.jsonl"))
-        run = loggers.Run(workdir.path, Path(folder).absolute(), step, config)
-        self._loggers = [loggers.module(name).open_logger(run) for name in names]
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line: the step and its values, lists for stacks. What is not finite is null there, and in no logger."""
-        line = {
-            name: list(map(_or_null, value)) if isinstance(value, list) else _or_null(value)
-            for name, value in values.items()
-        }
-        self._file.write((json.dumps({"step": step, **line}, allow_nan=False) + "\n").encode())
-        numbers = {
-            name if index is None else f"{name}/{index}": number
-            for name, value in values.items()
-            for index, number in (enumerate(value) if isinstance(value, list) else [(None, value)])
-            if math.isfinite(number)
-        }
-        for logger in self._loggers:
-            logger.write(step, numbers)
-
-    def sync(self) -> None:
-        """Put what was written into the bucket; a local directory has it already."""
-        if self._bucket:
-            for logger in self._loggers:
-                logger.flush()
-            for folder, _, names in os.walk(self._folder):
-                for file in (epath.Path(folder) / name for name in names if not Path(folder, name).is_symlink()):
-                    file.copy(self._bucket / file.relative_to(self._folder), overwrite=True)
-
-    def close(self, complete: bool) -> None:
-        """Flush all; `complete`: the run is at its last step."""
-        self._file.close()
-        for logger in self._loggers:
-            logger.close(complete)
-        self.sync()
-        if self._scratch:
-            self._scratch.cleanup()
-
-
-def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a number that was not finite is None."""
-    return [logged for _, logged in _logged(workdir.path / "metrics.jsonl")]
-
-
-def _or_null(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
-def _lines(path: epath.Path) -> list[str]:
-    # What a crash of the machine leaves need not be UTF-8.
-    return path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True) if _is_file(path) else []
-
-
-def _logged(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a file of metrics, and what they say; a warning for each that says nothing."""
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            logged = config_lib.parse_json(line)
-            numbers = [value for each in logged.values() for value in (each if isinstance(each, list) else [each])]
-            if type(logged["step"]) is not int or not all(x is None or isinstance(x, int | float) for x in numbers):
-                raise ValueError
-        except (ValueError, KeyError, AttributeError):
-            if line.endswith("\n"):  # else it was being written when its process ended
-                processes.warn(f"{path} line {number} is not a line of metrics and is left out")
-        else:
-            yield line, logged
-
-
 def reported_step(workdir: Workdir) -> int | None:
     """The step that the report is about; reports of earlier versions do not say, and were written at the end."""
     path = workdir.report / "report.json"
@@ -605,6 +522,15 @@ def _located(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **{group: fields for group, fields in groups.items() if group in config}}
 
 
+def _as_recorded(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that a recorded one has, too."""
+    return {
+        name: _as_recorded(value, recorded[name]) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name in recorded
+    }
+
+
 def _without_locations(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must not change when it continues."""
     kept = {group: value for group, value in config.items() if group not in FREE}
@@ -628,7 +554,7 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def _is_file(path: epath.Path) -> bool:
+def is_file(path: epath.Path) -> bool:
     """Whether it is one that can be read to its end; epath takes pipes and devices for files."""
     return path.is_file() if is_bucket(path) else os.path.isfile(path)
 

@@ -26,6 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 from matplotlib.figure import Figure
 
 import gsae_jax
+from gsae_jax import config as config_lib
+from gsae_jax import metrics_log
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import files as files_lib
@@ -121,15 +123,15 @@ def test_a_bucket_needs_packages(experiment, monkeypatch):
             rows_lib.open_texts(config, "train")
 
 
-def test_a_run_in_a_bucket_is_checked(bucket, monkeypatch):
-    workdir, config = workdir_lib.Workdir("gs://bucket/runs/x"), {"seed": 0}
+def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
+    workdir, config = workdir_lib.Workdir("gs://bucket/runs/x"), config_lib.to_dict(experiment)
     with pytest.raises(ConfigError, match="gs://bucket/runs/x holds no run"):
         workdir.config()
     workdir.check(config)
     assert not [path for path in bucket.rglob("*") if path.is_file()]
     workdir.create(config)
     assert json.loads((bucket / "runs" / "x" / "config.json").read_text()) == workdir.config() == config
-    workdir.check({"seed": 1})  # there is no checkpoint yet
+    workdir.check(config | {"seed": 1})  # there is no checkpoint yet
     (bucket / "runs" / ".probe-of-another-process").write_text("")
     with pytest.raises(
         ConfigError, match="gs://bucket/runs exists and is not a run; write a new or an empty directory"
@@ -152,9 +154,9 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     workdir = workdir_lib.Workdir("gs://bucket/run")
 
     def steps():
-        return [line["step"] for line in workdir_lib.read_metrics(workdir)]
+        return [line["step"] for line in metrics_log.read_metrics(workdir)]
 
-    metrics = workdir_lib.Metrics(workdir, 0, ("tensorboard",), {})
+    metrics = metrics_log.Metrics(workdir, 0, ("tensorboard",), {})
     metrics.write(4, {"loss": [1.0, 2.0]})
     assert steps() == []
     metrics.sync()
@@ -162,7 +164,7 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     assert steps() == [4]
     metrics.close(complete=False)
     assert steps() == [4, 8]
-    resumed = workdir_lib.Metrics(workdir, 4, ("tensorboard",), {})
+    resumed = metrics_log.Metrics(workdir, 4, ("tensorboard",), {})
     resumed.write(12, {"loss": [1.0, 2.0]})
     scratch = Path(resumed._scratch.name)
     resumed.close(complete=True)

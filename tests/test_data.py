@@ -502,7 +502,9 @@ def with_token(tokenizer):
 def test_a_token_without_an_embedding_is_refused(tmp_path, tokenizer, documents):
     """While the text is prepared, and also where its tokens were kept for another language model."""
     tokenizer, d_vocab = with_token(tokenizer)
-    texts = [*documents, *(f"with <extra> {number}" for number in range(40))]
+    # Text may have separators, so that these do not number the documents.
+    separated = (f"{text} {tokenizer.eos_token * 500}" for text in documents)
+    texts = [*separated, *(f"with <extra> {number}" for number in range(40))]
     config = data_config(tmp_path, path=str(write(tmp_path / "a.jsonl", texts)), field="body")
     for prepare in (False, True):
         if prepare:

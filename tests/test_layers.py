@@ -19,12 +19,14 @@ FLOOR = {
     "data": 1,
     "loggers": 1,
     "workdir": 1,
+    "metrics_log": 1,
     "evaluation": 2,
     "exchange": 2,
     "training": 3,
 }
 ALLOWED_ON_ONE_FLOOR = {
-    ("workdir", "loggers"),
+    ("metrics_log", "workdir"),
+    ("metrics_log", "loggers"),
     ("buckets", "config"),
     ("plugins", "config"),
     ("mesh", "config"),

@@ -158,6 +158,10 @@ def test_what_is_no_run_is_not_written_over(experiment, lm_dir, tmp_path):
         with pytest.raises(ConfigError, match="holds "):
             use(tmp_path / "lm")
     assert {path.name: path.read_bytes() for path in (tmp_path / "lm").iterdir()} == before
+    settings = json.loads(before["config.json"]) | {"seed": 0}  # as TransformerLens writes
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="exists and is not a run"):
+        loop.train(experiment, tmp_path / "lm")
 
 
 def test_paths_become_absolute(tmp_path, monkeypatch):

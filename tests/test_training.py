@@ -430,6 +430,8 @@ def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path
     assert "data.held_out=position" in err
     assert "continuing from step 8" in out
     assert workdir_lib.Workdir(run).experiment().data.held_out == "position"
+    assert train_command.run(experiment, run) == 0  # also when it has continued once
+    assert "is finished" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"data\.held_out: 'position' != 'hash'"):
         loop.train(experiment, run)
 
@@ -451,12 +453,15 @@ def test_a_token_that_cannot_be_used_ends_training_with_what_was_trained_saved(e
 
     def place(program, tokens):
         calls.append(tokens)
-        return placed(program, tokens + 10**6 if len(calls) == first + 3 else tokens)
+        return placed(program, tokens + 10**6 if len(calls) == first + 4 else tokens)
 
     monkeypatch.setattr(loop.Program, "place_tokens", place)
     with pytest.raises(ConfigError, match="the tokens of the text"):
         loop.train(experiment, tmp_path / "run")
-    assert workdir_lib.Workdir(tmp_path / "run").sound_step() == 2 * experiment.updates_per_call
+    assert workdir_lib.Workdir(tmp_path / "run").sound_step() == 3 * experiment.updates_per_call
+    # No text is passed over: the run continues with the same rows.
+    assert loop.train(experiment, tmp_path / "run")
+    np.testing.assert_array_equal(calls[first + 4], calls[first + 3])
 
 
 def test_a_refused_run_leaves_nothing(experiment, tmp_path):

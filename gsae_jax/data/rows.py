@@ -35,7 +35,7 @@ from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError, TrainingError
 
 RETRIES = (1, 5, 25)  # seconds after which a file that cannot be read is tried again
-PATIENCE = 0.5  # seconds until a wait for another process is told
+PATIENCE = 0.5  # seconds of waiting for another process, after which the user is warned
 FORMAT = 1  # part of the cache's key: raise it when the tokens of a text change
 
 
@@ -103,7 +103,7 @@ class TokenRows:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS logs warnings of what is as it should be; a command has no log, but a notebook would show them."""
+    """Keeps TFDS' warnings from notebooks, which would show them. They are about what is intended here."""
     before = logging.get_verbosity()
     logging.set_verbosity(min(before, logging.ERROR))  # a lower number is quieter
     try:
@@ -208,9 +208,9 @@ def batches(
 
 
 class _Batches:
-    """Batches of `per_batch` elements of an endless data set; each is the elements numbered `local`, stacked.
+    """Batches of `per_batch` elements of an endless data set. A batch has the elements numbered `local`, stacked.
 
-    Grain's own `batch` computes its length in float, in which that of an endless data set overflows at one row a batch.
+    Grain's own `batch` computes its length in floating point, which overflows for one row a batch.
     """
 
     def __init__(self, dataset: Any, per_batch: int, local: Sequence[int] | np.ndarray):
@@ -303,7 +303,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
-        processes.warn(f"another process is preparing this text; waiting until it lets go of {lock.lock_file}")
+        processes.warn(f"another process is preparing this text; waiting until it releases {lock.lock_file}")
         lock.acquire()
     try:
         yield
@@ -334,7 +334,7 @@ def _cached_tokens(
                     for name in ("tokens.bin", "meta.json"):  # in this order: there are as many tokens as meta says
                         epath.Path(folder / name).copy(shared / name, overwrite=True)
     tokens = _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
-    # Those that were kept may be of another language model with this tokenizer.
+    # They may have been kept for another language model, which has this tokenizer and more embeddings.
     if d_vocab is not None and known.get("largest", np.inf) >= d_vocab:
         _check_kept(tokens, source, feature, tokenizer, separator, d_vocab)
     return tokens
@@ -342,14 +342,18 @@ def _cached_tokens(
 
 def _check_kept(tokens: _TokenFile, source: Any, feature: str, tokenizer: Any, separator: int, d_vocab: int) -> None:
     """Raises `ConfigError` for a token that has no embedding, as preparing would."""
-    document, many = 0, 2**24
+    separators, many = 0, 2**24
     for start in range(0, len(tokens), many):
         part = tokens[start : start + many]
         if part.max() >= d_vocab:
             first = int(np.argmax(part >= d_vocab))
-            document += int((part[:first] == separator).sum())
-            raise _no_embedding(tokenizer, int(part[first]), d_vocab, _where(source[document], feature))
-        document += int((part == separator).sum())
+            token = int(part[first])
+            last = min(separators + int((part[:first] == separator).sum()), len(source) - 1)
+            # The text of a document may have separators as well, so the token may be in an earlier one.
+            examples = (source[number] for number in range(last, -1, -1))
+            example = next(each for each in examples if token in _ids(tokenizer, [_text(each[feature])])[0])
+            raise _no_embedding(tokenizer, token, d_vocab, _where(example, feature))
+        separators += int((part == separator).sum())
 
 
 def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> ConfigError:
@@ -371,8 +375,15 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    try:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers has no errors of its own kind
+        raise ConfigError("lm.path", f"the tokenizer cannot read the text: {error}") from error
+
+
 def _on_disk(folder: epath.Path, limit: int) -> Path:
-    """The folder; or where this machine has its copy, of one in a bucket or one that can only be read."""
+    """The folder itself; for one in a bucket, or one that can only be read, the folder of this machine's copy."""
     local = tfds.core.constants.DATA_DIR
     elsewhere = Path(tempfile.gettempdir() if is_bucket(local) else local) / folder.name
     if is_bucket(folder):
@@ -458,17 +469,13 @@ def _tokenize(
     with open(path, "wb") as file:
         for start in range(0, len(source), chunk):
             examples = source.__getitems__(range(start, min(start + chunk, len(source))))
-            texts = [_text(example[feature]) for example in examples]
-            try:
-                encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            except Exception as error:  # tokenizers has no errors of its own kind
-                raise ConfigError("lm.path", f"the tokenizer cannot read the text: {error}") from error
-            for example, ids in zip(examples, encoded["input_ids"], strict=True):
+            encoded = _ids(tokenizer, [_text(example[feature]) for example in examples])
+            for example, ids in zip(examples, encoded, strict=True):
                 most = max(ids, default=0)
                 if d_vocab is not None and most >= d_vocab:
                     raise _no_embedding(tokenizer, most, d_vocab, _where(example, feature))
                 largest = max(largest, most)
-            tokens = np.concatenate([np.array([*ids, separator], dtype) for ids in encoded["input_ids"]])
+            tokens = np.concatenate([np.array([*ids, separator], dtype) for ids in encoded])
             tokens.tofile(file)
             count += len(tokens)
             if count >= limit:

@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
-from gsae_jax import loggers, processes
+from gsae_jax import loggers, metrics_log, processes
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment, TrainingError
@@ -233,7 +233,7 @@ def _loop(
         },
     }
     metrics = (
-        workdir_lib.Metrics(workdir, step, config.loggers, config_lib.to_dict(config)) if processes.first() else None
+        metrics_log.Metrics(workdir, step, config.loggers, config_lib.to_dict(config)) if processes.first() else None
     )
     logged_at = time.perf_counter()
 
@@ -269,6 +269,7 @@ def _loop(
         divergence = _Divergence(config, program.widths, progress, facts["skips"])
         divergence.count(step, {name: stack.skipped_in_row for name, stack in state.stacks.items()})
         while step < total and not signals.stop(step // per_call) and not divergence.lost:
+            position = stream.get_state()
             try:
                 tokens_RxT = next(stream)
                 placed = program.place_tokens(tokens_RxT)
@@ -276,6 +277,7 @@ def _loop(
                 if jax.process_count() > 1:  # the others wait in the next call
                     raise
                 unusable = error
+                stream.set_state(position)  # what was not trained on is not passed over when the run continues
                 break
             state, statistics, dropped = program.train_step(state, lm_params, placed)
             step += per_call

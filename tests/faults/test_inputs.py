@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 import gsae_jax
 from configs import base
-from gsae_jax import cli
+from gsae_jax import cli, metrics_log
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
@@ -240,7 +240,7 @@ def use_run(folder):
 
 
 def use_metrics(folder):
-    figure = plots.training(workdir_lib.read_metrics(workdir_lib.Workdir(folder)))
+    figure = plots.training(metrics_log.read_metrics(workdir_lib.Workdir(folder)))
     figure.set_layout_engine("none")  # which takes most of the time
     figure.draw_without_rendering()
 
@@ -517,7 +517,7 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
     (tmp_path / "number.py").write_text("def get_config():\n    return 3\n")
     (tmp_path / "points.csv").write_bytes(b"\xff")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"seed": 0, "new": 1}')
+    (tmp_path / "run" / "config.json").write_text('{"seed": 0, "train": {}, "new": 1}')
     shutil.copytree(lm_dir, tmp_path / "lm")
     (tmp_path / "lm" / "config.json").write_text('{"model_type": "gelu", "n_layers": 1e9}')
     quickstart, new = "--config=configs/quickstart.py", f"--workdir={tmp_path / 'new'}"
@@ -577,7 +577,7 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
 def test_metrics_go_on_behind_a_broken_line(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 4, "a/l0": [1.0]}\n\0\0\n{"step": 8, "a/l0": [1.0]}\n{"step": 12, "a/l')
-    metrics = workdir_lib.Metrics(workdir_lib.Workdir(tmp_path), 8, (), {})
+    metrics = metrics_log.Metrics(workdir_lib.Workdir(tmp_path), 8, (), {})
     metrics.write(12, {"a/l0": [2.0]})
     metrics.close(complete=True)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [4, 8, 12]
@@ -611,4 +611,4 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
             workdir.sound_step()
         with pytest.raises(ConfigError, match=r"config\.json is not JSON: it is not a file"):
             workdir.config()
-        assert workdir_lib.read_metrics(workdir) == []
+        assert metrics_log.read_metrics(workdir) == []
