@@ -93,11 +93,12 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
 def on_interruption(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Have `handler` called on SIGTERM, SIGINT and SIGHUP; returns the handlers that it replaces.
 
-    A signal that this process was told to ignore, as by nohup, stays ignored. Of several processes JAX handles SIGTERM.
+    A signal that is already ignored stays ignored; nohup ignores SIGHUP so. In a run of several processes JAX handles
+    SIGTERM.
     """
     numbers = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
     if jax.distributed.is_initialized():
-        numbers.remove(signal.SIGTERM)
+        numbers = [number for number in numbers if number != signal.SIGTERM]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
