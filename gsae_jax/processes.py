@@ -30,7 +30,7 @@ LAUNCHERS: dict[str, Callable[[str], bool]] = {
     "PMI_SIZE": lambda size: size not in ("", "1"),
     "JOB_COMPLETION_INDEX": lambda index: index != "",  # Kubernetes, which does not say of how many
 }
-# A scheduler that takes the machine back, a user at the keyboard, and a terminal that is closed.
+# From a scheduler that takes the machine back, a user at the keyboard, and a terminal that is closed.
 INTERRUPTIONS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILURE = "gsae_jax/failure"  # where the first process to fail says why
 
