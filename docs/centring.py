@@ -93,8 +93,8 @@ def main():
         if mean == 0:  # centred inputs have a deviation of 1
             deviation = 1 / gsae_jax.load(runs / "mean_0_centred")["gated_mlp_out_0"].scale
     draw(records_of).savefig(args.write.with_suffix(".png"), dpi=120)
-    text = args.write.read_text()
-    args.write.write_text(re.sub(r"(<!-- table -->\n).*(\n<!-- end -->)", rf"\1\n{table(records_of)}\n\2", text, flags=re.S))
+    text, lines = args.write.read_text(), table(records_of)
+    args.write.write_text(re.sub(r"(<!-- table -->\n).*(\n<!-- end -->)", rf"\1\n{lines}\n\2", text, flags=re.S))
 
 
 if __name__ == "__main__":
