@@ -157,7 +157,7 @@ def _focus(axis: Axes, low: float, high: float) -> None:
     if beyond and inside.size:
         margin = 0.05 * (np.ptp(inside) or 1)
         axis.set_ylim(inside.min() - margin, inside.max() + margin)
-        axis.text(0.02, 0.02, f"{beyond} points lie beyond this axis", transform=axis.transAxes, fontsize=8)
+        axis.text(0.02, 0.02, f"points beyond this axis: {beyond}", transform=axis.transAxes, fontsize=8)
 
 
 def _against_l0(
