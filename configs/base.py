@@ -7,7 +7,7 @@ def data() -> ConfigDict:
     return ConfigDict(
         dict(
             corpus="stdlib",  # stdlib (this Python's own library), text (your files) or tfds (a prepared data set)
-            path="",  # text: a file, a folder or a glob of .txt, .md, .json, .jsonl, .ndjson, .parquet, packed or not
+            path="",  # text: a file, folder or glob of .txt, .md, .json, .jsonl, .ndjson, .parquet, compressed or not
             field="text",  # field of a JSON object, column of a .parquet (a.b for a nested one), feature of a TFDS set
             on_bad_row="error",  # text: a row without text ends the command ("error"), or is left out ("skip")
             separator="",  # text: stands between documents in a .txt or .md file; "" = a file is one document

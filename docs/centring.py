@@ -3,7 +3,7 @@
     python docs/centring.py --runs runs/centring --write docs/centring.md    # an hour on two CPU cores
 
 A constant is added to the embedded model's MLP output: m times the root mean square deviation of its coordinates. The
-final LayerNorm takes it out again, so the language model's predictions stay the same, and SAEs should too.
+final LayerNorm removes it again, so the language model's predictions stay the same, and the SAEs should be as good.
 """
 
 import argparse
@@ -47,14 +47,14 @@ def records(run):
     return {record["name"]: record for record in json.loads((run / "report" / "report.json").read_text())["saes"]}
 
 
-def draw(found):
+def draw(records_of):
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     for (short, site), axes in zip(SITES.items(), figure.subplots(2, 2), strict=True):
         for axis, field in zip(axes, ("loss_recovered", "l0"), strict=True):
             for color, architecture in zip(plots.COLOURS, ("baseline", "gated"), strict=False):
                 for center, style in ((True, "o-"), (False, "x--")):
                     name = f"{architecture}_{short}_0"
-                    y = [found[mean, center][name][field] for mean in MEANS]
+                    y = [records_of[mean, center][name][field] for mean in MEANS]
                     label = f"{architecture}, {'centred' if center else 'not centred'}"
                     axis.plot(range(len(MEANS)), y, style, color=color, label=label)
             axis.set(xticks=range(len(MEANS)), xticklabels=MEANS, title=site, ylabel=field.replace("_", " "))
@@ -64,14 +64,14 @@ def draw(found):
     return figure
 
 
-def table(found):
+def table(records_of):
     columns = ("l0", "loss_recovered", "fvu", "alive", "gamma")
     formats = (".1f", ".3f", ".3f", ".0%", ".3f")
     lines = ["| Site | SAE | m | Centred | L0 | Loss recovered | FVU | Alive | γ |", "| :-- " * 4 + "| --: " * 5 + "|"]
-    for name in next(iter(found.values())):
+    for name in next(iter(records_of.values())):
         for center in (True, False):
             for mean in MEANS:
-                record = found[mean, center][name]
+                record = records_of[mean, center][name]
                 values = [format(record[column], form) for column, form in zip(columns, formats, strict=True)]
                 cells = [f"`{record['site']}`", name.partition("_")[0], mean, "yes" if center else "no", *values]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -83,18 +83,18 @@ def main():
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--write", type=Path, required=True)
     args = parser.parse_args()
-    runs, found, deviation = args.runs.absolute(), {}, 1.0
+    runs, records_of, deviation = args.runs.absolute(), {}, 1.0
     for mean in MEANS:
         lm = shifted_model(runs / f"lm_{mean}", mean * deviation)
         for center in (True, False):
             run = runs / f"mean_{mean}_{'centred' if center else 'not_centred'}"
             train(run, lm, center)
-            found[mean, center] = records(run)
+            records_of[mean, center] = records(run)
         if mean == 0:  # centred inputs have a deviation of 1
             deviation = 1 / gsae_jax.load(runs / "mean_0_centred")["gated_mlp_out_0"].scale
-    draw(found).savefig(args.write.with_suffix(".png"), dpi=120)
-    text = args.write.read_text()
-    args.write.write_text(re.sub(r"(<!-- table -->\n).*(\n<!-- end -->)", rf"\1\n{table(found)}\n\2", text, flags=re.S))
+    draw(records_of).savefig(args.write.with_suffix(".png"), dpi=120)
+    text, lines = args.write.read_text(), table(records_of)
+    args.write.write_text(re.sub(r"(<!-- table -->\n).*(\n<!-- end -->)", rf"\1\n{lines}\n\2", text, flags=re.S))
 
 
 if __name__ == "__main__":

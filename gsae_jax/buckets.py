@@ -35,12 +35,15 @@ def check(field: str, path: epath.PathLike) -> None:
 
 
 def absolute(path: str) -> str:
-    """A local path that means the same in every working directory; what is not there, a hub name too, is as it was."""
+    """A local path that means the same in every working directory.
+
+    A path that does not exist comes back unchanged, as it may be a hub name.
+    """
     try:
         expanded = os.path.expanduser(path)
         if path and not is_bucket(path) and os.path.lexists(expanded):
             return os.path.abspath(expanded)
-        # The working directory is a name, whatever the pattern is.
+        # Only the path is a pattern; characters of the working directory are literal.
         pattern = glob.has_magic(path) and not is_bucket(path) and not os.path.isabs(expanded)
         return os.path.join(glob.escape(os.getcwd()), expanded) if pattern else path
     except (OSError, ValueError):  # a name that no path can have, or a working directory that is gone

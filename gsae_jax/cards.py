@@ -29,7 +29,7 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
     records = _records(place)
     saes = runs.load(workdir, step=workdir_lib.reported_step(place), field="--workdir")
     with files.new_folder(out) as folder:
-        for format in formats:  # SAEs that have diverged are left out
+        for format in formats:  # without SAEs that have diverged
             written = export.write(saes, format, folder / format)
             saes = {name: sae for name, sae in saes.items() if name in written}
         (folder / "report").mkdir()
@@ -49,7 +49,7 @@ def _records(place: workdir_lib.Workdir) -> list[dict[str, Any]]:
         # A metric that is not a number is null there.
         records = [{name: math.nan if value is None else value for name, value in record.items()} for record in numbers]
         for record in records:
-            if not record["ce_zero"] > record["ce_clean"]:  # of which earlier versions said nothing
+            if not record["ce_zero"] > record["ce_clean"]:  # earlier versions wrote a number here
                 record["loss_recovered"] = math.nan
         report.in_markdown(records)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

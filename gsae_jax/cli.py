@@ -20,7 +20,7 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refu
 
 
 class Output:
-    """A standard stream that does not fail when its reader is gone: a closed pipe or terminal. Nothing is read then."""
+    """A standard stream that does not fail when its pipe or terminal is closed; what is written then is dropped."""
 
     def __init__(self, stream: Any):
         """`stream`: sys.stdout or sys.stderr."""
@@ -97,7 +97,7 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
         flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
         flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 
-    # --help shows the flags of the command's own file; ours belong to every command.
+    # --help shows the flags of the command's own file only, so the flags of this file are made its own.
     for flag in flags.FLAGS.get_flags_for_module(__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 

@@ -53,9 +53,9 @@ if __name__ == "__main__":
     MODEL = flags.DEFINE_string(
         "model",
         "",
-        "Checkpoint directory or hub name: with --sae of the model to measure on (by default the embedded one), with "
-        "--workdir of the run's own, where it lies elsewhere now.",
+        "Checkpoint directory or hub name of the language model. With --sae: the one to measure on (default: the "
+        "embedded one). With --workdir: the run's own, if it has moved.",
     )
-    SITE = flags.DEFINE_string("site", "", "With --sae: where the SAEs read, whatever their files say.")
-    CONFIG = cli.define_config()  # whose language model and text to take, and how much; with --workdir, the same ones
+    SITE = flags.DEFINE_string("site", "", "With --sae: the site that the SAEs read, whatever their files say.")
+    CONFIG = cli.define_config()  # its language model, its text and how much of it; with --workdir, the run's own
     cli.run(main, several=True)

@@ -20,8 +20,8 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
     """Write one SAE, or all of them, or nothing; returns the names of those written.
 
     Raises:
-        ConfigError: no such SAE, step or format, a format that cannot hold one of them, or an `out` that exists; or
-            all of them have diverged. One that has is left out with a warning, where others have not.
+        ConfigError: no such SAE, step or format, a format that cannot hold one of them, an `out` that exists, or all
+            of them have diverged. If only some have diverged, they are left out with a warning.
     """
     module = plugins.load("exchange", format, having="write", field="--format")
     saes = runs.load(path, step=step, field="--workdir")
@@ -34,7 +34,7 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
 
 
 def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> list[str]:
-    """A new folder with a folder for each of them, or nothing; returns their names, and raises like `export`."""
+    """Write a new folder with a folder for each SAE, or nothing; returns and raises what `export` does."""
     module = plugins.load("exchange", format, having="write", field="--format")
     diverged: dict[str, records.DivergedError] = {}
     with files.new_folder(out) as folder:

@@ -30,7 +30,7 @@ LAUNCHERS: dict[str, Callable[[str], bool]] = {
     "PMI_SIZE": lambda size: size not in ("", "1"),
     "JOB_COMPLETION_INDEX": lambda index: index != "",  # Kubernetes, which does not say of how many
 }
-# A scheduler that takes the machine back, a user at the keyboard, and a terminal that is closed.
+# From a scheduler that takes the machine back, a user at the keyboard, and a terminal that is closed.
 INTERRUPTIONS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FAILURE = "gsae_jax/failure"  # where the first process to fail says why
 
@@ -93,7 +93,8 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
 def on_interruption(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Have `handler` called on SIGTERM, SIGINT and SIGHUP; returns the handlers that it replaces.
 
-    A signal that this process was told to ignore, as by nohup, stays ignored. Of several processes JAX handles SIGTERM.
+    A signal that is already ignored stays ignored; nohup ignores SIGHUP so. In a run of several processes JAX handles
+    SIGTERM.
     """
     numbers = [number for number in INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
     if jax.distributed.is_initialized():

@@ -40,8 +40,8 @@ def evaluate(
         published: a CSV file of points to draw beside ours (`report.read_published`).
         step: of which checkpoint; by default the newest that is whole.
         model: where the run's language model lies now, if not where it lay in training.
-        config: an experiment's, whose `lm` and `data` say where the run's language model and text lie now, and whose
-            `evaluation` says how much is measured; by default all is as the run's own config says.
+        config: an experiment's. Its `lm` and `data` say where the run's language model and text lie now, and its
+            `evaluation` how much is measured. By default the run's own config says both.
 
     Raises:
         ConfigError: not a run with a checkpoint, another language model than the one it was trained with, other text
@@ -62,7 +62,7 @@ def evaluate(
     step = workdir.sound_step(("params", "facts"), step)
     saes, training = runs.load(path, mesh, step, workdir.field), metrics_log.read_metrics(workdir)
     if step is not None:
-        _check_inputs(workdir, workdir.facts(step), run, settings)
+        _check_inputs(workdir, workdir.facts(step), run, settings, "--model" if model else "lm.path")
     targets = {
         f"{name}_{index}": target
         for name, stack in run.stacks.items()
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
-    """A run's settings, with the language model and the text where another config has them, and as much text.
+    """A run's settings, with the paths of the language model and the text, and `evaluation`, of another config.
 
     Raises:
         ConfigError: the other config is of another run.
@@ -83,7 +83,7 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
         )
         for group, fields in workdir_lib.LOCATIONS.items()
     }
-    if moved["lm"] == dataclasses.replace(settings.lm, revision=""):  # a hub's model, whose commit the run knows
+    if moved["lm"] == dataclasses.replace(settings.lm, revision=""):  # the same hub name; the run recorded its commit
         moved["lm"] = settings.lm
     for group, value in moved.items():
         there, here = (
@@ -97,17 +97,24 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
 
 
 def _check_inputs(
-    workdir: workdir_lib.Workdir, facts: Mapping[str, Any], run: config_lib.Experiment, settings: HeldOut
+    workdir: workdir_lib.Workdir, facts: Mapping[str, Any], run: config_lib.Experiment, settings: HeldOut, field: str
 ) -> None:
     """Compare the language model and the held-out text with those of training, by a checkpoint's fingerprints.
 
-    Text that lies where it lay is only warned of: that of the corpus `stdlib`, for one, is this Python's.
+    Other text at the recorded path is only a warning: the corpus `stdlib`, for one, changes with the version of Python.
+
+    Args:
+        workdir: the run's.
+        facts: of the checkpoint.
+        run: the run's own config.
+        settings: what is measured on.
+        field: what an error calls the path of the language model.
 
     Raises:
         ConfigError: they are not the same.
     """
     try:
-        checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision)
+        checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision, field)
     except ConfigError as error:
         if settings.lm != run.lm:
             raise
@@ -117,7 +124,7 @@ def _check_inputs(
         ) from error
     moved = buckets.absolute(settings.lm.path) != buckets.absolute(run.lm.path)
     if "lm" in facts or not moved:
-        workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), "--model" if moved else "lm.path")
+        workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), field)
     else:
         processes.warn(
             f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
@@ -129,9 +136,10 @@ def _check_inputs(
     if held_out.fingerprint != facts["held_out"]:
         if settings.data != run.data:
             raise ConfigError(
-                "data.path", f"{settings.data.path} does not hold the text of the run in {workdir.path}; write a copy"
+                "data.path",
+                f"{settings.data.path} does not hold the text of the run in {workdir.path}; write a path that does",
             )
-        processes.warn("the held-out text is not the one that was there in training; the report is on the new text")
+        processes.warn("the held-out text has changed since training; the report is on the new text")
 
 
 def evaluate_saes(
@@ -152,7 +160,7 @@ def evaluate_saes(
         config: an experiment's, for its language model and text; by default the embedded model, and this Python's
             library in rows as those that the SAEs were trained on.
         model: another language model.
-        site: where the SAEs read; by default, where their files say.
+        site: where the SAEs read; by default the site that each one's file names.
         tokens: as in `evaluate`; so are `ito` and `published`.
 
     Raises:
@@ -178,7 +186,7 @@ def evaluate_saes(
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
     _check_told(saes, settings, given=bool(model) or config is not None)
-    saes = _at_sites(saes, settings.lm, site)
+    saes = _at_sites(saes, settings.lm, site, "--model" if model else "lm.path")
     return _write(epath.Path(out), saes, settings, mesh, tokens, ito, points)
 
 
@@ -200,13 +208,19 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
     return config_lib.from_dict(HeldOut, tree)
 
 
-def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> dict[str, trained.SAE]:
-    """SAEs with the language model's name for the site that each reads; `site` is that of all, if given.
+def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, field: str) -> dict[str, trained.SAE]:
+    """SAEs with the language model's name for the site that each reads.
+
+    Args:
+        saes: by name.
+        lm: where the language model lies.
+        site: the site of all of them; "" where each one's file says its own.
+        field: what an error calls the path of the language model.
 
     Raises:
         ConfigError: the language model has no such site.
     """
-    checkpoint = Checkpoint.open(lm.path, lm.revision)
+    checkpoint = Checkpoint.open(lm.path, lm.revision, field)
     widths = loading.site_widths(checkpoint.module())
 
     def ours(name: str) -> str:

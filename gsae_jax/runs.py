@@ -85,12 +85,13 @@ def _nothing(path: str) -> str:
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/.*)?", path) and not os.path.lexists(path.partition("/")[0]):
             fetched = f"huggingface_hub.snapshot_download({'/'.join(path.split('/')[:2])!r})"
             return (
-                f"{path} is not here; write a folder that is. Names on the Hugging Face hub are not taken: fetch one "
-                f"with {fetched}, and write the folder that this gives"
+                f"{path} is not here; write the path of a folder. Names on the Hugging Face hub are not taken: fetch "
+                f"the SAE with {fetched}, and write the folder that this returns"
             )
         return f"{path} is not here; write the directory of a run, or a folder of SAEs"
     formats = ", ".join(plugins.known("exchange", having="recognises"))
-    other = "its config.json is not one of a run" if (Path(path) / "config.json").exists() else "it has no config.json"
+    has_config = os.path.exists(os.path.join(os.path.expanduser(path), "config.json"))
+    other = "its config.json is not one of a run" if has_config else "it has no config.json"
     return f"{path} holds no run ({other}), and no SAE in a format that is known ({formats})"
 
 

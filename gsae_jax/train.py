@@ -32,7 +32,7 @@ def run(config: Experiment, path: epath.PathLike) -> int:
     if config.train.dead_after > config.train.steps:
         processes.warn(
             f"train.dead_after is {config.train.dead_after:,}, more than the {config.train.steps:,} steps of this run: "
-            "the metrics will count no feature as dead; lower it to count them"
+            "no feature will count as dead in the metrics; lower it to count them"
         )
     starts = runs.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
@@ -47,7 +47,7 @@ def main() -> int:
     try:
         return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), WORKDIR.value)
     except KeyboardInterrupt as interruption:  # outside of the loop, which has a handler of its own
-        if jax.distributed.is_initialized():  # the other processes have to be told
+        if jax.distributed.is_initialized():  # the other processes have to hear of it
             raise
         processes.say(f"{interruption}: the same command continues from what is saved")
         return INTERRUPTED

@@ -417,6 +417,9 @@ def test_what_is_wrong_with_saes_is_said(lm, tmp_path):
     assert by_name["sound_0"]["loss_recovered"] == 1
     assert "Target L0" in text
     assert "nan" not in text
+    # One that diverged says nothing of its site, also where it is alone there.
+    alone, _ = reported(tmp_path / "alone", lm, {"broken_0": saes["broken_0"]}, batches(lm))
+    assert alone["notes"] == said["broken"]
 
 
 def test_tokens_of_extreme_norm_are_no_denominator(lm):

@@ -97,6 +97,12 @@ def test_other_weights_are_noticed(places, moved):
     with pytest.raises(ConfigError, match="they differ in weights") as error:
         evaluate(new / "run", tokens=512, model=str(new / "lm"))
     assert error.value.field == "--model"
+    with pytest.raises(ConfigError, match="they differ in weights") as error:
+        evaluate(new / "run", tokens=512, config=config_lib.to_dict(experiment))
+    assert error.value.field == "lm.path"
+    with pytest.raises(ConfigError, match="is not a directory") as error:
+        evaluate(new / "run", tokens=512, model=str(new / "nowhere"))
+    assert error.value.field == "--model"
     assert (new / "run" / "config.json").read_bytes() == before
     assert not (new / "run" / "report").exists()
     settings = json.loads((places / "lm" / "config.json").read_text()) | {"layer_norm_eps": 0.1}

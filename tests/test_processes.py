@@ -182,6 +182,24 @@ def test_a_signal_to_one_process_saves_the_run_of_all(tmp_path, number):
     assert not (run / "report").exists()
 
 
+def test_signals_that_are_ignored_stay_ignored(monkeypatch):
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    handlers = {
+        signal.SIGTERM: signal.SIG_IGN,
+        signal.SIGHUP: signal.SIG_IGN,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        replaced = processes.on_interruption(lambda *_: None)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        assert replaced.keys() == {signal.SIGINT}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

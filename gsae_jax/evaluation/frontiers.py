@@ -45,8 +45,8 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
 
     A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
     that of least L0 as the geometric mean over seeds. A level is left out where that cannot be told, because a
-    learning rate's SAEs end before the level and are better where they do. So are SAEs without an L0 or a loss
-    recovered, which have diverged or are where that has no meaning.
+    learning rate's SAEs end before the level and are better where they do. SAEs without an L0 or a loss recovered are
+    left out, too: they have diverged, or loss recovered has no meaning at their site.
 
     Returns:
         For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates, `ratio` of the
@@ -57,8 +57,8 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         lambda: defaultdict(lambda: defaultdict(list))
     )
     points, about = {}, {}
-    told = [r for r in records if math.isfinite(r["loss_recovered"]) and math.isfinite(r["l0"]) and not r["ito"]]
-    for (site, stack), members in stacks(told).items():
+    measured = [r for r in records if math.isfinite(r["loss_recovered"]) and math.isfinite(r["l0"]) and not r["ito"]]
+    for (site, stack), members in stacks(measured).items():
         about[site, stack] = {"stack": stack, "variant": members[0]["variant"], "width": members[0]["width"]}
         for record in members:
             frontiers[site, stack][record["learning_rate"]][record["seed"]].append(record["name"])

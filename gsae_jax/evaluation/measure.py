@@ -17,7 +17,7 @@ from gsae_jax.lms.loss import cross_entropy_and_divergence
 from gsae_jax.saes import linalg, pursuit, trained
 
 AT_ONCE = 12  # interventions whose activations are held at once
-MEDIAN_TOKENS = 4096  # that tell a site's median norm
+MEDIAN_TOKENS = 4096  # how many tokens a site's median norm is taken over
 Place = tuple[str, float]  # a site, and the norm above which its activations are left alone
 
 
@@ -31,8 +31,7 @@ def measure(
 ) -> dict[str, metrics.Sums]:
     """On the LM's mesh, sums over `batches` [R, T] of tokens, by SAE name; `metrics.combine` turns them into metrics.
 
-    Any number of rows can be spread over any number of devices: each device but the last ones has as many, and rows of
-    padding, which are not measured, fill up the rest.
+    Rows of padding make their number a multiple of the number of devices; these are not measured.
 
     What an SAE was not trained on (`special_tokens`, and activations beyond its norm limit) is not measured, and keeps
     the language model's own activation under every intervention.
@@ -144,7 +143,7 @@ def _norm(x_RxTxD: jax.Array) -> jax.Array:
 
 
 def _extreme(norms: np.ndarray) -> np.float32:
-    """The norm above which a token is extreme, from those of many; NaN is a token that is not measured."""
+    """The norm above which a token is extreme, from the norms of many tokens; tokens not to be measured have NaN."""
     measured = norms[np.isfinite(norms)]
     median = np.median(measured) if measured.size else 0.0
     return np.float32(metrics.EXTREME * median if median > 0 else np.inf)
@@ -171,7 +170,7 @@ def _site_sums(
     tokens_RxT: jax.Array,
     allowed_RxT: jax.Array,
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
-    """(sum [D], number) of the activations at each place: of the valid ones, and of those of no extreme norm."""
+    """(sum [D], number) of the activations at each place: of all valid ones, and of those without an extreme norm."""
     found = loading.capture(module, lm_params, tokens_RxT, {site for site, _ in places})
 
     def sums(x: jax.Array, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:

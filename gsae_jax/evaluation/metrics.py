@@ -27,9 +27,9 @@ RATIOS = {
     "l1": lambda t: t["l1"] / t["tokens"],
     "gate_only": lambda t: t["gate_only"] / t["tokens"],
 }
-# What they compare the SAE's cross-entropy with. Where it is no higher than the clean one they have no meaning.
+# The cross-entropy that each ratio compares with. Where it is not above the clean one, the ratio has no meaning.
 AGAINST = {"loss_recovered": "ce_zero", "loss_recovered_from_mean": "ce_mean"}
-EXTREME = 10  # a norm above this multiple of the site's median; a few such tokens would be all of an E||x||^2
+EXTREME = 10  # multiple of the site's median norm above which a few tokens would make up nearly all of E||x||^2
 DENSE = 0.1  # a feature that fires on more than this fraction of tokens
 DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
 
@@ -53,7 +53,7 @@ def reconstruction_sums(
             names end in `_all` over all valid tokens.
     """
     x, x_hat = x_RxTxD.astype(jnp.float32), x_hat_RxTxD.astype(jnp.float32)
-    broken_RxT = jnp.isnan(f_RxTxF).any(-1)  # features that are NaN neither fire nor rest
+    broken_RxT = jnp.isnan(f_RxTxF).any(-1)  # a NaN feature is neither active nor inactive, so none are counted
     fires = (f_RxTxF != 0) & ~jnp.isnan(f_RxTxF)
 
     def number(of_RxTxF: jax.Array) -> jax.Array:
@@ -100,20 +100,20 @@ def add(total: Sums, batch: Sums) -> Sums:
 
 
 def combine(sums: Sums) -> dict[str, Any]:
-    """The metrics of one SAE; NaN is one that its reconstructions or the text give no meaning to.
+    """The metrics of one SAE; a metric is NaN where the reconstructions or the text give it no meaning.
 
     Returns:
         l0: mean active features per token.
         loss_recovered: 1 - (ce_sae - ce_clean) / (ce_zero - ce_clean); loss_recovered_from_mean: with ce_mean. NaN
-            where that denominator is not certainly above 0: its interval, or with one row its value, reaches 0.
+            where the denominator is not certainly above 0: its 95% interval (with one row, its value) reaches 0.
         ce_clean, ce_sae, ce_zero, ce_mean: nats per token with the activations kept, reconstructed, zeroed, or
             replaced by their mean.
         gamma: relative reconstruction bias, E||x_hat||^2 / E[x_hat . x]; below 1 is shrinkage.
-        gamma_centered: the same of x and x_hat less the site's mean, which hides shrinkage where it is large.
+        gamma_centered: the same for x and x_hat minus the site's mean; a large mean hides shrinkage from gamma.
         mean_share: ||mean||^2 / E||x||^2.
         kl: of the clean predictions to those with reconstructions, nats per token.
         fvu: fraction of the activations' variance that is not explained.
-        gamma_all, fvu_all: with the tokens of `extreme` norm, which gamma and fvu leave out.
+        gamma_all, fvu_all: over all tokens; gamma and fvu leave out those of `extreme` norm.
         cosine: mean cosine of activation and reconstruction.
         l1: mean sum of features, in the language model's units.
         gate_only: mean features per token whose gate is open and whose magnitude is 0.
@@ -159,7 +159,7 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def _is_certainly_above_0(rows: np.ndarray) -> bool:
-    """Whether a total over rows [R] is, by its interval."""
+    """Whether the interval of a total over rows [R] lies above 0; with one row, whether the total does."""
     if len(rows) < 2 or not np.isfinite(rows).all():
         return bool(rows.sum() > 0)
     return bool(rows.sum() > 0) and interval(draws(len(rows)) @ rows)[0] > 0

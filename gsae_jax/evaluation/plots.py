@@ -58,7 +58,7 @@ def gates(records: list[dict[str, Any]], values: dict[str, dict[str, np.ndarray]
 def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: dict[str, np.ndarray]) -> None:
     """One outline per SAE in its site's panel; the outermost bins take the thousandth of values beyond them.
 
-    They span the values of SAEs that have not diverged. One whose values are not finite is named in the legend only.
+    Bins span the values of SAEs that have not diverged. The legend names those whose values are not finite.
     """
     stacks = frontiers.stacks(records)
     values = {name: value.astype(np.float64) for name, value in values.items()}
@@ -133,28 +133,31 @@ def _shade(index: int, count: int) -> float:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """20 rather than 2 x 10^1 on a logarithmic axis, and always some numbers."""
+    """Numbers such as 20, not 2 x 10^1, on a logarithmic axis; there are always some."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if axis.get_scale() != "log":
         return
     low, high = axis.get_view_interval()
-    if high < 8 * low:  # there may be no power of ten, nor 2, 3 or 5 times one
+    if high < 8 * low:  # powers of ten, and 2, 3 and 5 times these, may all lie outside
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axis.set_minor_locator(NullLocator())
     else:
-        # Between the powers of ten there is room for numbers where there are few powers.
+        # Where the axis has few powers of ten, there is room for numbers between them.
         between = "235" if high < 1000 * low else "3" if high < 1e6 * low else ""
         axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else ""))
 
 
 def _focus(axis: Axes, low: float, high: float) -> None:
-    """Keep what lies in [low, high] readable where SAEs that have diverged lie far beyond, and count those."""
+    """Cut the y axis to the points in [low, high], and write how many of other points there are.
+
+    SAEs that have diverged would make the others' points one line.
+    """
     values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axis.lines] or [np.zeros(0)])
     inside, beyond = values[(values >= low) & (values <= high)], np.sum((values < low) | (values > high))
     if beyond and inside.size:
         margin = 0.05 * (np.ptp(inside) or 1)
         axis.set_ylim(inside.min() - margin, inside.max() + margin)
-        axis.text(0.02, 0.02, f"{beyond} points lie beyond this axis", transform=axis.transAxes, fontsize=8)
+        axis.text(0.02, 0.02, f"points beyond this axis: {beyond}", transform=axis.transAxes, fontsize=8)
 
 
 def _against_l0(
@@ -201,7 +204,7 @@ def _against_l0(
                 axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose).replace("$", r"\$"))
     for axis in panels.values():
         if not axis.lines:
-            text = "there is nothing to draw here:\nsee the sentences below the report's table"
+            text = "there is nothing to draw here:\nthe notes below the report's table say why"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center")
         if any(record["ito"] for record in records):
             axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")

@@ -61,8 +61,8 @@ COLUMNS = {
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
 Sections = Sequence[tuple[str, str, str]]  # heading, figure, text
 WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
-LARGE_MEAN = 0.5  # share of E||x||^2 from which a site's mean hides shrinkage
-MISSED = 0.1  # a target of L0 is missed where L0 is further from it than this fraction of it
+LARGE_MEAN = 0.5  # a mean with a larger share of E||x||^2 hides shrinkage
+MISSED = 0.1  # a target is missed where L0 differs from it by more than this fraction
 
 
 def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
@@ -222,28 +222,30 @@ def read_published(path: str) -> list[dict[str, Any]]:
 
 
 def notes(records: list[dict[str, Any]]) -> list[str]:
-    """What to know before reading the records of `rows` or of a report: a sentence for each thing that is wrong."""
+    """A sentence for each thing that is wrong with the records of `rows` or of a report; readers need them first."""
     encoders = [record for record in records if not record["ito"]]
-    found = []
+    sentences = []
     for site in sorted({record["site"] for record in encoders}):
         here = [record for record in encoders if record["site"] == site]
         r = here[0]
-        if not any(math.isfinite(record["loss_recovered"]) for record in here) and math.isfinite(r["ce_zero"]):
-            found.append(
-                f"At {site} loss recovered has no meaning and is left blank: with activations of zero the language "
-                "model predicts the text no worse than with its own, or not certainly worse (CE zero "
-                f"{r['ce_zero']:.3f}, CE clean {r['ce_clean']:.3f} nats). Check that the text is of the kind that the "
-                "language model was trained on, and that rows are longer than 2 tokens."
+        # An SAE that diverged has no loss recovered either, and says nothing about the site.
+        measured = [record for record in here if math.isfinite(record["ce_sae"])]
+        if measured and not any(math.isfinite(record["loss_recovered"]) for record in measured):
+            sentences.append(
+                f"At {site} loss recovered has no meaning and is left blank: activations of zero do not certainly "
+                f"raise the language model's loss (CE zero {r['ce_zero']:.3f}, CE clean {r['ce_clean']:.3f} nats). "
+                "Check that the language model was trained on text of this kind, and that rows are longer than 2 "
+                "tokens."
             )
         if r.get("mean_share", 0) > LARGE_MEAN:
             gammas = [f"{record['name']} {_number(record['gamma_centered'], '.3f')}" for record in here]
             shown = ", ".join(gammas if len(gammas) <= 4 else [*gammas[:3], f"{len(gammas) - 3} more"])
-            found.append(
-                f"At {site} the mean is {r['mean_share']:.1%} of E‖x‖², which hides shrinkage from γ. Less the mean, "
-                f"γ is: {shown}. report.json has it as gamma_centered."
+            sentences.append(
+                f"At {site} the mean is {r['mean_share']:.1%} of E‖x‖², which hides shrinkage from γ. Without the "
+                f"mean, γ is: {shown}. report.json has it as gamma_centered."
             )
         if r.get("extreme"):
-            found.append(
+            sentences.append(
                 f"At {site} {r['extreme']:,} of {r['tokens']:,} tokens have a norm above {metrics.EXTREME} times the "
                 f"median. FVU and γ leave them out; with them FVU is {_number(r['fvu_all'], '.3f')} for {r['name']}. "
                 "report.json has both, as fvu_all and gamma_all."
@@ -252,7 +254,7 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
     diverged = [r for r in encoders if not all(math.isfinite(r[name]) for name in blank if name in r)]
     sound = [r for r in encoders if r not in diverged]
     for members, text in (
-        (diverged, "reconstructions that are not finite: training diverged. What cannot be measured is left blank"),
+        (diverged, "reconstructions that are not finite: training diverged. Metrics without a value are left blank"),
         (
             [r for r in sound if r["fvu"] > 1],
             "an FVU above 1, which is worse than the mean activation as the reconstruction. Training diverged, or this "
@@ -261,13 +263,13 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
         ([r for r in sound if r["l0"] == 0], "an L0 of 0: no feature fires. Lower the l1 coefficient or learning rate"),
     ):
         if members:
-            found.append(f"{_names(members)} {'has' if len(members) == 1 else 'have'} {text}.")
-    found += [
+            sentences.append(f"{_names(members)} {'has' if len(members) == 1 else 'have'} {text}.")
+    sentences += [
         f"{r['name']} has an L0 of {r['l0']:.4g}, but its target was {r['target_l0']:g}."
         for r in sound
         if _has_target(r) and abs(r["l0"] - r["target_l0"]) > MISSED * r["target_l0"]
     ]
-    return found
+    return sentences
 
 
 def _names(records: list[dict[str, Any]]) -> str:
@@ -277,7 +279,7 @@ def _names(records: list[dict[str, Any]]) -> str:
 
 
 def _has_target(record: dict[str, Any]) -> bool:
-    # In reports it is null where there is none, and reports of earlier versions do not say.
+    # Reports have null where there is no target, and reports of earlier versions lack the field.
     return record.get("target_l0") is not None and math.isfinite(record["target_l0"])
 
 
@@ -332,12 +334,12 @@ def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 def _with_interval(record: dict[str, Any], name: str, form: str) -> str:
     """`50.0 ±0.4`: half the width of the interval."""
-    low_high = record["intervals"].get(name)
+    low_high = record["intervals"].get(name) if math.isfinite(record[name]) else None
     return _number(record[name], form) + (f" ±{(low_high[1] - low_high[0]) / 2:{form}}" if low_high else "")
 
 
 def _number(value: float, form: str) -> str:
-    """A dash where it has no meaning."""
+    """The number, or a dash where it is not finite."""
     return f"{value:{form}}" if math.isfinite(value) else "–"
 
 
@@ -390,7 +392,7 @@ ABOUT = (
     "cross-entropies (CE) in nats per token; zero and mean: activations replaced by zeros, by their mean. γ: "
     "E‖x̂‖² / E[x̂·x]; 1 is unbiased, below 1 is shrinkage. KL: of the clean predictions to those with reconstructions. "
     "FVU: fraction of variance unexplained. Alive: features that fired at least once. ±: half of a 95% bootstrap "
-    "interval over rows of text. –: has no meaning here. FVU and γ are of tokens whose norm is up to "
+    "interval over rows of text. –: the metric has no meaning here. FVU and γ leave out tokens whose norm is above "
     f"{metrics.EXTREME} times the site's median."
 )
 ITO = "Names ending in ito: the dictionary with so many features chosen by gradient pursuit, without its encoder."

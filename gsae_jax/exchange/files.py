@@ -102,7 +102,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def check_supported(path: Path, tree: Any, kinds: Mapping[str, tuple[Any, ...]], names: Iterable[str]) -> None:
-    """Raises `ConfigError` for fields whose value is well formed and asks for what we do not have.
+    """Raises `ConfigError` for fields that have a valid value which this package does not support.
 
     Args:
         path: of the file.
@@ -117,8 +117,8 @@ def check_supported(path: Path, tree: Any, kinds: Mapping[str, tuple[Any, ...]],
         known = [kind for kind in kinds[name] if isinstance(kind, str | bool)]
         value = tree.get(name)
         if type(value) in {type(kind) for kind in known} and value not in known:
-            said, supported = json.dumps(value)[:60], ", ".join(json.dumps(kind) for kind in known)
-            lacking.append(f"{name} {said} is not supported (supported: {supported})")
+            supported = ", ".join(json.dumps(kind) for kind in known)
+            lacking.append(f"{name} {json.dumps(value)[:60]} is not supported (supported: {supported})")
     if lacking:
         raise ConfigError(str(path), f"{'; '.join(lacking)}; write another SAE")
 
@@ -143,10 +143,10 @@ def safetensors_contents(file: Path) -> Contents:
 
 
 def why(file: Path, error: Exception) -> str:
-    """What is wrong with a file; git-lfs leaves a line of text where it did not fetch."""
+    """What is wrong with a file; of files that git-lfs has not fetched there is only a pointer, a few lines of text."""
     with contextlib.suppress(OSError), open(file, "rb") as opened:
         if opened.read(len(LFS)) == LFS:
-            return "it is a pointer of git-lfs, and `git lfs pull` fetches the file itself"
+            return "it is a pointer of git-lfs; run `git lfs pull`, which fetches the file itself"
     return str(error)
 
 

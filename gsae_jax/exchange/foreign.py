@@ -1,10 +1,10 @@
-"""Folders that are known and cannot be read, each told for what it is."""
+"""Folders of known kinds that hold no SAE which can be read; an error says which kind it is."""
 
 from pathlib import Path
 
 from gsae_jax.config import ConfigError
 
-SPARSIFY = "sae.safetensors"  # beside a cfg.json, where SAELens has another name
+SPARSIFY = "sae.safetensors"  # its weights, beside a cfg.json as in SAELens, whose weights have another name
 LANGUAGE_MODEL = ("model.safetensors", "model.safetensors.index.json", "tokenizer.json")
 
 
@@ -14,7 +14,7 @@ def is_sparsify(path: Path) -> bool:
 
 
 def check(path: Path) -> None:
-    """Raises `ConfigError` for a folder that is not an SAE which can be read."""
+    """Raises `ConfigError` for a folder of sparsify or of a language model."""
     if is_sparsify(path):
         raise ConfigError(
             str(path), "is of EleutherAI's sparsify, whose architecture (top-k) is not supported; write another SAE"

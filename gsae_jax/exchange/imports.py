@@ -14,11 +14,11 @@ def read(path: Path) -> dict[str, trained.SAE]:
     Warns of folders beside them that are no SAE, one that was copied in part for example.
 
     Raises:
-        ConfigError: a file that does not fit its format, a folder that is known to be of another kind, or two SAEs of
-            one name.
+        ConfigError: a file that does not fit its format, a folder of a kind that cannot be read, or two SAEs of one
+            name.
     """
     formats = plugins.known("exchange", having="recognises").values()
-    folders = path.is_dir() and not workdir.Workdir(path).holds_run()
+    folders = path.is_dir() and not workdir.Workdir(path, "path").holds_run()
     # Hidden ones are a program's own: .git, or what is left of an export that was killed.
     inside = sorted(folder for folder in path.glob("[!.]*") if folder.is_dir()) if folders else []
     found: dict[str, trained.SAE] = {}

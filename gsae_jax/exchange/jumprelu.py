@@ -16,7 +16,7 @@ def form(sae: trained.SAE) -> trained.SAE:
 
     Raises:
         ConfigError: a gated SAE whose encoder is not tied.
-        DivergedError: numbers that are not finite, or are too large in this form.
+        DivergedError: numbers that are not finite, or overflow in this form.
     """
     params: dict[str, Any] = records.parameters(sae)
     if sae.architecture == "relu":

@@ -51,9 +51,9 @@ class DivergedError(ConfigError):
     """An SAE has numbers that are not finite, which no reader would take."""
 
     def __init__(self, name: str, parameters: Iterable[str]):
-        """The SAE, and those of its parameters."""
-        message = "which happens when training diverges; lower its learning rate in a new run"
-        super().__init__(name, f"has numbers in {', '.join(parameters)} that are not finite or overflow, {message}")
+        """`name`: of the SAE; `parameters`: the names of those that have such numbers."""
+        why = "training diverged; train it again with a lower learning rate"
+        super().__init__(name, f"has numbers in {', '.join(parameters)} that are not finite or overflow: {why}")
 
 
 def record(sae: trained.SAE) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def parameters(sae: trained.SAE) -> dict[str, np.ndarray]:
 
     Raises:
         ConfigError: an architecture of your own, or a gated SAE whose encoder is not tied: no format can hold them.
-        DivergedError: numbers that are not finite, or would not be where they are used.
+        DivergedError: numbers that are not finite, or overflow where they are used.
     """
     if sae.architecture not in ARCHITECTURES:
         message = f"is of architecture {sae.architecture!r}, which no format can hold"

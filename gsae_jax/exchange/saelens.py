@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "reshape_activations": ("none", "hook_z"),
     "metadata": (dict,),
 }
-# What only SAELens before 6 has.
+# Fields that only SAELens before 6 writes.
 EARLIER: dict[str, tuple[Any, ...]] = {
     "activation_fn_str": ("relu",),
     "sae_lens_version": (str,),
@@ -87,7 +87,7 @@ def read(path: Path) -> trained.SAE:
     if _is_earlier(config):
         raise ConfigError(
             str(path / CONFIG),
-            "is of SAELens before 6, which had other files; load it in SAELens 6 with SAE.load_from_disk, and save it "
+            "is of SAELens before 6, whose files differ; load it in SAELens 6 with SAE.load_from_disk, and save it "
             "again with its save_model",
         )
     files.check_supported(path / CONFIG, config, KINDS, ("normalize_activations", "reshape_activations"))
@@ -113,7 +113,7 @@ def read(path: Path) -> trained.SAE:
 
 
 def _is_earlier(config: dict[str, Any]) -> bool:
-    """Whether SAELens before 6 wrote it: what is metadata now stood beside the rest."""
+    """Whether SAELens before 6 wrote it, which had no `metadata`: its fields were among the others."""
     metadata = config.get("metadata")
     if not isinstance(metadata, dict):
         return "metadata" not in config and not config.keys().isdisjoint((*METADATA, *EARLIER))

@@ -12,12 +12,12 @@ PACKAGE = "tensorboardX"
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Importing torch takes over a second; tensorboardX does where it is installed, for tensors that it never gets."""
+    """tensorboardX imports torch where it is installed. That takes over a second, and we give it no tensors."""
     modules: dict[str, Any] = sys.modules
     if "torch" in modules:
         yield
         return
-    modules["torch"] = None  # Python's way to say that there is none
+    modules["torch"] = None  # an import then fails as if it were not installed
     try:
         yield
     finally:
