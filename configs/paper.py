@@ -6,11 +6,11 @@ from gsae_jax.config import ConfigError, known_names
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}
 
 
-def recipe(lm, context_length, steps, large=True, decay_fraction=0.0):
-    """Text, sizes and schedule; `large`: a language model that wants bfloat16."""
+def recipe(lm, context_length, steps, large=True, decay_fraction=0.0, center=False):
+    """Text, sizes and schedule; `large`: a language model that wants bfloat16; `center`: not the paper's units."""
     config = base.get_config()  # batches of 4,096, a buffer of 2**20, a linear warm-up
     config.lm.path = lm
-    config.activations.center = False  # the paper's units; its l1 coefficients are for these
+    config.activations.center = center
     if large:
         config.lm.dtype = config.train.compute_dtype = "bfloat16"
     config.data.corpus, config.data.name, config.data.test_split = "tfds", "c4/en", "validation"
