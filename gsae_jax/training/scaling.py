@@ -15,7 +15,8 @@ import numpy as np
 
 # Values of `max_norm_multiple` that `warning` may suggest: multiples of the median norm.
 MULTIPLES = (2, 3, 5, 10, 30, 100)
-# A mean square of so many times the median one is the work of a few tokens; of normal activations it is about 1.
+# A mean square above this multiple of the median square comes from a few tokens. For normal activations the two are
+# about equal.
 HEAVY_TAILED = 4.0
 
 
@@ -53,17 +54,17 @@ def norms(x: jax.Array) -> jax.Array:
 
 
 def statistics(x: jax.Array, valid: jax.Array, max_norm_multiple: float, center: bool) -> dict[str, jax.Array]:
-    """What `combine` needs of a batch.
+    """The statistics of a batch that `combine` needs.
 
     Args:
         x: [R, T, D], in the language model's units.
         valid: [R, T], which tokens count.
         max_norm_multiple: tokens whose norm is above this multiple of the batch's median do not count either.
-        center: squares are of the distance to the batch's mean; otherwise of the norm.
+        center: whether a token's square is that of its distance to the batch's mean; otherwise it is that of its norm.
 
     Returns:
-        `count`, `mean` [D], `median_norm`, and the mean and the median square; for each of `MULTIPLES` the number of
-        counted tokens whose norm is `above` it, and the sum of the squares of the others, `square_below`.
+        `count`, `mean` [D], `median_norm`, `mean_square` and `median_square`. For each of `MULTIPLES`, `above` is the
+        number of counted tokens whose norm is above it, and `square_below` the sum of the squares of the others.
     """
     x = x.astype(jnp.float32)
     norm = jnp.where(valid, norms(x), jnp.nan)
@@ -85,10 +86,10 @@ def statistics(x: jax.Array, valid: jax.Array, max_norm_multiple: float, center:
 
 
 def combine(batches: list[dict[str, Any]], center: bool) -> tuple[Site, str]:
-    """The measured site, from the `statistics` of batches, and a warning where a few tokens rule its scale.
+    """The measured site, from the `statistics` of batches, and a warning where a few tokens decide its scale.
 
-    Sums are in float64, and the square about the common mean is that about the batches' means plus their own: a large
-    mean is never subtracted from a large square.
+    Sums are in float64. The square about the common mean is the square about the batches' means, plus the square of
+    these means about the common one: no large mean is subtracted from a large square.
     """
     whole = {name: np.stack([np.asarray(batch[name], np.float64) for batch in batches]) for name in batches[0]}
     weight = whole["count"] / max(whole["count"].sum(), 1)
@@ -103,18 +104,18 @@ def combine(batches: list[dict[str, Any]], center: bool) -> tuple[Site, str]:
 
 
 def warning(whole: dict[str, np.ndarray], median_square: float, mean_square: float) -> str:
-    """Why a few tokens rule a site's scale, and what `max_norm_multiple` would do about it; "" where none do."""
+    """Says that a few tokens decide a site's scale, and what `max_norm_multiple` would change; "" if none do."""
     if not mean_square > HEAVY_TAILED * median_square > 0:
         return ""
     count, above = whole["count"].sum(), whole["above"].sum(0)
     square_below = whole["square_below"].sum(0) / np.maximum(count - above, 1)
     helps = [index for index, square in enumerate(square_below) if square <= HEAVY_TAILED * median_square]
-    advice = "no multiple of the median norm tells them from the others"
+    advice = "no max_norm_multiple separates them from the others"
     if helps:
         chosen = max(helps)
         advice = (
             f"activations.max_norm_multiple={MULTIPLES[chosen]} would drop {above[chosen] / count:.2g} of all tokens "
-            f"and make it {square_below[chosen] / median_square:.1f}"
+            f"and lower that ratio to {square_below[chosen] / median_square:.1f}"
         )
     return (
         f"the mean square of its activations is {mean_square / median_square:,.1f} times their median square, so a few "

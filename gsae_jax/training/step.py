@@ -75,8 +75,8 @@ class Program:
             if not getattr(stack.architecture, "CENTRED", False):
                 raise ConfigError(
                     "activations.center",
-                    f"is True, but the file of {stack.config.architecture!r} (stacks.{stack.name}) does not say "
-                    "CENTRED = True: that inputs enter as x - b_dec; write False here, or CENTRED there",
+                    f"is True, but the architecture {stack.config.architecture!r} (stacks.{stack.name}) does not "
+                    "subtract b_dec from its inputs; write False, or CENTRED = True in its file if it does",
                 )
         return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
 
