@@ -353,7 +353,8 @@ class Workdir:
                 self.hold()
             located = _located(config)
             if self.latest_step() is not None:
-                located = _as_recorded(located, self.config()) | {group: config[group] for group in FREE if group in config}
+                free = {group: config[group] for group in FREE if group in config}
+                located = _as_recorded(located, self.config()) | free
             write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
