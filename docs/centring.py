@@ -72,7 +72,8 @@ def table(records_of):
         for center in (True, False):
             for mean in MEANS:
                 record = records_of[mean, center][name]
-                values = [format(record[column], form) for column, form in zip(columns, formats, strict=True)]
+                numbers = [(record[column], form) for column, form in zip(columns, formats, strict=True)]
+                values = ["-" if number is None else format(number, form) for number, form in numbers]
                 cells = [f"`{record['site']}`", name.partition("_")[0], mean, "yes" if center else "no", *values]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -80,7 +80,7 @@ def load(
 
 
 def _nothing(path: str) -> str:
-    """Why a path gives no SAEs."""
+    """Why no SAEs can be loaded from a path."""
     if not os.path.lexists(os.path.expanduser(path)):
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/.*)?", path) and not os.path.lexists(path.partition("/")[0]):
             fetched = f"huggingface_hub.snapshot_download({'/'.join(path.split('/')[:2])!r})"
@@ -167,8 +167,8 @@ def _members_of(start: str, field: str) -> list[trained.SAE]:
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     """The experiment as the run in `path` has it, or will have it.
 
-    A hub model has its commit for its revision: the run's, or the newest. SAEs that a stack of the run started from may
-    lie elsewhere now; then the experiment names the place that the run knows.
+    The revision of a hub model becomes its commit: that of the run, or the newest. If the SAEs that a stack started
+    from have moved since, the experiment gets the path that the run recorded.
 
     Raises:
         ConfigError: no such model, or a path that cannot be a run directory.
@@ -186,7 +186,7 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
 
 
 def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
-    """The experiment without the settings that did not exist when its run began, and a line about each of those."""
+    """The experiment with the earlier behaviour for settings that did not exist when its run began; warns of them."""
     if workdir.latest_step() is None:
         return config
     recorded, earlier, now = workdir.config(), config_lib.to_dict(workdir.experiment()), config_lib.to_dict(config)

@@ -7,6 +7,7 @@ hash of every file, with which they are compared before they are read. It appear
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,7 +33,6 @@ LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it
 MANIFEST = "manifest.json"
 SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of a checkpoint; orbax writes them after the manifest
 FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
-GROUPS = {"lm", "activations", "stacks", "train", "seed"}  # a config.json with two of these is a run's
 # Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
 LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
@@ -212,8 +212,11 @@ class Workdir:
             tree = config_lib.parse_json((self.path / "config.json").read_text())
         except (OSError, ValueError):
             tree = None
-        # A damaged config.json beside checkpoints is still a run's.
-        return len(tree.keys() & GROUPS) > 1 if isinstance(tree, dict) else (self.path / "checkpoints").is_dir()
+        if not isinstance(tree, dict):  # it may be a run's, and damaged
+            return (self.path / "checkpoints").is_dir()
+        # Configs of language models may have a seed as well.
+        known = tree.keys() & {field.name for field in dataclasses.fields(config_lib.Experiment)}
+        return 2 * len(known) >= max(1, len(tree))
 
     def experiment(self) -> config_lib.Experiment:
         """The config of the run.
@@ -350,9 +353,8 @@ class Workdir:
                 self.hold()
             located = _located(config)
             if self.latest_step() is not None:
-                located = _as_recorded(located, self.config()) | {
-                    group: config[group] for group in FREE if group in config
-                }
+                free = {group: config[group] for group in FREE if group in config}
+                located = _as_recorded(located, self.config()) | free
             write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(

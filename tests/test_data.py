@@ -202,8 +202,8 @@ def test_links_lead_to_one_file(tmp_path):
     (tmp_path / "text" / "e.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "text" / ".hidden").mkdir()
     for path in ("", "/**/*.txt"):
-        found = files_lib.find(str(tmp_path / "text") + path)
-        assert list(found.stamps) == [str(file)]
+        listing = files_lib.find(str(tmp_path / "text") + path)
+        assert list(listing.stamps) == [str(file)]
     assert files_lib.find(str(tmp_path / "text")).left_out == {
         "links to a file that is read already": 2,
         "broken links": 1,
@@ -322,10 +322,10 @@ def test_rows_of_tables_are_named(tmp_path):
         ("[]", []),
         ("", []),
         ('["a", 123456, "b"]', "item 2 is not a JSON object but the number 123456"),
-        ('["a" "b"]', "there is no comma behind item 1"),
+        ('["a" "b"]', "there is no comma after item 1"),
         ('["a", "b"', "its array does not end"),
         ('["a", {"text": "b]', "item 2 is not JSON"),
-        ('["a"] ["b"]', "there is more behind its array"),
+        ('["a"] ["b"]', "there is more after its array"),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 4, 2**20])
@@ -352,7 +352,7 @@ def test_changed_files_are_another_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "changes", "message"),
     [
-        ("a.csv", b"x", {}, "no .txt, .md, .*parquet file matches.* what is there is of another kind: 1 .csv"),
+        ("a.csv", b"x", {}, "no .txt, .md, .*parquet file matches.* the files there are of other kinds: 1 .csv"),
         ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], {}, "a.txt.gz cannot be read as .txt.gz"),
         ("a.txt.bz2", b"x", {}, "a.txt.bz2 cannot be read as .txt.bz2"),
         ("a.txt.xz", b"x", {}, "a.txt.xz cannot be read as .txt.xz"),

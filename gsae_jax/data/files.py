@@ -1,8 +1,8 @@
 """Files of text: which ones a path means, and the documents in them, read one at a time.
 
-The ending of a file's name says what it is, in upper or lower case: one of `KINDS`, and behind it, if the file is
-packed, one of `PACKED`. A text file is one document, or several where a separator stands between them; a line of
-JSON, an item of a JSON array and a row of a table are one document each.
+The ending of a file's name, in upper or lower case, says what the file is: one of `KINDS`, followed by one of `PACKED`
+if it is packed. A text file is one document, or several with a separator between them. A line of JSON, an item of a
+JSON array and a row of a table are one document each.
 """
 
 import bz2
@@ -36,7 +36,7 @@ READABLE = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
 CHUNK = 2**20  # characters or bytes that are read at once
 LONGEST = 10_000_000  # characters after which a text file without a separator begins another document
 LARGEST_ITEM = 2**26  # characters of one item of a JSON array
-# A packed file may unpack to so many times its size, and to so many bytes more. Text packs to a third or a tenth.
+# A packed file may unpack to at most RATIO times its size and SMALL bytes more. Text packs to a third or a tenth.
 RATIO, SMALL = 100, 2**26
 BOM = "\ufeff"  # the byte order mark, which some editors write in front of a text
 
@@ -51,11 +51,11 @@ PACKED: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, "
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a path means.
+class Listing:
+    """The files that a path means.
 
     Attributes:
-        stamps: of every file, sorted by name: its size in bytes, and a number that changes when it is written again.
+        stamps: for every file, sorted by name, its size in bytes and a number that changes when it is written again.
         left_out: how many files are not read, by their kind.
     """
 
@@ -71,12 +71,12 @@ def kind_of(name: str) -> tuple[str, str]:
     return (kind, packing) if kind in KINDS else (kind + packing, "")
 
 
-def find(path: str, every_link: bool = False) -> Found:
+def find(path: str, every_link: bool = False) -> Listing:
     """The text files that `path` means: a file, a folder searched through, or a glob; on disk or gs://.
 
     Args:
-        path: what exists under this very name is meant by it; otherwise it is a glob.
-        every_link: read a file as often as links lead to it, as earlier versions did.
+        path: the name of what exists; if nothing has this very name, a glob.
+        every_link: read a file once for every link that leads to it, as earlier versions did.
 
     Raises:
         ConfigError: there are none, or one has a name that is not UTF-8.
@@ -99,13 +99,13 @@ def find(path: str, every_link: bool = False) -> Found:
             raise ConfigError("data.path", f"{file!r} has a name that is not UTF-8; rename the file") from error
         stamps[file] = stamp
     if not stamps:
-        there = f"what is there is of another kind: {counted(left_out)}" if left_out else "nothing is there"
+        there = f"the files there are of other kinds: {counted(left_out)}" if left_out else "nothing is there"
         raise ConfigError(
             "data.path",
-            f"no {READABLE} file matches {path!r}, also none packed as {', '.join(PACKED)}; {there}; write a file, a "
-            "folder or a glob with such files",
+            f"no {READABLE} file matches {path!r}, and none that is packed as {', '.join(PACKED)}; {there}; write a "
+            "file, a folder or a glob with such files",
         )
-    return Found(dict(sorted(stamps.items())), dict(left_out))
+    return Listing(dict(sorted(stamps.items())), dict(left_out))
 
 
 def counted(kinds: dict[str, int]) -> str:
@@ -113,7 +113,7 @@ def counted(kinds: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
 
 
-# Both list (file, stamp), or (what it is instead of a file that could be read, None).
+# What both of the following give: (file, stamp), or (what stands there instead of a readable file, None).
 Listed = Iterator[tuple[str, tuple[int, int] | None]]
 
 
@@ -155,7 +155,7 @@ def _on_disk(path: str, every_link: bool) -> Listed:
 
 
 def _below(folder: str, is_new: Callable[[os.stat_result], bool], hidden_too: bool = False) -> Iterator[str]:
-    """The files in a folder and in those below it, each folder once; and the folders that are not searched."""
+    """The files in a folder and in the folders below it, each once; also the folders that are not searched."""
     is_new(os.stat(folder))
     errors: list[OSError] = []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
@@ -166,7 +166,7 @@ def _below(folder: str, is_new: Callable[[os.stat_result], bool], hidden_too: bo
 
 
 def _matching(pattern: str, is_new: Callable[[os.stat_result], bool]) -> Iterator[str]:
-    """The files that a glob means. Python's own follows links in circles, with two of them nearly for ever."""
+    """The files that a glob means. Python's own glob follows links in circles, with two of them nearly for ever."""
     parts = pattern.split(os.sep)
     if "**" not in parts:
         yield from glob.glob(pattern)
@@ -214,11 +214,11 @@ class Reader:
     """Reads documents, and counts what it leaves out.
 
     Attributes:
-        field: where a row has its text; a dotted name reaches what is nested: `message.content`, `turns.0.text`.
+        field: where a row has its text; a dotted name reaches nested text: `message.content`, `turns.0.text`.
         separator: what stands between documents of a text file; "" = a file is one document.
         skip_bad_rows: leave rows without text out, instead of refusing them.
-        as_before: keep byte order marks, and blank documents but those of text files, as earlier versions did.
-        blank, bad_rows: how many documents had nothing to see in them, and how many rows had no text.
+        as_before: keep byte order marks, and blank documents except those of text files, as earlier versions did.
+        blank, bad_rows: how many documents were blank, and how many rows had no text.
         first_bad_row: what was wrong with the first such row.
     """
 
@@ -319,7 +319,7 @@ class Reader:
         table = pyarrow.parquet.ParquetFile(binary)
         names, top = table.schema_arrow.names, self.field.partition(".")[0]
         leaves = [table.schema.column(index).path for index in range(len(table.schema))]
-        # Nothing is read but the text: other columns may hold images.
+        # Only the text is read. Other columns may hold images.
         columns = [leaf for leaf in leaves if leaf == self.field or leaf.startswith(f"{self.field}.")]
         if not columns and top not in names:
             missing = ConfigError(
@@ -337,7 +337,7 @@ class Reader:
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing to see in it: spaces of all kinds, and characters without a width, such as U+200B."""
+    """Whether a text has only spaces, of all kinds, and characters without a width, such as U+200B."""
     return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
@@ -349,7 +349,7 @@ def _split(text: TextIO, separator: str) -> Iterator[str]:
         if separator:
             *whole, rest = rest.split(separator)
             yield from whole
-        while len(rest) >= LONGEST + len(separator):  # half of a separator may stand at the end
+        while len(rest) >= LONGEST + len(separator):  # part of a separator may stand at the end
             yield rest[:LONGEST]
             rest = rest[LONGEST:]
     yield rest
@@ -383,7 +383,7 @@ def _items(file: str, text: TextIO) -> Iterator[tuple[str, Any]]:
         return bool(chunk)
 
     def skip_space() -> str:
-        """The next character that is none; "" at the end."""
+        """The next character that is not a space; "" at the end."""
         nonlocal at
         while (after := space.match(buffer, at).end()) == len(buffer):  # type: ignore[union-attr]
             at = after
@@ -397,7 +397,7 @@ def _items(file: str, text: TextIO) -> Iterator[tuple[str, Any]]:
     while (first := skip_space()) and not (is_array and first == "]"):
         if is_array and number:
             if first != ",":
-                raise ValueError(f"there is no comma behind item {number}")
+                raise ValueError(f"there is no comma after item {number}")
             at += 1
             skip_space()
         while True:
@@ -409,17 +409,17 @@ def _items(file: str, text: TextIO) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:
                 if not read_on():
                     raise ValueError(f"item {number + 1} is not JSON ({error})") from error
-        at, number = min(end, len(buffer)), number + 1  # read_on forgets what is before the item
+        at, number = min(end, len(buffer)), number + 1  # at the end, read_on has dropped what is before the item
         yield f"{file} item {number}", value
     if is_array and not first:
         raise ValueError("its array does not end")
     at += is_array
     if is_array and skip_space():
-        raise ValueError("there is more behind its array")
+        raise ValueError("there is more after its array")
 
 
 def _reached(row: Any, field: str) -> Any:
-    """What a row has under a name, or under a dotted name; raises `LookupError` where it has nothing."""
+    """The value that a row has under a name or a dotted name; raises `LookupError` if it has none."""
     if field in row:
         return row[field]
     for name in field.split("."):
@@ -433,7 +433,7 @@ def _reached(row: Any, field: str) -> Any:
 
 
 def _names(row: Any, above: str = "") -> list[str]:
-    """The names of a row's fields and, dotted, of those in them; no more than a message can hold."""
+    """The names of a row's fields, and dotted names of nested ones; no more than a message can hold."""
     names = []
     items = row.items() if isinstance(row, dict) else enumerate(row[:1]) if isinstance(row, list) else ()
     for name, value in items:
@@ -458,7 +458,7 @@ class _Unpacked(io.RawIOBase):
     """A stream that unpacks as it is read, up to a bound: a small file may unpack to more than any disk holds.
 
     Raises:
-        ConfigError: there are more bytes than that in it.
+        ConfigError: it unpacks to more bytes than the bound.
     """
 
     def __init__(self, file: str, stream: Any, bound: int):

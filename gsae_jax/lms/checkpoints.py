@@ -31,7 +31,7 @@ QUANTISED = {  # what the tensors of quantised weights are called
     r"\.(SCB|weight\.absmax)$": "bitsandbytes",
     r"\.weight_(packed|scale|scale_inv)$": "compressed-tensors or FP8",
 }
-# Fields of config.json that say who wrote it and how, and nothing of the function.
+# Fields of config.json that say who wrote it and how, but nothing about what the model computes.
 PROVENANCE = (
     "_name_or_path",
     "_commit_hash",
@@ -96,7 +96,7 @@ class Checkpoint:
             ConfigError: what `tokenizer.load` refuses, or tokens that the model has no embedding for: words, or EOS.
         """
         tokenizer = tokenizer_lib.load(self.folder, self.field)
-        # Some models have special tokens, as for images, beyond their embedding; text rarely gives those.
+        # Some models have special tokens without an embedding, such as those for images. Text rarely has them.
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= self.config.d_vocab}
         words = sorted(beyond.keys() - special)
@@ -113,7 +113,9 @@ class Checkpoint:
                 f"embeddings for {self.config.d_vocab} tokens; write another eos_token in {tokenizer_lib.CONFIG}",
             )
         if tokenizer.bos_token_id in beyond:
-            tokenizer.bos_token = None  # only rows that are to begin with BOS need it, and they refuse its absence
+            tokenizer.bos_token = (
+                None  # only rows that begin with BOS need it, and `data.rows` refuses those without it
+            )
         return tokenizer
 
     def params(self, module: Model, dtype: str, allow_nan: bool = False) -> dict[str, Any]:
@@ -145,12 +147,12 @@ class Checkpoint:
         return flax.traverse_util.unflatten_dict(params)
 
     def fingerprint(self) -> dict[str, str]:
-        """Names for what the model computes: its `config.json`, and its weights (`weights.Tensors.fingerprint`)."""
+        """Fingerprints of what the model computes: of `config.json` and of the weights."""
         self._fetch_weights()
         settings = read_settings(self.folder, self.field)
-        told = {name: value for name, value in settings.items() if name not in PROVENANCE}
+        described = {name: value for name, value in settings.items() if name not in PROVENANCE}
         tensors = weights.Tensors(self.folder, self.field)
-        return {"config.json": config_lib.fingerprint(told), "weights": tensors.fingerprint()}
+        return {"config.json": config_lib.fingerprint(described), "weights": tensors.fingerprint()}
 
     def check(self) -> None:
         """Raises `ConfigError` where the weights do not fit the model; reads their names and shapes only."""
@@ -198,7 +200,7 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
     Raises:
         ConfigError: no such directory, or the hub cannot give it.
     """
-    # Path's own expanduser raises for the home of nobody, and takes ./~ for ~.
+    # Path.expanduser raises for an unknown user, and takes ./~ for ~.
     folder = Path(os.path.expanduser(path)) if path else EMBEDDED
     try:
         from_hub = not folder.is_dir()
@@ -221,7 +223,8 @@ def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path,
         raise ConfigError(field, f"{str(path)!r} is a file; {how}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = fetch(str(path), revision, field, "*.json", "*.model", "*.txt", "*.jinja")
-        refuse_other_formats(folder, field)
+        if not (folder / "config.json").exists():  # else the weights are still to be fetched
+            refuse_other_formats(folder, field)
     else:
         raise ConfigError(
             field,
@@ -274,7 +277,7 @@ def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any,
         text = inner.get("model_type", f"{model_type}_text") if isinstance(inner, dict) else None
         if text in known:
             advice = f"its language model alone, of type {text!r}, is: save that, and write its directory"
-        elif model_type in transformers.CONFIG_MAPPING:  # another model, not a slip of the pen
+        elif model_type in transformers.CONFIG_MAPPING:  # another model, not a misspelt name
             advice = f"known: {', '.join(known)}"
         else:
             advice = known_names(model_type, known)

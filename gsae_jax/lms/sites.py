@@ -52,10 +52,10 @@ def splice(edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Tap:
 
 
 def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
-    """A tap as it is; an edit as the tap that applies it at its site.
+    """The tap itself, or for an edit the tap that applies it at its site.
 
     Raises:
-        ConfigError: neither of the two, or an edit at a site that is none of `sites`.
+        ConfigError: it is neither a tap nor an edit, or the site of the edit is none of `sites`.
     """
     if not callable(tap):
         raise ConfigError("tap", f"is of type {type(tap).__name__}; give a function of (site, activations), or an SAE")
@@ -68,12 +68,12 @@ def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
 
 
 def checked(tap: Tap) -> Tap:
-    """The tap, with its None as the activations themselves and its arrays in their dtype.
+    """The tap, checked: where it returns None, the activations stay; its arrays get the activations' dtype.
 
-    A smaller array would be broadcast along the stream, and the model would go on with wrong numbers.
+    Without the check a smaller array would be broadcast, and the model would compute wrong numbers.
 
     Raises:
-        ConfigError: when called, where the tap returns no array of real numbers of the activations' shape.
+        ConfigError: when called, if the tap does not return an array of real numbers of the activations' shape.
     """
 
     def apply(site: str, x: jax.Array) -> jax.Array:
@@ -109,14 +109,16 @@ def layer_of(site: str) -> int:
     return int(match[1])
 
 
-# What modules of a Hugging Face block, or hooks of TransformerLens 3, give back: their names behind the block's number.
+# Modules of a Hugging Face block and hooks of TransformerLens 3, by their names after the block's number, and the sites
+# that their outputs are.
 OUTPUTS = {
     "": "hook_resid_post",
     "hook_in": "hook_resid_pre",
     "hook_out": "hook_resid_post",
     "mlp.act": "mlp.hook_post",
 }
-# In blocks where no norm follows attention and MLP. In the others, those of Gemma 2 and 3, it is the norm's output.
+# The same for blocks without norms after attention and MLP. In other blocks, those of Gemma 2 and 3, the norms' outputs
+# are the sites.
 UNNORMED = {
     **dict.fromkeys(("mlp", "mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.hook_out"), "hook_mlp_out"),
     **dict.fromkeys(("attn", "attn.c_proj", "attn.hook_out", "attention", "attention.dense"), "hook_attn_out"),
@@ -127,12 +129,12 @@ BLOCK = r"(?:(?:model|transformer|gpt_neox|language_model|base_model)\.)*(?P<lis
 
 
 def hook_name(name: str, norm_after: bool | None = None) -> str | None:
-    """The site that others' name for a place in a language model means.
+    """The site that a name of another library means.
 
     Args:
-        name: a module of a Hugging Face model, whose output is meant, such as `model.layers.1` or
-            `transformer.h.0.mlp`; a hook of another library, such as `resid_post_layer_8`; or a site.
-        norm_after: whether norms follow attention and MLP in that model's blocks; None is unknown.
+        name: of a module of a Hugging Face model, whose output is meant, such as `model.layers.1` or
+            `transformer.h.0.mlp`; of a hook of another library, such as `resid_post_layer_8`; or of a site.
+        norm_after: whether norms follow attention and MLP in that model's blocks; None if that is not known.
 
     Returns:
         The site; None where the name is not known, or its meaning depends on `norm_after` and that is None.

@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint directory.
 
-Where `tokenizer.json` is there, it alone says how a text is split. transformers 5 would choose a class by `model_type`
-or `tokenizer_class` instead, and that class builds another normaliser and pre-tokenizer around the same vocabulary.
+If there is a `tokenizer.json`, it alone decides how a text is split. transformers 5 would choose a class by
+`model_type` or `tokenizer_class`, which may put another normaliser and pre-tokenizer around the same vocabulary.
 """
 
 import importlib.util
@@ -79,7 +79,7 @@ def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
 
 
 def _roles(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """The token of each special role; where the tokenizer's files name none, BOS and EOS are those of `config.json`."""
+    """The token of each special role. If the tokenizer's files name none, `config.json` gives BOS and EOS."""
     own = settings.get(CONFIG, {})
     sources = [own, settings.get(MAP, {})]
     if "added_tokens_decoder" in own:  # transformers does not read the other file then
@@ -96,14 +96,14 @@ def _roles(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[s
 
 
 def _from_id(number: Any, backend: tokenizers.Tokenizer) -> str | None:
-    """The special token that `config.json` means. Its ids may be another vocabulary's: a word is not taken for one."""
+    """The special token of an id in `config.json`. The id may be for another vocabulary, so words are not taken."""
     number = number[0] if isinstance(number, list) and number else number
     token = backend.get_added_tokens_decoder().get(number) if isinstance(number, int) else None
     return token.content if token is not None and token.special else None
 
 
 def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
-    """What transformers makes of vocabulary files, if it reads them: for some classes it would invent a vocabulary."""
+    """The tokenizer that transformers makes from older files, if it reads them; some classes invent a vocabulary."""
     if "auto_map" in settings.get(CONFIG, {}):
         raise ConfigError(
             field, f"{folder} has a tokenizer that is code (auto_map in {CONFIG}), which is not run; save it as {FILE}"
@@ -139,7 +139,7 @@ def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> 
 
 
 def _check_vocabulary(tokenizer: Any, expected: Mapping[str, int], file: Path) -> None:
-    """Raises `ValueError` for an id that is no number (the token would be dropped), or that two tokens have."""
+    """Raises `ValueError` for an id that is not a number, whose token would be dropped, or that two tokens have."""
     vocabulary = tokenizer.get_vocab()
     owners: dict[int, str] = {}
     for token, number in expected.items():

@@ -23,7 +23,8 @@ from gsae_jax.config import ConfigError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = ("F32", "F16", "BF16")  # from fine to coarse
-WHOLE, PAGE, PAGES = 2**28, 4096, 64  # bytes of weights that a fingerprint reads all of; else pages of each tensor
+# Fingerprints read all of weights up to WHOLE bytes. Of larger weights they read PAGES pages of each tensor.
+WHOLE, PAGE, PAGES = 2**28, 4096, 64
 ParamPath = tuple[str, ...]
 
 
@@ -89,8 +90,8 @@ class Tensors:
     def fingerprint(self) -> str:
         """A name for the tensors: equal names, types, shapes and contents have equal fingerprints.
 
-        How tensors are divided into files does not matter. Up to `WHOLE` bytes, every byte counts. Of larger
-        checkpoints, of which reading all would take too long, it is `PAGES` pages of each tensor, evenly spaced.
+        How tensors are divided into files does not matter. Up to `WHOLE` bytes, every byte counts. Larger checkpoints
+        would take too long to read: there `PAGES` evenly spaced pages of each tensor count.
         """
         headers = {file: _header(file) for file in sorted(set(self._paths.values()))}
         entries = [(name, *headers[file][name]) for name, file in sorted(self._paths.items())]
@@ -114,7 +115,7 @@ class Tensors:
         return digest.hexdigest()[:16]
 
     def fineness(self, name: str) -> int:
-        """The place of one tensor's dtype among `DTYPES`; of two copies, the one with the lower is to be read."""
+        """The place of a tensor's dtype in `DTYPES`. Of two copies, the one with the lower place is read."""
         return DTYPES.index(self.dtype(name)) if self.dtype(name) in DTYPES else len(DTYPES)
 
     def same(self, one: str, other: str, rows: int = 4096) -> bool:
@@ -135,7 +136,7 @@ class Tensors:
 
 
 def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """(type, shape, begin, end) of each tensor of a safetensors file, in bytes of the file; it was checked before."""
+    """(type, shape, begin, end) of each tensor of a safetensors file that was checked before; positions in bytes."""
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))

@@ -71,7 +71,7 @@ def from_jumprelu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag), each [B, F]; one product with x when the encoder is tied."""
-    # Centred in float32, before the product: a large mean would take all the digits of bfloat16.
+    # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
     c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
     return _pre_activations(params, lambda W: linalg.matmul(c_BxD, W, config.dtype), config)
 
@@ -79,7 +79,7 @@ def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Conf
 def _pre_activations(
     params: dict[str, jax.Array], encode_with: Callable[[jax.Array], jax.Array], config: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """`encode_with` gives c @ W."""
+    """(pi_gate, pi_mag); `encode_with` computes c @ W."""
     gate = encode_with(params["W_gate"])
     if not config.tie_encoder:
         magnitude = encode_with(params["W_mag"])
@@ -93,7 +93,7 @@ def _pre_activations(
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
     pi_gate, pi_mag = pre_activations(params, x_BxD, config)
-    # NaN is not above 0, and would become a feature that is off.
+    # NaN > 0 is False, which would hide NaN as a feature that is off.
     return jnp.where(jnp.isnan(pi_gate), pi_gate, jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0))
 
 

@@ -71,7 +71,7 @@ def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> ja
     """Feature activations [B, F]."""
     pi_BxF = linalg.matmul(x_BxD, params["W_enc"], config.dtype) + params["b_enc"][None]
     threshold = jax.nn.relu(params["threshold"])[None]
-    # NaN is not above a threshold, nor anything above NaN: it would become a feature that is off.
+    # Comparisons with NaN are False, which would hide NaN as a feature that is off.
     is_nan = jnp.isnan(pi_BxF) | jnp.isnan(threshold)
     return jnp.where(is_nan, jnp.nan, jnp.where(pi_BxF > threshold, pi_BxF, 0))
 

@@ -23,14 +23,15 @@ def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
 def centred_product(x_BxD: jax.Array, b_D: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
     """(x - b) @ W, for training: a batch that many SAEs share meets all their encoders in one product.
 
-    The centring is a bias, -b @ W. Training's inputs have no large mean, so no digits are lost.
+    The centring is a bias, -b @ W. With bfloat16 it needs inputs without a large mean, as `activations.center` makes
+    them: the two products would lose their digits.
     """
     return matmul(x_BxD, W, dtype) - matmul(b_D, W, dtype)[None]
 
 
 def shifted(bias: jax.Array, b_D: jax.Array, W_DxF: jax.Array) -> jax.Array:
     """bias + b @ W [F], on the host in float64 and rounded once: an encoder's bias for inputs centred otherwise."""
-    with np.errstate(over="ignore", invalid="ignore"):  # who uses it looks at whether it is finite
+    with np.errstate(over="ignore", invalid="ignore"):  # callers check whether it is finite
         shifted_F = np.asarray(bias) + np.asarray(b_D, np.float64) @ np.asarray(W_DxF, np.float64)
         return jnp.asarray(shifted_F.astype(np.float32))
 

@@ -34,7 +34,7 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
-    # Centred in float32, before the product: a large mean would take all the digits of bfloat16.
+    # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
     c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
     return jax.nn.relu(linalg.matmul(c_BxD, params["W_enc"], config.dtype) + params["b_enc"][None])
 

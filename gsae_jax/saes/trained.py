@@ -64,7 +64,7 @@ def converter(source: str, target: str) -> Callable[[dict[str, jax.Array]], dict
 
 
 def not_finite(params: dict[str, Any]) -> list[str]:
-    """The names of parameters that have a number which is not finite; of r_mag its exponential must be, too."""
+    """The names of parameters with numbers that are not finite. The exponential of r_mag must be finite as well."""
 
     def is_finite(name: str, value: Any) -> bool:
         with np.errstate(over="ignore"):
@@ -82,7 +82,9 @@ def with_unit_rows(architecture: str, params: dict[str, jax.Array], field: str) 
             `field`.
     """
     if names := not_finite(params):
-        raise ConfigError(field, f"has numbers in {', '.join(names)} that are not finite; write SAEs without such")
+        raise ConfigError(
+            field, f"has numbers in {', '.join(names)} that are not finite; write SAEs without such numbers"
+        )
     norms_F = jnp.linalg.norm(params["W_dec"], axis=-1)
     if not norms_F.all():
         dead = int((norms_F == 0).sum())
@@ -128,10 +130,10 @@ class SAE:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, x: jax.typing.ArrayLike) -> jax.Array:
-        """Feature activations [..., F] of activations [..., D]; tensors of torch may be given too.
+        """Feature activations [..., F] of activations [..., D], which may also be a torch tensor.
 
         Raises:
-            ConfigError: another last axis than D, or what is no array of real numbers.
+            ConfigError: the last axis is not D, or `x` is not an array of real numbers.
         """
         x = self._checked(x, self.config.d_in, "x")
         f_BxF = _encode(self.architecture, self.config, self.params, x.reshape(-1, self.config.d_in))
@@ -168,10 +170,10 @@ class SAE:
 
 
 def as_floats(value: Any, name: str) -> jax.Array:
-    """An array of floating-point numbers, in the type that it has; integers become float32.
+    """An array of floating-point numbers, of the same type if it has one; integers become float32.
 
     Raises:
-        ConfigError: it is no array of real numbers, a ragged list for one; the message begins with `name`.
+        ConfigError: it is not an array of real numbers, such as a ragged list; the message begins with `name`.
     """
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
         tensor = value.detach().cpu()
@@ -180,7 +182,7 @@ def as_floats(value: Any, name: str) -> jax.Array:
         value = tensor.float().numpy().astype(jnp.bfloat16) if half else tensor.numpy()
     try:
         array = jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:  # of NumPy for what is ragged, of JAX for text and objects
+    except (TypeError, ValueError, OverflowError) as error:  # NumPy refuses ragged lists, JAX text
         why = str(error).partition("\n")[0]
         raise ConfigError(name, f"is no array of numbers ({why}); give one whose rows have equal lengths") from error
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -206,13 +208,13 @@ def fold(params: dict[str, jax.Array], scale: float, mean_D: jax.typing.ArrayLik
     """The parameters for activations x of an SAE that was trained on (x - mean) * scale.
 
     Every architecture here maps s * x to s * f when its biases are multiplied by s, so the biases take the factor, and
-    unit decoder rows stay unit. Inputs enter as x - b_dec, so b_dec takes the mean.
+    unit decoder rows stay unit. Where inputs enter as x - b_dec (`CENTRED`), b_dec takes the mean; elsewhere it is 0.
     """
     folded = {name: value / scale if name.startswith("b_") else value for name, value in params.items()}
-    return folded | {"b_dec": folded["b_dec"] + mean_D}
+    return folded | ({"b_dec": folded["b_dec"] + mean_D} if "b_dec" in folded else {})
 
 
 def unfold(params: dict[str, jax.Array], scale: float, mean_D: jax.typing.ArrayLike = 0.0) -> dict[str, jax.Array]:
     """The inverse of `fold`."""
-    params = params | {"b_dec": params["b_dec"] - mean_D}
+    params = params | ({"b_dec": params["b_dec"] - mean_D} if "b_dec" in params else {})
     return {name: value * scale if name.startswith("b_") else value for name, value in params.items()}

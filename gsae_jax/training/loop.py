@@ -30,7 +30,7 @@ from gsae_jax.training import scaling
 from gsae_jax.training.step import Program, TrainState
 
 RETRIES = (1, 5, 25)  # seconds before the last state is saved again, if that failed
-FAR = 10  # squared errors of so many times that of a zero reconstruction are told, when training is under way
+FAR = 10  # an SAE has diverged whose squared error is more than this many times that of a zero reconstruction
 
 
 def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[str, Any]] | None = None) -> bool:
@@ -157,21 +157,21 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
 
 
 def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: int | None = None) -> TrainState:
-    """The first state: sites measured on the first tokens, in at `most` so many calls, and a full buffer."""
+    """The first state: sites measured on the first tokens, in `most` calls at the most, and a full buffer."""
     config = program.config
     calls = -(-config.activations.scale_tokens // (config.rows_per_call * config.data.context_length))
     calls = calls if most is None else min(calls, max(1, most))
     batches = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
     measured = {}
     for site in config.sites:
-        measured[site], warning = scaling.combine([batch[site] for batch in batches], config.activations.center)
+        measured[site], warnings = scaling.combine([batch[site] for batch in batches], config.activations.center)
         square = measured[site].mean_square
         if not np.isfinite(square) or square == 0:
             raise ConfigError(
                 f"site {site}",
                 f"has mean squared norm {square} on the first tokens; the language model or the text is unusable",
             )
-        if warning:
+        for warning in warnings:
             processes.warn(f"site {site}: {warning}")
     return _filled(program, program.init(measured), lm_params, stream)
 
@@ -264,7 +264,7 @@ def _loop(
         saved = step
 
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
-        # Statistics of the call before, which are read while the next one runs.
+        # Statistics of the previous call, which are read while the next one runs.
         waiting: tuple[int, Any, jax.Array, np.ndarray] | None = None
         divergence = _Divergence(config, program.widths, progress, facts["skips"])
         divergence.count(step, {name: stack.skipped_in_row for name, stack in state.stacks.items()})
@@ -319,7 +319,7 @@ def _loop(
         message = divergence.write(workdir, step)
         if step < total:
             raise TrainingError(message)
-        processes.warn(message)  # the report tells of it too
+        processes.warn(message)  # the report has a note about it as well
     if step < total:
         kept = f"step {saved:,} is saved" if saved else "no step was made yet"
         processes.say(f"{signals.received}: {kept}; the same command continues from there")
@@ -327,12 +327,12 @@ def _loop(
 
 
 class _Divergence:
-    """Watches for SAEs that diverge: numbers that are not finite, or a reconstruction that is far worse than none."""
+    """Watches for SAEs that diverge: whose numbers are not finite, or whose error is far above that of zeros."""
 
     def __init__(
         self, config: Experiment, widths: dict[str, int], progress: "_Progress", skips: dict[str, dict[str, Any]]
     ):
-        """`widths`: of the sites; `skips`: those that the checkpoint had when it was written."""
+        """`widths`: of the sites; `skips`: the attribute as the checkpoint recorded it."""
         self._config, self._widths, self._progress = config, widths, progress
         self._far: set[str] = set()
         # SAE that skips updates -> the step of the call in which that began, and the tokens of that call.
@@ -340,15 +340,16 @@ class _Divergence:
         self.lost: list[str] = []
 
     def look(self, step: int, statistics: dict[str, dict[str, jax.Array]], tokens_RxT: np.ndarray) -> None:
-        """Say which SAEs begin to diverge in the call that ended at this step; it may be looked at twice."""
+        """Say which SAEs begin to diverge in the call that ended at this step; may be called twice for a step."""
         fields = ("skipped_in_row", "mse", "x_hat_sq", "x_hat_dot_x")
-        found = jax.device_get({name: {field: of[field] for field in fields} for name, of in statistics.items()})
-        self.count(step, {name: of["skipped_in_row"] for name, of in found.items()}, tokens_RxT)
+        values = jax.device_get({name: {field: of[field] for field in fields} for name, of in statistics.items()})
+        self.count(step, {name: of["skipped_in_row"] for name, of in values.items()}, tokens_RxT)
         # A wide random dictionary begins with large reconstructions.
         if step <= max(self._config.train.warmup_steps, self._config.train.steps // 10):
             return
-        for name, of in found.items():
-            # Of E||x - x_hat||^2 what a zero reconstruction has: 1 in the mean, by the scale, and more in some batches.
+        for name, of in values.items():
+            # The squared error of a zero reconstruction, divided by D. The scale makes it 1 in the mean, and some
+            # batches have more.
             D = self._widths[self._config.stacks[name].site]
             zero_N = np.maximum(1, of["mse"] + (2 * of["x_hat_dot_x"] - of["x_hat_sq"]) / D)
             for index, far in enumerate(of["mse"] > FAR * zero_N):
@@ -363,7 +364,7 @@ class _Divergence:
                     )
 
     def count(self, step: int, in_row: dict[str, Any], tokens_RxT: np.ndarray | None = None) -> None:
-        """Note where skips began, and which SAEs are `lost`, from the updates that each skipped in a row."""
+        """Record since when SAEs skip updates, and which are `lost`, by how many each skipped in a row."""
         per_call = self._config.updates_per_call
         counts = {f"{name}_{i}": int(n) for name, of in jax.device_get(in_row).items() for i, n in enumerate(of)}
         for sae, skipped in counts.items():
@@ -371,14 +372,14 @@ class _Divergence:
             if skipped == 0:
                 self.skips.pop(sae, None)
             elif self.skips.get(sae, {}).get("step") != began:
-                # Of calls before a checkpoint that does not tell of them, the tokens are not known any more.
+                # Checkpoints of earlier versions do not have the tokens of the calls before them.
                 tokens = None if tokens_RxT is None or began != step else tokens_RxT.tolist()
                 self.skips[sae] = {"step": began, "tokens": tokens}
                 self._progress.say(f"step {began:,}: {sae} skips updates: its loss or gradients are not finite")
         self.lost = [sae for sae, skipped in counts.items() if skipped >= self._config.train.max_skipped]
 
     def write(self, workdir: workdir_lib.Workdir, step: int) -> str:
-        """Put `diverged.json` in the run's directory, where earlier records stay; returns the message."""
+        """Add the SAEs that are lost to `diverged.json` in the run's directory; returns the message."""
         path = workdir.path / "diverged.json"
         if processes.first():
             try:
@@ -435,7 +436,7 @@ def _tokens_needed(config: Experiment) -> int:
 class _Signals:
     """Turns SIGTERM, SIGINT and SIGHUP into a name to look at between steps; a second one ends the process at once.
 
-    Of several processes, whichever receives one, all end after the same step, which JAX finds.
+    If one of several processes receives a signal, all end after the same step, which JAX determines.
     """
 
     received = ""
@@ -460,7 +461,7 @@ class _Signals:
             os._exit(128 + number)  # an orderly exit would wait for what is being saved
         self.received = signal.Signals(number).name
         if self._together:
-            signal.raise_signal(signal.SIGTERM)  # the one that JAX tells the others about
+            signal.raise_signal(signal.SIGTERM)  # JAX handles this one, and informs the other processes
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():

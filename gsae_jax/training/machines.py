@@ -50,7 +50,7 @@ CHIPS = {
     "gpu:h200": Chip(141 * 10**9, 989e12, 450e9, 50e9),
     "gpu:b200": Chip(180 * 10**9, 2250e12, 900e9, 50e9),
 }
-EXAMPLES = {"v4": (2, 2, 2), "v5e": (4, 4), "v5p": (2, 2, 2), "v6e": (4, 4)}  # sides; of others 8 devices
+EXAMPLES = {"v4": (2, 2, 2), "v5e": (4, 4), "v5p": (2, 2, 2), "v6e": (4, 4)}  # sides; others have 8 devices
 
 
 class Topology(NamedTuple):

@@ -41,7 +41,7 @@ def resample(
     if getattr(stack.sae, "only_magnitude", False):  # its features are given
         return state, jnp.zeros(len(stack.config), jnp.int32)
     axes = stack.architecture.FEATURE_AXES
-    # As they lie in the store: its type is half as large.
+    # Gathered in the store's type, which is half as large as float32.
     x_MxD = jax.lax.all_gather(x_SxBxD, "data", axis=1, tiled=True).reshape(-1, x_SxBxD.shape[-1])
     dead_NxF = state.steps_since_fired >= dead_after
     everywhere = jax.lax.all_gather(dead_NxF, ALL, axis=1, tiled=True)

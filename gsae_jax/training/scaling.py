@@ -15,8 +15,10 @@ import numpy as np
 
 # Values of `max_norm_multiple` that `warning` may suggest: multiples of the median norm.
 MULTIPLES = (2, 3, 5, 10, 30, 100)
-# A mean square of so many times the median one is the work of a few tokens; of normal activations it is about 1.
+# A mean square above this multiple of the median square comes from a few tokens. For normal activations the two are
+# about equal.
 HEAVY_TAILED = 4.0
+LARGE_MEAN = 0.5  # share of E||x||^2 from which a mean that is not subtracted is warned of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,71 +54,84 @@ def norms(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
 
 
-def statistics(x: jax.Array, valid: jax.Array, max_norm_multiple: float, center: bool) -> dict[str, jax.Array]:
-    """What `combine` needs of a batch.
+def norm_limit(max_norm_multiple: float, median_norm: Any) -> Any:
+    """The norm above which tokens are dropped; there is none for an infinite multiple, also of a median of 0."""
+    return max_norm_multiple * median_norm if math.isfinite(max_norm_multiple) else math.inf
+
+
+def statistics(x: jax.Array, valid: jax.Array, max_norm_multiple: float) -> dict[str, jax.Array]:
+    """The statistics of a batch that `combine` needs.
 
     Args:
         x: [R, T, D], in the language model's units.
         valid: [R, T], which tokens count.
         max_norm_multiple: tokens whose norm is above this multiple of the batch's median do not count either.
-        center: squares are of the distance to the batch's mean; otherwise of the norm.
 
     Returns:
-        `count`, `mean` [D], `median_norm`, and the mean and the median square; for each of `MULTIPLES` the number of
-        counted tokens whose norm is `above` it, and the sum of the squares of the others, `square_below`.
+        `count`, `mean` [D], `median_norm`; `variance` and `median_square`, the mean and the median of the square of a
+        token's distance to the mean. For each of `MULTIPLES`, `above` is the number of counted tokens whose norm is
+        above it, and `square_below` the sum of the squares of the others.
     """
     x = x.astype(jnp.float32)
     norm = jnp.where(valid, norms(x), jnp.nan)
     median_norm = jnp.nanmedian(norm)
-    kept = norm <= max_norm_multiple * median_norm
+    kept = norm <= norm_limit(max_norm_multiple, median_norm)
     count = kept.sum()
-    mean_D = jnp.where(kept[..., None], x, 0).sum((0, 1)) / count * center
+    mean_D = jnp.where(kept[..., None], x, 0).sum((0, 1)) / count
     square = jnp.where(kept, jnp.square(x - mean_D[None, None]).sum(-1), 0)
     below = [norm <= multiple * median_norm for multiple in MULTIPLES]
     return {
         "count": count,
         "mean": mean_D,
         "median_norm": median_norm,
-        "mean_square": square.sum() / count,
+        "variance": square.sum() / count,
         "median_square": jnp.nanmedian(jnp.where(kept, square, jnp.nan)),
         "above": jnp.stack([(kept & ~b).sum() for b in below]),
         "square_below": jnp.stack([jnp.where(b, square, 0).sum() for b in below]),
     }
 
 
-def combine(batches: list[dict[str, Any]], center: bool) -> tuple[Site, str]:
-    """The measured site, from the `statistics` of batches, and a warning where a few tokens rule its scale.
+def combine(batches: list[dict[str, Any]], center: bool) -> tuple[Site, list[str]]:
+    """The measured site, from the `statistics` of batches, and warnings.
 
-    Sums are in float64, and the square about the common mean is that about the batches' means plus their own: a large
-    mean is never subtracted from a large square.
+    Sums are in float64. The variance about the common mean is the variance about the batches' means, plus the square of
+    these means about the common one: no large mean is subtracted from a large square.
     """
     whole = {name: np.stack([np.asarray(batch[name], np.float64) for batch in batches]) for name in batches[0]}
     weight = whole["count"] / max(whole["count"].sum(), 1)
     used = weight > 0  # a batch may have no valid token
     weight, whole = weight[used], {name: value[used] for name, value in whole.items()}
     if not weight.size:
-        return Site(math.nan, math.nan), ""
-    mean_D = weight @ whole["mean"]
-    mean_square = float(weight @ (whole["mean_square"] + np.square(whole["mean"] - mean_D).sum(-1)))
-    site = Site(mean_square, float(weight @ whole["median_norm"]), mean_D.astype(np.float32) if center else None)
-    return site, warning(whole, weight @ whole["median_square"], mean_square)
+        return Site(math.nan, math.nan), []
+    mean_D, median_norm = weight @ whole["mean"], float(weight @ whole["median_norm"])
+    variance = float(weight @ (whole["variance"] + np.square(whole["mean"] - mean_D).sum(-1)))
+    mean_square = variance + float(np.square(mean_D).sum())
+    warnings = [heavy_tail(whole, float(weight @ whole["median_square"]), variance)]
+    if center:
+        return Site(variance, median_norm, mean_D.astype(np.float32)), [text for text in warnings if text]
+    if mean_square > 0 and (share := 1 - variance / mean_square) > LARGE_MEAN:
+        warnings.append(
+            f"the mean is {share:.1%} of E||x||^2, so it decides the scale, and l1 coefficients weigh too much against "
+            "what is left; activations.center=True subtracts it"
+        )
+    return Site(mean_square, median_norm), [text for text in warnings if text]
 
 
-def warning(whole: dict[str, np.ndarray], median_square: float, mean_square: float) -> str:
-    """Why a few tokens rule a site's scale, and what `max_norm_multiple` would do about it; "" where none do."""
-    if not mean_square > HEAVY_TAILED * median_square > 0:
+def heavy_tail(whole: dict[str, np.ndarray], median_square: float, variance: float) -> str:
+    """Says that a few tokens decide a site's scale, and what `max_norm_multiple` would change; "" if none do."""
+    if not variance > HEAVY_TAILED * median_square > 0:
         return ""
     count, above = whole["count"].sum(), whole["above"].sum(0)
     square_below = whole["square_below"].sum(0) / np.maximum(count - above, 1)
     helps = [index for index, square in enumerate(square_below) if square <= HEAVY_TAILED * median_square]
-    advice = "no multiple of the median norm tells them from the others"
+    advice = "no max_norm_multiple separates them from the others"
     if helps:
         chosen = max(helps)
         advice = (
             f"activations.max_norm_multiple={MULTIPLES[chosen]} would drop {above[chosen] / count:.2g} of all tokens "
-            f"and make it {square_below[chosen] / median_square:.1f}"
+            f"and lower that ratio to {square_below[chosen] / median_square:.1f}"
         )
     return (
-        f"the mean square of its activations is {mean_square / median_square:,.1f} times their median square, so a few "
-        f"tokens of extreme norm decide its scale and the loss; {advice}"
+        f"the variance of its activations is {variance / median_square:,.1f} times the median of their squared distance "
+        f"to the mean, so a few tokens of extreme norm decide its scale and the loss; {advice}"
     )

@@ -75,8 +75,8 @@ class Program:
             if not getattr(stack.architecture, "CENTRED", False):
                 raise ConfigError(
                     "activations.center",
-                    f"is True, but the file of {stack.config.architecture!r} (stacks.{stack.name}) does not say "
-                    "CENTRED = True: that inputs enter as x - b_dec; write False here, or CENTRED there",
+                    f"is True, but the architecture {stack.config.architecture!r} (stacks.{stack.name}) does not "
+                    "subtract b_dec from its inputs; write False, or CENTRED = True in its file if it does",
                 )
         return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
 
@@ -141,8 +141,7 @@ class Program:
         def measure(lm_params: Any, tokens_RxT: jax.Array) -> dict[str, dict[str, jax.Array]]:
             activations = self.activations(lm_params, tokens_RxT)
             valid = self.valid(tokens_RxT, activations, None)
-            center = self.config.activations.center
-            return {site: scaling.statistics(x, valid, self._norm_multiple, center) for site, x in activations.items()}
+            return {site: scaling.statistics(x, valid, self._norm_multiple) for site, x in activations.items()}
 
         return jax.jit(measure, out_shardings=NamedSharding(self.mesh, P()))
 
@@ -155,7 +154,10 @@ class Program:
                 store=self._empty_store(),
                 scales={site: jnp.float32(math.sqrt(D / sites[site].mean_square)) for site, D in self.widths.items()},
                 means={site: jnp.asarray(sites[site].mean) for site in self.specs().means},
-                norm_limits={site: jnp.float32(self._norm_multiple * sites[site].median_norm) for site in self.widths},
+                norm_limits={
+                    site: jnp.float32(scaling.norm_limit(self._norm_multiple, sites[site].median_norm))
+                    for site in self.widths
+                },
                 key=jax.random.key_data(jax.random.key(self.config.seed)),
                 step=jnp.int32(0),
                 dropped=jnp.int32(0),

@@ -1,7 +1,8 @@
 """Bring your own text: files of text, JSON or Parquet, packed or not; a folder, a glob or one path, local or gs://.
 
-Text is held out by a hash of it, so that what is held out stays so when text is added, and copies of a document are
-on one side. A long document is cut into pieces for that; those that follow one another on one side are joined again.
+A hash of the text decides what is held out. So held-out text stays held out when text is added, and copies of a
+document are on the same side. A long document is cut into pieces, of which each has its own hash; neighbouring pieces
+on the same side are joined again.
 """
 
 import array
@@ -19,7 +20,7 @@ from gsae_jax.config import ConfigError
 from gsae_jax.data import files
 
 PIECE = 2_000  # characters of a long document that are held out, or not, together; a divisor of files.LONGEST
-HELD_OUT = 20  # one piece in so many is held out; there must be as many
+HELD_OUT = 20  # one piece in this many is held out, and there must be at least this many
 BEFORE = (".txt", ".md", ".jsonl", ".parquet")  # what earlier versions read
 
 
@@ -30,8 +31,8 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, config: config_lib.Data, **kwargs: Any):
         self._before = config.held_out == "position"
-        found = files.find(config.path, every_link=self._before)
-        self._files, self._left_out = found.stamps, found.left_out
+        listing = files.find(config.path, every_link=self._before)
+        self._files, self._left_out = listing.stamps, listing.left_out
         if self._before:
             self._files = {file: stamp for file, stamp in self._files.items() if Path(file).suffix in BEFORE}
         self._reader = files.Reader(config.field, config.separator, config.on_bad_row == "skip", self._before)
@@ -56,7 +57,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(test=False), "test": self._generate_examples(test=True)}
 
     def _survey(self) -> dict[str, Any]:
-        """Count what there is, and see to it that some of it is held out."""
+        """Count the documents, and choose the limit such that some text is on each side."""
         documents = array.array("Q")
         pieces, lowest, highest = 0, 2**64, 0
         for _, document in self._documents():
@@ -78,7 +79,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
                 f"gives {pieces} pieces of text{same}; add text: {HELD_OUT} are needed to hold one of them out "
                 f"({_about(counts)})",
             )
-        # By chance, a little text may have all of it on one side.
+        # By chance, all pieces of a short text may fall on one side.
         self._limit = min(max(self._limit, lowest + 1), highest)
         return counts
 
@@ -92,7 +93,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
                     key += 1
 
     def _every_twentieth(self, test: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        """How runs of earlier versions were held out: by position, in pieces that the files' sizes decide."""
+        """The split of earlier versions: by position, in pieces whose length depends on the files' sizes."""
         size = sum(size for size, _ in self._files.values())
         characters = min(100_000, max(2_000, size // (4 * HELD_OUT)))
         pieces = ((file, piece) for file, document in self._documents() for piece in _pieces(document, characters))
@@ -112,7 +113,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
                 yield file, document
 
     def remarks(self) -> list[str]:
-        """What a user should know of the prepared text, in sentences."""
+        """Sentences about the prepared text: which files were read, and what was left out."""
         remarks = []
         if self._left_out:
             total = len(self._files) + sum(self._left_out.values())
