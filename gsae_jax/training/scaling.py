@@ -132,6 +132,6 @@ def heavy_tail(whole: dict[str, np.ndarray], median_square: float, variance: flo
             f"and lower that ratio to {square_below[chosen] / median_square:.1f}"
         )
     return (
-        f"the variance of its activations is {variance / median_square:,.1f} times the median of their squared distance "
+        f"the variance of its activations is {variance / median_square:,.1f} times the median square of their distance "
         f"to the mean, so a few tokens of extreme norm decide its scale and the loss; {advice}"
     )
