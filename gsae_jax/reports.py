@@ -54,7 +54,9 @@ def evaluate(
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
     settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens)
     if config is not None:
-        settings = _moved(settings, _of_experiment(config))
+        # Fields that did not exist when the run began keep the values of then.
+        known = {name: value for name, value in config.get("data", {}).items() if name in workdir.config()["data"]}
+        settings = _moved(settings, _of_experiment({**config, "data": known}))
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(run.lm, path=model, revision=""))
     latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
@@ -131,8 +133,8 @@ def _check_inputs(
         )
     if "held_out" not in facts:  # of an earlier version
         return
-    as_then = dataclasses.replace(settings, evaluation=run.evaluation)
-    held_out = rows.held_out_rows(as_then, checkpoint.tokenizer(), run.evaluation.tokens, checkpoint.config.d_vocab)
+    limit = rows.held_out_tokens(run, run.evaluation.tokens)
+    held_out = rows.open_rows(settings.data, "test", checkpoint.tokenizer(), limit, checkpoint.config.d_vocab)
     if held_out.fingerprint != facts["held_out"]:
         if settings.data != run.data:
             raise ConfigError(

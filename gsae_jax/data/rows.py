@@ -239,8 +239,9 @@ def held_out(
     Raises:
         ConfigError: what `open_rows` refuses, or less text than one batch.
     """
-    rows = held_out_rows(config, tokenizer, tokens, d_vocab)
-    return itertools.islice(in_order(rows, config.evaluation.rows_per_forward), _held_out_batches(config, tokens))
+    rows, per_batch = held_out_rows(config, tokenizer, tokens, d_vocab), config.evaluation.rows_per_forward
+    batches = held_out_tokens(config, tokens) // (per_batch * config.data.context_length)
+    return itertools.islice(in_order(rows, per_batch), batches)
 
 
 def held_out_rows(
@@ -248,14 +249,14 @@ def held_out_rows(
 ) -> TokenRows:
     """The rows that `held_out` gives batches of; warns and raises as it does."""
     per_batch, T = config.evaluation.rows_per_forward, config.data.context_length
-    wanted = _held_out_batches(config, tokens) * per_batch
-    rows = open_rows(config.data, "test", tokenizer, wanted * T, d_vocab)
+    limit = held_out_tokens(config, tokens)
+    rows = open_rows(config.data, "test", tokenizer, limit, d_vocab)
     if len(rows) < per_batch:
         raise ConfigError(
             "evaluation.rows_per_forward",
             f"is {per_batch}, but the held-out text has {len(rows)} rows; lower it, or add text",
         )
-    if len(rows) < wanted:
+    if len(rows) * T < limit:
         measured = len(rows) // per_batch * per_batch * T
         processes.warn(
             f"evaluation.tokens: {tokens:,} are asked for, but the held-out text has {measured:,} in whole batches; "
@@ -264,8 +265,10 @@ def held_out_rows(
     return rows
 
 
-def _held_out_batches(config: config_lib.Experiment | config_lib.HeldOut, tokens: int) -> int:
-    return max(1, round(tokens / (config.evaluation.rows_per_forward * config.data.context_length)))
+def held_out_tokens(config: config_lib.Experiment | config_lib.HeldOut, tokens: int) -> int:
+    """The number of tokens nearest to `tokens` that is one of whole batches, at least one."""
+    batch = config.evaluation.rows_per_forward * config.data.context_length
+    return max(1, round(tokens / batch)) * batch
 
 
 @contextlib.contextmanager
