@@ -128,14 +128,20 @@ def test_a_directory_of_any_name_keeps_what_is_saved_in_it(tmp_path, name):
 
 def test_a_failed_save_removes_nothing_of_a_neighbour(tmp_path):
     """Whose name the failed one's matches as a pattern."""
-    theirs = tmp_path / "axb" / "checkpoints" / "1.orbax-checkpoint-tmp"
-    theirs.mkdir(parents=True)
     workdir = workdir_lib.Workdir(tmp_path / "a?b")
     workdir.create({})
     checkpoints = workdir_lib.Checkpoints(workdir, config_lib.Checkpoint(every=1, keep=1))
-    checkpoints.save(1, PARAMS, STATE, {"position": lambda: None}, {}, None)  # JSON cannot hold that
+    ours, theirs = (tmp_path / name / "checkpoints" / "1.orbax-checkpoint-tmp" for name in ("a?b", "axb"))
+    for folder in (ours, theirs):
+        folder.mkdir(parents=True)
+
+    def fail():
+        raise OSError("No space left on device")
+
+    checkpoints._saving = 1
+    checkpoints._try(fail)
     checkpoints.close()
-    assert workdir.latest_step() is None
+    assert not ours.exists()
     assert theirs.is_dir()
 
 
