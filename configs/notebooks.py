@@ -7,5 +7,6 @@ def get_config():
     config = quickstart.get_config()
     config.train.steps = 300
     config.train.warmup_steps = 50
+    config.train.dead_after = 100
     config.evaluation.tokens = 2**15
     return config
