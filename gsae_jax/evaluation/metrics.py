@@ -124,7 +124,8 @@ def combine(sums: Sums) -> dict[str, Any]:
     """
     rows = np.stack([value for name, value in sums.items() if name != "fired"])
     names = [name for name in sums if name != "fired"]
-    totals = dict(zip(names, rows.sum(1), strict=True))
+    with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
+        totals = dict(zip(names, rows.sum(1), strict=True))
     n, fired = totals["tokens"], sums["fired"]
     found: dict[str, Any] = _ratios(totals)
     found |= {f"ce_{kind}": totals[f"ce_{kind}"] / totals["predictions"] for kind in ("clean", "sae", "zero", "mean")}
