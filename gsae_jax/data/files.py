@@ -371,7 +371,7 @@ def _lines(file: str, kind: str, text: TextIO) -> Iterator[tuple[str, Any]]:
 
 def _items(file: str, text: TextIO) -> Iterator[tuple[str, Any]]:
     """The items of a JSON array, or JSON values that follow one another, each as soon as it is read."""
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+    decode, not_space = json.JSONDecoder().raw_decode, re.compile(r"[^ \t\r\n]")
     buffer, at, number = text.read(CHUNK).removeprefix(BOM), 0, 0
 
     def read_on() -> bool:
@@ -385,12 +385,12 @@ def _items(file: str, text: TextIO) -> Iterator[tuple[str, Any]]:
     def skip_space() -> str:
         """The next character that is not a space; "" at the end."""
         nonlocal at
-        while (after := space.match(buffer, at).end()) == len(buffer):  # type: ignore[union-attr]
-            at = after
+        while not (match := not_space.search(buffer, at)):
+            at = len(buffer)
             if not read_on():
                 return ""
-        at = after
-        return buffer[at]
+        at = match.start()
+        return match.group()
 
     is_array = skip_space() == "["
     at += is_array

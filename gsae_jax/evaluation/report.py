@@ -88,9 +88,11 @@ def rows(
     """One record per measured SAE: what it is, and what it measured.
 
     `variant` is its architecture and the options that are not the default; `ito` the number of features where they
-    were chosen by gradient pursuit, else 0; `target_l0` of `targets`, by SAE, or None.
+    were chosen by gradient pursuit, else 0; `target_l0` of `targets`, by SAE, or None; `not_finite` the names of
+    parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
     """
     records = []
+    not_finite = {name: trained.not_finite(sae.params) for name, sae in saes.items()}
     for name in sums:
         whose, _, k = (name, "", "0") if name in saes else name.rpartition("_ito_")
         sae = saes[whose]
@@ -108,6 +110,7 @@ def rows(
                 "learning_rate": sae.learning_rate,
                 "seed": sae.seed,
                 "target_l0": None if int(k) else targets.get(whose),
+                "not_finite": not_finite[whose],
                 **metrics.combine(sums[name]),
             }
         )
@@ -264,6 +267,12 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
     ):
         if members:
             sentences.append(f"{_names(members)} {'has' if len(members) == 1 else 'have'} {text}.")
+    sentences += [
+        f"{r['name']} has numbers that are not finite in {', '.join(r['not_finite'])}: training diverged. It cannot be "
+        "exported."
+        for r in sound
+        if r.get("not_finite")
+    ]
     sentences += [
         f"{r['name']} has an L0 of {r['l0']:.4g}, but its target was {r['target_l0']:g}."
         for r in sound

@@ -63,13 +63,16 @@ def converter(source: str, target: str) -> Callable[[dict[str, jax.Array]], dict
     return getattr(module_of(target), f"from_{source}", None)
 
 
-def not_finite(params: dict[str, Any]) -> list[str]:
-    """The names of parameters with numbers that are not finite. The exponential of r_mag must be finite as well."""
+def not_finite(params: Mapping[str, jax.typing.ArrayLike]) -> list[str]:
+    """The names of parameters with numbers that are not finite. The exponential of r_mag must be finite as well.
 
-    def is_finite(name: str, value: Any) -> bool:
-        with np.errstate(over="ignore"):
-            value = np.exp(np.asarray(value, np.float32)) if name == "r_mag" else np.asarray(value, np.float32)
-        return bool(np.isfinite(value).all())
+    Every process calls it, as features may lie over all devices.
+    """
+
+    def is_finite(name: str, value: jax.typing.ArrayLike) -> bool:
+        with np.errstate(over="ignore"):  # float64 that float32 does not hold
+            value = jnp.asarray(value, jnp.float32)
+        return bool(jnp.isfinite(jnp.exp(value) if name == "r_mag" else value).all())
 
     return [name for name, value in params.items() if not is_finite(name, value)]
 

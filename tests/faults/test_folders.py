@@ -24,7 +24,7 @@ from gsae_jax.training import loop
 from tests import test_exchange
 from tests.conftest import tiny
 from tests.faults import mutants
-from tests.faults.test_inputs import FEW, MANY, table, try_mutants  # noqa: F401 (a fixture)
+from tests.faults.trials import FEW, MANY, try_mutants
 
 REAL = Path(__file__).parents[3] / "shared" / "real" / "saelens_jumprelu"
 NAMES = (
@@ -206,7 +206,7 @@ def test_folders(kind, originals, tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_folders(kind, originals, tmp_path, table):  # noqa: F811 (the fixture)
+def test_many_folders(kind, originals, tmp_path, table):
     table[kind] = try_mutants(kind, originals, tmp_path, range(FEW, FEW + MANY), KINDS)
     assert table[kind]["worked"] == MANY if kind in ALWAYS else table[kind]["worked"] > MANY // 50
     assert kind in ALWAYS or table[kind]["refused"] > MANY // 50

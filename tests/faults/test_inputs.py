@@ -5,21 +5,14 @@ Many mutants of every kind, and the table that docs/reliability.md shows:
 python -m pytest -n 0 -m faults tests/faults/test_inputs.py
 """
 
-import collections
-import contextlib
-import gc
 import gzip
 import io
 import json
 import os
-import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pyarrow
@@ -46,14 +39,12 @@ from gsae_jax.training import loop
 from tests import test_tokenizers
 from tests.conftest import tiny
 from tests.faults import mutants
+from tests.faults.trials import FEW, MANY, bounded, listing, try_mutants, works
 from tests.fixtures.lms import make
 
 LMS = Path(make.__file__).parent
 TOKENIZER = tokenizer_lib.FILE
 SITE = "blocks.0.hook_mlp_out"
-FEW, MANY = 8, 200  # mutants of each kind
-SECONDS = 60  # of computing for one of them; ten times as long on the clock, as a machine may have other work
-MEMORY = 256 * 2**20  # bytes that one of them may take; its files are smaller than 2**20
 
 
 pytestmark = [  # of orbax, which does not wait for other files where it cannot read one
@@ -337,95 +328,17 @@ KINDS = {  # what it is made of, how it is damaged, what a command does with it
 LENIENT = ("metrics.jsonl",)  # a line that says nothing is left out, with a warning: no figure is worth a run
 
 
-def listing(folder):
-    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def memory(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-@contextlib.contextmanager
-def bounded():
-    """Within `SECONDS` and `MEMORY`; what asks for ever more memory ends before the machine's does."""
-
-    def late(number, frame):
-        raise TimeoutError(f"not done in {SECONDS} seconds of computing, or ten times as long")
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    limits, before = resource.getrlimit(resource.RLIMIT_AS), memory("VmRSS")
-    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + 2**33, limits[1]))
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, 10 * SECONDS)}
-    handlers = {number: signal.signal(number, late) for number, _ in timers.values()}
-    for timer, (_, seconds) in timers.items():
-        signal.setitimer(timer, seconds)
-    try:
-        yield
-    finally:
-        for timer in timers:
-            signal.setitimer(timer, 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert memory("VmHWM") - before < MEMORY
-
-
-def works(use, *args):
-    """Whether it does; what is refused is refused in one sentence."""
-    with warnings.catch_warnings(action="ignore"), bounded():
-        try:
-            use(*args)
-        except ConfigError as error:
-            message = str(error)
-        else:
-            return True
-    assert message.isprintable()
-    assert ": " in message
-    return False
-
-
-def try_mutants(kind, originals, folder, seeds, kinds=None):
-    made_of, damage, use = (kinds or KINDS)[kind]
-    counts = collections.Counter()
-    for seed in seeds:
-        draw = random.Random(f"{kind} {seed}")
-        mutant = folder / "mutant"
-        shutil.copytree(draw.choice(originals[made_of]), mutant)
-        damage(draw, mutant)
-        before = listing(folder)
-        try:
-            counts["worked" if works(use, mutant) else "refused"] += 1
-        except BaseException as error:
-            raise AssertionError(f"{kind}, mutant {seed}") from error
-        assert listing(folder) == before
-        shutil.rmtree(mutant)
-    gc.collect()  # what was not awaited, here, where that is no error
-    return counts
-
-
 def test_mutants(originals, tmp_path):
     """In one test, so that one process makes the originals."""
     for kind in KINDS:
-        counts = try_mutants(kind, originals, tmp_path, range(FEW))
+        counts = try_mutants(kind, originals, tmp_path, range(FEW), KINDS)
         assert counts["refused"] or kind in LENIENT
-
-
-@pytest.fixture(scope="module")
-def table(request):
-    """Prints the counts at the end."""
-    counts = {}
-    yield counts
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print("\n\n| input | mutants | worked | refused |\n| --- | --: | --: | --: |")
-        for kind, count in counts.items():
-            print(f"| {kind} | {count.total()} | {count['worked']} | {count['refused']} |")
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_mutants(kind, originals, tmp_path, table):
-    table[kind] = try_mutants(kind, originals, tmp_path, range(FEW, FEW + MANY))
+    table[kind] = try_mutants(kind, originals, tmp_path, range(FEW, FEW + MANY), KINDS)
     assert table[kind]["worked"] > MANY // 50
     assert table[kind]["refused"] > MANY // 50 or kind in LENIENT
 
