@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gsae_jax
 from gsae_jax import runs
 from gsae_jax import train as train_command
 from gsae_jax.config import ConfigError
@@ -19,7 +17,6 @@ from gsae_jax.saes import gated
 from gsae_jax.training import loop, scaling
 from tests.test_training import advance, begin, single_device_mesh, with_
 
-EARLIER = Path(__file__).parent / "fixtures" / "earlier_run"
 R, T, D = 8, 64, 16
 
 
@@ -134,13 +131,3 @@ def test_a_run_that_began_before_the_setting_existed_continues_without_it(experi
     assert "activations.center=False" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"train\.batch_size: 64 != 128"):
         train_command.run(with_(begun, activations={"center": True}, train={"batch_size": 128}), path)
-
-
-def test_a_run_of_an_earlier_version_computes_what_it_did():
-    """Made by `fixtures/earlier_run/make.py`; its config and checkpoint have no mean."""
-    expected = np.load(EARLIER / "expected.npz")
-    saes = gsae_jax.load(EARLIER)
-    assert set(saes) == set(expected) - {"x"}
-    for name, sae in saes.items():
-        np.testing.assert_allclose(sae.encode(expected["x"]), expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
-        assert (np.asarray(sae.encode(expected["x"])) > 0).any()
