@@ -54,6 +54,8 @@ def assert_close(ours, theirs, path="report"):
         assert len(ours) == len(theirs), path
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             assert_close(a, b, f"{path}[{index}]")
+    elif ours is None and ".loss_recovered" in path:
+        pass  # 7164cd4 gave a number also where it has no meaning
     elif isinstance(theirs, float):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), path
     else:
