@@ -46,16 +46,15 @@ def moved(run, text, tmp_path_factory):
 
 def assert_close(ours, theirs, path="report"):
     """Equal but for rounding (other devices, another program), and not fewer fields than there were."""
-    if isinstance(theirs, dict):
-        assert set(theirs) <= set(ours), path
+    if ours is None and ".loss_recovered" in path:
+        pass  # 7164cd4 gave a number also where it has no meaning
+    elif isinstance(theirs, dict):
         for name, value in theirs.items():
-            assert_close(ours[name], value, f"{path}.{name}")
+            assert_close(ours.get(name), value, f"{path}.{name}")
     elif isinstance(theirs, list):
         assert len(ours) == len(theirs), path
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             assert_close(a, b, f"{path}[{index}]")
-    elif ours is None and ".loss_recovered" in path:
-        pass  # 7164cd4 gave a number also where it has no meaning
     elif isinstance(theirs, float):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), path
     else:
