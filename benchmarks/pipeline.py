@@ -56,7 +56,7 @@ def sae_updates(program):
 
     def update(stacks, batch):
         stepped = {
-            stack.name: stack.update(stacks[stack.name], batch[stack.config.site], jnp.float32(1))
+            stack.name: stack.update(stacks[stack.name], batch, jnp.int32(0), jnp.float32(1))
             for stack in program.stacks
         }
         return {name: state for name, (state, _) in stepped.items()}, {name: m for name, (_, m) in stepped.items()}

@@ -40,7 +40,7 @@ def build(architecture, D, F, B, N, dtype):
     settings = config_lib.Stack(architecture, "site", F, (1e-2,) * N, (3e-4,), tuple(range(N)), {})
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
     x = jax.device_put(jax.random.normal(jax.random.key(0), (B, D)), mesh_lib.sharding(mesh, "data"))
-    return Stack.build("benchmark", settings, D, dtype), mesh, x
+    return Stack.build("benchmark", settings, {"site": D}, dtype), mesh, x
 
 
 def program(stack, mesh, x):
@@ -49,7 +49,7 @@ def program(stack, mesh, x):
     shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), specs)
     state = jax.jit(stack.init, out_shardings=shardings)()
     update = jax.shard_map(
-        lambda state, x: stack.update(state, x, jnp.float32(1)),
+        lambda state, x: stack.update(state, {"site": x}, jnp.int32(0), jnp.float32(1)),
         mesh=mesh,
         in_specs=(specs, PartitionSpec("data")),
         out_specs=(specs, PartitionSpec()),

@@ -10,7 +10,7 @@ from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import report
 from gsae_jax.exchange import files
-from gsae_jax.saes import trained
+from gsae_jax.saes import contract, trained
 
 
 def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
@@ -59,9 +59,9 @@ def _records(place: workdir_lib.Workdir) -> list[dict[str, Any]]:
 
 
 def _card(repo: str, formats: list[str], saes: dict[str, trained.SAE], records: list[dict[str, Any]]) -> str:
-    shown = next((sae for sae in saes.values() if sae.architecture == "gated"), next(iter(saes.values())))
+    shown = next((sae for sae in saes.values() if sae.architecture != contract.BASELINE), next(iter(saes.values())))
     told = shown.metadata
-    sites = ", ".join(f"`{site}`" for site in sorted({sae.site for sae in saes.values()}))
+    sites = ", ".join(f"`{site}`" for site in sorted({site for sae in saes.values() for site in sae.sites}))
     architectures = ", ".join(sorted({sae.architecture for sae in saes.values()}))
     for_saelens = next((format for format in ("saelens", "jumprelu") if format in formats), "")
     base_model = f"base_model: {told['model_name']}\n" if told["model_name"].count("/") == 1 else ""

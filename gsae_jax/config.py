@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import re
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -28,7 +29,16 @@ class ConfigError(ValueError):
     def __init__(self, field: str, message: str):
         line = re.sub(r"\s*\n\s*", " ", f"{field}: {message}".strip())
         super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in line))
-        self.field = field
+        self.field, self.problem = field, message
+
+    def within(self, group: str) -> "ConfigError":
+        """The same error of a field that belongs to a group."""
+        return ConfigError(f"{group}.{self.field}", self.problem)
+
+
+class _WrongTypeError(ConfigError):
+    def __init__(self, field: str, value: Any, wanted: str):
+        super().__init__(field, f"is {value!r} ({type(value).__name__}); write a value of type {wanted}")
 
 
 class TrainingError(RuntimeError):
@@ -104,18 +114,29 @@ class Stack:
     """
 
     architecture: str
-    site: str
+    site: str | tuple[str, ...]
     width: int
     l1_coefficients: tuple[float, ...]
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    options: dict[str, bool]
+    options: dict[str, Any]
     # Runs of earlier versions have none of these.
     target_l0: tuple[float, ...] = ()
     start_from: str = ""
+    target: str | tuple[str, ...] = ""
 
     def __len__(self) -> int:
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it reads."""
+        return (self.site,) if isinstance(self.site, str) else self.site
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The sites that it writes; by default those that it reads."""
+        return ((self.target,) if isinstance(self.target, str) else self.target) if self.target else self.sites
 
     def numbers(self) -> list[tuple[float, float, int]]:
         """(l1_coefficient, learning_rate, seed) of each SAE."""
@@ -149,11 +170,9 @@ class Stack:
                 f"{path}.target_l0",
                 f"is {self.target_l0}; write active features per token, above 0 and below the width",
             )
-        if self.options.get("only_magnitude") and (self.target_l0 or not self.start_from):
-            raise ConfigError(
-                f"{path}.options.only_magnitude",
-                'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
-            )
+        for field, names in (("site", self.sites), ("target", self.targets)):
+            if not names or len(set(names)) < len(names):
+                raise ConfigError(f"{path}.{field}", f"is {names}; write one site, or several that differ")
         if self.target_l0 and min(self.l1_coefficients) == 0:
             raise ConfigError(
                 f"{path}.l1_coefficients",
@@ -322,8 +341,8 @@ class Experiment:
 
     @property
     def sites(self) -> list[str]:
-        """The sites that any stack reads, each once."""
-        return sorted({stack.site for stack in self.stacks.values()})
+        """The sites that any stack reads or writes, each once."""
+        return sorted({site for stack in self.stacks.values() for site in (*stack.sites, *stack.targets)})
 
     @property
     def updates_per_call(self) -> int:
@@ -400,7 +419,7 @@ def from_dict(cls: type[T], tree: Any) -> T:
     """
     if hasattr(tree, "to_dict"):
         tree = tree.to_dict()
-    return _convert("", cls, tree)
+    return convert("", cls, tree)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -462,9 +481,19 @@ def _seed(field: str, *seeds: int) -> None:
         raise ConfigError(field, f"is {', '.join(map(str, seeds))}; write integers from 0 to {INT32}")
 
 
-def _convert(path: str, kind: Any, value: Any) -> Any:
-    """`value` as `kind`: a dataclass, int, float, bool, str, Literal, tuple[X, ...] or dict[str, X]."""
+def convert(path: str, kind: Any, value: Any) -> Any:
+    """`value` as `kind`: a dataclass, int, float, bool, str, None, Literal, X | Y, tuple[X, ...], dict[str, X] or Any.
+
+    Any is what JSON has.
+
+    Raises:
+        ConfigError: it is of another type, or no number or text that a config can have.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return _json_value(path, value)
+    if origin is types.UnionType:
+        return _one_of(path, args, value)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         fields = {field.name: field.type for field in dataclasses.fields(kind)}
         if not isinstance(value, Mapping):
@@ -478,12 +507,12 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
                 raise ConfigError(
                     f"{prefix}{field.name}", "is missing; build the config on configs/base.py, which has every field"
                 )
-        return kind(**{name: _convert(f"{prefix}{name}", fields[name], item) for name, item in value.items()})
+        return kind(**{name: convert(f"{prefix}{name}", fields[name], item) for name, item in value.items()})
     if origin is dict and isinstance(value, Mapping):
-        return {str(name): _convert(f"{path}.{name}", args[1], item) for name, item in value.items()}
+        return {str(name): convert(f"{path}.{name}", args[1], item) for name, item in value.items()}
     if origin is tuple:
         values = value if isinstance(value, tuple | list) else (value,)
-        return tuple(_convert(path, args[0], item) for item in values)
+        return tuple(convert(path, args[0], item) for item in values)
     if origin is Literal:
         if value in args:
             return value
@@ -498,5 +527,29 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
         if isinstance(value, str):
             check_text(path, value)
         return float(value) if kind is float else value
-    name = str(kind) if origin else kind.__name__
-    raise ConfigError(path, f"is {value!r} ({type(value).__name__}); write a value of type {name}")
+    raise _WrongTypeError(path, value, _name(kind))
+
+
+def _name(kind: Any) -> str:
+    return "None" if kind is types.NoneType else str(kind) if typing.get_origin(kind) else kind.__name__
+
+
+def _one_of(path: str, kinds: tuple[Any, ...], value: Any) -> Any:
+    """`value` as the first of these types that it is of: a list is a tuple, and not text."""
+    for kind in kinds:
+        try:
+            # A tuple takes a single value as well, which is of another type here.
+            if typing.get_origin(kind) is not tuple or isinstance(value, tuple | list):
+                return convert(path, kind, value)
+        except _WrongTypeError:
+            continue
+    raise _WrongTypeError(path, value, " or ".join(map(_name, kinds)))
+
+
+def _json_value(path: str, value: Any) -> Any:
+    """What JSON has; a list as a tuple."""
+    if isinstance(value, Mapping):
+        return {str(name): _json_value(f"{path}.{name}", item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_json_value(path, item) for item in value)
+    return None if value is None else convert(path, type(value) if type(value) in (bool, int, float) else str, value)

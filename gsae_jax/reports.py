@@ -179,7 +179,7 @@ def evaluate_saes(
         for name, sae in runs.load(path, mesh, field="--sae").items():
             if name in saes:
                 raise ConfigError("--sae", f"{path} has the second SAE called {name!r}; measure them one by one")
-            if not (site or sae.site):
+            if not (site or sae.sites[0]):
                 raise ConfigError(
                     "--site", f"is missing, and {path} does not say; write one like blocks.0.hook_mlp_out"
                 )
@@ -230,13 +230,17 @@ def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, fie
 
     placed = {}
     for name, sae in saes.items():
-        if site and ours(sae.site) not in ("", ours(site)):
-            processes.warn(f"{name} says that it reads {sae.site!r}; it is measured at {site!r}, as --site says")
-        if not site and ours(sae.site) not in widths:
-            why = f"is missing, and {name} says that it reads {sae.site!r}, which this language model does not have"
-            raise ConfigError("--site", f"{why}; write one of {', '.join(widths)}")
-        placed[name] = dataclasses.replace(sae, site=ours(site or sae.site))
-        sites.check(placed[name].site, widths, "--site")
+        if site and len(sae.sites) == len(sae.targets) == 1:
+            if ours(sae.sites[0]) not in ("", ours(site)):
+                processes.warn(f"{name} says that it reads {sae.site!r}; it is measured at {site!r}, as --site says")
+            sae = dataclasses.replace(sae, site=site)
+        for its_site in (*sae.sites, *sae.targets):
+            if not site and ours(its_site) not in widths:
+                why = f"is missing, and {name} says that it reads {its_site!r}, which this language model does not have"
+                raise ConfigError("--site", f"{why}; write one of {', '.join(widths)}")
+            sites.check(ours(its_site), widths, "--site")
+        reads, writes = tuple(map(ours, sae.sites)), tuple(map(ours, sae.targets)) if sae.target else ""
+        placed[name] = dataclasses.replace(sae, site=reads[0] if len(reads) == 1 else reads, target=writes)
     return placed
 
 

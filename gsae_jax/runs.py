@@ -20,7 +20,7 @@ from gsae_jax.evaluation import measure
 from gsae_jax.exchange import imports
 from gsae_jax.lms import checkpoints
 from gsae_jax.lms.transformer import check_size
-from gsae_jax.saes import trained
+from gsae_jax.saes import contract, parameters, trained
 
 EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
@@ -55,15 +55,7 @@ def load(
         raise ConfigError(field, f"{workdir.path} has no checkpoint yet; run training for longer")
     facts = _checked(workdir, step, config)
     built = {
-        name: trained.build_config(
-            stack.architecture,
-            facts["widths"][stack.site],
-            stack.width,
-            config.train.compute_dtype,
-            stack.options,
-            f"stacks.{name}",
-        )
-        for name, stack in config.stacks.items()
+        name: _built(name, stack, facts["widths"], config.train.compute_dtype) for name, stack in config.stacks.items()
     }
     like = {
         name: jax.eval_shape(
@@ -75,8 +67,18 @@ def load(
     placed = workdir_lib.single_device(like) if mesh is None else _spread(mesh, like, built)
     params = workdir.params(step, placed)
     return {
-        sae.name: sae for name in config.stacks for sae in _members(name, config, built[name][1], params[name], facts)
+        sae.name: sae for name in config.stacks for sae in _members(name, config, *built[name], params[name], facts)
     }
+
+
+def _built(name: str, stack: config_lib.Stack, widths: dict[str, int], dtype: str) -> tuple[contract.Architecture, Any]:
+    architecture = contract.trainable(stack.architecture, f"stacks.{name}.architecture")
+    d_in = tuple(widths[site] for site in stack.sites)
+    d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
+    sae = contract.build_config(
+        architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options, f"stacks.{name}"
+    )
+    return architecture, sae
 
 
 def _nothing(path: str) -> str:
@@ -122,23 +124,34 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
             if error.field == field:
                 raise
             raise ConfigError(field, str(error)) from error
-        convert = trained.converter(members[0].architecture, stack.architecture)
-        site = members[0].site
-        if site and not site.startswith("blocks."):  # another library's name for it
-            processes.warn(f"{stack.start_from} says that it reads {site!r}; taken for {stack.site}, as {name} does")
-            site = ""
-        theirs = {"site": site or stack.site, "width": members[0].config.width, "as many SAEs": len(members)}
-        ours = {"site": stack.site, "width": stack.width, "as many SAEs": len(stack)}
-        differing = [f"{what} ({theirs[what]} there, {ours[what]} here)" for what in ours if ours[what] != theirs[what]]
+        convert = contract.converter(members[0].architecture, stack.architecture)
+        reads = members[0].sites
+        if not reads[0].startswith("blocks."):  # another library's name for it, or none
+            if reads[0]:
+                as_read = f"taken for {_shown(stack.sites)}, as {name} does"
+                processes.warn(f"{stack.start_from} says that it reads {reads[0]!r}; {as_read}")
+            reads = stack.sites
+        writes = members[0].targets if members[0].target else reads
+        theirs = {"site": reads, "target": writes, "width": members[0].config.width, "as many SAEs": len(members)}
+        ours = {"site": stack.sites, "target": stack.targets, "width": stack.width, "as many SAEs": len(stack)}
+        differing = [
+            f"{what} ({_shown(theirs[what])} there, {_shown(ours[what])} here)"
+            for what in ours
+            if ours[what] != theirs[what]
+        ]
         if convert is None:
             differing.append(f"architecture ({members[0].architecture} there, {stack.architecture} here)")
         if convert is None or differing:
             raise ConfigError(field, f"{stack.start_from} differs in {', '.join(differing)}; write the same here")
-        started = [trained.with_unit_rows(stack.architecture, convert(sae.params), field) for sae in members]
+        sae = members[0].config
+        widths = dict(zip(stack.sites, sae.d_in if isinstance(sae.d_in, tuple) else (sae.d_in,), strict=True))
+        if stack.target:
+            widths |= dict(zip(stack.targets, sae.d_out if isinstance(sae.d_out, tuple) else (sae.d_out,), strict=True))
+        module, like = _built(name, stack, widths, "float32")
+        started = [
+            parameters.with_unit_rows(module, convert(member.params, member.config), field) for member in members
+        ]
         found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *started)
-        module, like = trained.build_config(
-            stack.architecture, members[0].config.d_in, stack.width, "float32", stack.options, f"stacks.{name}"
-        )
         names = set(jax.eval_shape(lambda m=module, c=like: m.init(jax.random.key(0), c)))
         if names != set(found[name]):
             raise ConfigError(
@@ -151,7 +164,7 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
 def _members_of(start: str, field: str) -> list[trained.SAE]:
     """The SAEs that `start_from`, called `field`, names: a stack of a run, or whatever SAEs lie in a path."""
     if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(os.path.expanduser(start))):
-        if len(kinds := {(sae.architecture, sae.config, sae.site) for sae in elsewhere.values()}) > 1:
+        if len(kinds := {(sae.architecture, sae.config, sae.sites, sae.targets) for sae in elsewhere.values()}) > 1:
             raise ConfigError(field, f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
         return list(elsewhere.values())
     path, _, source = start.rpartition(":")
@@ -220,14 +233,18 @@ def _with_known_starts(config: Experiment, workdir: workdir_lib.Workdir) -> Expe
         step = workdir.sound_step(("facts",))
         known = {} if step is None else workdir.facts(step).get("starts", {})
         moved = starts(dataclasses.replace(config, stacks={name: stack}))
-        if known.get(name) == trained.fingerprint(moved[name]):
+        if known.get(name) == parameters.fingerprint(moved[name]):
             stacks[name] = dataclasses.replace(stack, start_from=before)
     return dataclasses.replace(config, stacks=stacks)
 
 
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
 def _spread(mesh: jax.sharding.Mesh, like: dict[str, Any], built: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
     def placed(name: str, key: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        axis = built[name][0].FEATURE_AXES[key]
+        axis = built[name][0].PARAMETERS[key].axis
         spread = mesh_lib.spread(mesh, leaf.shape, None if axis is None else 1 + axis)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread)
 
@@ -243,14 +260,16 @@ def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dic
 
     try:
         for name, stack in config.stacks.items():
-            check_size("width", facts["widths"][stack.site])
-            limit, coefficients = facts["norm_limits"][stack.site], facts.get("l1_coefficients", {}).get(name)
-            fits = number(facts["scales"][stack.site], 1e-30) and (limit is None or number(limit))
+            coefficients, fits = facts.get("l1_coefficients", {}).get(name), True
+            for site in (*stack.sites, *stack.targets):
+                check_size("width", facts["widths"][site])
+                limit = facts["norm_limits"][site]
+                fits = fits and number(facts["scales"][site], 1e-30) and (limit is None or number(limit))
             if coefficients is not None:  # checkpoints of earlier versions have none; theirs were the config's
                 fits = fits and len(coefficients) == len(stack) and all(number(value) for value in coefficients)
             if not fits:
                 raise ValueError(f"scales, limits or l1 coefficients of {name} are not as they were written")
-            facts["scales"][stack.site] = float(facts["scales"][stack.site])
+            facts["scales"] |= {site: float(facts["scales"][site]) for site in (*stack.sites, *stack.targets)}
         facts.setdefault("means", {})  # checkpoints of earlier versions have none
         for site in config.sites if config.activations.center else ():
             mean_D = np.asarray(facts["means"][site], np.float64)
@@ -263,10 +282,22 @@ def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dic
 
 
 def _members(
-    name: str, config: Experiment, sae: Any, params: dict[str, jax.Array], facts: dict[str, Any]
+    name: str,
+    config: Experiment,
+    architecture: contract.Architecture,
+    sae: Any,
+    params: dict[str, jax.Array],
+    facts: dict[str, Any],
 ) -> list[trained.SAE]:
-    stack, scale = config.stacks[name], facts["scales"][config.stacks[name].site]
-    mean_D = np.asarray(facts["means"].get(stack.site, 0.0), np.float32)
+    stack = config.stacks[name]
+    inputs, targets = (
+        [
+            parameters.Units(facts["scales"][site], np.asarray(facts["means"].get(site, 0.0), np.float32))
+            for site in sites
+        ]
+        for sites in (stack.sites, stack.targets)
+    )
+    limit = facts["norm_limits"][stack.targets[0]]
     l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
     metadata = names(config.lm, config.data) | {
         "context_size": config.data.context_length,
@@ -279,12 +310,13 @@ def _members(
             architecture=stack.architecture,
             config=sae,
             site=stack.site,
-            params=trained.fold({key: value[index] for key, value in params.items()}, scale, mean_D),
+            params=parameters.fold(architecture, {key: value[index] for key, value in params.items()}, inputs, targets),
+            target=stack.target,
             l1_coefficient=l1_coefficients[index],
             learning_rate=learning_rate,
             seed=seed,
-            scale=scale,
-            norm_limit=math.inf if facts["norm_limits"][stack.site] is None else facts["norm_limits"][stack.site],
+            scale=targets[0].scale,
+            norm_limit=math.inf if limit is None else limit,
             metadata=metadata,
         )
         for index, (_, learning_rate, seed) in enumerate(stack.numbers())

@@ -23,7 +23,7 @@ from gsae_jax.exchange import files, jumprelu
 from gsae_jax.lms import checkpoints
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.reports import evaluate, evaluate_saes
-from gsae_jax.saes import gated, relu, trained
+from gsae_jax.saes import gated, parameters, relu, trained
 from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
 from tests.test_saes import away_from_init
@@ -71,7 +71,7 @@ def contents(folder):
 def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_path, format, kind):
     sae, x = SAES[kind](), inputs()
     if (format, kind) == ("dictionary_learning", "relu"):  # else its features are others there
-        sae = dataclasses.replace(sae, params=trained.with_unit_rows(kind, sae.params, ""))
+        sae = dataclasses.replace(sae, params=parameters.with_unit_rows(sae.functions, sae.params, ""))
     sae.save(tmp_path / "first", format)
     ((name, back),) = gsae_jax.load(tmp_path / "first").items()
     assert name == back.name == "stack_2"
@@ -124,10 +124,10 @@ def test_heads_are_kept_apart_where_transformerlens_has_them_so(tmp_path):
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     sae = make(gated)
-    with pytest.raises(ConfigError, match="stack_2: is a gated SAE with tie_encoder=False, which no format can hold"):
-        make(gated, tie_encoder=False).save(tmp_path / "a", "saelens")
-    with pytest.raises(ConfigError, match="stack_2: is a gated SAE with tie_encoder=False"):
-        make(gated, tie_encoder=False).save(tmp_path / "a", "jumprelu")
+    for format in ("saelens", "jumprelu"):
+        with pytest.raises(ConfigError, match="tie_encoder") as error:
+            make(gated, tie_encoder=False).save(tmp_path / "a", format)
+        assert error.value.field.startswith("stack_2")
     with pytest.raises(ConfigError, match="format: 'saelense' is not known; did you mean 'saelens'"):
         sae.save(tmp_path / "a", "saelense")
     with pytest.raises(ConfigError, match=r"gs://bucket/a: is not a local path"):
@@ -158,7 +158,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
     sae = dataclasses.replace(make(relu), architecture="tanh")
-    with pytest.raises(ConfigError, match=r"architecture 'tanh', .*; export one of gated, relu, jumprelu"):
+    with pytest.raises(ConfigError, match="'tanh'"):
         sae.save(tmp_path / "a" / "b", format)
     assert not list(tmp_path.iterdir())
     dataclasses.replace(sae, architecture="relu").save(tmp_path / "a" / "b", format)
@@ -208,6 +208,8 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
                 continue
             if path in (("metadata", "gsae_jax"), ("gsae_jax",)) and format != "gemma_scope" and change != "list":
                 continue  # then it is as one that was not exported by us
+            if path[-2:-1] == ("options",) and change == "dropped":
+                continue  # then it has its default, as in exports of a version before the option
             file.write_text(json.dumps(changed(whole, path, change)))
             with pytest.raises(ConfigError) as caught:
                 gsae_jax.load(tmp_path / "a")
@@ -841,7 +843,7 @@ def test_jumprelu_is_for_evaluation(experiment):
     stack = dataclasses.replace(experiment.stacks["baseline"], architecture="jumprelu")
     message = "stacks.a.architecture: 'jumprelu' is for evaluation and cannot be trained; write one of gated, relu"
     with pytest.raises(ConfigError, match=message):
-        Stack.build("a", stack, D, "float32")
+        Stack.build("a", stack, {stack.site: D}, "float32")
 
 
 def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The floors of the house: imports point downward only."""
 
 import ast
+import re
 from pathlib import Path
 
 import gsae_jax
@@ -73,6 +74,17 @@ def test_only_one_file_knows_orbax_and_only_one_maps_over_devices():
     assert users("import tensorflow as") == users("import pickle") == users("import dill") == set()
 
 
+def test_nothing_outside_of_saes_knows_an_architecture_by_name():
+    """The tables of other libraries' formats do; and `lms` has activation functions and weights of its own."""
+    named = re.compile(r'"(gated|relu|jumprelu)"|only_magnitude|pre_activations|startswith\("[bW]_')
+    knowing = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        if file.relative_to(PACKAGE).parts[0] not in ("saes", "exchange", "lms") and named.search(file.read_text())
+    }
+    assert knowing == {"cards.py"}  # jumprelu is the name of a format as well
+
+
 def test_commands_are_thin():
     for file in PACKAGE.glob("*.py"):
         if "cli.run(main)" in file.read_text() and file.name != "pretrain.py":
@@ -80,7 +92,7 @@ def test_commands_are_thin():
 
 
 def test_plugins_are_files():
-    assert list(plugins.known("saes", "FEATURE_AXES")) == ["gated", "jumprelu", "relu"]
+    assert list(plugins.known("saes", "PARAMETERS")) == ["gated", "jumprelu", "relu"]
     assert list(plugins.known("saes", "loss")) == ["gated", "relu"]
     assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

@@ -13,7 +13,7 @@ from gsae_jax import buckets, runs, train, workdir
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.reports import evaluate
-from gsae_jax.saes import trained
+from gsae_jax.saes import parameters
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults.test_inputs import digest, seal
@@ -210,7 +210,7 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
     for start in (f"{tmp_path}/first:baseline", f"{tmp_path}/moved:baseline"):
         assert runs.pinned(named(start), tmp_path / "second") == experiment
     place.check(config_lib.to_dict(experiment))
-    assert place.facts(8)["starts"] == {"again": trained.fingerprint(starts["again"])}
+    assert place.facts(8)["starts"] == {"again": parameters.fingerprint(starts["again"])}
     shutil.copytree(places / "run", tmp_path / "finished")
     loop.train(halfway, tmp_path / "finished")  # other parameters
     other = runs.pinned(named(f"{tmp_path}/finished:baseline"), tmp_path / "second")

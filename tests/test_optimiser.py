@@ -32,7 +32,7 @@ def test_decoder_rows_stay_unit_and_learning_rates_belong_to_their_sae():
     state = optimiser.scale_by_second_moment.init(params)
     for step in range(10):
         grads = {"W_dec": jax.random.normal(jax.random.key(step), start.shape), "b_dec": jnp.ones((2, 5))}
-        params, state = optimiser.update(params, grads, state, jnp.array([0.1, 0.0]))
+        params, state = optimiser.update(params, grads, state, jnp.array([0.1, 0.0]), {"W_dec"})
         np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=-1), 1, atol=1e-6)
     assert np.abs(params["W_dec"][0] - start[0]).min() > 0
     np.testing.assert_allclose(params["W_dec"][1], start[1], atol=1e-6)
@@ -46,7 +46,8 @@ def test_the_first_update_ignores_the_length_of_the_gradient_along_a_row():
     moved = row - rate * across / (np.abs(across) + 1e-8)
     params = {"W_dec": jnp.array(row).reshape(1, 1, 2)}
     state = optimiser.scale_by_second_moment.init(params)
-    params, _ = optimiser.update(params, {"W_dec": jnp.array(gradient).reshape(1, 1, 2)}, state, jnp.array([rate]))
+    grads = {"W_dec": jnp.array(gradient).reshape(1, 1, 2)}
+    params, _ = optimiser.update(params, grads, state, jnp.array([rate]), {"W_dec"})
     np.testing.assert_allclose(params["W_dec"][0, 0], moved / np.linalg.norm(moved), rtol=1e-5)
 
 

@@ -38,7 +38,8 @@ def test_what_a_dead_feature_becomes(experiment):
     after, counts = jax.device_get(program.resample(state))
     for stack in program.stacks:
         old, new = before.stacks[stack.name], after.stacks[stack.name]
-        site, axes = stack.config.site, stack.architecture.FEATURE_AXES
+        site = stack.config.site
+        axes = {name: parameter.axis for name, parameter in stack.architecture.PARAMETERS.items()}
         store = before.store[site].reshape(-1, before.store[site].shape[-1])
         store = (store - before.means[site]) * before.scales[site]
         for index in range(len(stack.config)):

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from gsae_jax.config import ConfigError
-from gsae_jax.saes import gated, jumprelu, relu, trained
+from gsae_jax.saes import contract, gated, jumprelu, parameters, relu, trained
 from tests import references
 
 D, F, B = 12, 40, 64
@@ -32,6 +33,15 @@ def inputs(seed=5):
     return jax.random.normal(jax.random.key(seed), (B, D)) + 0.5
 
 
+def loss(module, params, x, l1_coefficient, config):
+    batch = contract.Batch(x, x, jnp.zeros(config.width, bool), jnp.int32(0))
+    return module.loss(params, {}, batch, {"l1_coefficient": l1_coefficient}, config)
+
+
+def loss_and_gradients(module, params, x, l1_coefficient, config):
+    return jax.value_and_grad(partial(loss, module), has_aux=True)(params, x, l1_coefficient, config)
+
+
 def assert_close(ours, reference, tolerance=1e-5):
     scale = np.abs(reference).max() + 1e-12
     np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance * scale)
@@ -42,7 +52,7 @@ def test_gated_loss_and_gradients_match_float64(name):
     switches = ABLATIONS[name]
     config = gated.Config(D, F, **switches)
     params, x = away_from_init(gated, config), inputs()
-    (loss, aux), grads = jax.value_and_grad(gated.loss, has_aux=True)(params, x, 0.07, config)
+    (value, statistics), grads = loss_and_gradients(gated, params, x, 0.07, config)
     expected, expected_grads, f = references.gated_sae(
         params,
         x,
@@ -52,25 +62,26 @@ def test_gated_loss_and_gradients_match_float64(name):
         freeze=config.freeze_aux_decoder,
     )
     assert 0.05 < (f > 0).mean() < 0.95
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert grads.keys() == expected_grads.keys()
     for key in grads:
         assert_close(grads[key], expected_grads[key])
     assert_close(gated.encode(params, x, config), f)
-    np.testing.assert_allclose(aux["l0"], (f > 0).sum(1).mean(), rtol=1e-6)
-    np.testing.assert_array_equal(aux["fired"], (f > 0).any(0))
+    np.testing.assert_allclose(statistics.means["l0"], (f > 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_array_equal(statistics.fired, (f > 0).any(0))
 
 
 def test_baseline_loss_and_gradients_match_float64():
     config = relu.Config(D, F)
     params, x = away_from_init(relu, config), inputs()
-    (loss, aux), grads = jax.value_and_grad(relu.loss, has_aux=True)(params, x, 0.07, config)
+    (value, statistics), grads = loss_and_gradients(relu, params, x, 0.07, config)
     expected, expected_grads, f = references.relu_sae(params, x, 0.07)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     for key in expected_grads:
         assert_close(grads[key], expected_grads[key])
     x_hat = f @ np.asarray(params["W_dec"], np.float64) + np.asarray(params["b_dec"])
-    np.testing.assert_allclose(aux["x_hat_sq"] / aux["x_hat_dot_x"], (x_hat**2).sum() / (x_hat * x).sum(), rtol=1e-5)
+    gamma = statistics.means["x_hat_sq"] / statistics.means["x_hat_dot_x"]
+    np.testing.assert_allclose(gamma, (x_hat**2).sum() / (x_hat * x).sum(), rtol=1e-5)
 
 
 def test_the_auxiliary_term_does_not_train_the_decoder():
@@ -79,7 +90,7 @@ def test_the_auxiliary_term_does_not_train_the_decoder():
     params = away_from_init(gated, config) | {"b_mag": jnp.full(F, -1e3)}
 
     def grad(config):
-        return jax.grad(gated.loss, has_aux=True)(params, inputs(), 0.0, config)[0]
+        return loss_and_gradients(gated, params, inputs(), 0.0, config)[1]
 
     assert not np.any(grad(config)["W_dec"])
     assert np.any(grad(dataclasses.replace(config, freeze_aux_decoder=False))["W_dec"])
@@ -89,7 +100,7 @@ def test_the_auxiliary_term_does_not_train_the_decoder():
 
     def bias_gradient(config):
         def auxiliary(b_dec):
-            return gated.loss(still | {"b_dec": b_dec}, inputs(), 0.0, config)[1]["auxiliary"]
+            return loss(gated, still | {"b_dec": b_dec}, inputs(), 0.0, config)[1].means["auxiliary"]
 
         return jax.grad(auxiliary)(params["b_dec"])
 
@@ -104,7 +115,8 @@ def test_a_step_makes_no_more_products_than_it_must(module, switches, products):
     """Tied: one encoder, two decodes, and the gradients of each; the centring's share is a vector's product."""
     config = module.Config(D, F, **switches)
     params = module.init(jax.random.key(0), config)
-    jaxpr = jax.make_jaxpr(jax.grad(module.loss, has_aux=True), static_argnums=3)(params, inputs(), 0.1, config)
+    gradients = jax.grad(partial(loss, module), has_aux=True)
+    jaxpr = jax.make_jaxpr(gradients, static_argnums=3)(params, inputs(), 0.1, config)
     products_made = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
     sizes = [  # multiplications: the output's elements times the contracted axis
         math.prod(
@@ -131,7 +143,8 @@ def test_folding_mean_and_scale_is_the_same_sae_in_other_units(module, mean):
     config = module.Config(D, F)
     params, x, scale = away_from_init(module, config), np.asarray(inputs()), 7.3
     mean_D = mean * np.arange(1, D + 1, dtype=np.float32)
-    folded = trained.fold(params, scale, mean_D)
+    units = [parameters.Units(scale, mean_D)]
+    folded = parameters.fold(module, params, units, units)
     sae = trained.SAE(
         name="a",
         architecture=module.__name__.rpartition(".")[2],
@@ -146,7 +159,7 @@ def test_folding_mean_and_scale_is_the_same_sae_in_other_units(module, mean):
     shaped, tolerance = x.reshape(4, -1, D), 1e-5 + 1e-5 * mean
     np.testing.assert_allclose(sae.encode(shaped).reshape(B, F), f / scale, rtol=1e-4, atol=tolerance)
     np.testing.assert_allclose(sae(shaped).reshape(B, D), x_hat, rtol=1e-4, atol=tolerance)
-    for name, value in trained.unfold(folded, scale, mean_D).items():
+    for name, value in parameters.unfold(module, folded, units, units).items():
         np.testing.assert_allclose(value, params[name], rtol=1e-5, atol=tolerance, err_msg=name)
     with pytest.raises(ValueError, match=r"x: has shape \[64, 13\]; the last axis of this SAE's x is 12"):
         sae.encode(jnp.zeros((B, D + 1)))
@@ -157,7 +170,8 @@ def test_bfloat16_products_keep_their_digits_beside_a_large_mean(module):
     config, mean_D = module.Config(D, F, dtype="bfloat16"), np.full(D, 100, np.float32)
     params, x = away_from_init(module, config), np.asarray(inputs())
     f = module.encode(params, x, config)
-    shifted = module.encode(trained.fold(params, 1.0, mean_D), x + mean_D, config)
+    units = [parameters.Units(1.0, mean_D)]
+    shifted = module.encode(parameters.fold(module, params, units, units), x + mean_D, config)
     np.testing.assert_allclose(shifted, f, rtol=0.05, atol=0.05)
 
 
@@ -165,11 +179,11 @@ def test_unknown_architectures_and_options_are_named():
     with pytest.raises(
         ValueError, match=r"stacks\.a\.architecture: 'gate' is not known; did you mean 'gated'\? known: gated, relu"
     ):
-        trained.build_config("gate", D, F, "float32", {}, "stacks.a")
+        contract.trainable("gate", "stacks.a.architecture")
     with pytest.raises(
         ValueError, match=r"options\.tie_encodr: is not an option of 'gated'; did you mean 'tie_encoder'"
     ):
-        trained.build_config("gated", D, F, "float32", {"tie_encodr": True}, "stacks.a")
+        contract.build_config(gated, "gated", (D,), None, F, "float32", {"tie_encodr": True}, "stacks.a")
 
 
 @pytest.mark.parametrize("use_r_mag", [True, False])
@@ -186,14 +200,16 @@ def test_the_jumprelu_form_is_the_same_function(use_r_mag):
 def test_a_baseline_is_a_jumprelu_sae_and_that_is_a_gated_one():
     x = inputs()
     params = away_from_init(relu, relu.Config(D, F))
-    form = jumprelu.from_relu(params)
+    form = jumprelu.from_relu(params, relu.Config(D, F))
     f = relu.encode(params, x, relu.Config(D, F))
     np.testing.assert_allclose(jumprelu.encode(form, x, jumprelu.Config(D, F)), f, rtol=1e-5, atol=1e-6)
     form["threshold"] = jax.random.normal(jax.random.key(1), (F,))  # below 0 it is as at 0
     f = jumprelu.encode(form, x, jumprelu.Config(D, F))
     assert f.min() == 0
     assert 0.05 < (f > 0).mean() < 0.95
-    np.testing.assert_allclose(gated.encode(gated.from_jumprelu(form), x, gated.Config(D, F)), f, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        gated.encode(gated.from_jumprelu(form, jumprelu.Config(D, F)), x, gated.Config(D, F)), f, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_an_untied_encoder_has_no_jumprelu_form():

@@ -14,6 +14,7 @@ from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import gated
+from gsae_jax.saes.contract import Role
 from gsae_jax.training import loop, scaling
 from tests.test_training import advance, begin, single_device_mesh, with_
 
@@ -110,7 +111,9 @@ def test_a_large_mean_changes_nothing_that_is_trained(experiment):
 
 
 def test_an_architecture_that_does_not_centre_is_refused(experiment, monkeypatch):
-    monkeypatch.delattr(gated, "CENTRED")
+    table = gated.PARAMETERS | {"b_dec": dataclasses.replace(gated.PARAMETERS["b_dec"], role=Role.OUTPUT_BIAS)}
+    monkeypatch.setattr(gated, "PARAMETERS", table)
+    monkeypatch.delattr(gated, "shifted")
     with pytest.raises(ConfigError) as error:
         loop.build(experiment, single_device_mesh(), Checkpoint.open(experiment.lm.path))
     assert error.value.field == "activations.center"

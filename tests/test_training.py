@@ -277,7 +277,7 @@ def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
     assert np.abs(after.params["r_mag"]).min() > 0
     assert np.abs(after.params["b_mag"] - before.params["b_enc"]).max() > 1e-4
     x = jax.random.normal(jax.random.key(0), (100, 64))
-    same = dataclasses.replace(after, params=gated.from_relu(before.params))
+    same = dataclasses.replace(after, params=gated.from_relu(before.params, before.config))
     np.testing.assert_allclose(same(x), before(x), atol=1e-6)
 
     def refused(**changes):

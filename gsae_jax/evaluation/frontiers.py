@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gsae_jax.evaluation import metrics
+from gsae_jax.saes import contract
 
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # loss recovered at which frontiers are compared
 
@@ -93,7 +94,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         return found, rate
 
     compared = []
-    baselines = [place for place, facts in about.items() if facts["variant"] == "relu"]
+    baselines = [place for place, facts in about.items() if facts["variant"] == contract.BASELINE]
     for (site, stack), by_rate in sorted(frontiers.items()):
         here = [] if (site, stack) in baselines else [other for there, other in baselines if there == site]
         for other, level in [(other, level) for other in here for level in LEVELS]:

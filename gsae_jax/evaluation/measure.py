@@ -1,6 +1,6 @@
 """Measuring SAEs on held-out text: the language model runs with their reconstructions in place of its activations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,12 @@ from gsae_jax.evaluation import metrics
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.loading import LM, check_tokens
 from gsae_jax.lms.loss import cross_entropy_and_divergence
-from gsae_jax.saes import linalg, pursuit, trained
+from gsae_jax.saes import contract, linalg, parameters, pursuit, trained
 
 AT_ONCE = 12  # interventions whose activations are held at once
 MEDIAN_TOKENS = 4096  # how many tokens a site's median norm is taken over
-Place = tuple[str, float]  # a site, and the norm above which its activations are left alone
+# A site, the norm above which its activations are left alone, and what else SAEs read that write there.
+Place = tuple[str, float, tuple[str, ...]]
 
 
 def measure(
@@ -45,15 +46,13 @@ def measure(
     splits = mesh.shape["data"] if mesh else 1
     runs = []  # (name, SAE, its parameters, features to choose by pursuit)
     for sae in saes:
-        sites.check(sae.site, lm.sites, f"site of {sae.name}")
-        if lm.sites[sae.site] != sae.config.d_in:
-            there = f"{sae.site} has width {lm.sites[sae.site]} in this language model"
-            raise ConfigError(
-                sae.name, f"reads activations of width {sae.config.d_in}, but {there}; write its own model"
-            )
+        check_sites(sae, lm.sites)
         params = spread(mesh, sae)
         runs += [(f"{sae.name}_ito_{k}" if k else sae.name, sae, params, k) for k in (0, *ito)]
-    places = tuple(sorted({(sae.site, sae.norm_limit) for sae in saes}))
+    others: dict[tuple[str, float], set[str]] = {}
+    for sae in saes:
+        others.setdefault((sae.targets[0], sae.norm_limit), set()).update({*sae.sites} - {*sae.targets})
+    places = tuple((*place, tuple(sorted(read))) for place, read in sorted(others.items()))
 
     def placed(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Tokens, and which are neither special nor padding; both [R, T] with rows for every device."""
@@ -79,7 +78,7 @@ def measure(
     for place, *parts in zip(places, *site_sums, strict=True):
         numbers = [sum(part[which][1] for part in parts) for which in (0, 1)]
         if not all(numbers):
-            name = next(sae.name for sae in saes if (sae.site, sae.norm_limit) == place)
+            name = next(sae.name for sae in saes if (sae.targets[0], sae.norm_limit) == place[:2])
             why = f"their norms are above its norm_limit, {place[1]:g}, or they are not finite or of special tokens"
             raise ConfigError(name, f"has no activation to be measured on: {why}; write its own model and text")
         means.append(
@@ -96,13 +95,15 @@ def measure(
         hidden_RxTxD, contexts = _clean(lm.module, places, lm.params, means_of, limits, tokens_RxT, allowed_RxT)
         found: dict[str, metrics.Sums] = {}
         for place, means_here, context in zip(places, means, contexts, strict=True):
-            mine = [run for run in runs if (run[1].site, run[1].norm_limit) == place]
+            mine = [run for run in runs if (run[1].targets[0], run[1].norm_limit) == place[:2]]
             masks = context["valid"], context["typical"]
             losses: dict[str, tuple[jax.Array, jax.Array]] = {}
             waiting = {kind: context[kind] for kind in ("x", "zero", "mean")}
             for number, (name, sae, params, k) in enumerate(mine):
+                reads = tuple(context["others"].get(site, context["x"]) for site in sae.sites)
+                inputs = reads if isinstance(sae.config.d_in, tuple) else reads[0]
                 waiting[name], found[name] = _reconstruct(
-                    mesh, sae.architecture, sae.config, k, params, context["x"], *means_here, *masks
+                    mesh, sae.architecture, sae.config, k, params, inputs, context["x"], *means_here, *masks
                 )
                 if len(waiting) >= AT_ONCE or number == len(mine) - 1:
                     found_here = _losses(
@@ -125,11 +126,31 @@ def spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Ar
     """An SAE's parameters, features spread over the mesh if there is one."""
     if mesh is None:
         return sae.params
-    axes = trained.module_of(sae.architecture).FEATURE_AXES
+    table = sae.functions.PARAMETERS
     return {
-        name: jax.device_put(value, mesh_lib.spread(mesh, value.shape, axes[name]))
+        name: jax.device_put(value, mesh_lib.spread(mesh, value.shape, table[name].axis))
         for name, value in sae.params.items()
     }
+
+
+def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
+    """Raises `ConfigError` for an SAE that does not fit a language model's sites, or writes several.
+
+    Args:
+        sae: the SAE.
+        widths: of the language model's sites.
+    """
+    if len(sae.targets) != 1:
+        raise ConfigError(sae.name, f"writes {len(sae.targets)} sites; write SAEs of one, which can be measured")
+    for field, names, sizes in (
+        ("reads", sae.sites, sae.config.d_in),
+        ("writes", sae.targets, getattr(sae.config, "d_out", sae.config.d_in)),
+    ):
+        for site, size in zip(names, sizes if isinstance(sizes, tuple) else (sizes,), strict=True):
+            sites.check(site, widths, f"site of {sae.name}")
+            if widths[site] != size:
+                there = f"{site} has width {widths[site]} in this language model"
+                raise ConfigError(sae.name, f"{field} activations of width {size}, but {there}; write its own model")
 
 
 def _valid(x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:
@@ -154,10 +175,10 @@ def _norms(
     module: Any, places: tuple[Place, ...], lm_params: Any, tokens_RxT: jax.Array, allowed_RxT: jax.Array
 ) -> list[jax.Array]:
     """The norms [R, T] of the valid activations at each place, NaN for the others."""
-    found = loading.capture(module, lm_params, tokens_RxT, {site for site, _ in places})
+    found = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
     return [
         jnp.where(_valid(found[site], allowed_RxT, norm_limit), _norm(found[site]), jnp.nan)
-        for site, norm_limit in places
+        for site, norm_limit, _ in places
     ]
 
 
@@ -171,7 +192,7 @@ def _site_sums(
     allowed_RxT: jax.Array,
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
     """(sum [D], number) of the activations at each place: of all valid ones, and of those without an extreme norm."""
-    found = loading.capture(module, lm_params, tokens_RxT, {site for site, _ in places})
+    found = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
 
     def sums(x: jax.Array, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
         valid = _valid(x, allowed_RxT, norm_limit)
@@ -179,7 +200,7 @@ def _site_sums(
 
     return [
         [sums(found[site], norm_limit), sums(found[site], jnp.minimum(norm_limit, limit))]
-        for (site, norm_limit), limit in zip(places, limits, strict=True)
+        for (site, norm_limit, _), limit in zip(places, limits, strict=True)
     ]
 
 
@@ -196,20 +217,23 @@ def _clean(
     """The untouched forward pass: the last residual stream [R, T, D], and of each place what interventions need.
 
     That is the activations `x`, which of them are `valid` and which `typical` [R, T], and `x` with the valid ones
-    `zero` or at their `mean`; and the residual stream `before` the block they are in.
+    `zero` or at their `mean`; the residual stream `before` the block they are in; and the activations at `others`.
     """
-    sites_wanted = {site for site, _ in places}
+    replaced, read = {site for site, _, _ in places}, {site for _, _, others in places for site in others}
     found: dict[str, jax.Array] = {}
-    tap = sites.capture(sites_wanted | {_before(site) for site in sites_wanted}, found)
+    tap = sites.capture(replaced | read | {_before(site) for site in replaced}, found)
     hidden_RxTxD = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
 
-    def context(site: str, norm_limit: float, mean_D: jax.Array, limit: jax.Array) -> dict[str, jax.Array]:
+    def context(
+        site: str, norm_limit: float, others: tuple[str, ...], mean_D: jax.Array, limit: jax.Array
+    ) -> dict[str, Any]:
         x = found[site]
         valid = _valid(x, allowed_RxT, norm_limit)
         mean = jnp.where(valid[..., None], mean_D[None, None].astype(x.dtype), x)
         zero = jnp.where(valid[..., None], jnp.zeros_like(x), x)
         masks = {"valid": valid, "typical": valid & (_norm(x) <= limit)}
-        return masks | {"x": x, "zero": zero, "mean": mean, "before": found[_before(site)]}
+        interventions = {"x": x, "zero": zero, "mean": mean}
+        return masks | interventions | {"before": found[_before(site)], "others": {s: found[s] for s in others}}
 
     each = zip(places, means, limits, strict=True)
     return hidden_RxTxD, [context(*place, mean, limit) for place, mean, limit in each]
@@ -252,6 +276,7 @@ def _reconstruct(
     config: Any,
     k: int,
     params: dict[str, jax.Array],
+    inputs: Any,
     x_RxTxD: jax.Array,
     mean_D: jax.Array,
     typical_mean_D: jax.Array,
@@ -260,30 +285,31 @@ def _reconstruct(
 ) -> tuple[jax.Array, metrics.Sums]:
     """Activations with the valid ones reconstructed, and the sums of `metrics.reconstruction_sums`.
 
-    `k` features are chosen by gradient pursuit; 0: the encoder chooses.
+    `k` features are chosen by gradient pursuit; 0: the encoder chooses, from the `inputs` of the sites that it reads.
     """
-    functions = trained.module_of(architecture)
+    functions = contract.module_of(architecture)
     if mesh and config.width % mesh.shape["latent"] == 0:
         # Gathered along `data`, as the rows lie there, when this SAE's turn comes.
-        axes = functions.FEATURE_AXES
+        axes = {name: functions.PARAMETERS[name].axis for name in params}
         params = {
             name: value
-            if axes[name] is None
-            else jax.lax.with_sharding_constraint(value, mesh_lib.sharding(mesh, *[None] * axes[name], "latent"))
+            if (axis := axes[name]) is None
+            else jax.lax.with_sharding_constraint(value, mesh_lib.sharding(mesh, *[None] * axis, "latent"))
             for name, value in params.items()
         }
-    x_BxD = x_RxTxD.reshape(-1, config.d_in).astype(jnp.float32)
+    x_BxD = x_RxTxD.reshape(-1, x_RxTxD.shape[-1]).astype(jnp.float32)
     if k:
         # Atoms are unit; an imported dictionary may not be.
-        params = params | {"W_dec": linalg.unit(params["W_dec"])}
-        index_BxK, alpha_BxK = pursuit.pursue(params["W_dec"], x_BxD - params["b_dec"][None], k)
+        decoder, bias = parameters.decoder(functions), parameters.output_bias(functions)
+        params = params | {decoder: linalg.unit(params[decoder])}
+        index_BxK, alpha_BxK = pursuit.pursue(params[decoder], x_BxD - params[bias][None] if bias else x_BxD, k)
         rows = jnp.arange(len(x_BxD))[:, None]
         f_BxF = jnp.zeros((len(x_BxD), config.width)).at[rows, index_BxK].add(alpha_BxK)
         gate_BxF = f_BxF != 0
     else:
-        f_BxF = functions.encode(params, x_BxD, config)
-        gated = hasattr(functions, "pre_activations")
-        gate_BxF = functions.pre_activations(params, x_BxD, config)[0] > 0 if gated else f_BxF != 0
+        inputs = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]).astype(jnp.float32), inputs)
+        f_BxF = functions.encode(params, inputs, config)
+        gate_BxF = contract.gate(functions, params, inputs, config)
     x_hat_RxTxD = functions.decode(params, f_BxF).reshape(x_RxTxD.shape)
     f, gate = (value.reshape(*valid_RxT.shape, -1) for value in (f_BxF, gate_BxF))
     masks = valid_RxT, typical_RxT

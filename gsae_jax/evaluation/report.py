@@ -22,7 +22,7 @@ from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import frontiers, metrics, plots
 from gsae_jax.lms import sites
-from gsae_jax.saes import jumprelu, trained
+from gsae_jax.saes import contract, parameters, trained
 
 SCRATCH = ".gsae_jax-report-"  # how the names of folders begin in which a report is written
 # frontier.csv: the columns of the paper's tables first, then ours.
@@ -66,17 +66,12 @@ MISSED = 0.1  # a target is missed where L0 differs from it by more than this fr
 
 
 def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
-    """`r_mag` [F] and the JumpReLU form's `threshold` [F] of each gated SAE with a tied encoder, by name.
+    """`contract.feature_facts` of each SAE that has any, by name: `r_mag` [F] and `threshold` [F] of gated ones.
 
     Every process calls it, as features lie over all devices.
     """
-    tied = {name: sae for name, sae in saes.items() if sae.architecture == "gated" and sae.config.tie_encoder}
-    return mesh_lib.fetch(
-        {
-            name: {"r_mag": sae.params["r_mag"], "threshold": jumprelu.threshold(sae.params, sae.config)}
-            for name, sae in tied.items()
-        }
-    )
+    facts = {name: contract.feature_facts(sae.functions, sae.params, sae.config) for name, sae in saes.items()}
+    return mesh_lib.fetch({name: of_sae for name, of_sae in facts.items() if of_sae})
 
 
 def rows(
@@ -92,7 +87,7 @@ def rows(
     parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
     """
     records = []
-    not_finite = {name: trained.not_finite(sae.params) for name, sae in saes.items()}
+    not_finite = {name: parameters.not_finite(sae.functions, sae.params) for name, sae in saes.items()}
     for name in sums:
         whose, _, k = (name, "", "0") if name in saes else name.rpartition("_ito_")
         sae = saes[whose]
@@ -101,10 +96,10 @@ def rows(
                 "name": name,
                 "model": model,
                 "architecture": sae.architecture,
-                "variant": trained.variant(sae.architecture, sae.config),
+                "variant": contract.variant(sae.architecture, sae.config),
                 "ito": int(k),
-                "site": sae.site,
-                "layer": sites.layer_of(sae.site),
+                "site": sae.targets[0],
+                "layer": sites.layer_of(sae.targets[0]),
                 "width": sae.config.width,
                 "l1_coefficient": sae.l1_coefficient,
                 "learning_rate": sae.learning_rate,

@@ -14,7 +14,7 @@ import numpy as np
 
 from gsae_jax.config import ConfigError
 from gsae_jax.exchange import files, records
-from gsae_jax.saes import trained
+from gsae_jax.saes import contract, parameters, trained
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 # Its class -> (our architecture, {our name: its name}).
@@ -57,10 +57,10 @@ OURS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), "record
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used, or without torch."""
     torch = _torch()
-    params = records.parameters(sae)
+    params = records.held(sae, dict(CLASSES.values()))
     name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
     params = _as_loaded(name, params, sae.name)
-    layer = re.match(r"blocks\.(\d+)\.", sae.site)
+    layer = re.match(r"blocks\.(\d+)\.", sae.sites[0])
     config = {
         "trainer": {
             "dict_class": name,
@@ -116,19 +116,21 @@ def read(path: Path) -> trained.SAE:
         faults = files.misfits(metadata, records.METADATA, f"{records.KEY}.metadata.")
         files.refuse(path / CONFIG, faults + records.misfits(told, architecture, f"{records.KEY}.record."))
 
-    shapes = records.shapes(names, trainer["activation_dim"], trainer["dict_size"])
+    shapes = records.shapes(architecture, names, trainer["activation_dim"], trainer["dict_size"])
     wanted = {theirs: shapes[name][:: -1 if _turned(theirs) else 1] for name, theirs in names.items()}
     tensors = files.read_tensors(path / WEIGHTS, _contents(path / WEIGHTS), wanted)
     params = {name: tensors[theirs].T if _turned(theirs) else tensors[theirs] for name, theirs in names.items()}
     if trainer["dict_class"] == "AutoEncoderNew":
-        params |= records.recentred(architecture, params)
+        params = records.recentered(architecture, params)
     params = _as_loaded(trainer["dict_class"], params, str(path / WEIGHTS))
     return records.build(path, architecture, params, site, told, metadata)
 
 
 def _as_loaded(dict_class: str, params: dict[str, Any], field: str) -> dict[str, Any]:
     """As its `load_dictionary` makes them: rows of an AutoEncoder's decoder become unit, features take their norms."""
-    return trained.with_unit_rows("relu", params, field) if dict_class == "AutoEncoder" else params
+    if dict_class != "AutoEncoder":
+        return params
+    return parameters.with_unit_rows(contract.module_of(CLASSES[dict_class][0]), params, field)
 
 
 def _turned(name: str) -> bool:

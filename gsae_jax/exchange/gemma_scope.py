@@ -22,7 +22,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
     sae = jumprelu.form(sae)
     with files.new_folder(path) as folder:
-        params: dict[str, Any] = records.parameters(sae)
+        params: dict[str, Any] = records.held(sae, {"jumprelu": TENSORS})
         np.savez(folder / WEIGHTS, **{name: params[name] for name in TENSORS})
         told = {"site": sae.site, "metadata": sae.metadata, records.KEY: records.record(sae)}
         files.write_json(folder / RECORD, told)
@@ -54,5 +54,5 @@ def read(path: Path) -> trained.SAE:
     contents = files.npz_contents(weights)
     # The sizes are those of the biases.
     D, F = (math.prod(contents[0].get(name, ((0,), ""))[0]) for name in ("b_dec", "b_enc"))
-    params = files.read_tensors(weights, contents, records.shapes(TENSORS, D, F))
+    params = files.read_tensors(weights, contents, records.shapes("jumprelu", TENSORS, D, F))
     return records.build(path, "jumprelu", params, site, told, metadata)

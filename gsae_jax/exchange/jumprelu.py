@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax.config import ConfigError
 from gsae_jax.exchange import records, saelens
-from gsae_jax.saes import jumprelu, trained
+from gsae_jax.saes import contract, jumprelu, parameters, trained
 
 
 def form(sae: trained.SAE) -> trained.SAE:
@@ -18,12 +19,14 @@ def form(sae: trained.SAE) -> trained.SAE:
         ConfigError: a gated SAE whose encoder is not tied.
         DivergedError: numbers that are not finite, or overflow in this form.
     """
-    params: dict[str, Any] = records.parameters(sae)
-    if sae.architecture == "relu":
-        params = jumprelu.from_relu(params)
-    elif sae.architecture == "gated":
-        params = jumprelu.from_gated(params, sae.config)
-    if names := trained.not_finite(params):
+    convert = contract.converter(sae.architecture, "jumprelu")
+    if convert is None:
+        raise ConfigError(sae.name, f"is of architecture {sae.architecture!r}, which has no JumpReLU form")
+    try:
+        params: dict[str, Any] = convert(records.arrays(sae), sae.config)
+    except ConfigError as error:
+        raise error.within(sae.name) from error
+    if names := parameters.not_finite(contract.module_of("jumprelu"), params):
         raise records.DivergedError(sae.name, names)
     # Nothing lies between 0 and the smallest normal number.
     params["threshold"] = jnp.maximum(params["threshold"], np.finfo(np.float32).tiny)

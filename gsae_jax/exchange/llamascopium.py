@@ -12,7 +12,7 @@ import numpy as np
 
 from gsae_jax.config import INT32
 from gsae_jax.exchange import files, records
-from gsae_jax.saes import trained
+from gsae_jax.saes import contract, parameters, trained
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 KINDS: dict[str, tuple[Any, ...]] = {
@@ -78,10 +78,8 @@ def read(path: Path) -> trained.SAE:
         if config["sparsity_include_decoder_norm"]:
             threshold /= np.maximum(np.linalg.norm(tensors["W_D"].astype(np.float64), axis=-1), 1e-30)
         params["threshold"] = np.minimum(threshold, np.finfo(np.float32).max).astype(np.float32)
-    params = {
-        name: value if name.startswith("W_") else value * np.float32(average / math.sqrt(D))
-        for name, value in params.items()
-    }
-    if architecture == "relu":
-        params |= records.recentred(architecture, params)
+    module, units = contract.module_of(architecture), [parameters.Units(math.sqrt(D) / average)]
+    params = parameters.fold(module, params, units, units)
+    if parameters.input_bias(module):
+        params = records.recentered(architecture, params)
     return records.build(path, architecture, params, site, None, {"llamascopium": config})

@@ -4,17 +4,20 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
+import types
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.config import FLOAT32, INT32, ConfigError
 from gsae_jax.exchange import files
 from gsae_jax.lms import sites
-from gsae_jax.saes import linalg, trained
+from gsae_jax.saes import contract, trained
+from gsae_jax.saes import parameters as tables
 
 KEY = "gsae_jax"  # of the record, in files of other projects
 KINDS: dict[str, tuple[Any, ...]] = {
@@ -27,7 +30,6 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "scale": (float, int, None),
     "norm_limit": (float, int, None),
 }
-ARCHITECTURES = ("gated", "relu", "jumprelu")  # that every format can hold
 # Of these the least and the most, as in a run.
 RANGES = {
     "l1_coefficient": (0, FLOAT32),
@@ -63,50 +65,53 @@ def record(sae: trained.SAE) -> dict[str, Any]:
         "name": sae.name,
         "seed": sae.seed,
         "dtype": sae.config.dtype,
-        "options": {name: getattr(sae.config, name) for name in _options(type(sae.config))},
+        "options": contract.options(sae.config),
     }
 
 
-def parameters(sae: trained.SAE) -> dict[str, np.ndarray]:
-    """The parameters on the host, float32, as every format has them.
+def arrays(sae: trained.SAE) -> dict[str, Any]:
+    """The parameters on the host in float32, in the normal form of their architecture.
 
     Raises:
-        ConfigError: an architecture of your own, or a gated SAE whose encoder is not tied: no format can hold them.
         DivergedError: numbers that are not finite, or overflow where they are used.
     """
-    if sae.architecture not in ARCHITECTURES:
-        message = f"is of architecture {sae.architecture!r}, which no format can hold"
-        raise ConfigError(sae.name, f"{message}; export one of {', '.join(ARCHITECTURES)}")
-    params = {name: np.asarray(value, np.float32, order="C") for name, value in sae.params.items()}
-    if sae.architecture == "gated":
-        if not sae.config.tie_encoder:
-            message = "is a gated SAE with tie_encoder=False, which no format can hold; export one with a tied encoder"
-            raise ConfigError(sae.name, message)
-        if not sae.config.use_r_mag:
-            params["r_mag"] = np.zeros_like(params["r_mag"])
-    if names := trained.not_finite(params):
+    params = contract.normal_form(sae.functions, sae.params, sae.config)
+    params_on_host = {name: np.asarray(value, np.float32, order="C") for name, value in params.items()}
+    if names := tables.not_finite(sae.functions, params_on_host):
         raise DivergedError(sae.name, names)
-    return params
+    return params_on_host
 
 
-def shapes(names: Iterable[str], D: int, F: int) -> dict[str, files.Shape]:
+def held(sae: trained.SAE, tensors: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """The `arrays` of an SAE that a format can hold.
+
+    Args:
+        sae: the SAE.
+        tensors: the names of parameters that the format has, by architecture.
+
+    Raises:
+        ConfigError: an SAE of another architecture, or with other parameters.
+        DivergedError: as `arrays`.
+    """
+    if set(sae.params) != set(tensors.get(sae.architecture, ())):
+        kind = contract.variant(sae.architecture, sae.config)
+        raise ConfigError(
+            sae.name, f"is of the kind {kind!r}, which this format cannot hold; export one of {', '.join(tensors)}"
+        )
+    return arrays(sae)
+
+
+def shapes(architecture: str, names: Iterable[str], D: int, F: int) -> dict[str, files.Shape]:
     """Of parameters, by our names."""
-    known: dict[str, files.Shape] = {"W_gate": (D, F), "W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,)}
-    return {name: known.get(name, (F,)) for name in names}
+    table = contract.module_of(architecture).PARAMETERS
+    return {name: table[name].sizes(types.SimpleNamespace(d_in=D, width=F)) for name in names}
 
 
-def recentred(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Encoders' biases for inputs that are centred by b_dec, of an SAE whose are not; of a JumpReLU one the reverse."""
-    b_dec = params["b_dec"]
-    if architecture == "gated":
-        with np.errstate(over="ignore", invalid="ignore"):  # which `build` refuses
-            W_mag = params["W_gate"] * np.exp(params["r_mag"])[None]
-        return {
-            "b_gate": linalg.shifted(params["b_gate"], b_dec, params["W_gate"]),
-            "b_mag": linalg.shifted(params["b_mag"], b_dec, W_mag),
-        }
-    b_dec = -b_dec if architecture == "jumprelu" else b_dec
-    return {"b_enc": linalg.shifted(params["b_enc"], b_dec, params["W_enc"])}
+def recentered(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a file that centres inputs by b_dec if our architecture does not, or the reverse."""
+    module = contract.module_of(architecture)
+    sign = 1 if tables.input_bias(module) else -1
+    return module.shifted(params, sign * params["b_dec"])  # type: ignore[attr-defined]
 
 
 def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> list[str]:
@@ -123,14 +128,13 @@ def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> 
             for name, (low, high) in RANGES.items()
             if told[name] is not None and not low <= told[name] <= high
         ]
-        switches = _options(trained.module_of(architecture).Config)
-        # No format holds an untied encoder.
-        known: dict[str, tuple[Any, ...]] = {name: (True,) if name == "tie_encoder" else (bool,) for name in switches}
-        faults += files.misfits(told["options"], known, f"{where}options.")
-        extra = sorted(set(told) - set(KINDS)) + [
-            f"options.{name}" for name in sorted(set(told["options"]) - set(known))
-        ]
-        faults += [f"{where}{name} is not known" for name in extra]
+        try:
+            contract.build_config(
+                contract.module_of(architecture), architecture, (1,), None, 1, told["dtype"], told["options"], ""
+            )
+        except ConfigError as error:
+            faults.append(f"{where}{str(error).lstrip('.')}")
+        faults += [f"{where}{name} is not known" for name in sorted(set(told) - set(KINDS))]
     return faults
 
 
@@ -153,27 +157,28 @@ def build(
     stem = re.sub(r"^[. ]|[^\w .=+-]", "_", stem)[:100]
     name = stem if re.search(r"._\d+$", stem) else f"{stem}_0"
     ours, told = told is not None, told or {"name": name, "options": {}, "dtype": "float32"}
-    if told["options"].get("use_r_mag") is False and np.any(params["r_mag"]):
-        files.refuse(path, ["its options say use_r_mag false, but the tensor r_mag is not zero"])
-    names = trained.not_finite(params)
+    module = contract.module_of(architecture)
+    names = tables.not_finite(module, params)
     files.refuse(path, [f"the parameter {name} has numbers that are not finite or overflow" for name in names])
     width, d_in = params["W_dec"].shape
+    config = contract.build_config(module, architecture, (d_in,), None, width, told["dtype"], told["options"], name)
+    wanted = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
+    if wanted.keys() != params.keys():
+        kind = contract.variant(architecture, config)
+        files.refuse(path, [f"its options are those of {kind!r}, but it has the tensors {', '.join(sorted(params))}"])
+    kind, normal = contract.variant(architecture, config), contract.normal_form(module, params, config)
+    unlike = [name for name in params if np.any(normal[name] != params[name])]
+    files.refuse(path, [f"its options are those of {kind!r}, which does not use the tensor {name}" for name in unlike])
     numbers = {name: told.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
     limit = told.get("norm_limit")
-    return trained.SAE(
+    sae = trained.SAE(
         name=told["name"],
         architecture=architecture,
-        config=trained.module_of(architecture).Config(d_in, width, dtype=told["dtype"], **told["options"]),
+        config=config,
         site=site if ours and site else sites.hook_name(site or "") or site or "",
         params={name: jnp.asarray(value) for name, value in params.items()},
         seed=told.get("seed"),
         norm_limit=math.inf if limit is None else limit,
         metadata=metadata,
-        **{name: math.nan if value is None else value for name, value in numbers.items()},
     )
-
-
-def _options(config: Any) -> list[str]:
-    """The names of an architecture's switches."""
-    own = ("d_in", "width", "dtype")
-    return [field.name for field in dataclasses.fields(config) if field.name not in own]
+    return dataclasses.replace(sae, **{name: value for name, value in numbers.items() if value is not None})

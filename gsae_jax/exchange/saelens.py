@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from gsae_jax.config import ConfigError
 from gsae_jax.exchange import files, foreign, records
-from gsae_jax.saes import trained
+from gsae_jax.saes import contract, parameters, trained
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.54.12"  # whose format this is
@@ -49,7 +49,7 @@ METADATA = records.METADATA | {
 
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
-    params = records.parameters(sae)
+    params = records.held(sae, {name: _tensors(name) for name in ARCHITECTURES})
     names = _tensors(sae.architecture)
     site = {"hook_name": sae.site} if sae.site else {}
     metadata = {"sae_lens_version": VERSION} | sae.metadata | site | {records.KEY: records.record(sae)}
@@ -61,10 +61,10 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
             "d_sae": sae.config.width,
             "dtype": "float32",
             "device": "cpu",
-            "apply_b_dec_to_input": sae.architecture != "jumprelu",
+            "apply_b_dec_to_input": _centres(sae.architecture),
             "normalize_activations": "none",
             # TransformerLens keeps heads apart there.
-            "reshape_activations": "hook_z" if sae.site.endswith("hook_z") else "none",
+            "reshape_activations": "hook_z" if sae.sites[0].endswith("hook_z") else "none",
             "metadata": metadata,
         }
         files.write_json(folder / CONFIG, config)
@@ -102,13 +102,13 @@ def read(path: Path) -> trained.SAE:
     files.refuse(path / CONFIG, records.misfits(told, architecture, f"metadata.{records.KEY}."))
 
     names = _tensors(architecture)
-    shapes = records.shapes(names, config["d_in"], config["d_sae"])
+    shapes = records.shapes(architecture, names, config["d_in"], config["d_sae"])
     wanted = {theirs: shapes[ours] for ours, theirs in names.items()}
     contents = files.safetensors_contents(path / WEIGHTS)
     tensors = files.read_tensors(path / WEIGHTS, contents, wanted, (config["dtype"],))
     params = {ours: tensors[theirs] for ours, theirs in names.items()}
-    if config["apply_b_dec_to_input"] != (architecture != "jumprelu"):
-        params |= records.recentred(architecture, params)
+    if config["apply_b_dec_to_input"] != _centres(architecture):
+        params = records.recentered(architecture, params)
     return records.build(path, architecture, params, site, told, metadata)
 
 
@@ -118,6 +118,11 @@ def _is_earlier(config: dict[str, Any]) -> bool:
     if not isinstance(metadata, dict):
         return "metadata" not in config and not config.keys().isdisjoint((*METADATA, *EARLIER))
     return bool(re.match(r"[0-5](\.|$)", str(metadata.get("sae_lens_version"))))
+
+
+def _centres(architecture: str) -> bool:
+    """Whether b_dec is subtracted from inputs."""
+    return parameters.input_bias(contract.module_of(architecture)) is not None
 
 
 def _tensors(architecture: str) -> dict[str, str]:

@@ -8,17 +8,27 @@ With c = x - b_dec:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gsae_jax.config import ConfigError
 from gsae_jax.saes import linalg
+from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
 
-# Which axis of each parameter runs over features: what can be sharded, and resampled.
-FEATURE_AXES = {"W_gate": 1, "W_mag": 1, "b_gate": 0, "r_mag": 0, "b_mag": 0, "W_dec": 0, "b_dec": None}
-CENTRED = True  # inputs enter as x - b_dec
+PARAMETERS = {
+    "W_gate": Parameter(("d_in", "width"), Role.ENCODER),
+    "W_mag": Parameter(("d_in", "width"), Role.ENCODER),  # of an encoder that is not tied, which has no r_mag
+    "b_gate": Parameter(("width",), Role.FEATURE),
+    "r_mag": Parameter(("width",), Role.LOGARITHM),
+    "b_mag": Parameter(("width",), Role.FEATURE),
+    "W_dec": Parameter(("width", "d_in"), Role.DECODER, unit_rows=True),
+    "b_dec": Parameter(("d_in",), Role.CENTER),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +64,67 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
     return params | {"r_mag": jnp.zeros(F)}
 
 
-def from_relu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def from_relu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
     """The same function as a baseline's."""
     same = {name: params[name] for name in ("W_dec", "b_dec")}
     b_enc = params["b_enc"]
     return same | {"W_gate": params["W_enc"], "b_gate": b_enc, "b_mag": b_enc, "r_mag": jnp.zeros_like(b_enc)}
 
 
-def from_jumprelu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def from_jumprelu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
     """The same function as a JumpReLU SAE's."""
     same = {name: params[name] for name in ("W_dec", "b_dec")}
     b_mag = linalg.shifted(params["b_enc"], params["b_dec"], params["W_enc"])
     b_gate = b_mag - jax.nn.relu(params["threshold"])
     return same | {"W_gate": params["W_enc"], "b_gate": b_gate, "b_mag": b_mag, "r_mag": jnp.zeros_like(b_mag)}
+
+
+def frozen(config: Config) -> set[str]:
+    """The names of parameters that training leaves as they are."""
+    return set(PARAMETERS) - {"r_mag", "b_mag"} if config.only_magnitude else set()
+
+
+def normal_form(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
+    """The same function with r_mag in use."""
+    unused = not config.use_r_mag and "r_mag" in params
+    return params | ({"r_mag": jnp.zeros_like(params["r_mag"])} if unused else {})
+
+
+def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+    """Parameters whose pre-activations are larger by shift @ encoder, by the encoders' biases."""
+    W_mag = params.get("W_mag")
+    if W_mag is None:
+        with np.errstate(over="ignore", invalid="ignore"):  # callers check whether it is finite
+            W_mag = np.asarray(params["W_gate"]) * np.exp(np.asarray(params["r_mag"]))[None]
+    return params | {
+        "b_gate": linalg.shifted(params["b_gate"], shift_D, params["W_gate"]),
+        "b_mag": linalg.shifted(params["b_mag"], shift_D, W_mag),
+    }
+
+
+def threshold(params: dict[str, jax.Array], config: Config) -> jax.Array:
+    """The threshold [F] of each feature's activation in the JumpReLU form (Appendix E), in the inputs' units.
+
+    Raises:
+        ConfigError: an untied encoder, of which there is no such form.
+    """
+    return jax.nn.relu(params["b_mag"] - magnitude_scale(params, config) * params["b_gate"])
+
+
+def magnitude_scale(params: dict[str, jax.Array], config: Config) -> jax.Array:
+    """What the magnitude's encoder is of the gate's [F].
+
+    Raises:
+        ConfigError: an untied encoder, which is no multiple.
+    """
+    if not config.tie_encoder:
+        raise ConfigError("tie_encoder", "is False; only a gated SAE with a tied encoder has a JumpReLU form")
+    return jnp.exp(params["r_mag"]) if config.use_r_mag else jnp.ones_like(params["r_mag"])
+
+
+def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
+    """`r_mag` and the `threshold` of the JumpReLU form, each [F]; neither of an untied encoder."""
+    return {"r_mag": params["r_mag"], "threshold": threshold(params, config)} if config.tie_encoder else {}
 
 
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -97,6 +155,11 @@ def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> ja
     return jnp.where(jnp.isnan(pi_gate), pi_gate, jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0))
 
 
+def gate(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
+    """Which features' gates [B, F] are open."""
+    return pre_activations(params, x_BxD, config)[0] > 0
+
+
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:
     """Reconstructions [B, D]."""
     return f_BxF @ params["W_dec"] + params["b_dec"][None]
@@ -104,44 +167,36 @@ def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:
 
 def loss(
     params: dict[str, jax.Array],
-    x_BxD: jax.Array,
-    l1_coefficient: jax.typing.ArrayLike,
+    state: dict[str, jax.Array],
+    batch: Batch,
+    coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Config,
-    sum_shards: linalg.Sum = linalg.whole,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Equation 8, squared errors divided by D, averaged over the batch.
-
-    Args:
-        sum_shards: adds up what each shard of the dictionary contributes.
-
-    Returns:
-        The loss, and statistics: batch means of its terms, `l0`, the parts of gamma; `fired` [F], whether each
-        feature fired.
-    """
-    if config.only_magnitude:
-        trained = ("r_mag", "b_mag")
-        params = {name: value if name in trained else jax.lax.stop_gradient(value) for name, value in params.items()}
+    shards: Shards = WHOLE,
+) -> tuple[jax.Array, Statistics]:
+    """Equation 8, squared errors divided by D, averaged over the batch (`contract.Trainable.loss`)."""
+    x_BxD = batch.inputs
     pi_gate, pi_mag = _pre_activations(
         params, partial(linalg.centred_product, x_BxD, params["b_dec"], dtype=config.dtype), config
     )
-    gate = jax.nn.relu(pi_gate)
+    f_gate = jax.nn.relu(pi_gate)
     f = jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0)
-    frozen = jax.lax.stop_gradient if config.freeze_aux_decoder else linalg.whole
+    unless_frozen = jax.lax.stop_gradient if config.freeze_aux_decoder else linalg.unchanged
     B = x_BxD.shape[0]
-    decoded, l1, l0 = sum_shards(
+    decoded, l1, l0 = shards.sum(
         (
             jnp.stack(
                 [
                     linalg.matmul(f, params["W_dec"], config.dtype),
-                    linalg.matmul(gate, frozen(params["W_dec"]), config.dtype),
+                    linalg.matmul(f_gate, unless_frozen(params["W_dec"]), config.dtype),
                 ]
             ),
-            gate.sum() / B,
+            f_gate.sum() / B,
             jnp.sum(f > 0, dtype=jnp.float32) / B,
         )
     )
-    x_hat, x_hat_gate = decoded[0] + params["b_dec"][None], decoded[1] + frozen(params["b_dec"])[None]
-    statistics = linalg.error_statistics(x_BxD, x_hat)
+    x_hat, x_hat_gate = decoded[0] + params["b_dec"][None], decoded[1] + unless_frozen(params["b_dec"])[None]
+    means = linalg.error_statistics(x_BxD, x_hat)
     auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
-    total = statistics["mse"] + l1_coefficient * l1 + auxiliary
-    return total, statistics | {"loss": total, "l1": l1, "auxiliary": auxiliary, "l0": l0, "fired": (f > 0).any(0)}
+    total = means["mse"] + coefficients["l1_coefficient"] * l1 + auxiliary
+    means |= {"loss": total, "l1": l1, "auxiliary": auxiliary, "l0": l0}
+    return total, Statistics(means, (f > 0).any(0))

@@ -4,14 +4,21 @@ f = pi where pi > max(theta, 0), else 0; pi = x @ W_enc + b_enc, x_hat = f @ W_d
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gsae_jax.config import ConfigError
 from gsae_jax.saes import gated, linalg
+from gsae_jax.saes.contract import Parameter, Role
 
-FEATURE_AXES = {"W_enc": 1, "b_enc": 0, "threshold": 0, "W_dec": 0, "b_dec": None}
+PARAMETERS = {
+    "W_enc": Parameter(("d_in", "width"), Role.ENCODER),
+    "b_enc": Parameter(("width",), Role.FEATURE),
+    "threshold": Parameter(("width",), Role.FEATURE),
+    "W_dec": Parameter(("width", "d_in"), Role.DECODER),
+    "b_dec": Parameter(("d_in",), Role.OUTPUT_BIAS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,42 +36,38 @@ class Config:
     dtype: str = "float32"
 
 
+def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
+    """Random unit decoder rows, encoder = their transpose, the rest zero."""
+    W_dec = linalg.unit_rows(key, config.width, config.d_in)
+    zeros_F = jnp.zeros(config.width)
+    return {"W_enc": W_dec.T, "b_enc": zeros_F, "threshold": zeros_F, "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
+
+
 def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, jax.Array]:
     """The same function (Appendix E of the paper): what a gate lets through is what exceeds its threshold.
 
     Raises:
         ConfigError: an untied encoder, of which there is no such form.
     """
-    W_enc = params["W_gate"] * _scale(params, config)[None]
+    W_enc = params["W_gate"] * gated.magnitude_scale(params, config)[None]
     return {
         "W_enc": W_enc,
         "b_enc": linalg.shifted(params["b_mag"], -params["b_dec"], W_enc),
-        "threshold": threshold(params, config),
+        "threshold": gated.threshold(params, config),
         "W_dec": params["W_dec"],
         "b_dec": params["b_dec"],
     }
 
 
-def from_relu(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def from_relu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
     """The same function as a baseline's: every threshold is 0."""
     b_enc = linalg.shifted(params["b_enc"], -params["b_dec"], params["W_enc"])
     return params | {"b_enc": b_enc, "threshold": jnp.zeros_like(b_enc)}
 
 
-def threshold(params: dict[str, jax.Array], config: gated.Config) -> jax.Array:
-    """The threshold [F] of each feature's activation, in the inputs' units.
-
-    Raises:
-        ConfigError: an untied encoder, of which there is no such form.
-    """
-    return jax.nn.relu(params["b_mag"] - _scale(params, config) * params["b_gate"])
-
-
-def _scale(params: dict[str, jax.Array], config: gated.Config) -> jax.Array:
-    """What the magnitude's encoder is of the gate's [F]."""
-    if not config.tie_encoder:
-        raise ConfigError("tie_encoder", "is False; only a gated SAE with a tied encoder has a JumpReLU form")
-    return jnp.exp(params["r_mag"]) if config.use_r_mag else jnp.ones_like(params["r_mag"])
+def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+    """Parameters whose pre-activations are larger by shift @ encoder, by the encoder's bias."""
+    return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:

@@ -1,23 +1,19 @@
 """What every architecture shares: the matrix product and the initial dictionary."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Sum = Callable[[Any], Any]
 
-
-def whole(x: Any) -> Any:
-    """The sum over dictionary shards where one device holds the whole dictionary."""
+def unchanged(x: jax.Array) -> jax.Array:
+    """The array itself."""
     return x
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
-    """x @ W with operands in `dtype` and the sum in float32."""
-    return jnp.matmul(x.astype(dtype), W.astype(dtype), preferred_element_type=jnp.float32)
+    """x @ W with operands in `dtype` and the sum in float32, or in float64 where `dtype` is."""
+    sums = jnp.promote_types(dtype, jnp.float32)
+    return jnp.matmul(x.astype(dtype), W.astype(dtype), preferred_element_type=sums)
 
 
 def centred_product(x_BxD: jax.Array, b_D: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
@@ -29,7 +25,7 @@ def centred_product(x_BxD: jax.Array, b_D: jax.Array, W: jax.Array, dtype: str) 
     return matmul(x_BxD, W, dtype) - matmul(b_D, W, dtype)[None]
 
 
-def shifted(bias: jax.Array, b_D: jax.Array, W_DxF: jax.Array) -> jax.Array:
+def shifted(bias: jax.Array, b_D: jax.typing.ArrayLike, W_DxF: jax.Array) -> jax.Array:
     """bias + b @ W [F], on the host in float64 and rounded once: an encoder's bias for inputs centred otherwise."""
     with np.errstate(over="ignore", invalid="ignore"):  # callers check whether it is finite
         shifted_F = np.asarray(bias) + np.asarray(b_D, np.float64) @ np.asarray(W_DxF, np.float64)

@@ -1,14 +1,20 @@
 """The baseline SAE (section 2 of the paper): f = ReLU((x - b_dec) @ W_enc + b_enc), x_hat = f @ W_dec + b_dec."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from gsae_jax.saes import linalg
+from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
 
-FEATURE_AXES = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "b_dec": None}
-CENTRED = True  # inputs enter as x - b_dec
+PARAMETERS = {
+    "W_enc": Parameter(("d_in", "width"), Role.ENCODER),
+    "b_enc": Parameter(("width",), Role.FEATURE),
+    "W_dec": Parameter(("width", "d_in"), Role.DECODER, unit_rows=True),
+    "b_dec": Parameter(("d_in",), Role.CENTER),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,11 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
     return {"W_enc": W_dec.T, "b_enc": jnp.zeros(config.width), "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
 
 
+def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+    """Parameters whose pre-activations are larger by shift @ encoder, by the encoder's bias."""
+    return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}
+
+
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
     # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
@@ -46,26 +57,20 @@ def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:
 
 def loss(
     params: dict[str, jax.Array],
-    x_BxD: jax.Array,
-    l1_coefficient: jax.typing.ArrayLike,
+    state: dict[str, jax.Array],
+    batch: Batch,
+    coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Config,
-    sum_shards: linalg.Sum = linalg.whole,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Squared error over D plus l1_coefficient * ||f||_1, averaged over the batch.
-
-    Args:
-        sum_shards: adds up what each shard of the dictionary contributes.
-
-    Returns:
-        The loss, and statistics: batch means of its terms, `l0`, the parts of gamma; `fired` [F], whether each
-        feature fired.
-    """
+    shards: Shards = WHOLE,
+) -> tuple[jax.Array, Statistics]:
+    """Squared error over D plus l1_coefficient * ||f||_1, averaged over the batch (`contract.Trainable.loss`)."""
+    x_BxD = batch.inputs
     pi = linalg.centred_product(x_BxD, params["b_dec"], params["W_enc"], config.dtype)
     f = jax.nn.relu(pi + params["b_enc"][None])
     B = x_BxD.shape[0]
-    decoded, l1, l0 = sum_shards(
+    decoded, l1, l0 = shards.sum(
         (linalg.matmul(f, params["W_dec"], config.dtype), f.sum() / B, jnp.sum(f > 0, dtype=jnp.float32) / B)
     )
-    statistics = linalg.error_statistics(x_BxD, decoded + params["b_dec"][None])
-    total = statistics["mse"] + l1_coefficient * l1
-    return total, statistics | {"loss": total, "l1": l1, "l0": l0, "fired": (f > 0).any(0)}
+    means = linalg.error_statistics(x_BxD, decoded + params["b_dec"][None])
+    total = means["mse"] + coefficients["l1_coefficient"] * l1
+    return total, Statistics(means | {"loss": total, "l1": l1, "l0": l0}, (f > 0).any(0))

@@ -25,7 +25,7 @@ from gsae_jax.config import ConfigError, Experiment, TrainingError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.saes import trained
+from gsae_jax.saes import parameters
 from gsae_jax.training import scaling
 from gsae_jax.training.step import Program, TrainState
 
@@ -64,7 +64,9 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
     program, tokenizer = build(config, mesh, checkpoint)
     for name, params in starts.items():
-        if params["b_dec"].shape[-1] != program.widths[config.stacks[name].site]:
+        stack = next(stack for stack in program.stacks if stack.name == name)
+        table = stack.architecture.PARAMETERS
+        if any(value.shape[1:] != table[key].sizes(stack.sae) for key, value in params.items()):
             raise ConfigError(f"stacks.{name}.start_from", "is of another language model; write a run of this one")
     lm_params = checkpoint.params(program.module, config.lm.dtype)
     lm_fingerprint = checkpoint.fingerprint()
@@ -94,9 +96,9 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         processes.say(f"{len(rows):,} rows of {config.data.context_length} tokens; filling the exchange buffer")
         state = start(program, lm_params, stream, most=len(rows) // config.rows_per_call)
         for name, params in starts.items():
-            own, site = state.stacks[name].params, config.stacks[name].site
-            params = trained.unfold(params, float(state.scales[site]), np.asarray(state.means.get(site, 0.0)))
-            state.stacks[name].params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, own))
+            own = state.stacks[name].params
+            started = program.unfolded(name, params, state)
+            state.stacks[name].params = jax.device_put(started, jax.tree.map(lambda x: x.sharding, own))
     if processes.first():
         workdir.create(as_json)
     processes.wait("the run's directory")
@@ -106,7 +108,7 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
     machine = _machine(mesh)
     facts: dict[str, Any] = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "lm": lm_fingerprint}
-    facts["starts"] = before.get("starts") or {name: trained.fingerprint(params) for name, params in starts.items()}
+    facts["starts"] = before.get("starts") or {name: parameters.fingerprint(params) for name, params in starts.items()}
     facts |= {"buffer": config.checkpoint.buffer, "machine": machine, "skips": before.get("skips", {})}
     try:
         if latest is not None:
@@ -138,7 +140,9 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     whole = checkpoint.module()
     widths = loading.site_widths(whole)
     for name, stack in config.stacks.items():
-        sites.check(stack.site, widths, f"stacks.{name}.site")
+        for field, names in (("site", stack.sites), ("target", stack.targets)):
+            for site in names:
+                sites.check(site, widths, f"stacks.{name}.{field}")
     if config.data.context_length > whole.config.n_ctx:
         raise ConfigError(
             "data.context_length",
@@ -350,7 +354,7 @@ class _Divergence:
         for name, of in values.items():
             # The squared error of a zero reconstruction, divided by D. The scale makes it 1 in the mean, and some
             # batches have more.
-            D = self._widths[self._config.stacks[name].site]
+            D = sum(self._widths[site] for site in self._config.stacks[name].targets)
             zero_N = np.maximum(1, of["mse"] + (2 * of["x_hat_dot_x"] - of["x_hat_sq"]) / D)
             for index, far in enumerate(of["mse"] > FAR * zero_N):
                 sae = f"{name}_{index}"

@@ -3,16 +3,13 @@
 Adam with b1 = 0 is RMSProp with a bias-corrected second moment, so the state is one array per parameter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gsae_jax import config as config_lib
-
-# The decoder's name is the one thing every architecture agrees on.
-DECODER = "W_dec"
 
 # eps = 1e-8 outside the root: optax.adam's own.
 scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
@@ -55,15 +52,24 @@ def gain(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
 
 
 def update(
-    params: dict[str, jax.Array], grads: dict[str, jax.Array], state: optax.OptState, learning_rate_N: jax.Array
+    params: dict[str, jax.Array],
+    grads: dict[str, jax.Array],
+    state: optax.OptState,
+    learning_rate_N: jax.Array,
+    unit_rows: Collection[str],
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
-    """One step of a stack [N, ...]: no gradient along decoder rows before it, unit rows after it."""
-    W_dec, gradient = params[DECODER], grads[DECODER]
-    along = jnp.sum(gradient * W_dec, axis=-1, keepdims=True) * W_dec
-    updates, state = scale_by_second_moment.update(grads | {DECODER: gradient - along}, state)
+    """One step of a stack [N, ...].
+
+    Arrays named in `unit_rows` get no gradient along their rows before it, and unit rows after it.
+    """
+    across = {
+        name: grads[name] - jnp.sum(grads[name] * params[name], axis=-1, keepdims=True) * params[name]
+        for name in unit_rows
+    }
+    updates, state = scale_by_second_moment.update(grads | across, state)
     params = {
         name: value - learning_rate_N.reshape(-1, *[1] * (value.ndim - 1)) * updates[name]
         for name, value in params.items()
     }
-    norms = jnp.linalg.norm(params[DECODER], axis=-1, keepdims=True)
-    return params | {DECODER: params[DECODER] / norms}, state
+    units = {name: params[name] / jnp.linalg.norm(params[name], axis=-1, keepdims=True) for name in unit_rows}
+    return params | units, state

@@ -48,7 +48,8 @@ class Case:
         checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         widths = loading.site_widths(checkpoint.module())
         for name, stack in config.stacks.items():
-            sites.check(stack.site, widths, f"stacks.{name}.site")
+            for site in (*stack.sites, *stack.targets):
+                sites.check(site, widths, f"stacks.{name}.site")
         module = checkpoint.module(1 + max(map(sites.layer_of, config.sites)), mesh)
         program = Program.build(config, mesh, module, special_tokens=(0,))
         shape = (config.rows_per_call, config.data.context_length)
@@ -234,9 +235,13 @@ def operations(program: Program, lm_params: Any) -> float:
     updates = 0.0
     for stack in program.stacks:
         params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
-        x_BxD = jax.ShapeDtypeStruct((config.train.batch_size, stack.sae.d_in), jnp.float32)
-        gradient = jax.grad(lambda params, x, s=stack: s.architecture.loss(params, x, 1.0, s.sae)[0])
-        updates += len(stack.config) * _flops(gradient, params, x_BxD)
+        B = config.train.batch_size
+        batch = {site: jax.ShapeDtypeStruct((B, D), jnp.float32) for site, D in program.widths.items()}
+
+        def loss(trained: Any, state: Any, x: Any, s: Any = stack) -> jax.Array:
+            return s.loss(trained, state, x, lambda: jnp.zeros(s.sae.width, bool), jnp.int32(0), 1.0)[0]
+
+        updates += len(stack.config) * _flops(jax.grad(loss), *stack.split(params), batch)
     return config.forwards_per_call * forward + config.updates_per_call * updates
 
 

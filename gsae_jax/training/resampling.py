@@ -3,23 +3,27 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gsae_jax.saes import linalg
-from gsae_jax.training.optimiser import DECODER
+from gsae_jax.saes import contract, parameters
+from gsae_jax.saes.contract import Role
 from gsae_jax.training.stacks import Stack, StackState, gather
 
 INPUTS = 2**15  # activations of the buffer that are looked at
 ENCODER_NORM = 0.2  # of a new feature's encoder, relative to the mean of the live ones
-Inputs = Callable[[jax.Array], jax.Array]
+Sites = dict[str, jax.Array]  # an array for each site that the stack reads or writes
 ALL = ("latent", "data")  # as features lie over devices
 
 
 def resample(
-    stack: Stack, state: StackState, x_SxBxD: jax.Array, inputs: Inputs, key: jax.Array, dead_after: int
+    stack: Stack,
+    state: StackState,
+    activations: Sites,
+    inputs: Callable[[Sites], Sites],
+    key: jax.Array,
+    dead_after: int,
 ) -> tuple[StackState, jax.Array]:
     """Give every dead feature of a stack a new start, on one device of the mesh (inside `shard_map`).
 
@@ -30,7 +34,9 @@ def resample(
     with a bias correction that is long over, the first step would be thirty times a usual one.
 
     Args:
-        x_SxBxD: this device's part (along the second axis) of activations in the language model's units.
+        stack: its architecture and sites.
+        state: of the stack.
+        activations: this device's part [S, B, D] (along the second axis), in the language model's units.
         inputs: activations to the SAE's inputs.
         key: an SAE's draws come from this and its seed.
         dead_after: updates without firing after which a feature is dead.
@@ -38,11 +44,15 @@ def resample(
     Returns:
         The state, and how many features of each SAE [N] began again.
     """
-    if getattr(stack.sae, "only_magnitude", False):  # its features are given
+    if not contract.trains_features(stack.architecture, stack.sae):  # its features are given
         return state, jnp.zeros(len(stack.config), jnp.int32)
-    axes = stack.architecture.FEATURE_AXES
+    table = stack.architecture.PARAMETERS
+    activations = {site: activations[site] for site in {*stack.config.sites, *stack.config.targets}}
     # Gathered in the store's type, which is half as large as float32.
-    x_MxD = jax.lax.all_gather(x_SxBxD, "data", axis=1, tiled=True).reshape(-1, x_SxBxD.shape[-1])
+    everything = {
+        site: jax.lax.all_gather(x, "data", axis=1, tiled=True).reshape(-1, x.shape[-1])
+        for site, x in activations.items()
+    }
     dead_NxF = state.steps_since_fired >= dead_after
     everywhere = jax.lax.all_gather(dead_NxF, ALL, axis=1, tiled=True)
     rank_NxF = jax.lax.dynamic_slice_in_dim(
@@ -51,40 +61,50 @@ def resample(
 
     def one(index: int, seed: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         params = {name: value[index] for name, value in state.params.items()}
-        whole = {name: gather(value, axes[name]) for name, value in params.items()}
-        errors_SxB = jax.lax.map(partial(_squared_errors, stack, whole, inputs), x_SxBxD)
+        whole = {name: gather(value, table[name].axis) for name, value in params.items()}
+        errors_SxB = jax.lax.map(partial(_squared_errors, stack, whole, inputs), activations)
         errors_M = jax.lax.all_gather(errors_SxB, "data", axis=1, tiled=True).reshape(-1)
         # The order of these is one of draws without replacement.
         chances_M = 2 * jnp.log(errors_M) + jax.random.gumbel(jax.random.fold_in(key, seed), errors_M.shape)
         order_M = jnp.argsort(-chances_M)
-        inputs_FxD = inputs(x_MxD[order_M[rank_NxF[index] % len(order_M)]]) - params["b_dec"][None]
-        rows_FxD = inputs_FxD / jnp.linalg.norm(inputs_FxD, axis=-1, keepdims=True)
+        drawn_F = order_M[rank_NxF[index] % len(order_M)]
+        drawn = inputs({site: x_MxD[drawn_F] for site, x_MxD in everything.items()})
 
         dead_F = dead_NxF[index]
         moments = {name: value[index] for name, value in state.second_moments.nu.items()}
-        for name, axis in axes.items():
-            if name not in params or axis is None:
+        for name, parameter in table.items():
+            axis = parameter.axis
+            if name not in params or axis is None or not parameter.trained:
                 continue
             value, new = params[name], jnp.zeros_like(params[name])
-            if name == DECODER:
-                new = rows_FxD
-            elif value.ndim == 2:
+            if parameter.role is Role.DECODER:
+                bias = parameters.output_bias(stack.architecture, parameter.site)
+                new = _directions(drawn[stack.config.targets[parameter.site]], params.get(bias or ""))
+            elif parameter.role is Role.ENCODER:
+                bias = parameters.input_bias(stack.architecture, parameter.site)
                 norms_F = jnp.linalg.norm(value, axis=0)
-                new = rows_FxD.T * ENCODER_NORM * _live_mean(norms_F, dead_F, default=norms_F)
+                directions_FxD = _directions(drawn[stack.config.sites[parameter.site]], params.get(bias or ""))
+                new = directions_FxD.T * ENCODER_NORM * _live_mean(norms_F, dead_F, default=norms_F)
             others = tuple(other for other in range(value.ndim) if other != axis)
             mask = jnp.expand_dims(dead_F, others)
             params[name] = jnp.where(mask, new, value)
             moments[name] = jnp.where(mask, _live_mean(moments[name].mean(others), dead_F), moments[name])
         return params, moments
 
-    found = [one(index, seed) for index, (_, _, seed) in enumerate(stack.config.numbers())]
-    params, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    of_each = [one(index, seed) for index, (_, _, seed) in enumerate(stack.config.numbers())]
+    params, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_each)
     return dataclasses.replace(
         state,
         params=params,
         second_moments=state.second_moments._replace(nu=moments),
         steps_since_fired=jnp.where(dead_NxF, 0, state.steps_since_fired),
     ), jax.lax.psum(dead_NxF.sum(1), ALL)
+
+
+def _directions(x_FxD: jax.Array, bias_D: jax.Array | None) -> jax.Array:
+    """Unit rows along x - bias."""
+    centred_FxD = x_FxD if bias_D is None else x_FxD - bias_D[None]
+    return centred_FxD / jnp.linalg.norm(centred_FxD, axis=-1, keepdims=True)
 
 
 def _live_mean(values_F: jax.Array, dead_F: jax.Array, default: jax.typing.ArrayLike = 0.0) -> jax.Array:
@@ -94,9 +114,18 @@ def _live_mean(values_F: jax.Array, dead_F: jax.Array, default: jax.typing.Array
     return jnp.where(live > 0, living / jnp.maximum(live, 1), rest / size)
 
 
-def _squared_errors(stack: Stack, params: dict[str, Any], inputs: Inputs, x_BxD: jax.Array) -> jax.Array:
-    """[B], of an SAE whose features lie along `latent`."""
-    x_BxD = inputs(x_BxD)
-    f_BxF = stack.architecture.encode(params, x_BxD, stack.sae)
-    decoded = jax.lax.psum(linalg.matmul(f_BxF, params[DECODER], stack.sae.dtype), "latent")
-    return jnp.square(x_BxD - decoded - params["b_dec"][None]).sum(-1)
+def _squared_errors(
+    stack: Stack, params: dict[str, jax.Array], inputs: Callable[[Sites], Sites], x: Sites
+) -> jax.Array:
+    """[B], of an SAE whose features lie along `latent`: the sum over the sites that it writes."""
+    sae_inputs, targets = stack.batch(inputs(x))
+    f_BxF = stack.architecture.encode(params, sae_inputs, stack.sae)
+    biases = [parameters.output_bias(stack.architecture, site) for site in range(len(stack.config.targets))]
+    # A shard decodes its own features; the biases are added once.
+    without = params | {name: jnp.zeros_like(params[name]) for name in biases if name in params}
+    decoded = jax.lax.psum(stack.architecture.decode(without, f_BxF), "latent")
+    errors = [
+        jnp.square(target - x_hat - (params[name][None] if name in params else 0)).sum(-1)
+        for target, x_hat, name in zip(jax.tree.leaves(targets), jax.tree.leaves(decoded), biases, strict=True)
+    ]
+    return jnp.stack(errors).sum(0)

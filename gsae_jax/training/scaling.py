@@ -1,12 +1,13 @@
 """A site's mean and scale: how activations in the language model's units become the SAEs' inputs.
 
 SAEs are trained on (x - mean) * scale, whose mean square over coordinates is 1: E||inputs||^2 = D. The mean and the
-scale are measured once, before training, and folded into the weights of a loaded SAE (`saes.trained.fold`). Without
+scale are measured once, before training, and folded into the weights of a loaded SAE (`saes.parameters.fold`). Without
 `activations.center` the mean is taken for zero, as in the paper.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -47,6 +48,13 @@ def inputs(x: jax.Array, scale: jax.Array, mean_D: jax.Array | None) -> jax.Arra
     if mean_D is not None:
         x = x - jnp.expand_dims(mean_D, range(x.ndim - 1))
     return x * scale
+
+
+def all_inputs(
+    activations: Mapping[str, jax.Array], scales: Mapping[str, jax.Array], means: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """`inputs` of every site; inputs of a site without a mean are not centred."""
+    return {site: inputs(x, scales[site], means.get(site)) for site, x in activations.items()}
 
 
 def norms(x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Stacks of SAEs on the mesh: their state, its placement, and one update."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gsae_jax import config as config_lib
-from gsae_jax.saes import trained
+from gsae_jax.config import ConfigError
+from gsae_jax.saes import contract, parameters
 from gsae_jax.training import optimiser
 
 P = PartitionSpec
@@ -20,7 +22,7 @@ class StackState:
     """N SAEs of one shape; every array has a leading axis N.
 
     Attributes:
-        params: the architecture's parameters.
+        params: the architecture's parameters, and the state that it has besides.
         second_moments: the optimiser's state.
         l1_coefficient: [N]; moves where the stack has a target of L0.
         learning_rate: [N], before the schedule's factor.
@@ -40,20 +42,45 @@ class StackState:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """What does not change in training: a stack's name, site, and architecture."""
+    """What does not change in training: a stack's name, sites, and architecture."""
 
     name: str
     config: config_lib.Stack
-    architecture: Any
+    architecture: contract.Trainable
     sae: Any
 
     @classmethod
-    def build(cls, name: str, config: config_lib.Stack, d_in: int, dtype: str) -> "Stack":
-        """Raises `ConfigError` for an unknown architecture or option."""
-        architecture, sae = trained.build_config(
-            config.architecture, d_in, config.width, dtype, config.options, f"stacks.{name}"
+    def build(cls, name: str, config: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> "Stack":
+        """`widths`: of the sites. Raises `ConfigError` for an unknown architecture, option or combination."""
+        field = f"stacks.{name}"
+        architecture = contract.trainable(config.architecture, f"{field}.architecture")
+        sae = contract.build_config(
+            architecture,
+            config.architecture,
+            tuple(widths[site] for site in config.sites),
+            tuple(widths[site] for site in config.targets) if config.target else None,
+            config.width,
+            dtype,
+            config.options,
+            field,
         )
+        if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
+            raise ConfigError(
+                f"{field}.options.{_that_freezes(architecture, sae)}",
+                'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
+            )
         return cls(name, config, architecture, sae)
+
+    def batch(self, values: Mapping[str, Any]) -> tuple[contract.Activations, contract.Activations]:
+        """What the architecture takes as inputs and as targets, of a value for each site."""
+        several_in = isinstance(self.sae.d_in, tuple)
+        inputs = tuple(values[site] for site in self.config.sites) if several_in else values[self.config.sites[0]]
+        if not self.config.target:
+            return inputs, inputs
+        several_out = isinstance(self.sae.d_out, tuple)
+        return inputs, (
+            tuple(values[site] for site in self.config.targets) if several_out else values[self.config.targets[0]]
+        )
 
     def init(self) -> StackState:
         """The untrained stack; an SAE's start depends on its seed only."""
@@ -61,7 +88,7 @@ class Stack:
         params = jax.vmap(lambda seed: self.architecture.init(jax.random.key(seed), self.sae))(seeds)
         return StackState(
             params=params,
-            second_moments=optimiser.scale_by_second_moment.init(params),
+            second_moments=optimiser.scale_by_second_moment.init(self.split(params)[0]),
             l1_coefficient=l1.astype(jnp.float32),
             learning_rate=learning_rates.astype(jnp.float32),
             steps_since_fired=jnp.zeros((len(seeds), self.sae.width), jnp.int32),
@@ -69,15 +96,32 @@ class Stack:
             skipped_in_row=jnp.zeros(len(seeds), jnp.int32),
         )
 
+    def loss(
+        self,
+        params: dict[str, jax.Array],
+        state: dict[str, jax.Array],
+        inputs: Mapping[str, jax.Array],
+        dead: Callable[[], jax.Array],
+        step: jax.Array,
+        l1_coefficient: jax.typing.ArrayLike,
+        shards: contract.Shards = contract.WHOLE,
+    ) -> tuple[jax.Array, contract.Statistics]:
+        """The loss of one SAE (`contract.Trainable.loss`); `inputs` [B, D] of every site."""
+        batch = contract.Batch(*self.batch(inputs), dead, step)
+        return self.architecture.loss(params, state, batch, {"l1_coefficient": l1_coefficient}, self.sae, shards)
+
+    def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What gradients train, and state."""
+        return parameters.split(self.architecture, params)
+
     def specs(self) -> Any:
         """The mesh axes of every array of the state: features over all devices, first along `latent`."""
-        axes = self.architecture.FEATURE_AXES
 
         def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-            name = getattr(path[-1], "key", None)
-            if axes.get(name) is None:
+            parameter = self.architecture.PARAMETERS.get(str(getattr(path[-1], "key", "")))
+            if parameter is None or parameter.axis is None:
                 return P()
-            return P(*[None] * (1 + axes[name]), ("latent", "data"))
+            return P(*[None] * (1 + parameter.axis), ("latent", "data"))
 
         abstract = jax.eval_shape(self.init)
         everywhere: Any = P()
@@ -93,36 +137,57 @@ class Stack:
         )
 
     def update(
-        self, state: StackState, x_BxD: jax.Array, rate: jax.Array, gain: jax.typing.ArrayLike = 0.0
+        self,
+        state: StackState,
+        batch: dict[str, jax.Array],
+        step: jax.Array,
+        rate: jax.Array,
+        gain: jax.typing.ArrayLike = 0.0,
+        dead_after: int = 1000,
     ) -> tuple[StackState, dict[str, jax.Array]]:
         """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
 
         An SAE whose loss or gradients are not finite stays as it is, and its statistics are 0.
 
-        `rate` is the schedule's factor on learning rates, and `gain` how far L0 off its target moves l1 coefficients.
-
         Every device keeps, and updates, its own part of the features' parameters; for the loss it gathers those of
         its `latent` shard along `data`, inside the differentiated function: the transpose scatters the summed
         gradients back to the parts.
-        """
 
-        def loss(part: dict[str, jax.Array], l1_coefficient: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            params = {name: gather(value, self.architecture.FEATURE_AXES[name]) for name, value in part.items()}
-            value, statistics = self.architecture.loss(
-                params, x_BxD, l1_coefficient, self.sae, lambda x: jax.lax.psum(x, "latent")
+        Args:
+            state: of the stack.
+            batch: inputs [B, D] of every site, of this shard of the data.
+            step: updates so far.
+            rate: the schedule's factor on learning rates.
+            gain: how far L0 off its target moves l1 coefficients.
+            dead_after: updates without firing after which a feature is dead.
+        """
+        table = self.architecture.PARAMETERS
+        frozen = contract.frozen(self.architecture, self.sae)
+        shards = contract.Shards("latent")
+
+        def loss(
+            part: dict[str, jax.Array], own: dict[str, jax.Array], l1_coefficient: jax.Array, dead_F: jax.Array
+        ) -> tuple[jax.Array, contract.Statistics]:
+            part = {name: jax.lax.stop_gradient(value) if name in frozen else value for name, value in part.items()}
+            params, kept = (
+                {name: gather(value, table[name].axis) for name, value in values.items()} for values in (part, own)
             )
+            value, statistics = self.loss(params, kept, batch, lambda: gather(dead_F, 0), step, l1_coefficient, shards)
             # The mean over `data` inside the differentiated function: its transpose sums the gradients, once, rightly
             # weighted.
             return jax.lax.pmean(value, "data"), statistics
 
         # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what one
         # SAE needs in between can be used again by the next.
-        found = [
-            jax.grad(loss, has_aux=True)({name: value[index] for name, value in state.params.items()}, l1_coefficient)
-            for index, l1_coefficient in enumerate(state.l1_coefficient)
+        trained, own = self.split(state.params)
+        dead_NxF = state.steps_since_fired >= dead_after
+        gradients = jax.grad(loss, has_aux=True)
+        of_each = [
+            gradients(*jax.tree.map(lambda value, n=n: value[n], (trained, own, state.l1_coefficient, dead_NxF)))
+            for n in range(len(self.config))
         ]
-        grads, statistics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-        fired = statistics.pop("fired").astype(jnp.int32)
+        grads, (statistics, fired, new_own) = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_each)
+        fired = fired.astype(jnp.int32)
         if jax.lax.axis_size("data") > 1:
             fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)
         statistics = jax.lax.pmean(statistics, "data")
@@ -131,7 +196,11 @@ class Stack:
         def where_finite(new: jax.Array, old: jax.typing.ArrayLike) -> jax.Array:
             return jnp.where(jnp.expand_dims(finite_N, range(1, new.ndim)), new, old)
 
-        params, second_moments = optimiser.update(state.params, grads, state.second_moments, rate * state.learning_rate)
+        unit_rows = frozenset(name for name in trained if table[name].unit_rows)
+        params, second_moments = optimiser.update(
+            trained, grads, state.second_moments, rate * state.learning_rate, unit_rows
+        )
+        params |= {name: scattered_mean(value, table[name].axis) for name, value in new_own.items()}
         l1_coefficient = state.l1_coefficient
         if self.config.target_l0:
             excess = jnp.log(statistics["l0"] / jnp.array(self.config.target_l0))
@@ -150,6 +219,14 @@ class Stack:
         ), jax.tree.map(lambda value: where_finite(value, 0), statistics) | {"updates": finite_N.astype(jnp.float32)}
 
 
+def _that_freezes(architecture: contract.Architecture, sae: Any) -> str:
+    """The option by which the features are not trained."""
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(sae)}
+    options = contract.options(sae)
+    others = {name: dataclasses.replace(sae, **{name: defaults[name]}) for name in options}
+    return next(name for name, other in others.items() if contract.trains_features(architecture, other))
+
+
 def _finite(grads: dict[str, jax.Array]) -> jax.Array:
     """Whether all of an SAE's gradients [N, ...] are, and their squares, on every device."""
     squares_N = sum(jnp.square(value).sum(range(1, value.ndim)) for value in grads.values())
@@ -162,3 +239,11 @@ def gather(part: jax.Array, axis: int | None) -> jax.Array:
     if axis is None or jax.lax.axis_size("data") == 1:
         return part
     return jax.lax.all_gather(part, "data", axis=axis, tiled=True)
+
+
+def scattered_mean(value: jax.Array, axis: int | None) -> jax.Array:
+    """The mean of a stack's array [N, ...] over the shards of `data`; of features, this device's part."""
+    shards = jax.lax.axis_size("data")
+    if axis is None or shards == 1:
+        return jax.lax.pmean(value, "data")
+    return jax.lax.psum_scatter(value, "data", scatter_dimension=1 + axis, tiled=True) / shards

@@ -1,7 +1,7 @@
 """The train program: tokens -> language model -> exchange buffer -> SAE updates, one jitted function.
 
 One forward pass serves every stack. The language model is placed by the compiler (its batch lies along `data`); the
-SAE updates are written for one device and mapped over the mesh by `shard_map`, the only one of the project.
+SAE updates are written for one device and mapped over the mesh by `shard_map`.
 """
 
 import dataclasses
@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import loading
+from gsae_jax.saes import parameters
 from gsae_jax.training import buffer, optimiser, resampling, scaling
 from gsae_jax.training.stacks import Stack, StackState
 
@@ -68,15 +70,14 @@ class Program:
         """Raises `ConfigError` for a stack that cannot be built."""
         widths = loading.site_widths(module)
         stacks = tuple(
-            Stack.build(name, stack, widths[stack.site], config.train.compute_dtype)
-            for name, stack in config.stacks.items()
+            Stack.build(name, stack, widths, config.train.compute_dtype) for name, stack in config.stacks.items()
         )
         for stack in stacks if config.activations.center else ():
-            if not getattr(stack.architecture, "CENTRED", False):
+            if not parameters.can_center(stack.architecture):
                 raise ConfigError(
                     "activations.center",
-                    f"is True, but the architecture {stack.config.architecture!r} (stacks.{stack.name}) does not "
-                    "subtract b_dec from its inputs; write False, or CENTRED = True in its file if it does",
+                    f"is True, but nothing of the architecture {stack.config.architecture!r} (stacks.{stack.name}) can "
+                    "take the mean; write False, or give it a parameter of role CENTER or a function `shifted`",
                 )
         return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
 
@@ -88,6 +89,19 @@ class Program:
     def widths(self) -> dict[str, int]:
         """The width of every site that a stack reads."""
         return {site: width for site, width in loading.site_widths(self.module).items() if site in self.config.sites}
+
+    def unfolded(self, name: str, params: dict[str, Any], state: TrainState) -> dict[str, np.ndarray]:
+        """Parameters [N, ...] of a stack that are in the language model's units, for inputs in those of training."""
+        stack = next(stack for stack in self.stacks if stack.name == name)
+        inputs, targets = (
+            [parameters.Units(float(state.scales[site]), np.asarray(state.means.get(site, 0.0))) for site in sites]
+            for sites in (stack.config.sites, stack.config.targets)
+        )
+        members = [
+            parameters.unfold(stack.architecture, {key: value[n] for key, value in params.items()}, inputs, targets)
+            for n in range(len(stack.config))
+        ]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *members)
 
     def specs(self) -> Any:
         """The mesh axes of every array of the state."""
@@ -228,10 +242,11 @@ class Program:
                 stacks, store = carry
                 fresh, valid_B, slots_B, number = inputs
                 store, served = buffer.exchange(store, slots_B, fresh, valid_B)
-                batch = {site: scaling.inputs(x, scales[site], means.get(site)) for site, x in served.items()}
+                batch = scaling.all_inputs(served, scales, means)
+                at = step + number
                 stepped = {
                     stack.name: stack.update(
-                        stacks[stack.name], batch[stack.config.site], schedule(step + number), gain(step + number)
+                        stacks[stack.name], batch, at, schedule(at), gain(at), config.train.dead_after
                     )
                     for stack in self.stacks
                 }
@@ -285,19 +300,16 @@ class Program:
         config, specs = self.config, self.specs()
 
         def on_device(stacks, store, slots_S, scales, means, key):
-            inputs = {site: jnp.swapaxes(x[:, slots_S], 0, 1) for site, x in store.items()}
-            found = {
+            activations = {site: jnp.swapaxes(x[:, slots_S], 0, 1) for site, x in store.items()}
+            inputs = partial(scaling.all_inputs, scales=scales, means=means)
+            resampled = {
                 stack.name: resampling.resample(
-                    stack,
-                    stacks[stack.name],
-                    inputs[stack.config.site],
-                    partial(scaling.inputs, scale=scales[stack.config.site], mean_D=means.get(stack.config.site)),
-                    key,
-                    config.train.dead_after,
+                    stack, stacks[stack.name], activations, inputs, key, config.train.dead_after
                 )
                 for stack in self.stacks
             }
-            return {name: state for name, (state, _) in found.items()}, {name: n for name, (_, n) in found.items()}
+            states = {name: state for name, (state, _) in resampled.items()}
+            return states, {name: count for name, (_, count) in resampled.items()}
 
         mapped = jax.shard_map(
             on_device,

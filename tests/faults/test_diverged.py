@@ -19,7 +19,7 @@ from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import Experiment
 from gsae_jax.exchange import records
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.saes import trained
+from gsae_jax.saes import parameters
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults import mutants
@@ -99,7 +99,7 @@ def check(draw, run, folder):
                 export.export(folder / "run", format, folder / "one", name)
             assert caught.value.field == name
             assert not (folder / "one").exists()
-    broken = trained.not_finite(saes[name].params)
+    broken = parameters.not_finite(saes[name].functions, saes[name].params)
     assert bool(broken) <= (name not in written["saelens"])
     if broken:
         assert any(name in note for note in found["notes"]), broken

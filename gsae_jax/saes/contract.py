@@ -1,0 +1,295 @@
+"""What an architecture gives to the rest of the package, and what it gets.
+
+An architecture is one file of `saes/`: pure functions on a dict of arrays, as `Architecture` lists them, and
+`Trainable` where it can be trained here. Its table `PARAMETERS` says of each array over which axis its features lie
+and what it does. Sharding, the optimiser, resampling, the units of a site, loading and export read this table, so that
+nothing outside of `saes/` knows an architecture by its name.
+
+A file may also define these functions, for which the functions of the same names in this file are the defaults:
+
+    gate(params, inputs, config)      which features [B, F] are switched on, whatever their magnitude
+    frozen(config)                    names of parameters that training leaves as they are
+    normal_form(params, config)       the same function by parameters that mean the same in another library
+    shifted(params, shift_D)          parameters whose pre-activations are larger by shift @ encoder
+    feature_facts(params, config)     numbers [F] that describe features, by name, in the inputs' units
+    from_X(params, config)            parameters of the same function as those of the architecture X
+"""
+
+import dataclasses
+import enum
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+
+from gsae_jax import config as config_lib
+from gsae_jax import plugins
+from gsae_jax.config import ConfigError, known_names
+
+BASELINE = "relu"  # what the report compares the others with
+Params = dict[str, jax.Array]
+# Activations [B, D] of one site; a tuple of them where the Config's d_in (for targets: d_out) is a tuple.
+Activations = Any
+OWN = ("d_in", "d_out", "width", "dtype")  # fields of a Config that are no options: the experiment sets them
+
+
+class Role(enum.Enum):
+    """What a parameter does, which decides how it changes with the units of inputs and targets."""
+
+    ENCODER = "weights from inputs to features"
+    DECODER = "weights from features to targets"
+    FEATURE = "a bias or a threshold of features, in their units"
+    INPUT_BIAS = "subtracted from the inputs"
+    OUTPUT_BIAS = "added to the reconstructions"
+    CENTER = "subtracted from the inputs of a site, and added to its reconstructions"
+    LOGARITHM = "the logarithm of a factor without a unit"
+    NUMBER = "has no unit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of an architecture.
+
+    Attributes:
+        shape: names of sizes in the Config: "width" for features, "d_in" and "d_out" for a site's.
+        role: what it does.
+        site: which of the sites that the stack reads; for the roles DECODER and OUTPUT_BIAS, that it writes.
+        unit_rows: its rows stay unit: gradients lose their part along a row, and rows are divided by their norm.
+        trained: False for state, which no gradient trains: `loss` returns its next value.
+    """
+
+    shape: tuple[str, ...]
+    role: Role
+    site: int = 0
+    unit_rows: bool = False
+    trained: bool = True
+
+    @property
+    def axis(self) -> int | None:
+        """The axis over features; None where every device has all of the array."""
+        return self.shape.index("width") if "width" in self.shape else None
+
+    def sizes(self, config: Any) -> tuple[int, ...]:
+        """The array's shape."""
+        sizes = (getattr(config, name) for name in self.shape)
+        return tuple(size[self.site] if isinstance(size, tuple) else size for size in sizes)
+
+
+class Batch(NamedTuple):
+    """What a loss is taken of, on one shard of the data.
+
+    Attributes:
+        inputs: of the sites that are read.
+        targets: of the sites that are written; the same arrays for an SAE.
+        dead: gives [F], which features have not fired for `train.dead_after` steps. It is a function, as devices
+            exchange the mask only where a loss asks for it.
+        step: updates so far.
+    """
+
+    inputs: Activations
+    targets: Activations
+    dead: Callable[[], jax.Array]
+    step: jax.Array
+
+
+class Statistics(NamedTuple):
+    """What a loss says besides its value.
+
+    Attributes:
+        means: batch means by name. `loss`, `mse` (squared error over D), `l0`, `x_hat_sq` and `x_hat_dot_x` (the parts
+            of gamma, equation 10 of the paper) are wanted of every architecture.
+        fired: [F], which features were active on a token of the batch.
+        state: the next value of every array that no gradient trains. Shards of the data may disagree: their mean
+            becomes the state.
+    """
+
+    means: dict[str, jax.Array]
+    fired: jax.Array
+    state: Params = {}  # noqa: RUF012 (never written to)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """What crosses the shards of a dictionary; `axis` is the mesh's, or None where one device has all features."""
+
+    axis: str | None = None
+
+    def sum(self, tree: Any) -> Any:
+        """The sum over shards of every array of a tree."""
+        return tree if self.axis is None else jax.lax.psum(tree, self.axis)
+
+
+WHOLE = Shards()
+
+
+class Architecture(Protocol):
+    """A file of `saes/`."""
+
+    @property
+    def Config(self) -> type[Any]:
+        """A frozen dataclass of sizes and options.
+
+        `d_in`, `width` and `dtype` are set from the experiment, and `d_out` if it has that field. `d_in: int` reads
+        one site, `d_in: tuple[int, ...]` several. Without `d_out` the sites that are read are written as well. Every
+        other field is an option, of any type that JSON has; `__post_init__` may raise `ConfigError` with its name.
+        """
+
+    @property
+    def PARAMETERS(self) -> Mapping[str, Parameter]:
+        """Every array that an SAE may have; which ones it has depends on its options."""
+
+    def init(self, key: jax.Array, config: Any) -> Params:
+        """The untrained parameters, state included."""
+
+    def encode(self, params: Params, inputs: Activations, config: Any, /) -> jax.Array:
+        """Feature activations [B, F]."""
+
+    def decode(self, params: Params, f_BxF: jax.Array) -> Activations:
+        """Reconstructions of the sites that are written: f @ decoder + bias."""
+
+
+class Trainable(Architecture, Protocol):
+    """An architecture that can be trained here."""
+
+    def loss(
+        self,
+        params: Params,
+        state: Params,
+        batch: Batch,
+        coefficients: Mapping[str, jax.typing.ArrayLike],
+        config: Any,
+        shards: Shards = WHOLE,
+    ) -> tuple[jax.Array, Statistics]:
+        """The loss of a batch and its statistics, on one device of the mesh.
+
+        Args:
+            params: those that gradients train; of the features, this shard's.
+            state: the others.
+            batch: of this shard of the data.
+            coefficients: `l1_coefficient`.
+            config: the architecture's.
+            shards: sums what each shard of the dictionary contributes.
+        """
+
+
+def module_of(architecture: str) -> Architecture:
+    """The file of `saes/` with the architecture's pure functions."""
+    return cast(Architecture, plugins.load("saes", architecture, having="PARAMETERS", field="architecture"))
+
+
+def trainable(architecture: str, field: str) -> Trainable:
+    """The same for one that can be trained.
+
+    Raises:
+        ConfigError: one that does not exist, or can only be evaluated; the message starts with `field`.
+    """
+    names = plugins.known("saes", having="loss")
+    if architecture in set(plugins.known("saes", having="PARAMETERS")) - set(names):
+        raise ConfigError(
+            field, f"{architecture!r} is for evaluation and cannot be trained; write one of {', '.join(names)}"
+        )
+    return cast(Trainable, plugins.load("saes", architecture, having="loss", field=field))
+
+
+def build_config(
+    architecture: Architecture,
+    name: str,
+    d_in: tuple[int, ...],
+    d_out: tuple[int, ...] | None,
+    width: int,
+    dtype: str,
+    options: Mapping[str, Any],
+    field: str,
+) -> Any:
+    """The Config of an architecture.
+
+    Args:
+        architecture: the file.
+        name: what errors call it.
+        d_in: widths of the sites that are read.
+        d_out: of those that are written, or None where they are the same.
+        width: features.
+        dtype: of the matrix products' operands.
+        options: the others of its fields.
+        field: the stack's, in the experiment.
+
+    Raises:
+        ConfigError: an option that does not exist or has a wrong value, or sites that the architecture does not take;
+            the message starts with the field.
+    """
+    kinds = typing.get_type_hints(architecture.Config)
+    sizes: dict[str, Any] = {"width": width, "dtype": dtype}
+    for size, widths, site in (("d_in", d_in, "site"), ("d_out", d_out, "target")):
+        if size not in kinds:
+            if widths is not None:
+                why = f"is given, but {name!r} writes the site that it reads; leave it out"
+                raise ConfigError(f"{field}.{site}", why)
+            continue
+        several = kinds[size] is not int
+        if widths is None:
+            widths = d_in
+        if not several and len(widths) != 1:
+            raise ConfigError(f"{field}.{site}", f"has {len(widths)} sites, but {name!r} takes one; write one")
+        sizes[size] = widths if several else widths[0]
+    known = [setting.name for setting in dataclasses.fields(architecture.Config) if setting.name not in OWN]
+    values = {}
+    for option, value in options.items():
+        path = f"{field}.options.{option}"
+        if option not in known:
+            raise ConfigError(path, f"is not an option of {name!r}; {known_names(option, known)}")
+        values[option] = config_lib.convert(path, kinds[option], value)
+    try:
+        return architecture.Config(**sizes, **values)
+    except ConfigError as error:
+        raise error.within(f"{field}.options") from error
+
+
+def options(config: Any) -> dict[str, Any]:
+    """The options of a Config."""
+    names = [setting.name for setting in dataclasses.fields(config) if setting.name not in OWN]
+    return {name: getattr(config, name) for name in names}
+
+
+def variant(architecture: str, config: Any) -> str:
+    """The architecture and its options that are not the default: "gated" or "gated tie_encoder=False"."""
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(config)}
+    changed = [f"{name}={value}" for name, value in options(config).items() if value != defaults[name]]
+    return " ".join([architecture, *changed])
+
+
+def converter(source: str, target: str) -> Callable[[Params, Any], Params] | None:
+    """What turns parameters of one architecture into those of the same function in another, if anything does."""
+    if source == target:
+        return lambda params, config: dict(params)
+    return getattr(module_of(target), f"from_{source}", None)
+
+
+def gate(architecture: Architecture, params: Params, inputs: Activations, config: Any) -> jax.Array:
+    """Which features [B, F] are switched on."""
+    own = getattr(architecture, "gate", None)
+    return own(params, inputs, config) if own else architecture.encode(params, inputs, config) != 0
+
+
+def frozen(architecture: Architecture, config: Any) -> frozenset[str]:
+    """The names of parameters that training leaves as they are."""
+    own = getattr(architecture, "frozen", None)
+    return frozenset(own(config)) if own else frozenset()
+
+
+def trains_features(architecture: Architecture, config: Any) -> bool:
+    """Whether training moves the decoder; where it does not, the features are those that a stack starts from."""
+    decoders = {name for name, parameter in architecture.PARAMETERS.items() if parameter.role is Role.DECODER}
+    return not decoders <= frozen(architecture, config)
+
+
+def normal_form(architecture: Architecture, params: Params, config: Any) -> Params:
+    """The same function by parameters that mean the same in another library."""
+    own = getattr(architecture, "normal_form", None)
+    return own(params, config) if own else params
+
+
+def feature_facts(architecture: Architecture, params: Params, config: Any) -> dict[str, jax.Array]:
+    """Numbers [F] that describe features, by name."""
+    own = getattr(architecture, "feature_facts", None)
+    return own(params, config) if own else {}

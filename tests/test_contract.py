@@ -1,0 +1,388 @@
+"""What holds of every architecture: those of the package, and one that reads two sites and has state.
+
+Each file of `saes/` is tested with its default options, and with each switch the other way.
+"""
+
+import dataclasses
+import json
+import shutil
+import typing
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import gsae_jax
+import gsae_jax.saes
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax import plugins, reports
+from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.exchange import saelens
+from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.training import loop
+from gsae_jax.training.stacks import Stack
+
+OWN = Path(__file__).parent / "architectures"
+SITES = {"blocks.0.hook_mlp_out": 12, "blocks.0.hook_resid_post": 10}
+F, B = 64, 32
+HELD = set(saelens.ARCHITECTURES)  # architectures that other libraries' formats hold
+
+
+def kinds(field, architecture):
+    return typing.get_type_hints(architecture.Config).get(field)
+
+
+def variants():
+    for name, architecture in plugins.known("saes", having="PARAMETERS").items():
+        switches = [
+            {setting.name: not setting.default}
+            for setting in dataclasses.fields(architecture.Config)
+            if isinstance(setting.default, bool)
+        ]
+        for options in ({}, *switches):
+            yield pytest.param(name, options, id=" ".join([name, *options]))
+
+
+def trainable_names():
+    return list(plugins.known("saes", having="loss"))
+
+
+# While this file is collected and while its tests run, the tests' own files are architectures as well.
+with mock.patch.object(gsae_jax.saes, "__path__", [*gsae_jax.saes.__path__, str(OWN)]) as PATHS:
+    every = pytest.mark.parametrize(("name", "options"), list(variants()))
+    TRAINABLE = trainable_names()
+
+
+@pytest.fixture(autouse=True)
+def own_architectures(monkeypatch):
+    monkeypatch.setattr(gsae_jax.saes, "__path__", PATHS)
+
+
+@dataclasses.dataclass
+class Case:
+    """An architecture, a Config of it, and where it reads and writes."""
+
+    name: str
+    architecture: object
+    config: object
+    sites: tuple
+    targets: tuple
+
+    @classmethod
+    def make(cls, name, options=None, width=F, dtype="float32"):
+        architecture = contract.module_of(name)
+        sites = tuple(SITES) if kinds("d_in", architecture) is not int else tuple(SITES)[:1]
+        d_in, d_out = tuple(SITES[site] for site in sites), None
+        if kinds("d_out", architecture):
+            d_out = d_in if kinds("d_out", architecture) is not int else d_in[:1]
+        config = contract.build_config(architecture, name, d_in, d_out, width, dtype, options or {}, "stacks.a")
+        return cls(name, architecture, config, sites, sites if d_out is None else sites[: len(d_out)])
+
+    def params(self, seed=0):
+        """Every array in play: none is zero, and none is made of another."""
+        params = self.architecture.init(jax.random.key(seed), self.config)
+        keys = jax.random.split(jax.random.key(seed + 1), len(params))
+        return {n: p + 0.3 * jax.random.normal(key, p.shape) for key, (n, p) in zip(keys, params.items(), strict=True)}
+
+    def activations(self, batch=B, seed=5):
+        keys = jax.random.split(jax.random.key(seed), len(SITES))
+        return {
+            site: jax.random.normal(key, (batch, D)) + 0.5 for key, (site, D) in zip(keys, SITES.items(), strict=True)
+        }
+
+    def inputs(self, activations):
+        several = isinstance(self.config.d_in, tuple)
+        return tuple(activations[site] for site in self.sites) if several else activations[self.sites[0]]
+
+    def outputs(self, activations):
+        several = isinstance(getattr(self.config, "d_out", self.config.d_in), tuple)
+        return tuple(activations[site] for site in self.targets) if several else activations[self.targets[0]]
+
+    def loss(self, params, activations, l1_coefficient=0.07):
+        gradients, state = parameters.split(self.architecture, params)
+        batch = contract.Batch(
+            self.inputs(activations), self.outputs(activations), jnp.zeros(self.config.width, bool), jnp.int32(0)
+        )
+        coefficients = {"l1_coefficient": l1_coefficient}
+        return lambda trained: self.architecture.loss(trained, state, batch, coefficients, self.config), gradients
+
+    def stack(self, **changes):
+        target = () if "d_out" not in vars(self.config) else self.targets
+        stack = {
+            "architecture": self.name,
+            "site": self.sites if len(self.sites) > 1 else self.sites[0],
+            "width": self.config.width,
+            "l1_coefficients": (0.01, 0.03),
+            "learning_rates": (1e-2,),
+            "seeds": (0,),
+            "options": contract.options(self.config),
+        }
+        return stack | ({"target": target[0] if len(target) == 1 else target} if target else {}) | changes
+
+
+@every
+def test_the_table_is_of_the_arrays_that_there_are(name, options):
+    case = Case.make(name, options)
+    params = case.architecture.init(jax.random.key(0), case.config)
+    assert set(params) <= set(case.architecture.PARAMETERS)
+    for key, value in params.items():
+        assert value.shape == case.architecture.PARAMETERS[key].sizes(case.config), key
+    assert parameters.decoder(case.architecture) in params
+    for key, parameter in case.architecture.PARAMETERS.items():
+        if parameter.unit_rows:
+            np.testing.assert_allclose(jnp.linalg.norm(params[key], axis=-1), 1, rtol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+def test_folding_units_is_the_same_function(name, options, scale, mean):
+    """Each site has a scale of its own; features have the units of the first target."""
+    case = Case.make(name, options)
+    params, activations = case.params(), case.activations()
+    of_site = {
+        site: parameters.Units(scale * (1 + number), mean * np.linspace(-1, 1, D, dtype=np.float32))
+        for number, (site, D) in enumerate(SITES.items())
+    }
+    units = [of_site[site] for site in case.sites], [of_site[site] for site in case.targets]
+    in_training = {site: (x - of_site[site].mean[None]) * of_site[site].scale for site, x in activations.items()}
+    f = case.architecture.encode(params, case.inputs(in_training), case.config)
+    x_hat = jax.tree.leaves(case.architecture.decode(params, f))
+    folded = parameters.fold(case.architecture, params, *units)
+    same = case.architecture.encode(folded, case.inputs(activations), case.config)
+    tolerance = 3e-5 * (1 + mean)
+    assert 0.05 < (f > 0).mean() < 0.95
+    np.testing.assert_allclose(same * units[1][0].scale, f, rtol=1e-4, atol=tolerance * max(1, scale))
+    for ours, theirs, unit in zip(
+        jax.tree.leaves(case.architecture.decode(folded, same)), x_hat, units[1], strict=True
+    ):
+        np.testing.assert_allclose((ours - unit.mean[None]) * unit.scale, theirs, rtol=1e-3, atol=1e-3 * max(1, scale))
+    back = parameters.unfold(case.architecture, folded, *units)
+    for key, value in params.items():
+        np.testing.assert_allclose(back[key], value, rtol=1e-4, atol=1e-4 * max(1, scale * mean), err_msg=key)
+
+
+@every
+def test_unit_rows_are_the_same_reconstructions(name, options):
+    case = Case.make(name, options)
+    params, inputs = case.params(), case.inputs(case.activations())
+    decoder = parameters.decoder(case.architecture)
+    scaled = params | {decoder: params[decoder] * jnp.linspace(0.5, 2, F)[:, None]}
+    unit = parameters.with_unit_rows(case.architecture, scaled, "a")
+    np.testing.assert_allclose(jnp.linalg.norm(unit[decoder], axis=-1), 1, rtol=1e-5)
+    before, after = (
+        case.architecture.decode(p, case.architecture.encode(p, inputs, case.config)) for p in (scaled, unit)
+    )
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_gradients_are_those_of_finite_differences(name, options, monkeypatch):
+    """In float64. What `stop_gradient` holds back keeps its value while a parameter moves."""
+    if name not in trainable_names():
+        pytest.skip("is not trained here")
+    with jax.enable_x64(True):
+        case = Case.make(name, options, dtype="float64")
+        loss, params = case.loss(case.params(), case.activations())
+        grads, _ = jax.grad(loss, has_aux=True)(params)
+        held, replayed = [], None
+
+        def stop_gradient(x):
+            if replayed is None:
+                held.append(x)
+                return x
+            return next(replayed)
+
+        monkeypatch.setattr(jax.lax, "stop_gradient", stop_gradient)
+        loss(params)
+        for number, (key, value) in enumerate(params.items()):
+            direction = jax.random.normal(jax.random.key(number), value.shape)
+            values = []
+            for sign in (1, -1):
+                replayed = iter(held)
+                values.append(loss(params | {key: value + sign * 1e-7 * direction})[0])
+            difference = (values[0] - values[1]) / 2e-7
+            np.testing.assert_allclose((grads[key] * direction).sum(), difference, rtol=1e-5, atol=1e-8, err_msg=key)
+
+
+@every
+@pytest.mark.parametrize(("width", "batch"), [(1, B), (F, 1), (1, 1)])
+def test_one_feature_and_one_token(name, options, width, batch):
+    case = Case.make(name, options, width=width)
+    params, activations = case.params(), case.activations(batch)
+    f = case.architecture.encode(params, case.inputs(activations), case.config)
+    assert f.shape == (batch, width)
+    for x_hat, target in zip(
+        jax.tree.leaves(case.architecture.decode(params, f)), jax.tree.leaves(case.outputs(activations)), strict=True
+    ):
+        assert x_hat.shape == target.shape
+    if name in trainable_names():
+        loss, trained = case.loss(params, activations)
+        grads, statistics = jax.grad(loss, has_aux=True)(trained)
+        assert all(np.isfinite(value).all() for value in jax.tree.leaves((grads, statistics.means)))
+        assert statistics.fired.shape == (width,)
+
+
+@every
+def test_no_feature_active(name, options):
+    """The reconstruction is the bias alone; training goes on with finite numbers."""
+    case = Case.make(name, options)
+    table = case.architecture.PARAMETERS
+    low = {key for key, p in table.items() if p.role is contract.Role.FEATURE and p.trained and key != "threshold"}
+    params = {key: value - 1e3 if key in low else value for key, value in case.params().items()}
+    activations = case.activations()
+    f = case.architecture.encode(params, case.inputs(activations), case.config)
+    assert not f.any()
+    assert not contract.gate(case.architecture, params, case.inputs(activations), case.config).any()
+    bias = params[parameters.output_bias(case.architecture)]
+    x_hat = jax.tree.leaves(case.architecture.decode(params, f))[0]
+    np.testing.assert_array_equal(x_hat, jnp.broadcast_to(bias, x_hat.shape))
+    if name in trainable_names():
+        loss, trained = case.loss(params, activations)
+        grads, statistics = jax.grad(loss, has_aux=True)(trained)
+        assert all(np.isfinite(value).all() for value in jax.tree.leaves((grads, statistics)))
+        assert statistics.means["l0"] == 0
+        assert not statistics.fired.any()
+
+
+@every
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+def test_a_mesh_trains_as_one_device(name, options, shape):
+    if name not in trainable_names():
+        pytest.skip("is not trained here")
+    case = Case.make(name, options)
+    activations = case.activations()
+    stack_config = config_lib.convert("stacks.a", config_lib.Stack, case.stack(start_from="a:b"))
+    stack = Stack.build("a", stack_config, SITES, "float32")
+    states = []
+    for data, latent, devices in ((1, 1, jax.devices()[:1]), (*shape, None)):
+        mesh = mesh_lib.make_mesh(config_lib.Mesh(data, latent), devices)
+        specs = stack.specs()
+        placed = jax.device_put(activations, mesh_lib.sharding(mesh, "data"))
+        shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), specs)
+        state = jax.jit(stack.init, out_shardings=shardings)()
+
+        def update(state, x):
+            return stack.update(state, x, jnp.int32(3), jnp.float32(1))
+
+        step = jax.jit(
+            jax.shard_map(
+                update, mesh=mesh, in_specs=(specs, PartitionSpec("data")), out_specs=(specs, PartitionSpec())
+            )
+        )
+        for _ in range(3):
+            state, statistics = step(state, placed)
+        states.append(jax.device_get((state, statistics)))
+    (alone, means), (spread, other_means) = states
+    for key, value in alone.params.items():
+        np.testing.assert_allclose(spread.params[key], value, rtol=1e-3, atol=2e-4, err_msg=key)
+    np.testing.assert_array_equal(spread.steps_since_fired, alone.steps_since_fired)
+    for key, value in means.items():
+        np.testing.assert_allclose(other_means[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+    first = stack.init().params
+    frozen = contract.frozen(stack.architecture, stack.sae)
+    for key, value in alone.params.items():
+        assert np.allclose(value, first[key], atol=1e-6) == (key in frozen or (key == "r_mag" and not np.any(value)))
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir, lm_dir, config_dict, tmp_path):
+    """On a mesh of 2 x 4; the format either gives the same SAE back or is refused before anything is written."""
+    case = Case.make(name)
+    config_dict.stacks = {"a": case.stack()}
+    config_dict.mesh.data, config_dict.mesh.latent = 2, 4
+    config_dict.train.steps, config_dict.checkpoint.every, config_dict.loggers = 8, 4, ()
+    config_dict.evaluation.tokens = 512
+    config = config_lib.from_dict(Experiment, config_dict)
+    run = tmp_path / "run"
+    assert loop.train(config, run)
+    saes = gsae_jax.load(run)
+    state = any(not parameter.trained for parameter in case.architecture.PARAMETERS.values())
+    assert any(np.any(value) for value in parameters.split(case.architecture, saes["a_0"].params)[1].values()) == state
+    shutil.rmtree(run / "checkpoints" / "8")
+    assert loop.train(config, run)
+    for key, sae in gsae_jax.load(run).items():
+        for array, value in sae.params.items():
+            np.testing.assert_array_equal(value, saes[key].params[array], err_msg=f"{key} {array}")
+    reports.evaluate(run)
+    records = json.loads((run / "report" / "report.json").read_text())["saes"]
+    assert [record["name"] for record in records] == ["a_0", "a_1"]
+    assert all(record["site"] == case.targets[0] and 0 < record["fvu"] < 2 for record in records)
+    x = case.inputs({site: np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32) for site in SITES})
+    for format in plugins.known("exchange", having="write"):
+        if format == "dictionary_learning":
+            continue  # wants torch; tests/test_exchange.py
+        if name in HELD:
+            saes["a_0"].save(tmp_path / format, format)
+            (same,) = gsae_jax.load(tmp_path / format).values()
+            np.testing.assert_allclose(same(x), saes["a_0"](x), rtol=1e-4, atol=1e-5)
+        else:
+            with pytest.raises(ConfigError) as error:
+                saes["a_0"].save(tmp_path / format, format)
+            assert error.value.field.startswith("a_0")
+            assert not (tmp_path / format).exists()
+
+
+def test_options_have_types_and_checks():
+    with pytest.raises(ConfigError) as error:
+        Case.make("two_sites", {"share": "much"})
+    assert error.value.field == "stacks.a.options.share"
+    with pytest.raises(ConfigError) as error:
+        Case.make("two_sites", {"share": 1.5})
+    assert error.value.field == "stacks.a.options.share"
+    with pytest.raises(ConfigError) as error:
+        Case.make("two_sites", {"shares": 0.5})
+    assert error.value.field == "stacks.a.options.shares"
+    with pytest.raises(ConfigError) as error:
+        Case.make("gated", {"tie_encoder": 1})
+    assert error.value.field == "stacks.a.options.tie_encoder"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("gated", {"site": tuple(SITES)}, "stacks.a.site"),
+        ("gated", {"target": "blocks.0.hook_resid_post"}, "stacks.a.target"),
+        ("two_sites", {"target": tuple(SITES)}, "stacks.a.target"),
+        ("gated", {"options": {"only_magnitude": True}}, "stacks.a.options.only_magnitude"),
+    ],
+)
+def test_sites_that_an_architecture_does_not_take(name, changes, field):
+    stack = config_lib.convert("stacks.a", config_lib.Stack, Case.make(name).stack(**changes))
+    with pytest.raises(ConfigError) as error:
+        Stack.build("a", stack, SITES, "float32")
+    assert error.value.field == field
+
+
+def test_an_sae_of_several_sites_takes_a_tuple():
+    case = Case.make("two_sites")
+    sae = trained.SAE("a_0", case.name, case.config, case.sites, case.params(), target=case.targets)
+    first, second = case.activations(6).values()
+    f = sae.encode((first.reshape(2, 3, -1), second.reshape(2, 3, -1)))
+    assert f.shape == (2, 3, F)
+    np.testing.assert_array_equal(f.reshape(6, F), case.architecture.encode(sae.params, (first, second), case.config))
+    assert sae((first, second)).shape == first.shape
+    for wrong in (first, (first,), (second, first), (first, second[:3])):
+        with pytest.raises(ConfigError) as error:
+            sae.encode(wrong)
+        assert error.value.field.startswith("x")
+
+
+def test_architectures_keep_the_contract(tmp_path):
+    """By mypy: the types of every file of `saes/` are those of the protocol."""
+    api = pytest.importorskip("mypy.api")
+    known = {name for name in plugins.known("saes", having="PARAMETERS") if not (OWN / f"{name}.py").exists()}
+    lines = ["from gsae_jax.saes import contract"]
+    for name in sorted(known):
+        protocol = "Trainable" if name in trainable_names() else "Architecture"
+        lines += [f"from gsae_jax.saes import {name}", f"{name}_: contract.{protocol} = {name}"]
+    (tmp_path / "check.py").write_text("\n".join(lines) + "\n")
+    root = Path(gsae_jax.__file__).parents[1]
+    output, errors, code = api.run([f"--config-file={root / 'pyproject.toml'}", str(tmp_path / "check.py")])
+    assert code == 0, output + errors
