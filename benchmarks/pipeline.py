@@ -73,11 +73,11 @@ def main():
     """Print a line for each part, and write them."""
     config = config_lib.from_dict(config_lib.Experiment, cli.given(CONFIG))
     program, lm_params, stream, state = experiment(config)
-    placed, reads = program.place_tokens(next(stream)), []
+    placed, reads = program.source.place(next(stream)), []
 
     def read():
         start = time.perf_counter()
-        tokens = program.place_tokens(next(stream))
+        tokens = program.source.place(next(stream))
         reads.append(time.perf_counter() - start)
         return tokens
 
@@ -90,7 +90,7 @@ def main():
             waiting = metrics
         jax.block_until_ready(state)
 
-    capture = jax.jit(program.activations)
+    capture = jax.jit(program.source.__call__)
 
     def run_model():
         for _ in range(CALLS.value):

@@ -47,7 +47,7 @@ def main():
                 checkpoints.save(saved, *parts, stream.get_state(), {}, None)
                 waits.append(time.perf_counter() - began)
             for call in range(STRETCH):
-                state, metrics, _ = program.train_step(state, lm_params, program.place_tokens(next(stream)))
+                state, metrics, _ = program.train_step(state, lm_params, program.source.place(next(stream)))
                 jax.block_until_ready(waiting)
                 waiting = metrics
                 if pending and workdir.latest_step() == saved:

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.training import buffer
+from gsae_jax.activations import buffer
 
 B, S, U = 16, 32, 2  # strata, slots, updates per call
 ROWS, T = 4, 8  # ROWS * T = U * B

@@ -15,11 +15,11 @@ import gsae_jax
 from configs import gemma_7b, pythia_2_8b
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.lms.sites import layer_of
-from gsae_jax.training import scaling
 from gsae_jax.training.step import Program
 
 MODELS = Path(__file__).parent / "fixtures" / "configs"  # the published config.json of each

@@ -21,9 +21,10 @@ FLOOR = {
     "loggers": 1,
     "workdir": 1,
     "metrics_log": 1,
-    "evaluation": 2,
+    "activations": 2,
     "exchange": 2,
-    "training": 3,
+    "evaluation": 3,
+    "training": 4,
 }
 ALLOWED_ON_ONE_FLOOR = {
     ("metrics_log", "workdir"),
@@ -33,7 +34,7 @@ ALLOWED_ON_ONE_FLOOR = {
     ("mesh", "config"),
     ("processes", "config"),
 }
-TOP = 4
+TOP = 5
 
 
 def imports(file):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gsae_jax.activations import scaling
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
-from gsae_jax.training import exchanges, scaling
+from gsae_jax.training import exchanges
 from gsae_jax.training.step import Program
 
 

@@ -10,12 +10,13 @@ import pytest
 
 from gsae_jax import runs
 from gsae_jax import train as train_command
+from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import gated
 from gsae_jax.saes.contract import Role
-from gsae_jax.training import loop, scaling
+from gsae_jax.training import loop
 from tests.test_training import advance, begin, single_device_mesh, with_
 
 R, T, D = 8, 64, 16

@@ -17,13 +17,14 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax import runs
 from gsae_jax import train as train_command
 from gsae_jax import workdir as workdir_lib
+from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluate import evaluate
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.loading import capture
 from gsae_jax.saes import gated
-from gsae_jax.training import loop, scaling
+from gsae_jax.training import loop
 from tests import references
 
 
@@ -40,7 +41,7 @@ def begin(experiment, mesh=None):
 
 def advance(program, state, lm_params, stream, calls):
     for _ in range(calls):
-        state, metrics, _ = program.train_step(state, lm_params, program.place_tokens(next(stream)))
+        state, metrics, _ = program.train_step(state, lm_params, program.source.place(next(stream)))
     return state, jax.device_get(metrics)
 
 
@@ -87,7 +88,7 @@ def test_a_step_is_the_papers_loss_and_adam(experiment):
     tokens = [next(stream) for _ in range(3)]
     served = replay(program, start, lm_params, tokens)
     for call in tokens:
-        state, *_ = program.train_step(state, lm_params, program.place_tokens(call))
+        state, *_ = program.train_step(state, lm_params, program.source.place(call))
     for stack in program.stacks:
         for index, (l1, rate, _) in enumerate(stack.config.numbers()):
             params = {
@@ -184,7 +185,7 @@ def lm_flops(experiment):
     program, _ = loop.build(experiment, single_device_mesh(), checkpoint)
     lm_params = checkpoint.params(program.module, "float32")
     tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
-    return jax.jit(program.activations).lower(lm_params, tokens).compile().cost_analysis()["flops"]
+    return jax.jit(program.source.__call__).lower(lm_params, tokens).compile().cost_analysis()["flops"]
 
 
 def step_flops(experiment):

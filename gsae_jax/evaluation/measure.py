@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.activations import masking
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import metrics
 from gsae_jax.lms import loading, sites
@@ -153,14 +154,9 @@ def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
                 raise ConfigError(sae.name, f"{field} activations of width {size}, but {there}; write its own model")
 
 
-def _valid(x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:
-    """Which activations are measured and replaced."""
-    norms = _norm(x_RxTxD)
-    return allowed_RxT & jnp.isfinite(norms) & (norms <= norm_limit)
-
-
-def _norm(x_RxTxD: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x_RxTxD.astype(jnp.float32), axis=-1)
+def _valid(site: str, x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:
+    """Which activations of a site are measured and replaced."""
+    return masking.valid(allowed_RxT, {site: x_RxTxD}, {site: norm_limit})
 
 
 def _extreme(norms: np.ndarray) -> np.float32:
@@ -177,7 +173,7 @@ def _norms(
     """The norms [R, T] of the valid activations at each place, NaN for the others."""
     found = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
     return [
-        jnp.where(_valid(found[site], allowed_RxT, norm_limit), _norm(found[site]), jnp.nan)
+        jnp.where(_valid(site, found[site], allowed_RxT, norm_limit), masking.norms(found[site]), jnp.nan)
         for site, norm_limit, _ in places
     ]
 
@@ -194,12 +190,13 @@ def _site_sums(
     """(sum [D], number) of the activations at each place: of all valid ones, and of those without an extreme norm."""
     found = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
 
-    def sums(x: jax.Array, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-        valid = _valid(x, allowed_RxT, norm_limit)
+    def sums(site: str, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        x = found[site]
+        valid = _valid(site, x, allowed_RxT, norm_limit)
         return jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum((0, 1)), valid.sum()
 
     return [
-        [sums(found[site], norm_limit), sums(found[site], jnp.minimum(norm_limit, limit))]
+        [sums(site, norm_limit), sums(site, jnp.minimum(norm_limit, limit))]
         for (site, norm_limit, _), limit in zip(places, limits, strict=True)
     ]
 
@@ -228,10 +225,10 @@ def _clean(
         site: str, norm_limit: float, others: tuple[str, ...], mean_D: jax.Array, limit: jax.Array
     ) -> dict[str, Any]:
         x = found[site]
-        valid = _valid(x, allowed_RxT, norm_limit)
+        valid = _valid(site, x, allowed_RxT, norm_limit)
         mean = jnp.where(valid[..., None], mean_D[None, None].astype(x.dtype), x)
         zero = jnp.where(valid[..., None], jnp.zeros_like(x), x)
-        masks = {"valid": valid, "typical": valid & (_norm(x) <= limit)}
+        masks = {"valid": valid, "typical": valid & (masking.norms(x) <= limit)}
         interventions = {"x": x, "zero": zero, "mean": mean}
         return masks | interventions | {"before": found[_before(site)], "others": {s: found[s] for s in others}}
 

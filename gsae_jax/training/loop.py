@@ -21,12 +21,12 @@ from gsae_jax import config as config_lib
 from gsae_jax import loggers, metrics_log, processes
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
+from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError, Experiment, TrainingError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
-from gsae_jax.training import scaling
 from gsae_jax.training.step import Program, TrainState
 
 RETRIES = (1, 5, 25)  # seconds before the last state is saved again, if that failed
@@ -165,7 +165,7 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: 
     config = program.config
     calls = -(-config.activations.scale_tokens // (config.rows_per_call * config.data.context_length))
     calls = calls if most is None else min(calls, max(1, most))
-    batches = [jax.device_get(program.measure(lm_params, program.place_tokens(next(stream)))) for _ in range(calls)]
+    batches = [jax.device_get(program.measure(lm_params, program.source.place(next(stream)))) for _ in range(calls)]
     measured = {}
     for site in config.sites:
         measured[site], warnings = scaling.combine([batch[site] for batch in batches], config.activations.center)
@@ -186,7 +186,7 @@ def _filled(program: Program, state: TrainState, lm_params: Any, stream: Iterato
     count = jax.device_put(np.zeros(batch, np.int32), mesh_lib.sharding(program.mesh, "data"))
     call = 0
     while call == 0 or int(count.min()) < slots:
-        state, count = program.fill(state, count, lm_params, program.place_tokens(next(stream)), call)
+        state, count = program.fill(state, count, lm_params, program.source.place(next(stream)), call)
         call += 1
         if call > 20 * (slots + 10):
             raise ConfigError(
@@ -276,7 +276,7 @@ def _loop(
             position = stream.get_state()
             try:
                 tokens_RxT = next(stream)
-                placed = program.place_tokens(tokens_RxT)
+                placed = program.source.place(tokens_RxT)
             except (TrainingError, ConfigError) as error:  # the text cannot be read any more, or used
                 if jax.process_count() > 1:  # the others wait in the next call
                     raise

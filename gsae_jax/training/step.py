@@ -1,4 +1,4 @@
-"""The train program: tokens -> language model -> exchange buffer -> SAE updates, one jitted function.
+"""The train program: source of activations -> exchange buffer -> SAE updates, one jitted function.
 
 One forward pass serves every stack. The language model is placed by the compiler (its batch lies along `data`); the
 SAE updates are written for one device and mapped over the mesh by `shard_map`.
@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
-from gsae_jax import mesh as mesh_lib
+from gsae_jax.activations import buffer, masking, scaling, sources
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import loading
 from gsae_jax.saes import parameters
-from gsae_jax.training import buffer, optimiser, resampling, scaling
+from gsae_jax.training import optimiser, resampling
 from gsae_jax.training.stacks import Stack, StackState
 
 P = PartitionSpec
@@ -86,9 +86,15 @@ class Program:
         return self.config.activations.max_norm_multiple or math.inf
 
     @cached_property
+    def source(self) -> sources.LanguageModel:
+        """Where the activations come from."""
+        rows, forwards = self.config.rows_per_call, self.config.forwards_per_call
+        return sources.LanguageModel(self.module, self.mesh, self.config.sites, self.special_tokens, rows, forwards)
+
+    @property
     def widths(self) -> dict[str, int]:
-        """The width of every site that a stack reads."""
-        return {site: width for site, width in loading.site_widths(self.module).items() if site in self.config.sites}
+        """The width of every site that a stack reads or writes."""
+        return self.source.widths
 
     def unfolded(self, name: str, params: dict[str, Any], state: TrainState) -> dict[str, np.ndarray]:
         """Parameters [N, ...] of a stack that are in the language model's units, for inputs in those of training."""
@@ -122,39 +128,13 @@ class Program:
         """The placement of every array of the state."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs())
 
-    def place_tokens(self, tokens: Any) -> jax.Array:
-        """This process's rows (`mesh.local_rows`) of a global batch, on the mesh."""
-        loading.check_tokens(tokens, self.module.config.d_vocab, "data: the tokens of the text")
-        return mesh_lib.place_rows(self.mesh, tokens, self.config.rows_per_call)
-
-    def activations(self, lm_params: Any, tokens_RxT: jax.Array) -> dict[str, jax.Array]:
-        """Activations {site: [R, T, D]}, `rows_per_forward` rows at a time."""
-        forward = partial(loading.capture, self.module, lm_params, sites=self.config.sites)
-        times = self.config.forwards_per_call
-        if times == 1:
-            return forward(tokens_RxT)
-        by_forward = jnp.swapaxes(tokens_RxT.reshape(-1, times, tokens_RxT.shape[1]), 0, 1)
-        found = jax.lax.map(forward, by_forward)
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), found)
-
-    def valid(
-        self, tokens_RxT: jax.Array, activations: dict[str, jax.Array], norm_limits: dict[str, jax.Array] | None
-    ) -> jax.Array:
-        """Which tokens [R, T] the SAEs may see: not special, and of a finite and no extreme norm at every site."""
-        valid = ~jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
-        for site, x in activations.items():
-            limit = jnp.inf if norm_limits is None else norm_limits[site]
-            norms = scaling.norms(x)
-            valid &= jnp.isfinite(norms) & (norms <= limit)
-        return valid
-
     @cached_property
     def measure(self) -> Callable[..., dict[str, dict[str, jax.Array]]]:
-        """(lm_params, tokens) -> {site: `scaling.statistics`} over tokens that are not dropped."""
+        """(source's parameters, batch) -> {site: `scaling.statistics`} over tokens that are not dropped."""
 
-        def measure(lm_params: Any, tokens_RxT: jax.Array) -> dict[str, dict[str, jax.Array]]:
-            activations = self.activations(lm_params, tokens_RxT)
-            valid = self.valid(tokens_RxT, activations, None)
+        def measure(source_params: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
+            activations, allowed = self.source(source_params, batch)
+            valid = masking.valid(allowed, activations)
             return {site: scaling.statistics(x, valid, self._norm_multiple) for site, x in activations.items()}
 
         return jax.jit(measure, out_shardings=NamedSharding(self.mesh, P()))
@@ -199,14 +179,14 @@ class Program:
 
     @cached_property
     def fill(self) -> Callable[..., tuple[TrainState, jax.Array]]:
-        """(state, filled slots [batch], lm_params, tokens, call number) -> (state, filled slots), with more in them."""
+        """(state, filled slots [strata], source's parameters, batch, call) -> (state, filled slots), with more."""
 
         def fill(
-            state: TrainState, count_B: jax.Array, lm_params: Any, tokens_RxT: jax.Array, call: jax.Array
+            state: TrainState, count_B: jax.Array, source_params: Any, batch: Any, call: jax.Array
         ) -> tuple[TrainState, jax.Array]:
-            fresh = self.activations(lm_params, tokens_RxT)
-            valid = self.valid(tokens_RxT, fresh, state.norm_limits)
-            shift = jax.random.randint(self._key(state.key, call, 0), (), 0, tokens_RxT.shape[1])
+            fresh, allowed = self.source(source_params, batch)
+            valid = masking.valid(allowed, fresh, state.norm_limits)
+            shift = jax.random.randint(self._key(state.key, call, 0), (), 0, allowed.shape[1])
 
             @partial(
                 jax.shard_map,
@@ -227,7 +207,7 @@ class Program:
 
     @cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, Metrics, jax.Array]]:
-        """(state, lm_params, tokens [rows_per_call, T]) -> (state `updates_per_call` later, mean statistics, dropped).
+        """(state, source's parameters, batch) -> (state `updates_per_call` later, mean statistics, dropped).
 
         Means are over the updates that an SAE made, and NaN where it made none; `dropped` is the state's.
         """
@@ -271,20 +251,17 @@ class Program:
             out_specs=(specs.stacks, P("data"), P()),
         )
 
-        def train_step(
-            state: TrainState, lm_params: Any, tokens_RxT: jax.Array
-        ) -> tuple[TrainState, Metrics, jax.Array]:
-            fresh = self.activations(lm_params, tokens_RxT)
-            valid = self.valid(tokens_RxT, fresh, state.norm_limits)
+        def train_step(state: TrainState, source_params: Any, batch: Any) -> tuple[TrainState, Metrics, jax.Array]:
+            fresh, allowed = self.source(source_params, batch)
+            valid = masking.valid(allowed, fresh, state.norm_limits)
             # The draws are of the whole mesh, so that a run does not depend on its shape.
-            batch, slots = next(iter(state.store.values())).shape[:2]
-            slots_UxB = jax.random.randint(self._key(state.key, state.step, 1), (updates, batch), 0, slots)
-            shift = jax.random.randint(self._key(state.key, state.step, 2), (), 0, tokens_RxT.shape[1])
+            strata, slots = next(iter(state.store.values())).shape[:2]
+            slots_UxB = jax.random.randint(self._key(state.key, state.step, 1), (updates, strata), 0, slots)
+            shift = jax.random.randint(self._key(state.key, state.step, 2), (), 0, allowed.shape[1])
             stacks, store, metrics = mapped(
                 state.stacks, state.store, fresh, valid, slots_UxB, shift, state.scales, state.means, state.step
             )
-            special = jnp.isin(tokens_RxT, jnp.array(self.special_tokens, jnp.int32))
-            dropped = state.dropped + (~(valid | special)).sum()
+            dropped = state.dropped + (allowed & ~valid).sum()
             for name, stack in stacks.items():
                 metrics[name] |= {"skipped": stack.skipped, "skipped_in_row": stack.skipped_in_row}
                 metrics[name]["dead"] = (stack.steps_since_fired >= config.train.dead_after).sum(1)

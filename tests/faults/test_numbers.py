@@ -117,7 +117,7 @@ def test_activations_that_are_not_finite_are_dropped_and_counted(experiment):
     W_E = lm_params["embed.W_E"]
     spoilt = int(tokens[3, 5])
     lm_params = lm_params | {"embed.W_E": W_E.at[spoilt].set(jnp.nan)}
-    placed = program.place_tokens(tokens)
+    placed = program.source.place(tokens)
     finite = np.stack(
         [np.isfinite(x).all(-1) for x in capture(program.module, lm_params, placed, program.widths).values()]
     ).all(0)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax.activations import masking
+
 # Values of `max_norm_multiple` that `warning` may suggest: multiples of the median norm.
 MULTIPLES = (2, 3, 5, 10, 30, 100)
 # A mean square above this multiple of the median square comes from a few tokens. For normal activations the two are
@@ -57,11 +59,6 @@ def all_inputs(
     return {site: inputs(x, scales[site], means.get(site)) for site, x in activations.items()}
 
 
-def norms(x: jax.Array) -> jax.Array:
-    """||x|| [...] of activations [..., D], in float32."""
-    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
-
-
 def norm_limit(max_norm_multiple: float, median_norm: Any) -> Any:
     """The norm above which tokens are dropped; there is none for an infinite multiple, also of a median of 0."""
     return max_norm_multiple * median_norm if math.isfinite(max_norm_multiple) else math.inf
@@ -81,7 +78,7 @@ def statistics(x: jax.Array, valid: jax.Array, max_norm_multiple: float) -> dict
         above it, and `square_below` the sum of the squares of the others.
     """
     x = x.astype(jnp.float32)
-    norm = jnp.where(valid, norms(x), jnp.nan)
+    norm = jnp.where(valid, masking.norms(x), jnp.nan)
     median_norm = jnp.nanmedian(norm)
     kept = norm <= norm_limit(max_norm_multiple, median_norm)
     count = kept.sum()

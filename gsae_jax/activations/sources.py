@@ -1,0 +1,82 @@
+"""Where activations come from: a source gives the train program, inside its one jitted call, what the text makes.
+
+`LanguageModel` runs a language model's forward pass there. A source that reads stored activations needs the same four
+members.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.activations import masking
+from gsae_jax.lms import loading
+
+
+class Source(Protocol):
+    """What the train program reads."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of every site that it gives."""
+
+    def place(self, rows: np.ndarray) -> Any:
+        """This process's rows (`mesh.local_rows`) of a global batch, on the mesh.
+
+        Raises:
+            ConfigError: rows that cannot be used.
+        """
+
+    def __call__(self, params: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+        """(activations {site: [R, T, D]}, which of these tokens may be seen at all [R, T]); called under `jax.jit`.
+
+        Args:
+            params: what the source computes with; an argument, as the compiler would copy constants.
+            batch: what `place` gave.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """Activations of a language model's forward pass over rows of tokens. Implements `Source`.
+
+    Attributes:
+        module: the language model, with no more layers than the sites need.
+        mesh: of the run.
+        sites: which activations it gives.
+        special_tokens: ids of tokens that SAEs never see.
+        rows: in a batch.
+        forwards: forward passes that these rows are split into.
+    """
+
+    module: Any
+    mesh: jax.sharding.Mesh
+    sites: Sequence[str]
+    special_tokens: tuple[int, ...]
+    rows: int
+    forwards: int
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """The width of every site that it gives, in the order they are computed."""
+        return {site: width for site, width in loading.site_widths(self.module).items() if site in self.sites}
+
+    def place(self, rows: np.ndarray) -> jax.Array:
+        """This process's rows of tokens, on the mesh; raises `ConfigError` for ids that the model does not have."""
+        loading.check_tokens(rows, self.module.config.d_vocab, "data: the tokens of the text")
+        return mesh_lib.place_rows(self.mesh, rows, self.rows)
+
+    def __call__(self, params: Any, batch: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """(activations {site: [R, T, D]}, which tokens are not special [R, T]) of tokens [R, T]."""
+        forward = partial(loading.capture, self.module, params, sites=self.sites)
+        allowed = masking.not_special(batch, self.special_tokens)
+        if self.forwards == 1:
+            return forward(batch), allowed
+        by_forward = jnp.swapaxes(batch.reshape(-1, self.forwards, batch.shape[1]), 0, 1)
+        activations = jax.lax.map(forward, by_forward)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), activations), allowed
