@@ -20,6 +20,7 @@ from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
+from gsae_jax.storage.facts import Facts
 
 
 def evaluate(
@@ -99,7 +100,7 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
 
 
 def _check_inputs(
-    workdir: workdir_lib.Workdir, facts: Mapping[str, Any], run: config_lib.Experiment, settings: HeldOut, field: str
+    workdir: workdir_lib.Workdir, facts: Facts, run: config_lib.Experiment, settings: HeldOut, field: str
 ) -> None:
     """Compare the language model and the held-out text with those of training, by a checkpoint's fingerprints.
 
@@ -125,17 +126,17 @@ def _check_inputs(
             "lm.path", f"{why}; if the run's model lies elsewhere now, write --model DIRECTORY"
         ) from error
     moved = buckets.absolute(settings.lm.path) != buckets.absolute(run.lm.path)
-    if "lm" in facts or not moved:
+    if facts.lm or not moved:
         workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), field)
     else:
         processes.warn(
             f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
         )
-    if "held_out" not in facts:  # of an earlier version
+    if not facts.held_out:  # of an earlier version
         return
     limit = rows.held_out_tokens(run, run.evaluation.tokens)
     held_out = rows.open_rows(settings.data, "test", checkpoint.tokenizer(), limit, checkpoint.config.d_vocab)
-    if held_out.fingerprint != facts["held_out"]:
+    if held_out.fingerprint != facts.held_out:
         if settings.data != run.data:
             raise ConfigError(
                 "data.path",

@@ -1,7 +1,6 @@
 """Trained SAEs from a run directory, or from a folder of another library's format."""
 
 import dataclasses
-import math
 import os
 import re
 from pathlib import Path
@@ -19,8 +18,8 @@ from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.evaluation import measure
 from gsae_jax.exchange import imports
 from gsae_jax.lms import checkpoints
-from gsae_jax.lms.transformer import check_size
 from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.storage.facts import Facts
 
 EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
@@ -53,9 +52,14 @@ def load(
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
         raise ConfigError(field, f"{workdir.path} has no checkpoint yet; run training for longer")
-    facts = _checked(workdir, step, config)
+    facts = workdir.facts(step)
+    try:
+        facts.check(config)
+    except ValueError as error:
+        why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config ({error})"
+        raise ConfigError(field, f"{why}; put its own back") from error
     built = {
-        name: _built(name, stack, facts["widths"], config.train.compute_dtype) for name, stack in config.stacks.items()
+        name: _built(name, stack, facts.widths, config.train.compute_dtype) for name, stack in config.stacks.items()
     }
     like = {
         name: jax.eval_shape(
@@ -231,7 +235,7 @@ def _with_known_starts(config: Experiment, workdir: workdir_lib.Workdir) -> Expe
         if not before or not stack.start_from or before == stack.start_from:
             continue
         step = workdir.sound_step(("facts",))
-        known = {} if step is None else workdir.facts(step).get("starts", {})
+        known = {} if step is None else workdir.facts(step).starts
         moved = starts(dataclasses.replace(config, stacks={name: stack}))
         if known.get(name) == parameters.fingerprint(moved[name]):
             stacks[name] = dataclasses.replace(stack, start_from=before)
@@ -251,54 +255,20 @@ def _spread(mesh: jax.sharding.Mesh, like: dict[str, Any], built: dict[str, tupl
     return {name: {key: placed(name, key, leaf) for key, leaf in params.items()} for name, params in like.items()}
 
 
-def _checked(workdir: workdir_lib.Workdir, step: int, config: Experiment) -> dict[str, Any]:
-    """What a checkpoint says about its run; raises `ConfigError` where that does not fit its config."""
-    facts = workdir.facts(step)
-
-    def number(value: Any, least: float = 0.0) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= config_lib.FLOAT32
-
-    try:
-        for name, stack in config.stacks.items():
-            coefficients, fits = facts.get("l1_coefficients", {}).get(name), True
-            for site in (*stack.sites, *stack.targets):
-                check_size("width", facts["widths"][site])
-                limit = facts["norm_limits"][site]
-                fits = fits and number(facts["scales"][site], 1e-30) and (limit is None or number(limit))
-            if coefficients is not None:  # checkpoints of earlier versions have none; theirs were the config's
-                fits = fits and len(coefficients) == len(stack) and all(number(value) for value in coefficients)
-            if not fits:
-                raise ValueError(f"scales, limits or l1 coefficients of {name} are not as they were written")
-            facts["scales"] |= {site: float(facts["scales"][site]) for site in (*stack.sites, *stack.targets)}
-        facts.setdefault("means", {})  # checkpoints of earlier versions have none
-        for site in config.sites if config.activations.center else ():
-            mean_D = np.asarray(facts["means"][site], np.float64)
-            if mean_D.shape != (facts["widths"][site],) or not (np.abs(mean_D) <= config_lib.FLOAT32).all():
-                raise ValueError(f"the mean of {site} is not as it was written")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config"
-        raise ConfigError(workdir.field, f"{why} ({type(error).__name__}: {error}); put its own back") from error
-    return facts
-
-
 def _members(
     name: str,
     config: Experiment,
     architecture: contract.Architecture,
     sae: Any,
     params: dict[str, jax.Array],
-    facts: dict[str, Any],
+    facts: Facts,
 ) -> list[trained.SAE]:
     stack = config.stacks[name]
     inputs, targets = (
-        [
-            parameters.Units(facts["scales"][site], np.asarray(facts["means"].get(site, 0.0), np.float32))
-            for site in sites
-        ]
+        [parameters.Units(facts.scales[site], np.asarray(facts.means.get(site, 0.0), np.float32)) for site in sites]
         for sites in (stack.sites, stack.targets)
     )
-    limit = facts["norm_limits"][stack.targets[0]]
-    l1_coefficients = facts.get("l1_coefficients", {}).get(name) or [l1 for l1, _, _ in stack.numbers()]
+    l1_coefficients = facts.l1_coefficients.get(name) or [l1 for l1, _, _ in stack.numbers()]
     metadata = names(config.lm, config.data) | {
         "context_size": config.data.context_length,
         "prepend_bos": config.data.prepend_bos,
@@ -316,7 +286,7 @@ def _members(
             learning_rate=learning_rate,
             seed=seed,
             scale=targets[0].scale,
-            norm_limit=math.inf if limit is None else limit,
+            norm_limit=facts.norm_limits[stack.targets[0]],
             metadata=metadata,
         )
         for index, (_, learning_rate, seed) in enumerate(stack.numbers())

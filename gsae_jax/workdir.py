@@ -28,6 +28,7 @@ from gsae_jax import buckets, processes
 from gsae_jax import config as config_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
+from gsae_jax.storage.facts import Facts
 
 LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
 MANIFEST = "manifest.json"
@@ -157,11 +158,15 @@ class Workdir:
         with ocp.StandardCheckpointer() as checkpointer, _readable(self.path, step, self.field):
             return checkpointer.restore(self._item(step, "params"), like)
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says about its run."""
+    def facts(self, step: int) -> Facts:
+        """What a checkpoint says of its run; raises `ConfigError` where they are not as they were written."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, _readable(self.path, step, self.field):
-            facts = checkpointer.restore(self._item(step, "facts"), args=ocp.args.JsonRestore())
-            return dict(facts)
+            tree = checkpointer.restore(self._item(step, "facts"), args=ocp.args.JsonRestore())
+        try:
+            return Facts.from_json(tree)
+        except ValueError as error:
+            why = f"the facts of checkpoint {step} in {self.path} are not as they were written ({error})"
+            raise ConfigError(self.field, f"{why}; put its own back") from error
 
     def _item(self, step: int, name: str) -> epath.Path:
         return _absolute(self.path / "checkpoints" / str(step) / name)
@@ -258,7 +263,7 @@ class Workdir:
         elif not self._is_empty() and not self.holds_run():
             raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
 
-    def check_model(self, facts: Mapping[str, Any], lm: config_lib.LM, fingerprint: dict[str, str], field: str) -> None:
+    def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str], field: str) -> None:
         """Raises `ConfigError` where a language model is not the one that a checkpoint was trained with.
 
         Args:
@@ -267,8 +272,8 @@ class Workdir:
             fingerprint: the model's, `lms.checkpoints.Checkpoint.fingerprint`.
             field: what an error names.
         """
-        recorded = facts.get("lm")
-        if not isinstance(recorded, dict):  # of an earlier version: where it lay is all that is known of it
+        recorded = facts.lm
+        if not recorded:  # of an earlier version: where it lay is all that is known of it
             there, here = ((buckets.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
             if there != here:
                 was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
@@ -394,9 +399,7 @@ class Checkpoints:
         manager.reached_preemption = lambda step: False
         return manager
 
-    def save(
-        self, step: int, params: Any, state: Any, data: dict[str, Any], facts: dict[str, Any], score: float | None
-    ) -> None:
+    def save(self, step: int, params: Any, state: Any, data: dict[str, Any], facts: Facts, score: float | None) -> None:
         """Save in the background; arrays are copied before this returns. The lowest `score` is the best.
 
         A save that fails, as on a full disk, is a warning; so is one that cannot be read back. The checkpoints before
@@ -406,14 +409,14 @@ class Checkpoints:
             params=ocp.args.PyTreeSave(params),
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data),
-            facts=ocp.args.JsonSave(facts),
+            facts=ocp.args.JsonSave(facts.to_json()),
         )
         self.wait()  # before the name changes that the manifest's place is found by
         self._saving = step
         arrays = {"params": params, "state": state}
         self._saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays) | {
             "data": data,
-            "facts": facts,
+            "facts": facts.to_json(),
         }
         self._try(self._manager.save, step, args=items, metrics=None if score is None else {"score": score})
 

@@ -21,6 +21,7 @@ FLOOR = {
     "loggers": 1,
     "workdir": 1,
     "metrics_log": 1,
+    "storage": 1,
     "activations": 2,
     "exchange": 2,
     "evaluation": 3,
@@ -29,6 +30,7 @@ FLOOR = {
 ALLOWED_ON_ONE_FLOOR = {
     ("metrics_log", "workdir"),
     ("metrics_log", "loggers"),
+    ("workdir", "storage"),
     ("buckets", "config"),
     ("plugins", "config"),
     ("mesh", "config"),

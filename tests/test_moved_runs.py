@@ -210,7 +210,7 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
     for start in (f"{tmp_path}/first:baseline", f"{tmp_path}/moved:baseline"):
         assert runs.pinned(named(start), tmp_path / "second") == experiment
     place.check(config_lib.to_dict(experiment))
-    assert place.facts(8)["starts"] == {"again": parameters.fingerprint(starts["again"])}
+    assert place.facts(8).starts == {"again": parameters.fingerprint(starts["again"])}
     shutil.copytree(places / "run", tmp_path / "finished")
     loop.train(halfway, tmp_path / "finished")  # other parameters
     other = runs.pinned(named(f"{tmp_path}/finished:baseline"), tmp_path / "second")

@@ -48,7 +48,8 @@ def reconstruction_sums(
 
     Args:
         gate_RxTxF: whether each feature's gate is open (for a baseline: whether it fires).
-        mean_D, typical_mean_D: the site's means over valid and over typical tokens, about which variances are taken.
+        mean_D: the site's mean over valid tokens, about which `variance_all` is taken.
+        typical_mean_D: the mean over typical tokens, about which the other variance is taken.
         typical_RxT: which tokens are valid and of no extreme norm. Squares are summed over these, and in sums whose
             names end in `_all` over all valid tokens.
     """

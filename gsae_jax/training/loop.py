@@ -27,6 +27,7 @@ from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
+from gsae_jax.storage.facts import Facts
 from gsae_jax.training.step import Program, TrainState
 
 RETRIES = (1, 5, 25)  # seconds before the last state is saved again, if that failed
@@ -85,10 +86,10 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         processes.wait("a sound checkpoint")
         latest = workdir.latest_step()
     processes.agree("--workdir", latest, "their checkpoints are not the same; write a directory that they share")
-    before = {} if latest is None else workdir.facts(latest)
-    if latest is not None:
+    before = None if latest is None else workdir.facts(latest)
+    if before is not None:
         workdir.check_model(before, config.lm, lm_fingerprint, "lm.path")
-        if before.get("rows") != rows.fingerprint:
+        if before.rows != rows.fingerprint:
             raise ConfigError(
                 "data", "the text has changed since this run began; put it back, or start a new --workdir"
             )
@@ -107,18 +108,26 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
         raise ConfigError("--workdir", "another process has trained here meanwhile; run the command again")
     checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
     machine = _machine(mesh)
-    facts: dict[str, Any] = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "lm": lm_fingerprint}
-    facts["starts"] = before.get("starts") or {name: parameters.fingerprint(params) for name, params in starts.items()}
-    facts |= {"buffer": config.checkpoint.buffer, "machine": machine, "skips": before.get("skips", {})}
+    fingerprints = {name: parameters.fingerprint(params) for name, params in starts.items()}
+    facts = Facts(
+        rows=rows.fingerprint,
+        widths=program.widths,
+        held_out=held_out.fingerprint,
+        lm=lm_fingerprint,
+        starts=before.starts if before and before.starts else fingerprints,
+        buffer=config.checkpoint.buffer,
+        machine=machine,
+        skips=before.skips if before else {},
+    )
     try:
-        if latest is not None:
-            state, position = _restore(program, checkpoints, latest, before.get("buffer", True))
+        if before is not None and latest is not None:
+            state, position = _restore(program, checkpoints, latest, before.buffer)
             try:
                 stream.set_state(position)
             except (LookupError, TypeError, ValueError) as error:  # grain has no error of its own
                 what = f"the position of checkpoint {latest} in the text is not as it was written ({error})"
                 raise ConfigError("--workdir", f"{what}; put its files back") from error
-            processes.say(f"continuing from step {latest:,}{_unlike(before.get('machine', {}), machine)}")
+            processes.say(f"continuing from step {latest:,}{_unlike(before.machine, machine)}")
             if not state.store:
                 processes.say(
                     "the exchange buffer was not saved (checkpoint.buffer=False) and is filled with the text that "
@@ -223,19 +232,17 @@ def _loop(
     state: TrainState,
     workdir: workdir_lib.Workdir,
     checkpoints: workdir_lib.Checkpoints,
-    facts: dict[str, Any],
+    facts: Facts,
 ) -> bool:
     step = logged = saved = int(state.step)
     unusable: TrainingError | ConfigError | None = None
     total, per_call, every = config.train.steps, config.updates_per_call, config.train.log_every
-    facts |= {
-        "widths": program.widths,
-        "scales": {site: float(scale) for site, scale in state.scales.items()},
-        "means": {site: np.asarray(mean_D).tolist() for site, mean_D in state.means.items()},
-        "norm_limits": {
-            site: float(limit) if np.isfinite(limit) else None for site, limit in state.norm_limits.items()
-        },
-    }
+    facts = dataclasses.replace(
+        facts,
+        scales={site: float(scale) for site, scale in state.scales.items()},
+        means={site: np.asarray(mean_D).tolist() for site, mean_D in state.means.items()},
+        norm_limits={site: float(limit) for site, limit in state.norm_limits.items()},
+    )
     metrics = (
         metrics_log.Metrics(workdir, step, config.loggers, config_lib.to_dict(config)) if processes.first() else None
     )
@@ -258,19 +265,19 @@ def _loop(
 
     def save() -> None:
         nonlocal saved
-        facts["l1_coefficients"] = {name: jax.device_get(s.l1_coefficient).tolist() for name, s in state.stacks.items()}
         stack, _, name = config.checkpoint.keep_best.partition("/")
         score = float(jax.device_get(statistics[stack][name]).mean()) if stack else math.nan
         divergence.look(step, statistics, trained_on)
-        facts["skips"] = divergence.skips
+        l1_coefficients = {name: jax.device_get(s.l1_coefficient).tolist() for name, s in state.stacks.items()}
+        now = dataclasses.replace(facts, l1_coefficients=l1_coefficients, skips=divergence.skips)
         parts = saved_parts(state, config.checkpoint.buffer)
-        checkpoints.save(step, *parts, stream.get_state(), facts, score if math.isfinite(score) else None)
+        checkpoints.save(step, *parts, stream.get_state(), now, score if math.isfinite(score) else None)
         saved = step
 
     with _Signals() as signals, _Progress(total, step, list(config.stacks)) as progress:
         # Statistics of the previous call, which are read while the next one runs.
         waiting: tuple[int, Any, jax.Array, np.ndarray] | None = None
-        divergence = _Divergence(config, program.widths, progress, facts["skips"])
+        divergence = _Divergence(config, program.widths, progress, facts.skips)
         divergence.count(step, {name: stack.skipped_in_row for name, stack in state.stacks.items()})
         while step < total and not signals.stop(step // per_call) and not divergence.lost:
             position = stream.get_state()

@@ -12,6 +12,7 @@ import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
+from gsae_jax.storage.facts import Facts
 from gsae_jax.training import loop
 
 
@@ -107,7 +108,7 @@ def save(path, steps, **which):
     workdir.create({})
     checkpoints = workdir_lib.Checkpoints(workdir, config_lib.Checkpoint(**{"every": 1, "keep": 1} | which))
     for step in steps:
-        checkpoints.save(step, PARAMS, STATE, {"position": step}, {"rows": "all", "score": float("nan")}, None)
+        checkpoints.save(step, PARAMS, STATE, {"position": step}, Facts("all", machine={"score": float("nan")}), None)
     checkpoints.close()
     workdir.release()
     return workdir
@@ -122,7 +123,7 @@ def test_a_directory_of_any_name_keeps_what_is_saved_in_it(tmp_path, name):
         assert workdir.sound_step() == 2
         assert [path.name for path in (path / "checkpoints").iterdir()] == ["2"]
         jax.tree.map(np.testing.assert_array_equal, workdir.params(2, workdir_lib.single_device(PARAMS)), PARAMS)
-        assert workdir.facts(2)["rows"] == "all"
+        assert workdir.facts(2).rows == "all"
     assert neighbour.sound_step() == 1
 
 

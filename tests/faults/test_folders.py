@@ -124,7 +124,7 @@ def compare_places(folder):
         tokenizer = checkpoint.tokenizer()
         train = rows.open_rows(experiment.data, "train", tokenizer, loop._tokens_needed(experiment))
         held_out = rows.held_out_rows(experiment, tokenizer, experiment.evaluation.tokens)
-        assert (facts["rows"], facts["held_out"]) == (train.fingerprint, held_out.fingerprint)
+        assert (facts.rows, facts.held_out) == (train.fingerprint, held_out.fingerprint)
         assert set(gsae_jax.load(paths["run"])) == {"gated_0", "baseline_0"}
         assert Path(buckets.absolute(paths["text"])).is_absolute()
     assert Path.cwd() == here

@@ -1,0 +1,106 @@
+"""What a checkpoint says of its run, as one dataclass; `facts` in the checkpoint's folder holds its JSON."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gsae_jax.config import FLOAT32, INT32, Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of its run. Fields with a default are missing in checkpoints of earlier versions.
+
+    Attributes:
+        rows: fingerprint of the text that is trained on.
+        widths: of the sites.
+        scales: of the sites: what activations, less their mean, are multiplied by.
+        norm_limits: of the sites: the norm above which a token is dropped; infinite where there is none.
+        means: of the sites [D]; empty without `activations.center`.
+        l1_coefficients: of the SAEs of each stack, at this step; the config's where `target_l0` does not move them.
+        held_out: fingerprint of the held-out text; "" in earlier checkpoints.
+        lm: fingerprint of the language model; empty in earlier checkpoints.
+        starts: fingerprints of what stacks started from, by stack.
+        buffer: whether the exchange buffer is saved.
+        machine: what must be the same for a run to continue bit for bit: devices, mesh, versions.
+        skips: of SAEs that skip updates, since which step, and the tokens of that call.
+    """
+
+    rows: str
+    widths: dict[str, int] = dataclasses.field(default_factory=dict)
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    norm_limits: dict[str, float] = dataclasses.field(default_factory=dict)
+    means: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    l1_coefficients: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    held_out: str = ""
+    lm: dict[str, str] = dataclasses.field(default_factory=dict)
+    starts: dict[str, str] = dataclasses.field(default_factory=dict)
+    buffer: bool = True
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    skips: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes back; JSON has no infinity, so a norm limit that there is not is null."""
+        limits = {site: limit if math.isfinite(limit) else None for site, limit in self.norm_limits.items()}
+        return dataclasses.asdict(self) | {"norm_limits": limits}
+
+    @classmethod
+    def from_json(cls, tree: Any) -> "Facts":
+        """The facts of a JSON object; fields of later versions are left out.
+
+        Raises:
+            ValueError: a field that is missing, of another type, or a number that training does not give.
+        """
+        if not isinstance(tree, Mapping):
+            raise ValueError("they are no object")
+        known = {}
+        for field in dataclasses.fields(cls):
+            if field.name in tree and not (field.name in ("held_out", "lm") and tree[field.name] is None):
+                known[field.name] = _checked(field.name, tree[field.name])
+        if "rows" not in known:
+            raise ValueError("rows is missing")
+        return cls(**known)
+
+    def check(self, config: Experiment) -> None:
+        """Raises `ValueError` where they are not those of a run of this config."""
+        for name, stack in config.stacks.items():
+            for site in (*stack.sites, *stack.targets):
+                for field in ("widths", "scales", "norm_limits"):
+                    if site not in getattr(self, field):
+                        raise ValueError(f"{field} has no {site}")
+                if config.activations.center and len(self.means.get(site, ())) != self.widths[site]:
+                    raise ValueError(f"means has no mean of width {self.widths[site]} for {site}")
+            if len(self.l1_coefficients.get(name, stack.numbers())) != len(stack):
+                raise ValueError(f"l1_coefficients has not one for each SAE of {name}")
+
+
+def _checked(name: str, value: Any) -> Any:
+    kinds: dict[str, type] = {"rows": str, "held_out": str, "buffer": bool}
+    if not isinstance(value, kinds.get(name, dict)):
+        raise ValueError(f"{name} is a {type(value).__name__}")
+    if not isinstance(value, dict):
+        return value
+    if name == "widths":
+        return {site: _number(f"{name} of {site}", width, 1, INT32, int) for site, width in value.items()}
+    if name == "scales":
+        return {site: _number(f"{name} of {site}", scale, 1e-30) for site, scale in value.items()}
+    if name == "norm_limits":
+        return {
+            site: math.inf if limit is None else _number(f"{name} of {site}", limit) for site, limit in value.items()
+        }
+    if name in ("means", "l1_coefficients"):
+        least = -FLOAT32 if name == "means" else 0.0
+        if not all(isinstance(numbers, list) for numbers in value.values()):
+            raise ValueError(f"{name} has an entry that is no list")
+        return {
+            key: [_number(f"{name} of {key}", number, least) for number in numbers] for key, numbers in value.items()
+        }
+    return value
+
+
+def _number(what: str, value: Any, least: float = 0.0, most: float = FLOAT32, kind: type = float) -> Any:
+    fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not fits or not least <= value <= most:
+        raise ValueError(f"{what} is {value!r}; it is not from {least:g} to {most:g}")
+    return kind(value)
