@@ -28,7 +28,7 @@ def read(path):
     """The records of a run's report, each with its stack's name, and its ratios."""
     report = json.loads((path / "report" / "report.json").read_text())
     for record in report["saes"]:
-        record["stack"] = record["name"].partition("_ito_")[0].rpartition("_")[0]
+        record["stack"] = frontiers.identity(record)[1]
     return report["saes"], report["l0_ratios"]
 
 

@@ -66,11 +66,11 @@ def evaluate(
     saes, training = runs.load(path, mesh, step, workdir.field), metrics_log.read_metrics(workdir)
     if step is not None:
         _check_inputs(workdir, workdir.facts(step), run, settings, "--model" if model else "lm.path")
-    targets = {
-        f"{name}_{index}": target
-        for name, stack in run.stacks.items()
-        for index, target in enumerate(stack.target_l0 * (len(stack) if len(stack.target_l0) == 1 else 1))
-    }
+    targets = {}
+    for sae in saes.values():
+        stack = run.stacks[sae.stack]
+        if stack.target_l0:
+            targets[sae.name] = stack.target_l0[sae.index if len(stack.target_l0) > 1 else 0]
     return _write(workdir.report, saes, settings, mesh, tokens, ito, points, training, step, targets)
 
 
@@ -304,7 +304,7 @@ def _write(
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = settings.lm.path or f"{runs.EMBEDDED} (embedded)"
-    records = report.rows(Path(model).name, saes, sums, targets)
+    records = report.rows(Path(model).name, saes, sums, targets, ito)
     gates = report.gates(saes)
     if processes.first():
         try:

@@ -69,9 +69,11 @@ def load(
         for name, (module, sae) in built.items()
     }
     placed = workdir_lib.single_device(like) if mesh is None else _spread(mesh, like, built)
-    params = workdir.params(step, placed)
+    params, run = workdir.params(step, placed), workdir.path.name
     return {
-        sae.name: sae for name in config.stacks for sae in _members(name, config, *built[name], params[name], facts)
+        sae.name: sae
+        for name in config.stacks
+        for sae in _members(name, config, *built[name], params[name], facts, run)
     }
 
 
@@ -175,10 +177,10 @@ def _members_of(start: str, field: str) -> list[trained.SAE]:
     if not path or not source:
         raise ConfigError(field, f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
     saes = load(path, field=field)
-    stacks = {sae.rpartition("_")[0] for sae in saes}
+    stacks = {sae.stack for sae in saes.values()}
     if source not in stacks:
         raise ConfigError(field, f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}")
-    return [sae for sae in saes.values() if sae.name.rpartition("_")[0] == source]
+    return [sae for sae in saes.values() if sae.stack == source]
 
 
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
@@ -262,6 +264,7 @@ def _members(
     sae: Any,
     params: dict[str, jax.Array],
     facts: Facts,
+    run: str,
 ) -> list[trained.SAE]:
     stack = config.stacks[name]
     inputs, targets = (
@@ -288,6 +291,9 @@ def _members(
             scale=targets[0].scale,
             norm_limit=facts.norm_limits[stack.targets[0]],
             metadata=metadata,
+            run=run,
+            stack=name,
+            index=index,
         )
         for index, (_, learning_rate, seed) in enumerate(stack.numbers())
     ]

@@ -26,7 +26,9 @@ UNUSED += ["tokens", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean"]
 
 
 def as_sae(name, module, params, config, site=SITE):
-    return trained.SAE(name, module.__name__.rpartition(".")[2], config, site, params, 0.1, 1e-3, 0, 1.0)
+    stack, _, index = name.partition("_")
+    made = {"stack": stack, "index": int(index or 0)}
+    return trained.SAE(name, module.__name__.rpartition(".")[2], config, site, params, 0.1, 1e-3, 0, 1.0, **made)
 
 
 def identity(D):
@@ -179,7 +181,7 @@ def test_features_chosen_by_gradient_pursuit(lm):
     encoder, two, eight = (metrics.combine(s) for s in sums.values())
     assert 1.9 < two["l0"] <= 2 < 6 < eight["l0"] <= 8 < encoder["l0"]
     assert eight["fvu"] < min(two["fvu"], encoder["fvu"])
-    found = {record["name"]: record for record in report.rows("small", {"a_0": sae}, sums)}
+    found = {record["name"]: record for record in report.rows("small", {"a_0": sae}, sums, ito=(2, 8))}
     assert [record["ito"] for record in found.values()] == [0, 2, 8]
 
 
@@ -237,7 +239,10 @@ def test_saes_that_came_together_are_told_apart(tmp_path):
         ce = {"ce_clean": 0 * rows, "ce_zero": rows, "ce_mean": rows, "ce_sae": (1 - recovered) * rows}
         sums[name] = dict.fromkeys(UNUSED, rows) | ce | {"tokens": rows, "l0": l0 * rows, "fired": np.ones(3)}
         config = {"gated": gated, "relu": relu}[variant].Config(8, width)
-        sae = trained.SAE(name, variant, config, site, {}, norm_limit=math.inf)  # which says no more of itself
+        stack, _, index = name.partition("_")
+        sae = trained.SAE(
+            name, variant, config, site, {}, stack=stack, index=int(index)
+        )  # which says no more of itself
         records.extend(report.rows("small", {name: sae}, {name: sums[name]}))
 
     other = "blocks.1.hook_mlp_out"
@@ -345,7 +350,8 @@ def test_the_report_is_whole(tmp_path, lm):
     keys += (
         "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu variant ito ce_mean loss_recovered_from_mean kl cosine "
     )
-    keys += "l1 gate_only dense intervals fvu_all gamma_all gamma_centered mean_share extreme target_l0 not_finite"
+    keys += "l1 gate_only dense intervals fvu_all gamma_all gamma_centered mean_share extreme target_l0 "
+    keys += "not_finite run stack index"
     for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()

@@ -15,14 +15,13 @@ LEVELS = (0.8, 0.85, 0.9, 0.95)  # loss recovered at which frontiers are compare
 def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Records of SAEs by (site, stack), by ascending L0.
 
-    A stack's SAEs have one site, variant and width, and one name but for the number at its end. That is its name too;
-    where others at the site have it, its variant follows, and its width where that is not enough: SAEs that came
-    together need not be of one kind, as dictionary_learning's trainer_0 and trainer_1.
+    A stack's SAEs have one site, variant and width. Where others at the site have its name, its variant follows, and
+    its width where that is not enough: SAEs that came together need not be of one kind, as dictionary_learning's
+    trainer_0 and trainer_1.
     """
     groups = defaultdict(list)
     for record in sorted(records, key=lambda record: (math.isnan(record["l0"]), record["l0"])):
-        stem = record["name"].rpartition("_")[0]
-        groups[stem, record["site"], record["variant"], record["width"]].append(record)
+        groups[identity(record)[1], record["site"], record["variant"], record["width"]].append(record)
     found = {}
     for (stem, site, variant, width), members in sorted(groups.items()):
         others = [(kind, size) for same, there, kind, size in groups if (same, there) == (stem, site)]
@@ -30,6 +29,14 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
         by_width = f"/{width}" if [kind for kind, _ in others].count(variant) > 1 else ""
         found[site, f"{stem}{by_variant}{by_width}"] = members
     return found
+
+
+def identity(record: dict[str, Any]) -> tuple[str, str, int | str]:
+    """(run, stack, place in the stack) of a record's SAE. Records of earlier versions say it in the name only."""
+    if "stack" in record:
+        return record.get("run", ""), record["stack"], record.get("index", 0)
+    stem, _, index = record["name"].partition("_ito_")[0].rpartition("_")
+    return "", stem, index
 
 
 def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:

@@ -41,7 +41,7 @@ def measure(
     Args:
         progress: called once a batch, of two passes: the first finds the sites' means.
         ito: numbers of features; for each, every SAE's dictionary is measured with as many chosen by gradient pursuit
-            instead of its encoder (Appendix A), under the name `{SAE}_ito_{number}`.
+            instead of its encoder (Appendix A), under its name by `name_of`.
     """
     mesh = lm.module.mesh
     splits = mesh.shape["data"] if mesh else 1
@@ -49,7 +49,7 @@ def measure(
     for sae in saes:
         check_sites(sae, lm.sites)
         params = spread(mesh, sae)
-        runs += [(f"{sae.name}_ito_{k}" if k else sae.name, sae, params, k) for k in (0, *ito)]
+        runs += [(name_of(sae.name, k), sae, params, k) for k in (0, *ito)]
     others: dict[tuple[str, float], set[str]] = {}
     for sae in saes:
         others.setdefault((sae.targets[0], sae.norm_limit), set()).update({*sae.sites} - {*sae.targets})
@@ -121,6 +121,11 @@ def measure(
             metrics.add(totals[name], batch | predictions)
         progress()
     return totals
+
+
+def name_of(sae: str, k: int) -> str:
+    """What an SAE is called of whose dictionary `k` features are chosen by gradient pursuit; 0: the encoder chooses."""
+    return f"{sae}_ito_{k}" if k else sae
 
 
 def spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Array]:

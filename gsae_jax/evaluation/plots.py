@@ -165,12 +165,12 @@ def _against_l0(
 ) -> tuple[Figure, dict[str, Axes]]:
     """A line for the SAEs of a stack with one learning rate and seed; dashed for what gradient pursuit makes of one."""
     figure, panels = _panels(records)
-    colours: dict[str, str] = {}
+    colours: dict[tuple[str, str, int | str], str] = {}
     pursued = defaultdict(list)
     stacks = frontiers.stacks([record for record in records if not record["ito"]])
     for index, ((site, name), members) in enumerate(stacks.items()):
         axis, first, colour = panels[site], members[0], COLOURS[index % len(COLOURS)]
-        colours |= {record["name"]: colour for record in members}
+        colours |= {frontiers.identity(record): colour for record in members}
         lines = defaultdict(list)
         members = [record for record in members if np.isfinite(record[field]) and 0 < record["l0"] < np.inf]
         for record in members:
@@ -191,9 +191,9 @@ def _against_l0(
             )
     for record in sorted(records, key=lambda record: record["l0"]):
         if record["ito"]:
-            pursued[record["name"].rpartition("_ito_")[0]].append(record)
-    for name, members in pursued.items():
-        style = dict(color=colours[name], linestyle="--", linewidth=0.8)
+            pursued[frontiers.identity(record)].append(record)
+    for sae, members in pursued.items():
+        style = dict(color=colours[sae], linestyle="--", linewidth=0.8)
         panels[members[0]["site"]].plot([r["l0"] for r in members], [r[field] for r in members], **style)
     series = sorted({(point["model"], point["architecture"]) for point in published})
     for marker, whose in zip("*x+1234" * len(series), series, strict=False):

@@ -4,6 +4,7 @@ import base64
 import csv
 import fcntl
 import html
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from etils import epath
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
-from gsae_jax.evaluation import frontiers, metrics, plots
+from gsae_jax.evaluation import frontiers, measure, metrics, plots
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, parameters, trained
 
@@ -79,32 +80,35 @@ def rows(
     saes: dict[str, trained.SAE],
     sums: dict[str, metrics.Sums],
     targets: Mapping[str, float] = MappingProxyType({}),
+    ito: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """One record per measured SAE: what it is, and what it measured.
 
     `variant` is its architecture and the options that are not the default; `ito` the number of features where they
-    were chosen by gradient pursuit, else 0; `target_l0` of `targets`, by SAE, or None; `not_finite` the names of
-    parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
+    were chosen by gradient pursuit (one of `ito`), else 0; `target_l0` of `targets`, by SAE, or None; `not_finite` the
+    names of parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
     """
     records = []
     not_finite = {name: parameters.not_finite(sae.functions, sae.params) for name, sae in saes.items()}
-    for name in sums:
-        whose, _, k = (name, "", "0") if name in saes else name.rpartition("_ito_")
-        sae = saes[whose]
+    for (whose, sae), k in itertools.product(saes.items(), (0, *ito)):
+        name = measure.name_of(whose, k)
         records.append(
             {
                 "name": name,
+                "run": sae.run,
+                "stack": sae.stack or sae.name,
+                "index": sae.index,
                 "model": model,
                 "architecture": sae.architecture,
                 "variant": contract.variant(sae.architecture, sae.config),
-                "ito": int(k),
+                "ito": k,
                 "site": sae.targets[0],
                 "layer": sites.layer_of(sae.targets[0]),
                 "width": sae.config.width,
                 "l1_coefficient": sae.l1_coefficient,
                 "learning_rate": sae.learning_rate,
                 "seed": sae.seed,
-                "target_l0": None if int(k) else targets.get(whose),
+                "target_l0": None if k else targets.get(whose),
                 "not_finite": not_finite[whose],
                 **metrics.combine(sums[name]),
             }

@@ -29,6 +29,10 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "seed": (int, None),
     "scale": (float, int, None),
     "norm_limit": (float, int, None),
+    # Exports of earlier versions have none of these.
+    "run": (str, ...),
+    "stack": (str, ...),
+    "index": (int, ...),
 }
 # Of these the least and the most, as in a run.
 RANGES = {
@@ -63,6 +67,9 @@ def record(sae: trained.SAE) -> dict[str, Any]:
     numbers = {name: getattr(sae, name) for name in ("l1_coefficient", "learning_rate", "scale", "norm_limit")}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()} | {
         "name": sae.name,
+        "run": sae.run,
+        "stack": sae.stack,
+        "index": sae.index,
         "seed": sae.seed,
         "dtype": sae.config.dtype,
         "options": contract.options(sae.config),
@@ -180,5 +187,14 @@ def build(
         seed=told.get("seed"),
         norm_limit=math.inf if limit is None else limit,
         metadata=metadata,
+        **_identity(told),
     )
     return dataclasses.replace(sae, **{name: value for name, value in numbers.items() if value is not None})
+
+
+def _identity(told: dict[str, Any]) -> dict[str, Any]:
+    """The run, the stack and the place there; without them, what the name says, which may be a folder's."""
+    if "stack" in told:
+        return {name: told[name] for name in ("run", "stack", "index") if name in told}
+    stem, _, number = told["name"].rpartition("_")
+    return {"stack": stem, "index": int(number)} if stem and number.isdecimal() else {"stack": told["name"]}

@@ -19,7 +19,7 @@ class SAE:
     """One trained SAE; activations are in the language model's own units, of any leading shape.
 
     Attributes:
-        name: the stack it was trained in, and its place there.
+        name: what reports and files call it: its stack and its place there.
         architecture: the name of a file of `gsae_jax/saes/`.
         config: the architecture's Config.
         site: where in the language model it reads, a tuple of sites where it reads several; "" where an imported one
@@ -30,6 +30,8 @@ class SAE:
         norm_limit: activations of a larger norm were kept from it.
         metadata: what is known of its model and text, under SAELens' names; of an imported SAE, all that its file said.
         target: where it writes; by default where it reads.
+        run, stack, index: the run and the stack that it was trained in, and its place there; of an imported SAE that
+            does not say so, "" and what the name of its folder says.
     """
 
     name: str
@@ -44,6 +46,9 @@ class SAE:
     norm_limit: float = math.inf
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     target: str | tuple[str, ...] = ""
+    run: str = ""
+    stack: str = ""
+    index: int = 0
 
     @property
     def functions(self) -> contract.Architecture:
