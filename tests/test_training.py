@@ -218,6 +218,19 @@ def test_one_forward_pass_serves_every_stack(experiment):
     assert step_flops(same) - one < one - 0.9 * lm
 
 
+def test_the_train_step_moves_nothing_between_host_and_device(experiment):
+    """Under a transfer guard: tokens are placed before a step, and statistics are fetched by an explicit call."""
+    program, state, lm_params, stream = begin(experiment)
+    state, _ = advance(program, state, lm_params, stream, calls=1)  # compiling places constants
+    batches = [program.source.place(next(stream)) for _ in range(2)]
+    with jax.transfer_guard("disallow"):
+        for batch in batches:
+            state, metrics, dropped = program.train_step(state, lm_params, batch)
+        jax.device_get((metrics, dropped))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+            jax.jit(lambda x: x + 1)(np.ones(3, np.float32))
+
+
 def params_of(path):
     return {name: jax.device_get(sae.params) for name, sae in gsae_jax.load(path).items()}
 

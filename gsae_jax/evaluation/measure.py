@@ -97,14 +97,16 @@ def measure(
         found: dict[str, metrics.Sums] = {}
         for place, means_here, context in zip(places, means, contexts, strict=True):
             mine = [run for run in runs if (run[1].targets[0], run[1].norm_limit) == place[:2]]
-            masks = context["valid"], context["typical"]
+            of_place = dict(zip(("mean", "typical_mean"), means_here, strict=True)) | {
+                name: context[name] for name in ("valid", "typical")
+            }
             losses: dict[str, tuple[jax.Array, jax.Array]] = {}
             waiting = {kind: context[kind] for kind in ("x", "zero", "mean")}
             for number, (name, sae, params, k) in enumerate(mine):
                 reads = tuple(context["others"].get(site, context["x"]) for site in sae.sites)
                 inputs = reads if isinstance(sae.config.d_in, tuple) else reads[0]
                 waiting[name], found[name] = _reconstruct(
-                    mesh, sae.architecture, sae.config, k, params, inputs, context["x"], *means_here, *masks
+                    mesh, sae.architecture, sae.config, k, params, inputs, context["x"], of_place
                 )
                 if len(waiting) >= AT_ONCE or number == len(mine) - 1:
                     found_here = _losses(
@@ -280,14 +282,12 @@ def _reconstruct(
     params: dict[str, jax.Array],
     inputs: Any,
     x_RxTxD: jax.Array,
-    mean_D: jax.Array,
-    typical_mean_D: jax.Array,
-    valid_RxT: jax.Array,
-    typical_RxT: jax.Array,
+    place: dict[str, jax.Array],
 ) -> tuple[jax.Array, metrics.Sums]:
     """Activations with the valid ones reconstructed, and the sums of `metrics.reconstruction_sums`.
 
     `k` features are chosen by gradient pursuit; 0: the encoder chooses, from the `inputs` of the sites that it reads.
+    Of the `place` there are the masks `valid` and `typical` [R, T], and the means over them, `mean` and `typical_mean`.
     """
     functions = contract.module_of(architecture)
     if mesh and config.width % mesh.shape["latent"] == 0:
@@ -313,7 +313,7 @@ def _reconstruct(
         f_BxF = functions.encode(params, inputs, config)
         gate_BxF = contract.gate(functions, params, inputs, config)
     x_hat_RxTxD = functions.decode(params, f_BxF).reshape(x_RxTxD.shape)
-    f, gate = (value.reshape(*valid_RxT.shape, -1) for value in (f_BxF, gate_BxF))
-    masks = valid_RxT, typical_RxT
-    sums = metrics.reconstruction_sums(x_RxTxD, x_hat_RxTxD, f, gate, mean_D, typical_mean_D, *masks)
-    return jnp.where(valid_RxT[..., None], x_hat_RxTxD, x_RxTxD).astype(x_RxTxD.dtype), sums
+    f, gate = (value.reshape(*x_RxTxD.shape[:2], -1) for value in (f_BxF, gate_BxF))
+    about = [place[name] for name in ("mean", "typical_mean", "valid", "typical")]
+    sums = metrics.reconstruction_sums(x_RxTxD, x_hat_RxTxD, f, gate, *about)
+    return jnp.where(place["valid"][..., None], x_hat_RxTxD, x_RxTxD).astype(x_RxTxD.dtype), sums

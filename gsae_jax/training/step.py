@@ -215,14 +215,14 @@ class Program:
         schedule, gain = optimiser.schedule(config.train, config.resampled_at), optimiser.gain(config.train)
         specs = self.specs()
 
-        def on_device(stacks, store, fresh, valid, slots_UxB, shift, scales, means, step):
+        def on_device(stacks, store, fresh, valid, slots_UxB, shift, units, step):
             arrange = partial(buffer.arrange, updates=updates, shift=shift)
 
             def one_update(carry, inputs):
                 stacks, store = carry
                 fresh, valid_B, slots_B, number = inputs
                 store, served = buffer.exchange(store, slots_B, fresh, valid_B)
-                batch = scaling.all_inputs(served, scales, means)
+                batch = scaling.all_inputs(served, *units)
                 at = step + number
                 stepped = {
                     stack.name: stack.update(
@@ -247,7 +247,7 @@ class Program:
         mapped = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(specs.stacks, P("data"), P("data"), P("data"), P(None, "data"), P(), P(), P(), P()),
+            in_specs=(specs.stacks, P("data"), P("data"), P("data"), P(None, "data"), P(), P(), P()),
             out_specs=(specs.stacks, P("data"), P()),
         )
 
@@ -258,8 +258,9 @@ class Program:
             strata, slots = next(iter(state.store.values())).shape[:2]
             slots_UxB = jax.random.randint(self._key(state.key, state.step, 1), (updates, strata), 0, slots)
             shift = jax.random.randint(self._key(state.key, state.step, 2), (), 0, allowed.shape[1])
+            units = state.scales, state.means
             stacks, store, metrics = mapped(
-                state.stacks, state.store, fresh, valid, slots_UxB, shift, state.scales, state.means, state.step
+                state.stacks, state.store, fresh, valid, slots_UxB, shift, units, state.step
             )
             dropped = state.dropped + (allowed & ~valid).sum()
             for name, stack in stacks.items():
