@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gsae_jax", "gsae_jax.*"]),
-    package_data={"gsae_jax": ["lms/embedded/*", "py.typed"]},
+    package_data={"gsae_jax": ["lms/embedded/*", "templates/*", "py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -25,12 +25,14 @@ setup(
         "huggingface_hub>=1.0",
         "importlib_resources",  # tensorflow-datasets needs it for builders that live in a package
         "jax>=0.10,<0.13",
+        "jinja2>=3.1",
         "matplotlib",
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pyarrow",
+        "pyyaml",
         "safetensors>=0.6",
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",

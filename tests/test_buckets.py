@@ -32,7 +32,7 @@ from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
-from gsae_jax.evaluation import report
+from gsae_jax.evaluation import report, tables
 from gsae_jax.lms import loading
 from gsae_jax.training import loop
 from tests.test_data import ALL, data_config
@@ -177,7 +177,7 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
 
 def test_a_report_in_a_bucket(bucket, monkeypatch):
     written = []
-    record = dict.fromkeys(report.COLUMNS.values(), 1.0) | {"name": "a", "model": "m", "site": "s", "architecture": "b"}
+    record = dict.fromkeys(tables.COLUMNS.values(), 1.0) | {"name": "a", "model": "m", "site": "s", "architecture": "b"}
     record |= {"intervals": {}, "ito": 0}
     monkeypatch.setattr(report.frontiers, "ratios", lambda *_: [])
     for name in ("frontier", "gamma", "densities", "training"):

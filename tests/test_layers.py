@@ -15,6 +15,7 @@ FLOOR = {
     "mesh": 0,
     "plugins": 0,
     "processes": 0,
+    "rendering": 0,
     "saes": 1,
     "lms": 1,
     "data": 1,

@@ -3,7 +3,6 @@
 import base64
 import csv
 import fcntl
-import html
 import itertools
 import json
 import math
@@ -19,49 +18,17 @@ import numpy as np
 from etils import epath
 
 from gsae_jax import mesh as mesh_lib
+from gsae_jax import rendering
 from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
-from gsae_jax.evaluation import frontiers, measure, metrics, plots
+from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, parameters, trained
 
 SCRATCH = ".gsae_jax-report-"  # how the names of folders begin in which a report is written
-# frontier.csv: the columns of the paper's tables first, then ours.
-COLUMNS = {
-    "model": "model",
-    "architecture": "architecture",
-    "site": "site",
-    "layer": "layer",
-    "sparsity": "l1_coefficient",
-    "learning_rate": "learning_rate",
-    "l0": "l0",
-    "loss_recovered": "loss_recovered",
-    "width": "width",
-    "alive": "alive",
-    "gamma": "gamma",
-    "ce_clean": "ce_clean",
-    "ce_sae": "ce_sae",
-    "ce_zero": "ce_zero",
-    "ce_mean": "ce_mean",
-    "loss_recovered_from_mean": "loss_recovered_from_mean",
-    "kl": "kl",
-    "fvu": "fvu",
-    "cosine": "cosine",
-    "l1": "l1",
-    "gate_only": "gate_only",
-    "dense": "dense",
-    "gamma_all": "gamma_all",
-    "fvu_all": "fvu_all",
-    "extreme": "extreme",
-    "target_l0": "target_l0",
-    "seed": "seed",
-    "variant": "variant",
-    "ito": "ito",
-    "name": "name",
-}
+FIGURES = ("frontier", "gamma", "densities", "gates", "training")
+FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for figure in FIGURES))
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
-Sections = Sequence[tuple[str, str, str]]  # heading, figure, text
-WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
 LARGE_MEAN = 0.5  # a mean with a larger share of E||x||^2 hides shrinkage
 MISSED = 0.1  # a target is missed where L0 differs from it by more than this fraction
 
@@ -146,31 +113,7 @@ def write(
     held = _hold(scratch)
     try:
         scratch.chmod(0o755)
-        ratios = frontiers.ratios(records, sums)
-        (scratch / "report.json").write_text(_json(step, notes(records), saes=records, l0_ratios=ratios))
-        with open(scratch / "frontier.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            intervals = [f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")]
-            table.writerow([*COLUMNS, *intervals])
-            for record in records:
-                ends = [end for name in WITH_INTERVAL for end in record["intervals"].get(name, ("", ""))]
-                table.writerow([*(record[field] for field in COLUMNS.values()), *ends])
-        encoders = [record for record in records if not record["ito"]]
-        densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
-        figures = {
-            "frontier.png": plots.frontier(records, published),
-            "gamma.png": plots.gamma(encoders, published),
-            "densities.png": plots.densities(encoders, densities),
-        }
-        if training:
-            figures["training.png"] = plots.training(training)
-        if gates_of:
-            figures["gates.png"] = plots.gates(encoders, gates_of)
-        for name, figure in figures.items():
-            figure.savefig(scratch / name, dpi=120)
-        sections = [section for section in SECTIONS if f"{section[1]}.png" in figures]
-        (scratch / "report.md").write_text(_markdown(records, ratios, sections))
-        (scratch / "report.html").write_text(_html(records, ratios, sections, scratch))
+        _write_files(scratch, step, records, sums, training, gates_of, published)
         if bucket:
             # report.json, which says that a run is finished, comes last.
             for path in sorted(scratch.iterdir(), key=lambda path: path.name == "report.json"):
@@ -193,6 +136,36 @@ def _hold(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _write_files(
+    folder: Path,
+    step: int | None,
+    records: list[dict[str, Any]],
+    sums: dict[str, metrics.Sums],
+    training: list[dict[str, Any]],
+    gates_of: dict[str, dict[str, np.ndarray]],
+    published: Sequence[dict[str, Any]],
+) -> None:
+    ratios = frontiers.ratios(records, sums)
+    (folder / "report.json").write_text(_json(step, notes(records), saes=records, l0_ratios=ratios))
+    tables.write_csv(folder / "frontier.csv", records)
+    encoders = [record for record in records if not record["ito"]]
+    densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
+    figures = {
+        "frontier": plots.frontier(records, published),
+        "gamma": plots.gamma(encoders, published),
+        "densities": plots.densities(encoders, densities),
+    }
+    if training:
+        figures["training"] = plots.training(training)
+    if gates_of:
+        figures["gates"] = plots.gates(encoders, gates_of)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
+    for page, text in pages(records, ratios, pictures).items():
+        (folder / page).write_text(text, "utf-8")
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
@@ -240,16 +213,17 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
                 "tokens."
             )
         if r.get("mean_share", 0) > LARGE_MEAN:
-            gammas = [f"{record['name']} {_number(record['gamma_centered'], '.3f')}" for record in here]
+            gammas = [f"{record['name']} {tables.number(record['gamma_centered'], '.3f')}" for record in here]
             shown = ", ".join(gammas if len(gammas) <= 4 else [*gammas[:3], f"{len(gammas) - 3} more"])
             sentences.append(
                 f"At {site} the mean is {r['mean_share']:.1%} of E‖x‖², which hides shrinkage from γ. Without the "
                 f"mean, γ is: {shown}. report.json has it as gamma_centered."
             )
         if r.get("extreme"):
+            fvu = tables.number(r["fvu_all"], ".3f")
             sentences.append(
                 f"At {site} {r['extreme']:,} of {r['tokens']:,} tokens have a norm above {metrics.EXTREME} times the "
-                f"median. FVU and γ leave them out; with them FVU is {_number(r['fvu_all'], '.3f')} for {r['name']}. "
+                f"median. FVU and γ leave them out; with them FVU is {fvu} for {r['name']}. "
                 "report.json has both, as fvu_all and gamma_all."
             )
     blank = ("l0", "l1", "ce_sae", "kl", "cosine")
@@ -275,7 +249,7 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
     sentences += [
         f"{r['name']} has an L0 of {r['l0']:.4g}, but its target was {r['target_l0']:g}."
         for r in sound
-        if _has_target(r) and abs(r["l0"] - r["target_l0"]) > MISSED * r["target_l0"]
+        if tables.has_target(r) and abs(r["l0"] - r["target_l0"]) > MISSED * r["target_l0"]
     ]
     return sentences
 
@@ -286,98 +260,34 @@ def _names(records: list[dict[str, Any]]) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
 
 
-def _has_target(record: dict[str, Any]) -> bool:
-    # Reports have null where there is no target, and reports of earlier versions lack the field.
-    return record.get("target_l0") is not None and math.isfinite(record["target_l0"])
+def contents(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The values of `measured.md`, and of what all pages say at their top, from the records of `rows` or a report."""
+    return {
+        "model": records[0]["model"],
+        "tokens": int(np.max([record["tokens"] for record in records])),
+        "table": tables.measured(records),
+        "notes": notes(records),
+        "pursued": any(record["ito"] for record in records),
+        "extreme": metrics.EXTREME,
+    }
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """The paper's table (Tables 1-8) in Markdown."""
-    header, rows = _table(records)
-    return _in_markdown(header, [[f"`{site}`", *cells] for site, *cells in rows])
+    return rendering.render("table.md", table=tables.measured(records)).rstrip("\n")
 
 
-def _table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header, and cells of each row."""
-    header = [
-        "Site",
-        "SAE",
-        "Width",
-        "λ",
-        "Learning rate",
-        "L0",
-        *(["Target L0"] if any(_has_target(record) for record in records) else []),
-        "Loss recovered",
-        "γ",
-        "CE clean",
-        "CE SAE",
-        "CE zero",
-    ]
-    header += ["CE mean", "KL", "FVU", "Alive"]
-    rows = []
+def pages(records: list[dict[str, Any]], ratios: list[dict[str, Any]], pictures: Mapping[str, bytes]) -> dict[str, str]:
+    """The texts of `report.md` and `report.html`, by name.
 
-    def place(r: dict[str, Any]) -> tuple[Any, ...]:
-        return r["site"], r["ito"] > 0, r["architecture"], r["width"], math.isnan(r["l0"]), -r["l0"]
-
-    for r in sorted(records, key=place):
-        target = f"{r['target_l0']:g}" if _has_target(r) else ""
-        trained_by = [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
-        if r["ito"] or math.isnan(r["learning_rate"]):
-            trained_by = ["", ""]
-        rows.append(
-            [
-                r["site"],
-                r["name"],
-                str(r["width"]),
-                *trained_by,
-                _with_interval(r, "l0", ".1f"),
-                *([target] if "Target L0" in header else []),
-                *(_with_interval(r, name, ".3f") for name in ("loss_recovered", "gamma")),
-                *(_number(r[name], ".3f") for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl", "fvu")),
-                f"{r['alive']:.1%}",
-            ]
-        )
-    return header, rows
-
-
-def _with_interval(record: dict[str, Any], name: str, form: str) -> str:
-    """`50.0 ±0.4`: half the width of the interval."""
-    low_high = record["intervals"].get(name) if math.isfinite(record[name]) else None
-    return _number(record[name], form) + (f" ±{(low_high[1] - low_high[0]) / 2:{form}}" if low_high else "")
-
-
-def _number(value: float, form: str) -> str:
-    """The number, or a dash where it is not finite."""
-    return f"{value:{form}}" if math.isfinite(value) else "–"
-
-
-def _ratio_table(ratios: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["Site", "Loss recovered", "SAEs", "Baselines", "L0", "Baselines' L0", "Ratio", "95% interval", "Seeds"]
-    return header, [
-        [
-            r["site"],
-            f"{r['level']:g}",
-            _told(r["stack"], r["learning_rate"], r["variant"], f"{r['width']:,} features"),
-            _told(r["baseline"], r["baseline_learning_rate"]),
-            f"{r['l0']:.1f}",
-            f"{r['baseline_l0']:.1f}",
-            f"{r['ratio']:.2f}",
-            f"{r['low']:.2f} to {r['high']:.2f}" if math.isfinite(r["low"]) else "unknown",
-            " and ".join(map(str, r["seeds"])),
-        ]
-        for r in ratios
-    ]
-
-
-def _told(stack: str, learning_rate: float, *facts: str) -> str:
-    """`gated (gated, 64 features, rate 0.001)`; the rate only where it is known."""
-    facts += () if math.isnan(learning_rate) else (f"rate {learning_rate:g}",)
-    return f"{stack} ({', '.join(facts)})" if facts else stack
-
-
-def _in_markdown(header: list[str], rows: list[list[str]]) -> str:
-    escaped = [[html.escape(cell, quote=False).replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *escaped])
+    Args:
+        records: of `rows`.
+        ratios: of `frontiers.ratios`.
+        pictures: PNG files, by their names in `FIGURES`.
+    """
+    figures = {name: base64.b64encode(pictures[name]).decode() for name in FIGURES if name in pictures}
+    values = contents(records) | {"ratios": tables.ratios(ratios), "figures": figures}
+    return {page: rendering.render(page, **values) for page in ("report.md", "report.html")}
 
 
 def _json(step: int | None, notes: list[str], **report: list[dict[str, Any]]) -> str:
@@ -393,105 +303,3 @@ def _json(step: int | None, notes: list[str], **report: list[dict[str, Any]]) ->
         for part, records in report.items()
     }
     return json.dumps(whole, indent=2, allow_nan=False) + "\n"
-
-
-ABOUT = (
-    "L0: mean active features per token. Loss recovered: 1 - (CE SAE - CE clean) / (CE zero - CE clean), with "
-    "cross-entropies (CE) in nats per token; zero and mean: activations replaced by zeros, by their mean. γ: "
-    "E‖x̂‖² / E[x̂·x]; 1 is unbiased, below 1 is shrinkage. KL: of the clean predictions to those with reconstructions. "
-    "FVU: fraction of variance unexplained. Alive: features that fired at least once. ±: half of a 95% bootstrap "
-    "interval over rows of text. –: the metric has no meaning here. FVU and γ leave out tokens whose norm is above "
-    f"{metrics.EXTREME} times the site's median."
-)
-ITO = "Names ending in ito: the dictionary with so many features chosen by gradient pursuit, without its encoder."
-RATIOS = (
-    "The L0 that each needs to recover as much loss (log L0 interpolated along the frontier, each side at its best "
-    "learning rate, geometric means over seeds), with a 95% bootstrap interval over rows of text. A level "
-    "is left out where a side does not reach it, or a learning rate ends short of it and is better where it ends."
-)
-SECTIONS = (
-    (
-        "Loss recovered against sparsity",
-        "frontier",
-        "Up and to the left is better: more of the language model's loss kept with fewer active features.",
-    ),
-    (
-        "Reconstruction bias",
-        "gamma",
-        "The L1 penalty of a baseline SAE shrinks its reconstructions (γ < 1); a gated SAE penalises only its gate.",
-    ),
-    (
-        "How often features fire",
-        "densities",
-        "Each curve counts the features of one SAE by the fraction of tokens they fire on. Dead features stand at the "
-        "left edge.",
-    ),
-    (
-        "Gates and magnitudes",
-        "gates",
-        "A gated SAE's magnitude encoder is exp(r_mag) times its gate's, and a feature is its pre-activation where "
-        "that exceeds θ (the JumpReLU form, Appendix E). At θ = 0 the gate does nothing that a ReLU would not.",
-    ),
-    ("Training", "training", "Loss, L0 and γ of every SAE over training."),
-)
-FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for _, figure, _ in SECTIONS))
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 72rem; padding: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-img { max-width: 100%; height: auto; }
-"""
-
-
-def _title(records: list[dict[str, Any]]) -> tuple[str, str]:
-    tokens = int(np.max([record["tokens"] for record in records]))
-    title = f"Sparse autoencoders of {records[0]['model']}"
-    return title, f"Measured on {tokens:,} held-out tokens (special tokens left out)."
-
-
-def about(records: list[dict[str, Any]]) -> str:
-    """What the columns of `table` mean."""
-    return f"{ABOUT} {ITO}" if any(record["ito"] for record in records) else ABOUT
-
-
-def in_markdown(records: list[dict[str, Any]]) -> str:
-    """The table, what is wrong with its SAEs, and what its columns mean."""
-    listed = "\n".join(f"- {html.escape(note, quote=False)}" for note in notes(records))
-    return "\n\n".join(part for part in (table(records), listed, about(records)) if part)
-
-
-def _markdown(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections: Sections) -> str:
-    title, measured = _title(records)
-    lines = [f"# {html.escape(title, quote=False)}", "", measured, "", in_markdown(records), ""]
-    if ratios:
-        lines += ["## L0 at equal loss recovered", "", _in_markdown(*_ratio_table(ratios)), "", RATIOS, ""]
-    for heading, figure, text in sections:
-        lines += [f"## {heading}", f"![{figure}]({figure}.png)", "", text, ""]
-    return "\n".join(lines)
-
-
-def _html(records: list[dict[str, Any]], ratios: list[dict[str, Any]], sections: Sections, folder: Path) -> str:
-    """One page that needs no other file."""
-    title, measured = _title(records)
-
-    def in_html(header: list[str], rows: list[list[str]]) -> str:
-        lines = [("th", header), *(("td", cells) for cells in rows)]
-        cells = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in lines)
-        return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
-
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{measured}</p>", in_html(*_table(records))]
-    if listed := "".join(f"<li>{html.escape(note)}</li>" for note in notes(records)):
-        parts.append(f"<ul>{listed}</ul>")
-    parts.append(f"<p>{html.escape(about(records))}</p>")
-    if ratios:
-        parts += ["<h2>L0 at equal loss recovered</h2>", in_html(*_ratio_table(ratios)), f"<p>{RATIOS}</p>"]
-    for heading, figure, text in sections:
-        image = base64.b64encode((folder / f"{figure}.png").read_bytes()).decode()
-        parts += [f"<h2>{heading}</h2>", f"<p>{html.escape(text)}</p>"]
-        parts.append(f'<img alt="{heading}" src="data:image/png;base64,{image}">')
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join(parts)
-    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en">{head}\n{body}</html>\n'

@@ -7,6 +7,7 @@ from typing import Any
 
 import safetensors.numpy
 
+from gsae_jax import rendering
 from gsae_jax.config import ConfigError
 from gsae_jax.exchange import files, foreign, records
 from gsae_jax.saes import contract, parameters, trained
@@ -68,7 +69,15 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
             "metadata": metadata,
         }
         files.write_json(folder / CONFIG, config)
-        (folder / "README.md").write_text(_card(sae, metadata), "utf-8")
+        card = rendering.render(
+            "saelens_card.md",
+            name=sae.name,
+            architecture=ARCHITECTURES[sae.architecture],
+            width=sae.config.width,
+            site=sae.site,
+            model=metadata.get("model_name"),
+        )
+        (folder / "README.md").write_text(card, "utf-8")
 
 
 def recognises(path: Path) -> bool:
@@ -127,28 +136,3 @@ def _centres(architecture: str) -> bool:
 
 def _tensors(architecture: str) -> dict[str, str]:
     return TENSORS[architecture] | {"W_dec": "W_dec", "b_dec": "b_dec"}
-
-
-def _card(sae: trained.SAE, metadata: dict[str, Any]) -> str:
-    """The folder's page on the hub."""
-    at = f" at `{sae.site}`" if sae.site else ""
-    of = f" of {metadata['model_name']}" if metadata.get("model_name") else ""
-    return f"""---
-library_name: saelens
-tags: [sparse-autoencoder, {ARCHITECTURES[sae.architecture]}]
----
-
-# {sae.name}
-
-A sparse autoencoder of {sae.config.width:,} features{at}{of}, exported by gsae_jax.
-It takes activations as the language model has them.
-
-```python
-from sae_lens import SAE
-
-sae = SAE.load_from_disk("this folder")
-features = sae.encode(activations)
-```
-
-In gsae_jax: `gsae_jax.load("this folder")[{sae.name!r}]`.
-"""

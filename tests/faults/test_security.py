@@ -143,7 +143,7 @@ def test_text_in_a_report_is_text(tmp_path, config_dict):
     ratio = dict.fromkeys(("level", "l0", "baseline_l0", "ratio", "low", "high", "learning_rate"), 0.5)
     ratio |= {"site": SCRIPT, "stack": SCRIPT, "baseline": SCRIPT, "variant": SCRIPT, "width": 64, "seeds": (0,)}
     ratio |= {"baseline_learning_rate": 0.1}
-    for page in (report._html([record], [ratio], [], tmp_path), report._markdown([record], [ratio], [])):
+    for page in report.pages([record], [ratio], {}).values():
         assert "<script" not in page
         assert page.count("&lt;script&gt;") >= 6
     config_dict.stacks[SCRIPT] = config_dict.stacks.gated

@@ -1,0 +1,133 @@
+"""The tables of a report: their columns, and the text of each cell."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# frontier.csv: the columns of the paper's tables first, then ours.
+COLUMNS = {
+    "model": "model",
+    "architecture": "architecture",
+    "site": "site",
+    "layer": "layer",
+    "sparsity": "l1_coefficient",
+    "learning_rate": "learning_rate",
+    "l0": "l0",
+    "loss_recovered": "loss_recovered",
+    "width": "width",
+    "alive": "alive",
+    "gamma": "gamma",
+    "ce_clean": "ce_clean",
+    "ce_sae": "ce_sae",
+    "ce_zero": "ce_zero",
+    "ce_mean": "ce_mean",
+    "loss_recovered_from_mean": "loss_recovered_from_mean",
+    "kl": "kl",
+    "fvu": "fvu",
+    "cosine": "cosine",
+    "l1": "l1",
+    "gate_only": "gate_only",
+    "dense": "dense",
+    "gamma_all": "gamma_all",
+    "fvu_all": "fvu_all",
+    "extreme": "extreme",
+    "target_l0": "target_l0",
+    "seed": "seed",
+    "variant": "variant",
+    "ito": "ito",
+    "name": "name",
+}
+WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
+
+
+class Table(NamedTuple):
+    """Text that is not escaped for any format."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def measured(records: list[dict[str, Any]]) -> Table:
+    """The paper's table (Tables 1-8): a row for each SAE, by site, architecture, width and falling L0."""
+    with_target = any(has_target(record) for record in records)
+    columns = ["Site", "SAE", "Width", "λ", "Learning rate", "L0", *(["Target L0"] if with_target else [])]
+    columns += ["Loss recovered", "γ", "CE clean", "CE SAE", "CE zero", "CE mean", "KL", "FVU", "Alive"]
+    rows = []
+
+    def place(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["site"], r["ito"] > 0, r["architecture"], r["width"], math.isnan(r["l0"]), -r["l0"]
+
+    for r in sorted(records, key=place):
+        target = f"{r['target_l0']:g}" if has_target(r) else ""
+        trained_by = [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
+        if r["ito"] or math.isnan(r["learning_rate"]):
+            trained_by = ["", ""]
+        rows.append(
+            [
+                r["site"],
+                r["name"],
+                str(r["width"]),
+                *trained_by,
+                _with_interval(r, "l0", ".1f"),
+                *([target] if with_target else []),
+                *(_with_interval(r, name, ".3f") for name in ("loss_recovered", "gamma")),
+                *(number(r[name], ".3f") for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl", "fvu")),
+                f"{r['alive']:.1%}",
+            ]
+        )
+    return Table(columns, rows)
+
+
+def ratios(records: list[dict[str, Any]]) -> Table:
+    """A row for each record of `frontiers.ratios`."""
+    columns = ["Site", "Loss recovered", "SAEs", "Baselines", "L0", "Baselines' L0", "Ratio", "95% interval", "Seeds"]
+    rows = [
+        [
+            r["site"],
+            f"{r['level']:g}",
+            _described(r["stack"], r["learning_rate"], r["variant"], f"{r['width']:,} features"),
+            _described(r["baseline"], r["baseline_learning_rate"]),
+            f"{r['l0']:.1f}",
+            f"{r['baseline_l0']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['low']:.2f} to {r['high']:.2f}" if math.isfinite(r["low"]) else "unknown",
+            " and ".join(map(str, r["seeds"])),
+        ]
+        for r in records
+    ]
+    return Table(columns, rows)
+
+
+def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    """`frontier.csv`, with the two ends of intervals after `COLUMNS`."""
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        intervals = [f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")]
+        table.writerow([*COLUMNS, *intervals])
+        for record in records:
+            ends = [end for name in WITH_INTERVAL for end in record["intervals"].get(name, ("", ""))]
+            table.writerow([*(record[field] for field in COLUMNS.values()), *ends])
+
+
+def number(value: float, form: str) -> str:
+    """The number, or a dash where it is not finite."""
+    return f"{value:{form}}" if math.isfinite(value) else "–"
+
+
+def has_target(record: dict[str, Any]) -> bool:
+    """Whether an SAE was trained for an L0."""
+    # Reports have null where there is no target, and reports of earlier versions lack the field.
+    return record.get("target_l0") is not None and math.isfinite(record["target_l0"])
+
+
+def _with_interval(record: dict[str, Any], name: str, form: str) -> str:
+    """`50.0 ±0.4`: half the width of the interval."""
+    low_high = record["intervals"].get(name) if math.isfinite(record[name]) else None
+    return number(record[name], form) + (f" ±{(low_high[1] - low_high[0]) / 2:{form}}" if low_high else "")
+
+
+def _described(stack: str, learning_rate: float, *facts: str) -> str:
+    """`gated (gated, 64 features, rate 0.001)`; the rate only where it is known."""
+    facts += () if math.isnan(learning_rate) else (f"rate {learning_rate:g}",)
+    return f"{stack} ({', '.join(facts)})" if facts else stack
