@@ -19,7 +19,6 @@ from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.lms.loss import cross_entropy
-from gsae_jax.lms.sites import layer_of
 from gsae_jax.training.step import Program
 
 MODELS = Path(__file__).parent / "fixtures" / "configs"  # the published config.json of each
@@ -31,13 +30,8 @@ REAL = ROOT.parent / "shared" / "real"
 def test_experiments_build_and_trace(name):
     experiment = config_lib.from_dict(Experiment, importlib.import_module(f"configs.{name}").get_config())
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=4, latent=2))
-    mesh_lib.check(experiment, mesh)
-    checkpoint = Checkpoint.open(MODELS / name)
-    layers = 1 + max(map(layer_of, experiment.sites))
-    module = checkpoint.module(layers, mesh)
-    assert experiment.data.context_length <= checkpoint.config.n_ctx
-    program = Program.build(experiment, mesh, module, special_tokens=(0,))
-    params = abstract_params(module, experiment.lm.dtype)
+    program = Program.build(experiment, mesh, Checkpoint.open(MODELS / name), special_tokens=(0,))
+    params = abstract_params(program.module, experiment.lm.dtype)
     state = jax.eval_shape(lambda: program.init(scaling.standard(program.widths)))
     tokens = jax.ShapeDtypeStruct((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
     after, statistics, _ = jax.eval_shape(program.train_step, state, params, tokens)

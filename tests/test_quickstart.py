@@ -41,7 +41,7 @@ def run(quickstart_run):
 @pytest.fixture(scope="module")
 def held_out(run):
     """The language model, and about 100,000 held-out tokens in batches."""
-    lm, config = gsae_jax.load_lm(), config_lib.from_dict(config_lib.Experiment, Workdir(run).config())
+    lm, config = gsae_jax.load_lm(), Workdir(run).experiment()
     return lm, list(rows.held_out(config, lm.tokenizer, 100_000))
 
 
