@@ -20,6 +20,7 @@ FLOOR = {
     "data": 1,
     "loggers": 1,
     "workdir": 1,
+    "experiments": 1,
     "metrics_log": 1,
     "storage": 1,
     "activations": 2,
@@ -98,4 +99,5 @@ def test_plugins_are_files():
     assert list(plugins.known("saes", "PARAMETERS")) == ["gated", "jumprelu", "relu"]
     assert list(plugins.known("saes", "loss")) == ["gated", "relu"]
     assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
+    assert list(plugins.known("experiments", "get_config")) == ["quickstart"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]
