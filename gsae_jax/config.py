@@ -481,13 +481,13 @@ def held_out(tree: Any) -> HeldOut:
     """What SAEs are measured with, from a user's config of an experiment, which may lack stacks.
 
     Raises:
-        ConfigError: as `from_dict` of an `Experiment`, but not for a lack of stacks.
+        ConfigError: as `from_dict` of an `Experiment`, but not for a combination of groups that only training needs.
     """
     if hasattr(tree, "to_dict"):
         tree = tree.to_dict()
     groups = _fields("", Experiment, tree)
-    if groups["stacks"]:
-        Experiment(**groups)
+    for name, stack in groups["stacks"].items():
+        stack.check(f"stacks.{name}")
     lm, data, evaluation = groups["lm"], groups["data"], groups["evaluation"]
     return HeldOut(lm, data, evaluation, groups["activations"].drop_special_tokens)
 

@@ -57,8 +57,7 @@ def evaluate(
     if config is not None:
         elsewhere, recorded = config_lib.held_out(config), workdir.config()["data"]
         # Fields that did not exist when the run began keep the values of then.
-        then = {field.name: getattr(run.data, field.name) for field in dataclasses.fields(run.data)}
-        absent = {name: value for name, value in then.items() if name not in recorded}
+        absent = {name: value for name, value in vars(run.data).items() if name not in recorded}
         settings = _moved(settings, dataclasses.replace(elsewhere, data=dataclasses.replace(elsewhere.data, **absent)))
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(run.lm, path=model, revision=""))
@@ -197,19 +196,16 @@ def evaluate_saes(
 
 def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
     """The embedded model, and the standard library's text in the rows that all SAEs say they were trained on."""
-
-    def agreed(group: Any, **names: str) -> Any:
-        """The group of settings with the values that all SAEs give, by the names that their metadata has for them."""
-        values = {}
-        for field, name in names.items():
-            given = [sae.metadata.get(name) for sae in saes.values()]
-            if type(given[0]) is type(getattr(group, field)) and all(value == given[0] for value in given):
-                values[field] = given[0]
-        return config_lib.from_dict(type(group), dataclasses.asdict(group) | values)
-
-    data = agreed(config_lib.Data(), context_length="context_size", prepend_bos="prepend_bos")
-    activations = agreed(config_lib.Activations(), drop_special_tokens="exclude_special_tokens")
-    return HeldOut(config_lib.LM(), data, config_lib.Evaluation(), activations.drop_special_tokens)
+    tree: dict[str, dict[str, Any]] = {"data": {}, "activations": {}}
+    for group, field, name, kind in (
+        ("data", "context_length", "context_size", int),
+        ("data", "prepend_bos", "prepend_bos", bool),
+        ("activations", "drop_special_tokens", "exclude_special_tokens", bool),
+    ):
+        values = [sae.metadata.get(name) for sae in saes.values()]
+        if type(values[0]) is kind and all(value == values[0] for value in values):
+            tree[group][field] = values[0]
+    return config_lib.held_out(tree)
 
 
 def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, field: str) -> dict[str, trained.SAE]:

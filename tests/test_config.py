@@ -155,7 +155,7 @@ def test_bad_configs_are_refused_by_the_trainer_and_the_planner(config_dict, cha
     [
         {"train__step": 3},
         {"data__corpus": 3},
-        {"train__steps": 18},
+        {"train__warmup_steps": 16},
         {"stacks__gated__width": 0},
         {"evaluation": 3},
         {"data__context_length": 64},
