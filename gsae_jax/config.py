@@ -52,6 +52,7 @@ def known_names(name: str, names: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(names)}"
 
 
+Dtype = Literal["float32", "bfloat16"]
 SAME = object()  # the value of `earlier` for a field whose default is what runs without the field did
 REQUIRED: Any = dataclasses.MISSING  # the default of a field that every config must give
 
@@ -76,26 +77,18 @@ class LM:
     """The language model whose activations are studied."""
 
     path: str = setting("", "Hugging Face checkpoint directory or hub name; '' = the embedded model.")
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "Type of the language model and the exchange buffer.")
-    revision: str = setting("", "Branch, tag or commit of a hub name; a run records the commit.", earlier=SAME)
+    dtype: Dtype = setting("float32", "Type of the language model and the exchange buffer.")
+    revision: str = setting("", "Branch, tag or commit of a hub name; a run records the commit.", SAME)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Text, and how it becomes rows of tokens."""
 
-    corpus: str = setting(
-        "stdlib", "stdlib (the library of this Python), text (your own files) or tfds (a prepared data set)."
-    )
-    path: str = setting(
-        "", "text: a file, folder or glob of .txt, .md, .json, .jsonl, .ndjson or .parquet, compressed or not."
-    )
-    field: str = setting(
-        "text", "Field of a JSON object, column of a .parquet file, feature of a TFDS set; a.b is nested."
-    )
-    separator: str = setting(
-        "", "text: what stands between documents in a .txt or .md file; '' = a file is one document."
-    )
+    corpus: str = setting("stdlib", "stdlib (the library of this Python), text (your files), or tfds (a data set).")
+    path: str = setting("", "text: a file, folder or glob of .txt, .md, .json, .jsonl or .parquet, compressed or not.")
+    field: str = setting("text", "Field of a JSON object, column of a .parquet, feature of a TFDS set; a.b is nested.")
+    separator: str = setting("", "text: what divides a .txt or .md file into documents; '' = a file is a document.")
     name: str = setting("", "tfds: name of the data set, such as wiki40b/en.")
     train_split: str = setting("train", "Split to train on, in the notation of TFDS, such as train[:90%].")
     test_split: str = setting("test", "Split to measure on.")
@@ -103,10 +96,10 @@ class Data:
     context_length: int = setting(128, "Tokens in a row, BOS included.")
     prepend_bos: bool = setting(True, "Whether every row begins with BOS.")
     held_out: Literal["hash", "position"] = setting(
-        "hash", "text: what decides which text is held out: its hash, or its position.", earlier="position"
+        "hash", "text: pieces are held out by hash or by position.", "position"
     )
     on_bad_row: Literal["error", "skip"] = setting(
-        "error", "text: a row without text ends the command (error), or is left out (skip).", earlier=SAME
+        "error", "text: a row without text is an error, or is skipped.", SAME
     )
 
     def __post_init__(self) -> None:
@@ -121,12 +114,8 @@ class Activations:
     buffer_size: int = setting(2**20, "Activations in the exchange buffer, on all devices together.")
     scale_tokens: int = setting(2**16, "Tokens that measure each site's mean, scale and median norm before training.")
     drop_special_tokens: bool = setting(True, "Keep BOS, EOS, padding and other special tokens from the SAEs.")
-    max_norm_multiple: float = setting(
-        0.0, "Drop tokens whose norm is above this multiple of the site's median; 0 = keep all."
-    )
-    center: bool = setting(
-        True, "Subtract each site's mean from the inputs of SAEs; False = the paper's units.", earlier=False
-    )
+    max_norm_multiple: float = setting(0.0, "Drop tokens of a norm above so many times the median; 0 = keep all.")
+    center: bool = setting(True, "Subtract each site's mean from inputs; False = the paper's units.", False)
 
     def __post_init__(self) -> None:
         _at_least("activations.rows_per_forward", self.rows_per_forward, 1)
@@ -147,7 +136,7 @@ class Stack:
     """
 
     architecture: str = setting(REQUIRED, "A file of gsae_jax/saes, such as gated or relu.")
-    site: str | tuple[str, ...] = setting(REQUIRED, "What is read: a TransformerLens hook name, or several in a tuple.")
+    site: str | tuple[str, ...] = setting(REQUIRED, "What is read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")
     l1_coefficients: tuple[float, ...] = setting(REQUIRED, "Weight of the sparsity penalty (the paper's λ).")
     learning_rates: tuple[float, ...] = setting((3e-4,), "Learning rates after warm-up.")
@@ -155,7 +144,7 @@ class Stack:
     options: dict[str, Any] = setting(dict, "Fields of the architecture's Config, such as tie_encoder=False.")
     target_l0: tuple[float, ...] = setting((), "L0 that l1_coefficients are moved to meet; () = they stay.", SAME)
     start_from: str = setting("", "RUN:STACK or a folder of SAEs to start from; '' = random parameters.", SAME)
-    target: str | tuple[str, ...] = setting("", "What is written, named as `site` is; '' = the same as `site`.", SAME)
+    target: str | tuple[str, ...] = setting("", "What is reconstructed, named as `site` is; '' = what is read.", SAME)
 
     def __len__(self) -> int:
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
@@ -219,23 +208,13 @@ class Train:
     steps: int = setting(10_000, "SAE updates.")
     batch_size: int = setting(4096, "Activations in one SAE update, on all devices together.")
     warmup_steps: int = setting(1000, "Steps in which the learning rate rises to its value.")
-    decay_fraction: float = setting(
-        0.0, "Last part of training, in which the learning rate falls to zero as a cosine; 0 = it stays."
-    )
-    compute_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators."
-    )
+    decay_fraction: float = setting(0.0, "Last part of training, in which the rate falls to 0 as a cosine; 0 = none.")
+    compute_dtype: Dtype = setting("float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators.")
     log_every: int = setting(50, "Steps between lines of metrics.")
-    resample_steps: tuple[int, ...] = setting(
-        (), "Steps after which dead features begin again; () = never.", earlier=SAME
-    )
-    resample_warmup_steps: int = setting(
-        1000, "Steps in which the learning rate then returns from a tenth of its value.", earlier=SAME
-    )
-    dead_after: int = setting(1000, "A feature that fired on no token of so many steps is dead.", earlier=SAME)
-    max_skipped: int = setting(
-        100, "Training ends when an SAE skipped so many updates in a row, as not finite.", earlier=SAME
-    )
+    resample_steps: tuple[int, ...] = setting((), "Steps after which dead features begin again; () = never.", SAME)
+    resample_warmup_steps: int = setting(1000, "Steps in which the rate then returns from a tenth of itself.", SAME)
+    dead_after: int = setting(1000, "A feature that fired on no token of so many steps is dead.", SAME)
+    max_skipped: int = setting(100, "Updates in a row that an SAE may skip, as not finite, before training ends.", SAME)
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after", "max_skipped"):
@@ -270,13 +249,9 @@ class Checkpoint:
 
     every: int = setting(1000, "Steps between checkpoints.")
     keep: int = setting(2, "How many of the last checkpoints are kept.")
-    keep_every: int = setting(0, "Also keep checkpoints that are at least so many steps apart; 0 = none.", earlier=SAME)
-    keep_best: str = setting(
-        "", "Also keep the one with the lowest mean of STACK/loss or STACK/mse; '' = none.", earlier=SAME
-    )
-    buffer: bool = setting(
-        True, "Save the exchange buffer; without it, a resumed run fills it with other text.", earlier=SAME
-    )
+    keep_every: int = setting(0, "Also keep checkpoints that are at least so many steps apart; 0 = none.", SAME)
+    keep_best: str = setting("", "Also keep the one of the lowest STACK/loss or STACK/mse; '' = none.", SAME)
+    buffer: bool = setting(True, "Save the exchange buffer; else a resumed run fills it with other text.", SAME)
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 1)
@@ -319,9 +294,7 @@ class Experiment:
     mesh: Mesh = setting(Mesh)
     checkpoint: Checkpoint = setting(Checkpoint)
     evaluation: Evaluation = setting(Evaluation)
-    loggers: tuple[str, ...] = setting(
-        ("tensorboard",), "Where metrics go beside metrics.jsonl: tensorboard, wandb.", earlier=SAME
-    )
+    loggers: tuple[str, ...] = setting(("tensorboard",), "Where metrics go too: tensorboard, wandb.", SAME)
 
     def __post_init__(self) -> None:
         _seed("seed", self.seed)
