@@ -96,7 +96,7 @@ class Data:
     context_length: int = setting(128, "Tokens in a row, BOS included.")
     prepend_bos: bool = setting(True, "Whether every row begins with BOS.")
     held_out: Literal["hash", "position"] = setting(
-        "hash", "text: pieces are held out by hash or by position.", "position"
+        "hash", "text: a hash of the text decides what is held out, or its position.", earlier="position"
     )
     on_bad_row: Literal["error", "skip"] = setting(
         "error", "text: a row without text is an error, or is skipped.", SAME
@@ -115,7 +115,7 @@ class Activations:
     scale_tokens: int = setting(2**16, "Tokens that measure each site's mean, scale and median norm before training.")
     drop_special_tokens: bool = setting(True, "Keep BOS, EOS, padding and other special tokens from the SAEs.")
     max_norm_multiple: float = setting(0.0, "Drop tokens of a norm above so many times the median; 0 = keep all.")
-    center: bool = setting(True, "Subtract each site's mean from inputs; False = the paper's units.", False)
+    center: bool = setting(True, "Subtract each site's mean from inputs; False = the paper's units.", earlier=False)
 
     def __post_init__(self) -> None:
         _at_least("activations.rows_per_forward", self.rows_per_forward, 1)
