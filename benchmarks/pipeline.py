@@ -39,7 +39,6 @@ sys.path.append(str(common.ROOT))  # configs import each other
 def experiment(config):
     """(train program, language model's parameters, stream of tokens, first state), as `loop.train` makes them."""
     mesh = mesh_lib.make_mesh(config.mesh)
-    mesh_lib.check(config, mesh)
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
     program, tokenizer = loop.build(config, mesh, checkpoint)
     lm_params = checkpoint.params(program.module, config.lm.dtype)

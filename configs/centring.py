@@ -1,6 +1,7 @@
 """Gated and baseline SAEs at two sites, trained on a model whose MLP output has a large mean: docs/centring.md."""
 
-from configs import base, quickstart
+from configs import quickstart
+from gsae_jax import stack_config
 
 SITES = {"mlp_out": "blocks.0.hook_mlp_out", "resid_post": "blocks.0.hook_resid_post"}
 
@@ -9,7 +10,7 @@ def get_config():
     config = quickstart.get_config()
     config.stacks = {}
     for name, site in SITES.items():
-        config.stacks[f"gated_{name}"] = base.stack("gated", site, 512, (1e-2,), learning_rates=(3e-3,))
-        config.stacks[f"baseline_{name}"] = base.stack("relu", site, 512, (6e-3,), learning_rates=(3e-3,))
+        config.stacks[f"gated_{name}"] = stack_config("gated", site, 512, (1e-2,), learning_rates=(3e-3,))
+        config.stacks[f"baseline_{name}"] = stack_config("relu", site, 512, (6e-3,), learning_rates=(3e-3,))
     config.train.steps = 1000
     return config

@@ -1,6 +1,6 @@
 """Not an experiment: what those on published models share, the paper's recipe (D.1) and its comparison (4.1)."""
 
-from configs import base
+from gsae_jax import experiment_config, stack_config
 from gsae_jax.config import ConfigError, known_names
 
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}
@@ -8,7 +8,7 @@ HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post
 
 def recipe(lm, context_length, steps, large=True, decay_fraction=0.0, center=False):
     """Text, sizes and schedule; `large`: a language model that wants bfloat16; `center`: not the paper's units."""
-    config = base.get_config()  # batches of 4,096, a buffer of 2**20, a linear warm-up
+    config = experiment_config()  # batches of 4,096, a buffer of 2**20, a linear warm-up
     config.lm.path = lm
     config.activations.center = center
     if large:
@@ -38,8 +38,8 @@ def compare(config, site, d_in, width, l1=(2e-5, 4e-5, 8e-5), baseline_learning_
     # all sites of both models, which takes a normalised x: we read E|x|^2 = 1. The l1 printed for gated SAEs varies
     # with an E|x|^2 that is not printed; in the quickstart a gated SAE has a baseline's L0 at about 1.3 times its l1.
     ours = [value * d_in**0.5 for value in l1]
-    config.stacks[f"{prefix}gated"] = base.stack("gated", site, width, [_rounded(1.3 * value) for value in ours])
-    config.stacks[f"{prefix}baseline"] = base.stack(
+    config.stacks[f"{prefix}gated"] = stack_config("gated", site, width, [_rounded(1.3 * value) for value in ours])
+    config.stacks[f"{prefix}baseline"] = stack_config(
         "relu", site, width * 3 // 2, [_rounded(value) for value in ours], learning_rates=(baseline_learning_rate,)
     )
 

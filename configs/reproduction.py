@@ -9,7 +9,8 @@ Rescale and shift (section 5.2) starts from the baselines of such a run: `--conf
 configs/reproduction.py:blocks.0.attn.hook_z,runs/attn --workdir runs/attn_rescaled`.
 """
 
-from configs import base, quickstart
+from configs import quickstart
+from gsae_jax import stack_config
 
 # So that loss recovered goes from about 0.95 to 0.8.
 L1 = {"gated": (3e-3, 8e-3, 2.6e-2), "relu": (1e-3, 4e-3, 1.3e-2)}
@@ -30,7 +31,10 @@ def stack(architecture, site, width, seeds=SEEDS, **options):
     members = [
         (l1, rate, seed) for rate in seeds for seed in seeds[rate] for l1 in L1_OF_SITE.get(site, L1)[architecture]
     ]
-    return base.stack(architecture, site, width, *zip(*members, strict=True), **options)
+    l1_coefficients, learning_rates, seeds = zip(*members, strict=True)
+    return stack_config(
+        architecture, site, width, l1_coefficients, learning_rates=learning_rates, seeds=seeds, **options
+    )
 
 
 def get_config(which="blocks.0.hook_mlp_out"):

@@ -1,4 +1,7 @@
-"""A hook of mkdocs: README.md, the embedded model's card and the notebooks become pages, from where they are."""
+"""A hook of mkdocs: README.md, the embedded model's card and the notebooks become pages, from where they are.
+
+So does the list of all settings, from the dataclasses that hold them.
+"""
 
 import posixpath
 import re
@@ -8,6 +11,9 @@ import nbconvert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from gsae_jax import settings
+from gsae_jax.config import Experiment
 
 ROOT = Path(__file__).parent.parent
 # In the repository -> on the site; what lies in docs/ keeps its place.
@@ -30,6 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             text = (ROOT / path).read_text("utf-8")
         files.append(File.generated(config, page, content=text))
+    about = "# Settings\n\n`python -m gsae_jax.settings` lists these too.\n\n"
+    files.append(File.generated(config, "settings.md", content=about + settings.markdown(Experiment)))
     for path in PICTURES:
         files.append(File.generated(config, posixpath.basename(path), content=(ROOT / path).read_bytes()))
     return files

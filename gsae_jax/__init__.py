@@ -2,14 +2,16 @@
 
 lm = gsae_jax.load_lm()                       # the embedded model, or a Hugging Face checkpoint directory
 saes = gsae_jax.load("runs/quickstart")       # the SAEs of a run, by name
+config = gsae_jax.experiment_config()         # what a config file changes and returns
 """
 
 import os
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizers are used; PyTorch is not missed
 
+from gsae_jax.experiments import experiment_config, stack_config
 from gsae_jax.lms.loading import LM, load_lm
 from gsae_jax.runs import load
 from gsae_jax.saes.trained import SAE
 
-__all__ = ["LM", "SAE", "load", "load_lm"]
+__all__ = ["LM", "SAE", "experiment_config", "load", "load_lm", "stack_config"]

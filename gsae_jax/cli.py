@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from gsae_jax import processes
+from gsae_jax import experiments, processes
 from gsae_jax.config import ConfigError, TrainingError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
@@ -48,13 +48,23 @@ class Output:
         return getattr(self._stream, name)
 
 
+class _ConfigParser(config_flags.ConfigFileFlagParser):
+    """Takes the path of a config file, or the name of an experiment that the package carries."""
+
+    def parse(self, argument: str) -> Any:
+        """The config of the file."""
+        return super().parse(experiments.located(argument))
+
+
 def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> Any:
-    """The `--config FILE.py` flag; `--config.a.b=value` overrides one field."""
+    """The `--config EXPERIMENT` flag; `--config.a.b=value` overrides one field."""
     about = (
-        "Config file, for example configs/quickstart.py. --config.GROUP.FIELD=value changes one of its fields, for "
-        "example --config.train.steps=5000; configs/base.py lists those of an experiment."
+        "Path of a config file, or `quickstart`. --config.GROUP.FIELD=value changes one of its fields, for example "
+        "--config.train.steps=5000; `python -m gsae_jax.settings` lists them all."
     )
-    return config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
+    holder = config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
+    flag_values["config"].parser = _ConfigParser("config")
+    return holder
 
 
 def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -76,7 +86,7 @@ def given(config: Any) -> Any:
         ConfigError: none was, or its file cannot be read.
     """
     if config.value is None:
-        raise ConfigError("--config", "is missing; write an experiment file, for example configs/quickstart.py")
+        raise ConfigError("--config", "is missing; write the path of a config file, or quickstart")
     try:
         return config.value.to_dict() if hasattr(config.value, "to_dict") else config.value
     except Exception as error:  # a file that is not there; values that are still to be given

@@ -1,9 +1,8 @@
-"""An experiment as frozen dataclasses, built from an `ml_collections` file or plain dicts, and checked at the door.
+"""An experiment as frozen dataclasses, which hold every setting once: type, default, check, and a sentence about it.
 
-`configs/base.py` lists every field once, with its default and a comment; the dataclasses below hold none
-but those of fields that earlier runs lack.
-Whatever can be checked without reading a model or a data set is checked here. Nothing below this file sees a
-`ConfigDict`.
+The `ConfigDict` that a config file changes is made from them in `experiments/`, and becomes one of them again at the
+door (`from_dict`); nothing below sees it. Whatever can be checked without reading a model or a data set is checked
+here. `python -m gsae_jax.settings` lists every setting.
 """
 
 import dataclasses
@@ -53,32 +52,55 @@ def known_names(name: str, names: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(names)}"
 
 
+Dtype = Literal["float32", "bfloat16"]
+SAME = object()  # the value of `earlier` for a field whose default is what runs without the field did
+REQUIRED: Any = dataclasses.MISSING  # the default of a field that every config must give
+
+
+def setting(default: Any, about: str = "", earlier: Any = dataclasses.MISSING) -> Any:
+    """A field of a config, for use in the dataclasses below.
+
+    Args:
+        default: its value in a new config. A class (a group of fields, or `dict`) is called for it.
+        about: one sentence for the user. A group needs none, because it has the docstring of its class.
+        earlier: its value for runs that began before the field existed. `SAME` stands for the default. A field
+            without `earlier` has been in the first version already, so that every run has recorded it.
+    """
+    metadata: dict[str, Any] = {"about": about, "earlier": default if earlier is SAME else earlier}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class LM:
     """The language model whose activations are studied."""
 
-    path: str
-    dtype: Literal["float32", "bfloat16"]
-    revision: str = ""  # runs of the first versions have none
+    path: str = setting("", "Hugging Face checkpoint directory or hub name; '' = the embedded model.")
+    dtype: Dtype = setting("float32", "Type of the language model and the exchange buffer.")
+    revision: str = setting("", "Branch, tag or commit of a hub name; a run records the commit.", SAME)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Text, and how it becomes rows of tokens."""
 
-    corpus: str
-    path: str
-    field: str
-    separator: str
-    name: str
-    train_split: str
-    test_split: str
-    data_dir: str
-    context_length: int
-    prepend_bos: bool
-    # Runs of earlier versions have none of these, and held out every twentieth piece of their text.
-    held_out: Literal["hash", "position"] = "position"
-    on_bad_row: Literal["error", "skip"] = "error"
+    corpus: str = setting("stdlib", "stdlib (the library of this Python), text (your files), or tfds (a data set).")
+    path: str = setting("", "text: a file, folder or glob of .txt, .md, .json, .jsonl or .parquet, compressed or not.")
+    field: str = setting("text", "Field of a JSON object, column of a .parquet, feature of a TFDS set; a.b is nested.")
+    separator: str = setting("", "text: what divides a .txt or .md file into documents; '' = a file is a document.")
+    name: str = setting("", "tfds: name of the data set, such as wiki40b/en.")
+    train_split: str = setting("train", "Split to train on, in the notation of TFDS, such as train[:90%].")
+    test_split: str = setting("test", "Split to measure on.")
+    data_dir: str = setting("", "Directory of prepared data; '' = the default of TFDS, ~/tensorflow_datasets.")
+    context_length: int = setting(128, "Tokens in a row, BOS included.")
+    prepend_bos: bool = setting(True, "Whether every row begins with BOS.")
+    held_out: Literal["hash", "position"] = setting(
+        "hash", "text: a hash of the text decides what is held out, or its position.", earlier="position"
+    )
+    on_bad_row: Literal["error", "skip"] = setting(
+        "error", "text: a row without text is an error, or is skipped.", SAME
+    )
 
     def __post_init__(self) -> None:
         _at_least("data.context_length", self.context_length, 2)
@@ -88,12 +110,12 @@ class Data:
 class Activations:
     """How tokens become SAE inputs."""
 
-    rows_per_forward: int
-    buffer_size: int
-    scale_tokens: int
-    drop_special_tokens: bool
-    max_norm_multiple: float
-    center: bool = False  # as runs of earlier versions, which have none
+    rows_per_forward: int = setting(32, "Rows of tokens in one forward pass of the language model.")
+    buffer_size: int = setting(2**20, "Activations in the exchange buffer, on all devices together.")
+    scale_tokens: int = setting(2**16, "Tokens that measure each site's mean, scale and median norm before training.")
+    drop_special_tokens: bool = setting(True, "Keep BOS, EOS, padding and other special tokens from the SAEs.")
+    max_norm_multiple: float = setting(0.0, "Drop tokens of a norm above so many times the median; 0 = keep all.")
+    center: bool = setting(True, "Subtract each site's mean from inputs; False = the paper's units.", earlier=False)
 
     def __post_init__(self) -> None:
         _at_least("activations.rows_per_forward", self.rows_per_forward, 1)
@@ -113,17 +135,16 @@ class Stack:
     serves every SAE.
     """
 
-    architecture: str
-    site: str | tuple[str, ...]
-    width: int
-    l1_coefficients: tuple[float, ...]
-    learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    options: dict[str, Any]
-    # Runs of earlier versions have none of these.
-    target_l0: tuple[float, ...] = ()
-    start_from: str = ""
-    target: str | tuple[str, ...] = ""
+    architecture: str = setting(REQUIRED, "A file of gsae_jax/saes, such as gated or relu.")
+    site: str | tuple[str, ...] = setting(REQUIRED, "What is read: a TransformerLens hook name, or a tuple of several.")
+    width: int = setting(REQUIRED, "Features (the paper's M).")
+    l1_coefficients: tuple[float, ...] = setting(REQUIRED, "Weight of the sparsity penalty (the paper's λ).")
+    learning_rates: tuple[float, ...] = setting((3e-4,), "Learning rates after warm-up.")
+    seeds: tuple[int, ...] = setting((0,), "Seeds of the first parameters.")
+    options: dict[str, Any] = setting(dict, "Fields of the architecture's Config, such as tie_encoder=False.")
+    target_l0: tuple[float, ...] = setting((), "L0 that l1_coefficients are moved to meet; () = they stay.", SAME)
+    start_from: str = setting("", "RUN:STACK or a folder of SAEs to start from; '' = random parameters.", SAME)
+    target: str | tuple[str, ...] = setting("", "What is reconstructed, named as `site` is; '' = what is read.", SAME)
 
     def __len__(self) -> int:
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
@@ -184,17 +205,16 @@ class Stack:
 class Train:
     """The optimisation, common to every stack."""
 
-    steps: int
-    batch_size: int
-    warmup_steps: int
-    decay_fraction: float
-    compute_dtype: Literal["float32", "bfloat16"]
-    log_every: int
-    # Runs of earlier versions have none of these.
-    resample_steps: tuple[int, ...] = ()
-    resample_warmup_steps: int = 1000
-    dead_after: int = 1000
-    max_skipped: int = 100
+    steps: int = setting(10_000, "SAE updates.")
+    batch_size: int = setting(4096, "Activations in one SAE update, on all devices together.")
+    warmup_steps: int = setting(1000, "Steps in which the learning rate rises to its value.")
+    decay_fraction: float = setting(0.0, "Last part of training, in which the rate falls to 0 as a cosine; 0 = none.")
+    compute_dtype: Dtype = setting("float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators.")
+    log_every: int = setting(50, "Steps between lines of metrics.")
+    resample_steps: tuple[int, ...] = setting((), "Steps after which dead features begin again; () = never.", SAME)
+    resample_warmup_steps: int = setting(1000, "Steps in which the rate then returns from a tenth of itself.", SAME)
+    dead_after: int = setting(1000, "A feature that fired on no token of so many steps is dead.", SAME)
+    max_skipped: int = setting(100, "Updates in a row that an SAE may skip, as not finite, before training ends.", SAME)
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after", "max_skipped"):
@@ -213,10 +233,10 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along the batch (`data`, 0 = all that `latent` leaves) and along the dictionary (`latent`)."""
+    """How devices share the work."""
 
-    data: int
-    latent: int
+    data: int = setting(0, "Devices along the batch; 0 = all that `latent` leaves.")
+    latent: int = setting(1, "Devices along the dictionary.")
 
     def __post_init__(self) -> None:
         _at_least("mesh.data", self.data, 0)
@@ -227,12 +247,11 @@ class Mesh:
 class Checkpoint:
     """When to save, what, and which to keep."""
 
-    every: int
-    keep: int
-    # Runs of earlier versions have none of these.
-    keep_every: int = 0
-    keep_best: str = ""
-    buffer: bool = True
+    every: int = setting(1000, "Steps between checkpoints.")
+    keep: int = setting(2, "How many of the last checkpoints are kept.")
+    keep_every: int = setting(0, "Also keep checkpoints that are at least so many steps apart; 0 = none.", SAME)
+    keep_best: str = setting("", "Also keep the one of the lowest STACK/loss or STACK/mse; '' = none.", SAME)
+    buffer: bool = setting(True, "Save the exchange buffer; else a resumed run fills it with other text.", SAME)
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 1)
@@ -244,8 +263,8 @@ class Checkpoint:
 class Evaluation:
     """The held-out measurement at the end of training."""
 
-    tokens: int
-    rows_per_forward: int
+    tokens: int = setting(2**17, "Held-out tokens.")
+    rows_per_forward: int = setting(32, "Rows of tokens in one forward pass of the language model.")
 
     def __post_init__(self) -> None:
         _at_least("evaluation.tokens", self.tokens, 1, most=2**62)  # as far as the text goes
@@ -266,22 +285,22 @@ class HeldOut:
 class Experiment:
     """One run: a language model, text, stacks of SAEs, and how they are trained and measured."""
 
-    seed: int
-    lm: LM
-    data: Data
-    activations: Activations
-    stacks: dict[str, Stack]
-    train: Train
-    mesh: Mesh
-    checkpoint: Checkpoint
-    evaluation: Evaluation
-    loggers: tuple[str, ...] = ("tensorboard",)  # as runs of the first versions had
+    seed: int = setting(0, "Seed of the data order and the exchange buffer; SAEs have their own.")
+    lm: LM = setting(LM)
+    data: Data = setting(Data)
+    activations: Activations = setting(Activations)
+    stacks: dict[str, Stack] = setting(dict)
+    train: Train = setting(Train)
+    mesh: Mesh = setting(Mesh)
+    checkpoint: Checkpoint = setting(Checkpoint)
+    evaluation: Evaluation = setting(Evaluation)
+    loggers: tuple[str, ...] = setting(("tensorboard",), "Where metrics go too: tensorboard, wandb.", SAME)
 
     def __post_init__(self) -> None:
         _seed("seed", self.seed)
         if not self.stacks:
             raise ConfigError(
-                "stacks", "is empty; add one, for example `config.stacks.gated = base.stack(architecture='gated', ...)`"
+                "stacks", "is empty; add one, for example `config.stacks.gated = gsae_jax.stack_config('gated', ...)`"
             )
         for name, stack in self.stacks.items():
             # It becomes part of SAEs' names, of keys in files and of the report's text.
@@ -368,13 +387,13 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainModel:
-    """The shape of a GELU model, in TransformerLens' names."""
+    """The shape of a GELU model, in the names of TransformerLens. By default half the width of GELU-1L."""
 
-    n_layers: int
-    d_model: int
-    n_heads: int
-    d_head: int
-    d_mlp: int
+    n_layers: int = setting(1, "Blocks.")
+    d_model: int = setting(256, "Width of the residual stream.")
+    n_heads: int = setting(4, "Attention heads in a block.")
+    d_head: int = setting(64, "Width of a head.")
+    d_mlp: int = setting(1024, "Neurons of an MLP.")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -383,19 +402,19 @@ class PretrainModel:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Training a small language model and its tokenizer from text."""
+    """Training a small language model and its tokenizer from text. The embedded model was made with the defaults."""
 
-    seed: int
-    data: Data
-    vocab_size: int
-    model: PretrainModel
-    epochs: float
-    batch_size: int
-    learning_rate: float
-    b2: float
-    weight_decay: float
-    warmup_steps: int
-    test_tokens: int
+    seed: int = setting(0, "Seed of the first parameters and the data order.")
+    data: Data = setting(Data)
+    vocab_size: int = setting(4096, "Tokens of the tokenizer.")
+    model: PretrainModel = setting(PretrainModel)
+    epochs: float = setting(3.0, "How often the text is read.")
+    batch_size: int = setting(64, "Rows of data.context_length tokens in one update.")
+    learning_rate: float = setting(3e-3, "Learning rate after warm-up; it then falls to zero as a cosine.")
+    b2: float = setting(0.95, "Adam's decay of second moments.")
+    weight_decay: float = setting(0.05, "Weight decay of matrices.")
+    warmup_steps: int = setting(200, "Steps in which the learning rate rises to its value.")
+    test_tokens: int = setting(2**18, "Held-out tokens that the cross-entropy is measured on.")
 
     def __post_init__(self) -> None:
         _seed("seed", self.seed)
@@ -412,7 +431,7 @@ T = typing.TypeVar("T")
 
 
 def from_dict(cls: type[T], tree: Any) -> T:
-    """A config dataclass from a `ConfigDict` or nested dicts.
+    """A config dataclass from what a user wrote: a `ConfigDict`, or nested dicts of what differs from the defaults.
 
     Raises:
         ConfigError: an unknown, missing or wrongly typed field, or an impossible value or combination.
@@ -420,6 +439,30 @@ def from_dict(cls: type[T], tree: Any) -> T:
     if hasattr(tree, "to_dict"):
         tree = tree.to_dict()
     return convert("", cls, tree)
+
+
+def from_record(cls: type[T], tree: Any) -> T:
+    """A config dataclass from what a run recorded: fields that did not exist then get their `earlier` values.
+
+    Raises:
+        ConfigError: as `from_dict`, and for a field that is missing though every run has recorded it.
+    """
+    return convert("", cls, tree, recorded=True)
+
+
+def held_out(tree: Any) -> HeldOut:
+    """What SAEs are measured with, from a user's config of an experiment, which may lack stacks.
+
+    Raises:
+        ConfigError: as `from_dict` of an `Experiment`, but not for a combination of groups that only training needs.
+    """
+    if hasattr(tree, "to_dict"):
+        tree = tree.to_dict()
+    groups = _fields("", Experiment, tree)
+    for name, stack in groups["stacks"].items():
+        stack.check(f"stacks.{name}")
+    lm, data, evaluation = groups["lm"], groups["data"], groups["evaluation"]
+    return HeldOut(lm, data, evaluation, groups["activations"].drop_special_tokens)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -481,10 +524,34 @@ def _seed(field: str, *seeds: int) -> None:
         raise ConfigError(field, f"is {', '.join(map(str, seeds))}; write integers from 0 to {INT32}")
 
 
-def convert(path: str, kind: Any, value: Any) -> Any:
+def _fields(path: str, cls: Any, tree: Any, recorded: bool = False) -> dict[str, Any]:
+    """The values of all fields of a dataclass, from a tree that may lack some."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(path or "config", f"is {tree!r}; write a group with the fields {', '.join(known)}")
+    prefix = f"{path}." if path else ""
+    for name in tree:
+        if name not in known:
+            raise ConfigError(f"{prefix}{name}", f"is not a field; {known_names(str(name), known)}")
+    values = {}
+    for name, field in known.items():
+        if name in tree:
+            values[name] = convert(f"{prefix}{name}", field.type, tree[name], recorded)
+            continue
+        value = field.metadata.get("earlier", field.default) if recorded else field.default
+        if value is dataclasses.MISSING and not recorded and field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        if value is dataclasses.MISSING:
+            what = "" if recorded else f"; write a value for it: {field.metadata.get('about', name)}"
+            raise ConfigError(f"{prefix}{name}", f"is missing{what}")
+        values[name] = value
+    return values
+
+
+def convert(path: str, kind: Any, value: Any, recorded: bool = False) -> Any:
     """`value` as `kind`: a dataclass, int, float, bool, str, None, Literal, X | Y, tuple[X, ...], dict[str, X] or Any.
 
-    Any is what JSON has.
+    Any is what JSON has. `recorded` as in `from_record`.
 
     Raises:
         ConfigError: it is of another type, or no number or text that a config can have.
@@ -495,21 +562,9 @@ def convert(path: str, kind: Any, value: Any) -> Any:
     if origin is types.UnionType:
         return _one_of(path, args, value)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        fields = {field.name: field.type for field in dataclasses.fields(kind)}
-        if not isinstance(value, Mapping):
-            raise ConfigError(path or "config", f"is {value!r}; write a group with the fields {', '.join(fields)}")
-        prefix = f"{path}." if path else ""
-        for name in value:
-            if name not in fields:
-                raise ConfigError(f"{prefix}{name}", f"is not a field; {known_names(str(name), fields)}")
-        for field in dataclasses.fields(kind):
-            if field.name not in value and field.default is dataclasses.MISSING:
-                raise ConfigError(
-                    f"{prefix}{field.name}", "is missing; build the config on configs/base.py, which has every field"
-                )
-        return kind(**{name: convert(f"{prefix}{name}", fields[name], item) for name, item in value.items()})
+        return kind(**_fields(path, kind, value, recorded))
     if origin is dict and isinstance(value, Mapping):
-        return {str(name): convert(f"{path}.{name}", args[1], item) for name, item in value.items()}
+        return {str(name): convert(f"{path}.{name}", args[1], item, recorded) for name, item in value.items()}
     if origin is tuple:
         values = value if isinstance(value, tuple | list) else (value,)
         return tuple(convert(path, args[0], item) for item in values)

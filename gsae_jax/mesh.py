@@ -8,37 +8,40 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 
 
-def make_mesh(config: config_lib.Mesh, among: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, or over those given.
+def shape(config: config_lib.Mesh, devices: int) -> tuple[int, int]:
+    """The sizes of `data` and `latent` on so many devices.
 
     Raises:
         ConfigError: the axes do not multiply up to the number of devices.
     """
-    devices = len(among or jax.devices())
     if devices % config.latent:
         raise ConfigError("mesh.latent", f"is {config.latent}; write a divisor of the number of devices ({devices})")
     data = config.data or devices // config.latent
     if data * config.latent != devices:
-        raise ConfigError(
-            "mesh.data",
-            f"is {config.data}, times mesh.latent {config.latent}, but there are {devices} devices; write 0 for all",
-        )
+        what = f"is {config.data}, times mesh.latent {config.latent}, but there are {devices} devices"
+        raise ConfigError("mesh.data", f"{what}; write {devices // config.latent}, or 0 for all")
+    return data, config.latent
+
+
+def make_mesh(config: config_lib.Mesh, among: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, or over those given; raises `ConfigError` as `shape` does."""
+    sizes = shape(config, len(among or jax.devices()))
     # The language model and the loss around the SAEs are left to the compiler (Auto); the SAE step is mapped by hand.
     axis_types = (AxisType.Auto, AxisType.Auto)
     try:
-        return jax.make_mesh((data, config.latent), ("data", "latent"), axis_types=axis_types, devices=among)
+        return jax.make_mesh(sizes, ("data", "latent"), axis_types=axis_types, devices=among)
     except NotImplementedError:  # a TPU's torus with no sides of these sizes: parts of sides, then
-        placed = mesh_utils.create_device_mesh((data, config.latent), among, allow_split_physical_axes=True)
+        placed = mesh_utils.create_device_mesh(sizes, among, allow_split_physical_axes=True)
         return Mesh(placed, ("data", "latent"), axis_types=axis_types)
 
 
-def check(config: config_lib.Experiment, mesh: Mesh) -> None:
+def check(config: config_lib.Experiment, mesh: Mesh | AbstractMesh) -> None:
     """Raises `ConfigError` for a size that the mesh does not divide."""
     data, latent = mesh.shape["data"], mesh.shape["latent"]
     for field, value in (

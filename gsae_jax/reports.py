@@ -55,9 +55,10 @@ def evaluate(
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
     settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens)
     if config is not None:
+        elsewhere, recorded = config_lib.held_out(config), workdir.config()["data"]
         # Fields that did not exist when the run began keep the values of then.
-        known = {name: value for name, value in config.get("data", {}).items() if name in workdir.config()["data"]}
-        settings = _moved(settings, _of_experiment({**config, "data": known}))
+        absent = {name: value for name, value in vars(run.data).items() if name not in recorded}
+        settings = _moved(settings, dataclasses.replace(elsewhere, data=dataclasses.replace(elsewhere.data, **absent)))
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(run.lm, path=model, revision=""))
     latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
@@ -185,7 +186,7 @@ def evaluate_saes(
                     "--site", f"is missing, and {path} does not say; write one like blocks.0.hook_mlp_out"
                 )
             saes[name] = sae
-    settings = _as_trained(saes) if config is None else _of_experiment(config)
+    settings = _as_trained(saes) if config is None else config_lib.held_out(config)
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
     _check_told(saes, settings, given=bool(model) or config is not None)
@@ -195,20 +196,16 @@ def evaluate_saes(
 
 def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
     """The embedded model, and the standard library's text in the rows that all SAEs say they were trained on."""
-
-    def agreed(name: str, default: Any) -> Any:
-        found = [sae.metadata.get(name) for sae in saes.values()]
-        return found[0] if type(found[0]) is type(default) and all(value == found[0] for value in found) else default
-
-    tree = {
-        "lm": {"path": "", "dtype": "float32"},
-        "data": dict.fromkeys(("path", "separator", "name", "data_dir"), "")
-        | {"corpus": "stdlib", "field": "text", "train_split": "train", "test_split": "test"}
-        | {"context_length": agreed("context_size", 128), "prepend_bos": agreed("prepend_bos", True)},
-        "evaluation": {"tokens": 2**17, "rows_per_forward": 32},
-        "drop_special_tokens": agreed("exclude_special_tokens", True),
-    }
-    return config_lib.from_dict(HeldOut, tree)
+    tree: dict[str, dict[str, Any]] = {"data": {}, "activations": {}}
+    for group, field, name, kind in (
+        ("data", "context_length", "context_size", int),
+        ("data", "prepend_bos", "prepend_bos", bool),
+        ("activations", "drop_special_tokens", "exclude_special_tokens", bool),
+    ):
+        values = [sae.metadata.get(name) for sae in saes.values()]
+        if type(values[0]) is kind and all(value == values[0] for value in values):
+            tree[group][field] = values[0]
+    return config_lib.held_out(tree)
 
 
 def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, field: str) -> dict[str, trained.SAE]:
@@ -269,13 +266,6 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
             processes.warn(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
 
 
-def _of_experiment(config: Mapping[str, Any]) -> HeldOut:
-    """Its settings; it may lack stacks."""
-    groups = {name: config[name] for name in ("lm", "data", "evaluation") if name in config}
-    dropped = {name: config["activations"][name] for name in ("drop_special_tokens",) if "activations" in config}
-    return config_lib.from_dict(HeldOut, groups | dropped)
-
-
 def _write(
     folder: epath.Path,
     saes: dict[str, trained.SAE],
@@ -293,11 +283,7 @@ def _write(
     if ito and max(ito) > narrowest:
         raise ConfigError("--ito", f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more")
     lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)
-    if settings.data.context_length > lm.config.n_ctx:
-        raise ConfigError(
-            "data.context_length",
-            f"is {settings.data.context_length}; this language model has positions for {lm.config.n_ctx}",
-        )
+    loading.check_context(lm.module, settings.data.context_length)
     tokens = settings.evaluation.tokens if tokens is None else tokens
     batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()

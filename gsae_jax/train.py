@@ -1,6 +1,6 @@
 """Train an experiment, or continue it, and report on it.
 
-python -m gsae_jax.train --config configs/quickstart.py --workdir runs/quickstart
+python -m gsae_jax.train --config quickstart --workdir runs/quickstart
 """
 
 import signal

@@ -230,8 +230,7 @@ class Workdir:
             ConfigError: what `config` refuses, or one that is of another version or was changed.
         """
         try:
-            # The dataclass fills in the fields that an earlier version did not have.
-            return config_lib.from_dict(config_lib.Experiment, self.config())
+            return config_lib.from_record(config_lib.Experiment, self.config())
         except ConfigError as error:
             if error.field == self.field:
                 raise

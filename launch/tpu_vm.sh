@@ -45,7 +45,9 @@ esac
 in_bucket "$@"
 need ACCELERATOR_TYPE v5litepod-16
 need VERSION v2-alpha-tpuv5-lite
-git cat-file -e "HEAD:${config%%:*}" || refuse "$config is not in the last commit, which is what the TPU gets"
+file=${config%%:*}
+[[ $file == *.py ]] || file=gsae_jax/experiments/$file.py # the name of an experiment
+git cat-file -e "HEAD:$file" || refuse "$config is not in the last commit, which is what the TPU gets"
 git diff --quiet HEAD || echo "Changes that are not committed stay here." >&2
 
 if [[ $dry_run ]]; then

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from configs import base
 from gsae_jax import config as config_lib
+from gsae_jax import experiment_config, stack_config
 from gsae_jax.lms import checkpoints, gelu, loading
 from gsae_jax.lms.transformer import Model
 
@@ -96,14 +96,14 @@ def config_dict(text_dir, lm_dir, tmp_path_factory):
 
 
 def tiny(text_dir, lm_dir, data_dir):
-    config = base.get_config()
+    config = experiment_config()
     config.lm.path = str(lm_dir)
     config.data.corpus, config.data.path = "text", str(text_dir)
     config.data.data_dir = str(data_dir)
     config.data.context_length = 16
-    gated = base.stack("gated", "blocks.0.hook_mlp_out", 64, (0.01, 0.03), learning_rates=(1e-2,), seeds=(0, 1))
+    gated = stack_config("gated", "blocks.0.hook_mlp_out", 64, (0.01, 0.03), learning_rates=(1e-2,), seeds=(0, 1))
     config.stacks.gated = gated
-    config.stacks.baseline = base.stack("relu", "blocks.0.mlp.hook_post", 128, (0.01,), learning_rates=(3e-3,))
+    config.stacks.baseline = stack_config("relu", "blocks.0.mlp.hook_post", 128, (0.01,), learning_rates=(3e-3,))
     config.activations.rows_per_forward = 16
     config.activations.buffer_size = 8 * 64
     config.activations.scale_tokens = 1024

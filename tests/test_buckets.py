@@ -462,12 +462,10 @@ def test_two_processes_share_a_bucket(environment, text, tmp_path, monkeypatch):
 
 ROWS = """
 import sys, numpy as np
-from configs import base
 from gsae_jax import config
 from gsae_jax.data import rows
 from gsae_jax.lms import loading
-data = base.data()
-data.corpus, data.path, data.data_dir = "text", *sys.argv[1:]
+data = {"corpus": "text", "path": sys.argv[1], "data_dir": sys.argv[2]}
 try:
     found = rows.open_rows(config.from_dict(config.Data, data), "train", loading.load_lm().tokenizer, 10_000)
     print(np.array([found[index] for index in range(len(found))]).tolist())

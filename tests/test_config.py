@@ -1,17 +1,24 @@
+import functools
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from configs import base
 from gsae_jax import config as config_lib
+from gsae_jax import experiment_config, reports, settings, stack_config
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.training import loop
+from gsae_jax.saes import gated
+from gsae_jax.saes import trained as trained_lib
+from gsae_jax.training import loop, planning
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,17 +34,21 @@ def changed(config, **changes):
     return config
 
 
-def refused(config, **changes):
-    """The message with which a changed config is refused, at the latest when the program is built."""
+def trained(config):
+    """As the trainer does, until the program is built."""
+    experiment = config_lib.from_dict(Experiment, config)
+    mesh = mesh_lib.make_mesh(experiment.mesh)
+    loop.build(experiment, mesh, Checkpoint.open(experiment.lm.path, experiment.lm.revision))
 
-    def build():
-        experiment = config_lib.from_dict(Experiment, changed(config, **changes))
-        mesh = mesh_lib.make_mesh(experiment.mesh)
-        mesh_lib.check(experiment, mesh)
-        loop.build(experiment, mesh, Checkpoint.open(experiment.lm.path))
 
+def planned(config):
+    planning.plan(config_lib.from_dict(Experiment, config), "cpu:8")
+
+
+def refused(use, config):
+    """The message with which a config is refused."""
     with pytest.raises(ConfigError) as error:
-        build()
+        use(config)
     return str(error.value)
 
 
@@ -115,7 +126,7 @@ def refused(config, **changes):
         ),
         ({"stacks__gated__options": {"tie": True}}, "stacks.gated.options.tie: is not an option of 'gated'"),
         ({"mesh__latent": 3}, "mesh.latent: is 3; write a divisor of the number of devices (8)"),
-        ({"mesh__data": 3}, "mesh.data: is 3, times mesh.latent 1, but there are 8 devices; write 0 for all"),
+        ({"mesh__data": 3}, "mesh.data: is 3, times mesh.latent 1, but there are 8 devices; write 8, or 0 for all"),
         (
             {"mesh__latent": 4, "stacks__gated__width": 66},
             "stacks.gated.width: is 66, not divisible by the number of devices; write a multiple of 8",
@@ -128,15 +139,78 @@ def refused(config, **changes):
             {"lm__path": "nowhere"},
             "lm.path: 'nowhere' is not a directory; write a checkpoint directory, a hub name",
         ),
+        ({"data__corpus": "stdlbi"}, "data.corpus: 'stdlbi' is not known; did you mean 'stdlib'?"),
+        ({"loggers": ("tensorbord",)}, "loggers: 'tensorbord' is not known; did you mean 'tensorboard'?"),
+        ({"loggers": ("tensorboard", "tensorboard")}, "loggers: are ['tensorboard', 'tensorboard']; write each once"),
     ],
 )
-def test_bad_configs_are_refused(config_dict, changes, message):
-    assert message in refused(config_dict, **changes)
+def test_bad_configs_are_refused_by_the_trainer_and_the_planner(config_dict, changes, message):
+    config = changed(config_dict, **changes)
+    assert message in (refusal := refused(trained, config))
+    assert refused(planned, config) == refusal
 
 
-def test_a_missing_field_is_named(config_dict):
-    del config_dict.train["steps"]
-    assert refused(config_dict) == "train.steps: is missing; build the config on configs/base.py, which has every field"
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__step": 3},
+        {"data__corpus": 3},
+        {"train__warmup_steps": 16},
+        {"stacks__gated__width": 0},
+        {"evaluation": 3},
+        {"data__context_length": 64},
+        {"lm__path": "nowhere"},
+        {"data__corpus": "stdlbi"},
+    ],
+    ids=str,
+)
+def test_what_the_trainer_refuses_evaluation_refuses(config_dict, changes, tmp_path):
+    config, sae = changed(config_dict, **changes), gated.Config(32, 8)
+    params = gated.init(jax.random.key(0), sae)
+    trained_lib.SAE("a", "gated", sae, "blocks.0.hook_mlp_out", params).save(tmp_path / "sae")
+
+    def measured(config):
+        reports.evaluate_saes([str(tmp_path / "sae")], str(tmp_path / "report"), config)
+
+    assert refused(measured, config) == refused(trained, config)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_config_has_only_what_differs(config_dict):
+    """A plain dict of it is the same experiment, and one without stacks says what to measure with."""
+    del config_dict.train["resample_steps"]
+    config_dict.stacks.gated.options, config_dict.mesh = {}, {}
+    assert config_lib.from_dict(Experiment, config_dict).train.resample_steps == ()
+    small = {
+        "stacks": {"a": stack_config("gated", "blocks.0.hook_mlp_out", 8, 0.1).to_dict()},
+        "train": {"steps": 1800},
+    }
+    small = config_lib.from_dict(Experiment, small)
+    assert (small.train, small.stacks["a"].l1_coefficients) == (config_lib.Train(steps=1800), (0.1,))
+    measured = config_lib.held_out({"data": {"context_length": 64}})
+    assert measured.data == config_lib.Data(context_length=64)
+    with pytest.raises(ConfigError, match="width: is missing") as error:
+        config_lib.from_dict(config_lib.Stack, {"architecture": "gated", "site": "blocks.0.hook_mlp_out"})
+    assert error.value.field == "width"
+
+
+def test_what_a_run_recorded_is_read_as_it_was_meant(config_dict):
+    """Fields that did not exist have the values of then; a field that every run recorded must be there."""
+    recorded = config_lib.to_dict(config_lib.from_dict(Experiment, config_dict))
+    for group, name in (("activations", "center"), ("data", "held_out"), ("checkpoint", "buffer"), ("lm", "revision")):
+        del recorded[group][name]
+    del recorded["loggers"]
+    config = config_lib.from_record(Experiment, recorded)
+    assert (config.activations.center, config.data.held_out, config.loggers) == (False, "position", ("tensorboard",))
+    now = config_lib.from_dict(Experiment, recorded)
+    assert (now.activations.center, now.data.held_out) == (True, "hash")
+    for missing in (("train", "steps"), ("stacks", "gated", "seeds"), ("mesh",)):
+        tree = json.loads(json.dumps(recorded))
+        *groups, name = missing
+        functools.reduce(dict.__getitem__, groups, tree).pop(name)
+        with pytest.raises(ConfigError, match="is missing") as error:
+            config_lib.from_record(Experiment, tree)
+        assert error.value.field == ".".join(missing)
 
 
 def test_json_goes_round(config_dict):
@@ -148,18 +222,34 @@ def test_json_goes_round(config_dict):
 
 
 def test_numbers_of_a_stack_are_matched_up():
-    stack = base.stack("gated", "blocks.0.hook_mlp_out", 8, (0.1, 0.2), learning_rates=(1e-3,), seeds=(4, 5))
+    stack = stack_config("gated", "blocks.0.hook_mlp_out", 8, (0.1, 0.2), learning_rates=(1e-3,), seeds=(4, 5))
     config = config_lib.from_dict(config_lib.Stack, stack)
     assert config.numbers() == [(0.1, 1e-3, 4), (0.2, 1e-3, 5)]
 
 
-def test_base_lists_exactly_the_fields():
-    fields = config_lib.to_dict(config_lib.from_dict(Experiment, base.get_config().to_dict() | stacks()))
-    assert fields["train"]["batch_size"] == 4096
+def test_a_new_config_has_every_field():
+    config = experiment_config()
+    config.stacks.a = stack_config("gated", "blocks.0.hook_mlp_out", 8, (0.1,))
+    tree = config_lib.to_dict(config_lib.from_dict(Experiment, config))
+    assert json.loads(json.dumps(config.to_dict())) == tree
 
 
-def stacks():
-    return {"stacks": {"a": base.stack("gated", "blocks.0.hook_mlp_out", 8, (0.1,)).to_dict()}}
+@pytest.mark.parametrize("kind", [Experiment, config_lib.Pretrain])
+def test_every_field_is_listed_with_a_sentence(kind):
+    listed = {name: (default, about) for name, default, about in settings.settings(kind)}
+    assert all(re.fullmatch(r".{4,}[.?:]", about) for _, about in listed.values()), listed
+    for name, (default, _) in listed.items():
+        assert f"{name}{default and f' = {default}'} " in settings.listing(kind) or name.endswith(".")
+        assert f"| `{name}` |" in settings.markdown(kind) or name.endswith(".")
+
+
+def test_config_files_of_earlier_versions_build_what_they_did():
+    stack = base.stack("gated", "blocks.0.hook_mlp_out", 8, [0.1], (1e-3,), (4, 5), use_r_mag=False)
+    now = stack_config(
+        "gated", "blocks.0.hook_mlp_out", 8, (0.1,), learning_rates=(1e-3,), seeds=(4, 5), options={"use_r_mag": False}
+    )
+    assert stack.to_dict() == now.to_dict()
+    assert base.data().to_dict() == experiment_config().data.to_dict() == vars(config_lib.Data())
 
 
 def command(*arguments):

@@ -16,7 +16,6 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 
-from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import files as files_lib
@@ -33,10 +32,8 @@ def tokenizer():
 
 
 def data_config(tmp_path, **changes):
-    config = base.data()
-    config.corpus, config.data_dir, config.context_length = "text", str(tmp_path / "tfds"), 8
-    config.update(changes)
-    return config_lib.from_dict(config_lib.Data, config)
+    config = {"corpus": "text", "data_dir": str(tmp_path / "tfds"), "context_length": 8}
+    return config_lib.from_dict(config_lib.Data, config | changes)
 
 
 def texts_of(config, split):

@@ -19,7 +19,6 @@ import pytest
 from absl import flags
 
 import gsae_jax.saes
-from configs import base
 from gsae_jax import cli, train
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
@@ -44,7 +43,7 @@ def test_the_guides_architecture_trains_beside_the_others(config_dict, tmp_path,
     monkeypatch.setattr(gsae_jax.saes, "__path__", [*gsae_jax.saes.__path__, str(tmp_path / "saes")])
     importlib.invalidate_caches()
     try:
-        exec(use, {"base": base, "config": config_dict, "site": "blocks.0.hook_mlp_out"})
+        exec(use, {"stack_config": gsae_jax.stack_config, "config": config_dict, "site": "blocks.0.hook_mlp_out"})
         config_dict.mesh.data, config_dict.mesh.latent = 4, 2
         assert train.run(config_lib.from_dict(config_lib.Experiment, config_dict), tmp_path / "run") == 0
         sae = gsae_jax.load(tmp_path / "run")["tanh_1"]
@@ -76,7 +75,7 @@ def test_too_little_held_out_text_is_said_as_the_guide_has_it(experiment, capsys
 def test_the_guides_name_files_that_exist():
     for guide in GUIDES:
         for path in re.findall(r"(?<![\w/])(?:configs|launch|tests|gsae_jax)/[\w/]+\.\w+", guide.read_text("utf-8")):
-            assert (ROOT / path).exists() or path in ("configs/mine.py", "gsae_jax/saes/tanh.py"), (guide.name, path)
+            assert (ROOT / path).exists() or path == "gsae_jax/saes/tanh.py", (guide.name, path)
 
 
 def text_of(path):
@@ -127,7 +126,7 @@ def commands(path):
     for line in "\n".join([*blocks, *spans(path)]).replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|;", line):
             if match := re.search(r"python -m gsae_jax\.(\w+)(.*)", part):
-                arguments = shlex.split(match[2].replace("configs/mine.py", "configs/quickstart.py"), comments=True)
+                arguments = shlex.split(match[2].replace("mine.py", "configs/quickstart.py"), comments=True)
                 if arguments:  # without, it is a name
                     yield match[1], arguments
             elif re.match(r"\s*(bash|sbatch) launch/|--config\.\w", part):

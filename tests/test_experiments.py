@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 import gsae_jax
 from configs import gemma_7b, pythia_2_8b
+from gsae_jax import cli
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.experiments import quickstart
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.lms.loss import cross_entropy
-from gsae_jax.lms.sites import layer_of
 from gsae_jax.training.step import Program
 
 MODELS = Path(__file__).parent / "fixtures" / "configs"  # the published config.json of each
@@ -31,19 +33,48 @@ REAL = ROOT.parent / "shared" / "real"
 def test_experiments_build_and_trace(name):
     experiment = config_lib.from_dict(Experiment, importlib.import_module(f"configs.{name}").get_config())
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=4, latent=2))
-    mesh_lib.check(experiment, mesh)
-    checkpoint = Checkpoint.open(MODELS / name)
-    layers = 1 + max(map(layer_of, experiment.sites))
-    module = checkpoint.module(layers, mesh)
-    assert experiment.data.context_length <= checkpoint.config.n_ctx
-    program = Program.build(experiment, mesh, module, special_tokens=(0,))
-    params = abstract_params(module, experiment.lm.dtype)
+    program = Program.build(experiment, mesh, Checkpoint.open(MODELS / name), special_tokens=(0,))
+    params = abstract_params(program.module, experiment.lm.dtype)
     state = jax.eval_shape(lambda: program.init(scaling.standard(program.widths)))
     tokens = jax.ShapeDtypeStruct((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
     after, statistics, _ = jax.eval_shape(program.train_step, state, params, tokens)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert set(statistics) == set(experiment.stacks)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(experiment.lm.dtype)}
+
+
+def given(*arguments):
+    values, argv = flags.FlagValues(), ["train", *arguments]
+    config = cli.define_config(values, argv)
+    cli.parse(argv, values)
+    return cli.given(config)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.* method is deprecated:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("form", [("--config={}",), ("--config", "{}"), ("-config={}",)], ids=str)
+def test_an_experiment_is_given_by_name_or_path(form, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import gsae_jax\n\ndef get_config(site='blocks.0.hook_mlp_out'):\n    config = gsae_jax.experiment_config()\n"
+        "    config.stacks.a = gsae_jax.stack_config('relu', site, 64, (0.1,))\n    return config\n"
+    )
+    (tmp_path / "quickstart").mkdir()  # a folder is no config file
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def config(name):
+        return given(*(part.format(name) for part in form), "--config.train.steps=8")
+
+    expected = quickstart.get_config()
+    expected.train.steps = 8
+    assert config("quickstart") == config(ROOT / "configs" / "quickstart.py") == expected.to_dict()
+    for name in ("mine.py", "./mine.py", "~/mine.py", tmp_path / "mine.py"):
+        assert config(name)["train"]["steps"] == 8
+    assert config("mine.py:blocks.0.mlp.hook_post")["stacks"]["a"]["site"] == "blocks.0.mlp.hook_post"
+    for name, words in (("quickstrat", "did you mean 'quickstart'? known: quickstart"), ("mine", "the path of a file")):
+        with pytest.raises(ConfigError) as error:
+            config(name)
+        assert error.value.field == "--config"
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize("experiment", [pythia_2_8b, gemma_7b])

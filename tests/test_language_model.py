@@ -3,25 +3,17 @@ import json
 import numpy as np
 
 import gsae_jax
-from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax.training import language_model
 
 
 def test_pretraining_writes_a_checkpoint_that_loads_and_its_own_loss(tmp_path, text_dir):
-    data = base.data()
-    data.corpus, data.path, data.data_dir = "text", str(text_dir), str(tmp_path / "tfds")
-    data.context_length = 16
     tree = {
-        "seed": 0,
-        "data": data.to_dict(),
+        "data": {"corpus": "text", "path": str(text_dir), "data_dir": str(tmp_path / "tfds"), "context_length": 16},
         "vocab_size": 300,
         "model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 32},
         "epochs": 0.5,
-        "batch_size": 64,
         "learning_rate": 1e-2,
-        "b2": 0.95,
-        "weight_decay": 0.05,
         "warmup_steps": 5,
         "test_tokens": 4096,
     }

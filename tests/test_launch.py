@@ -113,7 +113,8 @@ def launch(tmp_path, cloud):
     shutil.copytree(LAUNCH, checkout / "launch")
     (checkout / "configs").mkdir()
     (checkout / "configs" / "quickstart.py").touch()
-    (checkout / "gsae_jax").mkdir()
+    (checkout / "gsae_jax" / "experiments").mkdir(parents=True)
+    (checkout / "gsae_jax" / "experiments" / "quickstart.py").touch()
     (checkout / "gsae_jax" / "train.py").write_text(TRAINER)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test"]
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--no-gpg-sign", "--message=all"]):
@@ -244,6 +245,12 @@ def test_tpu_vm_follows_a_training_that_runs_and_stops_it(launch, cloud):
     assert again.returncode == 75
     assert "training runs already" in err
     assert len(log.read_text().splitlines()) == 2
+
+
+def test_tpu_vm_takes_the_name_of_an_experiment(launch, cloud):
+    assert "--config quickstart --workdir" in dry_run(launch, cloud, "tpu_vm.sh", "quickstart", "runs/x", **TPU_VM)
+    done = launch("tpu_vm.sh", "quickstrat", "runs/x", **TPU_VM)
+    assert (done.returncode, "quickstrat is not in the last commit" in done.err) == (2, True)
 
 
 def test_tpu_vm_refuses_what_the_workers_would_not_have(launch, cloud):

@@ -21,6 +21,7 @@ FLOOR = {
     "data": 1,
     "loggers": 1,
     "workdir": 1,
+    "experiments": 1,
     "metrics_log": 1,
     "storage": 1,
     "activations": 2,
@@ -79,12 +80,13 @@ def test_only_one_file_knows_orbax_and_only_one_maps_over_devices():
 
 
 def test_nothing_outside_of_saes_knows_an_architecture_by_name():
-    """The tables of other libraries' formats do; and `lms` has activation functions and weights of its own."""
+    """Experiments do, and the tables of other libraries' formats; `lms` has activation functions of its own."""
     named = re.compile(r'"(gated|relu|jumprelu)"|only_magnitude|pre_activations|startswith\("[bW]_')
     knowing = {
         file.relative_to(PACKAGE).as_posix()
         for file in PACKAGE.rglob("*.py")
-        if file.relative_to(PACKAGE).parts[0] not in ("saes", "exchange", "lms") and named.search(file.read_text())
+        if file.relative_to(PACKAGE).parts[0] not in ("saes", "exchange", "experiments", "lms")
+        and named.search(file.read_text())
     }
     assert knowing == {"cards.py"}  # jumprelu is the name of a format as well
 
@@ -99,4 +101,5 @@ def test_plugins_are_files():
     assert list(plugins.known("saes", "PARAMETERS")) == ["gated", "jumprelu", "relu"]
     assert list(plugins.known("saes", "loss")) == ["gated", "relu"]
     assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
+    assert list(plugins.known("experiments", "get_config")) == ["quickstart"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

@@ -11,7 +11,6 @@ import pytest
 import gsae_jax
 from benchmarks.peers_environment import environment
 from gsae_jax import cards
-from gsae_jax import config as config_lib
 from gsae_jax.data import rows
 from gsae_jax.exchange import jumprelu
 from gsae_jax.lms import checkpoints
@@ -27,7 +26,7 @@ FORMATS = ("saelens", "jumprelu", "gemma_scope", "dictionary_learning")
 def folder(quickstart_run, tmp_path_factory):
     """Held-out tokens, activations, and a gated SAE and a baseline of the quickstart in every format."""
     folder = tmp_path_factory.mktemp("peers")
-    lm, config = gsae_jax.load_lm(), config_lib.from_dict(config_lib.Experiment, Workdir(quickstart_run).config())
+    lm, config = gsae_jax.load_lm(), Workdir(quickstart_run).experiment()
     batches = np.stack(list(rows.held_out(config, lm.tokenizer, config.evaluation.tokens)))
     np.save(folder / "tokens.npy", batches)
     np.save(folder / "x.npy", np.asarray(lm.activations(batches[0], [SITE])[SITE]).reshape(-1, lm.sites[SITE]))

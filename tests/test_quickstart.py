@@ -1,7 +1,12 @@
 """What the README shows: its config builds, and (minutes: `pytest -m quickstart`) its main job keeps its promises."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -33,6 +38,49 @@ def test_the_readmes_config_builds():
     assert [stack.name for stack in program.stacks] == ["gated", "neurons", "untied"]
 
 
+MINE = """
+from gsae_jax import experiment_config, stack_config
+
+def get_config():
+    config = experiment_config()
+    config.stacks.mine = stack_config("gated", "blocks.0.hook_mlp_out", 64, (1e-2,), tie_encoder=False)
+    return config
+"""
+SHORT = {"train.steps": 8, "train.warmup_steps": 4, "train.batch_size": 1024, "evaluation.tokens": 4096}
+SHORT |= {"activations.buffer_size": 4096, "activations.scale_tokens": 4096}
+
+
+@pytest.mark.quickstart
+def test_the_package_trains_without_a_clone(tmp_path):
+    """From a wheel, in an empty folder: the quickstart by name, and a config file beside it."""
+    source, installed, empty = (tmp_path / name for name in ("source", "installed", "empty"))
+    shutil.copytree(ROOT / "gsae_jax", source / "gsae_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    empty.mkdir()
+
+    def python(*command):
+        environment = os.environ | {"PYTHONPATH": str(installed)}
+        done = subprocess.run([sys.executable, *command], cwd=empty, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    # Older ones build no wheels by themselves; pip then fetches one that does.
+    versions = [dist.version for dist in metadata.distributions(name="setuptools")]
+    own = bool(versions) and int(versions[0].partition(".")[0]) >= 71
+    options = ["--no-deps", "--wheel-dir", str(tmp_path), *(["--no-build-isolation"] if own else [])]
+    python("-m", "pip", "wheel", *options, str(source))
+    (wheel,) = tmp_path.glob("*.whl")
+    python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel))
+    assert python("-c", "import gsae_jax; print(gsae_jax.__file__)") == str(installed / "gsae_jax" / "__init__.py")
+    (empty / "mine.py").write_text(MINE)
+    for config, saes in (("quickstart", 6), ("mine.py", 1)):
+        changes = [f"--config.{field}={value}" for field, value in SHORT.items()]
+        python("-m", "gsae_jax.train", f"--config={config}", f"--workdir=runs/{config}", *changes)
+        report = json.loads((empty / "runs" / config / "report" / "report.json").read_text())
+        assert len(report["saes"]) == saes
+
+
 @pytest.fixture(scope="module")
 def run(quickstart_run):
     return quickstart_run
@@ -41,7 +89,7 @@ def run(quickstart_run):
 @pytest.fixture(scope="module")
 def held_out(run):
     """The language model, and about 100,000 held-out tokens in batches."""
-    lm, config = gsae_jax.load_lm(), config_lib.from_dict(config_lib.Experiment, Workdir(run).config())
+    lm, config = gsae_jax.load_lm(), Workdir(run).experiment()
     return lm, list(rows.held_out(config, lm.tokenizer, 100_000))
 
 

@@ -20,7 +20,7 @@ def program_on(experiment, data, latent, width=1024):
     mesh = jax.make_mesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     stacks = {name: dataclasses.replace(stack, width=width) for name, stack in experiment.stacks.items()}
     config = dataclasses.replace(experiment, stacks=stacks)
-    return Program.build(config, mesh, Checkpoint.open(experiment.lm.path).module(1, mesh), special_tokens=(0,))
+    return Program.build(config, mesh, Checkpoint.open(experiment.lm.path), special_tokens=(0,))
 
 
 def first_state(program):

@@ -112,6 +112,11 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def corpus(config: config_lib.Data) -> Any:
+    """The file of the corpus; raises `ConfigError` where there is none."""
+    return plugins.load("data.corpora", config.corpus, having="open_corpus", field="data.corpus")
+
+
 @_quiet()
 def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     """The documents of `split` ("train" or "test") as a random-access source, and the name of their text feature.
@@ -122,8 +127,7 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     where = config.data_dir or tfds.core.constants.DATA_DIR
     _check_bucket("data.path", config.path)
     _check_bucket("data.data_dir", where)
-    corpus = plugins.load("data.corpora", config.corpus, having="open_corpus", field="data.corpus")
-    builder, feature = corpus.open_corpus(config)
+    builder, feature = corpus(config).open_corpus(config)
     # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
     prepared = False
@@ -137,7 +141,7 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
                     f"run `gcloud storage cp --recursive DATA_DIR/* {where}`",
                 )
             with _alone(Path(builder.data_dir)):
-                builder, feature = corpus.open_corpus(config)  # another process may have prepared it meanwhile
+                builder, feature = corpus(config).open_corpus(config)  # another process may have prepared it meanwhile
                 builder.download_and_prepare()
             prepared = True
     if prepared or split == "train":

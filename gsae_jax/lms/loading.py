@@ -195,6 +195,15 @@ def load_lm(
     return LM(str(checkpoint.folder), module, checkpoint.params(module, dtype, allow_nan), tokenizer)
 
 
+def check_context(module: Any, context_length: int) -> None:
+    """Raises `ConfigError` for rows of more tokens than a language model has positions for."""
+    if context_length > module.config.n_ctx:
+        raise ConfigError(
+            "data.context_length",
+            f"is {context_length}; this language model has positions for {module.config.n_ctx}",
+        )
+
+
 def check_tokens(tokens: np.ndarray, d_vocab: int, field: str) -> None:
     """Raises `ConfigError` for ids that the model has no embedding for."""
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < d_vocab:

@@ -47,11 +47,19 @@ def module(name: str) -> Any:
     return plugins.load("loggers", name, having="open_logger", field="loggers")
 
 
-def check(names: Iterable[str]) -> None:
-    """Raises `ConfigError` for loggers that do not exist, whose package does not, or whose own `check` does."""
+def check_names(names: Iterable[str]) -> None:
+    """Raises `ConfigError` for loggers that do not exist or are named twice."""
     names = list(names)
     if len(set(names)) < len(names):
         raise ConfigError("loggers", f"are {names}; write each once")
+    for name in names:
+        module(name)
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises `ConfigError` for loggers that cannot be used: their package is not there, or their own `check` raises."""
+    names = list(names)
+    check_names(names)
     for name in names:
         package = module(name).PACKAGE
         if importlib.util.find_spec(package) is None:

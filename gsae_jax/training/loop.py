@@ -24,7 +24,7 @@ from gsae_jax import workdir as workdir_lib
 from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError, Experiment, TrainingError
 from gsae_jax.data import rows as rows_lib
-from gsae_jax.lms import loading, sites
+from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
 from gsae_jax.storage.facts import Facts
@@ -61,7 +61,6 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     if processes.first():  # which alone logs
         loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
-    mesh_lib.check(config, mesh)
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
     program, tokenizer = build(config, mesh, checkpoint)
     for name, params in starts.items():
@@ -143,23 +142,10 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     """The train program and the tokenizer, from the language model's settings alone.
 
     Raises:
-        ConfigError: a site, context or architecture that the language model or the project does not have, or sizes
-            that the devices have no room for.
+        ConfigError: as `Program.build`, or sizes that the devices have no room for.
     """
-    whole = checkpoint.module()
-    widths = loading.site_widths(whole)
-    for name, stack in config.stacks.items():
-        for field, names in (("site", stack.sites), ("target", stack.targets)):
-            for site in names:
-                sites.check(site, widths, f"stacks.{name}.{field}")
-    if config.data.context_length > whole.config.n_ctx:
-        raise ConfigError(
-            "data.context_length",
-            f"is {config.data.context_length}; this language model has positions for {whole.config.n_ctx}",
-        )
-    layers = 1 + max(sites.layer_of(site) for site in config.sites)
     tokenizer = checkpoint.tokenizer()
-    program = Program.build(config, mesh, checkpoint.module(layers, mesh), loading.special_tokens(tokenizer))
+    program = Program.build(config, mesh, checkpoint, loading.special_tokens(tokenizer))
     state = program.abstract_state()
     fresh = config.rows_per_call * config.data.context_length * sum(program.widths.values())
     needed = {f"stacks.{name}": mesh_lib.device_bytes(stack) for name, stack in state.stacks.items()}

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import ConfigError, Experiment
-from gsae_jax.lms import attention, loading, sites
+from gsae_jax.lms import attention, loading
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.training import exchanges
 from gsae_jax.training.machines import CHIPS, GIB, NODE, Topology, bandwidth
@@ -44,17 +44,11 @@ class Case:
     def build(cls, config: Experiment, topology: Topology) -> "Case":
         """Raises `ConfigError` for a config that cannot run on the topology."""
         mesh = mesh_of(config, topology)
-        mesh_lib.check(config, mesh)
         checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
-        widths = loading.site_widths(checkpoint.module())
-        for name, stack in config.stacks.items():
-            for site in (*stack.sites, *stack.targets):
-                sites.check(site, widths, f"stacks.{name}.site")
-        module = checkpoint.module(1 + max(map(sites.layer_of, config.sites)), mesh)
-        program = Program.build(config, mesh, module, special_tokens=(0,))
+        program = Program.build(config, mesh, checkpoint, special_tokens=(0,))
         shape = (config.rows_per_call, config.data.context_length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(mesh, "data"))
-        return cls(program, program.abstract_state(), abstract_params(module, config.lm.dtype), tokens)
+        return cls(program, program.abstract_state(), abstract_params(program.module, config.lm.dtype), tokens)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -210,18 +204,9 @@ def _range(values: dict[str, float], form: str) -> str:
 
 def mesh_of(config: Experiment, topology: Topology) -> Any:
     """The mesh: of devices to compile for, or, where there is no compiler, its shape alone."""
-    devices = topology.devices()
-    latent, size = config.mesh.latent, topology.size
-    if size % latent:
-        raise ConfigError("mesh.latent", f"is {latent}; {topology} has {size} devices, write a divisor of that")
-    data = config.mesh.data or size // latent
-    if data * latent != size:
-        raise ConfigError(
-            "mesh.data",
-            f"is {data}, times mesh.latent {latent}, but {topology} has {size} devices; write {size // latent}, or 0",
-        )
+    devices, sizes = topology.devices(), mesh_lib.shape(config.mesh, topology.size)
     if devices is None:
-        return AbstractMesh((data, latent), ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
+        return AbstractMesh(sizes, ("data", "latent"), axis_types=(AxisType.Auto,) * 2)
     return mesh_lib.make_mesh(config.mesh, devices)
 
 

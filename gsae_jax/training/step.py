@@ -16,9 +16,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
+from gsae_jax import loggers
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import buffer, masking, scaling, sources
 from gsae_jax.config import ConfigError
+from gsae_jax.data import rows
 from gsae_jax.lms import loading
+from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.sites import check as check_site
+from gsae_jax.lms.sites import layer_of
 from gsae_jax.saes import parameters
 from gsae_jax.training import optimiser, resampling
 from gsae_jax.training.stacks import Stack, StackState
@@ -65,10 +71,25 @@ class Program:
 
     @classmethod
     def build(
-        cls, config: config_lib.Experiment, mesh: Mesh, module: Any, special_tokens: tuple[int, ...]
+        cls, config: config_lib.Experiment, mesh: Any, checkpoint: Checkpoint, special_tokens: tuple[int, ...]
     ) -> "Program":
-        """Raises `ConfigError` for a stack that cannot be built."""
-        widths = loading.site_widths(module)
+        """The program of an experiment, from the settings of its language model alone; the trainer's and the planner's.
+
+        Raises:
+            ConfigError: a size that the mesh does not divide; a corpus, logger or architecture that does not exist; a
+                site or context that the language model does not have; or a stack that cannot be built.
+        """
+        mesh_lib.check(config, mesh)
+        rows.corpus(config.data)
+        loggers.check_names(config.loggers)
+        whole = checkpoint.module()
+        loading.check_context(whole, config.data.context_length)
+        widths = loading.site_widths(whole)
+        for name, read in config.stacks.items():
+            for field, names in (("site", read.sites), ("target", read.targets)):
+                for site in names:
+                    check_site(site, widths, f"stacks.{name}.{field}")
+        module = checkpoint.module(1 + max(map(layer_of, config.sites)), mesh)
         stacks = tuple(
             Stack.build(name, stack, widths, config.train.compute_dtype) for name, stack in config.stacks.items()
         )

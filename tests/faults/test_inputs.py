@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gsae_jax
-from configs import base
-from gsae_jax import cli, metrics_log
+from gsae_jax import cli, experiment_config, metrics_log, stack_config
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import workdir as workdir_lib
@@ -105,7 +104,7 @@ def a_tree(draw, content):
 
 
 def an_override(draw, folder):
-    tree = base.get_config().to_dict() | {"stacks": {"a": base.stack("gated", SITE, 64, (0.1,)).to_dict()}}
+    tree = experiment_config().to_dict() | {"stacks": {"a": stack_config("gated", SITE, 64, (0.1,)).to_dict()}}
     path = ".".join(map(str, draw.choice(mutants.paths(tree))))
     path = draw.choice((path,) * 6 + (f"{path}.x", f"{path}[0]", path[1:], f"{path}.", "__class__", "to_dict"))
     values = [repr(value) for value in mutants.VALUES if value is not mutants.DEEP]
@@ -155,9 +154,8 @@ def digest(file):
 
 def use_config(folder):
     experiment = config_lib.from_dict(Experiment, json.loads((folder / "config.json").read_text()))
-    mesh = mesh_lib.make_mesh(experiment.mesh)
-    mesh_lib.check(experiment, mesh)
-    loop.build(experiment, mesh, Checkpoint.open(experiment.lm.path, experiment.lm.revision))
+    checkpoint = Checkpoint.open(experiment.lm.path, experiment.lm.revision)
+    loop.build(experiment, mesh_lib.make_mesh(experiment.mesh), checkpoint)
 
 
 def parsed(argument):
@@ -348,13 +346,13 @@ ANYTHING = st.recursive(
     lambda inner: st.one_of(st.lists(inner), st.tuples(inner), st.dictionaries(st.text(), inner)),
     max_leaves=5,
 )
-STACKS = {"stacks": {"a": base.stack("gated", SITE, 64, (0.1,)).to_dict()}}
-FIELDS = [path for path in mutants.paths(base.get_config().to_dict() | STACKS) if isinstance(path[-1], str)]
+STACKS = {"stacks": {"a": stack_config("gated", SITE, 64, (0.1,)).to_dict()}}
+FIELDS = [path for path in mutants.paths(experiment_config().to_dict() | STACKS) if isinstance(path[-1], str)]
 COUNTS = {"max_examples": 100, "deadline": None, "derandomize": True}
 
 
 def experiment_with(changes):
-    tree = json.loads(json.dumps(base.get_config().to_dict() | STACKS))
+    tree = json.loads(json.dumps(experiment_config().to_dict() | STACKS))
     for (*above, key), value in changes:
         parent = tree
         for step in above:

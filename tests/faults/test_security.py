@@ -12,7 +12,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 import gsae_jax
-from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.data import rows as rows_lib
@@ -99,9 +98,7 @@ def test_a_data_set_imports_no_module(tmp_path, monkeypatch):
     (tmp_path / "tfds" / "small").rename(tmp_path / "tfds" / "stranger")  # which no code is known for
     (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = base.data()
-    config.corpus, config.name, config.data_dir = "tfds", "stranger", str(tmp_path / "tfds")
-    config = config_lib.from_dict(config_lib.Data, config)
+    config = config_lib.Data(corpus="tfds", name="stranger", data_dir=str(tmp_path / "tfds"))
     assert len(rows_lib.open_texts(config, "train")[0]) == 30
     features = tmp_path / "tfds" / "stranger" / "1.0.0" / "features.json"
     features.write_text(features.read_text().replace("tensorflow_datasets.core.features.text_feature", "foreign"))
@@ -129,7 +126,7 @@ def test_files_that_have_no_end_are_not_waited_for(folder, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     os.mkfifo(texts / "a.txt")
-    config = config_lib.from_dict(config_lib.Data, base.data().to_dict() | {"corpus": "text", "path": str(texts)})
+    config = config_lib.Data(corpus="text", path=str(texts))
     with pytest.raises(ConfigError, match=r"no \.txt, .* file matches"):
         rows_lib.open_texts(config, "train")
 

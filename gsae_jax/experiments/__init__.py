@@ -1,0 +1,80 @@
+"""The `ConfigDict` that a config file changes, and experiments that the package carries, each a file, by name.
+
+The fields, their defaults and what they mean stand in `gsae_jax/config.py`.
+"""
+
+import dataclasses
+import os
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gsae_jax import config as config_lib
+from gsae_jax import plugins
+from gsae_jax.config import ConfigError, known_names
+
+
+def experiment_config() -> ConfigDict:
+    """Every setting of an experiment with its default, and no stacks: what a config file changes and returns."""
+    return ConfigDict(_defaults(config_lib.Experiment))
+
+
+def stack_config(architecture: str, site: str, width: int, l1_coefficients: Any, **settings: Any) -> ConfigDict:
+    """A stack of an experiment: SAEs that differ in l1 coefficient, learning rate, seed and target L0 only.
+
+    Args:
+        architecture: a file of `gsae_jax/saes/`, such as "gated" or "relu".
+        site: a TransformerLens hook name.
+        width: features.
+        l1_coefficients: one for each SAE, or one for all.
+        settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`; every other name is an
+            option of the architecture, such as `tie_encoder=False` for a gated SAE.
+    """
+    config = _defaults(config_lib.Stack)
+    given = {"architecture": architecture, "site": site, "width": width, "l1_coefficients": l1_coefficients}
+    for name, value in (given | settings).items():
+        if name not in config:
+            config["options"][name] = value
+        elif isinstance(config[name], tuple):  # the command line changes tuples only
+            config[name] = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+        else:
+            config[name] = value
+    return ConfigDict(config)
+
+
+def pretrain_config() -> ConfigDict:
+    """Every setting of `python -m gsae_jax.pretrain` with its default, those of the embedded language model."""
+    return ConfigDict(_defaults(config_lib.Pretrain))
+
+
+def located(given: str) -> str:
+    """The path of a config file that was given as a path or by name, both with `:ARGUMENT` or without.
+
+    Raises:
+        ConfigError: neither a file nor the name of an experiment.
+    """
+    name, colon, argument = given.partition(":")
+    experiments = plugins.known("experiments", having="get_config")
+    if name in experiments:
+        return f"{experiments[name].__file__}{colon}{argument}"
+    if name and os.sep not in name and not name.endswith(".py") and not os.path.exists(name):
+        what = f"{name!r} is not the name of an experiment; {known_names(name, experiments)}"
+        raise ConfigError("--config", f"{what}; or write the path of a file, such as my_experiment.py")
+    return os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The fields of a dataclass with their defaults; those that have none are empty."""
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            tree[field.name] = _defaults(field.type)
+        elif field.default_factory is not dataclasses.MISSING:
+            tree[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            tree[field.name] = field.default
+        else:
+            tree[field.name] = () if typing.get_origin(field.type) is tuple else None
+    return tree
