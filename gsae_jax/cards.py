@@ -4,13 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gsae_jax import config as config_lib
 from gsae_jax import export, plugins, rendering, runs
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import report
-from gsae_jax.exchange import files
 from gsae_jax.saes import contract, trained
+from gsae_jax.storage import reading, writing
 
 
 def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
@@ -28,7 +27,7 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
         plugins.load("exchange", format, having="write", field="--format")
     records = _records(place)
     saes = runs.load(workdir, step=workdir_lib.reported_step(place), field="--workdir")
-    with files.new_folder(out) as folder:
+    with writing.new_folder(out) as folder:
         for format in formats:  # without SAEs that have diverged
             written = export.write(saes, format, folder / format)
             saes = {name: sae for name, sae in saes.items() if name in written}
@@ -45,7 +44,7 @@ def _records(place: workdir_lib.Workdir) -> list[dict[str, Any]]:
         place.config()  # says so where it is no run at all
         raise ConfigError("--workdir", f"{place.path} has no report; finish its training, or run gsae_jax.evaluate")
     try:
-        numbers = config_lib.parse_json(path.read_text())["saes"]
+        numbers = reading.load_json(path)["saes"]
         # A metric that is not a number is null there.
         records = [{name: math.nan if value is None else value for name, value in record.items()} for record in numbers]
         for record in records:

@@ -470,25 +470,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def parse_json(text: str) -> Any:
-    """JSON that anyone may have written.
-
-    Raises:
-        ValueError: it is not JSON, is nested too deeply, or has a name twice in one object.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name stands twice in one object")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
     """`field: a != b` for each leaf that differs between two JSON configs."""
     lines = []

@@ -12,8 +12,9 @@ from absl import flags
 
 from gsae_jax import cli, plugins, processes, runs
 from gsae_jax.config import ConfigError, known_names
-from gsae_jax.exchange import files, records
+from gsae_jax.exchange import records
 from gsae_jax.saes import trained
+from gsae_jax.storage import writing
 
 
 def export(path: str, format: str, out: str, name: str = "", step: int | None = None) -> list[str]:
@@ -37,7 +38,7 @@ def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]
     """Write a new folder with a folder for each SAE, or nothing; returns and raises what `export` does."""
     module = plugins.load("exchange", format, having="write", field="--format")
     diverged: dict[str, records.DivergedError] = {}
-    with files.new_folder(out) as folder:
+    with writing.new_folder(out) as folder:
         for sae in saes.values():
             try:
                 module.write(sae, folder / sae.name)

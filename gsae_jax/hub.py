@@ -9,8 +9,8 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from gsae_jax import cards, plugins
-from gsae_jax.buckets import line
 from gsae_jax.config import ConfigError
+from gsae_jax.storage.paths import error_line
 
 
 def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> str:
@@ -52,7 +52,7 @@ def _asking(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = f"{repo} cannot be written ({line(error)})"
+        why = f"{repo} cannot be written ({error_line(error)})"
         raise ConfigError(
             "--repo", f"{why}; run `hf auth login` with a token that may write there, or try again"
         ) from error

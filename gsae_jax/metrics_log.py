@@ -2,19 +2,13 @@
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from etils import epath
-
-from gsae_jax import config as config_lib
 from gsae_jax import loggers, processes
-from gsae_jax.buckets import is_bucket
 from gsae_jax.loggers import patient
-from gsae_jax.workdir import Workdir, is_file, write_text
+from gsae_jax.storage import paths, reading, writing
+from gsae_jax.workdir import Workdir
 
 
 class Metrics:
@@ -26,16 +20,13 @@ class Metrics:
     def __init__(self, workdir: Workdir, step: int, names: Sequence[str], config: dict[str, Any]):
         """`names`: of files of `gsae_jax/loggers/`; `config`: what they may say of the run."""
         path = workdir.path / "metrics.jsonl"
-        lines = _lines(path)
         kept = [line for line, logged in _logged(path) if line.endswith("\n") and logged["step"] <= step]
-        self._bucket, self._scratch, folder = None, None, workdir.path
-        if is_bucket(workdir.path):
-            self._bucket, self._scratch = workdir.path, tempfile.TemporaryDirectory(prefix="gsae_jax-")
-            folder = epath.Path(self._scratch.name)
-        if kept != lines or self._bucket:
-            write_text(folder / "metrics.jsonl", "".join(kept))
-        self._folder, self._file = folder, patient.File(Path(folder / "metrics.jsonl"))
-        run = loggers.Run(workdir.path, Path(folder).absolute(), step, config)
+        self._growing = workdir.path.growing()
+        grows = self._growing.folder / "metrics.jsonl"
+        if kept != _lines(paths.of(grows)):
+            writing.write_text(grows, "".join(kept))
+        self._file = patient.File(grows)
+        run = loggers.Run(workdir.path, self._growing.folder.absolute(), step, config)
         self._loggers = [loggers.module(name).open_logger(run) for name in names]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -58,22 +49,17 @@ class Metrics:
             logger.write(step, numbers)
 
     def sync(self) -> None:
-        """Put what was written into the bucket; a local directory has it already."""
-        if self._bucket:
-            for logger in self._loggers:
-                logger.flush()
-            for folder, _, names in os.walk(self._folder):
-                for file in (epath.Path(folder) / name for name in names if not Path(folder, name).is_symlink()):
-                    file.copy(self._bucket / file.relative_to(self._folder), overwrite=True)
+        """Have the run directory hold what was written, also if it is in a bucket."""
+        for logger in self._loggers:
+            logger.flush()
+        self._growing.sync()
 
     def close(self, complete: bool) -> None:
         """Flush all; `complete`: the run is at its last step."""
         self._file.close()
         for logger in self._loggers:
             logger.close(complete)
-        self.sync()
-        if self._scratch:
-            self._scratch.cleanup()
+        self._growing.close()
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
@@ -85,20 +71,20 @@ def _or_null(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _lines(path: epath.Path) -> list[str]:
+def _lines(path: paths.Path) -> list[str]:
     # What a crash of the machine leaves need not be UTF-8.
-    return path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True) if is_file(path) else []
+    return path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
 
 
-def _logged(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _logged(path: paths.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a file of metrics, and their values; warns of each line that cannot be read."""
     for number, line in enumerate(_lines(path), 1):
         try:
-            logged = config_lib.parse_json(line)
+            logged = reading.parse_json(line)
             numbers = [value for each in logged.values() for value in (each if isinstance(each, list) else [each])]
             if type(logged["step"]) is not int or not all(x is None or isinstance(x, int | float) for x in numbers):
                 raise ValueError
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError):
             if line.endswith("\n"):  # else it was being written when its process ended
                 processes.warn(f"{path} line {number} is not a line of metrics and is left out")
         else:

@@ -10,9 +10,9 @@ import jax
 import tqdm
 from etils import epath
 
-from gsae_jax import buckets, metrics_log, processes, runs
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax import metrics_log, processes, runs
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, HeldOut, TrainingError
 from gsae_jax.data import rows
@@ -20,6 +20,7 @@ from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
+from gsae_jax.storage import paths, writing
 from gsae_jax.storage.facts import Facts
 
 
@@ -126,7 +127,7 @@ def _check_inputs(
         raise ConfigError(
             "lm.path", f"{why}; if the run's model lies elsewhere now, write --model DIRECTORY"
         ) from error
-    moved = buckets.absolute(settings.lm.path) != buckets.absolute(run.lm.path)
+    moved = paths.absolute(settings.lm.path) != paths.absolute(run.lm.path)
     if facts.lm or not moved:
         workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), field)
     else:
@@ -171,9 +172,7 @@ def evaluate_saes(
         ConfigError: SAEs that cannot be read, are not of this model or name another one where none was given, too
             little text, or an `out` that exists.
     """
-    buckets.check("--out", out)
-    if epath.Path(out).exists():
-        raise ConfigError("--out", f"{out} exists, and nothing is overwritten; write the name of a new folder")
+    writing.check_new(out, "--out")
     points = report.read_published(published) if published else []
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
     saes: dict[str, trained.SAE] = {}

@@ -10,15 +10,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from gsae_jax import buckets, plugins, processes
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax import plugins, processes
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.evaluation import measure
 from gsae_jax.exchange import imports
 from gsae_jax.lms import checkpoints
 from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.storage import paths
 from gsae_jax.storage.facts import Facts
 
 EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
@@ -41,12 +42,11 @@ def load(
             another format, everything that does not fit.
     """
     workdir = workdir_lib.Workdir(path, field)
-    bucket = buckets.is_bucket(path)
-    if imported := {} if bucket else imports.read(Path(os.path.expanduser(path))):
+    if imported := imports.read(workdir.path.local) if workdir.path.local else {}:
         if step is not None:
             raise ConfigError("step", f"is {step}, and {path} is no run; leave it out")
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
-    if not bucket and not workdir.holds_run():
+    if workdir.path.local and not workdir.holds_run():
         raise ConfigError(field, _nothing(os.fspath(path)))
     config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
@@ -169,7 +169,8 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
 
 def _members_of(start: str, field: str) -> list[trained.SAE]:
     """The SAEs that `start_from`, called `field`, names: a stack of a run, or whatever SAEs lie in a path."""
-    if elsewhere := {} if buckets.is_bucket(start) else imports.read(Path(os.path.expanduser(start))):
+    local = paths.of_user(field, start).local
+    if elsewhere := imports.read(local) if local else {}:
         if len(kinds := {(sae.architecture, sae.config, sae.sites, sae.targets) for sae in elsewhere.values()}) > 1:
             raise ConfigError(field, f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
         return list(elsewhere.values())

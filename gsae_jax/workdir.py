@@ -10,11 +10,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gsae_jax import buckets, processes
 from gsae_jax import config as config_lib
-from gsae_jax.buckets import is_bucket
+from gsae_jax import processes
 from gsae_jax.config import ConfigError
+from gsae_jax.storage import paths, reading, writing
 from gsae_jax.storage.facts import Facts
 
 LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
@@ -36,18 +33,6 @@ SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")  # of a checkpoint; orbax
 FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
 # Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
 LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
-PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
-
-
-class _LocalPath(epath.gpath.PosixGPath):
-    """A local path whose own characters are literal in `glob`, where epath takes them for a pattern.
-
-    orbax looks for the files of a checkpoint by `glob`. It passes on the path that it was given, and what it makes of
-    it has this class too.
-    """
-
-    def glob(self, pattern: str) -> Iterator["_LocalPath"]:
-        return map(type(self), Path(self).glob(pattern))
 
 
 class Workdir:
@@ -59,15 +44,11 @@ class Workdir:
         Raises:
             ConfigError: no path, a URL of another kind, or gs:// without the packages for it.
         """
-        config_lib.check_text(field, os.fspath(path))
-        buckets.check(field, path)
-        if not is_bucket(path) and not os.path.lexists(path):
-            path = os.path.expanduser(path)  # shells leave the ~ of --workdir=~/x to programs
-        self.path, self.field = epath.Path(path) if is_bucket(path) else _LocalPath(path), field
-        self._lock = filelock.FileLock(self.path / LOCK) if not is_bucket(self.path) else None
+        self.path, self.field = paths.of_user(field, path), field
+        self._lock = self.path.lock(LOCK)
 
     @property
-    def report(self) -> Path:
+    def report(self) -> paths.Path:
         """Where the report goes."""
         return self.path / "report"
 
@@ -127,10 +108,10 @@ class Workdir:
     def _problem(self, step: int, parts: tuple[str, ...] = ("",)) -> str | None:
         """What is wrong with the files of a checkpoint, or of these parts of it, in a few words."""
         folder = self.path / "checkpoints" / str(step)
-        if not is_file(folder / MANIFEST):
+        if not (folder / MANIFEST).is_file():
             return f"{MANIFEST} is missing"
         try:
-            manifest = config_lib.parse_json((folder / MANIFEST).read_text())
+            manifest = reading.load_json(folder / MANIFEST)
             files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             return f"{MANIFEST} cannot be read ({type(error).__name__})"
@@ -145,7 +126,7 @@ class Workdir:
                 return f"{MANIFEST} names {name}"
             if not name.startswith(parts):
                 continue
-            if not is_file(file):
+            if not file.is_file():
                 return f"{name} is missing"
             if file.stat().length != size:
                 return f"{name} has {file.stat().length} bytes, not {size}"
@@ -168,20 +149,8 @@ class Workdir:
             why = f"the facts of checkpoint {step} in {self.path} are not as they were written ({error})"
             raise ConfigError(self.field, f"{why}; put its own back") from error
 
-    def _item(self, step: int, name: str) -> epath.Path:
-        return _absolute(self.path / "checkpoints" / str(step) / name)
-
-    def _is_empty(self) -> bool:
-        if not is_bucket(self.path):
-            return not self.path.exists() or (
-                self.path.is_dir() and all(entry.name == LOCK for entry in self.path.iterdir())
-            )
-        try:
-            names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(PROBE)}
-        except FileNotFoundError:
-            return True
-        # A folder that someone made lists itself, and so does a file.
-        return not names or (names == {self.path.name} and self.path.is_dir())
+    def _item(self, step: int, name: str) -> paths.Path:
+        return (self.path / "checkpoints" / str(step) / name).absolute()
 
     def config(self) -> dict[str, Any]:
         """The JSON config of the run.
@@ -190,34 +159,25 @@ class Workdir:
             ConfigError: the directory holds no run, or cannot be read.
         """
         path = self.path / "config.json"
-        self._check_path()
+        self.path.check_name(self.field)
         try:
-            if path.exists() and not is_file(path):
-                raise ValueError("it is not a file")
-            return config_lib.parse_json(path.read_text())
+            return reading.load_json(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 self.field, f"{self.path} holds no run (no config.json); write the directory of a training run"
             ) from error
         except ValueError as error:
-            raise ConfigError(self.field, f"{path} is not JSON: {error}; put the run's own back") from error
+            raise ConfigError(self.field, f"{path} is not a JSON object ({error}); put the run's own back") from error
         except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
-            if not is_bucket(self.path):
-                raise ConfigError(self.field, f"{path} cannot be read ({error}); write a run that can be") from error
-            raise ConfigError(
-                self.field,
-                f"{self.path} cannot be read ({buckets.line(error)}); log in to an account that may read it",
-            ) from error
+            raise ConfigError(self.field, path.unreadable(error)) from error
 
     def holds_run(self) -> bool:
         """Whether the directory is a run's; directories of language models have a `config.json` as well."""
-        if not is_file(self.path / "config.json"):
+        if not (self.path / "config.json").is_file():
             return False
         try:
-            tree = config_lib.parse_json((self.path / "config.json").read_text())
-        except (OSError, ValueError):
-            tree = None
-        if not isinstance(tree, dict):  # it may be a run's, and damaged
+            tree = reading.load_json(self.path / "config.json")
+        except (OSError, ValueError):  # it may be a run's, and damaged
             return (self.path / "checkpoints").is_dir()
         # Configs of language models may have a seed as well.
         known = tree.keys() & {field.name for field in dataclasses.fields(config_lib.Experiment)}
@@ -259,7 +219,7 @@ class Workdir:
                     f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
                     f"{'; '.join(differing)}",
                 )
-        elif not self._is_empty() and not self.holds_run():
+        elif not self.path.is_empty(ignored=LOCK) and not self.holds_run():
             raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
 
     def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str], field: str) -> None:
@@ -273,7 +233,7 @@ class Workdir:
         """
         recorded = facts.lm
         if not recorded:  # of an earlier version: where it lay is all that is known of it
-            there, here = ((buckets.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
+            there, here = ((paths.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
             if there != here:
                 was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
                 raise ConfigError(
@@ -309,38 +269,10 @@ class Workdir:
         if self._lock is not None:
             self._lock.release()
 
-    def _check_path(self) -> None:
-        """Raises `ConfigError` for a path that tensorstore or gcsfs takes for another one."""
-        if is_bucket(self.path):
-            refused, reason = "[]*?\\", "which bucket clients take for patterns"
-        else:
-            refused, reason = "\\", "which the checkpoint library takes for a slash, so that it would write elsewhere"
-        path = os.fspath(_absolute(self.path))
-        if wrong := [char for char in refused if char in path]:
-            raise ConfigError(self.field, f"{path} contains {' '.join(wrong)}, {reason}; write a path without it")
-
     def check_writable(self) -> None:
         """Raises `ConfigError` if nothing can be written here."""
-        self._check_path()
-        if not is_bucket(self.path):
-            parent = next(folder for folder in (self.path, *_absolute(self.path).parents) if folder.is_dir())
-            if not os.access(parent, os.W_OK | os.X_OK):
-                raise ConfigError("--workdir", f"{parent} is not writable; write a directory that is")
-            try:  # even root may not write everywhere; a temporary file has no name, so nothing is left behind
-                tempfile.TemporaryFile(dir=os.path.realpath(parent)).close()
-            except OSError as error:
-                raise ConfigError("--workdir", f"{parent} is not writable ({error}); write one that is") from error
-            return
-        probe = self.path / f"{PROBE}{uuid.uuid4().hex}"
-        try:
-            probe.write_text("")
-            probe.unlink()
-        except Exception as error:  # as in `config`
-            raise ConfigError(
-                "--workdir",
-                f"{self.path} cannot be written ({buckets.line(error)}); write a bucket that exists, and log in to "
-                "an account that may read, write, list and delete in it",
-            ) from error
+        self.path.check_name(self.field)
+        self.path.check_writable("--workdir")
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory and write the config, with absolute paths.
@@ -352,14 +284,13 @@ class Workdir:
             ConfigError: the disk is full, or another process trains here.
         """
         try:
-            if not is_bucket(self.path):  # which has no directories
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.hold()
+            self.path.make_folder()
+            self.hold()
             located = _located(config)
             if self.latest_step() is not None:
                 free = {group: config[group] for group in FREE if group in config}
                 located = _as_recorded(located, self.config()) | free
-            write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
+            writing.write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(
                 "--workdir", f"{self.path} cannot be written ({error}); write another directory"
@@ -371,7 +302,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Workdir, config: config_lib.Checkpoint):
         """`config`: which to keep."""
-        self._folder, self._config, self._saving = _absolute(workdir.path / "checkpoints"), config, 0
+        self._folder, self._config, self._saving = (workdir.path / "checkpoints").absolute(), config, 0
         self._saved: dict[str, Any] = {}  # what is being saved: trees of `ShapeDtypeStruct`s, and what JSON holds
         self._manager = self._open()
 
@@ -426,7 +357,7 @@ class Checkpoints:
         self._read_back(folder)
         files = {
             str(file.relative_to(folder)): (file.stat().length, _file_digest(file))
-            for file in _files(folder)
+            for file in paths.files_below(folder)
             if str(file.relative_to(folder)) not in SEALS
         }
         digest = _digest(json.dumps(files, sort_keys=True).encode())
@@ -493,19 +424,9 @@ def reported_step(workdir: Workdir) -> int | None:
     """The step that the report is about; reports of earlier versions do not say, and were written at the end."""
     path = workdir.report / "report.json"
     try:
-        return json.loads(path.read_text()).get("step", workdir.latest_step())
-    except (FileNotFoundError, ValueError, AttributeError):
+        return reading.load_json(path).get("step", workdir.latest_step())
+    except (FileNotFoundError, ValueError):
         return None
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    if is_bucket(path):  # which has no other way
-        path.write_text(text)
-        return
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 @contextlib.contextmanager
@@ -515,7 +436,7 @@ def _readable(where: epath.Path, step: int, field: str = "--workdir") -> Iterato
         yield
     except Exception as error:
         # They append all that they know of the array.
-        why = f"checkpoint {step} in {where} cannot be read ({buckets.line(error)[:300]})"
+        why = f"checkpoint {step} in {where} cannot be read ({paths.error_line(error)[:300]})"
         raise ConfigError(field, f"{why}; put its files back, or write another directory") from error
 
 
@@ -524,7 +445,7 @@ def _located(config: Mapping[str, Any]) -> dict[str, Any]:
     groups = {group: dict(config.get(group, {})) for group in LOCATIONS}
     for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
         if field in groups[group]:
-            groups[group][field] = buckets.absolute(groups[group][field])
+            groups[group][field] = paths.absolute(groups[group][field])
     return {**config, **{group: fields for group, fields in groups.items() if group in config}}
 
 
@@ -560,20 +481,6 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def is_file(path: epath.Path) -> bool:
-    """Whether it is one that can be read to its end; epath takes pipes and devices for files."""
-    return path.is_file() if is_bucket(path) else os.path.isfile(path)
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """All of them, those of folders in it too."""
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            yield from _files(entry)
-        else:
-            yield entry
-
-
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -581,8 +488,3 @@ def _digest(content: bytes) -> str:
 def _file_digest(path: epath.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-    """As orbax wants local paths; epath's own `absolute` takes gs:// for one."""
-    return path if is_bucket(path) else _LocalPath(Path(path).absolute())

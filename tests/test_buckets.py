@@ -34,6 +34,7 @@ from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluation import report, tables
 from gsae_jax.lms import loading
+from gsae_jax.storage import paths
 from gsae_jax.training import loop
 from tests.test_data import ALL, data_config
 from tests.test_processes import SHORT
@@ -140,7 +141,7 @@ def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
     monkeypatch.setattr(Folder, "refused", "403:\nno")
     with pytest.raises(ConfigError, match=r"x cannot be written \(RuntimeError: 403: no\); write a bucket that exists"):
         workdir.check(config)
-    with pytest.raises(ConfigError, match=r"x cannot be read \(RuntimeError: 403: no\); log in"):
+    with pytest.raises(ConfigError, match=r"x/config.json cannot be read \(RuntimeError: 403: no\); log in"):
         workdir.config()
 
 
@@ -166,7 +167,7 @@ def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
     assert steps() == [4, 8]
     resumed = metrics_log.Metrics(workdir, 4, ("tensorboard",), {})
     resumed.write(12, {"loss": [1.0, 2.0]})
-    scratch = Path(resumed._scratch.name)
+    scratch = Path(resumed._growing.folder)
     resumed.close(complete=True)
     assert steps() == [4, 12]
     assert not scratch.exists()
@@ -235,7 +236,7 @@ def test_tokens_of_a_bucket_are_copied_to_the_machine(bucket, tmp_path, text_dir
 
     def on_machine(name, limit):
         monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / name))
-        shared = epath.Path("gs://bucket/data/tokens-1")
+        shared = paths.of("gs://bucket/data/tokens-1")
         return rows_lib._cached_tokens(shared, source, feature, tokenizer, 0, limit)[:]
 
     first = on_machine("first", 1000)

@@ -100,7 +100,7 @@ def as_pickle(folder):
             edit_index(misplace),
             r"model\.norm\.weight is in model-0000\d-of-0000\d\.safetensors, but not so in the index",
         ),
-        (lambda folder: (folder / INDEX).write_text("["), "index.json is not JSON"),
+        (lambda folder: (folder / INDEX).write_text("["), "index.json is not a JSON object"),
         (lambda folder: (folder / INDEX).write_text("[]"), "index.json is not a JSON object"),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": []}'), "index.json has no weight_map"),
         (
@@ -259,7 +259,7 @@ def test_transformer_lens_models_are_converted(lm_dir, tmp_path):
     lm, original = gsae_jax.load_lm(tmp_path / "out"), gsae_jax.load_lm(lm_dir)
     np.testing.assert_array_equal(lm.logits(tokens), original.logits(tokens))
     assert lm.tokenizer("import os")["input_ids"] == original.tokenizer("import os")["input_ids"]
-    with pytest.raises(ConfigError, match=r"OUT: .*out exists; write a new directory"):
+    with pytest.raises(ConfigError, match=r"OUT: .*out exists"):
         convert(str(source), tmp_path / "out")
 
 
@@ -317,7 +317,7 @@ def test_pickles_that_are_not_tensors_are_refused(lm_dir, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"OUT: .*file/out cannot be made"):
+    with pytest.raises(ConfigError, match=r"OUT: .*file/out cannot be written"):
         convert(str(source), tmp_path / "file" / "out")
 
 

@@ -220,7 +220,7 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
     twice = json.dumps(whole)[:-1] + ', "metadata": {}, "metadata": {}}'
     for text in ("", "[]", "{" * 200_000, '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "\udcff", twice):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
-        with pytest.raises(ConfigError, match=r"\.json: (cannot be read as JSON|is not a JSON object)"):
+        with pytest.raises(ConfigError, match=r"\.json: is not a JSON object"):
             gsae_jax.load(tmp_path / "a")
 
 
@@ -435,7 +435,7 @@ def test_other_folders_are_told_for_what_they_are(tmp_path, lm_dir):
         "sparsify": r"sparsify/layers\.0: is of EleutherAI's sparsify, whose architecture \(top-k\) is not supported",
         "sparsify/layers.1": r"sparsify/layers\.1: is of EleutherAI's sparsify",
         "empty": r"path: .*empty holds no run \(its config\.json is not one of a run\), and no SAE",
-        "lfs": r"sae_weights\.safetensors: .*is a pointer of git-lfs",
+        "lfs": r"sae_weights\.safetensors: .*is a git-lfs pointer",
         "trained": r'trained/config\.json: dict_class "AutoEncoderTopK" is not supported',
         "nowhere": r"path: .*nowhere is not here",
         "~nobody-is-called-so/x": r"path: .*is not here",

@@ -10,7 +10,6 @@ from gsae_jax import plugins
 PACKAGE = Path(gsae_jax.__file__).parent
 # Higher floors may import lower ones. Wings on one floor do not know each other; `runs` puts together what wings made.
 FLOOR = {
-    "buckets": 0,
     "config": 0,
     "mesh": 0,
     "plugins": 0,
@@ -20,10 +19,10 @@ FLOOR = {
     "lms": 1,
     "data": 1,
     "loggers": 1,
+    "storage": 1,
     "workdir": 1,
     "experiments": 1,
     "metrics_log": 1,
-    "storage": 1,
     "activations": 2,
     "exchange": 2,
     "evaluation": 3,
@@ -32,8 +31,10 @@ FLOOR = {
 ALLOWED_ON_ONE_FLOOR = {
     ("metrics_log", "workdir"),
     ("metrics_log", "loggers"),
+    ("metrics_log", "storage"),
     ("workdir", "storage"),
-    ("buckets", "config"),
+    ("lms", "storage"),  # who reads and writes files does it with storage's readers and writers
+    ("data", "storage"),
     ("plugins", "config"),
     ("mesh", "config"),
     ("processes", "config"),

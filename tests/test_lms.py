@@ -221,7 +221,7 @@ def several(tensors):
             lambda folder: (folder / "config.json").unlink(),
             "has no config.json; write a Hugging Face checkpoint directory",
         ),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a JSON object"),
         (edit_config(model_type="gelo"), r"type 'gelo', which is not supported; did you mean 'gelu'\? known: gelu"),
         (edit_config(d_mlp=None), "config.json lacks d_mlp"),
         (edit_config(d_head="8"), "config.json has d_head = '8'; it must be a whole number from 1"),

@@ -9,11 +9,12 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
-from gsae_jax import buckets, runs, train, workdir
 from gsae_jax import config as config_lib
+from gsae_jax import runs, train, workdir
 from gsae_jax.config import ConfigError
 from gsae_jax.reports import evaluate
 from gsae_jax.saes import parameters
+from gsae_jax.storage import paths
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults.test_inputs import digest, seal
@@ -190,7 +191,7 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
         "/elsewhere/*.txt": "/elsewhere/*.txt",
         "a" * 5000: "a" * 5000,
     }.items():
-        assert buckets.absolute(path) == expected
+        assert paths.absolute(path) == expected
     assert workdir.Workdir("~/[a]").path.exists()
 
 

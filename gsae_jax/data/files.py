@@ -28,8 +28,8 @@ import fsspec
 from etils import epath
 from fsspec.utils import glob_translate
 
-from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
+from gsae_jax.storage import paths
 
 KINDS = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".parquet")
 READABLE = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
@@ -85,7 +85,7 @@ def find(path: str, every_link: bool = False) -> Listing:
         raise ConfigError("data.path", "is empty; write a text file, a folder of them or a glob")
     stamps: dict[str, tuple[int, int]] = {}
     left_out: collections.Counter[str] = collections.Counter()
-    for file, stamp in (_in_bucket if is_bucket(path) else _on_disk)(path, every_link):
+    for file, stamp in (_on_disk if paths.of(path).local else _in_bucket)(path, every_link):
         if stamp is None:
             left_out[file] += 1
             continue

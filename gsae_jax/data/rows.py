@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-import shutil
 import tempfile
 import time
 import weakref
@@ -27,12 +26,11 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from etils import epath
 
-from gsae_jax import buckets, plugins, processes
 from gsae_jax import config as config_lib
-from gsae_jax.buckets import is_bucket
+from gsae_jax import plugins, processes
 from gsae_jax.config import ConfigError, TrainingError
+from gsae_jax.storage import paths, reading, writing
 
 RETRIES = (1, 5, 25)  # seconds after which a file that cannot be read is tried again
 PATIENCE = 0.5  # seconds of waiting for another process, after which the user is warned
@@ -125,22 +123,23 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
         ConfigError: an unknown corpus or split, unusable text, or a bucket that cannot be used.
     """
     where = config.data_dir or tfds.core.constants.DATA_DIR
-    _check_bucket("data.path", config.path)
-    _check_bucket("data.data_dir", where)
+    paths.check_readable("data.path", config.path)
+    paths.check_readable("data.data_dir", where)
     builder, feature = corpus(config).open_corpus(config)
     # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
     prepared = False
     with contextlib.redirect_stdout(io.StringIO()), _writable(config):
         if not builder.is_prepared():
-            if is_bucket(builder.data_dir):
+            folder = paths.of(builder.data_dir).local
+            if folder is None:
                 raise ConfigError(
                     "data.data_dir",
                     f"{builder.data_dir} is not there, and TFDS cannot prepare array_record files in a bucket; leave "
                     "data.data_dir empty, for a copy on each machine, or prepare in a local data.data_dir first and "
                     f"run `gcloud storage cp --recursive DATA_DIR/* {where}`",
                 )
-            with _alone(Path(builder.data_dir)):
+            with _alone(folder):
                 builder, feature = corpus(config).open_corpus(config)  # another process may have prepared it meanwhile
                 builder.download_and_prepare()
             prepared = True
@@ -179,7 +178,7 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
     if config.prepend_bos and tokenizer.bos_token_id is None:
         raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS with an embedding; write False")
     source, feature = open_texts(config, split)
-    folder = epath.Path(source.dataset_info.data_dir)
+    folder = paths.of(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
     key = config_lib.fingerprint(FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str())
     with _writable(config):
@@ -289,19 +288,6 @@ def _writable(config: config_lib.Data) -> Iterator[None]:
         ) from error
 
 
-def _check_bucket(field: str, path: str) -> None:
-    """Raises `ConfigError` for a URL that cannot be read."""
-    buckets.check(field, path)
-    try:
-        epath.Path(path).exists()
-    except Exception as error:
-        if not is_bucket(path):
-            raise
-        raise ConfigError(
-            field, f"{path} cannot be read ({buckets.line(error)}); log in to an account that may read it"
-        ) from error
-
-
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Held while a folder is written, so that of several processes one does the work and the others wait."""
@@ -319,7 +305,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _cached_tokens(
-    shared: epath.Path,
+    shared: paths.Path,
     source: Any,
     feature: str,
     tokenizer: Any,
@@ -333,13 +319,12 @@ def _cached_tokens(
     if known is None:
         with _alone(folder):
             known = _known_tokens(folder, limit)
-            if known is None and is_bucket(shared):
+            if known is None and not shared.local:
                 known = _download_tokens(shared, folder, limit)
             if known is None:
                 known = _write_tokens(folder, source, feature, tokenizer, separator, limit, d_vocab)
-                if is_bucket(shared):
-                    for name in ("tokens.bin", "meta.json"):  # in this order: there are as many tokens as meta says
-                        epath.Path(folder / name).copy(shared / name, overwrite=True)
+                if not shared.local:
+                    paths.copy_files(folder, shared, last="meta.json")  # there are as many tokens as it says
     tokens = _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
     # They may have been kept for another language model, which has this tokenizer and more embeddings.
     if d_vocab is not None and known.get("largest", np.inf) >= d_vocab:
@@ -389,13 +374,12 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         raise ConfigError("lm.path", f"the tokenizer cannot read the text: {error}") from error
 
 
-def _on_disk(folder: epath.Path, limit: int) -> Path:
+def _on_disk(shared: paths.Path, limit: int) -> Path:
     """The folder itself; for one in a bucket, or one that can only be read, the folder of this machine's copy."""
-    local = tfds.core.constants.DATA_DIR
-    elsewhere = Path(tempfile.gettempdir() if is_bucket(local) else local) / folder.name
-    if is_bucket(folder):
+    elsewhere = (paths.of(tfds.core.constants.DATA_DIR).local or Path(tempfile.gettempdir())) / shared.name
+    folder = shared.local
+    if folder is None:
         return elsewhere
-    folder = Path(folder)
     if os.access(folder.parent, os.W_OK) or _known_tokens(folder, limit):
         return folder
     if _known_tokens(elsewhere, limit) is None:
@@ -403,14 +387,14 @@ def _on_disk(folder: epath.Path, limit: int) -> Path:
     return elsewhere
 
 
-def _known_tokens(folder: Path | epath.Path, limit: int) -> dict[str, Any] | None:
+def _known_tokens(folder: Path | paths.Path, limit: int) -> dict[str, Any] | None:
     """What the folder holds, if that is enough and whole; otherwise it is made again."""
     try:
-        known = json.loads((folder / "meta.json").read_text())
+        known = reading.load_json(folder / "meta.json")
         enough = known["complete"] or known["tokens"] >= limit
         size = known["tokens"] * np.dtype(known["dtype"]).itemsize
         # In a bucket, another machine may have put fewer tokens there since one wrote its meta.json.
-        return known if enough and epath.Path(folder / "tokens.bin").stat().length >= size else None
+        return known if enough and paths.of(folder / "tokens.bin").stat().length >= size else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -424,7 +408,7 @@ def _write_tokens(
     limit: int,
     d_vocab: int | None,
 ) -> dict[str, Any]:
-    with _whole(folder) as scratch:
+    with writing.whole_folder(folder) as scratch:
         largest = max(separator, *tokenizer.get_vocab().values())
         dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
         count, largest, complete = _tokenize(
@@ -435,30 +419,15 @@ def _write_tokens(
         return known
 
 
-def _download_tokens(shared: epath.Path, folder: Path, limit: int) -> dict[str, Any] | None:
+def _download_tokens(shared: paths.Path, folder: Path, limit: int) -> dict[str, Any] | None:
     """What the bucket's folder holds, if that is enough; the machine has a copy then."""
     known = _known_tokens(shared, limit)
     if known is None:
         return None
-    with _whole(folder) as scratch:
+    with writing.whole_folder(folder) as scratch:
         (shared / "tokens.bin").copy(scratch / "tokens.bin")
         (scratch / "meta.json").write_text(json.dumps(known))
     return known
-
-
-@contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """An empty directory that becomes `folder`, whole or not at all."""
-    for abandoned in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed: a lock is held here
-        shutil.rmtree(abandoned)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        yield scratch
-        scratch.chmod(0o755)  # mkdtemp's is private; prepared data may be shared
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _tokenize(

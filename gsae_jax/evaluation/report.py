@@ -2,13 +2,9 @@
 
 import base64
 import csv
-import fcntl
 import itertools
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,13 +15,12 @@ from etils import epath
 
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import rendering
-from gsae_jax.buckets import is_bucket
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.storage import writing
 
-SCRATCH = ".gsae_jax-report-"  # how the names of folders begin in which a report is written
 FIGURES = ("frontier", "gamma", "densities", "gates", "training")
 FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for figure in FIGURES))
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
@@ -102,40 +97,9 @@ def write(
         gates_of: of `gates`.
         published: points to draw beside ours.
     """
-    bucket = is_bucket(folder)
-    if not bucket:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for scratch in Path(folder.parent).glob(f"{SCRATCH}*"):
-            if (abandoned := _hold(scratch)) is not None:  # by a process that was killed
-                shutil.rmtree(scratch)
-                os.close(abandoned)
-    scratch = Path(tempfile.mkdtemp(dir=None if bucket else folder.parent, prefix=SCRATCH))
-    held = _hold(scratch)
-    try:
-        scratch.chmod(0o755)
+    # report.json, which says that a run is finished, comes last.
+    with writing.whole_folder(folder, last="report.json") as scratch:
         _write_files(scratch, step, records, sums, training, gates_of, published)
-        if bucket:
-            # report.json, which says that a run is finished, comes last.
-            for path in sorted(scratch.iterdir(), key=lambda path: path.name == "report.json"):
-                epath.Path(path).copy(folder / path.name, overwrite=True)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if held is not None:
-            os.close(held)
-
-
-def _hold(folder: Path) -> int | None:
-    """A descriptor that holds a folder until it is closed or its process ends; None where another process does."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _write_files(

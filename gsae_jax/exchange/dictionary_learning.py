@@ -15,6 +15,7 @@ import numpy as np
 from gsae_jax.config import ConfigError
 from gsae_jax.exchange import files, records
 from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.storage import reading, writing
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 # Its class -> (our architecture, {our name: its name}).
@@ -78,7 +79,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
         theirs: torch.from_numpy(np.array(params[ours].T if _turned(theirs) else params[ours], order="C"))
         for ours, theirs in names.items()
     }
-    with files.new_folder(path) as folder:
+    with writing.new_folder(path) as folder:
         files.write_json(folder / CONFIG, config)
         with open(folder / WEIGHTS, "wb") as file:  # torch writes the name of a path into the file
             torch.save(state, file)
@@ -95,7 +96,7 @@ def read(path: Path) -> trained.SAE:
     Raises:
         ConfigError: everything that does not fit, or that we do not have; or without torch.
     """
-    config = files.read_json(path / CONFIG)
+    config = reading.read_json(path / CONFIG, strict=True)
     trainer: Any = config.get("trainer")
     ours: Any = config.get(records.KEY)
     files.check_supported(path / CONFIG, trainer, TRAINER, ("dict_class",))
@@ -153,7 +154,8 @@ def _contents(file: Path) -> files.Contents:
         if sum(value.numel() * value.element_size() for value in state.values()) > file.stat().st_size:
             raise ValueError("its tensors are larger than the file")
     except Exception as error:  # torch's readers have errors of many kinds
-        why = files.why(file, error).split("\n")[0]
+        reading.check_fetched(file)
+        why = str(error).split("\n")[0]
         raise ConfigError(str(file), f"cannot be read as weights of torch ({why}); copy or save it again") from error
     about = {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()}
     return about, lambda name: state[name].detach().float().numpy()

@@ -1,26 +1,20 @@
-"""What the formats share: folders that appear whole, and files that are checked before their tensors are read.
+"""What the formats share: files that are checked before their tensors are read.
 
 Nothing here allocates more than about the size of the file that asks for it.
 """
 
-import contextlib
 import json
 import math
-import os
-import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 
-from gsae_jax import config
 from gsae_jax.config import ConfigError
-from gsae_jax.lms.weights import LFS
+from gsae_jax.storage import reading
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Shape = tuple[int, ...]
@@ -28,53 +22,9 @@ Shape = tuple[int, ...]
 Contents = tuple[dict[str, tuple[Shape, str]], Callable[[str], np.ndarray]]
 
 
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, which appears under its name when it is whole, and not at all where that fails.
-
-    Raises:
-        ConfigError: the path exists, or cannot be written.
-    """
-    if re.match(r"\w\w+:/", os.fspath(path)):
-        raise ConfigError(os.fspath(path), "is not a local path; write one, and copy what it holds")
-    path = Path(path).absolute()
-    scratch, made = None, []
-    try:
-        if os.path.lexists(path):
-            raise ConfigError(str(path), "exists, and nothing is overwritten; write the name of a new folder")
-        made = [parent for parent in path.parents if not parent.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".export-"))
-        scratch.chmod(0o755)
-        yield scratch
-        scratch.rename(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(str(path), f"cannot be written ({error}); write the name of a new folder") from error
-    finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # where it holds the folder
-                parent.rmdir()
-
-
 def write_json(file: Path, tree: Mapping[str, Any]) -> None:
     """JSON with sorted keys: equal contents are equal files."""
     file.write_text(json.dumps(tree, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises `ConfigError` where the file holds none."""
-
-    try:
-        tree = config.parse_json(file.read_text("utf-8"))
-        # What is not finite, or half a character, could not be written again.
-        json.dumps(tree, allow_nan=False, ensure_ascii=False).encode()
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(str(file), f"cannot be read as JSON ({error}); copy it again") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(str(file), "is not a JSON object; copy it again")
-    return tree
 
 
 def misfits(tree: Any, kinds: Mapping[str, tuple[Any, ...]], where: str = "") -> list[str]:
@@ -135,19 +85,12 @@ def safetensors_contents(file: Path) -> Contents:
         opened = safetensors.safe_open(file, "np")
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(str(file), f"cannot be read ({why(file, error)}); copy it again") from error
+        reading.check_fetched(file)
+        raise ConfigError(str(file), f"cannot be read ({error}); copy it again") from error
     about = {
         name: (tuple(part.get_shape()), FLOATS.get(part.get_dtype(), part.get_dtype())) for name, part in slices.items()
     }
     return about, opened.get_tensor
-
-
-def why(file: Path, error: Exception) -> str:
-    """What is wrong with a file; of files that git-lfs has not fetched there is only a pointer, a few lines of text."""
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
-        if opened.read(len(LFS)) == LFS:
-            return "it is a pointer of git-lfs; run `git lfs pull`, which fetches the file itself"
-    return str(error)
 
 
 def npz_contents(file: Path) -> Contents:
@@ -169,7 +112,8 @@ def npz_contents(file: Path) -> Contents:
                     raise ValueError(f"two of its parts are called {name}")
                 about[name] = (tuple(shape), dtype.name)
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ConfigError(str(file), f"cannot be read as an npz file ({why(file, error)}); copy it again") from error
+        reading.check_fetched(file)
+        raise ConfigError(str(file), f"cannot be read as an npz file ({error}); copy it again") from error
 
     def read(name: str) -> np.ndarray:
         with np.load(file, allow_pickle=False) as arrays:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gsae_jax.exchange import files, jumprelu, records
 from gsae_jax.saes import trained
+from gsae_jax.storage import reading, writing
 
 WEIGHTS, RECORD = "params.npz", "gsae_jax.json"
 TENSORS = ("W_dec", "W_enc", "b_dec", "b_enc", "threshold")
@@ -21,7 +22,7 @@ KINDS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), record
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
     sae = jumprelu.form(sae)
-    with files.new_folder(path) as folder:
+    with writing.new_folder(path) as folder:
         params: dict[str, Any] = records.held(sae, {"jumprelu": TENSORS})
         np.savez(folder / WEIGHTS, **{name: params[name] for name in TENSORS})
         told = {"site": sae.site, "metadata": sae.metadata, records.KEY: records.record(sae)}
@@ -43,7 +44,7 @@ def read(path: Path) -> trained.SAE:
     beside, told = weights.with_name(RECORD), None
     site, metadata = None, {}
     if beside.exists():
-        tree = files.read_json(beside)
+        tree = reading.read_json(beside, strict=True)
         faults = files.misfits(tree, KINDS)
         faults += [f"{name} is not known" for name in sorted(set(tree) - set(KINDS))]
         files.refuse(beside, faults)

@@ -13,6 +13,7 @@ import numpy as np
 from gsae_jax.config import INT32
 from gsae_jax.exchange import files, records
 from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.storage import reading
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 KINDS: dict[str, tuple[Any, ...]] = {
@@ -46,7 +47,7 @@ def read(path: Path) -> trained.SAE:
     Raises:
         ConfigError: everything that does not fit, or that we do not have.
     """
-    config = files.read_json(path / CONFIG)
+    config = reading.read_json(path / CONFIG, strict=True)
     files.check_supported(path / CONFIG, config, KINDS, ("sae_type", "act_fn", "norm_activation", "use_glu_encoder"))
     faults = files.misfits(config, KINDS)
     faults += [f"{name} is not known" for name in sorted(set(config) - set(KINDS))]

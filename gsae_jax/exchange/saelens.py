@@ -11,6 +11,7 @@ from gsae_jax import rendering
 from gsae_jax.config import ConfigError
 from gsae_jax.exchange import files, foreign, records
 from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.storage import reading, writing
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.54.12"  # whose format this is
@@ -54,7 +55,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     names = _tensors(sae.architecture)
     site = {"hook_name": sae.site} if sae.site else {}
     metadata = {"sae_lens_version": VERSION} | sae.metadata | site | {records.KEY: records.record(sae)}
-    with files.new_folder(path) as folder:
+    with writing.new_folder(path) as folder:
         safetensors.numpy.save_file({theirs: params[ours] for ours, theirs in names.items()}, folder / WEIGHTS)
         config = {
             "architecture": ARCHITECTURES[sae.architecture],
@@ -91,7 +92,7 @@ def read(path: Path) -> trained.SAE:
     Raises:
         ConfigError: everything that does not fit, or that we do not have.
     """
-    config = files.read_json(path / CONFIG)
+    config = reading.read_json(path / CONFIG, strict=True)
     files.check_supported(path / CONFIG, config, KINDS | EARLIER, ("architecture", "activation_fn_str"))
     if _is_earlier(config):
         raise ConfigError(

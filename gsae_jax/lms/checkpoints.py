@@ -21,6 +21,7 @@ from gsae_jax.config import ConfigError, known_names
 from gsae_jax.lms import gelu, hugging_face, partition, weights
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.transformer import Config, Model
+from gsae_jax.storage import reading, writing
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -244,7 +245,7 @@ def refuse_other_formats(folder: Path, field: str) -> None:
         raise ConfigError(field, f"{folder} has its weights as GGUF ({gguf[0]}); {GGUF}")
     adapters = [name for name in names if re.fullmatch(r"adapters?(_model)?\.(safetensors|bin|npz)", name)]
     if "adapter_config.json" in names and (adapters or "config.json" not in names):
-        base = weights.read_json(folder / "adapter_config.json", field).get("base_model_name_or_path")
+        base = reading.read_json(folder / "adapter_config.json", field).get("base_model_name_or_path")
         raise ConfigError(
             field,
             f"{folder} is an adapter (LoRA) for {base or 'another model'!r}, not a whole model; merge the two with "
@@ -259,7 +260,7 @@ def read_settings(folder: Path, field: str) -> dict[str, Any]:
             field,
             f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
         )
-    return weights.read_json(folder / "config.json", field)
+    return reading.read_json(folder / "config.json", field)
 
 
 def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any, Config]:
@@ -331,15 +332,18 @@ def abstract_params(module: Model, dtype: str) -> dict[str, Any]:
 
 
 def save(folder: Path, config: Config, params: Any, tokenizer: Any) -> None:
-    """Write a GELU model as a checkpoint directory: bfloat16 weights, `config.json`, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a GELU model as a new checkpoint directory: bfloat16 weights, `config.json`, tokenizer.
+
+    Raises:
+        ConfigError: the directory exists and is not empty, or cannot be written.
+    """
     flat = flax.traverse_util.flatten_dict(params)
     tensors = {".".join(path): np.asarray(value, jnp.bfloat16) for path, value in flat.items()}
-    safetensors.numpy.save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "flax"})
-    (folder / "config.json").write_text(
-        json.dumps(gelu.settings(config) | {"torch_dtype": "bfloat16"}, indent=2) + "\n"
-    )
-    tokenizer.save_pretrained(folder)
+    settings = gelu.settings(config) | {"torch_dtype": "bfloat16"}
+    with writing.new_folder(folder, or_empty=True) as scratch:
+        safetensors.numpy.save_file(tensors, scratch / weights.WEIGHTS, metadata={"format": "flax"})
+        (scratch / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        tokenizer.save_pretrained(scratch)
 
 
 def _shapes(module: Model) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:

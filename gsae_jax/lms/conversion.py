@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import checkpoints, weights
 from gsae_jax.lms import tokenizer as tokenizer_lib
+from gsae_jax.storage import reading, writing
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
@@ -27,8 +26,7 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
         ConfigError: no pickle there, one that holds more than tensors, a model that we lack, or an `out` that exists.
     """
     out = out.expanduser().resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("OUT", f"{out} exists; write a new directory")
+    writing.check_new(out, "OUT", or_empty=True)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         patterns = ("*.json", "*.model", "*.txt", "*.jinja", "pytorch_model*.bin", "model_final.pth")
@@ -43,14 +41,7 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
         importlib.import_module("torch")
     except ImportError as error:
         raise ConfigError("SRC", "is a pickle, which only torch can read: pip install '.[torch]'") from error
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
-    except OSError as error:
-        raise ConfigError("OUT", f"{out} cannot be made: {error}") from error
-    with temporary as scratch:
-        made = Path(scratch) / out.name
-        made.mkdir()
+    with writing.new_folder(out, "OUT", or_empty=True) as made:
         (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         own = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
         _copy_tokenizer(tokenizer or (folder if own else settings.get("tokenizer_name")), made, folder)
@@ -64,9 +55,6 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
             checkpoints.Checkpoint.open(made, field="SRC").check()
         except ConfigError as error:
             raise ConfigError("SRC", str(error).removeprefix("SRC: ").replace(str(made), str(folder))) from error
-        if out.exists():
-            out.rmdir()
-        os.replace(made, out)
 
 
 def _pickles(folder: Path) -> list[Path]:
@@ -94,7 +82,7 @@ def _convert_file(file: Path, out: Path) -> list[str]:
     try:
         tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, those of zip files and those of pickles
-        weights.check_fetched(file, "SRC")
+        reading.check_fetched(file, "SRC")
         why = str(error).splitlines()[0]
         raise ConfigError("SRC", f"{file} cannot be read as a pickle of tensors alone: {why}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):

@@ -13,7 +13,8 @@ import tokenizers
 import transformers
 
 from gsae_jax.config import ConfigError
-from gsae_jax.lms import hugging_face, weights
+from gsae_jax.lms import hugging_face
+from gsae_jax.storage import reading
 
 FILE, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
@@ -32,7 +33,7 @@ def load(folder: Path, field: str) -> Any:
         ConfigError: no tokenizer files, files that cannot be read, or an EOS that they lack.
     """
     settings = {
-        name: weights.read_json(folder / name, field)
+        name: reading.read_json(folder / name, field)
         for name in ("config.json", FILE, CONFIG, MAP)
         if (folder / name).exists()
     }
@@ -114,7 +115,7 @@ def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> 
     for name in files:
         if not (folder / name).is_file():
             raise ConfigError(field, f"{folder / name} is not a file; write one that can be read to its end")
-        weights.check_fetched(folder / name, field)
+        reading.check_fetched(folder / name, field)
     if "vocab.json" not in files and files[-1].endswith(".model") and not importlib.util.find_spec("sentencepiece"):
         raise ConfigError(field, f"{folder / files[-1]} can only be read with sentencepiece: pip install sentencepiece")
     advice = f"copy the model's {FILE} there, or name its tokenizer_class in {CONFIG}"
@@ -132,7 +133,7 @@ def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> 
     if not read:
         raise ConfigError(field, f"{folder} has {', '.join(files)}, none of which {kind} reads; {advice}")
     if "vocab.json" in files and str(read).endswith("vocab.json"):
-        _check_vocabulary(tokenizer, weights.read_json(folder / "vocab.json", field), folder / "vocab.json")
+        _check_vocabulary(tokenizer, reading.read_json(folder / "vocab.json", field), folder / "vocab.json")
     if str(read).endswith(".model"):
         _compare_with_sentencepiece(tokenizer, read, f"{kind} reads {read} as other tokens", advice, field)
     return tokenizer

@@ -1,6 +1,5 @@
 """Weights in safetensors files: which tensor holds which parameter, in what layout, and how it gets onto its shards."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -17,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
+from gsae_jax.storage import reading
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = ("F32", "F16", "BF16")  # from fine to coarse
 # Fingerprints read all of weights up to WHOLE bytes. Of larger weights they read PAGES pages of each tensor.
 WHOLE, PAGE, PAGES = 2**28, 4096, 64
@@ -65,7 +63,7 @@ class Tensors:
                     self.faults.append(f"{name} is in {file}, but not so in the index")
 
     def _unreadable(self, file: Path, error: Exception) -> ConfigError:
-        check_fetched(file, self._field)
+        reading.check_fetched(file, self._field)
         return ConfigError(
             self._field, f"{file} cannot be read ({error}); it is truncated or not a safetensors file: copy it again"
         )
@@ -245,33 +243,10 @@ def finite(x: jax.Array) -> jax.Array:
 
 def read_index(file: Path, field: str) -> dict[str, str]:
     """The file that each tensor is in; raises `ConfigError` for what is no index, or names no files beside it."""
-    index = read_json(file, field).get("weight_map")
+    index = reading.read_json(file, field).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ConfigError(field, f"{file} has no weight_map from tensors to files; copy it again")
     for name in index.values():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}", name, re.ASCII):
             raise ConfigError(field, f"{file} names {name!r}, which is no file beside it; copy it again")
     return index
-
-
-def check_fetched(file: Path, field: str) -> None:
-    """Raises `ConfigError` for the stand-in that git leaves where a large file was not fetched."""
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
-        if opened.read(len(LFS)) == LFS:
-            raise ConfigError(
-                field, f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in {file.parent}"
-            )
-
-
-def read_json(file: Path, field: str) -> dict[str, Any]:
-    """A JSON object; raises `ConfigError` where the file holds none."""
-    if not file.is_file():
-        raise ConfigError(field, f"{file} is not a file; write one that can be read to its end")
-    try:
-        value = config_lib.parse_json(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        check_fetched(file, field)
-        raise ConfigError(field, f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(field, f"{file} is not a JSON object")
-    return value

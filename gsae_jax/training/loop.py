@@ -27,6 +27,7 @@ from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
+from gsae_jax.storage import reading, writing
 from gsae_jax.storage.facts import Facts
 from gsae_jax.training.step import Program, TrainState
 
@@ -380,15 +381,15 @@ class _Divergence:
         path = workdir.path / "diverged.json"
         if processes.first():
             try:
-                records = dict(config_lib.parse_json(path.read_text()))
-            except (OSError, ValueError, TypeError):
+                records = reading.load_json(path)
+            except (OSError, ValueError):
                 records = {}
             for sae in self.lost:
                 earlier, record = records.get(sae), self.skips[sae]
                 same = isinstance(earlier, dict) and earlier.get("step") == record["step"]
                 if earlier is None or not (same or record["tokens"] is None):
                     records[sae] = record
-            workdir_lib.write_text(path, json.dumps(records) + "\n")
+            writing.write_text(path, json.dumps(records) + "\n")
         since = ", ".join(f"{sae} since step {self.skips[sae]['step']:,}" for sae in self.lost)
         return (
             f"not finite in {self._config.train.max_skipped} updates in a row: {since}; step {step:,} is saved and "

@@ -148,7 +148,7 @@ def test_a_failed_save_removes_nothing_of_a_neighbour(tmp_path):
 
 @pytest.mark.parametrize("path", ["a\\b", "a\\[1\\]/run", "gs://bucket/l1=[1e-3]", "gs://bucket/a?b/run"])
 def test_a_path_that_libraries_take_for_another_is_refused(experiment, tmp_path, path, monkeypatch):
-    monkeypatch.setattr(workdir_lib.buckets, "check", lambda field, path: None)  # whether gs:// can be used here
+    monkeypatch.setattr(workdir_lib.paths, "check", lambda field, path: None)  # whether gs:// can be used here
     workdir = workdir_lib.Workdir(path if path.startswith("gs:") else tmp_path / path)
     for act in (workdir.check_writable, workdir.config, lambda: workdir.check(config_lib.to_dict(experiment))):
         with pytest.raises(ConfigError) as error:

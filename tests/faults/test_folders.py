@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import buckets, runs
 from gsae_jax import config as config_lib
+from gsae_jax import runs
 from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
 from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.storage import paths as storage_paths
 from gsae_jax.training import loop
 from tests import test_exchange
 from tests.conftest import tiny
@@ -126,7 +127,7 @@ def compare_places(folder):
         held_out = rows.held_out_rows(experiment, tokenizer, experiment.evaluation.tokens)
         assert (facts.rows, facts.held_out) == (train.fingerprint, held_out.fingerprint)
         assert set(gsae_jax.load(paths["run"])) == {"gated_0", "baseline_0"}
-        assert Path(buckets.absolute(paths["text"])).is_absolute()
+        assert Path(storage_paths.absolute(paths["text"])).is_absolute()
     assert Path.cwd() == here
 
 

@@ -520,6 +520,6 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
     with bounded():
         with pytest.raises(ConfigError, match=r"manifest\.json is missing"):
             workdir.sound_step()
-        with pytest.raises(ConfigError, match=r"config\.json is not JSON: it is not a file"):
+        with pytest.raises(ConfigError, match=r"config\.json is not a JSON object \(it is not a file"):
             workdir.config()
         assert metrics_log.read_metrics(workdir) == []

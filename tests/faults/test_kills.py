@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gsae_jax import workdir as workdir_lib
-from gsae_jax.evaluation import report
+from gsae_jax.storage import writing
 from tests.faults import commands
 
 # Where to wait before the random delay, and the delay's longest.
@@ -42,7 +42,7 @@ def kill_at(run, arguments, log, aim, chance):
     process.send_signal(signal.SIGKILL)
     process.wait()
     at = workdir_lib.Workdir(run).latest_step() or 0
-    inside = [path.name for path in [*unfinished(run), *run.glob(f"{report.SCRATCH}*")]]
+    inside = [path.name for path in [*unfinished(run), *run.glob(f"{writing.SCRATCH}*")]]
     return None if ended else f"{aim}: checkpoint {at}{', inside ' + ' '.join(inside) if inside else ''}"
 
 
@@ -82,4 +82,4 @@ def test_killed_and_resumed_is_uninterrupted(uninterrupted, tmp_path, kills):
     assert "Traceback" not in log.read_text()
     commands.assert_same(run, expected)
     assert not unfinished(run)
-    assert not list(run.glob(f"{report.SCRATCH}*"))
+    assert not list(run.glob(f"{writing.SCRATCH}*"))

@@ -4,10 +4,10 @@ import re
 from typing import Any
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError, known_names
+from gsae_jax.storage import paths, reading
 
 OWN = "tensorflow_datasets."
 CLASSES = ("pythonClassName", "python_class_name", "type")  # the fields of features.json that name a class
@@ -22,7 +22,7 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
     where = config.data_dir or tfds.core.constants.DATA_DIR
     if not re.fullmatch(r"\w+(/[\w.,=-]+)*(:\d[\w.*]*)?", config.name):  # TFDS asks other hosts for `namespace:name`
         raise ConfigError("data.name", f"is {config.name!r}; write the name of a data set such as wiki40b/en")
-    _check_features(epath.Path(where) / re.split("[/:]", config.name)[0])
+    _check_features(paths.of(where) / re.split("[/:]", config.name)[0])
     try:
         found = tfds.builder(config.name, data_dir=config.data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
@@ -57,7 +57,7 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
     return found, config.field
 
 
-def _check_features(folder: epath.Path) -> None:
+def _check_features(folder: paths.Path) -> None:
     """Raises `ConfigError` for features of foreign classes: TFDS imports any module that a file names."""
 
     def classes(tree: Any) -> list[str]:
@@ -67,10 +67,8 @@ def _check_features(folder: epath.Path) -> None:
         return below + named
 
     for file in [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")]:
-        try:
-            foreign = [name for name in classes(config_lib.parse_json(file.read_text())) if not name.startswith(OWN)]
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError("data.name", f"{file} is not JSON: {error}; prepare the data set again") from error
+        tree = reading.read_json(file, "data.name", advice="prepare the data set again")
+        foreign = [name for name in classes(tree) if not name.startswith(OWN)]
         if foreign:
             raise ConfigError(
                 "data.name", f"{file} names {foreign[0]!r}, which is no feature of TFDS; prepare it again"
