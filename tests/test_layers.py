@@ -77,6 +77,8 @@ def test_only_one_file_knows_orbax_and_only_one_maps_over_devices():
     assert users("import orbax") == {"workdir.py"}
     # The second is one kernel, which the compiler cannot split by itself.
     assert users("jax.shard_map(") | users("jax.shard_map,") == {"training/step.py", "lms/attention.py"}
+    # Who writes does it with storage/writing.py, and who reads a path does not ask where it is.
+    assert users("os.replace(") | users("mkdtemp") == users('startswith("gs://")') == {"storage/paths.py"}
     assert users("import tensorflow as") == users("import pickle") == users("import dill") == set()
 
 

@@ -1,0 +1,127 @@
+"""What is written appears whole or not at all, and JSON files are read within limits."""
+
+import os
+
+import pytest
+
+from gsae_jax.config import ConfigError
+from gsae_jax.storage import paths, reading, writing
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_text() for path in folder.rglob("*")}
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    writing.write_text(tmp_path / "a", "one")
+    with pytest.raises(UnicodeEncodeError):
+        writing.write_text(tmp_path / "a", "two \ud800")
+    assert contents(tmp_path) == {"a": "one"}
+    writing.write_text(tmp_path / "a", "two")
+    assert contents(tmp_path) == {"a": "two"}
+
+
+def test_a_folder_takes_the_place_of_the_one_before_when_it_is_whole(tmp_path):
+    for text in ("one", "two"):
+        with writing.whole_folder(tmp_path / "a b") as folder:
+            (folder / text).write_text(text)
+    assert contents(tmp_path) == {"a b": False, "a b/two": "two"}
+
+    def interrupted():
+        with writing.whole_folder(tmp_path / "a b") as folder:
+            (folder / "three").write_text("three")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert contents(tmp_path) == {"a b": False, "a b/two": "two"}
+    umask = os.umask(0o027)
+    try:
+        with writing.whole_folder(tmp_path / "a b"):
+            pass
+        assert (tmp_path / "a b").stat().st_mode & 0o777 == 0o750
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_what_came_meanwhile_is_only_replaced_where_it_may_be(tmp_path, replace):
+    target = tmp_path / "a"
+    try:
+        with writing.whole_folder(target, replace=replace) as folder:
+            (folder / "ours").write_text("")
+            target.mkdir()
+            (target / "theirs").write_text("")
+    except OSError:
+        assert not replace
+    assert contents(tmp_path) == {"a": False, "a/ours" if replace else "a/theirs": ""}
+
+
+def test_a_new_folder_is_new_or_empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    with writing.new_folder(tmp_path / "empty", or_empty=True) as folder:
+        (folder / "a").write_text("")
+    for name in ("empty", "link"):
+        with pytest.raises(ConfigError) as error, writing.new_folder(tmp_path / name, "--out", or_empty=True):
+            pass
+        assert error.value.field == "--out"
+    for path in ("s3://b/a", "gs://b/a"):
+        with pytest.raises(ConfigError) as error, writing.new_folder(path):
+            pass
+        assert error.value.field == path
+    assert sorted(os.listdir(tmp_path)) == ["empty", "link"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    with writing.whole_folder(tmp_path / "a") as living:
+        killed = living.with_name(f"{living.name[:-8]}01234567")  # nobody holds it
+        killed.mkdir()
+        (killed / "part").write_text("")
+        with writing.whole_folder(tmp_path / "b"):
+            assert killed.is_dir()  # it is of another folder
+        with writing.whole_folder(tmp_path / "a"):
+            assert not killed.exists()
+            assert living.is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "1", '{"a": 1, "a": 1}', '{"a": {"b": 1, "b": 1}}', '{"a": ' * 10**5, b'{"a": "\xff"}'],
+)
+def test_what_is_no_json_object(text, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r".+"):
+        reading.load_json(file)
+    for field in ("lm.path", ""):
+        with pytest.raises(ConfigError) as error:
+            reading.read_json(file, field)
+        assert error.value.field == (field or str(file))
+        assert "a.json" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": "\\ud800"}', '{"\\udc00": 1}'])
+def test_what_could_not_be_written_again_is_refused_by_strict_readers_only(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    assert reading.load_json(tmp_path / "a.json")
+    with pytest.raises(ConfigError):
+        reading.read_json(tmp_path / "a.json", strict=True)
+
+
+def test_no_json_file_is_waited_for_or_larger_than_memory(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(reading.LARGEST + 1)
+    for name in ("pipe", "large", "nothing", "."):
+        with pytest.raises(ConfigError) as error:
+            reading.read_json(tmp_path / name)
+        assert error.value.field == str(tmp_path / name)
+
+
+def test_both_kinds_of_paths_have_the_same_methods():
+    """So that nobody above has to ask which of the two a path is."""
+    local, bucket = ({name for name in vars(kind) if name[0] != "_"} for kind in (paths.LocalPath, paths.BucketPath))
+    assert local - bucket == {"glob", "is_file"}  # which epath's are right for, in a bucket
+    assert bucket <= local
