@@ -88,7 +88,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "1", '{"a": 1, "a": 1}', '{"a": {"b": 1, "b": 1}}', '{"a": ' * 10**5, b'{"a": "\xff"}'],
+    ["", "[]", "null", '{"a": 1, "a": 1}', '{"a": ' * 10**5, b'{"a": "\xff"}'],
 )
 def test_what_is_no_json_object(text, tmp_path):
     file = tmp_path / "a.json"

@@ -34,6 +34,7 @@ from gsae_jax.lms import loading
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.weights import INDEX, WEIGHTS, Tensors
+from gsae_jax.storage import reading
 from gsae_jax.training import loop
 from tests import test_tokenizers
 from tests.conftest import tiny
@@ -389,17 +390,27 @@ def test_any_header(tmp_path_factory, header, framed):
 @settings(**COUNTS)
 @given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text()), st.lists))
 def test_json_is_read_as_it_was_written(value):
-    assert config_lib.parse_json(json.dumps({"a": value, "b": [value]})) == {"a": value, "b": [value]}
+    assert reading.parse_json(json.dumps({"a": value, "b": [value]})) == {"a": value, "b": [value]}
 
 
 @pytest.mark.parametrize(
     "hostile",
-    ['{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', "[" * 10**6, '{"a":' * 10**5, "1" * 10**5, "", "{} {}"],
+    [
+        '{"a": 1, "a": 2}',
+        '{"b": {"a": 1, "a": 1}}',
+        "[" * 10**6,
+        '{"a":' * 10**5,
+        "1" * 10**5,
+        "",
+        "{} {}",
+        "[]",
+        "null",
+    ],
     ids=lambda text: text[:20],
 )
 def test_hostile_json_is_refused(hostile):
     with bounded(), pytest.raises(ValueError):  # noqa: PT011 (json's messages are its own)
-        config_lib.parse_json(hostile)
+        reading.parse_json(hostile)
 
 
 # What takes long to import, once; then each command as its user starts it.
