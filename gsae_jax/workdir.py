@@ -118,7 +118,7 @@ class Workdir:
         if manifest.get("digest") != _digest(json.dumps(manifest["files"], sort_keys=True).encode()):
             return f"{MANIFEST} was changed"
         for name in SEALS:
-            if not (folder / name).exists() or not (folder / name).stat().length:
+            if not (folder / name).exists() or not (folder / name).size():
                 return f"{name} is missing or empty"
         for name, (size, digest) in files.items():
             file = folder / name
@@ -128,8 +128,8 @@ class Workdir:
                 continue
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().length != size:
-                return f"{name} has {file.stat().length} bytes, not {size}"
+            if file.size() != size:
+                return f"{name} has {file.size()} bytes, not {size}"
             if _file_digest(file) != digest:
                 return f"{name} was changed"
         return None
@@ -356,7 +356,7 @@ class Checkpoints:
         (folder,) = [path for path in self._folder.iterdir() if path.name.partition(".")[0] == str(self._saving)]
         self._read_back(folder)
         files = {
-            str(file.relative_to(folder)): (file.stat().length, _file_digest(file))
+            str(file.relative_to(folder)): (file.size(), _file_digest(file))
             for file in paths.files_below(folder)
             if str(file.relative_to(folder)) not in SEALS
         }

@@ -20,6 +20,7 @@ from gsae_jax.lms import gelu, weights
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.conversion import convert
 from gsae_jax.lms.weights import INDEX, WEIGHTS
+from gsae_jax.storage.facts import Facts
 from tests.fixtures.lms import make
 
 FIXTURES = Path(make.__file__).parent
@@ -175,9 +176,10 @@ def test_a_run_that_knew_no_revisions_goes_on(experiment, tmp_path):
     older = config | {"lm": {name: value for name, value in config["lm"].items() if name != "revision"}}
     run = begun(tmp_path / "run", older)
     run.check(config)
-    run.check_model({}, experiment.lm, {}, "lm.path")
+    facts = Facts(rows="")
+    run.check_model(facts, experiment.lm, {}, "lm.path")
     with pytest.raises(ConfigError, match=r"lm\.path: .*recorded no fingerprint") as error:
-        run.check_model({}, dataclasses.replace(experiment.lm, revision="main"), {}, "lm.path")
+        run.check_model(facts, dataclasses.replace(experiment.lm, revision="main"), {}, "lm.path")
     assert error.value.field == "lm.path"
 
 

@@ -1,6 +1,7 @@
 """What is written appears whole or not at all, and JSON files are read within limits."""
 
 import os
+import pwd
 
 import pytest
 
@@ -118,6 +119,17 @@ def test_no_json_file_is_waited_for_or_larger_than_memory(tmp_path):
         with pytest.raises(ConfigError) as error:
             reading.read_json(tmp_path / name)
         assert error.value.field == str(tmp_path / name)
+
+
+def test_files_of_users_without_a_name_are_read(tmp_path, monkeypatch):
+    """As in containers."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    (tmp_path / "a.json").write_text("{}")
+    assert reading.load_json(tmp_path / "a.json") == {}
 
 
 def test_both_kinds_of_paths_have_the_same_methods():

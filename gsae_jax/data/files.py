@@ -490,7 +490,7 @@ def _opened(file: str, kind: str, packing: str) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         binary: Any = stack.enter_context(epath.Path(file).open("rb"))
         if packing:
-            bound = SMALL + RATIO * epath.Path(file).stat().length
+            bound = SMALL + RATIO * paths.of(file).size()
             raw = stack.enter_context(_Unpacked(file, PACKED[packing](binary), bound))
             binary = io.BufferedReader(raw, CHUNK)
             if kind == ".parquet":  # which is read from its end

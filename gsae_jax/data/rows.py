@@ -394,7 +394,7 @@ def _known_tokens(folder: Path | paths.Path, limit: int) -> dict[str, Any] | Non
         enough = known["complete"] or known["tokens"] >= limit
         size = known["tokens"] * np.dtype(known["dtype"]).itemsize
         # In a bucket, another machine may have put fewer tokens there since one wrote its meta.json.
-        return known if enough and paths.of(folder / "tokens.bin").stat().length >= size else None
+        return known if enough and paths.of(folder / "tokens.bin").size() >= size else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -44,6 +44,10 @@ class LocalPath(epath.gpath.PosixGPath):
         """Whether it is a file that can be read to its end; epath takes pipes and devices for files."""
         return os.path.isfile(self)
 
+    def size(self) -> int:
+        """In bytes; epath's `stat` fails for files of users without a name, as in containers."""
+        return os.stat(self).st_size
+
     def absolute(self) -> "LocalPath":
         """As orbax wants it."""
         return type(self)(pathlib.Path(self).absolute())
@@ -120,6 +124,10 @@ class BucketPath(epath.gpath.PosixGPath):
     def local(self) -> pathlib.Path | None:
         """None: nothing here is on the local disk."""
         return None
+
+    def size(self) -> int:
+        """In bytes."""
+        return self.stat().length
 
     def absolute(self) -> "BucketPath":
         """Itself; epath takes gs:// for a local folder."""

@@ -51,7 +51,7 @@ def load_json(path: epath.PathLike, strict: bool = False) -> dict[str, Any]:
     file = paths.of(path)
     if file.exists() and not file.is_file():
         raise ValueError("it is not a file")
-    if (size := file.stat().length) > LARGEST:
+    if (size := file.size()) > LARGEST:
         raise ValueError(f"it has {size:,} bytes, more than {LARGEST:,}")
     return parse_json(file.read_bytes().decode(), strict)
 
