@@ -21,7 +21,8 @@ from pipeline import experiment
 
 from gsae_jax import cli
 from gsae_jax import config as config_lib
-from gsae_jax import workdir as workdir_lib
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 
 STRETCH = 4  # calls of the train step
@@ -33,8 +34,8 @@ def main():
     program, lm_params, stream, state = experiment(config)
     waits, wholes, steps, costs, calls = [], [], [], [], []
     with tempfile.TemporaryDirectory(dir=DIR.value) as folder:
-        workdir = workdir_lib.Workdir(folder)
-        checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
+        workdir = run_directory.Workdir(folder)
+        checkpoints = checkpoints_lib.Checkpoints(workdir, config.checkpoint)
         saved = 0
 
         def stretch(saving):

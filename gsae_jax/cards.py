@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gsae_jax import export, plugins, rendering, runs
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import report
 from gsae_jax.saes import contract, trained
-from gsae_jax.storage import reading, writing
+from gsae_jax.storage import reading, run_directory, writing
 
 
 def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
@@ -20,13 +19,13 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
     Raises:
         ConfigError: a run without a report or that checkpoint, an unknown format, or one that cannot hold one of them.
     """
-    place = workdir_lib.Workdir(workdir)
+    place = run_directory.Workdir(workdir)
     if not formats or len(set(formats)) < len(formats):
         raise ConfigError("--format", f"is {','.join(formats)!r}; write different formats such as saelens")
     for format in formats:
         plugins.load("exchange", format, having="write", field="--format")
     records = _records(place)
-    saes = runs.load(workdir, step=workdir_lib.reported_step(place), field="--workdir")
+    saes = runs.load(workdir, step=run_directory.reported_step(place), field="--workdir")
     with writing.new_folder(out) as folder:
         for format in formats:  # without SAEs that have diverged
             written = export.write(saes, format, folder / format)
@@ -38,7 +37,7 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
         (folder / "README.md").write_text(card(repo, formats, saes, records), "utf-8")
 
 
-def _records(place: workdir_lib.Workdir) -> list[dict[str, Any]]:
+def _records(place: run_directory.Workdir) -> list[dict[str, Any]]:
     path = place.report / "report.json"
     if not path.exists():
         place.config()  # says so where it is no run at all

@@ -7,9 +7,9 @@ python -m gsae_jax.evaluate --sae PATH [--sae PATH] --out OUT [--model DIR] [--s
 from absl import flags
 
 from gsae_jax import cli, processes
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.reports import evaluate, evaluate_saes
+from gsae_jax.storage import run_directory
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         for name, flag in (("--out", OUT), ("--site", SITE)):
             if flag.value:
                 raise ConfigError(name, "goes with --sae; a run is measured at its own sites, in its own folder")
-        folder = str(workdir_lib.Workdir(WORKDIR.value).report)
+        folder = str(run_directory.Workdir(WORKDIR.value).report)
         table = evaluate(WORKDIR.value, tokens, ito, PUBLISHED.value, STEP.value, MODEL.value, config)
     processes.say(f"{table}\n\nreport: {folder}/report.md")
 

@@ -12,15 +12,14 @@ from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import metrics_log, processes, runs
-from gsae_jax import workdir as workdir_lib
+from gsae_jax import processes, runs
 from gsae_jax.config import ConfigError, HeldOut, TrainingError
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
-from gsae_jax.storage import paths, writing
+from gsae_jax.storage import metrics_log, paths, run_directory, writing
 from gsae_jax.storage.facts import Facts
 
 
@@ -50,7 +49,7 @@ def evaluate(
             where `config` says where it lies, or too little held-out text.
         TrainingError: the report cannot be written.
     """
-    workdir = workdir_lib.Workdir(path)
+    workdir = run_directory.Workdir(path)
     points = report.read_published(published) if published else []
     run = workdir.experiment()
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
@@ -86,13 +85,17 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
         group: dataclasses.replace(
             getattr(settings, group), **{name: getattr(getattr(elsewhere, group), name) for name in fields}
         )
-        for group, fields in workdir_lib.LOCATIONS.items()
+        for group, fields in run_directory.LOCATIONS.items()
     }
     if moved["lm"] == dataclasses.replace(settings.lm, revision=""):  # the same hub name; the run recorded its commit
         moved["lm"] = settings.lm
     for group, value in moved.items():
         there, here = (
-            {name: item for name, item in dataclasses.asdict(each).items() if name not in workdir_lib.LOCATIONS[group]}
+            {
+                name: item
+                for name, item in dataclasses.asdict(each).items()
+                if name not in run_directory.LOCATIONS[group]
+            }
             for each in (value, getattr(elsewhere, group))
         )
         if differing := config_lib.differences(there, here, f"{group}."):
@@ -102,7 +105,7 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
 
 
 def _check_inputs(
-    workdir: workdir_lib.Workdir, facts: Facts, run: config_lib.Experiment, settings: HeldOut, field: str
+    workdir: run_directory.Workdir, facts: Facts, run: config_lib.Experiment, settings: HeldOut, field: str
 ) -> None:
     """Compare the language model and the held-out text with those of training, by a checkpoint's fingerprints.
 

@@ -13,13 +13,13 @@ from etils import epath
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import plugins, processes
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.evaluation import measure
 from gsae_jax.exchange import imports
 from gsae_jax.lms import checkpoints
 from gsae_jax.saes import contract, parameters, trained
-from gsae_jax.storage import paths
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
 
 EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
@@ -41,7 +41,7 @@ def load(
         ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read; or of
             another format, everything that does not fit.
     """
-    workdir = workdir_lib.Workdir(path, field)
+    workdir = run_directory.Workdir(path, field)
     if imported := imports.read(workdir.path.local) if workdir.path.local else {}:
         if step is not None:
             raise ConfigError("step", f"is {step}, and {path} is no run; leave it out")
@@ -68,7 +68,7 @@ def load(
         )
         for name, (module, sae) in built.items()
     }
-    placed = workdir_lib.single_device(like) if mesh is None else _spread(mesh, like, built)
+    placed = checkpoints_lib.single_device(like) if mesh is None else _spread(mesh, like, built)
     params, run = workdir.params(step, placed), workdir.path.name
     return {
         sae.name: sae
@@ -193,7 +193,7 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     Raises:
         ConfigError: no such model, or a path that cannot be a run directory.
     """
-    workdir = workdir_lib.Workdir(path)
+    workdir = run_directory.Workdir(path)
     config = _with_known_starts(_as_begun(config, workdir), workdir)
     name, revision = config.lm.path, config.lm.revision
     if not name or Path(name).is_dir():
@@ -205,7 +205,7 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     return dataclasses.replace(config, lm=dataclasses.replace(config.lm, revision=commit))
 
 
-def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
+def _as_begun(config: Experiment, workdir: run_directory.Workdir) -> Experiment:
     """The experiment with the earlier behaviour for settings that did not exist when its run began; warns of them."""
     if workdir.latest_step() is None:
         return config
@@ -214,7 +214,7 @@ def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
 
     def keep_earlier(path: str, now: dict[str, Any], earlier: dict[str, Any], recorded: dict[str, Any]) -> None:
         for name in sorted(now.keys() & earlier.keys()):
-            if f"{path}{name}" in workdir_lib.FREE:
+            if f"{path}{name}" in run_directory.FREE:
                 continue
             if name not in recorded:
                 if now[name] != earlier[name]:
@@ -229,7 +229,7 @@ def _as_begun(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
     return config_lib.from_dict(Experiment, now)
 
 
-def _with_known_starts(config: Experiment, workdir: workdir_lib.Workdir) -> Experiment:
+def _with_known_starts(config: Experiment, workdir: run_directory.Workdir) -> Experiment:
     if workdir.latest_step() is None:
         return config
     recorded, stacks = workdir.experiment().stacks, dict(config.stacks)

@@ -12,9 +12,9 @@ from etils import epath
 
 from gsae_jax import cli, processes, runs
 from gsae_jax import config as config_lib
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import Experiment
 from gsae_jax.evaluate import evaluate
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 
 INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
@@ -22,11 +22,11 @@ INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 def run(config: Experiment, path: epath.PathLike) -> int:
     """Train to the end and report; a finished run is left as it is."""
-    workdir = workdir_lib.Workdir(path)
+    workdir = run_directory.Workdir(path)
     workdir.check_writable()
     config = runs.pinned(config, path)
     workdir.check(config_lib.to_dict(config))
-    if workdir.latest_step() == config.train.steps == workdir_lib.reported_step(workdir):
+    if workdir.latest_step() == config.train.steps == run_directory.reported_step(workdir):
         processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
     if config.train.dead_after > config.train.steps:

@@ -27,14 +27,12 @@ from matplotlib.figure import Figure
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import metrics_log
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluation import report, tables
 from gsae_jax.lms import loading
-from gsae_jax.storage import paths
+from gsae_jax.storage import metrics_log, paths, run_directory
 from gsae_jax.training import loop
 from tests.test_data import ALL, data_config
 from tests.test_processes import SHORT
@@ -125,7 +123,7 @@ def test_a_bucket_needs_packages(experiment, monkeypatch):
 
 
 def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
-    workdir, config = workdir_lib.Workdir("gs://bucket/runs/x"), config_lib.to_dict(experiment)
+    workdir, config = run_directory.Workdir("gs://bucket/runs/x"), config_lib.to_dict(experiment)
     with pytest.raises(ConfigError, match="gs://bucket/runs/x holds no run"):
         workdir.config()
     workdir.check(config)
@@ -137,7 +135,7 @@ def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
     with pytest.raises(
         ConfigError, match="gs://bucket/runs exists and is not a run; write a new or an empty directory"
     ):
-        workdir_lib.Workdir("gs://bucket/runs").check(config)
+        run_directory.Workdir("gs://bucket/runs").check(config)
     monkeypatch.setattr(Folder, "refused", "403:\nno")
     with pytest.raises(ConfigError, match=r"x cannot be written \(RuntimeError: 403: no\); write a bucket that exists"):
         workdir.check(config)
@@ -148,11 +146,11 @@ def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
 def test_a_folder_that_lists_itself_is_empty(bucket):
     (bucket / "made").mkdir()
     (bucket / "made" / "made").mkdir()  # so a bucket lists the empty object made/
-    workdir_lib.Workdir("gs://bucket/made").check({})
+    run_directory.Workdir("gs://bucket/made").check({})
 
 
 def test_metrics_reach_the_bucket_at_checkpoints_and_at_the_end(bucket):
-    workdir = workdir_lib.Workdir("gs://bucket/run")
+    workdir = run_directory.Workdir("gs://bucket/run")
 
     def steps():
         return [line["step"] for line in metrics_log.read_metrics(workdir)]
@@ -491,10 +489,11 @@ def test_data_prepared_elsewhere_is_read_from_a_bucket(environment, text, tmp_pa
 
 CHECK = """
 import sys, fsspec
-from gsae_jax import config, workdir
+from gsae_jax import config
+from gsae_jax.storage import run_directory
 fsspec.filesystem("gcs").touch("bucket/made/")  # an empty object, as consoles make folders
 for path in sys.argv[1:]:
-    for method in (lambda: workdir.Workdir(path).check({}), lambda: workdir.Workdir(path).config()):
+    for method in (lambda: run_directory.Workdir(path).check({}), lambda: run_directory.Workdir(path).config()):
         try:
             print(path, method())
         except config.ConfigError as error:

@@ -14,12 +14,13 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import runs, workdir
+from gsae_jax import runs
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import gelu, weights
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.conversion import convert
 from gsae_jax.lms.weights import INDEX, WEIGHTS
+from gsae_jax.storage import run_directory
 from gsae_jax.storage.facts import Facts
 from tests.fixtures.lms import make
 
@@ -164,7 +165,7 @@ def hub(tmp_path, monkeypatch, lm_dir):
 
 def begun(path, config):
     """A run directory that seems to have a checkpoint."""
-    run = workdir.Workdir(path)
+    run = run_directory.Workdir(path)
     run.create(config)
     (path / "checkpoints" / "8").mkdir(parents=True)
     (path / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text("{}")

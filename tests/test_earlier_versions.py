@@ -12,8 +12,8 @@ import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import reports
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import Experiment
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 from tests.fixtures.earlier import make
 
@@ -92,7 +92,7 @@ def test_the_run_continues(version, run, text, tmp_path_factory, monkeypatch):
     one_device = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
     assert loop.train(config, run)
-    assert workdir_lib.Workdir(run).latest_step() == make.STEPS
+    assert run_directory.Workdir(run).latest_step() == make.STEPS
     expected = np.load(version / "expected.npz")
     for name, sae in gsae_jax.load(run).items():
         for key, value in sae.params.items():

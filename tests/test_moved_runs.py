@@ -10,11 +10,12 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import runs, train, workdir
+from gsae_jax import runs, train
 from gsae_jax.config import ConfigError
 from gsae_jax.reports import evaluate
 from gsae_jax.saes import parameters
-from gsae_jax.storage import paths
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import paths, run_directory
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults.test_inputs import digest, seal
@@ -145,7 +146,7 @@ def test_runs_of_earlier_versions_have_no_fingerprints(moved, capsys):
     told = json.loads(facts.read_text())
     del told["lm"], told["held_out"]
     facts.write_text(json.dumps(told))
-    manifest = new / "run" / "checkpoints" / "8" / workdir.MANIFEST
+    manifest = new / "run" / "checkpoints" / "8" / checkpoints_lib.MANIFEST
     names = json.loads(manifest.read_text())["files"]
     files = {name: ((manifest.parent / name).stat().st_size, digest(manifest.parent / name)) for name in names}
     seal(manifest.parent, files)
@@ -192,7 +193,7 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
         "a" * 5000: "a" * 5000,
     }.items():
         assert paths.absolute(path) == expected
-    assert workdir.Workdir("~/[a]").path.exists()
+    assert run_directory.Workdir("~/[a]").path.exists()
 
 
 def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, monkeypatch):
@@ -207,7 +208,7 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
     def named(start):
         return dataclasses.replace(experiment, stacks={"again": dataclasses.replace(stack, start_from=start)})
 
-    place = workdir.Workdir(tmp_path / "second")
+    place = run_directory.Workdir(tmp_path / "second")
     for start in (f"{tmp_path}/first:baseline", f"{tmp_path}/moved:baseline"):
         assert runs.pinned(named(start), tmp_path / "second") == experiment
     place.check(config_lib.to_dict(experiment))

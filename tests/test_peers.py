@@ -14,7 +14,7 @@ from gsae_jax import cards
 from gsae_jax.data import rows
 from gsae_jax.exchange import jumprelu
 from gsae_jax.lms import checkpoints
-from gsae_jax.workdir import Workdir
+from gsae_jax.storage.run_directory import Workdir
 from tests import references
 
 pytestmark = pytest.mark.peers

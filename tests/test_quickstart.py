@@ -21,8 +21,8 @@ from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, metrics
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import jumprelu
+from gsae_jax.storage.run_directory import Workdir
 from gsae_jax.training import loop
-from gsae_jax.workdir import Workdir
 from tests import references
 
 ROOT = Path(__file__).parent.parent

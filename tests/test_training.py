@@ -16,7 +16,6 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import runs
 from gsae_jax import train as train_command
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
@@ -24,6 +23,7 @@ from gsae_jax.evaluate import evaluate
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.loading import capture
 from gsae_jax.saes import gated
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 from tests import references
 
@@ -443,7 +443,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path
     out, err = capsys.readouterr()
     assert "data.held_out=position" in err
     assert "continuing from step 8" in out
-    assert workdir_lib.Workdir(run).experiment().data.held_out == "position"
+    assert run_directory.Workdir(run).experiment().data.held_out == "position"
     assert train_command.run(experiment, run) == 0  # also when it has continued once
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"data\.held_out: 'position' != 'hash'"):
@@ -472,7 +472,7 @@ def test_a_token_that_cannot_be_used_ends_training_with_what_was_trained_saved(e
     monkeypatch.setattr(loop.Program, "place_tokens", place)
     with pytest.raises(ConfigError, match="the tokens of the text"):
         loop.train(experiment, tmp_path / "run")
-    assert workdir_lib.Workdir(tmp_path / "run").sound_step() == 3 * experiment.updates_per_call
+    assert run_directory.Workdir(tmp_path / "run").sound_step() == 3 * experiment.updates_per_call
     # No text is passed over: the run continues with the same rows.
     assert loop.train(experiment, tmp_path / "run")
     np.testing.assert_array_equal(calls[first + 4], calls[first + 3])

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from gsae_jax import plugins, processes, workdir
+from gsae_jax import plugins, processes
 from gsae_jax.config import ConfigError
 from gsae_jax.exchange import foreign
 from gsae_jax.saes import trained
+from gsae_jax.storage import run_directory
 
 
 def read(path: Path) -> dict[str, trained.SAE]:
@@ -18,7 +19,7 @@ def read(path: Path) -> dict[str, trained.SAE]:
             name.
     """
     formats = plugins.known("exchange", having="recognises").values()
-    folders = path.is_dir() and not workdir.Workdir(path, "path").holds_run()
+    folders = path.is_dir() and not run_directory.Workdir(path, "path").holds_run()
     # Hidden ones are a program's own: .git, or what is left of an export that was killed.
     inside = sorted(folder for folder in path.glob("[!.]*") if folder.is_dir()) if folders else []
     found: dict[str, trained.SAE] = {}

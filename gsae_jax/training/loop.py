@@ -18,16 +18,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
-from gsae_jax import loggers, metrics_log, processes
+from gsae_jax import loggers, processes
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError, Experiment, TrainingError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
-from gsae_jax.storage import reading, writing
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import metrics_log, reading, run_directory, writing
 from gsae_jax.storage.facts import Facts
 from gsae_jax.training.step import Program, TrainState
 
@@ -48,14 +48,14 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
         ConfigError: the config or the directory cannot be used; nothing was written in it then.
         TrainingError: an SAE skipped `train.max_skipped` updates in a row, or the last state could not be saved.
     """
-    workdir = workdir_lib.Workdir(path)
+    workdir = run_directory.Workdir(path)
     try:
         return _train(config, workdir, starts or {})
     finally:
         workdir.release()
 
 
-def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str, dict[str, Any]]) -> bool:
+def _train(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[str, dict[str, Any]]) -> bool:
     as_json = config_lib.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
@@ -106,7 +106,7 @@ def _train(config: Experiment, workdir: workdir_lib.Workdir, starts: Mapping[str
     workdir.config()
     if workdir.latest_step() != latest:
         raise ConfigError("--workdir", "another process has trained here meanwhile; run the command again")
-    checkpoints = workdir_lib.Checkpoints(workdir, config.checkpoint)
+    checkpoints = checkpoints_lib.Checkpoints(workdir, config.checkpoint)
     machine = _machine(mesh)
     fingerprints = {name: parameters.fingerprint(params) for name, params in starts.items()}
     facts = Facts(
@@ -217,8 +217,8 @@ def _loop(
     lm_params: Any,
     stream: Any,
     state: TrainState,
-    workdir: workdir_lib.Workdir,
-    checkpoints: workdir_lib.Checkpoints,
+    workdir: run_directory.Workdir,
+    checkpoints: checkpoints_lib.Checkpoints,
     facts: Facts,
 ) -> bool:
     step = logged = saved = int(state.step)
@@ -376,7 +376,7 @@ class _Divergence:
                 self._progress.say(f"step {began:,}: {sae} skips updates: its loss or gradients are not finite")
         self.lost = [sae for sae, skipped in counts.items() if skipped >= self._config.train.max_skipped]
 
-    def write(self, workdir: workdir_lib.Workdir, step: int) -> str:
+    def write(self, workdir: run_directory.Workdir, step: int) -> str:
         """Add the SAEs that are lost to `diverged.json` in the run's directory; returns the message."""
         path = workdir.path / "diverged.json"
         if processes.first():
@@ -413,7 +413,7 @@ def saved_parts(state: TrainState, buffer: bool) -> tuple[dict[str, Any], dict[s
 
 
 def _restore(
-    program: Program, checkpoints: workdir_lib.Checkpoints, step: int, buffer: bool
+    program: Program, checkpoints: checkpoints_lib.Checkpoints, step: int, buffer: bool
 ) -> tuple[TrainState, dict[str, Any]]:
     params, rest, data = checkpoints.restore(step, *saved_parts(program.abstract_state(), buffer))
     state = TrainState(**{"means": {}} | rest)

@@ -17,9 +17,9 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import train as train_command
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, TrainingError
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 from tests.test_training import assert_same, begin_calls, metrics_without_time, params_of, with_
 
@@ -102,7 +102,7 @@ def test_another_mesh_is_said_and_gives_the_same(experiment, tmp_path, capsys):
     ) in capsys.readouterr().out
     for name, params in params_of(run).items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), params, expected[name])
-    assert workdir_lib.Workdir(run).config()["mesh"] == {"data": 0, "latent": 4}
+    assert run_directory.Workdir(run).config()["mesh"] == {"data": 0, "latent": 4}
 
 
 def test_a_report_of_an_earlier_step_is_not_the_end(experiment, tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_text_that_turns_unreadable_is_named_and_the_run_saved(experiment, tmp_p
     monkeypatch.setattr(loop.Program, "place_tokens", breaking)
     with pytest.raises(TrainingError, match=r"tokens.bin cannot be read any more .*the same command continues"):
         loop.train(experiment, tmp_path / "run")
-    assert workdir_lib.Workdir(tmp_path / "run").sound_step() in range(4, 96)
+    assert run_directory.Workdir(tmp_path / "run").sound_step() in range(4, 96)
     monkeypatch.undo()
     assert loop.train(experiment, tmp_path / "run")
     assert tokens.read_bytes() == whole

@@ -10,8 +10,9 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
 from gsae_jax.training import loop
 
@@ -51,7 +52,7 @@ def files(run):
 
 def test_every_file_and_every_damage_is_noticed(run, capsys):
     """But for orbax's two seals, whose content says nothing that is read: these must be there."""
-    workdir = workdir_lib.Workdir(run)
+    workdir = run_directory.Workdir(run)
     assert workdir.sound_step() == 16
     names = files(run)
     assert len(names) > 10
@@ -59,7 +60,7 @@ def test_every_file_and_every_damage_is_noticed(run, capsys):
         file = run / "checkpoints" / "16" / name
         content = file.read_bytes()
         for damage in DAMAGES:
-            if not content or (str(name) in workdir_lib.SEALS and damage in (truncate, flip)):
+            if not content or (str(name) in checkpoints_lib.SEALS and damage in (truncate, flip)):
                 continue
             damage(file)
             assert workdir.sound_step() == 8, (name, damage)
@@ -76,7 +77,7 @@ def test_training_goes_on_from_the_one_before(run, experiment, tmp_path, capsys,
         copy = tmp_path / str(number)
         shutil.copytree(run, copy)
         file = copy / "checkpoints" / "16" / name
-        (empty if str(name) in workdir_lib.SEALS else DAMAGES[number % 4])(file)
+        (empty if str(name) in checkpoints_lib.SEALS else DAMAGES[number % 4])(file)
         capsys.readouterr()
         assert loop.train(experiment, copy)
         out, err = capsys.readouterr()
@@ -91,11 +92,11 @@ def test_training_goes_on_from_the_one_before(run, experiment, tmp_path, capsys,
 def test_when_none_is_sound_nothing_is_touched(run, experiment):
     for step in (8, 16):
         flip(run / "checkpoints" / str(step) / "params" / "manifest.ocdbt")
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != workdir_lib.LOCK}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != run_directory.LOCK}
     with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole \(checkpoint 16: params/manifest.ocdbt was"):
         loop.train(experiment, run)
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != workdir_lib.LOCK}
-    workdir_lib.Workdir(run).check(config_lib.to_dict(experiment))
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != run_directory.LOCK}
+    run_directory.Workdir(run).check(config_lib.to_dict(experiment))
 
 
 PARAMS = {"gated": {"W_dec": jnp.arange(6.0).reshape(2, 3), "b_dec": jnp.ones(3)}}
@@ -104,9 +105,9 @@ STATE = {"step": jnp.array(7)}
 
 def save(path, steps, **which):
     """A run directory in which these steps were saved, one after the other."""
-    workdir = workdir_lib.Workdir(path)
+    workdir = run_directory.Workdir(path)
     workdir.create({})
-    checkpoints = workdir_lib.Checkpoints(workdir, config_lib.Checkpoint(**{"every": 1, "keep": 1} | which))
+    checkpoints = checkpoints_lib.Checkpoints(workdir, config_lib.Checkpoint(**{"every": 1, "keep": 1} | which))
     for step in steps:
         checkpoints.save(step, PARAMS, STATE, {"position": step}, Facts("all", machine={"score": float("nan")}), None)
     checkpoints.close()
@@ -122,16 +123,16 @@ def test_a_directory_of_any_name_keeps_what_is_saved_in_it(tmp_path, name):
         workdir = save(path, [1, 2])
         assert workdir.sound_step() == 2
         assert [path.name for path in (path / "checkpoints").iterdir()] == ["2"]
-        jax.tree.map(np.testing.assert_array_equal, workdir.params(2, workdir_lib.single_device(PARAMS)), PARAMS)
+        jax.tree.map(np.testing.assert_array_equal, workdir.params(2, checkpoints_lib.single_device(PARAMS)), PARAMS)
         assert workdir.facts(2).rows == "all"
     assert neighbour.sound_step() == 1
 
 
 def test_a_failed_save_removes_nothing_of_a_neighbour(tmp_path):
     """Whose name the failed one's matches as a pattern."""
-    workdir = workdir_lib.Workdir(tmp_path / "a?b")
+    workdir = run_directory.Workdir(tmp_path / "a?b")
     workdir.create({})
-    checkpoints = workdir_lib.Checkpoints(workdir, config_lib.Checkpoint(every=1, keep=1))
+    checkpoints = checkpoints_lib.Checkpoints(workdir, config_lib.Checkpoint(every=1, keep=1))
     ours, theirs = (tmp_path / name / "checkpoints" / "1.orbax-checkpoint-tmp" for name in ("a?b", "axb"))
     for folder in (ours, theirs):
         folder.mkdir(parents=True)
@@ -148,8 +149,8 @@ def test_a_failed_save_removes_nothing_of_a_neighbour(tmp_path):
 
 @pytest.mark.parametrize("path", ["a\\b", "a\\[1\\]/run", "gs://bucket/l1=[1e-3]", "gs://bucket/a?b/run"])
 def test_a_path_that_libraries_take_for_another_is_refused(experiment, tmp_path, path, monkeypatch):
-    monkeypatch.setattr(workdir_lib.paths, "check", lambda field, path: None)  # whether gs:// can be used here
-    workdir = workdir_lib.Workdir(path if path.startswith("gs:") else tmp_path / path)
+    monkeypatch.setattr(paths, "check", lambda field, path: None)  # whether gs:// can be used here
+    workdir = run_directory.Workdir(path if path.startswith("gs:") else tmp_path / path)
     for act in (workdir.check_writable, workdir.config, lambda: workdir.check(config_lib.to_dict(experiment))):
         with pytest.raises(ConfigError) as error:
             act()
@@ -166,7 +167,7 @@ def test_what_cannot_be_read_back_replaces_nothing(tmp_path, capsys, monkeypatch
         workdir = save(tmp_path / "run", [2])
     assert "checkpoint 2 could not be saved" in capsys.readouterr().err
     assert workdir.sound_step() == workdir.latest_step() == 1
-    assert workdir.params(1, workdir_lib.single_device(PARAMS)).keys() == PARAMS.keys()
+    assert workdir.params(1, checkpoints_lib.single_device(PARAMS)).keys() == PARAMS.keys()
     assert save(tmp_path / "run", [3]).sound_step() == 3
 
 

@@ -15,11 +15,12 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import export, reports
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import Experiment
 from gsae_jax.exchange import records
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults import mutants
@@ -53,7 +54,7 @@ def run(tmp_path_factory, text_dir, lm_dir):
     reports.evaluate(folder, ito=(2,))
     report = json.loads((folder / "report" / "report.json").read_text())
     program, _ = loop.build(config, single_device_mesh(), Checkpoint.open(config.lm.path, config.lm.revision))
-    checkpoints = workdir_lib.Checkpoints(workdir_lib.Workdir(folder), config.checkpoint)
+    checkpoints = checkpoints_lib.Checkpoints(run_directory.Workdir(folder), config.checkpoint)
     params, state, position = checkpoints.restore(8, *loop.saved_parts(program.abstract_state(), True))
     checkpoints.close()
     return Run(folder, config, report, jax.device_get(params), jax.device_get(state), position)
@@ -67,9 +68,9 @@ def diverged(draw, run, folder):
     params = {name: {key: np.array(value) for key, value in of.items()} for name, of in run.params.items()}
     for name, value in own.items():
         params[stack][name][index] = value
-    facts = workdir_lib.Workdir(run.folder).facts(8)
+    facts = run_directory.Workdir(run.folder).facts(8)
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("checkpoints", "report"))
-    checkpoints = workdir_lib.Checkpoints(workdir_lib.Workdir(folder), run.config.checkpoint)
+    checkpoints = checkpoints_lib.Checkpoints(run_directory.Workdir(folder), run.config.checkpoint)
     checkpoints.save(8, params, run.state, run.position, facts, None)
     checkpoints.close()
     return f"{stack}_{index}"

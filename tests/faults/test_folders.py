@@ -16,11 +16,11 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import runs
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.storage import paths as storage_paths
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 from tests import test_exchange
 from tests.conftest import tiny
@@ -111,13 +111,13 @@ def compare_places(folder):
     paths = {kind: prefix[where] + name for kind, name in names.items()}
     paths = {kind: f"./{path}" if path.startswith("~") else path for kind, path in paths.items()}  # else it is a home
     with contextlib.chdir(below):
-        recorded = workdir_lib.Workdir(paths["run"]).experiment()
+        recorded = run_directory.Workdir(paths["run"]).experiment()
         experiment = dataclasses.replace(
             recorded,
             lm=dataclasses.replace(recorded.lm, path=paths["lm"]),
             data=dataclasses.replace(recorded.data, path=paths["text"]),
         )
-        workdir = workdir_lib.Workdir(paths["run"])
+        workdir = run_directory.Workdir(paths["run"])
         assert workdir.sound_step() == 8
         workdir.check(config_lib.to_dict(runs.pinned(experiment, paths["run"])))
         facts, checkpoint = workdir.facts(8), Checkpoint.open(paths["lm"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gsae_jax import workdir as workdir_lib
+from gsae_jax.storage import run_directory
 from tests.faults import commands
 
 ALONE = ["unshare", "--map-root-user", "--mount"]  # a mount that only this process and its children see
@@ -38,7 +38,7 @@ def fill(path):
 def main(disk, *arguments):
     """Inside of the mount: the disk is full for a while in the middle of training."""
     run, log, ballast = disk / "run", disk.parent / "log", disk / "ballast"
-    workdir = workdir_lib.Workdir(run)
+    workdir = run_directory.Workdir(run)
     process = commands.start(run, arguments, log)
     wait_until(lambda: (workdir.latest_step() or 0) >= 5 * commands.EVERY, process, log)
 

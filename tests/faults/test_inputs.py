@@ -23,10 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gsae_jax
-from gsae_jax import cli, experiment_config, metrics_log, stack_config
+from gsae_jax import cli, experiment_config, stack_config
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.data import files as files_lib
 from gsae_jax.evaluation import plots, report
@@ -34,7 +33,8 @@ from gsae_jax.lms import loading
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.weights import INDEX, WEIGHTS, Tensors
-from gsae_jax.storage import reading
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import metrics_log, reading, run_directory
 from gsae_jax.training import loop
 from tests import test_tokenizers
 from tests.conftest import tiny
@@ -126,8 +126,8 @@ def an_override(draw, folder):
 
 def seal(checkpoint, files):
     """A manifest that says that all is as it should be."""
-    sealed = workdir_lib._digest(json.dumps(files, sort_keys=True).encode())
-    (checkpoint / workdir_lib.MANIFEST).write_text(json.dumps({"files": files, "digest": sealed}))
+    sealed = checkpoints_lib._digest(json.dumps(files, sort_keys=True).encode())
+    (checkpoint / checkpoints_lib.MANIFEST).write_text(json.dumps({"files": files, "digest": sealed}))
 
 
 def a_checkpoint_file(draw, folder):
@@ -139,7 +139,7 @@ def a_checkpoint_file(draw, folder):
     content = file.read_bytes()
     is_json = content[:1] in b"{[" and file.suffix != ".ocdbt"
     file.write_bytes((mutants.json_file if is_json else mutants.file)(draw, content))
-    manifest = checkpoint / workdir_lib.MANIFEST
+    manifest = checkpoint / checkpoints_lib.MANIFEST
     kind = draw.randrange(4)
     if kind == 0:
         manifest.unlink()
@@ -150,7 +150,7 @@ def a_checkpoint_file(draw, folder):
 
 
 def digest(file):
-    return workdir_lib._digest(file.read_bytes())
+    return checkpoints_lib._digest(file.read_bytes())
 
 
 def use_config(folder):
@@ -226,11 +226,11 @@ def use_tokens(folder):
 
 def use_run(folder):
     gsae_jax.load(folder)
-    workdir_lib.Workdir(folder).check(config_lib.to_dict(workdir_lib.Workdir(folder).experiment()))
+    run_directory.Workdir(folder).check(config_lib.to_dict(run_directory.Workdir(folder).experiment()))
 
 
 def use_metrics(folder):
-    figure = plots.training(metrics_log.read_metrics(workdir_lib.Workdir(folder)))
+    figure = plots.training(metrics_log.read_metrics(run_directory.Workdir(folder)))
     figure.set_layout_engine("none")  # which takes most of the time
     figure.draw_without_rendering()
 
@@ -499,7 +499,7 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
 def test_metrics_go_on_behind_a_broken_line(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 4, "a/l0": [1.0]}\n\0\0\n{"step": 8, "a/l0": [1.0]}\n{"step": 12, "a/l')
-    metrics = metrics_log.Metrics(workdir_lib.Workdir(tmp_path), 8, (), {})
+    metrics = metrics_log.Metrics(run_directory.Workdir(tmp_path), 8, (), {})
     metrics.write(12, {"a/l0": [2.0]})
     metrics.close(complete=True)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [4, 8, 12]
@@ -510,10 +510,10 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
     """Nor to what has no end."""
     checkpoint = tmp_path / "checkpoints" / "8"
     checkpoint.mkdir(parents=True)
-    for name in workdir_lib.SEALS:
+    for name in checkpoints_lib.SEALS:
         (checkpoint / name).write_text("{}")
     os.mkfifo(checkpoint / "pipe")
-    workdir = workdir_lib.Workdir(tmp_path)
+    workdir = run_directory.Workdir(tmp_path)
     for name, problem in (
         ("/dev/zero", "names /dev/zero"),
         ("../../x", r"names \.\./\.\./x"),
@@ -525,8 +525,8 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
             workdir.sound_step()
     seal(checkpoint, {})
     assert workdir.sound_step() == 8
-    (checkpoint / workdir_lib.MANIFEST).unlink()
-    for file in (checkpoint / workdir_lib.MANIFEST, tmp_path / "config.json", tmp_path / "metrics.jsonl"):
+    (checkpoint / checkpoints_lib.MANIFEST).unlink()
+    for file in (checkpoint / checkpoints_lib.MANIFEST, tmp_path / "config.json", tmp_path / "metrics.jsonl"):
         os.mkfifo(file)
     with bounded():
         with pytest.raises(ConfigError, match=r"manifest\.json is missing"):

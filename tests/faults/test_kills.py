@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from gsae_jax import workdir as workdir_lib
-from gsae_jax.storage import writing
+from gsae_jax.storage import checkpoints as checkpoints_lib
+from gsae_jax.storage import run_directory, writing
 from tests.faults import commands
 
 # Where to wait before the random delay, and the delay's longest.
@@ -15,8 +15,8 @@ AIMS = {
     "starting": (lambda run, last: True, 4.0),
     "training": (lambda run, last: resumed_after(run, last), 0.6),
     "saving": (lambda run, last: unfinished(run), 0.05),
-    "finalising": (lambda run, last: any((path / workdir_lib.MANIFEST).exists() for path in unfinished(run)), 0.01),
-    "reporting": (lambda run, last: workdir_lib.Workdir(run).latest_step() == commands.STEPS, 3.0),
+    "finalising": (lambda run, last: any((path / checkpoints_lib.MANIFEST).exists() for path in unfinished(run)), 0.01),
+    "reporting": (lambda run, last: run_directory.Workdir(run).latest_step() == commands.STEPS, 3.0),
 }
 
 
@@ -27,13 +27,13 @@ def unfinished(run):
 
 def resumed_after(run, last):
     """A checkpoint is there that was not before."""
-    return (workdir_lib.Workdir(run).latest_step() or 0) > last
+    return (run_directory.Workdir(run).latest_step() or 0) > last
 
 
 def kill_at(run, arguments, log, aim, chance):
     """Start the run and kill it; returns where that was, or None if it ended before."""
     reached, longest = AIMS[aim]
-    last = workdir_lib.Workdir(run).latest_step() or 0
+    last = run_directory.Workdir(run).latest_step() or 0
     process = commands.start(run, arguments, log)
     while process.poll() is None and not reached(run, last):
         time.sleep(0.001)
@@ -41,7 +41,7 @@ def kill_at(run, arguments, log, aim, chance):
     ended = process.poll() is not None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    at = workdir_lib.Workdir(run).latest_step() or 0
+    at = run_directory.Workdir(run).latest_step() or 0
     inside = [path.name for path in [*unfinished(run), *run.glob(f"{writing.SCRATCH}*")]]
     return None if ended else f"{aim}: checkpoint {at}{', inside ' + ' '.join(inside) if inside else ''}"
 
@@ -65,7 +65,7 @@ def test_killed_and_resumed_is_uninterrupted(uninterrupted, tmp_path, kills):
     positions = []
     while len(positions) < kills:
         aim = "reporting" if len(positions) >= kills - kills // 6 else aims[len(positions) % 4]
-        saved = workdir_lib.Workdir(run).latest_step()
+        saved = run_directory.Workdir(run).latest_step()
         where = kill_at(run, arguments, log, aim, chance)
         output = log.read_text()
         assert "Traceback" not in output, output

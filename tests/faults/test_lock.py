@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from gsae_jax import config as config_lib
-from gsae_jax import workdir as workdir_lib
 from gsae_jax.config import ConfigError
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 
 HOLDER = """
 import sys, time
-from gsae_jax import workdir
-held = workdir.Workdir(sys.argv[1])
+from gsae_jax.storage import run_directory
+held = run_directory.Workdir(sys.argv[1])
 held.hold()
 print("held", flush=True)
 time.sleep(600)
@@ -42,11 +42,11 @@ def test_a_second_process_is_refused_until_the_first_ends(experiment, tmp_path):
 
 def test_a_lock_alone_does_not_make_a_directory_taken(experiment, tmp_path):
     """A run that was killed before its config was written leaves one."""
-    (tmp_path / workdir_lib.LOCK).touch()
-    workdir = workdir_lib.Workdir(tmp_path)
+    (tmp_path / run_directory.LOCK).touch()
+    workdir = run_directory.Workdir(tmp_path)
     workdir.check(config_lib.to_dict(experiment))
     workdir.create(config_lib.to_dict(experiment))
     with pytest.raises(ConfigError, match="another process"):
-        workdir_lib.Workdir(tmp_path).hold()
+        run_directory.Workdir(tmp_path).hold()
     workdir.release()
-    workdir_lib.Workdir(tmp_path).hold()
+    run_directory.Workdir(tmp_path).hold()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import metrics_log, reports
-from gsae_jax import workdir as workdir_lib
+from gsae_jax import reports
 from gsae_jax.config import TrainingError
 from gsae_jax.lms.loading import capture
+from gsae_jax.storage import metrics_log, run_directory
 from gsae_jax.training import loop
 from tests.test_training import advance, begin, single_device_mesh, with_
 
@@ -95,7 +95,7 @@ def test_one_that_diverges_has_no_score_and_spoils_no_report(experiment, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for name in ("gated/loss", "gated/mse", "gated/l0", "gated/gamma"):
         assert [value is None for value in lines[-1][name]] == [False, False, True, False]
-    assert len(metrics_log.read_metrics(workdir_lib.Workdir(tmp_path / "run"))) == len(lines)
+    assert len(metrics_log.read_metrics(run_directory.Workdir(tmp_path / "run"))) == len(lines)
     reports.evaluate(tmp_path / "run")
     found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert [record["l0"] is None for record in found["saes"]] == [False, False, True, False]

@@ -8,7 +8,7 @@ from typing import Any
 from gsae_jax import loggers, processes
 from gsae_jax.loggers import patient
 from gsae_jax.storage import paths, reading, writing
-from gsae_jax.workdir import Workdir
+from gsae_jax.storage.run_directory import Workdir
 
 
 class Metrics:

@@ -1,0 +1,220 @@
+"""What a run directory holds: `config.json`, `checkpoints/`, `metrics.jsonl`, `report/`, and what loggers write.
+
+It is a local directory or a folder of a bucket, gs://bucket/folder, where files are put whole and never appended to.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import filelock
+from etils import epath
+
+from gsae_jax import config as config_lib
+from gsae_jax.config import ConfigError
+from gsae_jax.storage import paths, reading, writing
+from gsae_jax.storage.checkpoints import SavedCheckpoints
+from gsae_jax.storage.facts import Facts
+
+LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
+FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
+# Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
+LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
+
+
+class Workdir(SavedCheckpoints):
+    """A run directory and the checkpoints in it; nothing is created before `create`."""
+
+    def __init__(self, path: epath.PathLike, field: str = "--workdir"):
+        """`path`: local, or gs://bucket/folder; `field`: what an error calls it.
+
+        Raises:
+            ConfigError: no path, a URL of another kind, or gs:// without the packages for it.
+        """
+        super().__init__(paths.of_user(field, path), field)
+        self._lock = self.path.lock(LOCK)
+
+    @property
+    def report(self) -> paths.Path:
+        """Where the report goes."""
+        return self.path / "report"
+
+    def config(self) -> dict[str, Any]:
+        """The JSON config of the run.
+
+        Raises:
+            ConfigError: the directory holds no run, or cannot be read.
+        """
+        path = self.path / "config.json"
+        self.path.check_name(self.field)
+        try:
+            return reading.load_json(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError(
+                self.field, f"{self.path} holds no run (no config.json); write the directory of a training run"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(self.field, f"{path} is not a JSON object ({error}); put the run's own back") from error
+        except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
+            raise ConfigError(self.field, path.unreadable(error)) from error
+
+    def holds_run(self) -> bool:
+        """Whether the directory is a run's; directories of language models have a `config.json` as well."""
+        if not (self.path / "config.json").is_file():
+            return False
+        try:
+            tree = reading.load_json(self.path / "config.json")
+        except (OSError, ValueError):  # it may be a run's, and damaged
+            return (self.path / "checkpoints").is_dir()
+        # Configs of language models may have a seed as well.
+        known = tree.keys() & {field.name for field in dataclasses.fields(config_lib.Experiment)}
+        return 2 * len(known) >= max(1, len(tree))
+
+    def experiment(self) -> config_lib.Experiment:
+        """The config of the run.
+
+        Raises:
+            ConfigError: what `config` refuses, or one that is of another version or was changed.
+        """
+        try:
+            return config_lib.from_record(config_lib.Experiment, self.config())
+        except ConfigError as error:
+            if error.field == self.field:
+                raise
+            if not self.holds_run():
+                raise ConfigError(
+                    self.field,
+                    f"{self.path} holds no run (its config.json is not one of a run); write the directory of a run",
+                ) from error
+            raise ConfigError(
+                self.field, f"{self.path / 'config.json'} is not a config of this version ({error}); put its own back"
+            ) from error
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raises `ConfigError` if a run of `config` cannot live here: another run, other files, or not writable.
+
+        A run without a checkpoint has nothing to lose, so another config may take its place.
+        """
+        self.check_writable()
+        if self.latest_step() is not None:
+            recorded = config_lib.to_dict(self.experiment())
+            # Locations may differ here: `check_model`, and the trainer for text, compare what lies there.
+            differing = config_lib.differences(_without_locations(recorded), _without_locations(config))
+            if differing:
+                raise ConfigError(
+                    "--workdir",
+                    f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
+                    f"{'; '.join(differing)}",
+                )
+        elif not self.path.is_empty(ignored=LOCK) and not self.holds_run():
+            raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
+
+    def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str], field: str) -> None:
+        """Raises `ConfigError` where a language model is not the one that a checkpoint was trained with.
+
+        Args:
+            facts: the checkpoint's.
+            lm: where the model lies.
+            fingerprint: the model's, `lms.checkpoints.Checkpoint.fingerprint`.
+            field: what an error names.
+        """
+        recorded = facts.lm
+        if not recorded:  # of an earlier version: where it lay is all that is known of it
+            there, here = ((paths.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
+            if there != here:
+                was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
+                raise ConfigError(
+                    field,
+                    f"is {now}, but the run in {self.path} was trained with {was}; it is of an earlier version, which "
+                    "recorded no fingerprint to compare them by, so put the model back there",
+                )
+        elif recorded != fingerprint:
+            differing = [part for part in fingerprint if recorded.get(part) != fingerprint[part]]
+            raise ConfigError(
+                field,
+                f"{lm.path or 'the embedded model'} is not the language model that the run in {self.path} was trained "
+                f"with: they differ in {' and '.join(differing)}; write a directory that holds the same files",
+            )
+
+    def hold(self) -> None:
+        """Keep other processes from training here until `release`; a bucket has no locks.
+
+        Raises:
+            ConfigError: another process trains here.
+        """
+        if self._lock is None or self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(
+                "--workdir", f"another process is training in {self.path}; wait for its end, or write another directory"
+            ) from error
+
+    def release(self) -> None:
+        """Let others train here."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def check_writable(self) -> None:
+        """Raises `ConfigError` if nothing can be written here."""
+        self.path.check_name(self.field)
+        self.path.check_writable("--workdir")
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the directory and write the config, with absolute paths.
+
+        The config of a run that continues gets no fields that it did not have. By their absence the next start knows
+        which settings did not exist when the run began.
+
+        Raises:
+            ConfigError: the disk is full, or another process trains here.
+        """
+        try:
+            self.path.make_folder()
+            self.hold()
+            located = _located(config)
+            if self.latest_step() is not None:
+                free = {group: config[group] for group in FREE if group in config}
+                located = _as_recorded(located, self.config()) | free
+            writing.write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                "--workdir", f"{self.path} cannot be written ({error}); write another directory"
+            ) from error
+
+
+def reported_step(workdir: Workdir) -> int | None:
+    """The step that the report is about; reports of earlier versions do not say, and were written at the end."""
+    path = workdir.report / "report.json"
+    try:
+        return reading.load_json(path).get("step", workdir.latest_step())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _located(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON config with absolute paths."""
+    groups = {group: dict(config.get(group, {})) for group in LOCATIONS}
+    for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
+        if field in groups[group]:
+            groups[group][field] = paths.absolute(groups[group][field])
+    return {**config, **{group: fields for group, fields in groups.items() if group in config}}
+
+
+def _as_recorded(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that a recorded one has, too."""
+    return {
+        name: _as_recorded(value, recorded[name]) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name in recorded
+    }
+
+
+def _without_locations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must not change when it continues."""
+    kept = {group: value for group, value in config.items() if group not in FREE}
+    for group, fields in LOCATIONS.items():
+        kept[group] = {name: value for name, value in kept[group].items() if name not in fields}
+    return kept
