@@ -16,7 +16,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import runs
 from gsae_jax import train as train_command
-from gsae_jax.activations import scaling
+from gsae_jax.activations import scaling, sources
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluate import evaluate
@@ -452,8 +452,8 @@ def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path
 
 def test_a_scale_is_measured_on_the_text_that_there_is(experiment, tmp_path, monkeypatch):
     """At most once over, however many tokens are asked for."""
-    placed, calls = loop.Program.place_tokens, []
-    monkeypatch.setattr(loop.Program, "place_tokens", lambda *args: calls.append(args) or placed(*args))
+    placed, calls = sources.LanguageModel.place, []
+    monkeypatch.setattr(sources.LanguageModel, "place", lambda *args: calls.append(args) or placed(*args))
     tokenizer = gsae_jax.load_lm(experiment.lm.path).tokenizer
     rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**40)
     once = len(rows) // experiment.rows_per_call
@@ -463,13 +463,13 @@ def test_a_scale_is_measured_on_the_text_that_there_is(experiment, tmp_path, mon
 
 def test_a_token_that_cannot_be_used_ends_training_with_what_was_trained_saved(experiment, tmp_path, monkeypatch):
     """As a last line of defence: such text is refused while it is prepared."""
-    placed, calls, first = loop.Program.place_tokens, [], begin_calls(experiment)
+    placed, calls, first = sources.LanguageModel.place, [], begin_calls(experiment)
 
     def place(program, tokens):
         calls.append(tokens)
         return placed(program, tokens + 10**6 if len(calls) == first + 4 else tokens)
 
-    monkeypatch.setattr(loop.Program, "place_tokens", place)
+    monkeypatch.setattr(sources.LanguageModel, "place", place)
     with pytest.raises(ConfigError, match="the tokens of the text"):
         loop.train(experiment, tmp_path / "run")
     assert run_directory.Workdir(tmp_path / "run").sound_step() == 3 * experiment.updates_per_call

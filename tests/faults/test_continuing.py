@@ -17,6 +17,7 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import train as train_command
+from gsae_jax.activations import sources
 from gsae_jax.config import ConfigError, TrainingError
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.storage import run_directory
@@ -127,7 +128,7 @@ def test_text_that_turns_unreadable_is_named_and_the_run_saved(experiment, tmp_p
     tokens = max((tmp_path / "data").glob("**/tokens.bin"), key=lambda path: path.stat().st_size)  # not the held-out
     whole = tokens.read_bytes()
     monkeypatch.setattr(rows_lib, "RETRIES", (0, 0))
-    placed, calls, first = loop.Program.place_tokens, [], begin_calls(experiment)
+    placed, calls, first = sources.LanguageModel.place, [], begin_calls(experiment)
 
     def breaking(program, rows):
         calls.append(rows)
@@ -135,7 +136,7 @@ def test_text_that_turns_unreadable_is_named_and_the_run_saved(experiment, tmp_p
             os.truncate(tokens, 100)
         return placed(program, rows)
 
-    monkeypatch.setattr(loop.Program, "place_tokens", breaking)
+    monkeypatch.setattr(sources.LanguageModel, "place", breaking)
     with pytest.raises(TrainingError, match=r"tokens.bin cannot be read any more .*the same command continues"):
         loop.train(experiment, tmp_path / "run")
     assert run_directory.Workdir(tmp_path / "run").sound_step() in range(4, 96)
