@@ -11,7 +11,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its toke
 
 from gsae_jax.experiments import experiment_config, stack_config
 from gsae_jax.lms.loading import LM, load_lm
-from gsae_jax.runs import load
+from gsae_jax.sae_loading import load
 from gsae_jax.saes.trained import SAE
 
 __all__ = ["LM", "SAE", "experiment_config", "load", "load_lm", "stack_config"]

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gsae_jax import export, plugins, rendering, runs
+from gsae_jax import export, plugins, rendering, sae_loading
 from gsae_jax.config import ConfigError
 from gsae_jax.evaluation import report
 from gsae_jax.saes import contract, trained
@@ -23,9 +23,9 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
     if not formats or len(set(formats)) < len(formats):
         raise ConfigError("--format", f"is {','.join(formats)!r}; write different formats such as saelens")
     for format in formats:
-        plugins.load("exchange", format, having="write", field="--format")
+        plugins.load("formats", format, having="write", field="--format")
     records = _records(place)
-    saes = runs.load(workdir, step=run_directory.reported_step(place), field="--workdir")
+    saes = sae_loading.load(workdir, step=run_directory.reported_step(place), field="--workdir")
     with writing.new_folder(out) as folder:
         for format in formats:  # without SAEs that have diverged
             written = export.write(saes, format, folder / format)

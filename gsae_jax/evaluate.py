@@ -8,7 +8,7 @@ from absl import flags
 
 from gsae_jax import cli, processes
 from gsae_jax.config import ConfigError
-from gsae_jax.reports import evaluate, evaluate_saes
+from gsae_jax.measuring import evaluate, evaluate_saes
 from gsae_jax.storage import run_directory
 
 

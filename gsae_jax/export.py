@@ -10,9 +10,9 @@ import os
 
 from absl import flags
 
-from gsae_jax import cli, plugins, processes, runs
+from gsae_jax import cli, plugins, processes, sae_loading
 from gsae_jax.config import ConfigError, known_names
-from gsae_jax.exchange import records
+from gsae_jax.formats import records
 from gsae_jax.saes import trained
 from gsae_jax.storage import writing
 
@@ -24,8 +24,8 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
         ConfigError: no such SAE, step or format, a format that cannot hold one of them, an `out` that exists, or all
             of them have diverged. If only some have diverged, they are left out with a warning.
     """
-    module = plugins.load("exchange", format, having="write", field="--format")
-    saes = runs.load(path, step=step, field="--workdir")
+    module = plugins.load("formats", format, having="write", field="--format")
+    saes = sae_loading.load(path, step=step, field="--workdir")
     if name:
         if name not in saes:
             raise ConfigError("--sae", f"{name!r} is not in {path}; {known_names(name, saes)}")
@@ -36,7 +36,7 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
 
 def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> list[str]:
     """Write a new folder with a folder for each SAE, or nothing; returns and raises what `export` does."""
-    module = plugins.load("exchange", format, having="write", field="--format")
+    module = plugins.load("formats", format, having="write", field="--format")
     diverged: dict[str, records.DivergedError] = {}
     with writing.new_folder(out) as folder:
         for sae in saes.values():

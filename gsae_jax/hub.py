@@ -28,7 +28,7 @@ def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> s
         if private is not None and private == public:
             there, say = ("private", "leave --public out") if private else ("public", "add --public")
             raise ConfigError("--repo", f"{repo} exists and is {there}; {say}, or write another name")
-        ours = [f"{name}/*" for name in ("report", *plugins.known("exchange", having="write"))]
+        ours = [f"{name}/*" for name in ("report", *plugins.known("formats", having="write"))]
         with _asking(repo):
             if private is None:
                 huggingface_hub.create_repo(repo, private=not public)

@@ -20,7 +20,7 @@ from absl import flags
 from gsae_jax import cli
 from gsae_jax import config as config_lib
 from gsae_jax.config import Experiment
-from gsae_jax.training import planning
+from gsae_jax.planning import planner
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has, nothing runs on it
     if kind == "cpu" and size.isdigit():
         jax.config.update("jax_num_cpu_devices", int(size))
-    report = planning.plan(config_lib.from_dict(Experiment, cli.given(CONFIG)), TOPOLOGY.value)
-    print(json.dumps(report, indent=2) if JSON.value else planning.describe(report))
+    report = planner.plan(config_lib.from_dict(Experiment, cli.given(CONFIG)), TOPOLOGY.value)
+    print(json.dumps(report, indent=2) if JSON.value else planner.describe(report))
 
 
 if __name__ == "__main__":

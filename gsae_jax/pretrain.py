@@ -7,10 +7,9 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cli
+from gsae_jax import cli, pretraining
 from gsae_jax import config as config_lib
 from gsae_jax.config import ConfigError
-from gsae_jax.training import language_model
 
 
 def main() -> None:
@@ -19,7 +18,7 @@ def main() -> None:
     out = Path(OUT.value)
     if out.exists():
         raise ConfigError("--out", f"{out} exists already; write a new directory")
-    print(f"held-out cross-entropy {language_model.pretrain(config, out):.3f} nats/token; checkpoint in {out}")
+    print(f"held-out cross-entropy {pretraining.pretrain(config, out):.3f} nats/token; checkpoint in {out}")
 
 
 if __name__ == "__main__":

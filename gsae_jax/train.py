@@ -10,7 +10,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from gsae_jax import cli, processes, runs
+from gsae_jax import cli, processes, sae_loading
 from gsae_jax import config as config_lib
 from gsae_jax.config import Experiment
 from gsae_jax.evaluate import evaluate
@@ -24,7 +24,7 @@ def run(config: Experiment, path: epath.PathLike) -> int:
     """Train to the end and report; a finished run is left as it is."""
     workdir = run_directory.Workdir(path)
     workdir.check_writable()
-    config = runs.pinned(config, path)
+    config = sae_loading.pinned(config, path)
     workdir.check(config_lib.to_dict(config))
     if workdir.latest_step() == config.train.steps == run_directory.reported_step(workdir):
         processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
@@ -34,7 +34,7 @@ def run(config: Experiment, path: epath.PathLike) -> int:
             f"train.dead_after is {config.train.dead_after:,}, more than the {config.train.steps:,} steps of this run: "
             "no feature will count as dead in the metrics; lower it to count them"
         )
-    starts = runs.starts(config) if workdir.latest_step() is None else {}
+    starts = sae_loading.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED
     processes.say(evaluate(path) + f"\n\nreport: {workdir.report / 'report.md'}")

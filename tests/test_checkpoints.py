@@ -14,7 +14,7 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import runs
+from gsae_jax import sae_loading
 from gsae_jax.config import ConfigError
 from gsae_jax.lms import gelu, weights
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -192,7 +192,7 @@ def test_hub_names_are_pinned_to_a_commit(hub, experiment, tmp_path):
     def asked(revision, path=tmp_path / "run"):
         lm = config_lib.LM(path="someone/small", dtype="float32", revision=revision)
         config = config_lib.to_dict(experiment) | {"lm": vars(lm)}
-        return runs.pinned(config_lib.from_dict(config_lib.Experiment, config), path)
+        return sae_loading.pinned(config_lib.from_dict(config_lib.Experiment, config), path)
 
     assert asked("old").lm.revision == COMMIT
     first = asked("")

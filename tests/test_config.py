@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 
 from configs import base
 from gsae_jax import config as config_lib
-from gsae_jax import experiment_config, reports, settings, stack_config
+from gsae_jax import experiment_config, measuring, settings, stack_config
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.planning import planner
 from gsae_jax.saes import gated
 from gsae_jax.saes import trained as trained_lib
-from gsae_jax.training import loop, planning
+from gsae_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +43,7 @@ def trained(config):
 
 
 def planned(config):
-    planning.plan(config_lib.from_dict(Experiment, config), "cpu:8")
+    planner.plan(config_lib.from_dict(Experiment, config), "cpu:8")
 
 
 def refused(use, config):
@@ -170,7 +171,7 @@ def test_what_the_trainer_refuses_evaluation_refuses(config_dict, changes, tmp_p
     trained_lib.SAE("a", "gated", sae, "blocks.0.hook_mlp_out", params).save(tmp_path / "sae")
 
     def measured(config):
-        reports.evaluate_saes([str(tmp_path / "sae")], str(tmp_path / "report"), config)
+        measuring.evaluate_saes([str(tmp_path / "sae")], str(tmp_path / "report"), config)
 
     assert refused(measured, config) == refused(trained, config)
     assert not (tmp_path / "report").exists()

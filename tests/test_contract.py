@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec
 import gsae_jax
 import gsae_jax.saes
 from gsae_jax import config as config_lib
+from gsae_jax import measuring, plugins
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import plugins, reports
 from gsae_jax.config import ConfigError, Experiment
-from gsae_jax.exchange import saelens
+from gsae_jax.formats import saelens
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
@@ -310,12 +310,12 @@ def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir
     for key, sae in gsae_jax.load(run).items():
         for array, value in sae.params.items():
             np.testing.assert_array_equal(value, saes[key].params[array], err_msg=f"{key} {array}")
-    reports.evaluate(run)
+    measuring.evaluate(run)
     records = json.loads((run / "report" / "report.json").read_text())["saes"]
     assert [record["name"] for record in records] == ["a_0", "a_1"]
     assert all(record["site"] == case.targets[0] and 0 < record["fvu"] < 2 for record in records)
     x = case.inputs({site: np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32) for site in SITES})
-    for format in plugins.known("exchange", having="write"):
+    for format in plugins.known("formats", having="write"):
         if format == "dictionary_learning":
             continue  # wants torch; tests/test_exchange.py
         if name in HELD:

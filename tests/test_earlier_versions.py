@@ -10,8 +10,8 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import measuring
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import reports
 from gsae_jax.config import Experiment
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
@@ -78,7 +78,7 @@ def test_saes_and_exports_compute_what_they_did(version, run):
 
 
 def test_the_report_is_what_it_was(version, run, text, tmp_path_factory):
-    reports.evaluate(run, config=moved(run, text, tmp_path_factory))
+    measuring.evaluate(run, config=moved(run, text, tmp_path_factory))
     report = json.loads((run / "report" / "report.json").read_text())
     earlier = json.loads((version / "report.json").read_text())
     earlier.pop("notes", None)  # of sentences, which may be put better

@@ -17,12 +17,12 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import export as export_lib
-from gsae_jax import runs
+from gsae_jax import sae_loading
 from gsae_jax.config import ConfigError
-from gsae_jax.exchange import files, jumprelu
+from gsae_jax.formats import files, jumprelu
 from gsae_jax.lms import checkpoints
 from gsae_jax.lms import sites as sites_lib
-from gsae_jax.reports import evaluate, evaluate_saes
+from gsae_jax.measuring import evaluate, evaluate_saes
 from gsae_jax.saes import gated, parameters, relu, trained
 from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
@@ -455,7 +455,7 @@ def test_a_name_on_the_hub_is_not_taken(tmp_path, monkeypatch):
         ):
             gsae_jax.load(name)
     with pytest.raises(ConfigError, match=r"^stacks\.gated\.start_from: google/x is not here"):
-        runs._members_of("google/x:gated", "stacks.gated.start_from")
+        sae_loading._members_of("google/x:gated", "stacks.gated.start_from")
 
 
 @pytest.mark.parametrize(
@@ -654,7 +654,7 @@ def test_what_metadata_calls_a_model(tmp_path, monkeypatch):
         (".", "", tmp_path.name),
     ):
         lm = config_lib.LM(path, "float32", revision)
-        assert runs.names(lm, data) == {"model_name": name, "dataset_path": "texts"}
+        assert sae_loading.names(lm, data) == {"model_name": name, "dataset_path": "texts"}
 
 
 @pytest.mark.parametrize("attack", ["huge", "compressed", "objects", "twice", "long", "negative"])
@@ -787,7 +787,7 @@ def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_p
 
     def starts(path, **changes):
         changed = dataclasses.replace(stack, start_from=str(path), **changes)
-        return runs.starts(dataclasses.replace(experiment, stacks={"second": changed}))["second"]
+        return sae_loading.starts(dataclasses.replace(experiment, stacks={"second": changed}))["second"]
 
     x = jax.random.normal(jax.random.key(2), (50, 64))
     for module, name, options in ((relu, "plain", {}), (gated, "plain", {}), (gated, "jump", {})):

@@ -10,9 +10,9 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import runs, train
+from gsae_jax import sae_loading, train
 from gsae_jax.config import ConfigError
-from gsae_jax.reports import evaluate
+from gsae_jax.measuring import evaluate
 from gsae_jax.saes import parameters
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
@@ -201,7 +201,7 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
     shutil.copytree(places / "run", tmp_path / "other")
     stack = dataclasses.replace(halfway.stacks["baseline"], start_from=f"{tmp_path}/first:baseline")
     experiment = dataclasses.replace(with_(halfway, train={"steps": 8}), stacks={"again": stack})
-    starts = runs.starts(experiment)
+    starts = sae_loading.starts(experiment)
     assert loop.train(experiment, tmp_path / "second", starts)
     shutil.move(tmp_path / "first", tmp_path / "moved")
 
@@ -210,11 +210,11 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
 
     place = run_directory.Workdir(tmp_path / "second")
     for start in (f"{tmp_path}/first:baseline", f"{tmp_path}/moved:baseline"):
-        assert runs.pinned(named(start), tmp_path / "second") == experiment
+        assert sae_loading.pinned(named(start), tmp_path / "second") == experiment
     place.check(config_lib.to_dict(experiment))
     assert place.facts(8).starts == {"again": parameters.fingerprint(starts["again"])}
     shutil.copytree(places / "run", tmp_path / "finished")
     loop.train(halfway, tmp_path / "finished")  # other parameters
-    other = runs.pinned(named(f"{tmp_path}/finished:baseline"), tmp_path / "second")
+    other = sae_loading.pinned(named(f"{tmp_path}/finished:baseline"), tmp_path / "second")
     with pytest.raises(ConfigError, match=r"another config.*stacks\.again\.start_from"):
         place.check(config_lib.to_dict(other))

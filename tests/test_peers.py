@@ -12,7 +12,7 @@ import gsae_jax
 from benchmarks.peers_environment import environment
 from gsae_jax import cards
 from gsae_jax.data import rows
-from gsae_jax.exchange import jumprelu
+from gsae_jax.formats import jumprelu
 from gsae_jax.lms import checkpoints
 from gsae_jax.storage.run_directory import Workdir
 from tests import references

@@ -16,8 +16,8 @@ import pytest
 
 from gsae_jax.config import ConfigError, Experiment, Mesh, from_dict
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
-from gsae_jax.training import exchanges, machines, planning
-from gsae_jax.training.machines import CHIPS, Topology
+from gsae_jax.planning import collectives, hardware, planner
+from gsae_jax.planning.hardware import CHIPS, Topology
 from tests.test_scale import first_state, program_on
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def on(experiment, data, latent):
 
 def test_a_plan_has_the_bytes_that_a_run_allocates(experiment):
     program = program_on(experiment, 4, 2)
-    report = planning.plan(dataclasses.replace(program.config, mesh=Mesh(data=4, latent=2)), "cpu:8")
+    report = planner.plan(dataclasses.replace(program.config, mesh=Mesh(data=4, latent=2)), "cpu:8")
     checkpoint = Checkpoint.open(experiment.lm.path)
     lm_params = checkpoint.params(checkpoint.module(1, program.mesh), experiment.lm.dtype)
     state = first_state(program)
@@ -73,7 +73,7 @@ def test_a_plan_has_the_bytes_that_a_run_allocates(experiment):
 
 @pytest.mark.parametrize("topology", ["cpu:8", "gpu:h100x8"])
 def test_the_parts_add_up(experiment, topology):
-    parts = planning.plan(on(experiment, 4, 2), topology)["bytes_per_device"]
+    parts = planner.plan(on(experiment, 4, 2), topology)["bytes_per_device"]
     assert sum(parts.values()) == 2 * parts["total"]
     assert min(parts.values()) >= 0
 
@@ -83,12 +83,12 @@ def test_an_estimate_against_the_compiler(experiment, shape, rows):
     """Arguments are equal and exchanges near, with four updates of one forward pass and one update of two."""
     config = on(experiment, *shape)
     config = dataclasses.replace(config, activations=dataclasses.replace(config.activations, rows_per_forward=rows))
-    case = planning.Case.build(config, Topology.parse("cpu:8"))
+    case = planner.Case.build(config, Topology.parse("cpu:8"))
     parts, found, _ = case.measure()
     estimate = case.estimate()
     for name in ("language model", "SAEs", "optimiser", "buffer"):
         assert estimate[name] == parts[name]
-    expected = exchanges.expected(case.program, *case.arguments)
+    expected = collectives.expected(case.program, *case.arguments)
 
     def sent(found):
         return sum(size for _, size in found.values())
@@ -100,18 +100,18 @@ def test_a_plans_operations_are_the_products_of_the_method(experiment):
     """Seven products for a gated SAE and five for a baseline, of 2 B D F operations each, and little else."""
     program = program_on(experiment, 1, 1)
     lm_params = abstract_params(program.module, "float32")
-    alone = planning.operations(dataclasses.replace(program, stacks=()), lm_params)
+    alone = planner.operations(dataclasses.replace(program, stacks=()), lm_params)
     B, updates = experiment.train.batch_size, experiment.updates_per_call
     for stack in program.stacks:
         products = {"gated": 7, "relu": 5}[stack.config.architecture]
-        found = planning.operations(dataclasses.replace(program, stacks=(stack,)), lm_params) - alone
+        found = planner.operations(dataclasses.replace(program, stacks=(stack,)), lm_params) - alone
         expected = updates * len(stack.config) * products * 2 * B * stack.sae.d_in * stack.sae.width
         assert expected < found < 1.25 * expected
 
 
 def test_a_plan_by_hand():
     """Gemma-2-2B on eight GPUs: operations, bytes, the exchange of SAEs and the time of all that."""
-    report = planning.plan(configured(*GEMMA), "gpu:h100x8")
+    report = planner.plan(configured(*GEMMA), "gpu:h100x8")
     B, D, F, N = 4096, 2304, 2**15, 3
     saes = 2 * N * (7 * 2 * B * D * F + 5 * 2 * B * D * F * 3 // 2)  # two sites
     block = 2 * D * 2048 + 2 * D * 1024 + 3 * D * 9216
@@ -136,14 +136,14 @@ def test_a_plan_by_hand():
     assert report["tokens_per_second"]["overlapped"] == pytest.approx(
         B / max(seconds["computation"], seconds["exchanges"])
     )
-    text = planning.describe(report)
+    text = planner.describe(report)
     assert text.count("ESTIMATED, not compiled") == 2
     assert "it fits" in text
 
 
 @pytest.mark.usefixtures("no_libtpu")
 def test_an_estimate_where_libtpu_is_not_installed():
-    report = planning.plan(configured(*GEMMA), "v5e:4x4")
+    report = planner.plan(configured(*GEMMA), "v5e:4x4")
     assert report["method"] == {"bytes": "estimated", "exchanges": "estimated"}
     assert report["fits"]
 
@@ -152,11 +152,11 @@ def test_an_estimate_where_libtpu_is_not_installed():
 def test_advice_is_checked(experiment, monkeypatch, data):
     """What does not fit comes with changes after each of which it would."""
     config = on(experiment, data, 1)
-    total = planning.plan(config, "gpu:h100x8")["bytes_per_device"]["total"]
+    total = planner.plan(config, "gpu:h100x8")["bytes_per_device"]["total"]
     monkeypatch.setitem(CHIPS, "gpu:h100", dataclasses.replace(CHIPS["gpu:h100"], memory=int(0.8 * total)))
-    report = planning.plan(config, "gpu:h100x8")
+    report = planner.plan(config, "gpu:h100x8")
     assert not report["fits"]
-    assert "it does not fit" in planning.describe(report)
+    assert "it does not fit" in planner.describe(report)
     changes = [change["change"].split() for change in report["advice"]]
     assert changes[0][-1].startswith("--config.mesh.latent=")
     assert any("--topology=" in flag for flag in changes[-1])
@@ -169,15 +169,15 @@ def test_advice_is_checked(experiment, monkeypatch, data):
             if name == "topology":
                 topology = value
             else:
-                changed = planning.changed(changed, {name: int(value) if value.isdigit() else value})
-        assert planning.plan(changed, topology)["fits"]
+                changed = planner.changed(changed, {name: int(value) if value.isdigit() else value})
+        assert planner.plan(changed, topology)["fits"]
 
 
 def test_what_no_setting_helps(experiment, monkeypatch):
     monkeypatch.setitem(CHIPS, "gpu:h100", dataclasses.replace(CHIPS["gpu:h100"], memory=1000))
-    report = planning.plan(on(experiment, 0, 1), "gpu:h100x8")
+    report = planner.plan(on(experiment, 0, 1), "gpu:h100x8")
     assert report["advice"] == []
-    assert planning.NO_ADVICE in planning.describe(report)
+    assert planner.NO_ADVICE in planner.describe(report)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_no_setting_helps(experiment, monkeypatch):
     ],
 )
 def test_how_fast_devices_exchange(chip, data, latent, axes, expected):
-    assert machines.bandwidth(CHIPS[chip], {"data": data, "latent": latent}, axes) == pytest.approx(expected)
+    assert hardware.bandwidth(CHIPS[chip], {"data": data, "latent": latent}, axes) == pytest.approx(expected)
 
 
 PROGRAM = """HloModule train_step
@@ -242,7 +242,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_exchanges_of_a_program():
     """Once if asynchronous, as often as a loop runs, and along the axes that its groups say in one of four ways."""
-    found = exchanges.compiled(PROGRAM, {"data": 4, "latent": 2})
+    found = collectives.compiled(PROGRAM, {"data": 4, "latent": 2})
     assert found == {
         ("all-gather", ("data",)): (5 + 3, (5 + 3) * 3 / 4 * 80),
         ("all-reduce", ("data",)): (5, 5 * 2 * 3 / 4 * 800),
@@ -271,7 +271,7 @@ def test_exchanges_of_a_program():
 )
 def test_topologies_that_there_are_not(experiment, topology, message):
     with pytest.raises(ConfigError, match=message):
-        planning.plan(experiment, topology)
+        planner.plan(experiment, topology)
 
 
 @pytest.mark.parametrize(
@@ -285,21 +285,21 @@ def test_topologies_that_there_are_not(experiment, topology, message):
 )
 def test_a_mesh_that_a_topology_has_not(experiment, data, latent, message):
     with pytest.raises(ConfigError, match=message):
-        planning.plan(dataclasses.replace(experiment, mesh=Mesh(data, latent)), "gpu:h100x8")
+        planner.plan(dataclasses.replace(experiment, mesh=Mesh(data, latent)), "gpu:h100x8")
 
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("latent", [1, 2, 4, 8, 16])
 def test_a_mesh_of_any_shape_on_a_torus(experiment, latent):
     """Also where no side, and no product of sides, has the size of an axis."""
-    mesh = planning.mesh_of(on(experiment, 0, latent), Topology.parse("v6e:4x4"))
+    mesh = planner.mesh_of(on(experiment, 0, latent), Topology.parse("v6e:4x4"))
     assert dict(mesh.shape) == {"data": 16 // latent, "latent": latent}
 
 
 @pytest.mark.tpu
 def test_what_a_compiler_refuses():
     """It says how much it would take, arguments and all."""
-    report = planning.plan(configured("configs/quickstart.py", f"--config.activations.buffer_size={2**26}"), "v5e:2x2")
+    report = planner.plan(configured("configs/quickstart.py", f"--config.activations.buffer_size={2**26}"), "v5e:2x2")
     parts = report["bytes_per_device"]
     assert not report["fits"]
     assert parts["buffer"] == 2**26 * 256 * 4 / 4  # all that a chip has
@@ -327,7 +327,7 @@ def test_a_plan_for_tpus(topology, arguments, gigabytes):
     assert report["fits"]
     assert low_high[0] < parts["total"] < low_high[1]
     assert sum(parts.values()) == 2 * parts["total"]
-    estimate = planning.plan(configured(*arguments), topology)
+    estimate = planner.plan(configured(*arguments), topology)
     assert estimate["method"] == {"bytes": "estimated", "exchanges": "estimated"}
     assert estimate["bytes_per_device"]["SAEs"] == parts["SAEs"]
     assert estimate["bytes_per_device"]["temporaries"] == pytest.approx(parts["temporaries"], rel=0.45)

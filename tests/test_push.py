@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import cards, reports
+from gsae_jax import cards, measuring
 from gsae_jax.config import ConfigError
 from gsae_jax.hub import push
 from gsae_jax.training import loop
@@ -29,7 +29,7 @@ def run(text_dir, lm_dir, tmp_path_factory):
     config = conftest.config_dict.__wrapped__(text_dir, lm_dir, tmp_path_factory)
     path = tmp_path_factory.mktemp("push") / "run"
     loop.train(conftest.config_lib.from_dict(conftest.config_lib.Experiment, config), path)
-    reports.evaluate(path)
+    measuring.evaluate(path)
     return path
 
 
@@ -194,7 +194,7 @@ def test_the_card_tells_of_the_weights_beside_it(run, tmp_path):
     shutil.copytree(run, copy)
     first, last = (gsae_jax.load(copy, step=step)["gated_0"].params["W_dec"] for step in (8, 16))
     assert np.abs(first - last).max() > 0
-    reports.evaluate(copy, 512, step=8)
+    measuring.evaluate(copy, 512, step=8)
     (copy / "report" / ".ipynb_checkpoints").mkdir()
     (copy / "report" / "notes.txt").write_text("mine")
     cards.write(str(copy), "user/name", ["saelens"], tmp_path / "repo")

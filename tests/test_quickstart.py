@@ -15,7 +15,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import export, reports
+from gsae_jax import export, measuring
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, metrics
@@ -148,7 +148,7 @@ def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_ou
 @pytest.mark.quickstart
 def test_exported_saes_measure_as_they_did(run, tmp_path):
     assert export.export(str(run), "saelens", str(tmp_path / "exported")) == list(gsae_jax.load(run))
-    reports.evaluate_saes([str(tmp_path / "exported")], str(tmp_path / "report"), tokens=2**16)
+    measuring.evaluate_saes([str(tmp_path / "exported")], str(tmp_path / "report"), tokens=2**16)
     here, there = (
         json.loads((folder / "report.json").read_text())["saes"] for folder in (tmp_path / "report", run / "report")
     )

@@ -14,7 +14,7 @@ import yaml
 
 from gsae_jax import cards, rendering
 from gsae_jax.evaluation import report, tables
-from gsae_jax.exchange import saelens
+from gsae_jax.formats import saelens
 from gsae_jax.saes import gated
 from tests.test_exchange import make
 

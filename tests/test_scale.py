@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gsae_jax.activations import scaling
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
-from gsae_jax.training import exchanges
+from gsae_jax.planning import collectives
 from gsae_jax.training.step import Program
 
 
@@ -55,9 +55,9 @@ def compiled_step(experiment, data, latent, width=1024):
     return program.train_step.lower(first_state(program), lm_params, tokens).compile().as_text()
 
 
-def collectives(text):
+def exchanged(text):
     """How many of each kind the SAEs' part of a compiled step has; the language model's come from the compiler."""
-    found = re.findall(rf"^.* = .*? ({exchanges.KINDS})(?:-start)?\(.*shard_map", text, re.MULTILINE)
+    found = re.findall(rf"^.* = .*? ({collectives.KINDS})(?:-start)?\(.*shard_map", text, re.MULTILINE)
     return dict(collections.Counter(found))
 
 
@@ -73,14 +73,14 @@ def collectives(text):
     ],
 )
 def test_collectives_do_not_creep_up(experiment, shape, expected):
-    assert collectives(compiled_step(experiment, *shape)) == expected
+    assert exchanged(compiled_step(experiment, *shape)) == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (4, 2)])
 def test_exchanges_along_latent_do_not_grow_with_the_dictionary(experiment, shape):
     """Reconstructions are exchanged there. Along `data` it is parameters and gradients, each device's own part."""
     mesh = dict(zip(("data", "latent"), shape, strict=True))
-    found = [exchanges.compiled(compiled_step(experiment, *shape, width), mesh) for width in (1024, 2048)]
+    found = [collectives.compiled(compiled_step(experiment, *shape, width), mesh) for width in (1024, 2048)]
 
     def sent(found, axis):
         return sum(size for (_, axes), (_, size) in found.items() if axes == (axis,))

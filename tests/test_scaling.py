@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsae_jax import runs
+from gsae_jax import sae_loading
 from gsae_jax import train as train_command
 from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError
@@ -130,7 +130,7 @@ def test_a_run_that_began_before_the_setting_existed_continues_without_it(experi
     config = json.loads((path / "config.json").read_text())
     del config["activations"]["center"]
     (path / "config.json").write_text(json.dumps(config))
-    kept = runs.pinned(with_(begun, activations={"center": True}), path)
+    kept = sae_loading.pinned(with_(begun, activations={"center": True}), path)
     assert kept == begun
     assert "activations.center=False" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"train\.batch_size: 64 != 128"):

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import runs
+from gsae_jax import sae_loading
 from gsae_jax import train as train_command
 from gsae_jax.activations import scaling, sources
 from gsae_jax.config import ConfigError
@@ -246,7 +246,7 @@ def test_train_evaluate_load(experiment, tmp_path, capsys):
     assert f.shape == (2, 16, 64)
     assert saes["gated_0"].decode(f).shape == x.shape
     np.testing.assert_allclose(jnp.linalg.norm(saes["baseline_0"].params["W_dec"], axis=-1), 1, atol=1e-6)
-    for name, sae in runs.load(path, mesh_lib.make_mesh(experiment.mesh)).items():
+    for name, sae in sae_loading.load(path, mesh_lib.make_mesh(experiment.mesh)).items():
         for key, value in sae.params.items():
             np.testing.assert_array_equal(value, saes[name].params[key])
             if key != "b_dec":  # what a device holds, as in training

@@ -92,12 +92,12 @@ class SAE:
 
         Args:
             path: the folder.
-            format: a file of `gsae_jax/exchange/`: saelens, dictionary_learning, gemma_scope or jumprelu.
+            format: a file of `gsae_jax/formats/`: saelens, dictionary_learning, gemma_scope or jumprelu.
 
         Raises:
             ConfigError: an unknown format or one that cannot hold this SAE, or a path that exists; nothing was written.
         """
-        plugins.load("exchange", format, having="write", field="format").write(self, path)
+        plugins.load("formats", format, having="write", field="format").write(self, path)
 
     def _inputs(self, x: Any) -> tuple[contract.Activations, tuple[int, ...]]:
         """Activations [B, D] as the architecture takes them, and the leading axes of `x`."""

@@ -14,9 +14,9 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import export, reports
+from gsae_jax import export, measuring
 from gsae_jax.config import Experiment
-from gsae_jax.exchange import records
+from gsae_jax.formats import records
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -51,7 +51,7 @@ def run(tmp_path_factory, text_dir, lm_dir):
     config = config_lib.from_dict(Experiment, config)
     folder = root / "run"
     loop.train(config, folder)
-    reports.evaluate(folder, ito=(2,))
+    measuring.evaluate(folder, ito=(2,))
     report = json.loads((folder / "report" / "report.json").read_text())
     program, _ = loop.build(config, single_device_mesh(), Checkpoint.open(config.lm.path, config.lm.revision))
     checkpoints = checkpoints_lib.Checkpoints(run_directory.Workdir(folder), config.checkpoint)
@@ -81,7 +81,7 @@ def check(draw, run, folder):
     name = diverged(draw, run, folder / "run")
     saes = gsae_jax.load(folder / "run")
     assert list(saes) == ["baseline_0", "gated_0", "gated_1"]
-    reports.evaluate(folder / "run", ito=(2,))
+    measuring.evaluate(folder / "run", ito=(2,))
     text = (folder / "run" / "report" / "report.json").read_text()
     found = json.loads(text, parse_constant=pytest.fail)
     for ours, sound in zip(found["saes"], run.report["saes"], strict=True):

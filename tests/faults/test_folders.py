@@ -15,7 +15,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import runs
+from gsae_jax import sae_loading
 from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -119,7 +119,7 @@ def compare_places(folder):
         )
         workdir = run_directory.Workdir(paths["run"])
         assert workdir.sound_step() == 8
-        workdir.check(config_lib.to_dict(runs.pinned(experiment, paths["run"])))
+        workdir.check(config_lib.to_dict(sae_loading.pinned(experiment, paths["run"])))
         facts, checkpoint = workdir.facts(8), Checkpoint.open(paths["lm"])
         workdir.check_model(facts, experiment.lm, checkpoint.fingerprint(), "lm.path")
         tokenizer = checkpoint.tokenizer()

@@ -416,7 +416,7 @@ def test_hostile_json_is_refused(hostile):
 # What takes long to import, once; then each command as its user starts it.
 COMMANDS = """
 import json, os, runpy, sys
-import gsae_jax, gsae_jax.cli, gsae_jax.evaluation.report, gsae_jax.runs, gsae_jax.training.planning
+import gsae_jax, gsae_jax.cli, gsae_jax.evaluation.report, gsae_jax.sae_loading, gsae_jax.planning.planner
 
 codes, folder = [], sys.argv[2]
 for number, (module, arguments) in enumerate(json.loads(sys.argv[1])):

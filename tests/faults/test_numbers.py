@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gsae_jax import measuring
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import reports
 from gsae_jax.config import TrainingError
 from gsae_jax.lms.loading import capture
 from gsae_jax.storage import metrics_log, run_directory
@@ -96,7 +96,7 @@ def test_one_that_diverges_has_no_score_and_spoils_no_report(experiment, tmp_pat
     for name in ("gated/loss", "gated/mse", "gated/l0", "gated/gamma"):
         assert [value is None for value in lines[-1][name]] == [False, False, True, False]
     assert len(metrics_log.read_metrics(run_directory.Workdir(tmp_path / "run"))) == len(lines)
-    reports.evaluate(tmp_path / "run")
+    measuring.evaluate(tmp_path / "run")
     found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert [record["l0"] is None for record in found["saes"]] == [False, False, True, False]
     assert [record["fvu"] is None for record in found["saes"]] == [False, False, True, False]

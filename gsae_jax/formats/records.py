@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.config import FLOAT32, INT32, ConfigError
-from gsae_jax.exchange import files
+from gsae_jax.formats import files
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, trained
 from gsae_jax.saes import parameters as tables

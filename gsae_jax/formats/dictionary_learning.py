@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gsae_jax.config import ConfigError
-from gsae_jax.exchange import files, records
+from gsae_jax.formats import files, records
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import reading, writing
 

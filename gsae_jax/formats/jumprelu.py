@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.config import ConfigError
-from gsae_jax.exchange import records, saelens
+from gsae_jax.formats import records, saelens
 from gsae_jax.saes import contract, jumprelu, parameters, trained
 
 

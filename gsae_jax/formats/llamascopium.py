@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gsae_jax.config import INT32
-from gsae_jax.exchange import files, records
+from gsae_jax.formats import files, records
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import reading
 

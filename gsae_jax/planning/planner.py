@@ -2,7 +2,7 @@
 
 Where a compiler for the machine is installed, the train step is compiled for it and its memory and its collectives are
 read from the result. Elsewhere they are estimated: arguments from their placement (exact), the SAEs' collectives from
-the step as it is written, and the rest by the rules of `temporaries` and `exchanges.expected`.
+the step as it is written, and the rest by the rules of `temporaries` and `collectives.expected`.
 """
 
 import collections
@@ -22,8 +22,8 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.lms import attention, loading
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
-from gsae_jax.training import exchanges
-from gsae_jax.training.machines import CHIPS, GIB, NODE, Topology, bandwidth
+from gsae_jax.planning import collectives
+from gsae_jax.planning.hardware import CHIPS, GIB, NODE, Topology, bandwidth
 from gsae_jax.training.step import Program, TrainState
 
 UTILISATION = 0.4  # of the chip's rate, assumed for the estimate of time
@@ -69,7 +69,7 @@ class Case:
         """Bytes on each device, by part and in total, without a compiler."""
         return self._parts(temporaries(self), mesh_lib.device_bytes(self.arguments))
 
-    def measure(self) -> tuple[dict[str, int], exchanges.Exchanges, dict[str, str]]:
+    def measure(self) -> tuple[dict[str, int], collectives.Exchanges, dict[str, str]]:
         """Bytes and exchanges, compiled where that can be done; and, of each, "compiled" or "estimated"."""
         parts, method = self.estimate(), {"bytes": "estimated", "exchanges": "estimated"}
         if not isinstance(self.program.mesh, AbstractMesh):
@@ -82,7 +82,7 @@ class Case:
                 kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
                 parts = self._parts(memory.temp_size_in_bytes + memory.generated_code_size_in_bytes, kept)
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX cannot print all that libtpu makes
-                    found = exchanges.compiled(compiled.as_text(), self.program.mesh.shape)
+                    found = collectives.compiled(compiled.as_text(), self.program.mesh.shape)
                     return parts, found, method | {"exchanges": "compiled"}
             except jax.errors.JaxRuntimeError as error:
                 # Compilers for TPUs refuse what does not fit, and say no more than this, which has the arguments in it.
@@ -91,7 +91,7 @@ class Case:
                     raise
                 held = mesh_lib.device_bytes(self.arguments)
                 parts = self._parts(max(0, round(float(needed[1]) * GIB) - held), held)
-        return parts, exchanges.expected(self.program, *self.arguments), method
+        return parts, collectives.expected(self.program, *self.arguments), method
 
     def _parts(self, temporaries: int, kept: int) -> dict[str, int]:
         """`kept`: arguments and results. In the rest are tokens, the features' ages, statistics, and padding."""
@@ -253,7 +253,7 @@ def temporaries(case: Case) -> int:
     saes = sum(sizes) / latent * compute + 4 * one + 4 * sum(sizes) / latent / data + kept
 
     blocks: collections.Counter[str] = collections.Counter()
-    for path, _, _, size in exchanges.gathered(case.lm_params, shape):
+    for path, _, _, size in collectives.gathered(case.lm_params, shape):
         blocks[path.partition("/")[0]] += size
     rows = config.activations.rows_per_forward / data
     scores = 2 * 4 * rows * lm.n_heads / latent * min(T, attention.QUERIES) * T

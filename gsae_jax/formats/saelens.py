@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from gsae_jax import rendering
 from gsae_jax.config import ConfigError
-from gsae_jax.exchange import files, foreign, records
+from gsae_jax.formats import files, foreign, records
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import reading, writing
 

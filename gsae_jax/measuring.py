@@ -12,7 +12,7 @@ from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import processes, runs
+from gsae_jax import processes, sae_loading
 from gsae_jax.config import ConfigError, HeldOut, TrainingError
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, report
@@ -64,7 +64,7 @@ def evaluate(
     latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
     step = workdir.sound_step(("params", "facts"), step)
-    saes, training = runs.load(path, mesh, step, workdir.field), metrics_log.read_metrics(workdir)
+    saes, training = sae_loading.load(path, mesh, step, workdir.field), metrics_log.read_metrics(workdir)
     if step is not None:
         _check_inputs(workdir, workdir.facts(step), run, settings, "--model" if model else "lm.path")
     targets = {}
@@ -160,7 +160,7 @@ def evaluate_saes(
     ito: Sequence[int] = (),
     published: str = "",
 ) -> str:
-    """Measure SAEs that `runs.load` reads, and write their report as a new folder; returns the table.
+    """Measure SAEs that `sae_loading.load` reads, and write their report as a new folder; returns the table.
 
     Args:
         paths: of the SAEs.
@@ -180,7 +180,7 @@ def evaluate_saes(
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
     saes: dict[str, trained.SAE] = {}
     for path in paths:
-        for name, sae in runs.load(path, mesh, field="--sae").items():
+        for name, sae in sae_loading.load(path, mesh, field="--sae").items():
             if name in saes:
                 raise ConfigError("--sae", f"{path} has the second SAE called {name!r}; measure them one by one")
             if not (site or sae.sites[0]):
@@ -250,7 +250,7 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
     Raises:
         ConfigError: a file names another model, and none was `given`.
     """
-    for field, used in runs.names(settings.lm, settings.data).items():
+    for field, used in sae_loading.names(settings.lm, settings.data).items():
         told: dict[str, list[str]] = {}
         for name, sae in saes.items():
             # Libraries write the owner, or the directory's path, or leave it out.
@@ -291,7 +291,7 @@ def _write(
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
-    model = settings.lm.path or f"{runs.EMBEDDED} (embedded)"
+    model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
     records = report.rows(Path(model).name, saes, sums, targets, ito)
     gates = report.gates(saes)
     if processes.first():

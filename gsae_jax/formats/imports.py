@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gsae_jax import plugins, processes
 from gsae_jax.config import ConfigError
-from gsae_jax.exchange import foreign
+from gsae_jax.formats import foreign
 from gsae_jax.saes import trained
 from gsae_jax.storage import run_directory
 
@@ -18,7 +18,7 @@ def read(path: Path) -> dict[str, trained.SAE]:
         ConfigError: a file that does not fit its format, a folder of a kind that cannot be read, or two SAEs of one
             name.
     """
-    formats = plugins.known("exchange", having="recognises").values()
+    formats = plugins.known("formats", having="recognises").values()
     folders = path.is_dir() and not run_directory.Workdir(path, "path").holds_run()
     # Hidden ones are a program's own: .git, or what is left of an export that was killed.
     inside = sorted(folder for folder in path.glob("[!.]*") if folder.is_dir()) if folders else []

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gsae_jax.exchange import files, jumprelu, records
+from gsae_jax.formats import files, jumprelu, records
 from gsae_jax.saes import trained
 from gsae_jax.storage import reading, writing
 

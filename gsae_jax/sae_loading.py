@@ -15,7 +15,7 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax import plugins, processes
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.evaluation import measure
-from gsae_jax.exchange import imports
+from gsae_jax.formats import imports
 from gsae_jax.lms import checkpoints
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -31,7 +31,7 @@ def load(
     """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`; or one or several from elsewhere.
 
     Args:
-        path: the run's directory, local or gs://bucket/folder; or a folder in a format of `gsae_jax/exchange/`, or of
+        path: the run's directory, local or gs://bucket/folder; or a folder in a format of `gsae_jax/formats/`, or of
             such folders. An SAE that was not exported by us has the name of its folder.
         mesh: over whose devices features are spread; by default all are on this process's first device.
         step: of which checkpoint; by default the newest that is whole.
@@ -97,7 +97,7 @@ def _nothing(path: str) -> str:
                 f"the SAE with {fetched}, and write the folder that this returns"
             )
         return f"{path} is not here; write the directory of a run, or a folder of SAEs"
-    formats = ", ".join(plugins.known("exchange", having="recognises"))
+    formats = ", ".join(plugins.known("formats", having="recognises"))
     has_config = os.path.exists(os.path.join(os.path.expanduser(path), "config.json"))
     other = "its config.json is not one of a run" if has_config else "it has no config.json"
     return f"{path} holds no run ({other}), and no SAE in a format that is known ({formats})"
