@@ -31,7 +31,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.training import loop
+from gsae_jax.training import preparation, starting
 
 sys.path.append(str(common.ROOT))  # configs import each other
 
@@ -40,13 +40,13 @@ def experiment(config):
     """(train program, language model's parameters, stream of tokens, first state), as `loop.train` makes them."""
     mesh = mesh_lib.make_mesh(config.mesh)
     checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
-    program, tokenizer = loop.build(config, mesh, checkpoint)
+    program, tokenizer = preparation.build(config, mesh, checkpoint)
     lm_params = checkpoint.params(program.module, config.lm.dtype)
     # The tokens that a start takes; after them the stream begins again.
     tokens = config.activations.scale_tokens + 2 * config.activations.buffer_size
     rows = rows_lib.open_rows(config.data, "train", tokenizer, tokens)
     stream = rows_lib.batches(rows, config.rows_per_call, config.seed)
-    return program, lm_params, stream, loop.start(program, lm_params, stream)
+    return program, lm_params, stream, starting.start(program, lm_params, stream)
 
 
 def sae_updates(program):

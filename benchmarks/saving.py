@@ -23,7 +23,7 @@ from gsae_jax import cli
 from gsae_jax import config as config_lib
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import run_directory
-from gsae_jax.training import loop
+from gsae_jax.training import starting
 
 STRETCH = 4  # calls of the train step
 
@@ -44,7 +44,7 @@ def main():
             waiting, pending = None, saving
             if saving:
                 saved += 1
-                parts = loop.saved_parts(state, config.checkpoint.buffer)
+                parts = starting.saved_parts(state, config.checkpoint.buffer)
                 checkpoints.save(saved, *parts, stream.get_state(), {}, None)
                 waits.append(time.perf_counter() - began)
             for call in range(STRETCH):

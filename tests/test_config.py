@@ -19,7 +19,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.planning import planner
 from gsae_jax.saes import gated
 from gsae_jax.saes import trained as trained_lib
-from gsae_jax.training import loop
+from gsae_jax.training import preparation
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ def trained(config):
     """As the trainer does, until the program is built."""
     experiment = config_lib.from_dict(Experiment, config)
     mesh = mesh_lib.make_mesh(experiment.mesh)
-    loop.build(experiment, mesh, Checkpoint.open(experiment.lm.path, experiment.lm.revision))
+    preparation.build(experiment, mesh, Checkpoint.open(experiment.lm.path, experiment.lm.revision))
 
 
 def planned(config):

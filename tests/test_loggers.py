@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from gsae_jax import loggers
 from gsae_jax.config import ConfigError
-from gsae_jax.training import loop
+from gsae_jax.training import interruption, loop
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +112,7 @@ def test_wandb_tensorboard_and_the_lines_have_the_same_numbers_also_of_a_run_tha
     monkeypatch.setenv("WANDB_MODE", "offline")
     experiment = dataclasses.replace(experiment, loggers=("tensorboard", "wandb"))
     first = dataclasses.replace(experiment, checkpoint=dataclasses.replace(experiment.checkpoint, every=8))
-    real, calls = loop._Signals.stop, []
+    real, calls = interruption.Signals.stop, []
 
     def stop(self, call):
         calls.append(call)
@@ -120,7 +120,7 @@ def test_wandb_tensorboard_and_the_lines_have_the_same_numbers_also_of_a_run_tha
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, call)
 
-    monkeypatch.setattr(loop._Signals, "stop", stop)
+    monkeypatch.setattr(interruption.Signals, "stop", stop)
     assert not loop.train(first, tmp_path / "run")
     assert loop.train(first, tmp_path / "run")
     expected = lines(tmp_path / "run" / "metrics.jsonl")

@@ -22,7 +22,7 @@ from gsae_jax.evaluation import measure, metrics
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import jumprelu
 from gsae_jax.storage.run_directory import Workdir
-from gsae_jax.training import loop
+from gsae_jax.training import preparation
 from tests import references
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def test_the_readmes_config_builds():
     names = {}
     exec(block, names)
     experiment = config_lib.from_dict(config_lib.Experiment, names["get_config"]())
-    program, _ = loop.build(experiment, mesh_lib.make_mesh(experiment.mesh), Checkpoint.open(experiment.lm.path))
+    program, _ = preparation.build(experiment, mesh_lib.make_mesh(experiment.mesh), Checkpoint.open(experiment.lm.path))
     assert [stack.name for stack in program.stacks] == ["gated", "neurons", "untied"]
 
 

@@ -16,7 +16,7 @@ from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import gated
 from gsae_jax.saes.contract import Role
-from gsae_jax.training import loop
+from gsae_jax.training import loop, preparation, starting
 from tests.test_training import advance, begin, single_device_mesh, with_
 
 R, T, D = 8, 64, 16
@@ -98,7 +98,7 @@ def test_a_large_mean_changes_nothing_that_is_trained(experiment):
         lm_params["blocks.0"]["mlp"]["b_out"] += constant
         rows = rows_lib.open_rows(experiment.data, "train", Checkpoint.open(experiment.lm.path).tokenizer(), 2**20)
         stream = rows_lib.batches(rows, experiment.rows_per_call, experiment.seed)
-        state = loop.start(program, lm_params, stream)
+        state = starting.start(program, lm_params, stream)
         means, scales = jax.device_get((state.means, state.scales))
         state, metrics = advance(program, state, lm_params, stream, calls=3)
         return means[site], scales[site], metrics["gated"]
@@ -116,9 +116,9 @@ def test_an_architecture_that_does_not_centre_is_refused(experiment, monkeypatch
     monkeypatch.setattr(gated, "PARAMETERS", table)
     monkeypatch.delattr(gated, "shifted")
     with pytest.raises(ConfigError) as error:
-        loop.build(experiment, single_device_mesh(), Checkpoint.open(experiment.lm.path))
+        preparation.build(experiment, single_device_mesh(), Checkpoint.open(experiment.lm.path))
     assert error.value.field == "activations.center"
-    loop.build(
+    preparation.build(
         with_(experiment, activations={"center": False}), single_device_mesh(), Checkpoint.open(experiment.lm.path)
     )
 

@@ -24,7 +24,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.loading import capture
 from gsae_jax.saes import gated
 from gsae_jax.storage import run_directory
-from gsae_jax.training import loop
+from gsae_jax.training import interruption, loop, preparation, starting
 from tests import references
 
 
@@ -32,11 +32,11 @@ def begin(experiment, mesh=None):
     """A program, its first state, language-model parameters and the stream of tokens."""
     mesh = mesh or mesh_lib.make_mesh(experiment.mesh)
     checkpoint = Checkpoint.open(experiment.lm.path)
-    program, tokenizer = loop.build(experiment, mesh, checkpoint)
+    program, tokenizer = preparation.build(experiment, mesh, checkpoint)
     lm_params = checkpoint.params(program.module, experiment.lm.dtype)
     rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**20)
     stream = rows_lib.batches(rows, experiment.rows_per_call, experiment.seed)
-    return program, loop.start(program, lm_params, stream), lm_params, stream
+    return program, starting.start(program, lm_params, stream), lm_params, stream
 
 
 def advance(program, state, lm_params, stream, calls):
@@ -182,7 +182,7 @@ def test_one_row_a_call(experiment):
 def lm_flops(experiment):
     """FLOPs of the compiled forward pass that feeds the stacks."""
     checkpoint = Checkpoint.open(experiment.lm.path)
-    program, _ = loop.build(experiment, single_device_mesh(), checkpoint)
+    program, _ = preparation.build(experiment, single_device_mesh(), checkpoint)
     lm_params = checkpoint.params(program.module, "float32")
     tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
     return jax.jit(program.source.__call__).lower(lm_params, tokens).compile().cost_analysis()["flops"]
@@ -191,7 +191,7 @@ def lm_flops(experiment):
 def step_flops(experiment):
     """FLOPs of the whole compiled train program (XLA counts a scan's body once, whatever its length)."""
     checkpoint = Checkpoint.open(experiment.lm.path)
-    program, _ = loop.build(experiment, single_device_mesh(), checkpoint)
+    program, _ = preparation.build(experiment, single_device_mesh(), checkpoint)
     lm_params = checkpoint.params(program.module, "float32")
     tokens = jnp.zeros((experiment.rows_per_call, experiment.data.context_length), jnp.int32)
     return (
@@ -321,9 +321,9 @@ def test_a_save_does_not_ask_when_the_run_should_end(experiment, tmp_path, monke
     """The trainer alone does, in calls: a save's number of updates would put the end of a run far ahead."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
-    monkeypatch.setattr(loop._Signals, "__enter__", lambda signals: signals)
-    monkeypatch.setattr(loop._Signals, "__exit__", lambda *_: None)
-    monkeypatch.setattr(loop._Signals, "_together", True, raising=False)  # as where there are several processes
+    monkeypatch.setattr(interruption.Signals, "__enter__", lambda signals: signals)
+    monkeypatch.setattr(interruption.Signals, "__exit__", lambda *_: None)
+    monkeypatch.setattr(interruption.Signals, "_together", True, raising=False)  # as where there are several processes
     assert loop.train(experiment, tmp_path / "run")
     assert asked == [0, 1, 2, 3]
 

@@ -39,6 +39,7 @@ RANGES = {
     "l1_coefficient": (0, FLOAT32),
     "learning_rate": (0, FLOAT32),
     "seed": (0, INT32),
+    "index": (0, INT32),
     "scale": (1e-30, FLOAT32),
     "norm_limit": (0, FLOAT32),
 }
@@ -133,7 +134,7 @@ def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> 
         faults += [
             f"{where}{name} is {json.dumps(told[name])[:60]}, not from {low:g} to {high:g}"
             for name, (low, high) in RANGES.items()
-            if told[name] is not None and not low <= told[name] <= high
+            if told.get(name) is not None and not low <= told[name] <= high
         ]
         try:
             contract.build_config(

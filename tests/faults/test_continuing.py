@@ -148,8 +148,8 @@ def test_text_that_turns_unreadable_is_named_and_the_run_saved(experiment, tmp_p
 
 SIGNALS = """
 import signal, sys, time
-from gsae_jax.training.loop import _Signals
-with _Signals() as signals:
+from gsae_jax.training.interruption import Signals
+with Signals() as signals:
     print("ready", flush=True)
     while not signals.stop(0):
         time.sleep(0.01)

@@ -21,7 +21,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import run_directory
-from gsae_jax.training import loop
+from gsae_jax.training import loop, preparation, starting
 from tests.conftest import tiny
 from tests.faults import mutants
 from tests.test_training import single_device_mesh
@@ -53,9 +53,9 @@ def run(tmp_path_factory, text_dir, lm_dir):
     loop.train(config, folder)
     measuring.evaluate(folder, ito=(2,))
     report = json.loads((folder / "report" / "report.json").read_text())
-    program, _ = loop.build(config, single_device_mesh(), Checkpoint.open(config.lm.path, config.lm.revision))
+    program, _ = preparation.build(config, single_device_mesh(), Checkpoint.open(config.lm.path, config.lm.revision))
     checkpoints = checkpoints_lib.Checkpoints(run_directory.Workdir(folder), config.checkpoint)
-    params, state, position = checkpoints.restore(8, *loop.saved_parts(program.abstract_state(), True))
+    params, state, position = checkpoints.restore(8, *starting.saved_parts(program.abstract_state(), True))
     checkpoints.close()
     return Run(folder, config, report, jax.device_get(params), jax.device_get(state), position)
 

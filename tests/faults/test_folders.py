@@ -21,7 +21,7 @@ from gsae_jax.data import rows
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.storage import paths as storage_paths
 from gsae_jax.storage import run_directory
-from gsae_jax.training import loop
+from gsae_jax.training import loop, preparation
 from tests import test_exchange
 from tests.conftest import tiny
 from tests.faults import mutants
@@ -123,7 +123,7 @@ def compare_places(folder):
         facts, checkpoint = workdir.facts(8), Checkpoint.open(paths["lm"])
         workdir.check_model(facts, experiment.lm, checkpoint.fingerprint(), "lm.path")
         tokenizer = checkpoint.tokenizer()
-        train = rows.open_rows(experiment.data, "train", tokenizer, loop._tokens_needed(experiment))
+        train = rows.open_rows(experiment.data, "train", tokenizer, preparation.tokens_needed(experiment))
         held_out = rows.held_out_rows(experiment, tokenizer, experiment.evaluation.tokens)
         assert (facts.rows, facts.held_out) == (train.fingerprint, held_out.fingerprint)
         assert set(gsae_jax.load(paths["run"])) == {"gated_0", "baseline_0"}

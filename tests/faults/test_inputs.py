@@ -35,7 +35,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.weights import INDEX, WEIGHTS, Tensors
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import metrics_log, reading, run_directory
-from gsae_jax.training import loop
+from gsae_jax.training import loop, preparation
 from tests import test_tokenizers
 from tests.conftest import tiny
 from tests.faults import mutants
@@ -156,7 +156,7 @@ def digest(file):
 def use_config(folder):
     experiment = config_lib.from_dict(Experiment, json.loads((folder / "config.json").read_text()))
     checkpoint = Checkpoint.open(experiment.lm.path, experiment.lm.revision)
-    loop.build(experiment, mesh_lib.make_mesh(experiment.mesh), checkpoint)
+    preparation.build(experiment, mesh_lib.make_mesh(experiment.mesh), checkpoint)
 
 
 def parsed(argument):

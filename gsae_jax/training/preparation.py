@@ -1,0 +1,162 @@
+"""Everything that a run needs before its first step, checked before anything is written."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsae_jax import config as config_lib
+from gsae_jax import loggers, processes
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.data import rows as rows_lib
+from gsae_jax.lms import loading
+from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.saes import parameters
+from gsae_jax.storage import run_directory
+from gsae_jax.storage.facts import Facts
+from gsae_jax.training.step import Program
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What a run trains with.
+
+    Attributes:
+        config: the experiment.
+        workdir: the run's directory.
+        program: the train program.
+        source_params: what the source of activations computes with.
+        stream: batches of rows of tokens.
+        rows: in the text.
+        facts: what checkpoints will say, but for the units of the sites and what training moves.
+        latest: the step of the checkpoint that the run continues from, if there is one.
+        before: what that checkpoint says.
+        starts: parameters [N, ...] that stacks of a new run start from, in the language model's units.
+    """
+
+    config: Experiment
+    workdir: run_directory.Workdir
+    program: Program
+    source_params: Any
+    stream: Any
+    rows: int
+    facts: Facts
+    latest: int | None
+    before: Facts | None
+    starts: Mapping[str, dict[str, Any]]
+
+
+def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[str, dict[str, Any]]) -> Prepared:
+    """Check the config and the directory, and open the language model and the text.
+
+    Args:
+        config: the experiment.
+        workdir: the run's directory.
+        starts: parameters [N, ...] that stacks of a new run start from, in the language model's units.
+
+    Raises:
+        ConfigError: the config or the directory cannot be used, or another run, model or text is there.
+    """
+    as_json = config_lib.to_dict(config)
+    processes.agree("--config", as_json, "start every process with the same command and the same files")
+    workdir.check(as_json)
+    if processes.first():  # which alone logs
+        loggers.check(config.loggers)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
+    program, tokenizer = build(config, mesh, checkpoint)
+    _check_starts(program, starts)
+    source_params = checkpoint.params(program.module, config.lm.dtype)
+    fingerprint = checkpoint.fingerprint()
+    processes.agree("lm.path", fingerprint, "give every process the same language model")
+    d_vocab = program.module.config.d_vocab
+    rows = rows_lib.open_rows(config.data, "train", tokenizer, tokens_needed(config), d_vocab)
+    processes.agree("data", rows.fingerprint, "give every process the same text")
+    stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
+    # The report's text must be there too.
+    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab)
+    latest = _sound_step(workdir)
+    before = None if latest is None else workdir.facts(latest)
+    if before is not None:
+        workdir.check_model(before, config.lm, fingerprint, "lm.path")
+        if before.rows != rows.fingerprint:
+            raise ConfigError(
+                "data", "the text has changed since this run began; put it back, or start a new --workdir"
+            )
+    fingerprints = {name: parameters.fingerprint(params) for name, params in starts.items()}
+    facts = Facts(
+        rows=rows.fingerprint,
+        widths=program.widths,
+        held_out=held_out.fingerprint,
+        lm=fingerprint,
+        starts=before.starts if before and before.starts else fingerprints,
+        buffer=config.checkpoint.buffer,
+        machine=_machine(mesh),
+        skips=before.skips if before else {},
+    )
+    return Prepared(config, workdir, program, source_params, stream, len(rows), facts, latest, before, starts)
+
+
+def _check_starts(program: Program, starts: Mapping[str, dict[str, Any]]) -> None:
+    for stack in program.stacks:
+        table = stack.architecture.PARAMETERS
+        for key, value in starts.get(stack.name, {}).items():
+            if value.shape[1:] != table[key].sizes(stack.sae):
+                field = f"stacks.{stack.name}.start_from"
+                raise ConfigError(field, "is of another language model; write a run of this one")
+
+
+def _sound_step(workdir: run_directory.Workdir) -> int | None:
+    """The newest checkpoint that is whole, for all processes; damaged ones are set aside."""
+    latest = workdir.latest_step()
+    if latest is not None:
+        if processes.first():
+            workdir.hold()
+            workdir.set_aside(newer_than=workdir.sound_step())
+        processes.wait("a sound checkpoint")
+        latest = workdir.latest_step()
+    processes.agree("--workdir", latest, "their checkpoints are not the same; write a directory that they share")
+    return latest
+
+
+def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -> tuple[Program, Any]:
+    """The train program and the tokenizer, from the language model's settings alone.
+
+    Raises:
+        ConfigError: as `Program.build`, or sizes that the devices have no room for.
+    """
+    tokenizer = checkpoint.tokenizer()
+    program = Program.build(config, mesh, checkpoint, loading.special_tokens(tokenizer))
+    state = program.abstract_state()
+    fresh = config.rows_per_call * config.data.context_length * sum(program.widths.values())
+    needed = {f"stacks.{name}": mesh_lib.device_bytes(stack) for name, stack in state.stacks.items()}
+    needed["activations.buffer_size"] = mesh_lib.device_bytes(state.store)
+    needed["activations.rows_per_forward"] = fresh * jnp.dtype(config.lm.dtype).itemsize // mesh.shape["data"]
+    mesh_lib.check_memory(mesh, needed)
+    return program, tokenizer
+
+
+def tokens_needed(config: Experiment) -> int:
+    """Tokens that a run reads at most once: training, measuring and filling (twice the buffer, for dropped tokens)."""
+    return (
+        config.train.steps * config.train.batch_size
+        + config.activations.scale_tokens
+        + 2 * config.activations.buffer_size
+    )
+
+
+def _machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What must be the same for a run to continue bit for bit."""
+    return {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": f"data {mesh.shape['data']} x latent {mesh.shape['latent']}",
+        "processes": jax.process_count(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+    }
