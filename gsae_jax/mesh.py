@@ -84,11 +84,18 @@ def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+FEATURES = ("latent", "data")  # features lie over all devices, first along `latent`
+
+
+def over_features(axis: int | None) -> PartitionSpec:
+    """The mesh axes of an array whose `axis` runs over features; None: every device has all of it."""
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, FEATURES)
+
+
 def spread(mesh: Mesh, shape: tuple[int, ...], axis: int | None) -> NamedSharding:
     """The placement of a parameter whose `axis` runs over features: over all devices, if they divide it."""
-    if axis is None or shape[axis] % mesh.size:
-        return sharding(mesh)
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("latent", "data")))
+    fits = axis is not None and shape[axis] % mesh.size == 0
+    return NamedSharding(mesh, over_features(axis if fits else None))
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.saes import contract, parameters
 from gsae_jax.saes.contract import Role
 from gsae_jax.training.stacks import Stack, StackState, gather
@@ -14,7 +15,6 @@ from gsae_jax.training.stacks import Stack, StackState, gather
 INPUTS = 2**15  # activations of the buffer that are looked at
 ENCODER_NORM = 0.2  # of a new feature's encoder, relative to the mean of the live ones
 Sites = dict[str, jax.Array]  # an array for each site that the stack reads or writes
-ALL = ("latent", "data")  # as features lie over devices
 
 
 def resample(
@@ -54,9 +54,9 @@ def resample(
         for site, x in activations.items()
     }
     dead_NxF = state.steps_since_fired >= dead_after
-    everywhere = jax.lax.all_gather(dead_NxF, ALL, axis=1, tiled=True)
+    everywhere = jax.lax.all_gather(dead_NxF, mesh_lib.FEATURES, axis=1, tiled=True)
     rank_NxF = jax.lax.dynamic_slice_in_dim(
-        everywhere.cumsum(1) - 1, jax.lax.axis_index(ALL) * dead_NxF.shape[1], dead_NxF.shape[1], axis=1
+        everywhere.cumsum(1) - 1, jax.lax.axis_index(mesh_lib.FEATURES) * dead_NxF.shape[1], dead_NxF.shape[1], axis=1
     )
 
     def one(index: int, seed: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -98,7 +98,7 @@ def resample(
         params=params,
         second_moments=state.second_moments._replace(nu=moments),
         steps_since_fired=jnp.where(dead_NxF, 0, state.steps_since_fired),
-    ), jax.lax.psum(dead_NxF.sum(1), ALL)
+    ), jax.lax.psum(dead_NxF.sum(1), mesh_lib.FEATURES)
 
 
 def _directions(x_FxD: jax.Array, bias_D: jax.Array | None) -> jax.Array:
@@ -110,7 +110,9 @@ def _directions(x_FxD: jax.Array, bias_D: jax.Array | None) -> jax.Array:
 def _live_mean(values_F: jax.Array, dead_F: jax.Array, default: jax.typing.ArrayLike = 0.0) -> jax.Array:
     """Over the live features on all devices; where none lives, the mean of `default` over all."""
     values_F, default_F = jnp.where(dead_F, 0, values_F), jnp.broadcast_to(default, values_F.shape)
-    living, live, rest, size = jax.lax.psum((values_F.sum(), (~dead_F).sum(), default_F.sum(), values_F.size), ALL)
+    living, live, rest, size = jax.lax.psum(
+        (values_F.sum(), (~dead_F).sum(), default_F.sum(), values_F.size), mesh_lib.FEATURES
+    )
     return jnp.where(live > 0, living / jnp.maximum(live, 1), rest / size)
 
 

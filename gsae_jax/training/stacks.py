@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import ConfigError
 from gsae_jax.saes import contract, parameters
 from gsae_jax.training import optimiser
@@ -119,9 +120,8 @@ class Stack:
 
         def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
             parameter = self.architecture.PARAMETERS.get(str(getattr(path[-1], "key", "")))
-            if parameter is None or parameter.axis is None:
-                return P()
-            return P(*[None] * (1 + parameter.axis), ("latent", "data"))
+            axis = None if parameter is None else parameter.axis
+            return mesh_lib.over_features(None if axis is None else 1 + axis)
 
         abstract = jax.eval_shape(self.init)
         everywhere: Any = P()
@@ -131,7 +131,7 @@ class Stack:
             second_moments=jax.tree_util.tree_map_with_path(spec, abstract.second_moments),
             l1_coefficient=everywhere,
             learning_rate=everywhere,
-            steps_since_fired=P(None, ("latent", "data")),
+            steps_since_fired=mesh_lib.over_features(1),
             skipped=everywhere,
             skipped_in_row=everywhere,
         )
@@ -230,7 +230,7 @@ def _that_freezes(architecture: contract.Architecture, sae: Any) -> str:
 def _finite(grads: dict[str, jax.Array]) -> jax.Array:
     """Whether all of an SAE's gradients [N, ...] are, and their squares, on every device."""
     squares_N = sum(jnp.square(value).sum(range(1, value.ndim)) for value in grads.values())
-    return jax.lax.psum((~jnp.isfinite(squares_N)).astype(jnp.int32), ("latent", "data")) == 0
+    return jax.lax.psum((~jnp.isfinite(squares_N)).astype(jnp.int32), mesh_lib.FEATURES) == 0
 
 
 def gather(part: jax.Array, axis: int | None) -> jax.Array:
