@@ -197,7 +197,7 @@ def test_the_planners_words_in_the_notebook_are_todays(monkeypatch):
     if importlib.util.find_spec("libtpu"):
         pytest.skip("with libtpu the planner compiles, and says other words")
     cells = json.loads((ROOT / "notebooks" / "tpu_pod.ipynb").read_text("utf-8"))["cells"]
-    (cell,) = (cell for cell in cells if "planning.describe(planning.plan(" in "".join(cell["source"]))
+    (cell,) = (cell for cell in cells if "planner.describe(planner.plan(" in "".join(cell["source"]))
     monkeypatch.chdir(ROOT)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec("".join(cell["source"]), {})

@@ -38,11 +38,12 @@ def test_nothing_unpickles_or_runs_text():
                 "cloudpickle",
                 "marshal",
                 "shelve",
-                "yaml",
+                *(["yaml"] if file.name != "rendering.py" else []),  # which writes a card's front matter
             }
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert not called.startswith("yaml.") or called == "yaml.safe_dump", (file, node.lineno)
                 assert called not in ("eval", "exec", "compile", "__import__", "os.system"), (file, node.lineno)
                 assert keywords.get("allow_pickle", "False") == keywords.get("shell", "False") == "False"
                 assert keywords.get("trust_remote_code", "False") == "False"
