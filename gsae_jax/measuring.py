@@ -72,7 +72,7 @@ def evaluate(
         stack = run.stacks[sae.stack]
         if stack.target_l0:
             targets[sae.name] = stack.target_l0[sae.index if len(stack.target_l0) > 1 else 0]
-    return _write(workdir.report, saes, settings, mesh, tokens, ito, points, training, step, targets)
+    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points), training, step, targets)
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
@@ -126,7 +126,7 @@ def _check_inputs(
     except ConfigError as error:
         if settings.lm != run.lm:
             raise
-        why = str(error).removeprefix("lm.path: ")
+        why = error.problem
         raise ConfigError(
             "lm.path", f"{why}; if the run's model lies elsewhere now, write --model DIRECTORY"
         ) from error
@@ -193,7 +193,7 @@ def evaluate_saes(
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
     _check_told(saes, settings, given=bool(model) or config is not None)
     saes = _at_sites(saes, settings.lm, site, "--model" if model else "lm.path")
-    return _write(epath.Path(out), saes, settings, mesh, tokens, ito, points)
+    return _write(epath.Path(out), saes, settings, mesh, _Wanted(tokens, ito, points))
 
 
 def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
@@ -268,25 +268,33 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
             processes.warn(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What is asked for beside the SAEs, as `evaluate` takes it."""
+
+    tokens: int | None
+    ito: Sequence[int]
+    points: Sequence[dict[str, Any]]
+
+
 def _write(
     folder: epath.Path,
     saes: dict[str, trained.SAE],
     settings: HeldOut,
     mesh: jax.sharding.Mesh,
-    tokens: int | None,
-    ito: Sequence[int],
-    points: Sequence[dict[str, Any]],
+    wanted: "_Wanted",
     training: Sequence[dict[str, Any]] = (),
     step: int | None = None,
     targets: Mapping[str, float] = MappingProxyType({}),
 ) -> str:
     """Measure SAEs and write their report, with warnings of what is wrong with them; returns the table."""
+    ito, points = wanted.ito, wanted.points
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
         raise ConfigError("--ito", f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more")
     lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)
     loading.check_context(lm.module, settings.data.context_length)
-    tokens = settings.evaluation.tokens if tokens is None else tokens
+    tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens
     batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:

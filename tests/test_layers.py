@@ -105,6 +105,14 @@ def test_nothing_outside_of_saes_knows_an_architecture_by_name():
     assert knowing == {"cards.py"}  # jumprelu is the name of a format as well
 
 
+def test_no_function_takes_more_than_eight_arguments():
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert len([name for name in names if name not in ("self", "cls")]) <= 8, (file, node.name)
+
+
 def test_commands_are_thin():
     for file in PACKAGE.glob("*.py"):
         if "cli.run(main" in file.read_text():
