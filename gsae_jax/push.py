@@ -11,8 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cards, cli
-from gsae_jax.hub import check, push
+from gsae_jax import cli
+from gsae_jax.publishing import model_card
+from gsae_jax.publishing.upload import check, push
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     check(REPO.value)
     with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
         folder = Path(scratch) / "repo"
-        cards.write(WORKDIR.value, REPO.value, FORMAT.value, folder)
+        model_card.write(WORKDIR.value, REPO.value, FORMAT.value, folder)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"{file.stat().st_size:12,}  {file.relative_to(folder)}")
         print(f"\nwould be {REPO.value}; nothing was sent. Its README.md:\n\n{(folder / 'README.md').read_text()}")

@@ -10,10 +10,10 @@ import pytest
 
 import gsae_jax
 from benchmarks.peers_environment import environment
-from gsae_jax import cards
 from gsae_jax.data import rows
 from gsae_jax.formats import jumprelu
 from gsae_jax.lms import checkpoints
+from gsae_jax.publishing import model_card
 from gsae_jax.storage.run_directory import Workdir
 from tests import references
 
@@ -90,7 +90,7 @@ def test_their_saes_give_the_same_features_here(folder):
 
 
 def test_the_model_card_loads_in_their_libraries(folder, quickstart_run):
-    cards.write(str(quickstart_run), "user/name", ["saelens", "dictionary_learning"], folder / "repo")
+    model_card.write(str(quickstart_run), "user/name", ["saelens", "dictionary_learning"], folder / "repo")
     ask("card", folder)
     sae, x = gsae_jax.load(quickstart_run)["gated_0"], np.load(folder / "x.npy")
     found = np.load(folder / "card.npz")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import cards, measuring
+from gsae_jax import measuring
 from gsae_jax.config import ConfigError
-from gsae_jax.hub import push
+from gsae_jax.publishing import model_card
+from gsae_jax.publishing.upload import push
 from gsae_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def run(text_dir, lm_dir, tmp_path_factory):
 
 
 def test_the_folder_has_every_sae_the_report_and_a_card_that_loads_them(run, tmp_path):
-    cards.write(str(run), "user/name", ["saelens", "gemma_scope"], tmp_path / "repo")
+    model_card.write(str(run), "user/name", ["saelens", "gemma_scope"], tmp_path / "repo")
     ours = gsae_jax.load(run)
     for format in ("saelens", "gemma_scope"):
         assert list(gsae_jax.load(tmp_path / "repo" / format)) == sorted(ours)
@@ -166,7 +167,7 @@ def test_an_upload_is_the_folder_private_by_default_and_takes_the_place_of_an_ea
     assert (done.returncode, done.stdout) == (0, f"{endpoint}/user/name\n"), done.stderr
     assert hub.seen["created"]["private"] is True
     assert hub.seen["tokens"] == {"Bearer hf_stand_in"}
-    cards.write(str(run), "user/name", ["saelens"], tmp_path / "repo")
+    model_card.write(str(run), "user/name", ["saelens"], tmp_path / "repo")
     written = {str(path.relative_to(tmp_path / "repo")): path for path in (tmp_path / "repo").rglob("*")}
     assert hub.seen["files"] == {name: path.read_bytes() for name, path in written.items() if path.is_file()}
     assert all(name in dry.stdout for name in hub.seen["files"])
@@ -197,14 +198,14 @@ def test_the_card_tells_of_the_weights_beside_it(run, tmp_path):
     measuring.evaluate(copy, 512, step=8)
     (copy / "report" / ".ipynb_checkpoints").mkdir()
     (copy / "report" / "notes.txt").write_text("mine")
-    cards.write(str(copy), "user/name", ["saelens"], tmp_path / "repo")
+    model_card.write(str(copy), "user/name", ["saelens"], tmp_path / "repo")
     np.testing.assert_array_equal(gsae_jax.load(tmp_path / "repo" / "saelens")["gated_0"].params["W_dec"], first)
     published = {path.name for path in (tmp_path / "repo" / "report").iterdir()}
     assert published == {path.name for path in (run / "report").iterdir()}
     for broken in ("{", '{"saes": [{"name": "x"}]}'):
         (copy / "report" / "report.json").write_text(broken)
         with pytest.raises(ConfigError, match=r"--workdir: .*report.json cannot be read"):
-            cards.write(str(copy), "user/name", ["saelens"], tmp_path / "again")
+            model_card.write(str(copy), "user/name", ["saelens"], tmp_path / "again")
 
 
 def test_a_hub_that_is_not_there_is_one_sentence(run):

@@ -12,9 +12,10 @@ import jinja2
 import pytest
 import yaml
 
-from gsae_jax import cards, rendering
+from gsae_jax import rendering
 from gsae_jax.evaluation import report, tables
 from gsae_jax.formats import saelens
+from gsae_jax.publishing import model_card
 from gsae_jax.saes import gated
 from tests.test_exchange import make
 
@@ -80,7 +81,7 @@ def test_text_in_the_reports_pages_is_text():
 def test_text_in_a_model_card_is_text():
     sae = hostile_sae()
     for formats in (["saelens", "dictionary_learning"], ["gemma_scope"]):
-        card = cards.card("user/name", formats, {HOSTILE: sae}, [record(HOSTILE)])
+        card = model_card.card("user/name", formats, {HOSTILE: sae}, [record(HOSTILE)])
         assert check_markdown(card) == {16}
         front_matter = yaml.safe_load(card.split("---\n")[1])
         assert front_matter["tags"] == ["sparse-autoencoder", "gated"]

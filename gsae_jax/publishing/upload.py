@@ -1,4 +1,4 @@
-"""Uploads of what `gsae_jax.cards` makes to the Hugging Face hub."""
+"""Uploads of what `gsae_jax.publishing.model_card` makes to the Hugging Face hub."""
 
 import contextlib
 import tempfile
@@ -8,8 +8,9 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
-from gsae_jax import cards, plugins
+from gsae_jax import plugins
 from gsae_jax.config import ConfigError
+from gsae_jax.publishing import model_card
 from gsae_jax.storage.paths import error_line
 
 
@@ -17,12 +18,12 @@ def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> s
     """Upload; returns the address.
 
     Raises:
-        ConfigError: what `cards.write` refuses, or the hub does; or `repo` is there, and public or private otherwise.
+        ConfigError: what `model_card.write` or the hub refuses; or `repo` is there, and public or private otherwise.
     """
     check(repo)
     with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
         folder = Path(scratch) / "repo"
-        cards.write(workdir, repo, formats, folder)
+        model_card.write(workdir, repo, formats, folder)
         with _asking(repo):
             private = _private(repo)
         if private is not None and private == public:
