@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizers are used; PyTorch is not missed
 
+from gsae_jax import processes as processes  # its handler shows the messages of all modules
 from gsae_jax.experiments import experiment_config, stack_config
 from gsae_jax.lms.loading import LM, load_lm
 from gsae_jax.sae_loading import load

@@ -4,12 +4,16 @@ python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000] [--ito 
 python -m gsae_jax.evaluate --sae PATH [--sae PATH] --out OUT [--model DIR] [--site blocks.0.hook_mlp_out]
 """
 
+import logging
+
 from absl import flags
 
-from gsae_jax import cli, processes
+from gsae_jax import cli
 from gsae_jax.config import ConfigError
 from gsae_jax.measuring import evaluate, evaluate_saes
 from gsae_jax.storage import run_directory
+
+logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 
 
 def main() -> None:
@@ -37,7 +41,7 @@ def main() -> None:
                 raise ConfigError(name, "goes with --sae; a run is measured at its own sites, in its own folder")
         folder = str(run_directory.Workdir(WORKDIR.value).report)
         table = evaluate(WORKDIR.value, tokens, ito, PUBLISHED.value, STEP.value, MODEL.value, config)
-    processes.say(f"{table}\n\nreport: {folder}/report.md")
+    logger.info(f"{table}\n\nreport: {folder}/report.md")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ Without --sae OUT has a folder for each SAE, with it OUT is that SAE's. --workdi
 any SAE that gsae_jax.load reads.
 """
 
+import logging
 import os
 
 from absl import flags
 
-from gsae_jax import cli, plugins, processes, sae_loading
+from gsae_jax import cli, plugins, sae_loading
 from gsae_jax.config import ConfigError, known_names
 from gsae_jax.formats import records
 from gsae_jax.saes import trained
 from gsae_jax.storage import writing
+
+logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 
 
 def export(path: str, format: str, out: str, name: str = "", step: int | None = None) -> list[str]:
@@ -47,7 +50,7 @@ def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]
         if len(diverged) == len(saes):
             raise next(iter(diverged.values()))
     for why in diverged.values():
-        processes.warn(f"{why}. It is left out")
+        logger.warning(f"{why}. It is left out")
     return [name for name in saes if name not in diverged]
 
 

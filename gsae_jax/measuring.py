@@ -1,6 +1,7 @@
 """Measuring SAEs on held-out text, those of a run or from elsewhere, and writing their report."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,8 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
 from gsae_jax.storage import metrics_log, paths, run_directory, writing
 from gsae_jax.storage.facts import Facts
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -134,7 +137,7 @@ def _check_inputs(
     if facts.lm or not moved:
         workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), field)
     else:
-        processes.warn(
+        logger.warning(
             f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
         )
     if not facts.held_out:  # of an earlier version
@@ -147,7 +150,7 @@ def _check_inputs(
                 "data.path",
                 f"{settings.data.path} does not hold the text of the run in {workdir.path}; write a path that does",
             )
-        processes.warn("the held-out text has changed since training; the report is on the new text")
+        logger.warning("the held-out text has changed since training; the report is on the new text")
 
 
 def evaluate_saes(
@@ -232,7 +235,7 @@ def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, fie
     for name, sae in saes.items():
         if site and len(sae.sites) == len(sae.targets) == 1:
             if ours(sae.sites[0]) not in ("", ours(site)):
-                processes.warn(f"{name} says that it reads {sae.site!r}; it is measured at {site!r}, as --site says")
+                logger.warning(f"{name} says that it reads {sae.site!r}; it is measured at {site!r}, as --site says")
             sae = dataclasses.replace(sae, site=site)
         for its_site in (*sae.sites, *sae.targets):
             if not site and ours(its_site) not in widths:
@@ -265,7 +268,7 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
                     "--model", f"is missing, and {whose} that {other!r} was the language model of training; {how}"
                 )
             what = {"model_name": "language model", "dataset_path": "text"}[field]
-            processes.warn(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
+            logger.warning(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,5 +313,5 @@ def _write(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"
             ) from error
     for note in report.notes(records):
-        processes.warn(note)
+        logger.warning(note)
     return report.table(records)

@@ -4,6 +4,7 @@ Every process runs the same command and the same compiled programs on its own de
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -107,16 +108,22 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def say(message: str) -> None:
-    """Print, once for all processes."""
-    if first():
-        print(message, flush=True)
+class _Console(logging.Handler):
+    """Puts messages on standard output and warnings on standard error, wherever these go at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record of the first process; the others are silent."""
+        if first():
+            is_warning = record.levelno >= logging.WARNING
+            text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
+            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
 
 
-def warn(message: str) -> None:
-    """Print a warning on stderr, once for all processes."""
-    if first():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+LOGGER = logging.getLogger("gsae_jax")  # the parent of every module's logger
+if not LOGGER.handlers:  # a program that gave it handlers keeps them
+    LOGGER.addHandler(_Console())
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # absl's handler of the root logger would repeat every line
 
 
 def wait(name: str) -> None:

@@ -1,6 +1,7 @@
 """Trained SAEs from a run directory, or from a folder of another library's format."""
 
 import dataclasses
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import plugins, processes
+from gsae_jax import plugins
 from gsae_jax.config import ConfigError, Experiment
 from gsae_jax.evaluation import measure
 from gsae_jax.formats import imports
@@ -21,6 +22,8 @@ from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
@@ -135,7 +138,7 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
         if not reads[0].startswith("blocks."):  # another library's name for it, or none
             if reads[0]:
                 as_read = f"taken for {_shown(stack.sites)}, as {name} does"
-                processes.warn(f"{stack.start_from} says that it reads {reads[0]!r}; {as_read}")
+                logger.warning(f"{stack.start_from} says that it reads {reads[0]!r}; {as_read}")
             reads = stack.sites
         writes = members[0].targets if members[0].target else reads
         theirs = {"site": reads, "target": writes, "width": members[0].config.width, "as many SAEs": len(members)}
@@ -225,7 +228,7 @@ def _as_begun(config: Experiment, workdir: run_directory.Workdir) -> Experiment:
 
     keep_earlier("", now, earlier, recorded)
     if left_out:
-        processes.warn(f"{workdir.path} began before some settings existed and continues with {', '.join(left_out)}")
+        logger.warning(f"{workdir.path} began before some settings existed and continues with {', '.join(left_out)}")
     return config_lib.from_dict(Experiment, now)
 
 

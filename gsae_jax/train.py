@@ -3,6 +3,7 @@
 python -m gsae_jax.train --config quickstart --workdir runs/quickstart
 """
 
+import logging
 import signal
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ from gsae_jax.evaluate import evaluate
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 
+logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
+
 INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 
@@ -27,17 +30,17 @@ def run(config: Experiment, path: epath.PathLike) -> int:
     config = sae_loading.pinned(config, path)
     workdir.check(config_lib.to_dict(config))
     if workdir.latest_step() == config.train.steps == run_directory.reported_step(workdir):
-        processes.say(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
+        logger.info(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
         return 0
     if config.train.dead_after > config.train.steps:
-        processes.warn(
+        logger.warning(
             f"train.dead_after is {config.train.dead_after:,}, more than the {config.train.steps:,} steps of this run: "
             "no feature will count as dead in the metrics; lower it to count them"
         )
     starts = sae_loading.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED
-    processes.say(evaluate(path) + f"\n\nreport: {workdir.report / 'report.md'}")
+    logger.info(evaluate(path) + f"\n\nreport: {workdir.report / 'report.md'}")
     return 0
 
 
@@ -49,7 +52,7 @@ def main() -> int:
     except KeyboardInterrupt as interruption:  # outside of the loop, which has a handler of its own
         if jax.distributed.is_initialized():  # the other processes have to hear of it
             raise
-        processes.say(f"{interruption}: the same command continues from what is saved")
+        logger.info(f"{interruption}: the same command continues from what is saved")
         return INTERRUPTED
 
 

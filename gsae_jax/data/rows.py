@@ -13,6 +13,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import os
 import tempfile
 import time
@@ -25,12 +26,14 @@ import filelock
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
 
 from gsae_jax import config as config_lib
-from gsae_jax import plugins, processes
+from gsae_jax import plugins
 from gsae_jax.config import ConfigError, TrainingError
 from gsae_jax.storage import paths, reading, writing
+
+logger = logging.getLogger(__name__)
 
 RETRIES = (1, 5, 25)  # seconds after which a file that cannot be read is tried again
 PATIENCE = 0.5  # seconds of waiting for another process, after which the user is warned
@@ -102,12 +105,12 @@ class TokenRows:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps TFDS' warnings from notebooks, which would show them. They are about what is intended here."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.ERROR))  # a lower number is quieter
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(min(before, absl_logging.ERROR))  # a lower number is quieter
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        absl_logging.set_verbosity(before)
 
 
 def corpus(config: config_lib.Data) -> Any:
@@ -145,7 +148,7 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
             prepared = True
     if prepared or split == "train":
         for remark in getattr(builder, "remarks", list)():
-            processes.say(remark)
+            logger.info(remark)
     name = config.train_split if split == "train" else config.test_split
     try:
         return builder.as_data_source(split=name), feature
@@ -261,7 +264,7 @@ def held_out_rows(
         )
     if len(rows) * T < limit:
         measured = len(rows) // per_batch * per_batch * T
-        processes.warn(
+        logger.warning(
             f"evaluation.tokens: {tokens:,} are asked for, but the held-out text has {measured:,} in whole batches; "
             "add text for more"
         )
@@ -296,7 +299,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
-        processes.warn(f"another process is preparing this text; waiting until it releases {lock.lock_file}")
+        logger.warning(f"another process is preparing this text; waiting until it releases {lock.lock_file}")
         lock.acquire()
     try:
         yield
@@ -383,7 +386,7 @@ def _on_disk(shared: paths.Path, limit: int) -> Path:
     if os.access(folder.parent, os.W_OK) or _known_tokens(folder, limit):
         return folder
     if _known_tokens(elsewhere, limit) is None:
-        processes.say(f"{folder.parent} cannot be written; the tokens of this text are kept in {elsewhere}")
+        logger.info(f"{folder.parent} cannot be written; the tokens of this text are kept in {elsewhere}")
     return elsewhere
 
 

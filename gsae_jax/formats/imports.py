@@ -1,12 +1,15 @@
 """Finding out which format a path is in."""
 
+import logging
 from pathlib import Path
 
-from gsae_jax import plugins, processes
+from gsae_jax import plugins
 from gsae_jax.config import ConfigError
 from gsae_jax.formats import foreign
 from gsae_jax.saes import trained
 from gsae_jax.storage import run_directory
+
+logger = logging.getLogger(__name__)
 
 
 def read(path: Path) -> dict[str, trained.SAE]:
@@ -36,5 +39,5 @@ def read(path: Path) -> dict[str, trained.SAE]:
             raise ConfigError(str(folder), f"has the second SAE called {sae.name!r}; load them one by one")
         found[sae.name] = sae
     if found and others:
-        processes.warn(f"{path} also has what is no SAE in a known format, and is left out: {', '.join(others)}")
+        logger.warning(f"{path} also has what is no SAE in a known format, and is left out: {', '.join(others)}")
     return found

@@ -1,10 +1,11 @@
 """A file that survives a full disk."""
 
 import errno
+import logging
 import os
 from pathlib import Path
 
-from gsae_jax import processes
+logger = logging.getLogger(__name__)
 
 
 class File:
@@ -36,7 +37,7 @@ class File:
         except OSError as error:
             os.ftruncate(self._file.fileno(), end)
             if not waited:
-                processes.warn(f"{self._path} cannot be written ({error}); its lines wait until it can")
+                logger.warning(f"{self._path} cannot be written ({error}); its lines wait until it can")
         else:
             self._waiting = b""
 
@@ -49,5 +50,5 @@ class File:
         """Try again for the last time."""
         self.flush()
         if self._waiting:
-            processes.warn(f"{self._path} lacks its last {len(self._waiting)} bytes")
+            logger.warning(f"{self._path} lacks its last {len(self._waiting)} bytes")
         self._file.close()

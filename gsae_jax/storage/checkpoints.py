@@ -8,6 +8,7 @@ are compared before they are read. It appears whole or not at all.
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +20,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import processes
 from gsae_jax.config import ConfigError
 from gsae_jax.storage import paths, reading
 from gsae_jax.storage.facts import Facts
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"  # in the run directory
 MANIFEST = "manifest.json"
@@ -61,7 +63,7 @@ class SavedCheckpoints:
                 raise ConfigError("step", f"{step} has no checkpoint in {self.path}; write one of {steps[::-1]}")
             steps = [step]
         if parts != ("",) and steps and not any((self._folder / str(step) / MANIFEST).exists() for step in steps):
-            processes.warn(f"the checkpoints in {self.path} are of an earlier version, which wrote no hashes")
+            logger.warning(f"the checkpoints in {self.path} are of an earlier version, which wrote no hashes")
             return steps[0]
         problems = []
         for step in steps:
@@ -69,7 +71,7 @@ class SavedCheckpoints:
             if problem is None:
                 return step
             problems.append(f"checkpoint {step}: {problem}")
-            processes.warn(f"{problems[-1]}; looking for an earlier one")
+            logger.warning(f"{problems[-1]}; looking for an earlier one")
         if problems:
             raise ConfigError(
                 self.field,
@@ -208,7 +210,7 @@ class Checkpoints:
             if jax.process_count() > 1:  # the others wait for this one's part
                 raise
             reason = " ".join(str(error).split()).partition(" [tensorstore_spec")[0]
-            processes.warn(f"checkpoint {self._saving} could not be saved ({reason}); training goes on without it")
+            logger.warning(f"checkpoint {self._saving} could not be saved ({reason}); training goes on without it")
             with contextlib.suppress(Exception):
                 self._manager.close()
             # Room for the next one; threads of the failed save may still be writing there for a moment.

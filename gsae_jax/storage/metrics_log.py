@@ -1,14 +1,17 @@
 """The statistics of training by step: `metrics.jsonl` in the run directory, and what other loggers write."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gsae_jax import loggers, processes
+from gsae_jax import loggers
 from gsae_jax.loggers import patient
 from gsae_jax.storage import paths, reading, writing
 from gsae_jax.storage.run_directory import Workdir
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -86,6 +89,6 @@ def _logged(path: paths.Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError
         except (ValueError, KeyError):
             if line.endswith("\n"):  # else it was being written when its process ended
-                processes.warn(f"{path} line {number} is not a line of metrics and is left out")
+                logger.warning(f"{path} line {number} is not a line of metrics and is left out")
         else:
             yield line, logged

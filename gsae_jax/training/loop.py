@@ -1,6 +1,7 @@
 """The trainer: prepares, resumes or starts, trains, and saves."""
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from gsae_jax.training.interruption import Signals
 from gsae_jax.training.preparation import Prepared, prepare
 from gsae_jax.training.progress import Progress
 from gsae_jax.training.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 RETRIES = (1, 5, 25)  # seconds before the last state is saved again, if that failed
 
@@ -68,7 +71,7 @@ def _train(run: Prepared) -> bool:
 def _started(run: Prepared) -> TrainState:
     """The first state of a new run."""
     config, program = run.config, run.program
-    processes.say(f"{run.rows:,} rows of {config.data.context_length} tokens; filling the exchange buffer")
+    logger.info(f"{run.rows:,} rows of {config.data.context_length} tokens; filling the exchange buffer")
     state = starting.start(program, run.source_params, run.stream, most=run.rows // config.rows_per_call)
     for name, params in run.starts.items():
         own = state.stacks[name].params
@@ -87,10 +90,10 @@ def _resumed(run: Prepared, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
     except (LookupError, TypeError, ValueError) as error:  # grain has no error of its own
         what = f"the position of checkpoint {run.latest} in the text is not as it was written ({error})"
         raise ConfigError("--workdir", f"{what}; put its files back") from error
-    processes.say(f"continuing from step {run.latest:,}{_unlike(run.before.machine, run.facts.machine)}")
+    logger.info(f"continuing from step {run.latest:,}{_unlike(run.before.machine, run.facts.machine)}")
     if state.store:
         return state
-    processes.say(
+    logger.info(
         "the exchange buffer was not saved (checkpoint.buffer=False) and is filled with the text that comes next: "
         "batches differ from those of a run that was not interrupted"
     )
@@ -185,10 +188,10 @@ class _Loop:
             message = divergence.write(self._prepared.workdir, self._step)
             if self._step < total:
                 raise TrainingError(message)
-            processes.warn(message)  # the report has a note about it as well
+            logger.warning(message)  # the report has a note about it as well
         if self._step < total:
             kept = f"step {self._saved:,} is saved" if self._saved else "no step was made yet"
-            processes.say(f"{signals.received}: {kept}; the same command continues from there")
+            logger.info(f"{signals.received}: {kept}; the same command continues from there")
         return self._step == total
 
     def _next_batch(self) -> tuple[np.ndarray, Any]:

@@ -1,6 +1,7 @@
 """The state that training begins with: measured and filled for a new run, restored for one that continues."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,12 @@ import jax
 import numpy as np
 
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import processes
 from gsae_jax.activations import scaling
 from gsae_jax.config import ConfigError
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.training.step import Program, TrainState
+
+logger = logging.getLogger(__name__)
 
 
 def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: int | None = None) -> TrainState:
@@ -31,7 +33,7 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: 
                 f"has mean squared norm {square} on the first tokens; the language model or the text is unusable",
             )
         for warning in warnings:
-            processes.warn(f"site {site}: {warning}")
+            logger.warning(f"site {site}: {warning}")
     return filled(program, program.init(measured), lm_params, stream)
 
 
