@@ -374,6 +374,7 @@ def test_an_sae_of_several_sites_takes_a_tuple():
         assert error.value.field.startswith("x")
 
 
+@pytest.mark.quickstart  # after the linters, whose cache it finds
 def test_architectures_keep_the_contract(tmp_path):
     """By mypy: the types of every file of `saes/` are those of the protocol."""
     api = pytest.importorskip("mypy.api")
