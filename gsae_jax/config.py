@@ -127,8 +127,25 @@ class Activations:
             )
 
 
+class Sites:
+    """What reads one site or several, and writes them or others."""
+
+    site: str | tuple[str, ...]
+    target: str | tuple[str, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it reads."""
+        return (self.site,) if isinstance(self.site, str) else self.site
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The sites that it writes; by default those that it reads."""
+        return ((self.target,) if isinstance(self.target, str) else self.target) if self.target else self.sites
+
+
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class Stack(Sites):
     """SAEs of one architecture, width and site that differ in numbers only, trained together.
 
     `l1_coefficients`, `learning_rates`, `seeds` and, where there are any, `target_l0` are matched up; one of length 1
@@ -148,16 +165,6 @@ class Stack:
 
     def __len__(self) -> int:
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The sites that it reads."""
-        return (self.site,) if isinstance(self.site, str) else self.site
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The sites that it writes; by default those that it reads."""
-        return ((self.target,) if isinstance(self.target, str) else self.target) if self.target else self.sites
 
     def numbers(self) -> list[tuple[float, float, int]]:
         """(l1_coefficient, learning_rate, seed) of each SAE."""

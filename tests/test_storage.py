@@ -1,5 +1,8 @@
-"""What is written appears whole or not at all, and JSON files are read within limits."""
+"""Files appear whole or not at all, JSON is read within limits, and a checkpoint's facts are checked."""
 
+import dataclasses
+import json
+import math
 import os
 import pwd
 
@@ -7,6 +10,7 @@ import pytest
 
 from gsae_jax.config import ConfigError
 from gsae_jax.storage import paths, reading, writing
+from gsae_jax.storage.facts import Facts
 
 
 def contents(folder):
@@ -137,3 +141,38 @@ def test_both_kinds_of_paths_have_the_same_methods():
     local, bucket = ({name for name in vars(kind) if name[0] != "_"} for kind in (paths.LocalPath, paths.BucketPath))
     assert local - bucket == {"glob", "is_file"}  # which epath's are right for, in a bucket
     assert bucket <= local
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", None),
+        ("rows", 3),
+        ("widths", {"a": 0}),
+        ("widths", {"a": 2.5}),
+        ("widths", []),
+        ("scales", {"a": 0.0}),
+        ("scales", {"a": True}),
+        ("norm_limits", {"a": "no"}),
+        ("means", {"a": 1.0}),
+        ("means", {"a": [1.0, None]}),
+        ("l1_coefficients", {"a": [-1.0]}),
+        ("buffer", 1),
+    ],
+)
+def test_facts_that_are_not_as_they_were_written_are_refused(field, value):
+    facts = Facts("rows", {"a": 4}, {"a": 2.0}, {"a": math.inf}, {"a": [0.0] * 4}, {"b": [0.1]}, lm={"weights": "x"})
+    tree = json.loads(json.dumps(facts.to_json(), allow_nan=False))
+    assert Facts.from_json(tree | {"of_a_later_version": 1}) == facts
+    with pytest.raises(ValueError, match=field):
+        Facts.from_json({name: item for name, item in (tree | {field: value}).items() if item is not None})
+
+
+def test_facts_of_another_run_are_refused(experiment):
+    sites = experiment.sites
+    facts = Facts("r", dict.fromkeys(sites, 4), dict.fromkeys(sites, 1.0), dict.fromkeys(sites, 1.0))
+    facts = dataclasses.replace(facts, means={site: [0.0] * 4 for site in sites})
+    facts.check(experiment)
+    for change in ({"widths": {}}, {"scales": {}}, {"means": {}}, {"l1_coefficients": {"gated": [0.1]}}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            dataclasses.replace(facts, **change).check(experiment)

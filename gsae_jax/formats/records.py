@@ -119,7 +119,7 @@ def recentered(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a file that centres inputs by b_dec if our architecture does not, or the reverse."""
     module = contract.module_of(architecture)
     sign = 1 if tables.input_bias(module) else -1
-    return module.shifted(params, sign * params["b_dec"])  # type: ignore[attr-defined]
+    return contract.shifted(module, params, sign * params["b_dec"])
 
 
 def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> list[str]:

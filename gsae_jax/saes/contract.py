@@ -100,13 +100,13 @@ class Statistics(NamedTuple):
         means: batch means by name. `loss`, `mse` (squared error over D), `l0`, `x_hat_sq` and `x_hat_dot_x` (the parts
             of gamma, equation 10 of the paper) are wanted of every architecture.
         fired: [F], which features were active on a token of the batch.
-        state: the next value of every array that no gradient trains. Shards of the data may disagree: their mean
-            becomes the state.
+        state: the next value of every array that no gradient trains; empty where there is none. Shards of the data may
+            disagree: their mean becomes the state.
     """
 
     means: dict[str, jax.Array]
     fired: jax.Array
-    state: Params = {}  # noqa: RUF012 (never written to)
+    state: Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +287,16 @@ def normal_form(architecture: Architecture, params: Params, config: Any) -> Para
     """The same function by parameters that mean the same in another library."""
     own = getattr(architecture, "normal_form", None)
     return own(params, config) if own else params
+
+
+def can_shift(architecture: Architecture) -> bool:
+    """Whether the architecture has `shifted`."""
+    return hasattr(architecture, "shifted")
+
+
+def shifted(architecture: Architecture, params: Params, shift_D: jax.typing.ArrayLike) -> Params:
+    """Parameters whose pre-activations are larger by shift @ encoder; the architecture must have this function."""
+    return cast(Any, architecture).shifted(params, shift_D)
 
 
 def feature_facts(architecture: Architecture, params: Params, config: Any) -> dict[str, jax.Array]:

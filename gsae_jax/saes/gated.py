@@ -199,4 +199,4 @@ def loss(
     auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
     total = means["mse"] + coefficients["l1_coefficient"] * l1 + auxiliary
     means |= {"loss": total, "l1": l1, "auxiliary": auxiliary, "l0": l0}
-    return total, Statistics(means, (f > 0).any(0))
+    return total, Statistics(means, (f > 0).any(0), {})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.config import ConfigError
+from gsae_jax.saes import contract
 from gsae_jax.saes.contract import Architecture, Parameter, Params, Role
 
 
@@ -44,7 +45,7 @@ def input_bias(architecture: Architecture, site: int = 0) -> str | None:
 
 def can_center(architecture: Architecture) -> bool:
     """Whether `fold` can give the mean of the inputs to parameters."""
-    return hasattr(architecture, "shifted") or input_bias(architecture) is not None
+    return contract.can_shift(architecture) or input_bias(architecture) is not None
 
 
 def split(architecture: Architecture, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,7 +95,7 @@ def _with_means(
         if center is not None:
             moved[center] = moved[center] + sign * units.mean
         elif np.any(units.mean):
-            moved = architecture.shifted(moved, -sign * units.mean)  # type: ignore[attr-defined]
+            moved = contract.shifted(architecture, moved, -sign * units.mean)
     for site, units in enumerate(targets):
         if (bias := named(architecture, Role.OUTPUT_BIAS, site=site)) is not None:
             moved[bias] = moved[bias] + sign * units.mean

@@ -73,4 +73,4 @@ def loss(
     )
     means = linalg.error_statistics(x_BxD, decoded + params["b_dec"][None])
     total = means["mse"] + coefficients["l1_coefficient"] * l1
-    return total, Statistics(means | {"loss": total, "l1": l1, "l0": l0}, (f > 0).any(0))
+    return total, Statistics(means | {"loss": total, "l1": l1, "l0": l0}, (f > 0).any(0), {})

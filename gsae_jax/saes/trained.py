@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from gsae_jax import plugins
-from gsae_jax.config import ConfigError
+from gsae_jax.config import ConfigError, Sites
 from gsae_jax.saes import contract
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SAE:
+class SAE(Sites):
     """One trained SAE; activations are in the language model's own units, of any leading shape.
 
     Attributes:
@@ -54,16 +54,6 @@ class SAE:
     def functions(self) -> contract.Architecture:
         """The architecture's pure functions."""
         return contract.module_of(self.architecture)
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The sites that it reads."""
-        return (self.site,) if isinstance(self.site, str) else self.site
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The sites that it writes."""
-        return ((self.target,) if isinstance(self.target, str) else self.target) if self.target else self.sites
 
     def encode(self, x: Any) -> jax.Array:
         """Feature activations [..., F] of activations [..., D], which may also be a torch tensor.
