@@ -62,7 +62,8 @@ def load(
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config ({error})"
         raise ConfigError(field, f"{why}; put its own back") from error
     built = {
-        name: _built(name, stack, facts.widths, config.train.compute_dtype) for name, stack in config.stacks.items()
+        name: contract.build(f"stacks.{name}", stack, facts.widths, config.train.compute_dtype)
+        for name, stack in config.stacks.items()
     }
     like = {
         name: jax.eval_shape(
@@ -78,16 +79,6 @@ def load(
         for name in config.stacks
         for sae in _members(name, config, *built[name], params[name], facts, run)
     }
-
-
-def _built(name: str, stack: config_lib.Stack, widths: dict[str, int], dtype: str) -> tuple[contract.Architecture, Any]:
-    architecture = contract.trainable(stack.architecture, f"stacks.{name}.architecture")
-    d_in = tuple(widths[site] for site in stack.sites)
-    d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
-    sae = contract.build_config(
-        architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options, f"stacks.{name}"
-    )
-    return architecture, sae
 
 
 def _nothing(path: str) -> str:
@@ -156,7 +147,7 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
         widths = dict(zip(stack.sites, sae.d_in if isinstance(sae.d_in, tuple) else (sae.d_in,), strict=True))
         if stack.target:
             widths |= dict(zip(stack.targets, sae.d_out if isinstance(sae.d_out, tuple) else (sae.d_out,), strict=True))
-        module, like = _built(name, stack, widths, "float32")
+        module, like = contract.build(f"stacks.{name}", stack, widths, "float32")
         started = [
             parameters.with_unit_rows(module, convert(member.params, member.config), field) for member in members
         ]

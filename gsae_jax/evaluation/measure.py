@@ -149,7 +149,9 @@ def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
         widths: of the language model's sites.
     """
     if len(sae.targets) != 1:
-        raise ConfigError(sae.name, f"writes {len(sae.targets)} sites; write SAEs of one, which can be measured")
+        raise ConfigError(
+            sae.name, f"writes {len(sae.targets)} sites; only SAEs that write one are measured, so leave it out"
+        )
     for field, names, sizes in (
         ("reads", sae.sites, sae.config.d_in),
         ("writes", sae.targets, getattr(sae.config, "d_out", sae.config.d_in)),

@@ -192,6 +192,25 @@ def trainable(architecture: str, field: str) -> Trainable:
     return cast(Trainable, plugins.load("saes", architecture, having="loss", field=field))
 
 
+def build(field: str, stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tuple[Trainable, Any]:
+    """The architecture of a stack, and its Config.
+
+    Args:
+        field: the stack's, in the experiment.
+        stack: its settings.
+        widths: of the sites.
+        dtype: of the matrix products' operands.
+
+    Raises:
+        ConfigError: as `trainable` and `build_config`.
+    """
+    architecture = trainable(stack.architecture, f"{field}.architecture")
+    d_in = tuple(widths[site] for site in stack.sites)
+    d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
+    sae = build_config(architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options, field)
+    return architecture, sae
+
+
 def build_config(
     architecture: Architecture,
     name: str,

@@ -54,17 +54,7 @@ class Stack:
     def build(cls, name: str, config: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> "Stack":
         """`widths`: of the sites. Raises `ConfigError` for an unknown architecture, option or combination."""
         field = f"stacks.{name}"
-        architecture = contract.trainable(config.architecture, f"{field}.architecture")
-        sae = contract.build_config(
-            architecture,
-            config.architecture,
-            tuple(widths[site] for site in config.sites),
-            tuple(widths[site] for site in config.targets) if config.target else None,
-            config.width,
-            dtype,
-            config.options,
-            field,
-        )
+        architecture, sae = contract.build(field, config, widths, dtype)
         if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
             raise ConfigError(
                 f"{field}.options.{_that_freezes(architecture, sae)}",
