@@ -1,7 +1,7 @@
 """Not an experiment: what those on published models share, the paper's recipe (D.1) and its comparison (4.1)."""
 
 from gsae_jax import experiment_config, stack_config
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax.errors import UserError, known_names
 
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}
 
@@ -27,7 +27,7 @@ def choose(which, layers):
     """The kind and the site that a name such as "resid16" stands for."""
     sites = {f"{kind}{layer}": (kind, f"blocks.{layer}.{hook}") for kind, hook in HOOKS.items() for layer in layers}
     if which not in sites:
-        raise ConfigError("--config", f"has no site {which!r}; {known_names(which, sites)}")
+        raise UserError(f"has no site {which!r}; {known_names(which, sites)}", "--config")
     return sites[which]
 
 

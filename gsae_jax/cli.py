@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from gsae_jax import experiments, processes
-from gsae_jax.config import ConfigError, TrainingError
+from gsae_jax.errors import TrainingError, UserError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
 
@@ -71,7 +71,7 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
     """Parse the flags, which runs a config file; returns the other arguments.
 
     Raises:
-        ConfigError: an unknown flag, a value that it cannot have, or whatever a config file raises.
+        UserError: an unknown flag, a value that it cannot have, or whatever a config file raises.
     """
     try:
         return flag_values(argv)
@@ -83,10 +83,10 @@ def given(config: Any) -> Any:
     """The config that was given.
 
     Raises:
-        ConfigError: none was, or its file cannot be read.
+        UserError: none was, or its file cannot be read.
     """
     if config.value is None:
-        raise ConfigError("--config", "is missing; write the path of a config file, or quickstart")
+        raise UserError("is missing; write the path of a config file, or quickstart", "--config")
     try:
         return config.value.to_dict() if hasattr(config.value, "to_dict") else config.value
     except Exception as error:  # a file that is not there; values that are still to be given
@@ -114,7 +114,7 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
     def parsed(argv):
         try:
             return parse(argv)
-        except ConfigError as error:
+        except UserError as error:
             if any(arg.lstrip("-") == "traceback" for arg in argv):
                 traceback.print_exc()
             _refuse(str(error))
@@ -133,7 +133,7 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
             _refuse(str(error), 1)
         except KeyboardInterrupt:
             _refuse("interrupted", 130)
-        except ConfigError as error:
+        except UserError as error:
             if TRACEBACK.value:
                 traceback.print_exc()
             _refuse(str(error))
@@ -143,29 +143,29 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
     app.run(guarded, flags_parser=parsed)
 
 
-def _refusal(error: BaseException) -> ConfigError:
+def _refusal(error: BaseException) -> UserError:
     """What keeps flags from being parsed, or a config file from being run, in one sentence."""
     chain = [error]
     while following := chain[-1].__cause__ or chain[-1].__context__:  # a config file's errors are wrapped up to 3 times
         chain.append(following)
-        if isinstance(following, ConfigError):
+        if isinstance(following, UserError):
             return following
     root = chain[-1]
     calls = [(frame.f_code, line) for frame, line in traceback.walk_tb(root.__traceback__)]
     codes, loading = [code for code, _ in calls], config_flags.ConfigFileFlagParser.parse.__code__
     if loading in codes:
         if where := _line(calls[codes.index(loading) + 1 :]):
-            return ConfigError("--config", f"{where}: {type(root).__name__}: {root}")
+            return UserError(f"{where}: {type(root).__name__}: {root}", "--config")
         if isinstance(root, OSError | SyntaxError):
-            return ConfigError("--config", f"the file cannot be read: {root}")
-        return ConfigError("--config", f"the file cannot be used: {root}; write one whose get_config() gives a config")
+            return UserError(f"the file cannot be read: {root}", "--config")
+        return UserError(f"the file cannot be used: {root}; write one whose get_config() gives a config", "--config")
     if isinstance(error, flags.Error):
-        return ConfigError("command line", str(error))
+        return UserError(str(error), "command line")
     if isinstance(error, AttributeError | KeyError):  # an override of a field that the config lacks
         # ml_collections' message is the repr of "'name'\nDid you mean ...".
         what = str(error).replace("\\n", "; ").replace("\\", "").strip("\"'")
-        return ConfigError("--config", f"no such field: {what}")
-    return ConfigError("--config", f"cannot be used: {type(error).__name__}: {error}")
+        return UserError(f"no such field: {what}", "--config")
+    return UserError(f"cannot be used: {type(error).__name__}: {error}", "--config")
 
 
 def _line(calls: list[tuple[CodeType, int]]) -> str:
@@ -177,8 +177,8 @@ def _line(calls: list[tuple[CodeType, int]]) -> str:
 
 def _describe(error: BaseException) -> tuple[str, int]:
     """The last line and the exit code of a process that others wait for."""
-    if isinstance(error, ConfigError | TrainingError):
-        return f"error: {error}", 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, UserError | TrainingError):
+        return f"error: {error}", 2 if isinstance(error, UserError) else 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     what = f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

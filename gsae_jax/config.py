@@ -6,50 +6,24 @@ here. `python -m gsae_jax.settings` lists every setting.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+from gsae_jax import errors
+from gsae_jax.errors import UserError, known_names
 
 INT32 = 2**31 - 1  # devices count steps, tokens and features in 32 bits
 FLOAT32 = 3.4e38  # and no number in a config may be infinite there
 
 
-class ConfigError(ValueError):
-    """Something the user wrote cannot be used. `field` names it, the message says what to write instead.
-
-    Both may quote files that others made; what a terminal would act on, line breaks too, is written as in Python.
-    """
-
-    def __init__(self, field: str, message: str):
-        line = re.sub(r"\s*\n\s*", " ", f"{field}: {message}".strip())
-        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in line))
-        self.field, self.problem = field, message
-
-    def within(self, group: str) -> "ConfigError":
-        """The same error of a field that belongs to a group."""
-        return ConfigError(f"{group}.{self.field}", self.problem)
-
-
-class _WrongTypeError(ConfigError):
-    def __init__(self, field: str, value: Any, wanted: str):
-        super().__init__(field, f"is {value!r} ({type(value).__name__}); write a value of type {wanted}")
-
-
-class TrainingError(RuntimeError):
-    """What a user did not cause by what was written: numbers that stay not finite, a disk that is full."""
-
-
-def known_names(name: str, names: Iterable[str]) -> str:
-    """`did you mean 'x'? known: x, y, z` for an unknown name."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
-    return f"{hint}known: {', '.join(names)}"
+class _WrongTypeError(UserError):
+    def __init__(self, value: Any, wanted: str):
+        super().__init__(f"is {value!r} ({type(value).__name__}); write a value of type {wanted}")
 
 
 Dtype = Literal["float32", "bfloat16"]
@@ -103,7 +77,7 @@ class Data:
     )
 
     def __post_init__(self) -> None:
-        _at_least("data.context_length", self.context_length, 2)
+        _at_least("context_length", self.context_length, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +92,12 @@ class Activations:
     center: bool = setting(True, "Subtract each site's mean from inputs; False = the paper's units.", earlier=False)
 
     def __post_init__(self) -> None:
-        _at_least("activations.rows_per_forward", self.rows_per_forward, 1)
-        _at_least("activations.scale_tokens", self.scale_tokens, 1)
+        _at_least("rows_per_forward", self.rows_per_forward, 1)
+        _at_least("scale_tokens", self.scale_tokens, 1)
         if self.max_norm_multiple != 0 and self.max_norm_multiple <= 1:
-            raise ConfigError(
-                "activations.max_norm_multiple",
+            raise UserError(
                 f"is {self.max_norm_multiple:g}; write 0 to keep every token, or a multiple of the median norm above 1",
+                "max_norm_multiple",
             )
 
 
@@ -171,40 +145,35 @@ class Stack(Sites):
         columns = (self.l1_coefficients, self.learning_rates, self.seeds)
         return list(zip(*(column * len(self) if len(column) == 1 else column for column in columns), strict=True))
 
-    def check(self, path: str) -> None:
-        """Raises `ConfigError` with the stack's path in the config."""
-        _at_least(f"{path}.width", self.width, 1)
+    def __post_init__(self) -> None:
+        _at_least("width", self.width, 1)
         for field in ("l1_coefficients", "learning_rates", "seeds", "target_l0"):
             values = getattr(self, field)
             if field == "target_l0" and not values:
                 continue
             if not values:
-                raise ConfigError(
-                    f"{path}.{field}", "has no values; write one for all SAEs of the stack, or one for each"
-                )
+                raise UserError("has no values; write one for all SAEs of the stack, or one for each", field)
             if len(values) not in (1, len(self)):
-                raise ConfigError(
-                    f"{path}.{field}",
+                raise UserError(
                     f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs",
+                    field,
                 )
-        _seed(f"{path}.seeds", *self.seeds)
+        _seed("seeds", *self.seeds)
         for field in ("l1_coefficients", "learning_rates"):
             if min(getattr(self, field)) < 0:
-                raise ConfigError(
-                    f"{path}.{field}", f"has a negative value: {getattr(self, field)}; write numbers >= 0"
-                )
+                raise UserError(f"has a negative value: {getattr(self, field)}; write numbers >= 0", field)
         if self.target_l0 and (min(self.target_l0) <= 0 or max(self.target_l0) >= self.width):
-            raise ConfigError(
-                f"{path}.target_l0",
+            raise UserError(
                 f"is {self.target_l0}; write active features per token, above 0 and below the width",
+                "target_l0",
             )
         for field, names in (("site", self.sites), ("target", self.targets)):
             if not names or len(set(names)) < len(names):
-                raise ConfigError(f"{path}.{field}", f"is {names}; write one site, or several that differ")
+                raise UserError(f"is {names}; write one site, or several that differ", field)
         if self.target_l0 and min(self.l1_coefficients) == 0:
-            raise ConfigError(
-                f"{path}.l1_coefficients",
+            raise UserError(
                 "has a 0, from which target_l0 cannot start; write a first guess such as 0.01",
+                "l1_coefficients",
             )
 
 
@@ -225,16 +194,14 @@ class Train:
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after", "max_skipped"):
-            _at_least(f"train.{field}", getattr(self, field), 1)
-        _at_least("train.warmup_steps", self.warmup_steps, 0)
+            _at_least(field, getattr(self, field), 1)
+        _at_least("warmup_steps", self.warmup_steps, 0)
         if self.warmup_steps >= self.steps:
-            raise ConfigError(
-                "train.warmup_steps", f"is {self.warmup_steps}; write less than train.steps ({self.steps})"
-            )
+            raise UserError(f"is {self.warmup_steps}; write less than train.steps ({self.steps})", "warmup_steps")
         if not 0 <= self.decay_fraction <= 1:
-            raise ConfigError(
-                "train.decay_fraction",
+            raise UserError(
                 f"is {self.decay_fraction:g}; write a fraction of training from 0 (constant rate) to 1",
+                "decay_fraction",
             )
 
 
@@ -246,8 +213,8 @@ class Mesh:
     latent: int = setting(1, "Devices along the dictionary.")
 
     def __post_init__(self) -> None:
-        _at_least("mesh.data", self.data, 0)
-        _at_least("mesh.latent", self.latent, 1)
+        _at_least("data", self.data, 0)
+        _at_least("latent", self.latent, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +228,9 @@ class Checkpoint:
     buffer: bool = setting(True, "Save the exchange buffer; else a resumed run fills it with other text.", SAME)
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint.every", self.every, 1)
-        _at_least("checkpoint.keep", self.keep, 1)
-        _at_least("checkpoint.keep_every", self.keep_every, 0)
+        _at_least("every", self.every, 1)
+        _at_least("keep", self.keep, 1)
+        _at_least("keep_every", self.keep_every, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +241,8 @@ class Evaluation:
     rows_per_forward: int = setting(32, "Rows of tokens in one forward pass of the language model.")
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.tokens", self.tokens, 1, most=2**62)  # as far as the text goes
-        _at_least("evaluation.rows_per_forward", self.rows_per_forward, 1)
+        _at_least("tokens", self.tokens, 1, most=2**62)  # as far as the text goes
+        _at_least("rows_per_forward", self.rows_per_forward, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,63 +273,62 @@ class Experiment:
     def __post_init__(self) -> None:
         _seed("seed", self.seed)
         if not self.stacks:
-            raise ConfigError(
-                "stacks", "is empty; add one, for example `config.stacks.gated = gsae_jax.stack_config('gated', ...)`"
+            raise UserError(
+                "is empty; add one, for example `config.stacks.gated = gsae_jax.stack_config('gated', ...)`", "stacks"
             )
-        for name, stack in self.stacks.items():
+        for name in self.stacks:
             # It becomes part of SAEs' names, of keys in files and of the report's text.
             if not re.fullmatch(r"[\w-]{1,100}", name, re.ASCII):
-                raise ConfigError("stacks", f"has the name {name!r}; write up to 100 letters, digits, _ and -")
-            stack.check(f"stacks.{name}")
+                raise UserError(f"has the name {name!r}; write up to 100 letters, digits, _ and -", "stacks")
         fresh = self.activations.rows_per_forward * self.data.context_length
         batch = self.train.batch_size
         if fresh % batch and batch % fresh:
-            raise ConfigError(
-                "train.batch_size",
+            raise UserError(
                 f"is {batch}, but one forward pass gives {fresh} activations "
                 "(activations.rows_per_forward x data.context_length); write a divisor or a multiple of that",
+                "train.batch_size",
             )
         if self.activations.buffer_size < batch or self.activations.buffer_size % batch:
-            raise ConfigError(
-                "activations.buffer_size",
+            raise UserError(
                 f"is {self.activations.buffer_size}; write a multiple of train.batch_size ({batch}), at least 1x",
+                "activations.buffer_size",
             )
 
         if self.train.steps % self.updates_per_call:
-            raise ConfigError(
-                "train.steps",
+            raise UserError(
                 f"is {self.train.steps}; write a multiple of {self.updates_per_call}, the updates of one forward pass",
+                "train.steps",
             )
 
         # Features are dead after so many steps at the earliest, and those that begin again need a call to train in.
         earliest, last = self.train.dead_after, self.train.steps - self.updates_per_call
         if self.train.resample_steps and last < earliest:
-            raise ConfigError(
-                "train.resample_steps",
+            raise UserError(
                 f"is {self.train.resample_steps}, but this run has no step for it: features count as dead after "
                 f"{earliest} steps at the earliest (train.dead_after), and resampling is possible until step {last}; "
                 "lower train.dead_after, raise train.steps, or write ()",
+                "train.resample_steps",
             )
         if any(not earliest <= step <= last for step in self.train.resample_steps):
-            raise ConfigError(
-                "train.resample_steps",
+            raise UserError(
                 f"is {self.train.resample_steps}; write steps from {earliest} (train.dead_after) to {last}",
+                "train.resample_steps",
             )
         best, _, statistic = self.checkpoint.keep_best.partition("/")
         if self.checkpoint.keep_best and (best not in self.stacks or statistic not in ("loss", "mse")):
-            raise ConfigError(
-                "checkpoint.keep_best",
+            raise UserError(
                 f"is {self.checkpoint.keep_best!r}; write STACK/loss or STACK/mse, where STACK is one of "
                 f"{', '.join(self.stacks)}",
+                "checkpoint.keep_best",
             )
         for name, stack in self.stacks.items():
             if stack.target_l0 and self.train.steps < 2:
-                raise ConfigError("train.steps", f"is 1, in which stacks.{name}.target_l0 cannot be met; write more")
+                raise UserError(f"is 1, in which stacks.{name}.target_l0 cannot be met; write more", "train.steps")
             if stack.target_l0 and self.train.warmup_steps >= 2 * self.train.steps // 3:
-                raise ConfigError(
-                    "train.warmup_steps",
+                raise UserError(
                     f"is {self.train.warmup_steps}; stacks.{name}.target_l0 is met between warm-up and two thirds of "
                     f"training; write less than {2 * self.train.steps // 3}",
+                    "train.warmup_steps",
                 )
 
     @property
@@ -404,7 +370,7 @@ class PretrainModel:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _at_least(f"model.{field.name}", getattr(self, field.name), 1)
+            _at_least(field.name, getattr(self, field.name), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,7 +397,7 @@ class Pretrain:
         _at_least("warmup_steps", self.warmup_steps, 0)
         for field in ("epochs", "learning_rate"):
             if getattr(self, field) <= 0:
-                raise ConfigError(field, f"is {getattr(self, field):g}; write a positive number")
+                raise UserError(f"is {getattr(self, field):g}; write a positive number", field)
 
 
 T = typing.TypeVar("T")
@@ -441,33 +407,32 @@ def from_dict(cls: type[T], tree: Any) -> T:
     """A config dataclass from what a user wrote: a `ConfigDict`, or nested dicts of what differs from the defaults.
 
     Raises:
-        ConfigError: an unknown, missing or wrongly typed field, or an impossible value or combination.
+        UserError: an unknown, missing or wrongly typed field, or an impossible value or combination.
     """
     if hasattr(tree, "to_dict"):
         tree = tree.to_dict()
-    return convert("", cls, tree)
+    with errors.about("config"):
+        return convert(cls, tree)
 
 
 def from_record(cls: type[T], tree: Any) -> T:
     """A config dataclass from what a run recorded: fields that did not exist then get their `earlier` values.
 
     Raises:
-        ConfigError: as `from_dict`, and for a field that is missing though every run has recorded it.
+        UserError: as `from_dict`, and for a field that is missing though every run has recorded it.
     """
-    return convert("", cls, tree, recorded=True)
+    return convert(cls, tree, recorded=True)
 
 
 def held_out(tree: Any) -> HeldOut:
     """What SAEs are measured with, from a user's config of an experiment, which may lack stacks.
 
     Raises:
-        ConfigError: as `from_dict` of an `Experiment`, but not for a combination of groups that only training needs.
+        UserError: as `from_dict` of an `Experiment`, but not for a combination of groups that only training needs.
     """
     if hasattr(tree, "to_dict"):
         tree = tree.to_dict()
-    groups = _fields("", Experiment, tree)
-    for name, stack in groups["stacks"].items():
-        stack.check(f"stacks.{name}")
+    groups = _fields(Experiment, tree)
     lm, data, evaluation = groups["lm"], groups["data"], groups["evaluation"]
     return HeldOut(lm, data, evaluation, groups["activations"].drop_special_tokens)
 
@@ -494,105 +459,114 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_text(field: str, text: str) -> None:
-    """Raises `ConfigError` for text that cannot be written in UTF-8, or that has a NUL, which no path can have."""
+def check_text(text: str) -> None:
+    """Raises `UserError` for text that cannot be written in UTF-8, or that has a NUL, which no path can have."""
     if "\0" in text or text.encode("utf-8", "replace").decode() != text:
-        raise ConfigError(field, f"is {text!r}, which has a character that no path or text can have; write it anew")
+        raise UserError(f"is {text!r}, which has a character that no path or text can have; write it anew")
 
 
 def _at_least(field: str, value: int, least: int, most: int = INT32) -> None:
     if value < least:
-        raise ConfigError(field, f"is {value}; write {least} or more")
+        raise UserError(f"is {value}; write {least} or more", field)
     if value > most:
-        raise ConfigError(field, f"is {value}; write {most} or less")
+        raise UserError(f"is {value}; write {most} or less", field)
 
 
 def _seed(field: str, *seeds: int) -> None:
     if min(seeds) < 0 or max(seeds) > INT32:
-        raise ConfigError(field, f"is {', '.join(map(str, seeds))}; write integers from 0 to {INT32}")
+        raise UserError(f"is {', '.join(map(str, seeds))}; write integers from 0 to {INT32}", field)
 
 
-def _fields(path: str, cls: Any, tree: Any, recorded: bool = False) -> dict[str, Any]:
+def _fields(cls: Any, tree: Any, recorded: bool = False) -> dict[str, Any]:
     """The values of all fields of a dataclass, from a tree that may lack some."""
     known = {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(tree, Mapping):
-        raise ConfigError(path or "config", f"is {tree!r}; write a group with the fields {', '.join(known)}")
-    prefix = f"{path}." if path else ""
+        raise UserError(f"is {tree!r}; write a group with the fields {', '.join(known)}")
     for name in tree:
         if name not in known:
-            raise ConfigError(f"{prefix}{name}", f"is not a field; {known_names(str(name), known)}")
+            raise UserError(f"is not a field; {known_names(str(name), known)}", str(name))
     values = {}
     for name, field in known.items():
         if name in tree:
-            values[name] = convert(f"{prefix}{name}", field.type, tree[name], recorded)
+            with errors.within(name):
+                values[name] = convert(field.type, tree[name], recorded)
             continue
         value = field.metadata.get("earlier", field.default) if recorded else field.default
         if value is dataclasses.MISSING and not recorded and field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
         if value is dataclasses.MISSING:
             what = "" if recorded else f"; write a value for it: {field.metadata.get('about', name)}"
-            raise ConfigError(f"{prefix}{name}", f"is missing{what}")
+            raise UserError(f"is missing{what}", name)
         values[name] = value
     return values
 
 
-def convert(path: str, kind: Any, value: Any, recorded: bool = False) -> Any:
+def convert(kind: Any, value: Any, recorded: bool = False) -> Any:
     """`value` as `kind`: a dataclass, int, float, bool, str, None, Literal, X | Y, tuple[X, ...], dict[str, X] or Any.
 
     Any is what JSON has. `recorded` as in `from_record`.
 
     Raises:
-        ConfigError: it is of another type, or no number or text that a config can have.
+        UserError: it is of another type, or no number or text that a config can have.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return _json_value(path, value)
+        return _json_value(value)
     if origin is types.UnionType:
-        return _one_of(path, args, value)
+        return _one_of(args, value)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return kind(**_fields(path, kind, value, recorded))
+        return kind(**_fields(kind, value, recorded))
     if origin is dict and isinstance(value, Mapping):
-        return {str(name): convert(f"{path}.{name}", args[1], item, recorded) for name, item in value.items()}
+        return _named(value, lambda item: convert(args[1], item, recorded))
     if origin is tuple:
         values = value if isinstance(value, tuple | list) else (value,)
-        return tuple(convert(path, args[0], item) for item in values)
+        return tuple(convert(args[0], item) for item in values)
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(path, f"is {value!r}; {known_names(str(value), args)}")
+        raise UserError(f"is {value!r}; {known_names(str(value), args)}")
     known = (int, float) if kind is float else kind
     if isinstance(kind, type) and isinstance(value, known) and (kind is bool or not isinstance(value, bool)):
         if kind is float and not -FLOAT32 <= value <= FLOAT32:
             shown = value if isinstance(value, float) else "too large"
-            raise ConfigError(path, f"is {shown}; write a finite number, up to {FLOAT32:g} in size")
+            raise UserError(f"is {shown}; write a finite number, up to {FLOAT32:g} in size")
         if kind is int and not -(2**63) <= value < 2**63:
-            raise ConfigError(path, "is too large; write an integer of up to 64 bits")
+            raise UserError("is too large; write an integer of up to 64 bits")
         if isinstance(value, str):
-            check_text(path, value)
+            check_text(value)
         return float(value) if kind is float else value
-    raise _WrongTypeError(path, value, _name(kind))
+    raise _WrongTypeError(value, _name(kind))
 
 
 def _name(kind: Any) -> str:
     return "None" if kind is types.NoneType else str(kind) if typing.get_origin(kind) else kind.__name__
 
 
-def _one_of(path: str, kinds: tuple[Any, ...], value: Any) -> Any:
+def _named(values: Mapping[str, Any], converted: Callable[[Any], Any]) -> dict[str, Any]:
+    """The converted values, by name."""
+    result = {}
+    for name, value in values.items():
+        with errors.within(str(name)):
+            result[str(name)] = converted(value)
+    return result
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any) -> Any:
     """`value` as the first of these types that it is of: a list is a tuple, and not text."""
     for kind in kinds:
         try:
             # A tuple takes a single value as well, which is of another type here.
             if typing.get_origin(kind) is not tuple or isinstance(value, tuple | list):
-                return convert(path, kind, value)
+                return convert(kind, value)
         except _WrongTypeError:
             continue
-    raise _WrongTypeError(path, value, " or ".join(map(_name, kinds)))
+    raise _WrongTypeError(value, " or ".join(map(_name, kinds)))
 
 
-def _json_value(path: str, value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """What JSON has; a list as a tuple."""
     if isinstance(value, Mapping):
-        return {str(name): _json_value(f"{path}.{name}", item) for name, item in value.items()}
+        return _named(value, _json_value)
     if isinstance(value, tuple | list):
-        return tuple(_json_value(path, item) for item in value)
-    return None if value is None else convert(path, type(value) if type(value) in (bool, int, float) else str, value)
+        return tuple(_json_value(item) for item in value)
+    return None if value is None else convert(type(value) if type(value) in (bool, int, float) else str, value)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cli
+from gsae_jax import cli, errors
 from gsae_jax.lms.conversion import convert
 
 
 def main(source: str, out: str) -> None:
     """The command."""
-    convert(source, Path(out), TOKENIZER.value, REVISION.value)
+    with errors.about("SRC", out="OUT", tokenizer="--tokenizer", revision="--revision"):
+        convert(source, Path(out), TOKENIZER.value, REVISION.value)
     print(f"{out} is written; use it as --config.lm.path={out}, or in gsae_jax.load_lm({out!r})")
 
 

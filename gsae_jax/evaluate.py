@@ -9,7 +9,7 @@ import logging
 from absl import flags
 
 from gsae_jax import cli
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.measuring import evaluate, evaluate_saes
 from gsae_jax.storage import run_directory
 
@@ -19,26 +19,24 @@ logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 def main() -> None:
     """The command."""
     if TOKENS.value is not None and TOKENS.value < 1:
-        raise ConfigError("--tokens", f"is {TOKENS.value}; write 1 or more")
+        raise UserError(f"is {TOKENS.value}; write 1 or more", "--tokens")
     if not all(number.isdigit() and int(number) for number in ITO.value) or len({*ITO.value}) < len(ITO.value):
-        raise ConfigError(
-            "--ito", f"is {','.join(ITO.value)!r}; write different numbers of features such as 5,10,20,40"
-        )
+        raise UserError(f"is {','.join(ITO.value)!r}; write different numbers of features such as 5,10,20,40", "--ito")
     if (WORKDIR.value is None) == (not SAE.value):
-        raise ConfigError("--workdir", "or --sae: write one of them, a run or SAEs from elsewhere")
+        raise UserError("or --sae: write one of them, a run or SAEs from elsewhere", "--workdir")
     tokens, ito = TOKENS.value, [int(number) for number in ITO.value]
     config = None if CONFIG.value is None else cli.given(CONFIG)
     if SAE.value:
         if OUT.value is None:
-            raise ConfigError("--out", "is missing; write the name of a new folder for the report")
+            raise UserError("is missing; write the name of a new folder for the report", "--out")
         if STEP.value is not None:
-            raise ConfigError("--step", "goes with --workdir; SAEs from elsewhere have no steps")
+            raise UserError("goes with --workdir; SAEs from elsewhere have no steps", "--step")
         folder = OUT.value
         table = evaluate_saes(SAE.value, folder, config, MODEL.value, SITE.value, tokens, ito, PUBLISHED.value)
     else:
         for name, flag in (("--out", OUT), ("--site", SITE)):
             if flag.value:
-                raise ConfigError(name, "goes with --sae; a run is measured at its own sites, in its own folder")
+                raise UserError("goes with --sae; a run is measured at its own sites, in its own folder", name)
         folder = str(run_directory.Workdir(WORKDIR.value).report)
         table = evaluate(WORKDIR.value, tokens, ito, PUBLISHED.value, STEP.value, MODEL.value, config)
     logger.info(f"{table}\n\nreport: {folder}/report.md")

@@ -11,8 +11,8 @@ import os
 
 from absl import flags
 
-from gsae_jax import cli, plugins, sae_loading
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax import cli, errors, plugins, sae_loading
+from gsae_jax.errors import UserError, known_names
 from gsae_jax.formats import records
 from gsae_jax.saes import trained
 from gsae_jax.storage import writing
@@ -24,14 +24,16 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
     """Write one SAE, or all of them, or nothing; returns the names of those written.
 
     Raises:
-        ConfigError: no such SAE, step or format, a format that cannot hold one of them, an `out` that exists, or all
+        UserError: no such SAE, step or format, a format that cannot hold one of them, an `out` that exists, or all
             of them have diverged. If only some have diverged, they are left out with a warning.
     """
-    module = plugins.load("formats", format, having="write", field="--format")
-    saes = sae_loading.load(path, step=step, field="--workdir")
+    with errors.about("--format"):
+        module = plugins.load("formats", format, having="write")
+    with errors.about("--workdir", step="--step"):
+        saes = sae_loading.load(path, step=step)
     if name:
         if name not in saes:
-            raise ConfigError("--sae", f"{name!r} is not in {path}; {known_names(name, saes)}")
+            raise UserError(f"{name!r} is not in {path}; {known_names(name, saes)}", "--sae")
         module.write(saes[name], out)
         return [name]
     return write(saes, format, out)
@@ -39,7 +41,8 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
 
 def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> list[str]:
     """Write a new folder with a folder for each SAE, or nothing; returns and raises what `export` does."""
-    module = plugins.load("formats", format, having="write", field="--format")
+    with errors.about("--format"):
+        module = plugins.load("formats", format, having="write")
     diverged: dict[str, records.DivergedError] = {}
     with writing.new_folder(out) as folder:
         for sae in saes.values():

@@ -12,10 +12,11 @@ import tqdm
 from etils import epath
 
 from gsae_jax import config as config_lib
+from gsae_jax import errors, processes, sae_loading
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import processes, sae_loading
-from gsae_jax.config import ConfigError, HeldOut, TrainingError
+from gsae_jax.config import HeldOut
 from gsae_jax.data import rows
+from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.evaluation import measure, report
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -48,7 +49,7 @@ def evaluate(
             `evaluation` how much is measured. By default the run's own config says both.
 
     Raises:
-        ConfigError: not a run with a checkpoint, another language model than the one it was trained with, other text
+        UserError: not a run with a checkpoint, another language model than the one it was trained with, other text
             where `config` says where it lies, or too little held-out text.
         TrainingError: the report cannot be written.
     """
@@ -67,9 +68,12 @@ def evaluate(
     latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
     step = workdir.sound_step(("params", "facts"), step)
-    saes, training = sae_loading.load(path, mesh, step, workdir.field), metrics_log.read_metrics(workdir)
+    with errors.about(workdir.field):
+        saes = sae_loading.load(path, mesh, step)
+    training = metrics_log.read_metrics(workdir)
     if step is not None:
-        _check_inputs(workdir, workdir.facts(step), run, settings, "--model" if model else "lm.path")
+        with errors.about("--model" if model else "lm.path", revision="lm.revision"):
+            _check_inputs(workdir, workdir.facts(step), run, settings)
     targets = {}
     for sae in saes.values():
         stack = run.stacks[sae.stack]
@@ -82,7 +86,7 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
     """A run's settings, with the paths of the language model and the text, and `evaluation`, of another config.
 
     Raises:
-        ConfigError: the other config is of another run.
+        UserError: the other config is of another run.
     """
     moved = {
         group: dataclasses.replace(
@@ -103,13 +107,11 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
         )
         if differing := config_lib.differences(there, here, f"{group}."):
             why = f"is not the config of this run; undo (there != here): {'; '.join(differing)}"
-            raise ConfigError("--config", f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT")
+            raise UserError(f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT", "--config")
     return dataclasses.replace(settings, evaluation=elsewhere.evaluation, **moved)
 
 
-def _check_inputs(
-    workdir: run_directory.Workdir, facts: Facts, run: config_lib.Experiment, settings: HeldOut, field: str
-) -> None:
+def _check_inputs(workdir: run_directory.Workdir, facts: Facts, run: config_lib.Experiment, settings: HeldOut) -> None:
     """Compare the language model and the held-out text with those of training, by a checkpoint's fingerprints.
 
     Other text at the recorded path is only a warning: the corpus `stdlib`, for one, changes with the version of Python.
@@ -119,23 +121,19 @@ def _check_inputs(
         facts: of the checkpoint.
         run: the run's own config.
         settings: what is measured on.
-        field: what an error calls the path of the language model.
 
     Raises:
-        ConfigError: they are not the same.
+        UserError: they are not the same.
     """
     try:
-        checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision, field)
-    except ConfigError as error:
-        if settings.lm != run.lm:
-            raise
-        why = error.problem
-        raise ConfigError(
-            "lm.path", f"{why}; if the run's model lies elsewhere now, write --model DIRECTORY"
-        ) from error
+        checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision)
+    except UserError as error:
+        if settings.lm == run.lm:
+            error.problem += "; if the run's model lies elsewhere now, write --model DIRECTORY"
+        raise
     moved = paths.absolute(settings.lm.path) != paths.absolute(run.lm.path)
     if facts.lm or not moved:
-        workdir.check_model(facts, settings.lm, checkpoint.fingerprint(), field)
+        workdir.check_model(facts, settings.lm, checkpoint.fingerprint())
     else:
         logger.warning(
             f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
@@ -146,9 +144,9 @@ def _check_inputs(
     held_out = rows.open_rows(settings.data, "test", checkpoint.tokenizer(), limit, checkpoint.config.d_vocab)
     if held_out.fingerprint != facts.held_out:
         if settings.data != run.data:
-            raise ConfigError(
-                "data.path",
+            raise UserError(
                 f"{settings.data.path} does not hold the text of the run in {workdir.path}; write a path that does",
+                "data.path",
             )
         logger.warning("the held-out text has changed since training; the report is on the new text")
 
@@ -175,27 +173,29 @@ def evaluate_saes(
         tokens: as in `evaluate`; so are `ito` and `published`.
 
     Raises:
-        ConfigError: SAEs that cannot be read, are not of this model or name another one where none was given, too
+        UserError: SAEs that cannot be read, are not of this model or name another one where none was given, too
             little text, or an `out` that exists.
     """
-    writing.check_new(out, "--out")
+    with errors.about("--out"):
+        writing.check_new(out)
     points = report.read_published(published) if published else []
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
     saes: dict[str, trained.SAE] = {}
     for path in paths:
-        for name, sae in sae_loading.load(path, mesh, field="--sae").items():
+        with errors.about("--sae"):
+            loaded = sae_loading.load(path, mesh)
+        for name, sae in loaded.items():
             if name in saes:
-                raise ConfigError("--sae", f"{path} has the second SAE called {name!r}; measure them one by one")
+                raise UserError(f"{path} has the second SAE called {name!r}; measure them one by one", "--sae")
             if not (site or sae.sites[0]):
-                raise ConfigError(
-                    "--site", f"is missing, and {path} does not say; write one like blocks.0.hook_mlp_out"
-                )
+                raise UserError(f"is missing, and {path} does not say; write one like blocks.0.hook_mlp_out", "--site")
             saes[name] = sae
     settings = _as_trained(saes) if config is None else config_lib.held_out(config)
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
     _check_told(saes, settings, given=bool(model) or config is not None)
-    saes = _at_sites(saes, settings.lm, site, "--model" if model else "lm.path")
+    with errors.about("--model" if model else "lm.path", revision="lm.revision"):
+        saes = _at_sites(saes, settings.lm, site)
     return _write(epath.Path(out), saes, settings, mesh, _Wanted(tokens, ito, points))
 
 
@@ -213,19 +213,18 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
     return config_lib.held_out(tree)
 
 
-def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, field: str) -> dict[str, trained.SAE]:
+def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> dict[str, trained.SAE]:
     """SAEs with the language model's name for the site that each reads.
 
     Args:
         saes: by name.
         lm: where the language model lies.
         site: the site of all of them; "" where each one's file says its own.
-        field: what an error calls the path of the language model.
 
     Raises:
-        ConfigError: the language model has no such site.
+        UserError: the language model has no such site.
     """
-    checkpoint = Checkpoint.open(lm.path, lm.revision, field)
+    checkpoint = Checkpoint.open(lm.path, lm.revision)
     widths = loading.site_widths(checkpoint.module())
 
     def ours(name: str) -> str:
@@ -240,7 +239,7 @@ def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, fie
         for its_site in (*sae.sites, *sae.targets):
             if not site and ours(its_site) not in widths:
                 why = f"is missing, and {name} says that it reads {its_site!r}, which this language model does not have"
-                raise ConfigError("--site", f"{why}; write one of {', '.join(widths)}")
+                raise UserError(f"{why}; write one of {', '.join(widths)}", "--site")
             sites.check(ours(its_site), widths, "--site")
         reads, writes = tuple(map(ours, sae.sites)), tuple(map(ours, sae.targets)) if sae.target else ""
         placed[name] = dataclasses.replace(sae, site=reads[0] if len(reads) == 1 else reads, target=writes)
@@ -251,7 +250,7 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
     """Warns of SAEs that are not measured on the model and the text that their files name.
 
     Raises:
-        ConfigError: a file names another model, and none was `given`.
+        UserError: a file names another model, and none was `given`.
     """
     for field, used in sae_loading.names(settings.lm, settings.data).items():
         told: dict[str, list[str]] = {}
@@ -264,8 +263,8 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
             whose = f"{names[0]} and {len(names) - 1} more say" if len(names) > 1 else f"{names[0]} says"
             if field == "model_name" and not given:
                 how = f"write --model {other}" if "/" in other else "write --model with its directory or hub name"
-                raise ConfigError(
-                    "--model", f"is missing, and {whose} that {other!r} was the language model of training; {how}"
+                raise UserError(
+                    f"is missing, and {whose} that {other!r} was the language model of training; {how}", "--model"
                 )
             what = {"model_name": "language model", "dataset_path": "text"}[field]
             logger.warning(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
@@ -294,8 +293,9 @@ def _write(
     ito, points = wanted.ito, wanted.points
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
-        raise ConfigError("--ito", f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more")
-    lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)
+        raise UserError(f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more", "--ito")
+    with errors.about("lm.path", path="lm.path", revision="lm.revision"):
+        lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)
     loading.check_context(lm.module, settings.data.context_length)
     tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens
     batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))

@@ -11,26 +11,26 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 
 
 def shape(config: config_lib.Mesh, devices: int) -> tuple[int, int]:
     """The sizes of `data` and `latent` on so many devices.
 
     Raises:
-        ConfigError: the axes do not multiply up to the number of devices.
+        UserError: the axes do not multiply up to the number of devices.
     """
     if devices % config.latent:
-        raise ConfigError("mesh.latent", f"is {config.latent}; write a divisor of the number of devices ({devices})")
+        raise UserError(f"is {config.latent}; write a divisor of the number of devices ({devices})", "mesh.latent")
     data = config.data or devices // config.latent
     if data * config.latent != devices:
         what = f"is {config.data}, times mesh.latent {config.latent}, but there are {devices} devices"
-        raise ConfigError("mesh.data", f"{what}; write {devices // config.latent}, or 0 for all")
+        raise UserError(f"{what}; write {devices // config.latent}, or 0 for all", "mesh.data")
     return data, config.latent
 
 
 def make_mesh(config: config_lib.Mesh, among: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, or over those given; raises `ConfigError` as `shape` does."""
+    """A mesh over all devices, or over those given; raises `UserError` as `shape` does."""
     sizes = shape(config, len(among or jax.devices()))
     # The language model and the loss around the SAEs are left to the compiler (Auto); the SAE step is mapped by hand.
     axis_types = (AxisType.Auto, AxisType.Auto)
@@ -42,19 +42,19 @@ def make_mesh(config: config_lib.Mesh, among: Sequence[Any] | None = None) -> Me
 
 
 def check(config: config_lib.Experiment, mesh: Mesh | AbstractMesh) -> None:
-    """Raises `ConfigError` for a size that the mesh does not divide."""
+    """Raises `UserError` for a size that the mesh does not divide."""
     data, latent = mesh.shape["data"], mesh.shape["latent"]
     for field, value in (
         ("train.batch_size", config.train.batch_size),
         ("activations.rows_per_forward", config.activations.rows_per_forward),
     ):
         if value % data:
-            raise ConfigError(field, f"is {value}, not divisible by the mesh's `data` axis; write a multiple of {data}")
+            raise UserError(f"is {value}, not divisible by the mesh's `data` axis; write a multiple of {data}", field)
     for name, stack in config.stacks.items():
         if stack.width % (latent * data):
-            raise ConfigError(
-                f"stacks.{name}.width",
+            raise UserError(
                 f"is {stack.width}, not divisible by the number of devices; write a multiple of {latent * data}",
+                f"stacks.{name}.width",
             )
 
 
@@ -64,7 +64,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def check_memory(mesh: Mesh, needed: Mapping[str, int]) -> None:
-    """Raises `ConfigError` where what is certainly needed, in bytes on each device by field, is more than there is."""
+    """Raises `UserError` where what is certainly needed, in bytes on each device by field, is more than there is."""
     device = mesh.local_devices[0]
     if device.platform == "cpu":  # all of them share the machine's
         there: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
@@ -72,10 +72,10 @@ def check_memory(mesh: Mesh, needed: Mapping[str, int]) -> None:
         there = (device.memory_stats() or {}).get("bytes_limit", math.inf)
     if sum(needed.values()) > there:
         field = max(needed, key=lambda field: needed[field])
-        raise ConfigError(
-            field,
+        raise UserError(
             f"takes {needed[field] / 2**30:,.1f} GiB on each device, of {sum(needed.values()) / 2**30:,.1f} in all; "
             f"there are {there / 2**30:,.1f}: write less (python -m gsae_jax.plan says what a run takes)",
+            field,
         )
 
 

@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax.errors import UserError, known_names
 
 
 def known(wing: str, having: str) -> dict[str, ModuleType]:
@@ -18,13 +18,13 @@ def known(wing: str, having: str) -> dict[str, ModuleType]:
     return {name: module for name, module in sorted(modules.items()) if hasattr(module, having)}
 
 
-def load(wing: str, name: str, having: str, field: str) -> ModuleType:
+def load(wing: str, name: str, having: str) -> ModuleType:
     """The module called `name` of a wing.
 
     Raises:
-        ConfigError: no such module; the message names `field` and lists the known ones.
+        UserError: no such module; the message lists the known ones.
     """
     modules = known(wing, having)
     if name not in modules:
-        raise ConfigError(field, f"{name!r} is not known; {known_names(name, modules)}")
+        raise UserError(f"{name!r} is not known; {known_names(name, modules)}")
     return modules[name]

@@ -9,7 +9,7 @@ from absl import flags
 
 from gsae_jax import cli, pretraining
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     config = config_lib.from_dict(config_lib.Pretrain, cli.given(CONFIG))
     out = Path(OUT.value)
     if out.exists():
-        raise ConfigError("--out", f"{out} exists already; write a new directory")
+        raise UserError(f"{out} exists already; write a new directory", "--out")
     print(f"held-out cross-entropy {pretraining.pretrain(config, out):.3f} nats/token; checkpoint in {out}")
 
 

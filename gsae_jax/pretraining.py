@@ -17,8 +17,8 @@ import transformers
 from matplotlib.figure import Figure
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.errors import UserError
 from gsae_jax.lms import checkpoints, gelu
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.lms.transformer import Model
@@ -30,7 +30,7 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
     """Train and write a checkpoint directory; returns its held-out cross-entropy in nats per token.
 
     Raises:
-        ConfigError: text that is too short.
+        UserError: text that is too short.
     """
     tokenizer = train_tokenizer(config)
     module: Any = Model(
@@ -39,7 +39,7 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
     train_rows = rows_lib.open_rows(config.data, "train", tokenizer, limit=2**40)
     test_rows = rows_lib.open_rows(config.data, "test", tokenizer, limit=config.test_tokens)
     if len(test_rows) < TEST_ROWS:
-        raise ConfigError("test_tokens", f"give {len(test_rows)} rows of held-out text; {TEST_ROWS} are needed")
+        raise UserError(f"give {len(test_rows)} rows of held-out text; {TEST_ROWS} are needed", "test_tokens")
     stream = rows_lib.batches(train_rows, config.batch_size, config.seed)
     steps = math.ceil(config.epochs * len(train_rows) / config.batch_size)
 

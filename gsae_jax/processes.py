@@ -20,7 +20,7 @@ from jax._src import distributed  # its key-value store has no public name; orba
 from jax.experimental import multihost_utils
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError, TrainingError
+from gsae_jax.errors import TrainingError, UserError
 
 HEARTBEAT_TIMEOUT = 30  # seconds until a process that was killed is missed
 GRACE = 3  # seconds in which a reason reaches all processes
@@ -43,7 +43,7 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     `coordinator` (host:port). A `count` of 1 asks nobody. JAX ends a process whose partners do not come in an hour.
 
     Raises:
-        ConfigError: only some of the arguments, ones that contradict each other, or a launcher of several processes
+        UserError: only some of the arguments, ones that contradict each other, or a launcher of several processes
             that does not say who the others are.
     """
     if count == 1:
@@ -51,13 +51,13 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [flag for flag, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise ConfigError(missing[0], f"is missing; write all of {', '.join(given)}, or none where the cluster says so")
+        raise UserError(f"is missing; write all of {', '.join(given)}, or none where the cluster says so", missing[0])
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise ConfigError("--coordinator", f"is {coordinator!r}; write host:port of process 0, such as 10.0.0.1:8476")
+        raise UserError(f"is {coordinator!r}; write host:port of process 0, such as 10.0.0.1:8476", "--coordinator")
     if count is not None and count < 1:
-        raise ConfigError("--num_processes", f"is {count}; write 1 or more")
+        raise UserError(f"is {count}; write 1 or more", "--num_processes")
     if count is not None and index is not None and not 0 <= index < count:
-        raise ConfigError("--process_id", f"is {index}; write 0 to {count - 1}, another one in each process")
+        raise UserError(f"is {index}; write 0 to {count - 1}, another one in each process", "--process_id")
     # A Slurm job of one task needs nobody, and JAX would see one of its GPUs only.
     if missing and os.environ.get("SLURM_NTASKS") == "1":
         return
@@ -79,15 +79,15 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
         # Each would train alone, all into one run.
         for variable, several in LAUNCHERS.items():
             if several(os.environ.get(variable, "")):
-                raise ConfigError(
-                    "--coordinator",
+                raise UserError(
                     f"is missing, and {variable} is set: this process was started beside others, whom JAX does not "
                     f"find; write {', '.join(given)}, or --num_processes=1 if it is to be alone",
+                    "--coordinator",
                 ) from error
     except RuntimeError as error:
         where = f"{coordinator} " if coordinator else "the coordinator "
-        raise ConfigError(
-            "--coordinator", f"process {index} of {count} cannot work with {where}({' '.join(str(error).split())})"
+        raise UserError(
+            f"process {index} of {count} cannot work with {where}({' '.join(str(error).split())})", "--coordinator"
         ) from error
 
 
@@ -132,13 +132,13 @@ def wait(name: str) -> None:
 
 
 def agree(field: str, value: Any, message: str) -> None:
-    """Raises `ConfigError` if this JSON-able value is not the same in every process."""
+    """Raises `UserError` if this JSON-able value is not the same in every process."""
     if jax.process_count() == 1:
         return
     ours = np.frombuffer(bytes.fromhex(config_lib.fingerprint(value)), np.uint32)
     differing = np.flatnonzero((multihost_utils.process_allgather(ours) != ours).any(1))
     if differing.size:
-        raise ConfigError(field, f"differs between process {jax.process_index()} and {differing.tolist()}: {message}")
+        raise UserError(f"differs between process {jax.process_index()} and {differing.tolist()}: {message}", field)
 
 
 def guarded(main: Callable[[], int | None], describe: Callable[[BaseException], tuple[str, int]]) -> int | None:
@@ -170,7 +170,7 @@ def guarded(main: Callable[[], int | None], describe: Callable[[BaseException], 
         if isinstance(error, SystemExit) and not error.code:
             raise
         message, code = describe(error)
-        if not isinstance(error, ConfigError | TrainingError | KeyboardInterrupt):
+        if not isinstance(error, UserError | TrainingError | KeyboardInterrupt):
             traceback.print_exc()
         reason = json.dumps({"process": jax.process_index(), "message": message, "code": code})
         try:

@@ -12,9 +12,10 @@ import numpy as np
 from etils import epath
 
 from gsae_jax import config as config_lib
+from gsae_jax import errors, plugins
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import plugins
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
+from gsae_jax.errors import UserError, known_names
 from gsae_jax.evaluation import measure
 from gsae_jax.formats import imports
 from gsae_jax.lms import checkpoints
@@ -29,7 +30,7 @@ EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
 
 def load(
-    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None, field: str = "path"
+    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
 ) -> dict[str, trained.SAE]:
     """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`; or one or several from elsewhere.
 
@@ -38,32 +39,30 @@ def load(
             such folders. An SAE that was not exported by us has the name of its folder.
         mesh: over whose devices features are spread; by default all are on this process's first device.
         step: of which checkpoint; by default the newest that is whole.
-        field: what an error calls the path.
 
     Raises:
-        ConfigError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read; or of
+        UserError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read; or of
             another format, everything that does not fit.
     """
-    workdir = run_directory.Workdir(path, field)
+    workdir = run_directory.Workdir(path, field="")
     if imported := imports.read(workdir.path.local) if workdir.path.local else {}:
         if step is not None:
-            raise ConfigError("step", f"is {step}, and {path} is no run; leave it out")
+            raise UserError(f"is {step}, and {path} is no run; leave it out", "step")
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
     if workdir.path.local and not workdir.holds_run():
-        raise ConfigError(field, _nothing(os.fspath(path)))
+        raise UserError(_nothing(os.fspath(path)))
     config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
-        raise ConfigError(field, f"{workdir.path} has no checkpoint yet; run training for longer")
+        raise UserError(f"{workdir.path} has no checkpoint yet; run training for longer")
     facts = workdir.facts(step)
     try:
         facts.check(config)
     except ValueError as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config ({error})"
-        raise ConfigError(field, f"{why}; put its own back") from error
+        raise UserError(f"{why}; put its own back") from error
     built = {
-        name: contract.build(f"stacks.{name}", stack, facts.widths, config.train.compute_dtype)
-        for name, stack in config.stacks.items()
+        name: contract.build(stack, facts.widths, config.train.compute_dtype) for name, stack in config.stacks.items()
     }
     like = {
         name: jax.eval_shape(
@@ -111,70 +110,67 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
     """The parameters [N, ...] that stacks start from, in the language model's units, by stack.
 
     Raises:
-        ConfigError: `start_from` names no stack, or one of other SAEs.
+        UserError: `start_from` names no stack, or one of other SAEs.
     """
-    found = {}
+    params = {}
     for name, stack in config.stacks.items():
-        if not stack.start_from:
-            continue
-        field = f"stacks.{name}.start_from"
-        try:
-            members = _members_of(stack.start_from, field)
-        except ConfigError as error:
-            if error.field == field:
-                raise
-            raise ConfigError(field, str(error)) from error
-        convert = contract.converter(members[0].architecture, stack.architecture)
-        reads = members[0].sites
-        if not reads[0].startswith("blocks."):  # another library's name for it, or none
-            if reads[0]:
-                as_read = f"taken for {_shown(stack.sites)}, as {name} does"
-                logger.warning(f"{stack.start_from} says that it reads {reads[0]!r}; {as_read}")
-            reads = stack.sites
-        writes = members[0].targets if members[0].target else reads
-        theirs = {"site": reads, "target": writes, "width": members[0].config.width, "as many SAEs": len(members)}
-        ours = {"site": stack.sites, "target": stack.targets, "width": stack.width, "as many SAEs": len(stack)}
-        differing = [
-            f"{what} ({_shown(theirs[what])} there, {_shown(ours[what])} here)"
-            for what in ours
-            if ours[what] != theirs[what]
-        ]
-        if convert is None:
-            differing.append(f"architecture ({members[0].architecture} there, {stack.architecture} here)")
-        if convert is None or differing:
-            raise ConfigError(field, f"{stack.start_from} differs in {', '.join(differing)}; write the same here")
-        sae = members[0].config
-        widths = dict(zip(stack.sites, sae.d_in if isinstance(sae.d_in, tuple) else (sae.d_in,), strict=True))
-        if stack.target:
-            widths |= dict(zip(stack.targets, sae.d_out if isinstance(sae.d_out, tuple) else (sae.d_out,), strict=True))
-        module, like = contract.build(f"stacks.{name}", stack, widths, "float32")
-        started = [
-            parameters.with_unit_rows(module, convert(member.params, member.config), field) for member in members
-        ]
-        found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *started)
-        names = set(jax.eval_shape(lambda m=module, c=like: m.init(jax.random.key(0), c)))
-        if names != set(found[name]):
-            raise ConfigError(
-                f"stacks.{name}.options",
-                f"want parameters {sorted(names)}, {stack.start_from} gives {sorted(found[name])}",
-            )
-    return found
+        if stack.start_from:
+            with errors.within(f"stacks.{name}"):
+                params[name] = _start(name, stack)
+    return params
 
 
-def _members_of(start: str, field: str) -> list[trained.SAE]:
-    """The SAEs that `start_from`, called `field`, names: a stack of a run, or whatever SAEs lie in a path."""
-    local = paths.of_user(field, start).local
+def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
+    """The parameters [N, ...] that one stack starts from."""
+    with errors.caused_by("start_from"):
+        members = _members_of(stack.start_from)
+    convert = contract.converter(members[0].architecture, stack.architecture)
+    reads = members[0].sites
+    if not reads[0].startswith("blocks."):  # another library's name for it, or none
+        if reads[0]:
+            as_read = f"taken for {_shown(stack.sites)}, as {name} does"
+            logger.warning(f"{stack.start_from} says that it reads {reads[0]!r}; {as_read}")
+        reads = stack.sites
+    writes = members[0].targets if members[0].target else reads
+    theirs = {"site": reads, "target": writes, "width": members[0].config.width, "as many SAEs": len(members)}
+    ours = {"site": stack.sites, "target": stack.targets, "width": stack.width, "as many SAEs": len(stack)}
+    differing = [
+        f"{what} ({_shown(theirs[what])} there, {_shown(ours[what])} here)"
+        for what in ours
+        if ours[what] != theirs[what]
+    ]
+    if convert is None:
+        differing.append(f"architecture ({members[0].architecture} there, {stack.architecture} here)")
+    if convert is None or differing:
+        raise UserError(f"{stack.start_from} differs in {', '.join(differing)}; write the same here", "start_from")
+    sae = members[0].config
+    widths = dict(zip(stack.sites, sae.d_in if isinstance(sae.d_in, tuple) else (sae.d_in,), strict=True))
+    if stack.target:
+        widths |= dict(zip(stack.targets, sae.d_out if isinstance(sae.d_out, tuple) else (sae.d_out,), strict=True))
+    module, like = contract.build(stack, widths, "float32")
+    with errors.about("start_from"):
+        each = [parameters.with_unit_rows(module, convert(member.params, member.config)) for member in members]
+    params = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    names = set(jax.eval_shape(lambda: module.init(jax.random.key(0), like)))
+    if names != set(params):
+        raise UserError(f"want parameters {sorted(names)}, {stack.start_from} gives {sorted(params)}", "options")
+    return params
+
+
+def _members_of(start: str) -> list[trained.SAE]:
+    """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path."""
+    local = paths.of_user(start).local
     if elsewhere := imports.read(local) if local else {}:
         if len(kinds := {(sae.architecture, sae.config, sae.sites, sae.targets) for sae in elsewhere.values()}) > 1:
-            raise ConfigError(field, f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
+            raise UserError(f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
         return list(elsewhere.values())
     path, _, source = start.rpartition(":")
     if not path or not source:
-        raise ConfigError(field, f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
-    saes = load(path, field=field)
+        raise UserError(f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
+    saes = load(path)
     stacks = {sae.stack for sae in saes.values()}
     if source not in stacks:
-        raise ConfigError(field, f"{path} has no stack {source!r}; {config_lib.known_names(source, sorted(stacks))}")
+        raise UserError(f"{path} has no stack {source!r}; {known_names(source, sorted(stacks))}")
     return [sae for sae in saes.values() if sae.stack == source]
 
 
@@ -185,7 +181,7 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     from have moved since, the experiment gets the path that the run recorded.
 
     Raises:
-        ConfigError: no such model, or a path that cannot be a run directory.
+        UserError: no such model, or a path that cannot be a run directory.
     """
     workdir = run_directory.Workdir(path)
     config = _with_known_starts(_as_begun(config, workdir), workdir)
@@ -195,7 +191,8 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     if workdir.latest_step() is not None and not revision:
         recorded = workdir.experiment().lm
         revision = recorded.revision if recorded.path == name else ""
-    commit = checkpoints.find(name, revision, "lm.path")[1]
+    with errors.about("lm.path", revision="lm.revision"):
+        commit = checkpoints.find(name, revision)[1]
     return dataclasses.replace(config, lm=dataclasses.replace(config.lm, revision=commit))
 
 

@@ -5,14 +5,15 @@ python -m gsae_jax.sites --model DIR_OR_HUB_NAME
 
 from absl import flags
 
-from gsae_jax import cli
+from gsae_jax import cli, errors
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.loading import site_widths
 
 
 def main() -> None:
     """The command."""
-    checkpoint = Checkpoint.open(MODEL.value, REVISION.value, "--model")
+    with errors.about("--model", revision="--revision"):
+        checkpoint = Checkpoint.open(MODEL.value, REVISION.value)
     for site, width in site_widths(checkpoint.module()).items():
         print(f"{width:>7}  {site}")
 

@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.errors import UserError
 from gsae_jax.evaluation import report, tables
 from gsae_jax.lms import loading
 from gsae_jax.storage import metrics_log, paths, run_directory
@@ -101,30 +101,30 @@ def bucket(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["s3://bucket/x", "gs:/bucket/x", Path("gs://bucket/x"), "gs://", "gs:///x"])
 def test_urls_of_another_kind(path, tmp_path, experiment, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"--workdir: is .*; write a local path or gs://bucket/folder, as text"):
+    with pytest.raises(UserError, match=r"--workdir: is .*; write a local path or gs://bucket/folder, as text"):
         loop.train(experiment, path)
-    with pytest.raises(ConfigError, match="path: is "):
+    with pytest.raises(UserError, match="path: is "):
         gsae_jax.load(path)
     for field in ("path", "data_dir"):
         config = dataclasses.replace(experiment.data, **{field: str(path)})
-        with pytest.raises(ConfigError, match=rf"data\.{field}: is .*; write a local path or gs://bucket/folder"):
+        with pytest.raises(UserError, match=rf"data\.{field}: is .*; write a local path or gs://bucket/folder"):
             rows_lib.open_texts(config, "train")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bucket_needs_packages(experiment, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--workdir: gs://b/x is in a bucket; `pip install '\.\[gcs\]'` first"):
+    with pytest.raises(UserError, match=r"--workdir: gs://b/x is in a bucket; `pip install '\.\[gcs\]'` first"):
         loop.train(experiment, "gs://b/x")
     for field in ("path", "data_dir"):
         config = dataclasses.replace(experiment.data, **{field: "gs://b/x"})
-        with pytest.raises(ConfigError, match=rf"data\.{field}: gs://b/x is in a bucket; `pip install"):
+        with pytest.raises(UserError, match=rf"data\.{field}: gs://b/x is in a bucket; `pip install"):
             rows_lib.open_texts(config, "train")
 
 
 def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
     workdir, config = run_directory.Workdir("gs://bucket/runs/x"), config_lib.to_dict(experiment)
-    with pytest.raises(ConfigError, match="gs://bucket/runs/x holds no run"):
+    with pytest.raises(UserError, match="gs://bucket/runs/x holds no run"):
         workdir.config()
     workdir.check(config)
     assert not [path for path in bucket.rglob("*") if path.is_file()]
@@ -132,14 +132,12 @@ def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
     assert json.loads((bucket / "runs" / "x" / "config.json").read_text()) == workdir.config() == config
     workdir.check(config | {"seed": 1})  # there is no checkpoint yet
     (bucket / "runs" / ".probe-of-another-process").write_text("")
-    with pytest.raises(
-        ConfigError, match="gs://bucket/runs exists and is not a run; write a new or an empty directory"
-    ):
+    with pytest.raises(UserError, match="gs://bucket/runs exists and is not a run; write a new or an empty directory"):
         run_directory.Workdir("gs://bucket/runs").check(config)
     monkeypatch.setattr(Folder, "refused", "403:\nno")
-    with pytest.raises(ConfigError, match=r"x cannot be written \(RuntimeError: 403: no\); write a bucket that exists"):
+    with pytest.raises(UserError, match=r"x cannot be written \(RuntimeError: 403: no\); write a bucket that exists"):
         workdir.check(config)
-    with pytest.raises(ConfigError, match=r"x/config.json cannot be read \(RuntimeError: 403: no\); log in"):
+    with pytest.raises(UserError, match=r"x/config.json cannot be read \(RuntimeError: 403: no\); log in"):
         workdir.config()
 
 
@@ -220,7 +218,7 @@ def test_text_in_a_bucket_is_the_text_of_a_folder(bucket, tmp_path):
     before = files_lib.find("gs://bucket/text")
     (bucket / "text" / "a.txt").write_text("else")
     assert files_lib.find("gs://bucket/text") != before
-    with pytest.raises(ConfigError, match="file matches 'gs://bucket/none'"):
+    with pytest.raises(UserError, match="file matches 'gs://bucket/none'"):
         files_lib.find("gs://bucket/none")
 
 
@@ -251,9 +249,7 @@ def test_tokens_of_a_bucket_are_copied_to_the_machine(bucket, tmp_path, text_dir
 
 def test_a_bucket_that_tfds_would_have_to_prepare(bucket, tmp_path, text_dir):
     config = data_config(tmp_path, path=str(text_dir), data_dir="gs://bucket/data")
-    with pytest.raises(
-        ConfigError, match=r"data\.data_dir: gs://bucket/data/text_files.* is not there, and TFDS cannot"
-    ):
+    with pytest.raises(UserError, match=r"data\.data_dir: gs://bucket/data/text_files.* is not there, and TFDS cannot"):
         rows_lib.open_texts(config, "train")
     assert not list(bucket.iterdir())
 
@@ -468,7 +464,7 @@ data = {"corpus": "text", "path": sys.argv[1], "data_dir": sys.argv[2]}
 try:
     found = rows.open_rows(config.from_dict(config.Data, data), "train", loading.load_lm().tokenizer, 10_000)
     print(np.array([found[index] for index in range(len(found))]).tolist())
-except config.ConfigError as error:
+except UserError as error:
     print(error)
 """
 
@@ -496,7 +492,7 @@ for path in sys.argv[1:]:
     for method in (lambda: run_directory.Workdir(path).check({}), lambda: run_directory.Workdir(path).config()):
         try:
             print(path, method())
-        except config.ConfigError as error:
+        except UserError as error:
             print(path, error)
 """
 

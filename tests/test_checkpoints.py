@@ -15,7 +15,7 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import sae_loading
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.lms import gelu, weights
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.conversion import convert
@@ -123,7 +123,7 @@ def as_pickle(folder):
 )
 def test_damaged_checkpoints_are_refused(folder, damage, message):
     damage(folder)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         gsae_jax.load_lm(folder)
 
 
@@ -134,7 +134,7 @@ def test_a_fused_tensor_with_nan_is_found_in_any_of_its_parts(tmp_path):
         tensors["transformer.h.1.attn.c_attn.weight"][0, 0] = np.inf  # of W_Q
 
     rewrite(tmp_path / "gpt2" / WEIGHTS, edit)
-    with pytest.raises(ConfigError, match=r"NaN or infinite in float32: transformer\.h\.1\.attn\.c_attn\.weight"):
+    with pytest.raises(UserError, match=r"NaN or infinite in float32: transformer\.h\.1\.attn\.c_attn\.weight"):
         gsae_jax.load_lm(tmp_path / "gpt2")
 
 
@@ -145,7 +145,7 @@ def test_nan_weights_may_be_allowed(folder):
 
 
 def test_a_revision_is_for_hub_names(folder):
-    with pytest.raises(ConfigError, match=r"lm\.revision: is 'main', but .* is not a hub name; write ''"):
+    with pytest.raises(UserError, match=r"lm\.revision: is 'main', but .* is not a hub name; write ''"):
         gsae_jax.load_lm(folder, revision="main")
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_knew_no_revisions_goes_on(experiment, tmp_path):
     run.check(config)
     facts = Facts(rows="")
     run.check_model(facts, experiment.lm, {}, "lm.path")
-    with pytest.raises(ConfigError, match=r"lm\.path: .*recorded no fingerprint") as error:
+    with pytest.raises(UserError, match=r"lm\.path: .*recorded no fingerprint") as error:
         run.check_model(facts, dataclasses.replace(experiment.lm, revision="main"), {}, "lm.path")
     assert error.value.field == "lm.path"
 
@@ -213,16 +213,14 @@ def test_hub_names_are_pinned_to_a_commit(hub, experiment, tmp_path):
     ],
 )
 def test_what_the_hub_cannot_give_is_one_sentence(hub, name, revision, message):
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         gsae_jax.load_lm(name, revision=revision)
     assert "\n" not in str(error.value)
 
 
 def test_a_hub_model_without_safetensors_says_how_to_convert(hub):
     (hub / "snapshots" / COMMIT / WEIGHTS).unlink()
-    with pytest.raises(
-        ConfigError, match=rf"no safetensors weights .*convert_lm someone/small OUT --revision={COMMIT},"
-    ):
+    with pytest.raises(UserError, match=rf"no safetensors weights .*convert_lm someone/small OUT --revision={COMMIT},"):
         gsae_jax.load_lm("someone/small", revision="old")
 
 
@@ -231,7 +229,7 @@ def test_a_transformer_lens_model_on_the_hub_says_how_to_convert(hub):
     settings = json.loads((snapshot / "config.json").read_text())
     del settings["model_type"]
     (snapshot / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match=r"is a TransformerLens checkpoint, .*\.convert_lm someone/small OUT --rev"):
+    with pytest.raises(UserError, match=r"is a TransformerLens checkpoint, .*\.convert_lm someone/small OUT --rev"):
         gsae_jax.load_lm("someone/small", revision="old")
 
 
@@ -255,21 +253,21 @@ def transformer_lens(lm_dir, folder, **settings):
 @pytest.mark.torch
 def test_transformer_lens_models_are_converted(lm_dir, tmp_path):
     source = transformer_lens(lm_dir, tmp_path / "source")
-    with pytest.raises(ConfigError, match=r"pickle \(model_final\.pth\).*convert_lm"):
+    with pytest.raises(UserError, match=r"pickle \(model_final\.pth\).*convert_lm"):
         gsae_jax.load_lm(source)
     convert(str(source), tmp_path / "out")
     tokens = np.arange(20).reshape(2, 10)
     lm, original = gsae_jax.load_lm(tmp_path / "out"), gsae_jax.load_lm(lm_dir)
     np.testing.assert_array_equal(lm.logits(tokens), original.logits(tokens))
     assert lm.tokenizer("import os")["input_ids"] == original.tokenizer("import os")["input_ids"]
-    with pytest.raises(ConfigError, match=r"OUT: .*out exists"):
+    with pytest.raises(UserError, match=r"OUT: .*out exists"):
         convert(str(source), tmp_path / "out")
 
 
 @pytest.mark.torch
 def test_a_conversion_needs_a_tokenizer(lm_dir, tmp_path):
     source = transformer_lens(lm_dir, tmp_path / "source", tokenizer_name="")
-    with pytest.raises(ConfigError, match=r"--tokenizer: .* has no tokenizer; write the directory or hub name of one"):
+    with pytest.raises(UserError, match=r"--tokenizer: .* has no tokenizer; write the directory or hub name of one"):
         convert(str(source), tmp_path / "out")
     convert(str(source), tmp_path / "out", str(lm_dir))
     assert len(gsae_jax.load_lm(tmp_path / "out").tokenizer) == 4096
@@ -308,19 +306,19 @@ def test_pickles_that_are_not_tensors_are_refused(lm_dir, tmp_path, capsys):
 
     source = transformer_lens(lm_dir, tmp_path / "source")
     torch.save({"blocks": Malicious()}, source / "model_final.pth")
-    with pytest.raises(ConfigError, match=r"model_final\.pth cannot be read as a pickle of tensors alone"):
+    with pytest.raises(UserError, match=r"model_final\.pth cannot be read as a pickle of tensors alone"):
         convert(str(source), tmp_path / "out")
     assert "this code ran" not in capsys.readouterr().out
     torch.save({"epoch": 3, "state": {}}, source / "model_final.pth")
-    with pytest.raises(ConfigError, match="holds more than a dictionary of tensors; save its state_dict"):
+    with pytest.raises(UserError, match="holds more than a dictionary of tensors; save its state_dict"):
         convert(str(source), tmp_path / "out")
     torch.save({"embed.W_E": torch.zeros(2, 2)}, source / "model_final.pth")
-    with pytest.raises(ConfigError, match=r"SRC: .* does not fit .*: .* is missing"):
+    with pytest.raises(UserError, match=r"SRC: .* does not fit .*: .* is missing"):
         convert(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"OUT: .*file/out cannot be written"):
+    with pytest.raises(UserError, match=r"OUT: .*file/out cannot be written"):
         convert(str(source), tmp_path / "file" / "out")
 
 
@@ -329,14 +327,14 @@ def test_conversion_needs_torch_and_a_model_we_have(lm_dir, tmp_path, monkeypatc
     source.mkdir()
     (source / "config.json").write_text(json.dumps(dict.fromkeys(gelu.SIZES, 8) | {"act_fn": "solu_ln"}))
     (source / "model_final.pth").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"has act_fn = 'solu_ln', which is not supported \(only 'gelu' is\)"):
+    with pytest.raises(UserError, match=r"has act_fn = 'solu_ln', which is not supported \(only 'gelu' is\)"):
         convert(str(source), tmp_path / "out")
     (source / "config.json").write_text(json.dumps(dict.fromkeys(gelu.SIZES, 8)))
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConfigError, match=r"which only torch can read: pip install '\.\[torch\]'"):
+    with pytest.raises(UserError, match=r"which only torch can read: pip install '\.\[torch\]'"):
         convert(str(source), tmp_path / "out", str(lm_dir))
     (source / "model_final.pth").unlink()
-    with pytest.raises(ConfigError, match=r"must have one pickle, or pytorch_model\.bin\.index\.json; it has none"):
+    with pytest.raises(UserError, match=r"must have one pickle, or pytorch_model\.bin\.index\.json; it has none"):
         convert(str(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

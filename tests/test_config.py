@@ -14,7 +14,8 @@ from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax import experiment_config, measuring, settings, stack_config
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
+from gsae_jax.errors import UserError
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.planning import planner
 from gsae_jax.saes import gated
@@ -48,7 +49,7 @@ def planned(config):
 
 def refused(use, config):
     """The message with which a config is refused."""
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         use(config)
     return str(error.value)
 
@@ -190,7 +191,7 @@ def test_a_config_has_only_what_differs(config_dict):
     assert (small.train, small.stacks["a"].l1_coefficients) == (config_lib.Train(steps=1800), (0.1,))
     measured = config_lib.held_out({"data": {"context_length": 64}})
     assert measured.data == config_lib.Data(context_length=64)
-    with pytest.raises(ConfigError, match="width: is missing") as error:
+    with pytest.raises(UserError, match="width: is missing") as error:
         config_lib.from_dict(config_lib.Stack, {"architecture": "gated", "site": "blocks.0.hook_mlp_out"})
     assert error.value.field == "width"
 
@@ -209,7 +210,7 @@ def test_what_a_run_recorded_is_read_as_it_was_meant(config_dict):
         tree = json.loads(json.dumps(recorded))
         *groups, name = missing
         functools.reduce(dict.__getitem__, groups, tree).pop(name)
-        with pytest.raises(ConfigError, match="is missing") as error:
+        with pytest.raises(UserError, match="is missing") as error:
             config_lib.from_record(Experiment, tree)
         assert error.value.field == ".".join(missing)
 

@@ -22,7 +22,8 @@ import gsae_jax.saes
 from gsae_jax import config as config_lib
 from gsae_jax import measuring, plugins
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
+from gsae_jax.errors import UserError
 from gsae_jax.formats import saelens
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.training import loop
@@ -81,7 +82,7 @@ class Case:
         d_in, d_out = tuple(SITES[site] for site in sites), None
         if kinds("d_out", architecture):
             d_out = d_in if kinds("d_out", architecture) is not int else d_in[:1]
-        config = contract.build_config(architecture, name, d_in, d_out, width, dtype, options or {}, "stacks.a")
+        config = contract.build_config(architecture, name, d_in, d_out, width, dtype, options or {})
         return cls(name, architecture, config, sites, sites if d_out is None else sites[: len(d_out)])
 
     def params(self, seed=0):
@@ -174,7 +175,7 @@ def test_unit_rows_are_the_same_reconstructions(name, options):
     params, inputs = case.params(), case.inputs(case.activations())
     decoder = parameters.decoder(case.architecture)
     scaled = params | {decoder: params[decoder] * jnp.linspace(0.5, 2, F)[:, None]}
-    unit = parameters.with_unit_rows(case.architecture, scaled, "a")
+    unit = parameters.with_unit_rows(case.architecture, scaled)
     np.testing.assert_allclose(jnp.linalg.norm(unit[decoder], axis=-1), 1, rtol=1e-5)
     before, after = (
         case.architecture.decode(p, case.architecture.encode(p, inputs, case.config)) for p in (scaled, unit)
@@ -258,7 +259,7 @@ def test_a_mesh_trains_as_one_device(name, options, shape):
         pytest.skip("is not trained here")
     case = Case.make(name, options)
     activations = case.activations()
-    stack_config = config_lib.convert("stacks.a", config_lib.Stack, case.stack(start_from="a:b"))
+    stack_config = config_lib.convert(config_lib.Stack, case.stack(start_from="a:b"))
     stack = Stack.build("a", stack_config, SITES, "float32")
     states = []
     for data, latent, devices in ((1, 1, jax.devices()[:1]), (*shape, None)):
@@ -323,23 +324,23 @@ def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir
             (same,) = gsae_jax.load(tmp_path / format).values()
             np.testing.assert_allclose(same(x), saes["a_0"](x), rtol=1e-4, atol=1e-5)
         else:
-            with pytest.raises(ConfigError) as error:
+            with pytest.raises(UserError) as error:
                 saes["a_0"].save(tmp_path / format, format)
             assert error.value.field.startswith("a_0")
             assert not (tmp_path / format).exists()
 
 
 def test_options_have_types_and_checks():
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         Case.make("two_sites", {"share": "much"})
     assert error.value.field == "stacks.a.options.share"
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         Case.make("two_sites", {"share": 1.5})
     assert error.value.field == "stacks.a.options.share"
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         Case.make("two_sites", {"shares": 0.5})
     assert error.value.field == "stacks.a.options.shares"
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         Case.make("gated", {"tie_encoder": 1})
     assert error.value.field == "stacks.a.options.tie_encoder"
 
@@ -354,8 +355,8 @@ def test_options_have_types_and_checks():
     ],
 )
 def test_sites_that_an_architecture_does_not_take(name, changes, field):
-    stack = config_lib.convert("stacks.a", config_lib.Stack, Case.make(name).stack(**changes))
-    with pytest.raises(ConfigError) as error:
+    stack = config_lib.convert(config_lib.Stack, Case.make(name).stack(**changes))
+    with pytest.raises(UserError) as error:
         Stack.build("a", stack, SITES, "float32")
     assert error.value.field == field
 
@@ -369,7 +370,7 @@ def test_an_sae_of_several_sites_takes_a_tuple():
     np.testing.assert_array_equal(f.reshape(6, F), case.architecture.encode(sae.params, (first, second), case.config))
     assert sae((first, second)).shape == first.shape
     for wrong in (first, (first,), (second, first), (first, second[:3])):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             sae.encode(wrong)
         assert error.value.field.startswith("x")
 

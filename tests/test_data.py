@@ -17,10 +17,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.data.corpora import text as text_corpus
+from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 
 ALL = 2**40
@@ -227,14 +227,14 @@ def test_globs(tmp_path, monkeypatch):
         assert list(files_lib.find(pattern).stamps) == sorted(expected), pattern
         assert list(files_lib.find(str(tmp_path / pattern)).stamps) == sorted(expected), pattern
     for wrong in ("**/a**/x", "b/**/**a/*.txt"):
-        with pytest.raises(ConfigError, match=r"data\.path: is .* no glob"):
+        with pytest.raises(UserError, match=r"data\.path: is .* no glob"):
             files_lib.find(wrong)
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
         file.write("x")
-    with pytest.raises(ConfigError, match="has a name that is not UTF-8") as error:
+    with pytest.raises(UserError, match="has a name that is not UTF-8") as error:
         files_lib.find(str(tmp_path))
     assert error.value.field == "data.path"
 
@@ -243,7 +243,7 @@ def test_a_name_that_is_not_utf8(tmp_path):
 def test_what_unpacks_to_far_more_is_refused(tmp_path, packing, monkeypatch):
     monkeypatch.setattr(files_lib, "SMALL", 2**16)
     file = write(tmp_path / f"a.txt{packing}", ["a b " * 2**18])
-    with pytest.raises(ConfigError, match="unpacks to more than") as error:
+    with pytest.raises(UserError, match="unpacks to more than") as error:
         list(files_lib.Reader("text", "").documents(str(file)))
     assert error.value.field == "data.path"
 
@@ -283,7 +283,7 @@ def test_a_row_without_text(tmp_path, kind, row, field, message):
     rows = [good, row, good]
     file = tmp_path / f"a.{kind}"
     file.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
-    with pytest.raises(ConfigError, match=f"a.{kind} (line|item) 2 {message}") as error:
+    with pytest.raises(UserError, match=f"a.{kind} (line|item) 2 {message}") as error:
         list(files_lib.Reader(field, "").documents(str(file)))
     assert error.value.field in ("data.field", "data.path")
     reader = files_lib.Reader(field, "", skip_bad_rows=True)
@@ -304,7 +304,7 @@ def test_rows_of_tables_are_named(tmp_path):
         reader = files_lib.Reader(field, "", skip_bad_rows=True)
         assert list(reader.documents(str(tmp_path / "a.parquet"))) == texts
         assert reader.bad_rows == 3 - len(texts)
-        with pytest.raises(ConfigError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             list(files_lib.Reader(field, "").documents(str(tmp_path / "a.parquet")))
         assert error.value.field == "data.field"
 
@@ -333,7 +333,7 @@ def test_json_is_read_item_by_item(tmp_path, content, texts, chunk, monkeypatch)
     if isinstance(texts, list):
         assert list(documents) == texts
     else:
-        with pytest.raises(ConfigError, match=texts):
+        with pytest.raises(UserError, match=texts):
             list(documents)
 
 
@@ -368,13 +368,13 @@ def test_unusable_text_is_refused(tmp_path, tokenizer, name, content, changes, m
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / name).write_bytes(content)
     config = data_config(tmp_path, **{"path": str(tmp_path / "text")} | changes)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         rows_lib.open_rows(config, "train", tokenizer, ALL)
 
 
 def test_a_missing_column_is_refused(tmp_path, tokenizer):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match="has no column 'text'; its columns: body"):
+    with pytest.raises(UserError, match="has no column 'text'; its columns: body"):
         rows_lib.open_rows(data_config(tmp_path, path=str(tmp_path)), "train", tokenizer, ALL)
 
 
@@ -406,7 +406,7 @@ def test_a_prepared_tfds_data_set_by_name(tmp_path, tokenizer):
         ({"field": "length"}, "data.field: 'length' of stories is .*; write a text feature"),
         ({"test_split": "test"}, "data.test_split: 'test': .*the corpus has: train, validation"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             rows_lib.open_rows(data_config(tmp_path, **found | changes), "test", tokenizer, ALL)
 
 
@@ -416,7 +416,7 @@ def test_a_data_set_that_cannot_be_read_at_random_is_refused(tmp_path, tokenizer
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     config = data_config(tmp_path, corpus="tfds", name="stories", field="story")
     with pytest.raises(
-        ConfigError, match="is stored as tfrecord, which cannot be read at random; convert it with `python"
+        UserError, match="is stored as tfrecord, which cannot be read at random; convert it with `python"
     ):
         rows_lib.open_rows(config, "train", tokenizer, ALL)
 
@@ -506,7 +506,7 @@ def test_a_token_without_an_embedding_is_refused(tmp_path, tokenizer, documents)
     for prepare in (False, True):
         if prepare:
             rows_lib.open_rows(config, "train", tokenizer, ALL)
-        with pytest.raises(ConfigError, match=f"'<extra>' with id {d_vocab}, .* in a document of .*a.jsonl that ") as e:
+        with pytest.raises(UserError, match=f"'<extra>' with id {d_vocab}, .* in a document of .*a.jsonl that ") as e:
             rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
         assert e.value.field == "lm.path"
         assert "begins 'with <extra> " in str(e.value)
@@ -515,7 +515,7 @@ def test_a_token_without_an_embedding_is_refused(tmp_path, tokenizer, documents)
     for meta in (tmp_path / "tfds").glob("**/meta.json"):  # as earlier versions wrote it
         meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "largest"}))
     rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab + 1)
-    with pytest.raises(ConfigError, match="'<extra>'"):
+    with pytest.raises(UserError, match="'<extra>'"):
         rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
 
 
@@ -575,20 +575,20 @@ def test_preparing_text_logs_nothing(tmp_path, tokenizer, text_dir, caplog):
 
 def test_fewer_tokens_than_a_batch(tmp_path, tokenizer, text_dir):
     rows = rows_lib.open_rows(data_config(tmp_path, path=str(text_dir)), "train", tokenizer, limit=7 * 5)
-    with pytest.raises(ConfigError, match="the corpus gives 5 rows of tokens, fewer than one batch of 8"):
+    with pytest.raises(UserError, match="the corpus gives 5 rows of tokens, fewer than one batch of 8"):
         rows_lib.batches(rows, 8, seed=0)
 
 
 def test_a_data_dir_that_cannot_be_written(tmp_path, tokenizer, text_dir):
     (tmp_path / "file").write_text("")
     config = data_config(tmp_path, path=str(text_dir), data_dir=str(tmp_path / "file" / "tfds"))
-    with pytest.raises(ConfigError, match=r"data\.data_dir: .*/file/tfds cannot hold prepared data"):
+    with pytest.raises(UserError, match=r"data\.data_dir: .*/file/tfds cannot hold prepared data"):
         rows_lib.open_rows(config, "train", tokenizer, ALL)
 
 
 def test_unknown_corpus(tmp_path, tokenizer):
     with pytest.raises(
-        ConfigError, match=r"data.corpus: 'stdlb' is not known; did you mean 'stdlib'\? known: stdlib, text, tfds"
+        UserError, match=r"data.corpus: 'stdlb' is not known; did you mean 'stdlib'\? known: stdlib, text, tfds"
     ):
         rows_lib.open_rows(data_config(tmp_path, corpus="stdlb"), "train", tokenizer, ALL)
 

@@ -21,8 +21,8 @@ from absl import flags
 import gsae_jax.saes
 from gsae_jax import cli, train
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
+from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from notebooks import run as notebooks_run
 
@@ -113,7 +113,7 @@ def check_command(module, arguments):
     config = cli.define_config(names["values"], ["", *arguments]) if "cli.define_config(" in source else None
     rest = cli.parse(["", *arguments], names["values"])[1:]
     if len(rest) != len(run.args) - 1:
-        raise ConfigError("command line", f"arguments without a name: {rest}")
+        raise UserError(f"arguments without a name: {rest}", "command line")
     if config is not None and config.value is not None:
         kind = config_lib.Pretrain if module == "pretrain" else config_lib.Experiment
         config_lib.from_dict(kind, cli.given(config))
@@ -143,7 +143,7 @@ def test_commands_have_the_flags_and_fields_that_are_written(path, monkeypatch):
     for module, arguments in commands(path):
         try:
             check_command(module, arguments)
-        except ConfigError as error:
+        except UserError as error:
             pytest.fail(f"gsae_jax.{module} {shlex.join(arguments)}: {error}")
 
 
@@ -158,7 +158,7 @@ def test_commands_are_found_and_wrong_ones_noticed(monkeypatch):
     wrong += [("evaluate", ["--workdir=x", "--token=5"]), ("evaluate", ["--workdir=x", "--tokens=many"])]
     wrong += [("export", ["--workdir=x", "--out=y"]), ("convert_lm", ["one"]), ("sites", ["DIR"])]
     for module, arguments in wrong:
-        with pytest.raises(ConfigError):
+        with pytest.raises(UserError):
             check_command(module, arguments)
 
 

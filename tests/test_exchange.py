@@ -18,7 +18,7 @@ import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import export as export_lib
 from gsae_jax import sae_loading
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.formats import files, jumprelu
 from gsae_jax.lms import checkpoints
 from gsae_jax.lms import sites as sites_lib
@@ -71,7 +71,7 @@ def contents(folder):
 def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_path, format, kind):
     sae, x = SAES[kind](), inputs()
     if (format, kind) == ("dictionary_learning", "relu"):  # else its features are others there
-        sae = dataclasses.replace(sae, params=parameters.with_unit_rows(sae.functions, sae.params, ""))
+        sae = dataclasses.replace(sae, params=parameters.with_unit_rows(sae.functions, sae.params))
     sae.save(tmp_path / "first", format)
     ((name, back),) = gsae_jax.load(tmp_path / "first").items()
     assert name == back.name == "stack_2"
@@ -125,17 +125,17 @@ def test_heads_are_kept_apart_where_transformerlens_has_them_so(tmp_path):
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     sae = make(gated)
     for format in ("saelens", "jumprelu"):
-        with pytest.raises(ConfigError, match="tie_encoder") as error:
+        with pytest.raises(UserError, match="tie_encoder") as error:
             make(gated, tie_encoder=False).save(tmp_path / "a", format)
         assert error.value.field.startswith("stack_2")
-    with pytest.raises(ConfigError, match="format: 'saelense' is not known; did you mean 'saelens'"):
+    with pytest.raises(UserError, match="format: 'saelense' is not known; did you mean 'saelens'"):
         sae.save(tmp_path / "a", "saelense")
-    with pytest.raises(ConfigError, match=r"gs://bucket/a: is not a local path"):
+    with pytest.raises(UserError, match=r"gs://bucket/a: is not a local path"):
         sae.save("gs://bucket/a")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/a: cannot be written"):
+    with pytest.raises(UserError, match="file/a: cannot be written"):
         sae.save(tmp_path / "file" / "a")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         sae.save(tmp_path / "new" / "parents" / ("a" * 300) / "b")
 
     def fails(*_):
@@ -143,14 +143,14 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.numpy, "save_file", fails)
-        with pytest.raises(ConfigError, match=r"a: cannot be written \(no space left\)"):
+        with pytest.raises(UserError, match=r"a: cannot be written \(no space left\)"):
             sae.save(tmp_path / "a")
-        with pytest.raises(ConfigError, match=r"a: cannot be written \(no space left\)"):
+        with pytest.raises(UserError, match=r"a: cannot be written \(no space left\)"):
             sae.save(tmp_path / "new" / "parents" / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     sae.save(tmp_path / "a")
     before = contents(tmp_path / "a")
-    with pytest.raises(ConfigError, match="a: exists, and nothing is overwritten"):
+    with pytest.raises(UserError, match="a: exists, and nothing is overwritten"):
         sae.save(tmp_path / "a", "gemma_scope")
     assert contents(tmp_path / "a") == before
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
     sae = dataclasses.replace(make(relu), architecture="tanh")
-    with pytest.raises(ConfigError, match="'tanh'"):
+    with pytest.raises(UserError, match="'tanh'"):
         sae.save(tmp_path / "a" / "b", format)
     assert not list(tmp_path.iterdir())
     dataclasses.replace(sae, architecture="relu").save(tmp_path / "a" / "b", format)
@@ -212,7 +212,7 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             if optional and change == "dropped":
                 continue  # then it has its default, as in exports of a version before the field
             file.write_text(json.dumps(changed(whole, path, change)))
-            with pytest.raises(ConfigError) as caught:
+            with pytest.raises(UserError) as caught:
                 gsae_jax.load(tmp_path / "a")
             assert "\n" not in str(caught.value)
             assert re.match(rf"{re.escape(str(file))}: .*{path[-1]}", str(caught.value)), (path, change, caught.value)
@@ -221,7 +221,7 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
     twice = json.dumps(whole)[:-1] + ', "metadata": {}, "metadata": {}}'
     for text in ("", "[]", "{" * 200_000, '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "\udcff", twice):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
-        with pytest.raises(ConfigError, match=r"\.json: is not a JSON object"):
+        with pytest.raises(UserError, match=r"\.json: is not a JSON object"):
             gsae_jax.load(tmp_path / "a")
 
 
@@ -244,7 +244,7 @@ def test_a_switch_that_is_flipped_is_refused_or_leaves_the_function(tmp_path, fo
         flipped.add(path[-1])
         file.write_text(json.dumps(changed(whole, path, "flipped")))
         if path[-1] == "tie_encoder" or (path[-1] == "use_r_mag" and kind == "gated"):
-            with pytest.raises(ConfigError, match=path[-1]):
+            with pytest.raises(UserError, match=path[-1]):
                 gsae_jax.load(tmp_path / "a")
         else:
             np.testing.assert_array_equal(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x), f)
@@ -320,7 +320,7 @@ def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             "is not finite ": whole | {name: np.where(np.isnan(spoiled), np.float32(math.inf), value)},
         }.items():
             save_tensors(file, tensors)
-            with pytest.raises(ConfigError) as caught:
+            with pytest.raises(UserError) as caught:
                 gsae_jax.load(tmp_path / "a")
             message = str(caught.value)
             assert message.startswith(f"{file}: "), message
@@ -328,13 +328,13 @@ def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             named = r"\w+" if format == "gemma_scope" and "shape" in what else re.escape(name)
             assert re.search(rf"the tensor {named}_? {what.strip()}", message), (what, message)
     save_tensors(file, whole | {"W_skip": whole["W_dec" if "W_dec" in whole else "decoder.weight"]})
-    with pytest.raises(ConfigError, match="the tensor W_skip is not of this architecture"):
+    with pytest.raises(UserError, match="the tensor W_skip is not of this architecture"):
         gsae_jax.load(tmp_path / "a")
     save_tensors(file, whole)
     for cut in (10, file.stat().st_size // 2, file.stat().st_size - 1):
         short = file.read_bytes()[:cut]
         file.write_bytes(short)
-        with pytest.raises(ConfigError, match="cannot be read"):
+        with pytest.raises(UserError, match="cannot be read"):
             gsae_jax.load(tmp_path / "a")
         save_tensors(file, whole)
 
@@ -376,7 +376,7 @@ def saelens_with(tmp_path, change=None, tensors=None, kind="gated"):
     ],
 )
 def test_what_we_do_not_have_is_refused(tmp_path, change, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         gsae_jax.load(saelens_with(tmp_path, change))
 
 
@@ -405,12 +405,12 @@ EARLIER_SAELENS = {  # of SAELens 3
 def test_earlier_saelens_gets_one_sentence_whatever_else_is_wrong(tmp_path, change):
     path = saelens_with(tmp_path)
     (path / "cfg.json").write_text(json.dumps(EARLIER_SAELENS | change))
-    with pytest.raises(ConfigError, match=r"is of SAELens before 6, .* save it again with its save_model$") as error:
+    with pytest.raises(UserError, match=r"is of SAELens before 6, .* save it again with its save_model$") as error:
         gsae_jax.load(path)
     assert error.value.field == str(path / "cfg.json")
     for topk in ({"architecture": "topk"}, {"activation_fn_str": "topk"}):  # which it would be there as well
         (path / "cfg.json").write_text(json.dumps(EARLIER_SAELENS | topk))
-        with pytest.raises(ConfigError, match='"topk" is not supported'):
+        with pytest.raises(UserError, match='"topk" is not supported'):
             gsae_jax.load(path)
 
 
@@ -442,7 +442,7 @@ def test_other_folders_are_told_for_what_they_are(tmp_path, lm_dir):
         "~nobody-is-called-so/x": r"path: .*is not here",
         lm_dir: "holds a language model and no SAE",
     }.items():
-        with pytest.raises(ConfigError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             gsae_jax.load(tmp_path / path)
         assert not re.search("copy or save|--workdir|seed", str(error.value))
     assert list(gsae_jax.load(tmp_path / "stray")) == ["stack_2"]
@@ -452,10 +452,10 @@ def test_a_name_on_the_hub_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("google/gemma-scope-2b-pt-res", "google/gemma-scope-2b-pt-res/layer_20/width_16k"):
         with pytest.raises(
-            ConfigError, match=r"hub are not taken: .*snapshot_download\('google/gemma-scope-2b-pt-res'\)"
+            UserError, match=r"hub are not taken: .*snapshot_download\('google/gemma-scope-2b-pt-res'\)"
         ):
             gsae_jax.load(name)
-    with pytest.raises(ConfigError, match=r"^stacks\.gated\.start_from: google/x is not here"):
+    with pytest.raises(UserError, match=r"^stacks\.gated\.start_from: google/x is not here"):
         sae_loading._members_of("google/x:gated", "stacks.gated.start_from")
 
 
@@ -474,7 +474,7 @@ def test_a_record_has_a_name_for_folders_and_numbers_of_a_run(tmp_path, change):
     told = json.loads((saelens_with(tmp_path / "0") / "cfg.json").read_text())["metadata"]["gsae_jax"]
     gsae_jax.load(saelens_with(tmp_path / "1", {"metadata": {"gsae_jax": told | {"name": "Ab_1 =+.-"}}}))
     path = saelens_with(tmp_path, {"metadata": {"gsae_jax": told | change}})
-    with pytest.raises(ConfigError, match=rf"gsae_jax\.{next(iter(change))} is .*(; it has|, not from)") as caught:
+    with pytest.raises(UserError, match=rf"gsae_jax\.{next(iter(change))} is .*(; it has|, not from)") as caught:
         gsae_jax.load(path)
     assert len(str(caught.value)) < 400
 
@@ -580,7 +580,7 @@ def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
 )
 def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, message):
     llamascopium(tmp_path / "a", **change)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         gsae_jax.load(tmp_path / "a")
 
 
@@ -597,7 +597,7 @@ def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
     assert same.name == "layer_12"
     make(gated).save(tmp_path / "saes" / "x_1")
     make(relu).save(tmp_path / "saes" / "x_2")
-    with pytest.raises(ConfigError, match="x_2: has the second SAE called 'stack_2'; load them one by one"):
+    with pytest.raises(UserError, match="x_2: has the second SAE called 'stack_2'; load them one by one"):
         gsae_jax.load(tmp_path / "saes")
 
 
@@ -631,7 +631,7 @@ def header(shape, dtype="<f4"):
 def test_an_sae_of_another_model_is_not_measured_on_the_embedded_one(tmp_path, name, wanted):
     sae = dataclasses.replace(make(relu), site="blocks.0.hook_mlp_out", metadata={"model_name": name})
     sae.save(tmp_path / "a")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         evaluate_saes([str(tmp_path / "a")], str(tmp_path / "report"), tokens=128)
     if wanted:
         assert str(error.value) == (
@@ -677,7 +677,7 @@ def test_an_npz_file_cannot_ask_for_more_than_it_is(tmp_path, attack):
                     archive.writestr("W_dec.npy", data)
             for name in set(arrays) - {"W_dec"}:
                 archive.writestr(f"{name}.npy", header(arrays[name].shape) + arrays[name].tobytes())
-    with pytest.raises(ConfigError, match=r"params\.npz: cannot be read as an npz file"):
+    with pytest.raises(UserError, match=r"params\.npz: cannot be read as an npz file"):
         gsae_jax.load(tmp_path / "a")
 
 
@@ -697,7 +697,7 @@ def test_a_safetensors_file_cannot_ask_for_more_than_it_is(tmp_path, attack):
             head["W_dec"]["data_offsets"] = head["W_enc"]["data_offsets"]
         text = json.dumps(head).encode()
         file.write_bytes(struct.pack("<Q", len(text)) + text + body)
-    with pytest.raises(ConfigError, match=r"sae_weights\.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"sae_weights\.safetensors: cannot be read"):
         gsae_jax.load(path)
 
 
@@ -726,14 +726,14 @@ def test_a_file_of_torch_can_neither_run_code_nor_ask_for_more_than_it_is(tmp_pa
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
             for name, data in parts.items():
                 new.writestr(name, data)
-    with pytest.raises(ConfigError, match=r"ae\.pt: cannot be read as weights of torch \("):
+    with pytest.raises(UserError, match=r"ae\.pt: cannot be read as weights of torch \("):
         gsae_jax.load(tmp_path / "a")
     assert not (tmp_path / "ran").exists()
 
 
 def test_dictionary_learning_says_that_it_needs_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(ConfigError, match=r"needs torch for its \.pt files; `pip install '\.\[torch\]'` first"):
+    with pytest.raises(UserError, match=r"needs torch for its \.pt files; `pip install '\.\[torch\]'` first"):
         make(gated).save(tmp_path / "a", "dictionary_learning")
     assert not (tmp_path / "a").exists()
 
@@ -800,7 +800,7 @@ def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_p
         np.testing.assert_allclose(module.decode(params, f), sae(x), rtol=1e-4, atol=1e-4)
 
     def refused(path, **changes):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             starts(path, **changes)
         return str(error.value)
 
@@ -828,7 +828,7 @@ def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
         return {record["site"] for record in json.loads((tmp_path / out / "report.json").read_text())["saes"]}
 
     if hook == "x.y":
-        with pytest.raises(ConfigError, match=r"is missing, and a_0 says that it reads 'x\.y'") as error:
+        with pytest.raises(UserError, match=r"is missing, and a_0 says that it reads 'x\.y'") as error:
             sites("one")
         assert error.value.field == "--site"
     else:
@@ -843,7 +843,7 @@ def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
 def test_jumprelu_is_for_evaluation(experiment):
     stack = dataclasses.replace(experiment.stacks["baseline"], architecture="jumprelu")
     message = "stacks.a.architecture: 'jumprelu' is for evaluation and cannot be trained; write one of gated, relu"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         Stack.build("a", stack, {stack.site: D}, "float32")
 
 
@@ -872,7 +872,7 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
     assert not (tmp_path / "report" / "training.png").exists()
 
     def refused(*paths, **options):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             evaluate_saes([str(tmp_path / path) for path in paths], str(tmp_path / "third"), tree, **options)
         assert not (tmp_path / "third").exists()
         return str(error.value)
@@ -890,5 +890,5 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
         "warning: gated_0 and 1 more say that 'small' was the language model of training; measured on 'gelu-1l-stdlib'",
         f"warning: gated_0 and 1 more say that '{text_dir.name}' was the text of training; measured on 'stdlib'",
     ]
-    with pytest.raises(ConfigError, match=r"--out: .*report exists, and nothing is overwritten"):
+    with pytest.raises(UserError, match=r"--out: .*report exists, and nothing is overwritten"):
         evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import plugins
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
 
@@ -139,7 +139,7 @@ def test_tied_embeddings_under_both_names(tmp_path):
     def differing(t):
         return t | {"model.embed_tokens.weight": t["lm_head.weight"] + 1}
 
-    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
         gsae_jax.load_lm(copy("llama_3", tmp_path / "other", tensors=differing))
 
 
@@ -169,7 +169,7 @@ def test_tied_embeddings_in_two_dtypes(tmp_path, embedding, unembedding):
         t["lm_head.weight"][-1, -1] *= 1.25
         return t
 
-    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
         gsae_jax.load_lm(copy("llama_3", tmp_path / "other", tensors=differing))
 
 
@@ -183,7 +183,7 @@ def test_tied_embeddings_in_two_dtypes(tmp_path, embedding, unembedding):
     ],
 )
 def test_quantised_weights_are_named(tmp_path, settings, method):
-    with pytest.raises(ConfigError, match=f"quantised with '{method}'; quantised weights are not supported"):
+    with pytest.raises(UserError, match=f"quantised with '{method}'; quantised weights are not supported"):
         Checkpoint.open(copy("llama_2", tmp_path, lambda s: s | settings))
 
 
@@ -241,7 +241,7 @@ def with_rope(kind, **more):
     ],
 )
 def test_features_we_lack_are_refused_by_name(tmp_path, case, settings, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         Checkpoint.open(copy(case, tmp_path, settings))
 
 
@@ -287,7 +287,7 @@ def test_a_special_token_may_lie_beyond_the_embedding(tmp_path):
         if special:
             assert len(gsae_jax.load_lm(folder).tokenizer) == 62
         else:
-            with pytest.raises(ConfigError, match="a tokenizer of 62 tokens, but embeddings for 61"):
+            with pytest.raises(UserError, match="a tokenizer of 62 tokens, but embeddings for 61"):
                 gsae_jax.load_lm(folder)
 
 
@@ -295,17 +295,17 @@ def test_a_foreign_bias_is_not_taken_for_a_mask(tmp_path):
     def tensors(t):
         return t | {"transformer.h.7.attn.c_attn.bias": np.zeros(3, np.float32)}
 
-    with pytest.raises(ConfigError, match=r"transformer\.h\.7\.attn\.c_attn\.bias is not of this model"):
+    with pytest.raises(UserError, match=r"transformer\.h\.7\.attn\.c_attn\.bias is not of this model"):
         gsae_jax.load_lm(copy("gpt2", tmp_path, tensors=tensors))
 
 
 def test_bad_calls():
-    with pytest.raises(ConfigError, match="dtype: is 'int8'; write 'float32' or 'bfloat16'"):
+    with pytest.raises(UserError, match="dtype: is 'int8'; write 'float32' or 'bfloat16'"):
         gsae_jax.load_lm(dtype="int8")
     lm = gsae_jax.load_lm(num_layers=1)
-    with pytest.raises(ConfigError, match="num_layers: was given to load_lm, so there is no unembedding"):
+    with pytest.raises(UserError, match="num_layers: was given to load_lm, so there is no unembedding"):
         lm.logits(np.zeros((1, 4), int))
-    with pytest.raises(ConfigError, match=r"mask: has shape \[1, 3\]; write that of tokens, \[1, 4\]"):
+    with pytest.raises(UserError, match=r"mask: has shape \[1, 3\]; write that of tokens, \[1, 4\]"):
         lm.activations(np.zeros((1, 4), int), "blocks.0.hook_mlp_out", np.ones((1, 3)))
 
 

@@ -10,6 +10,7 @@ from gsae_jax import plugins
 PACKAGE = Path(gsae_jax.__file__).parent
 # Higher floors may import lower ones. Wings on one floor do not know each other; `runs` puts together what wings made.
 FLOOR = {
+    "errors": -1,
     "config": 0,
     "mesh": 0,
     "plugins": 0,
@@ -39,7 +40,6 @@ ALLOWED_ON_ONE_FLOOR = {
     ("storage", "loggers"),
     ("lms", "storage"),  # who reads and writes files does it with storage's readers and writers
     ("data", "storage"),
-    ("plugins", "config"),
     ("mesh", "config"),
     ("processes", "config"),
     ("planning", "training"),  # which does not know that it is planned

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.lms import sites
 from gsae_jax.lms.checkpoints import EMBEDDED
 from gsae_jax.lms.loss import cross_entropy
@@ -98,17 +98,17 @@ def test_the_embedded_model_knows_python():
 def test_bad_calls(lm_dir):
     lm = gsae_jax.load_lm(lm_dir)
     with pytest.raises(
-        ConfigError,
+        UserError,
         match=r"'blocks.0.hook_mlp_ot' is not a site .* did you mean 'blocks.0.hook_mlp_out'\? known: blocks",
     ):
         lm.activations(some_tokens(lm), ["blocks.0.hook_mlp_ot"])
-    with pytest.raises(ConfigError, match="have 33 positions; this language model has 32"):
+    with pytest.raises(UserError, match="have 33 positions; this language model has 32"):
         lm.logits(np.zeros((1, 33), int))
-    with pytest.raises(ConfigError, match="go from 0 to 4096; this language model has ids 0 to 4095"):
+    with pytest.raises(UserError, match="go from 0 to 4096; this language model has ids 0 to 4095"):
         lm.logits(np.array([[0, 4096]]))
-    with pytest.raises(ConfigError, match=r"are float64\[3\]; give integers of shape"):
+    with pytest.raises(UserError, match=r"are float64\[3\]; give integers of shape"):
         lm.logits(np.zeros(3))
-    with pytest.raises(ConfigError, match="are rows of several lengths; pad them"):
+    with pytest.raises(UserError, match="are rows of several lengths; pad them"):
         lm.logits([[1, 2], [1]])
 
 
@@ -118,7 +118,7 @@ def test_tokens_are_checked_under_jit_too(lm_dir):
     for call in calls:
         for wrong in (jnp.zeros((1, 33), int), jnp.zeros(3, int), jnp.zeros((2, 0), int), jnp.zeros((1, 4))):
             for maybe_jit in (lambda f: f, jax.jit):
-                with pytest.raises(ConfigError) as error:
+                with pytest.raises(UserError) as error:
                     maybe_jit(call)(wrong)
                 assert error.value.field == "tokens"
     assert jax.eval_shape(lm.logits, some_tokens(lm)).shape == (3, 20, lm.config.d_vocab)
@@ -140,7 +140,7 @@ def test_a_tap_returns_activations_of_the_same_shape(lm_dir, site):
     )
     for edit in edits:
         tap = sites.splice({site: edit})
-        with pytest.raises(ConfigError, match=re.escape(site)) as error:
+        with pytest.raises(UserError, match=re.escape(site)) as error:
             jax.eval_shape(lambda tokens, tap=tap: lm.run(tokens, tap), some_tokens(lm))
         assert error.value.field == "tap"
 
@@ -173,7 +173,7 @@ def test_an_sae_is_spliced_in_at_its_site(lm_dir):
     assert not np.array_equal(expected, lm.logits(tokens))
     np.testing.assert_array_equal(lm.run(tokens, sae), expected)
     for wrong in (dataclasses.replace(sae, site=""), dataclasses.replace(sae, site="blocks.7.hook_mlp_out"), 3):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             lm.run(tokens, wrong)
         assert error.value.field == "tap"
 
@@ -235,7 +235,7 @@ def several(tensors):
     ],
 )
 def test_damaged_checkpoints_are_refused(tmp_path, lm_dir, damage, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         gsae_jax.load_lm(damaged(tmp_path, lm_dir, damage))
 
 
@@ -287,23 +287,23 @@ def quantised(*names):
 )
 def test_what_other_libraries_write_is_called_what_it_is(tmp_path, lm_dir, damage, message):
     folder = damaged(tmp_path, lm_dir, damage)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         gsae_jax.load_lm(folder)
     assert error.value.field == "lm.path"
 
 
 def test_a_file_is_no_directory(tmp_path, lm_dir):
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match=r"small\.gguf' is a file; GGUF is not supported"):
+    with pytest.raises(UserError, match=r"small\.gguf' is a file; GGUF is not supported"):
         gsae_jax.load_lm(tmp_path / "small.gguf")
-    with pytest.raises(ConfigError, match=r"model\.safetensors' is a file; write the directory"):
+    with pytest.raises(UserError, match=r"model\.safetensors' is a file; write the directory"):
         gsae_jax.load_lm(lm_dir / "model.safetensors")
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_neo", "gemma3n", "qwen2_moe", "qwen3_moe", "phi3", "llama4"])
 def test_another_model_is_not_taken_for_a_slip_of_the_pen(tmp_path, lm_dir, model_type):
     folder = damaged(tmp_path, lm_dir, edit_config(model_type=model_type))
-    with pytest.raises(ConfigError, match=f"type '{model_type}', which is not supported; known: gelu, gemma") as error:
+    with pytest.raises(UserError, match=f"type '{model_type}', which is not supported; known: gelu, gemma") as error:
         gsae_jax.load_lm(folder)
     assert "did you mean" not in str(error.value)
 
@@ -315,5 +315,5 @@ def test_an_adapter_beside_a_whole_model_is_left_alone(tmp_path, lm_dir):
 
 def test_loading_fewer_layers_still_finds_a_stray_tensor(tmp_path, lm_dir):
     folder = damaged(tmp_path, lm_dir, edit_tensors(lambda tensors: tensors.update(extra=np.zeros(2, np.float32))))
-    with pytest.raises(ConfigError, match="extra is not of this model"):
+    with pytest.raises(UserError, match="extra is not of this model"):
         gsae_jax.load_lm(folder, num_layers=1)

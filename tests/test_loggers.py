@@ -14,7 +14,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from gsae_jax import loggers
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.training import interruption, loop
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def test_loggers_that_cannot_be_used_are_refused_before_anything_is_written(expe
         (("wandb",), "loggers: 'wandb' needs the package wandb; `pip install '.[wandb]'` first"),
         (("tensorboard", "tensorboard"), "loggers: are ['tensorboard', 'tensorboard']; write each once"),
     ):
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(UserError) as refused:
             loop.train(dataclasses.replace(experiment, loggers=names), tmp_path / "run")
         assert str(refused.value).startswith(message)
     assert not (tmp_path / "run").exists()
@@ -106,7 +106,7 @@ def test_wandb_tensorboard_and_the_lines_have_the_same_numbers_also_of_a_run_tha
 ):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "nobody"))
-    with pytest.raises(ConfigError, match="loggers: 'wandb' is not logged in; run `wandb login`, or set WANDB_MODE"):
+    with pytest.raises(UserError, match="loggers: 'wandb' is not logged in; run `wandb login`, or set WANDB_MODE"):
         loggers.check(("wandb",))
     importlib.import_module("wandb").teardown()  # else it does not look again
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from gsae_jax.config import ConfigError, Experiment, Mesh, from_dict
+from gsae_jax.config import Experiment, Mesh, from_dict
+from gsae_jax.errors import UserError
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.planning import collectives, hardware, planner
 from gsae_jax.planning.hardware import CHIPS, Topology
@@ -270,7 +271,7 @@ def test_exchanges_of_a_program():
     ],
 )
 def test_topologies_that_there_are_not(experiment, topology, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         planner.plan(experiment, topology)
 
 
@@ -284,7 +285,7 @@ def test_topologies_that_there_are_not(experiment, topology, message):
     ],
 )
 def test_a_mesh_that_a_topology_has_not(experiment, data, latent, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         planner.plan(dataclasses.replace(experiment, mesh=Mesh(data, latent)), "gpu:h100x8")
 
 

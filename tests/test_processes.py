@@ -16,7 +16,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import processes
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -210,7 +210,7 @@ def test_signals_that_are_ignored_stay_ignored(monkeypatch):
     ],
 )
 def test_processes_that_cannot_be_joined(arguments, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         processes.join(*arguments)
 
 
@@ -232,4 +232,4 @@ def test_processes_that_nobody_finds_do_not_train_alone(variable, value, count, 
         text=True,
     )
     assert (done.returncode != 0) == refused, done.stderr
-    assert (f"ConfigError: --coordinator: is missing, and {variable} is set" in done.stderr) == refused
+    assert (f"UserError: --coordinator: is missing, and {variable} is set" in done.stderr) == refused

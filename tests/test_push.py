@@ -15,7 +15,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import measuring
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.publishing import model_card
 from gsae_jax.publishing.upload import push
 from gsae_jax.training import loop
@@ -65,7 +65,7 @@ def test_the_folder_has_every_sae_the_report_and_a_card_that_loads_them(run, tmp
 )
 def test_what_cannot_be_published_is_refused_before_anything_is_sent(run, arguments, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.create_repo", lambda *args, **kwargs: pytest.fail("the hub was asked"))
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         push(*(str(run) if argument == "RUN" else argument for argument in arguments))
     assert str(refused.value).startswith(message)
 
@@ -204,7 +204,7 @@ def test_the_card_tells_of_the_weights_beside_it(run, tmp_path):
     assert published == {path.name for path in (run / "report").iterdir()}
     for broken in ("{", '{"saes": [{"name": "x"}]}'):
         (copy / "report" / "report.json").write_text(broken)
-        with pytest.raises(ConfigError, match=r"--workdir: .*report.json cannot be read"):
+        with pytest.raises(UserError, match=r"--workdir: .*report.json cannot be read"):
             model_card.write(str(copy), "user/name", ["saelens"], tmp_path / "again")
 
 

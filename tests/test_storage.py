@@ -8,7 +8,7 @@ import pwd
 
 import pytest
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.storage import paths, reading, writing
 from gsae_jax.storage.facts import Facts
 
@@ -68,11 +68,11 @@ def test_a_new_folder_is_new_or_empty(tmp_path):
     with writing.new_folder(tmp_path / "empty", or_empty=True) as folder:
         (folder / "a").write_text("")
     for name in ("empty", "link"):
-        with pytest.raises(ConfigError) as error, writing.new_folder(tmp_path / name, "--out", or_empty=True):
+        with pytest.raises(UserError) as error, writing.new_folder(tmp_path / name, "--out", or_empty=True):
             pass
         assert error.value.field == "--out"
     for path in ("s3://b/a", "gs://b/a"):
-        with pytest.raises(ConfigError) as error, writing.new_folder(path):
+        with pytest.raises(UserError) as error, writing.new_folder(path):
             pass
         assert error.value.field == path
     assert sorted(os.listdir(tmp_path)) == ["empty", "link"]
@@ -101,7 +101,7 @@ def test_what_is_no_json_object(text, tmp_path):
     with pytest.raises(ValueError, match=r".+"):
         reading.load_json(file)
     for field in ("lm.path", ""):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             reading.read_json(file, field)
         assert error.value.field == (field or str(file))
         assert "a.json" in str(error.value)
@@ -111,7 +111,7 @@ def test_what_is_no_json_object(text, tmp_path):
 def test_what_could_not_be_written_again_is_refused_by_strict_readers_only(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     assert reading.load_json(tmp_path / "a.json")
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         reading.read_json(tmp_path / "a.json", strict=True)
 
 
@@ -120,7 +120,7 @@ def test_no_json_file_is_waited_for_or_larger_than_memory(tmp_path):
     with (tmp_path / "large").open("wb") as file:
         file.truncate(reading.LARGEST + 1)
     for name in ("pipe", "large", "nothing", "."):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             reading.read_json(tmp_path / name)
         assert error.value.field == str(tmp_path / name)
 

@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 import gsae_jax
-from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
+from gsae_jax.errors import UserError
 from gsae_jax.lms import conversion, loading
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -184,7 +184,7 @@ def test_an_eos_without_an_embedding_is_refused(tmp_path, files, message):
     if "<far>" in str(files):
         tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
         tokenizer.add_special_tokens([f"<{i}>" for i in range(12)] + ["<far>"])
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_tokenizer(folder_with(tmp_path, tokenizer, config=settings | size, **files))
     assert error.value.field == "lm.path"
 
@@ -198,7 +198,7 @@ def test_a_bos_without_an_embedding_is_refused_where_rows_begin_with_it(tmp_path
     assert tokenizer.token_to_id("<s>") == 23
     assert (ours.bos_token_id, ours.eos_token_id) == (None, 1)
     assert experiment.data.prepend_bos
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         rows.open_rows(experiment.data, "train", ours, 1000)
     assert error.value.field == "data.prepend_bos"
 
@@ -206,7 +206,7 @@ def test_a_bos_without_an_embedding_is_refused_where_rows_begin_with_it(tmp_path
 @pytest.mark.parametrize("case", ["gpt2", "llama_2", "gemma2", "qwen2", "gpt_neox"])
 def test_a_folder_without_tokenizer_files_is_called_that(tmp_path, case):
     folder = folder_with(tmp_path, case=case, tokenizer_config={"eos_token": "a"})
-    with pytest.raises(ConfigError, match="has no tokenizer files"):
+    with pytest.raises(UserError, match="has no tokenizer files"):
         gsae_jax.load_lm(folder)
 
 
@@ -244,7 +244,7 @@ def test_vocabulary_and_merges_without_a_tokenizer_json(tmp_path):
 )
 def test_no_vocabulary_is_invented(tmp_path, case, names, message):
     folder, _ = older(tmp_path, case, *names)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         tokenizer_lib.load(folder, "lm.path")
 
 
@@ -254,20 +254,20 @@ def test_no_entry_of_a_vocabulary_is_dropped(tmp_path, id):
     folder, _ = older(tmp_path, "gpt2", "vocab.json", "merges.txt")
     vocabulary = json.loads((folder / "vocab.json").read_text())
     (folder / "vocab.json").write_text(json.dumps(vocabulary | {"t": id}))
-    with pytest.raises(ConfigError, match=r"has no tokenizer that can be read|but no tokenizer"):
+    with pytest.raises(UserError, match=r"has no tokenizer that can be read|but no tokenizer"):
         tokenizer_lib.load(folder, "lm.path")
     other = folder_with(tmp_path / "other", characters())
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["vocab"]["t"] = id
     (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="has no tokenizer that can be read"):
+    with pytest.raises(UserError, match="has no tokenizer that can be read"):
         tokenizer_lib.load(other, "lm.path")
 
 
 def test_a_sentencepiece_model_that_is_none_is_refused(tmp_path):
     folder = folder_with(tmp_path, case="llama_2")
     (folder / "tokenizer.model").write_bytes(b"\0" * 50)
-    with pytest.raises(ConfigError, match=r"lm\.path: .*tokenizer\.model"):
+    with pytest.raises(UserError, match=r"lm\.path: .*tokenizer\.model"):
         tokenizer_lib.load(folder, "lm.path")
 
 

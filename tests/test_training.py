@@ -17,8 +17,8 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax import sae_loading
 from gsae_jax import train as train_command
 from gsae_jax.activations import scaling, sources
-from gsae_jax.config import ConfigError
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.errors import UserError
 from gsae_jax.evaluate import evaluate
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.loading import capture
@@ -269,7 +269,7 @@ def test_train_evaluate_load(experiment, tmp_path, capsys):
 
     # Another config is refused, with what differs.
     other = with_(experiment, train={"steps": 32, "warmup_steps": 2})
-    with pytest.raises(ConfigError, match=r"train.steps: 16 != 32; train.warmup_steps: 4 != 2"):
+    with pytest.raises(UserError, match=r"train.steps: 16 != 32; train.warmup_steps: 4 != 2"):
         train_command.run(other, path)
 
 
@@ -296,7 +296,7 @@ def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
 
     def refused(**changes):
         other = dataclasses.replace(second, stacks={"rescaled": dataclasses.replace(stack, **changes)})
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             train_command.run(other, tmp_path / "third")
         assert not (tmp_path / "third").exists()
         return str(error.value)
@@ -423,7 +423,7 @@ def test_a_run_continues_only_on_the_text_it_began_with(experiment, tmp_path, te
     assert loop.train(mine, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
     (text / "a.txt").write_text((text / "a.txt").read_text()[::-1])
-    with pytest.raises(ConfigError, match="the text has changed since this run began"):
+    with pytest.raises(UserError, match="the text has changed since this run began"):
         loop.train(mine, tmp_path / "run")
 
 
@@ -446,7 +446,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path
     assert run_directory.Workdir(run).experiment().data.held_out == "position"
     assert train_command.run(experiment, run) == 0  # also when it has continued once
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"data\.held_out: 'position' != 'hash'"):
+    with pytest.raises(UserError, match=r"data\.held_out: 'position' != 'hash'"):
         loop.train(experiment, run)
 
 
@@ -470,7 +470,7 @@ def test_a_token_that_cannot_be_used_ends_training_with_what_was_trained_saved(e
         return placed(program, tokens + 10**6 if len(calls) == first + 4 else tokens)
 
     monkeypatch.setattr(sources.LanguageModel, "place", place)
-    with pytest.raises(ConfigError, match="the tokens of the text"):
+    with pytest.raises(UserError, match="the tokens of the text"):
         loop.train(experiment, tmp_path / "run")
     assert run_directory.Workdir(tmp_path / "run").sound_step() == 3 * experiment.updates_per_call
     # No text is passed over: the run continues with the same rows.
@@ -484,7 +484,7 @@ def test_a_refused_run_leaves_nothing(experiment, tmp_path):
         ({"data": {"test_split": "tst"}}, r"data\.test_split: 'tst'.*the corpus has: train, test"),
         ({"evaluation": {"rows_per_forward": 8 * 10**5}}, r"evaluation\.rows_per_forward: is 800000, but the held-out"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             loop.train(with_(experiment, **bad), path)
         assert not path.exists()
     # Nor does one that was killed before its first checkpoint stand in another's way.
@@ -523,10 +523,10 @@ def test_workdirs_that_cannot_be_used(experiment, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     for name in ("file", "full"):
-        with pytest.raises(ConfigError, match="exists and is not a run; write a new or an empty directory"):
+        with pytest.raises(UserError, match="exists and is not a run; write a new or an empty directory"):
             loop.train(experiment, tmp_path / name)
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ConfigError, match="is not writable; write a directory that is"):
+    with pytest.raises(UserError, match="is not writable; write a directory that is"):
         loop.train(experiment, tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()

@@ -29,7 +29,7 @@ class Source(Protocol):
         """This process's rows (`mesh.local_rows`) of a global batch, on the mesh.
 
         Raises:
-            ConfigError: rows that cannot be used.
+            UserError: rows that cannot be used.
         """
 
     def __call__(self, params: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -67,7 +67,7 @@ class LanguageModel:
         return {site: width for site, width in loading.site_widths(self.module).items() if site in self.sites}
 
     def place(self, rows: np.ndarray) -> jax.Array:
-        """This process's rows of tokens, on the mesh; raises `ConfigError` for ids that the model does not have."""
+        """This process's rows of tokens, on the mesh; raises `UserError` for ids that the model does not have."""
         loading.check_tokens(rows, self.module.config.d_vocab, "data: the tokens of the text")
         return mesh_lib.place_rows(self.mesh, rows, self.rows)
 

@@ -28,7 +28,7 @@ import fsspec
 from etils import epath
 from fsspec.utils import glob_translate
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.storage import paths
 
 KINDS = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -38,6 +38,7 @@ LONGEST = 10_000_000  # characters after which a text file without a separator b
 LARGEST_ITEM = 2**26  # characters of one item of a JSON array
 # A packed file may unpack to at most RATIO times its size and SMALL bytes more. Text packs to a third or a tenth.
 RATIO, SMALL = 100, 2**26
+SKIP = 'data.on_bad_row="skip" leaves such rows out and counts them'
 BOM = "\ufeff"  # the byte order mark, which some editors write in front of a text
 
 
@@ -79,10 +80,10 @@ def find(path: str, every_link: bool = False) -> Listing:
         every_link: read a file once for every link that leads to it, as earlier versions did.
 
     Raises:
-        ConfigError: there are none, or one has a name that is not UTF-8.
+        UserError: there are none, or one has a name that is not UTF-8.
     """
     if not path:
-        raise ConfigError("data.path", "is empty; write a text file, a folder of them or a glob")
+        raise UserError("is empty; write a text file, a folder of them or a glob", "data.path")
     stamps: dict[str, tuple[int, int]] = {}
     left_out: collections.Counter[str] = collections.Counter()
     for file, stamp in (_on_disk if paths.of(path).local else _in_bucket)(path, every_link):
@@ -96,14 +97,14 @@ def find(path: str, every_link: bool = False) -> Listing:
         try:
             file.encode()
         except UnicodeEncodeError as error:
-            raise ConfigError("data.path", f"{file!r} has a name that is not UTF-8; rename the file") from error
+            raise UserError(f"{file!r} has a name that is not UTF-8; rename the file", "data.path") from error
         stamps[file] = stamp
     if not stamps:
         there = f"the files there are of other kinds: {counted(left_out)}" if left_out else "nothing is there"
-        raise ConfigError(
-            "data.path",
+        raise UserError(
             f"no {READABLE} file matches {path!r}, and none that is packed as {', '.join(PACKED)}; {there}; write a "
             "file, a folder or a glob with such files",
+            "data.path",
         )
     return Listing(dict(sorted(stamps.items())), dict(left_out))
 
@@ -176,8 +177,8 @@ def _matching(pattern: str, is_new: Callable[[os.stat_result], bool]) -> Iterato
     try:
         matches = re.compile(glob_translate("/".join(parts[at:]))).fullmatch
     except (ValueError, re.error) as error:
-        raise ConfigError(
-            "data.path", f"is {pattern!r}, which is no glob ({error}); write one like 'a/**/*.txt'"
+        raise UserError(
+            f"is {pattern!r}, which is no glob ({error}); write one like 'a/**/*.txt'", "data.path"
         ) from error
     for root in glob.glob(os.sep.join(parts[:at]) + os.sep) if at else ["."]:
         for name in _below(root, is_new, bool(asked)):
@@ -209,6 +210,14 @@ def _in_bucket(path: str, every_link: bool) -> Listed:
             yield f"gs://{name}", (info["size"], int(info["generation"]))
 
 
+class _BadRowError(ValueError):
+    """A row without text: an error for the user, or one row more that is counted and skipped."""
+
+    def __init__(self, problem: str, advice: str, field: str):
+        super().__init__(problem)
+        self.advice, self.field = advice, field
+
+
 @dataclasses.dataclass
 class Reader:
     """Reads documents, and counts what it leaves out.
@@ -234,7 +243,7 @@ class Reader:
         """The documents of one file.
 
         Raises:
-            ConfigError: the file is not what its ending says, or a row has no text; the message names the file, the
+            UserError: the file is not what its ending says, or a row has no text; the message names the file, the
                 row and what is there.
         """
         kind, _ = kind_of(file)
@@ -265,52 +274,48 @@ class Reader:
                 for where, row in rows:
                     try:
                         text_of_row = self._text_of(row, where)
-                    except ConfigError as error:
+                    except _BadRowError as error:
                         if not self.skip_bad_rows:
-                            raise
-                        what, _, _ = str(error).removeprefix(f"{error.field}: ").partition("; ")
-                        self.first_bad_row = self.first_bad_row or what
+                            raise UserError(f"{error}; {error.advice}", error.field) from error
+                        self.first_bad_row = self.first_bad_row or str(error)
                         self.bad_rows += 1
                         continue
                     yield text_of_row
-        except ConfigError:
+        except UserError:
             raise
         except (OSError, ValueError, NotImplementedError, MemoryError, EOFError, zlib.error, lzma.LZMAError) as error:
             # Not UTF-8, not JSON, not Parquet, not packed: errors of pyarrow and of unpacking are of all these kinds.
-            raise ConfigError(
-                "data.path",
+            raise UserError(
                 f"{file} cannot be read as {kind}{packing}: {error}; write it again in UTF-8, or leave it out",
+                "data.path",
             ) from error
 
     def _text_of(self, row: Any, where: str) -> str:
-        if isinstance(row, ConfigError):
+        if isinstance(row, _BadRowError):
             raise row
-        skip = 'data.on_bad_row="skip" leaves such rows out and counts them'
         if not isinstance(row, str | dict):
-            raise ConfigError(
+            raise _BadRowError(
+                f"{where} is not a JSON object but {_described(row)}",
+                f"write rows that have their text under {self.field!r}; {SKIP}",
                 "data.path",
-                f"{where} is not a JSON object but {_described(row)}; write rows that have their text under "
-                f"{self.field!r}; {skip}",
             )
         try:
             text = row if isinstance(row, str) else _reached(row, self.field)
         except LookupError as error:
             names = ", ".join(_names(row)) or "none"
-            raise ConfigError(
-                "data.field", f"{where} has no text under {self.field!r}; its fields: {names}; {skip}"
+            raise _BadRowError(
+                f"{where} has no text under {self.field!r}", f"its fields: {names}; {SKIP}", "data.field"
             ) from error
         if not isinstance(text, str):
             nested = [name for name in _names(row) if name.startswith(f"{self.field}.")]
             how = f"data.field={nested[0]!r} reaches into it" if nested else "write the field that has the text"
-            raise ConfigError(
-                "data.field", f"{where} has {_described(text)} under {self.field!r}, not text; {how}; {skip}"
-            )
+            what = f"{where} has {_described(text)} under {self.field!r}, not text"
+            raise _BadRowError(what, f"{how}; {SKIP}", "data.field")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can write half of a pair
-            raise ConfigError(
-                "data.path", f"{where} has a character that UTF-8 lacks ({error}); take it out; {skip}"
-            ) from error
+            what = f"{where} has a character that UTF-8 lacks ({error})"
+            raise _BadRowError(what, f"take it out; {SKIP}", "data.path") from error
         return text
 
     def _table_rows(self, file: str, binary: Any) -> Iterator[tuple[str, Any]]:
@@ -322,11 +327,8 @@ class Reader:
         # Only the text is read. Other columns may hold images.
         columns = [leaf for leaf in leaves if leaf == self.field or leaf.startswith(f"{self.field}.")]
         if not columns and top not in names:
-            missing = ConfigError(
-                "data.field", f"{file} has no column {self.field!r}; its columns: {', '.join(map(str, names))}"
-            )
-            if not self.skip_bad_rows:
-                raise missing
+            has = f"its columns: {', '.join(map(str, names))}"
+            missing = _BadRowError(f"{file} has no column {self.field!r}", has, "data.field")
             yield from (("", missing) for _ in range(table.metadata.num_rows))
             return
         number = 0
@@ -365,7 +367,7 @@ def _lines(file: str, kind: str, text: TextIO) -> Iterator[tuple[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             why = f"{file} cannot be read as {kind}: line {number} is not JSON ({error})"
-            row = ConfigError("data.path", f"{why}; write the line again, or leave it out")
+            row = _BadRowError(why, "write the line again, or leave it out", "data.path")
         yield f"{file} line {number}", row
 
 
@@ -458,7 +460,7 @@ class _Unpacked(io.RawIOBase):
     """A stream that unpacks as it is read, up to a bound: a small file may unpack to more than any disk holds.
 
     Raises:
-        ConfigError: it unpacks to more bytes than the bound.
+        UserError: it unpacks to more bytes than the bound.
     """
 
     def __init__(self, file: str, stream: Any, bound: int):
@@ -471,10 +473,10 @@ class _Unpacked(io.RawIOBase):
         content = self._stream.read(len(buffer))
         self._count += len(content)
         if self._count > self._bound:
-            raise ConfigError(
-                "data.path",
+            raise UserError(
                 f"{self._file} unpacks to more than {self._bound:,} bytes, {RATIO} times its size; if all of that is "
                 "text, unpack it and write the path of what it holds",
+                "data.path",
             )
         buffer[: len(content)] = content
         return len(content)

@@ -29,8 +29,8 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
 from gsae_jax import config as config_lib
-from gsae_jax import plugins
-from gsae_jax.config import ConfigError, TrainingError
+from gsae_jax import errors, plugins
+from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import paths, reading, writing
 
 logger = logging.getLogger(__name__)
@@ -114,8 +114,9 @@ def _quiet() -> Iterator[None]:
 
 
 def corpus(config: config_lib.Data) -> Any:
-    """The file of the corpus; raises `ConfigError` where there is none."""
-    return plugins.load("data.corpora", config.corpus, having="open_corpus", field="data.corpus")
+    """The file of the corpus; raises `UserError` where there is none."""
+    with errors.about("data.corpus"):
+        return plugins.load("data.corpora", config.corpus, having="open_corpus")
 
 
 @_quiet()
@@ -123,11 +124,13 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     """The documents of `split` ("train" or "test") as a random-access source, and the name of their text feature.
 
     Raises:
-        ConfigError: an unknown corpus or split, unusable text, or a bucket that cannot be used.
+        UserError: an unknown corpus or split, unusable text, or a bucket that cannot be used.
     """
     where = config.data_dir or tfds.core.constants.DATA_DIR
-    paths.check_readable("data.path", config.path)
-    paths.check_readable("data.data_dir", where)
+    with errors.about("data.path"):
+        paths.check_readable(config.path)
+    with errors.about("data.data_dir"):
+        paths.check_readable(where)
     builder, feature = corpus(config).open_corpus(config)
     # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
@@ -136,11 +139,11 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
         if not builder.is_prepared():
             folder = paths.of(builder.data_dir).local
             if folder is None:
-                raise ConfigError(
-                    "data.data_dir",
+                raise UserError(
                     f"{builder.data_dir} is not there, and TFDS cannot prepare array_record files in a bucket; leave "
                     "data.data_dir empty, for a copy on each machine, or prepare in a local data.data_dir first and "
                     f"run `gcloud storage cp --recursive DATA_DIR/* {where}`",
+                    "data.data_dir",
                 )
             with _alone(folder):
                 builder, feature = corpus(config).open_corpus(config)  # another process may have prepared it meanwhile
@@ -153,8 +156,8 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     try:
         return builder.as_data_source(split=name), feature
     except ValueError as error:
-        raise ConfigError(
-            f"data.{split}_split", f"{name!r}: {error}; the corpus has: {', '.join(builder.info.splits)}"
+        raise UserError(
+            f"{name!r}: {error}; the corpus has: {', '.join(builder.info.splits)}", f"data.{split}_split"
         ) from error
 
 
@@ -169,17 +172,17 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
         d_vocab: how many tokens the language model has embeddings for, if it is known.
 
     Raises:
-        ConfigError: what `open_texts` refuses, a tokenizer without the special tokens that rows need, or a token of
+        UserError: what `open_texts` refuses, a tokenizer without the special tokens that rows need, or a token of
             the text that has no embedding.
     """
     separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if separator is None:
-        raise ConfigError(
-            "lm.path",
+        raise UserError(
             "the tokenizer has neither EOS nor BOS to put between documents; name one in tokenizer_config.json",
+            "lm.path",
         )
     if config.prepend_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("data.prepend_bos", "is True, but the tokenizer has no BOS with an embedding; write False")
+        raise UserError("is True, but the tokenizer has no BOS with an embedding; write False", "data.prepend_bos")
     source, feature = open_texts(config, split)
     folder = paths.of(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
@@ -198,13 +201,13 @@ def batches(
     does not depend on `local`.
 
     Raises:
-        ConfigError: the corpus has fewer tokens than one batch.
+        UserError: the corpus has fewer tokens than one batch.
     """
     if len(rows) < rows_per_batch:
-        raise ConfigError(
-            "data",
+        raise UserError(
             f"the corpus gives {len(rows)} rows of tokens, fewer than one batch of {rows_per_batch}; "
             "add text, or take fewer rows at once",
+            "data",
         )
     shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
     parts = _Batches(shuffled, rows_per_batch, range(rows_per_batch) if local is None else local)
@@ -243,7 +246,7 @@ def held_out(
     `d_vocab`: how many tokens the language model has embeddings for, if it is known.
 
     Raises:
-        ConfigError: what `open_rows` refuses, or less text than one batch.
+        UserError: what `open_rows` refuses, or less text than one batch.
     """
     rows, per_batch = held_out_rows(config, tokenizer, tokens, d_vocab), config.evaluation.rows_per_forward
     batches = held_out_tokens(config, tokens) // (per_batch * config.data.context_length)
@@ -258,9 +261,9 @@ def held_out_rows(
     limit = held_out_tokens(config, tokens)
     rows = open_rows(config.data, "test", tokenizer, limit, d_vocab)
     if len(rows) < per_batch:
-        raise ConfigError(
-            "evaluation.rows_per_forward",
+        raise UserError(
             f"is {per_batch}, but the held-out text has {len(rows)} rows; lower it, or add text",
+            "evaluation.rows_per_forward",
         )
     if len(rows) * T < limit:
         measured = len(rows) // per_batch * per_batch * T
@@ -284,10 +287,10 @@ def _writable(config: config_lib.Data) -> Iterator[None]:
         yield
     except OSError as error:
         where = config.data_dir or tfds.core.constants.DATA_DIR
-        raise ConfigError(
-            "data.data_dir",
+        raise UserError(
             f"{where} cannot hold prepared data ({error}); write a directory that can be written, or set TFDS_DATA_DIR "
             "to one, where tokens are kept if data.data_dir can only be read",
+            "data.data_dir",
         ) from error
 
 
@@ -336,7 +339,7 @@ def _cached_tokens(
 
 
 def _check_kept(tokens: _TokenFile, source: Any, feature: str, tokenizer: Any, separator: int, d_vocab: int) -> None:
-    """Raises `ConfigError` for a token that has no embedding, as preparing would."""
+    """Raises `UserError` for a token that has no embedding, as preparing would."""
     separators, many = 0, 2**24
     for start in range(0, len(tokens), many):
         part = tokens[start : start + many]
@@ -351,11 +354,11 @@ def _check_kept(tokens: _TokenFile, source: Any, feature: str, tokenizer: Any, s
         separators += int((part == separator).sum())
 
 
-def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> ConfigError:
-    return ConfigError(
-        "lm.path",
+def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> UserError:
+    return UserError(
         f"the tokenizer has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, which {where}, but "
         f"this language model has embeddings for ids 0 to {d_vocab - 1}; take it out of the tokenizer or of the text",
+        "lm.path",
     )
 
 
@@ -374,7 +377,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     try:
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     except Exception as error:  # tokenizers has no errors of its own kind
-        raise ConfigError("lm.path", f"the tokenizer cannot read the text: {error}") from error
+        raise UserError(f"the tokenizer cannot read the text: {error}", "lm.path") from error
 
 
 def _on_disk(shared: paths.Path, limit: int) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import masking
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.evaluation import metrics
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.loading import LM, check_tokens
@@ -81,7 +81,7 @@ def measure(
         if not all(numbers):
             name = next(sae.name for sae in saes if (sae.targets[0], sae.norm_limit) == place[:2])
             why = f"their norms are above its norm_limit, {place[1]:g}, or they are not finite or of special tokens"
-            raise ConfigError(name, f"has no activation to be measured on: {why}; write its own model and text")
+            raise UserError(f"has no activation to be measured on: {why}; write its own model and text", name)
         means.append(
             [
                 np.asarray(sum(np.float64(part[which][0]) for part in parts) / numbers[which], np.float32)
@@ -142,15 +142,15 @@ def spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Ar
 
 
 def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
-    """Raises `ConfigError` for an SAE that does not fit a language model's sites, or writes several.
+    """Raises `UserError` for an SAE that does not fit a language model's sites, or writes several.
 
     Args:
         sae: the SAE.
         widths: of the language model's sites.
     """
     if len(sae.targets) != 1:
-        raise ConfigError(
-            sae.name, f"writes {len(sae.targets)} sites; only SAEs that write one are measured, so leave it out"
+        raise UserError(
+            f"writes {len(sae.targets)} sites; only SAEs that write one are measured, so leave it out", sae.name
         )
     for field, names, sizes in (
         ("reads", sae.sites, sae.config.d_in),
@@ -160,7 +160,7 @@ def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
             sites.check(site, widths, f"site of {sae.name}")
             if widths[site] != size:
                 there = f"{site} has width {widths[site]} in this language model"
-                raise ConfigError(sae.name, f"{field} activations of width {size}, but {there}; write its own model")
+                raise UserError(f"{field} activations of width {size}, but {there}; write its own model", sae.name)
 
 
 def _valid(site: str, x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:

@@ -15,7 +15,7 @@ from etils import epath
 
 from gsae_jax import mesh as mesh_lib
 from gsae_jax import rendering
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, parameters, trained
@@ -138,16 +138,16 @@ def read_published(path: str) -> list[dict[str, Any]]:
     A site is a hook name, as in `frontier.csv`, or the paper's mlp, attn or resid.
 
     Raises:
-        ConfigError: no such file, or without these columns.
+        UserError: no such file, or without these columns.
     """
     needed = {"model", "architecture", "site", "layer", "l0", "loss_recovered", "gamma"}
     try:
         with open(path, newline="") as file:
             found = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError("--published", f"{path} cannot be read ({error}); write a CSV file in UTF-8") from error
+        raise UserError(f"{path} cannot be read ({error}); write a CSV file in UTF-8", "--published") from error
     if missing := needed - set(found[0] if found else ()):
-        raise ConfigError("--published", f"{path} has no column {', '.join(sorted(missing))}; write one with a header")
+        raise UserError(f"{path} has no column {', '.join(sorted(missing))}; write one with a header", "--published")
     try:
         numbers = ("l0", "loss_recovered", "gamma")
         return [
@@ -157,7 +157,7 @@ def read_published(path: str) -> list[dict[str, Any]]:
             for row in found
         ]
     except (TypeError, ValueError) as error:
-        raise ConfigError("--published", f"{path} has a cell that is no number: {error}") from error
+        raise UserError(f"{path} has a cell that is no number: {error}", "--published") from error
 
 
 def notes(records: list[dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from gsae_jax import config as config_lib
 from gsae_jax import plugins
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax.errors import UserError, known_names
 
 
 def experiment_config() -> ConfigDict:
@@ -53,7 +53,7 @@ def located(given: str) -> str:
     """The path of a config file that was given as a path or by name, both with `:ARGUMENT` or without.
 
     Raises:
-        ConfigError: neither a file nor the name of an experiment.
+        UserError: neither a file nor the name of an experiment.
     """
     name, colon, argument = given.partition(":")
     experiments = plugins.known("experiments", having="get_config")
@@ -61,7 +61,7 @@ def located(given: str) -> str:
         return f"{experiments[name].__file__}{colon}{argument}"
     if name and os.sep not in name and not name.endswith(".py") and not os.path.exists(name):
         what = f"{name!r} is not the name of an experiment; {known_names(name, experiments)}"
-        raise ConfigError("--config", f"{what}; or write the path of a file, such as my_experiment.py")
+        raise UserError(f"{what}; or write the path of a file, such as my_experiment.py", "--config")
     return os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
 
 

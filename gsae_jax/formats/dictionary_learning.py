@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gsae_jax.config import ConfigError
+from gsae_jax import errors
+from gsae_jax.errors import UserError
 from gsae_jax.formats import files, records
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import reading, writing
@@ -56,11 +57,12 @@ OURS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), "record
 
 
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
-    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used, or without torch."""
+    """Write a new folder; raises `UserError` for an SAE or a path that cannot be used, or without torch."""
     torch = _torch()
     params = records.held(sae, dict(CLASSES.values()))
     name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
-    params = _as_loaded(name, params, sae.name)
+    with errors.about(sae.name):
+        params = _as_loaded(name, params)
     layer = re.match(r"blocks\.(\d+)\.", sae.sites[0])
     config = {
         "trainer": {
@@ -94,7 +96,7 @@ def read(path: Path) -> trained.SAE:
     """The SAE of such a folder.
 
     Raises:
-        ConfigError: everything that does not fit, or that we do not have; or without torch.
+        UserError: everything that does not fit, or that we do not have; or without torch.
     """
     config = reading.read_json(path / CONFIG, strict=True)
     trainer: Any = config.get("trainer")
@@ -123,15 +125,16 @@ def read(path: Path) -> trained.SAE:
     params = {name: tensors[theirs].T if _turned(theirs) else tensors[theirs] for name, theirs in names.items()}
     if trainer["dict_class"] == "AutoEncoderNew":
         params = records.recentered(architecture, params)
-    params = _as_loaded(trainer["dict_class"], params, str(path / WEIGHTS))
+    with errors.about(str(path / WEIGHTS)):
+        params = _as_loaded(trainer["dict_class"], params)
     return records.build(path, architecture, params, site, told, metadata)
 
 
-def _as_loaded(dict_class: str, params: dict[str, Any], field: str) -> dict[str, Any]:
+def _as_loaded(dict_class: str, params: dict[str, Any]) -> dict[str, Any]:
     """As its `load_dictionary` makes them: rows of an AutoEncoder's decoder become unit, features take their norms."""
     if dict_class != "AutoEncoder":
         return params
-    return parameters.with_unit_rows(contract.module_of(CLASSES[dict_class][0]), params, field)
+    return parameters.with_unit_rows(contract.module_of(CLASSES[dict_class][0]), params)
 
 
 def _turned(name: str) -> bool:
@@ -156,7 +159,7 @@ def _contents(file: Path) -> files.Contents:
     except Exception as error:  # torch's readers have errors of many kinds
         reading.check_fetched(file)
         why = str(error).split("\n")[0]
-        raise ConfigError(str(file), f"cannot be read as weights of torch ({why}); copy or save it again") from error
+        raise UserError(f"cannot be read as weights of torch ({why}); copy or save it again", str(file)) from error
     about = {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()}
     return about, lambda name: state[name].detach().float().numpy()
 
@@ -166,5 +169,5 @@ def _torch() -> ModuleType:
         import torch
     except ImportError as error:
         message = "needs torch for its .pt files; `pip install '.[torch]'` first"
-        raise ConfigError("dictionary_learning", message) from error
+        raise UserError(message, "dictionary_learning") from error
     return torch

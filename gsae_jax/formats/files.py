@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.storage import reading
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -52,7 +52,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def check_supported(path: Path, tree: Any, kinds: Mapping[str, tuple[Any, ...]], names: Iterable[str]) -> None:
-    """Raises `ConfigError` for fields that have a valid value which this package does not support.
+    """Raises `UserError` for fields that have a valid value which this package does not support.
 
     Args:
         path: of the file.
@@ -70,13 +70,13 @@ def check_supported(path: Path, tree: Any, kinds: Mapping[str, tuple[Any, ...]],
             supported = ", ".join(json.dumps(kind) for kind in known)
             lacking.append(f"{name} {json.dumps(value)[:60]} is not supported (supported: {supported})")
     if lacking:
-        raise ConfigError(str(path), f"{'; '.join(lacking)}; write another SAE")
+        raise UserError(f"{'; '.join(lacking)}; write another SAE", str(path))
 
 
 def refuse(path: Path, faults: list[str]) -> None:
-    """Raises `ConfigError` with all faults of a file, if there are any."""
+    """Raises `UserError` with all faults of a file, if there are any."""
     if faults:
-        raise ConfigError(str(path), f"{'; '.join(faults)}; copy or save it again")
+        raise UserError(f"{'; '.join(faults)}; copy or save it again", str(path))
 
 
 def safetensors_contents(file: Path) -> Contents:
@@ -86,7 +86,7 @@ def safetensors_contents(file: Path) -> Contents:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, safetensors.SafetensorError) as error:
         reading.check_fetched(file)
-        raise ConfigError(str(file), f"cannot be read ({error}); copy it again") from error
+        raise UserError(f"cannot be read ({error}); copy it again", str(file)) from error
     about = {
         name: (tuple(part.get_shape()), FLOATS.get(part.get_dtype(), part.get_dtype())) for name, part in slices.items()
     }
@@ -113,7 +113,7 @@ def npz_contents(file: Path) -> Contents:
                 about[name] = (tuple(shape), dtype.name)
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
         reading.check_fetched(file)
-        raise ConfigError(str(file), f"cannot be read as an npz file ({error}); copy it again") from error
+        raise UserError(f"cannot be read as an npz file ({error}); copy it again", str(file)) from error
 
     def read(name: str) -> np.ndarray:
         with np.load(file, allow_pickle=False) as arrays:
@@ -137,7 +137,7 @@ def read_tensors(
     """Exactly these tensors, of these shapes, in float32, which holds each of `dtypes` exactly.
 
     Raises:
-        ConfigError: everything that is not so, or not finite.
+        UserError: everything that is not so, or not finite.
     """
     about, read = contents
     faults = [f"the tensor {name} is missing" for name in wanted if name not in about]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 
 SPARSIFY = "sae.safetensors"  # its weights, beside a cfg.json as in SAELens, whose weights have another name
 LANGUAGE_MODEL = ("model.safetensors", "model.safetensors.index.json", "tokenizer.json")
@@ -14,10 +14,10 @@ def is_sparsify(path: Path) -> bool:
 
 
 def check(path: Path) -> None:
-    """Raises `ConfigError` for a folder of sparsify or of a language model."""
+    """Raises `UserError` for a folder of sparsify or of a language model."""
     if is_sparsify(path):
-        raise ConfigError(
-            str(path), "is of EleutherAI's sparsify, whose architecture (top-k) is not supported; write another SAE"
+        raise UserError(
+            "is of EleutherAI's sparsify, whose architecture (top-k) is not supported; write another SAE", str(path)
         )
     if (path / "config.json").is_file() and any((path / name).is_file() for name in LANGUAGE_MODEL):
-        raise ConfigError(str(path), "holds a language model and no SAE; write the folder of an SAE")
+        raise UserError("holds a language model and no SAE; write the folder of an SAE", str(path))

@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), record
 
 
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
-    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
+    """Write a new folder; raises `UserError` for an SAE or a path that cannot be used."""
     sae = jumprelu.form(sae)
     with writing.new_folder(path) as folder:
         params: dict[str, Any] = records.held(sae, {"jumprelu": TENSORS})
@@ -38,7 +38,7 @@ def read(path: Path) -> trained.SAE:
     """The SAE of such a folder or file.
 
     Raises:
-        ConfigError: everything that does not fit.
+        UserError: everything that does not fit.
     """
     weights = path if path.suffix == ".npz" else path / WEIGHTS
     beside, told = weights.with_name(RECORD), None

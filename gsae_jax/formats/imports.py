@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from gsae_jax import plugins
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.formats import foreign
 from gsae_jax.saes import trained
 from gsae_jax.storage import run_directory
@@ -18,11 +18,11 @@ def read(path: Path) -> dict[str, trained.SAE]:
     Warns of folders beside them that are no SAE, one that was copied in part for example.
 
     Raises:
-        ConfigError: a file that does not fit its format, a folder of a kind that cannot be read, or two SAEs of one
+        UserError: a file that does not fit its format, a folder of a kind that cannot be read, or two SAEs of one
             name.
     """
     formats = plugins.known("formats", having="recognises").values()
-    folders = path.is_dir() and not run_directory.Workdir(path, "path").holds_run()
+    folders = path.is_dir() and not run_directory.Workdir(path, field="").holds_run()
     # Hidden ones are a program's own: .git, or what is left of an export that was killed.
     inside = sorted(folder for folder in path.glob("[!.]*") if folder.is_dir()) if folders else []
     found: dict[str, trained.SAE] = {}
@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, trained.SAE]:
             continue
         sae = format.read(folder)
         if sae.name in found:
-            raise ConfigError(str(folder), f"has the second SAE called {sae.name!r}; load them one by one")
+            raise UserError(f"has the second SAE called {sae.name!r}; load them one by one", str(folder))
         found[sae.name] = sae
     if found and others:
         logger.warning(f"{path} also has what is no SAE in a known format, and is left out: {', '.join(others)}")

@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.config import ConfigError
+from gsae_jax import errors
+from gsae_jax.errors import UserError
 from gsae_jax.formats import records, saelens
 from gsae_jax.saes import contract, jumprelu, parameters, trained
 
@@ -16,16 +17,14 @@ def form(sae: trained.SAE) -> trained.SAE:
     """The same function as a JumpReLU SAE, with thresholds that have a logarithm.
 
     Raises:
-        ConfigError: a gated SAE whose encoder is not tied.
+        UserError: a gated SAE whose encoder is not tied.
         DivergedError: numbers that are not finite, or overflow in this form.
     """
     convert = contract.converter(sae.architecture, "jumprelu")
     if convert is None:
-        raise ConfigError(sae.name, f"is of architecture {sae.architecture!r}, which has no JumpReLU form")
-    try:
+        raise UserError(f"is of architecture {sae.architecture!r}, which has no JumpReLU form", sae.name)
+    with errors.within(sae.name):
         params: dict[str, Any] = convert(records.arrays(sae), sae.config)
-    except ConfigError as error:
-        raise error.within(sae.name) from error
     if names := parameters.not_finite(contract.module_of("jumprelu"), params):
         raise records.DivergedError(sae.name, names)
     # Nothing lies between 0 and the smallest normal number.
@@ -35,5 +34,5 @@ def form(sae: trained.SAE) -> trained.SAE:
 
 
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
-    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
+    """Write a new folder; raises `UserError` for an SAE or a path that cannot be used."""
     saelens.write(form(sae), path)

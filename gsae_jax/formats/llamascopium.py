@@ -45,7 +45,7 @@ def read(path: Path) -> trained.SAE:
     """The SAE of such a folder.
 
     Raises:
-        ConfigError: everything that does not fit, or that we do not have.
+        UserError: everything that does not fit, or that we do not have.
     """
     config = reading.read_json(path / CONFIG, strict=True)
     files.check_supported(path / CONFIG, config, KINDS, ("sae_type", "act_fn", "norm_activation", "use_glu_encoder"))

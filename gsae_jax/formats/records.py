@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.config import FLOAT32, INT32, ConfigError
+from gsae_jax import errors
+from gsae_jax.config import FLOAT32, INT32
+from gsae_jax.errors import UserError
 from gsae_jax.formats import files
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, trained
@@ -54,13 +56,13 @@ METADATA: dict[str, tuple[Any, ...]] = {
 }
 
 
-class DivergedError(ConfigError):
+class DivergedError(UserError):
     """An SAE has numbers that are not finite, which no reader would take."""
 
     def __init__(self, name: str, parameters: Iterable[str]):
         """`name`: of the SAE; `parameters`: the names of those that have such numbers."""
         why = "training diverged; train it again with a lower learning rate"
-        super().__init__(name, f"has numbers in {', '.join(parameters)} that are not finite or overflow: {why}")
+        super().__init__(f"has numbers in {', '.join(parameters)} that are not finite or overflow: {why}", name)
 
 
 def record(sae: trained.SAE) -> dict[str, Any]:
@@ -98,13 +100,13 @@ def held(sae: trained.SAE, tensors: Mapping[str, Collection[str]]) -> dict[str, 
         tensors: the names of parameters that the format has, by architecture.
 
     Raises:
-        ConfigError: an SAE of another architecture, or with other parameters.
+        UserError: an SAE of another architecture, or with other parameters.
         DivergedError: as `arrays`.
     """
     if set(sae.params) != set(tensors.get(sae.architecture, ())):
         kind = contract.variant(sae.architecture, sae.config)
-        raise ConfigError(
-            sae.name, f"is of the kind {kind!r}, which this format cannot hold; export one of {', '.join(tensors)}"
+        raise UserError(
+            f"is of the kind {kind!r}, which this format cannot hold; export one of {', '.join(tensors)}", sae.name
         )
     return arrays(sae)
 
@@ -138,10 +140,10 @@ def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> 
         ]
         try:
             contract.build_config(
-                contract.module_of(architecture), architecture, (1,), None, 1, told["dtype"], told["options"], ""
+                contract.module_of(architecture), architecture, (1,), None, 1, told["dtype"], told["options"]
             )
-        except ConfigError as error:
-            faults.append(f"{where}{str(error).lstrip('.')}")
+        except UserError as error:
+            faults.append(f"{where}{error}")
         faults += [f"{where}{name} is not known" for name in sorted(set(told) - set(KINDS))]
     return faults
 
@@ -157,7 +159,7 @@ def build(
     """The SAE of a file, with its record; one that is not ours has the name of its folder, or file.
 
     Raises:
-        ConfigError: parameters that do not fit the record, or overflow.
+        UserError: parameters that do not fit the record, or overflow.
     """
     # A name ends in a number, as in a stack.
     path = path.absolute()
@@ -169,7 +171,8 @@ def build(
     names = tables.not_finite(module, params)
     files.refuse(path, [f"the parameter {name} has numbers that are not finite or overflow" for name in names])
     width, d_in = params["W_dec"].shape
-    config = contract.build_config(module, architecture, (d_in,), None, width, told["dtype"], told["options"], name)
+    with errors.within(name):
+        config = contract.build_config(module, architecture, (d_in,), None, width, told["dtype"], told["options"])
     wanted = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
     if wanted.keys() != params.keys():
         kind = contract.variant(architecture, config)

@@ -8,7 +8,7 @@ from typing import Any
 import safetensors.numpy
 
 from gsae_jax import rendering
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.formats import files, foreign, records
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import reading, writing
@@ -50,7 +50,7 @@ METADATA = records.METADATA | {
 
 
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
-    """Write a new folder; raises `ConfigError` for an SAE or a path that cannot be used."""
+    """Write a new folder; raises `UserError` for an SAE or a path that cannot be used."""
     params = records.held(sae, {name: _tensors(name) for name in ARCHITECTURES})
     names = _tensors(sae.architecture)
     site = {"hook_name": sae.site} if sae.site else {}
@@ -90,15 +90,15 @@ def read(path: Path) -> trained.SAE:
     """The SAE of such a folder.
 
     Raises:
-        ConfigError: everything that does not fit, or that we do not have.
+        UserError: everything that does not fit, or that we do not have.
     """
     config = reading.read_json(path / CONFIG, strict=True)
     files.check_supported(path / CONFIG, config, KINDS | EARLIER, ("architecture", "activation_fn_str"))
     if _is_earlier(config):
-        raise ConfigError(
-            str(path / CONFIG),
+        raise UserError(
             "is of SAELens before 6, whose files differ; load it in SAELens 6 with SAE.load_from_disk, and save it "
             "again with its save_model",
+            str(path / CONFIG),
         )
     files.check_supported(path / CONFIG, config, KINDS, ("normalize_activations", "reshape_activations"))
     faults = files.misfits(config, KINDS)

@@ -17,7 +17,7 @@ import transformers
 
 from gsae_jax import config as config_lib
 from gsae_jax import plugins
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax.errors import UserError, known_names
 from gsae_jax.lms import gelu, hugging_face, partition, weights
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.transformer import Config, Model
@@ -55,7 +55,6 @@ class Checkpoint:
         model_type: `config.json`'s.
         family: the file of `lms/` that knows it.
         config: the model's settings.
-        field: what an error calls the path.
     """
 
     name: str
@@ -64,29 +63,28 @@ class Checkpoint:
     model_type: str
     family: Any
     config: Config
-    field: str
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] = "", revision: str = "", field: str = "lm.path") -> "Checkpoint":
+    def open(cls, path: str | os.PathLike[str] = "", revision: str = "") -> "Checkpoint":
         """A checkpoint from a directory or a hub name; "" is the embedded one.
 
         Raises:
-            ConfigError: there is none, or it is of a model that is not supported.
+            UserError: there is none, or it is of a model that is not supported.
         """
-        folder, commit = find(path, revision, field)
-        settings = read_settings(folder, field)
+        folder, commit = find(path, revision)
+        settings = read_settings(folder)
         if "model_type" not in settings and settings.keys() >= set(gelu.SIZES):
             what = f"{path} is a TransformerLens checkpoint, whose weights are a pickle"
-            raise ConfigError(field, f"{what}; {convert_once(path, commit)}")
-        family, config = understand(settings, folder, field)
-        return cls(str(path), folder, commit, settings["model_type"], family, config, field)
+            raise UserError(f"{what}; {convert_once(path, commit)}")
+        family, config = understand(settings, folder)
+        return cls(str(path), folder, commit, settings["model_type"], family, config)
 
     def module(self, num_layers: int | None = None, mesh: Any = None) -> Model:
         """The Linen module without its weights: whole, or its first blocks and no unembedding."""
         if num_layers is None:
             return Model(self.config, mesh=mesh)
         if not 0 < num_layers <= self.config.n_layers:
-            raise ConfigError("num_layers", f"is {num_layers}; this language model has {self.config.n_layers}")
+            raise UserError(f"is {num_layers}; this language model has {self.config.n_layers}", "num_layers")
         layers = self.config.layers[:num_layers]
         return Model(dataclasses.replace(self.config, layers=layers), head=False, mesh=mesh)
 
@@ -94,24 +92,22 @@ class Checkpoint:
         """The tokenizer, a `transformers` one.
 
         Raises:
-            ConfigError: what `tokenizer.load` refuses, or tokens that the model has no embedding for: words, or EOS.
+            UserError: what `tokenizer.load` refuses, or tokens that the model has no embedding for: words, or EOS.
         """
-        tokenizer = tokenizer_lib.load(self.folder, self.field)
+        tokenizer = tokenizer_lib.load(self.folder)
         # Some models have special tokens without an embedding, such as those for images. Text rarely has them.
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= self.config.d_vocab}
         words = sorted(beyond.keys() - special)
         if words:
-            raise ConfigError(
-                self.field,
+            raise UserError(
                 f"{self.folder} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {self.config.d_vocab} "
-                f"(the first without one is {beyond[words[0]]!r}, {words[0]}); write the directory of one whole model",
+                f"(the first without one is {beyond[words[0]]!r}, {words[0]}); write the directory of one whole model"
             )
         if tokenizer.eos_token_id in beyond:
-            raise ConfigError(
-                self.field,
+            raise UserError(
                 f"{self.folder} has the EOS token {tokenizer.eos_token!r} with id {tokenizer.eos_token_id}, but "
-                f"embeddings for {self.config.d_vocab} tokens; write another eos_token in {tokenizer_lib.CONFIG}",
+                f"embeddings for {self.config.d_vocab} tokens; write another eos_token in {tokenizer_lib.CONFIG}"
             )
         if tokenizer.bos_token_id in beyond:
             tokenizer.bos_token = (
@@ -123,15 +119,17 @@ class Checkpoint:
         """The parameters of a `module` of this checkpoint, each put on its shards as it is read.
 
         Raises:
-            ConfigError: weights that do not fit the model, all of them listed; nothing was loaded then.
+            UserError: weights that do not fit the model, all of them listed; nothing was loaded then.
         """
         if dtype not in ("float32", "bfloat16"):
-            raise ConfigError("dtype", f"is {dtype!r}; write 'float32' or 'bfloat16'")
+            raise UserError(f"is {dtype!r}; write 'float32' or 'bfloat16'", "dtype")
         shapes = _shapes(module)
         placed = partition.shardings(shapes, module.mesh)
         params: dict[tuple[str, ...], jax.Array] = {}
         finite: list[tuple[str, jax.Array]] = []
-        tensors, sources = self._match(shapes)
+        tensors, sources, faults = self._match(shapes)
+        if faults:
+            raise UserError(f"{tensors.label} does not fit {self.folder / 'config.json'}: {'; '.join(faults)}")
         for name, views in sources.items():
             value = tensors.read(name)
             for path, view in views.items():
@@ -140,34 +138,32 @@ class Checkpoint:
             del value  # before the next tensor is read: the host holds one
         bad = dict.fromkeys(name for name, ok in finite if not ok)
         if bad and not allow_nan:
-            raise ConfigError(
-                self.field,
+            raise UserError(
                 f"{self.folder} has weights that are NaN or infinite in {dtype}: {', '.join(bad)}; copy it again, "
-                "or use load_lm(..., allow_nan=True) to look at them",
+                "or use load_lm(..., allow_nan=True) to look at them"
             )
         return flax.traverse_util.unflatten_dict(params)
 
     def fingerprint(self) -> dict[str, str]:
         """Fingerprints of what the model computes: of `config.json` and of the weights."""
         self._fetch_weights()
-        settings = read_settings(self.folder, self.field)
+        settings = read_settings(self.folder)
         described = {name: value for name, value in settings.items() if name not in PROVENANCE}
-        tensors = weights.Tensors(self.folder, self.field)
+        tensors = weights.Tensors(self.folder)
         return {"config.json": config_lib.fingerprint(described), "weights": tensors.fingerprint()}
 
-    def check(self) -> None:
-        """Raises `ConfigError` where the weights do not fit the model; reads their names and shapes only."""
-        self._match(_shapes(self.module()))
+    def faults(self) -> list[str]:
+        """Everything in which the weights do not fit the model; reads their names and shapes only."""
+        return self._match(_shapes(self.module()))[-1]
 
-    def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[str, dict[tuple, Any]]]:
-        """The tensors, and of each that is wanted how its parts become parameters; every fault is raised at once."""
+    def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[str, dict[tuple, Any]], list[str]]:
+        """The tensors, of each that is wanted how its parts become parameters, and every fault."""
         self._fetch_weights()
-        tensors = weights.Tensors(self.folder, self.field)
+        tensors = weights.Tensors(self.folder)
         for pattern, method in QUANTISED.items():
             name = next((name for name in sorted(tensors.names) if re.search(pattern, name)), None)
             if name:
-                what = f"{tensors.label} has weights quantised with {method} ({name})"
-                raise ConfigError(self.field, f"{what}; {hugging_face.UNQUANTISED}")
+                return tensors, {}, [f"has weights quantised with {method} ({name}); {hugging_face.UNQUANTISED}"]
         sources, faults = weights.match(
             tensors,
             wanted,
@@ -177,99 +173,90 @@ class Checkpoint:
             ignored=self.family.IGNORED,
             tied=self.config.tied,
         )
-        if faults:
-            shown = "; ".join(dict.fromkeys(faults))
-            raise ConfigError(self.field, f"{tensors.label} does not fit {self.folder / 'config.json'}: {shown}")
-        return tensors, sources
+        return tensors, sources, list(dict.fromkeys(faults))
 
     def _fetch_weights(self) -> None:
         """Download the weights of a hub name."""
         if not self.revision:
             return
-        fetch(self.name, self.revision, self.field, "model*.safetensors")
+        fetch(self.name, self.revision, "model*.safetensors")
         if not list(self.folder.glob("model*.safetensors")):
-            raise ConfigError(
-                self.field,
+            raise UserError(
                 f"no safetensors weights of {self.name} are here; fetch them with a network, or if the hub has them as "
-                f"a pickle only, {convert_once(self.name, self.revision)}",
+                f"a pickle only, {convert_once(self.name, self.revision)}"
             )
 
 
-def find(path: str | os.PathLike[str], revision: str, field: str) -> tuple[Path, str]:
+def find(path: str | os.PathLike[str], revision: str) -> tuple[Path, str]:
     """(directory, hub commit or "") of a checkpoint; of the hub's, settings and tokenizer are fetched.
 
     Raises:
-        ConfigError: no such directory, or the hub cannot give it.
+        UserError: no such directory, or the hub cannot give it.
     """
     # Path.expanduser raises for an unknown user, and takes ./~ for ~.
     folder = Path(os.path.expanduser(path)) if path else EMBEDDED
     try:
         from_hub = not folder.is_dir()
     except OSError as error:  # a name that is too long, for one
-        raise ConfigError(field, f"{str(path)!r} cannot be looked at ({error}); write a directory that can") from error
+        raise UserError(f"{str(path)!r} cannot be looked at ({error}); write a directory that can") from error
     if not from_hub:
         if revision:
-            of = field.replace("path", "revision").replace("model", "revision")
-            raise ConfigError(of, f"is {revision!r}, but {str(path)!r} is not a hub name; write '' for a directory")
-        refuse_other_formats(folder, field)
+            why = f"is {revision!r}, but {str(path)!r} is not a hub name; write '' for a directory"
+            raise UserError(why, "revision")
+        refuse_other_formats(folder)
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles and not list(folder.glob("*.safetensors")):
-            raise ConfigError(
-                field,
+            raise UserError(
                 f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read; "
-                f"{convert_once(folder)}",
+                f"{convert_once(folder)}"
             )
     elif folder.is_file():
         how = GGUF if folder.suffix.lower() == ".gguf" else "write the directory that it is in"
-        raise ConfigError(field, f"{str(path)!r} is a file; {how}")
+        raise UserError(f"{str(path)!r} is a file; {how}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        folder = fetch(str(path), revision, field, "*.json", "*.model", "*.txt", "*.jinja")
+        folder = fetch(str(path), revision, "*.json", "*.model", "*.txt", "*.jinja")
         if not (folder / "config.json").exists():  # else the weights are still to be fetched
-            refuse_other_formats(folder, field)
+            refuse_other_formats(folder)
     else:
-        raise ConfigError(
-            field,
+        raise UserError(
             f"{str(path)!r} is not a directory; write a checkpoint directory, a hub name (owner/model), "
-            "or '' for the embedded model",
+            "or '' for the embedded model"
         )
     return folder, folder.name if from_hub else ""
 
 
-def refuse_other_formats(folder: Path, field: str) -> None:
-    """Raises `ConfigError` for a directory that holds an adapter or GGUF files, and no whole model beside them."""
+def refuse_other_formats(folder: Path) -> None:
+    """Raises `UserError` for a directory that holds an adapter or GGUF files, and no whole model beside them."""
     names = sorted(file.name for file in folder.iterdir())
     if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|pth)(\.index\.json)?", name) for name in names):
         return
     gguf = [name for name in names if name.lower().endswith(".gguf")]
     if gguf:
-        raise ConfigError(field, f"{folder} has its weights as GGUF ({gguf[0]}); {GGUF}")
+        raise UserError(f"{folder} has its weights as GGUF ({gguf[0]}); {GGUF}")
     adapters = [name for name in names if re.fullmatch(r"adapters?(_model)?\.(safetensors|bin|npz)", name)]
     if "adapter_config.json" in names and (adapters or "config.json" not in names):
-        base = reading.read_json(folder / "adapter_config.json", field).get("base_model_name_or_path")
-        raise ConfigError(
-            field,
+        base = reading.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(
             f"{folder} is an adapter (LoRA) for {base or 'another model'!r}, not a whole model; merge the two with "
-            "peft's merge_and_unload(), save the result with save_pretrained, and write its directory",
+            "peft's merge_and_unload(), save the result with save_pretrained, and write its directory"
         )
 
 
-def read_settings(folder: Path, field: str) -> dict[str, Any]:
-    """The `config.json` of a checkpoint directory; raises `ConfigError` where there is none."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint directory; raises `UserError` where there is none."""
     if not (folder / "config.json").is_file():
-        raise ConfigError(
-            field,
-            f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)",
+        raise UserError(
+            f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)"
         )
-    return reading.read_json(folder / "config.json", field)
+    return reading.read_json(folder / "config.json")
 
 
-def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any, Config]:
-    """The family of a `config.json`, and what it describes; raises `ConfigError` for what we lack."""
+def understand(settings: dict[str, Any], folder: Path) -> tuple[Any, Config]:
+    """The family of a `config.json`, and what it describes; raises `UserError` for what we lack."""
     families = {kind: family for family in plugins.known("lms", "MODEL_TYPES").values() for kind in family.MODEL_TYPES}
     if settings.get("model_type") is None:
-        raise ConfigError(
-            field,
-            f"{folder / 'config.json'} has no model_type: it is not a language model's; write the directory of one",
+        raise UserError(
+            f"{folder / 'config.json'} has no model_type: it is not a language model's; write the directory of one"
         )
     model_type = str(settings["model_type"])
     if model_type not in families:
@@ -282,15 +269,15 @@ def understand(settings: dict[str, Any], folder: Path, field: str) -> tuple[Any,
             advice = f"known: {', '.join(known)}"
         else:
             advice = known_names(model_type, known)
-        raise ConfigError(field, f"{what}; {advice}")
+        raise UserError(f"{what}; {advice}")
     try:
         return families[model_type], families[model_type].config(settings)
     except ValueError as error:
-        raise ConfigError(field, f"{folder / 'config.json'} {error}") from error
+        raise UserError(f"{folder / 'config.json'} {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
         # A value of a wrong kind, deep within.
         why = f"{type(error).__name__}: {error}"
-        raise ConfigError(field, f"{folder / 'config.json'} is not valid ({why}); copy it again") from error
+        raise UserError(f"{folder / 'config.json'} is not valid ({why}); copy it again") from error
 
 
 def convert_once(source: str | os.PathLike[str], revision: str = "") -> str:
@@ -299,27 +286,26 @@ def convert_once(source: str | os.PathLike[str], revision: str = "") -> str:
     return f"convert it once with: python -m gsae_jax.convert_lm {source} OUT{flag}, and write OUT"
 
 
-def fetch(name: str, revision: str, field: str, *patterns: str) -> Path:
+def fetch(name: str, revision: str, *patterns: str) -> Path:
     """The local copy of the hub's files that match; its name is the commit.
 
     Raises:
-        ConfigError: the hub cannot be asked, or has no such thing.
+        UserError: the hub cannot be asked, or has no such thing.
     """
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
     except huggingface_hub.errors.IncompleteSnapshotError as error:
-        raise ConfigError(
-            field, f"not all of {name!r} was fetched from the hub, which cannot be reached; run this with a network"
+        raise UserError(
+            f"not all of {name!r} was fetched from the hub, which cannot be reached; run this with a network"
         ) from error
     except (huggingface_hub.errors.LocalEntryNotFoundError, huggingface_hub.errors.OfflineModeIsEnabled) as error:
-        raise ConfigError(
-            field,
+        raise UserError(
             f"{name!r} is not a directory here and was never fetched from the hub, which cannot be reached; "
-            "write a checkpoint directory, or run this once with a network",
+            "write a checkpoint directory, or run this once with a network"
         ) from error
     except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
         why = " ".join(str(error).split())
-        raise ConfigError(field, f"{name!r} is not a directory here, and the hub refuses it: {why}") from error
+        raise UserError(f"{name!r} is not a directory here, and the hub refuses it: {why}") from error
 
 
 def abstract_params(module: Model, dtype: str) -> dict[str, Any]:
@@ -335,7 +321,7 @@ def save(folder: Path, config: Config, params: Any, tokenizer: Any) -> None:
     """Write a GELU model as a new checkpoint directory: bfloat16 weights, `config.json`, tokenizer.
 
     Raises:
-        ConfigError: the directory exists and is not empty, or cannot be written.
+        UserError: the directory exists and is not empty, or cannot be written.
     """
     flat = flax.traverse_util.flatten_dict(params)
     tensors = {".".join(path): np.asarray(value, jnp.bfloat16) for path, value in flat.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from gsae_jax.config import known_names
+from gsae_jax.errors import known_names
 from gsae_jax.lms.transformer import ACTIVATIONS, check_size
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.config import ConfigError
+from gsae_jax import errors
+from gsae_jax.errors import UserError
 from gsae_jax.lms import partition
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -91,7 +92,7 @@ class LM:
             mask_BxT: False (or 0) at padding.
 
         Raises:
-            ConfigError: tokens or a mask that do not fit, an SAE of another site, or a tap that returns another shape.
+            UserError: tokens or a mask that do not fit, an SAE of another site, or a tap that returns another shape.
         """
         self._check_head()
         tokens = self._tokens(tokens_BxT)
@@ -100,7 +101,7 @@ class LM:
 
     def _check_head(self) -> None:
         if not self.module.head:
-            raise ConfigError("num_layers", "was given to load_lm, so there is no unembedding; load the whole model")
+            raise UserError("was given to load_lm, so there is no unembedding; load the whole model", "num_layers")
 
     def _tokens(self, tokens_BxT: jax.typing.ArrayLike) -> jax.Array:
         """Tokens [B, T], int32. Under `jax.jit` their shape is checked; their values are not known yet."""
@@ -108,15 +109,11 @@ class LM:
         try:
             tokens: Any = tokens_BxT if traced else np.asarray(tokens_BxT)
         except ValueError as error:
-            raise ConfigError("tokens", "are rows of several lengths; pad them, and give the mask") from error
+            raise UserError("are rows of several lengths; pad them, and give the mask", "tokens") from error
         if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ConfigError(
-                "tokens", f"are {tokens.dtype}{list(tokens.shape)}; give integers of shape [batch, tokens]"
-            )
+            raise UserError(f"are {tokens.dtype}{list(tokens.shape)}; give integers of shape [batch, tokens]", "tokens")
         if tokens.shape[1] > self.config.n_ctx:
-            raise ConfigError(
-                "tokens", f"have {tokens.shape[1]} positions; this language model has {self.config.n_ctx}"
-            )
+            raise UserError(f"have {tokens.shape[1]} positions; this language model has {self.config.n_ctx}", "tokens")
         if not traced:
             check_tokens(tokens, self.config.d_vocab, "tokens")
         return jnp.asarray(tokens, jnp.int32)
@@ -126,8 +123,8 @@ def _mask(mask_BxT: jax.typing.ArrayLike | None, tokens_BxT: jax.Array) -> jax.A
     if mask_BxT is None:
         return None
     if jnp.shape(mask_BxT) != tokens_BxT.shape:
-        raise ConfigError(
-            "mask", f"has shape {list(jnp.shape(mask_BxT))}; write that of tokens, {list(tokens_BxT.shape)}"
+        raise UserError(
+            f"has shape {list(jnp.shape(mask_BxT))}; write that of tokens, {list(tokens_BxT.shape)}", "mask"
         )
     return jnp.asarray(mask_BxT, bool)
 
@@ -187,28 +184,29 @@ def load_lm(
         allow_nan: load weights that are not all finite.
 
     Raises:
-        ConfigError: not a checkpoint, an unsupported model, or weights that do not fit it (all of them listed).
+        UserError: not a checkpoint, an unsupported model, or weights that do not fit it (all of them listed).
     """
-    checkpoint = Checkpoint.open(path, revision)
-    module = checkpoint.module(num_layers, mesh)
-    tokenizer = checkpoint.tokenizer()
-    return LM(str(checkpoint.folder), module, checkpoint.params(module, dtype, allow_nan), tokenizer)
+    with errors.about("path"):
+        checkpoint = Checkpoint.open(path, revision)
+        module = checkpoint.module(num_layers, mesh)
+        tokenizer = checkpoint.tokenizer()
+        return LM(str(checkpoint.folder), module, checkpoint.params(module, dtype, allow_nan), tokenizer)
 
 
 def check_context(module: Any, context_length: int) -> None:
-    """Raises `ConfigError` for rows of more tokens than a language model has positions for."""
+    """Raises `UserError` for rows of more tokens than a language model has positions for."""
     if context_length > module.config.n_ctx:
-        raise ConfigError(
-            "data.context_length",
+        raise UserError(
             f"is {context_length}; this language model has positions for {module.config.n_ctx}",
+            "data.context_length",
         )
 
 
 def check_tokens(tokens: np.ndarray, d_vocab: int, field: str) -> None:
-    """Raises `ConfigError` for ids that the model has no embedding for."""
+    """Raises `UserError` for ids that the model has no embedding for."""
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < d_vocab:
-        raise ConfigError(
-            field, f"go from {tokens.min()} to {tokens.max()}; this language model has ids 0 to {d_vocab - 1}"
+        raise UserError(
+            f"go from {tokens.min()} to {tokens.max()}; this language model has ids 0 to {d_vocab - 1}", field
         )
 
 

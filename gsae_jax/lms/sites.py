@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax.errors import UserError, known_names
 
 Tap = Callable[[str, jax.Array], Any]
 
@@ -55,14 +55,14 @@ def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
     """The tap itself, or for an edit the tap that applies it at its site.
 
     Raises:
-        ConfigError: it is neither a tap nor an edit, or the site of the edit is none of `sites`.
+        UserError: it is neither a tap nor an edit, or the site of the edit is none of `sites`.
     """
     if not callable(tap):
-        raise ConfigError("tap", f"is of type {type(tap).__name__}; give a function of (site, activations), or an SAE")
+        raise UserError(f"is of type {type(tap).__name__}; give a function of (site, activations), or an SAE", "tap")
     if not isinstance(tap, Edit):
         return tap
     if not tap.site:
-        raise ConfigError("tap", "does not say its site; give `lambda site, x: sae(x) if site == '...' else x`")
+        raise UserError("does not say its site; give `lambda site, x: sae(x) if site == '...' else x`", "tap")
     check(tap.site, sites, "tap")
     return splice({tap.site: tap})
 
@@ -73,7 +73,7 @@ def checked(tap: Tap) -> Tap:
     Without the check a smaller array would be broadcast, and the model would compute wrong numbers.
 
     Raises:
-        ConfigError: when called, if the tap does not return an array of real numbers of the activations' shape.
+        UserError: when called, if the tap does not return an array of real numbers of the activations' shape.
     """
 
     def apply(site: str, x: jax.Array) -> jax.Array:
@@ -88,10 +88,10 @@ def checked(tap: Tap) -> Tap:
             if shape == x.shape and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
                 return jnp.asarray(value, x.dtype)
             what = f"{dtype}{list(shape)}"
-        raise ConfigError(
-            "tap",
+        raise UserError(
             f"returned {what} at {site}, where activations are {x.dtype}{list(x.shape)}; return an array of their "
             "shape, or None to leave them as they are",
+            "tap",
         )
 
     return apply
@@ -101,11 +101,11 @@ def layer_of(site: str) -> int:
     """The block a site belongs to.
 
     Raises:
-        ConfigError: it is not written as one.
+        UserError: it is not written as one.
     """
     match = re.match(r"blocks\.(\d+)\.", site)
     if not match:
-        raise ConfigError("site", f"{site!r} is not a site; write one like 'blocks.0.hook_mlp_out'")
+        raise UserError(f"{site!r} is not a site; write one like 'blocks.0.hook_mlp_out'", "site")
     return int(match[1])
 
 
@@ -158,9 +158,9 @@ def _number(digits: str) -> str:
 
 
 def check(site: str, sites: Iterable[str], field: str) -> None:
-    """Raises `ConfigError`, listing the sites, where `site` is none of them."""
+    """Raises `UserError`, listing the sites, where `site` is none of them."""
     sites = list(sites)
     if site not in sites:
         ours = hook_name(site) or hook_name(site, norm_after=False)
         hint = f"did you mean {ours!r}? known: {', '.join(sites)}" if ours in sites else known_names(site, sites)
-        raise ConfigError(field, f"{site!r} is not a site of this language model; {hint}")
+        raise UserError(f"{site!r} is not a site of this language model; {hint}", field)

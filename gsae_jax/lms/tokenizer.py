@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 import transformers
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.lms import hugging_face
 from gsae_jax.storage import reading
 
@@ -24,37 +24,37 @@ KEPT = ("chat_template", "model_max_length", "padding_side")  # settings that do
 PROBES = ("The cat sat on the mat, and it's 3 o'clock.", "def main(): return x", "(a) déjà-vu")
 
 
-def load(folder: Path, field: str) -> Any:
+def load(folder: Path) -> Any:
     """A `transformers` tokenizer that gives the tokens of `tokenizer.json`, neither truncated nor padded.
 
     A folder without that file may have older vocabulary files, of which transformers makes a tokenizer.
 
     Raises:
-        ConfigError: no tokenizer files, files that cannot be read, or an EOS that they lack.
+        UserError: no tokenizer files, files that cannot be read, or an EOS that they lack.
     """
     settings = {
-        name: reading.read_json(folder / name, field)
+        name: reading.read_json(folder / name)
         for name in ("config.json", FILE, CONFIG, MAP)
         if (folder / name).exists()
     }
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of every model_type it has no class for
     try:
-        tokenizer = (_from_file if FILE in settings else _from_older_files)(folder, settings, field)
+        tokenizer = (_from_file if FILE in settings else _from_older_files)(folder, settings)
         tokenizer("a b", add_special_tokens=False)
         if not all(isinstance(number, int) for number in tokenizer.all_special_ids):
             raise ValueError(f"not all of its special tokens have ids: {tokenizer.special_tokens_map}")
-    except (ConfigError, KeyboardInterrupt, SystemExit):
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever a wrong value leads to; a panic of tokenizers is no Exception
         why = f"{str(error).strip().partition(chr(10))[0] or type(error).__name__}; copy its files again"
-        raise ConfigError(field, f"{folder} has no tokenizer that can be read: {why}") from error
+        raise UserError(f"{folder} has no tokenizer that can be read: {why}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     return tokenizer
 
 
-def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
+def _from_file(folder: Path, settings: Mapping[str, Any]) -> Any:
     backend = tokenizers.Tokenizer.from_file(str(folder / FILE))
     backend.no_truncation()
     backend.no_padding()
@@ -71,10 +71,9 @@ def _from_file(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
         if backend.token_to_id(token) is not None:
             setattr(tokenizer, role, token)
         elif role == "eos_token":
-            raise ConfigError(
-                field,
+            raise UserError(
                 f"{folder} names the EOS token {token!r}, which {FILE} does not have; write one that it has as "
-                f"eos_token in {CONFIG}",
+                f"eos_token in {CONFIG}"
             )
     return tokenizer
 
@@ -103,21 +102,21 @@ def _from_id(number: Any, backend: tokenizers.Tokenizer) -> str | None:
     return token.content if token is not None and token.special else None
 
 
-def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> Any:
+def _from_older_files(folder: Path, settings: Mapping[str, Any]) -> Any:
     """The tokenizer that transformers makes from older files, if it reads them; some classes invent a vocabulary."""
     if "auto_map" in settings.get(CONFIG, {}):
-        raise ConfigError(
-            field, f"{folder} has a tokenizer that is code (auto_map in {CONFIG}), which is not run; save it as {FILE}"
+        raise UserError(
+            f"{folder} has a tokenizer that is code (auto_map in {CONFIG}), which is not run; save it as {FILE}"
         )
     files = sorted({file.name for pattern in OLDER for file in folder.glob(pattern)})
     if not files:
-        raise ConfigError(field, f"{folder} has no tokenizer files; copy the model's {FILE} there")
+        raise UserError(f"{folder} has no tokenizer files; copy the model's {FILE} there")
     for name in files:
         if not (folder / name).is_file():
-            raise ConfigError(field, f"{folder / name} is not a file; write one that can be read to its end")
-        reading.check_fetched(folder / name, field)
+            raise UserError(f"{folder / name} is not a file; write one that can be read to its end")
+        reading.check_fetched(folder / name)
     if "vocab.json" not in files and files[-1].endswith(".model") and not importlib.util.find_spec("sentencepiece"):
-        raise ConfigError(field, f"{folder / files[-1]} can only be read with sentencepiece: pip install sentencepiece")
+        raise UserError(f"{folder / files[-1]} can only be read with sentencepiece: pip install sentencepiece")
     advice = f"copy the model's {FILE} there, or name its tokenizer_class in {CONFIG}"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -128,14 +127,14 @@ def _from_older_files(folder: Path, settings: Mapping[str, Any], field: str) -> 
         )
     except Exception as error:
         why = str(error).strip().partition("\n")[0].rstrip(": ")
-        raise ConfigError(field, f"{folder} has {', '.join(files)}, but no tokenizer: {why}; {advice}") from error
+        raise UserError(f"{folder} has {', '.join(files)}, but no tokenizer: {why}; {advice}") from error
     kind, read = type(tokenizer).__name__, tokenizer.init_kwargs.get("vocab_file")
     if not read:
-        raise ConfigError(field, f"{folder} has {', '.join(files)}, none of which {kind} reads; {advice}")
+        raise UserError(f"{folder} has {', '.join(files)}, none of which {kind} reads; {advice}")
     if "vocab.json" in files and str(read).endswith("vocab.json"):
-        _check_vocabulary(tokenizer, reading.read_json(folder / "vocab.json", field), folder / "vocab.json")
+        _check_vocabulary(tokenizer, reading.read_json(folder / "vocab.json"), folder / "vocab.json")
     if str(read).endswith(".model"):
-        _compare_with_sentencepiece(tokenizer, read, f"{kind} reads {read} as other tokens", advice, field)
+        _compare_with_sentencepiece(tokenizer, read, f"{kind} reads {read} as other tokens", advice)
     return tokenizer
 
 
@@ -148,11 +147,11 @@ def _check_vocabulary(tokenizer: Any, expected: Mapping[str, int], file: Path) -
             raise ValueError(f"{file.name} gives {token!r} the id {number!r}, which is no number or another token's")
 
 
-def _compare_with_sentencepiece(tokenizer: Any, file: str, what: str, advice: str, field: str) -> None:
+def _compare_with_sentencepiece(tokenizer: Any, file: str, what: str, advice: str) -> None:
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=file)
     for text in PROBES:
         ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
         if ours != theirs:
-            raise ConfigError(field, f"{what}: {text!r} is {ours}, and {theirs} in sentencepiece; {advice}")
+            raise UserError(f"{what}: {text!r} is {ours}, and {theirs} in sentencepiece; {advice}")

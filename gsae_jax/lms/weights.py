@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.storage import reading
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,24 +34,24 @@ class Tensors:
         faults: what is wrong with the files themselves.
     """
 
-    def __init__(self, folder: Path, field: str):
+    def __init__(self, folder: Path):
         self.faults: list[str] = []
-        self._field, self._files = field, {}
+        self._files: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
         if (folder / INDEX).exists():
             self.label = folder / INDEX
-            index = read_index(folder / INDEX, field)
+            index = read_index(folder / INDEX)
             files = sorted(set(index.values()))
             lost = [file for file in files if not (folder / file).is_file()]
             if lost:
-                raise ConfigError(field, f"{self.label} names {', '.join(lost)}, which are not there; copy them again")
+                raise UserError(f"{self.label} names {', '.join(lost)}, which are not there; copy them again")
             beside = {file.name for file in folder.glob("model-*.safetensors")} - set(files)
             self.faults += [f"{file} lies there but is not in the index" for file in sorted(beside)]
         else:
             self.label, index, files = folder / WEIGHTS, {}, [WEIGHTS]
         for file in files:
             if not (folder / file).is_file():
-                raise ConfigError(field, f"{folder} has no {WEIGHTS} or {INDEX}; its weights must be in that format")
+                raise UserError(f"{folder} has no {WEIGHTS} or {INDEX}; its weights must be in that format")
             try:
                 # It reads the header alone, and compares its length and every offset and shape with the file's size.
                 opened = safetensors.safe_open(folder / file, "np")
@@ -62,11 +62,9 @@ class Tensors:
                 if index and index.get(name) != file:
                     self.faults.append(f"{name} is in {file}, but not so in the index")
 
-    def _unreadable(self, file: Path, error: Exception) -> ConfigError:
-        reading.check_fetched(file, self._field)
-        return ConfigError(
-            self._field, f"{file} cannot be read ({error}); it is truncated or not a safetensors file: copy it again"
-        )
+    def _unreadable(self, file: Path, error: Exception) -> UserError:
+        reading.check_fetched(file)
+        return UserError(f"{file} cannot be read ({error}); it is truncated or not a safetensors file: copy it again")
 
     @property
     def names(self) -> set[str]:
@@ -241,12 +239,12 @@ def finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-def read_index(file: Path, field: str) -> dict[str, str]:
-    """The file that each tensor is in; raises `ConfigError` for what is no index, or names no files beside it."""
-    index = reading.read_json(file, field).get("weight_map")
+def read_index(file: Path) -> dict[str, str]:
+    """The file that each tensor is in; raises `UserError` for what is no index, or names no files beside it."""
+    index = reading.read_json(file).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise ConfigError(field, f"{file} has no weight_map from tensors to files; copy it again")
+        raise UserError(f"{file} has no weight_map from tensors to files; copy it again")
     for name in index.values():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}", name, re.ASCII):
-            raise ConfigError(field, f"{file} names {name!r}, which is no file beside it; copy it again")
+            raise UserError(f"{file} names {name!r}, which is no file beside it; copy it again")
     return index

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from gsae_jax import plugins
-from gsae_jax.config import ConfigError
+from gsae_jax import errors, plugins
+from gsae_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,27 +43,28 @@ class Logger(Protocol):
 
 
 def module(name: str) -> Any:
-    """The file of a logger; raises `ConfigError` where there is none."""
-    return plugins.load("loggers", name, having="open_logger", field="loggers")
+    """The file of a logger; raises `UserError` where there is none."""
+    with errors.about("loggers"):
+        return plugins.load("loggers", name, having="open_logger")
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises `ConfigError` for loggers that do not exist or are named twice."""
+    """Raises `UserError` for loggers that do not exist or are named twice."""
     names = list(names)
     if len(set(names)) < len(names):
-        raise ConfigError("loggers", f"are {names}; write each once")
+        raise UserError(f"are {names}; write each once", "loggers")
     for name in names:
         module(name)
 
 
 def check(names: Iterable[str]) -> None:
-    """Raises `ConfigError` for loggers that cannot be used: their package is not there, or their own `check` raises."""
+    """Raises `UserError` for loggers that cannot be used: their package is not there, or their own `check` raises."""
     names = list(names)
     check_names(names)
     for name in names:
         package = module(name).PACKAGE
         if importlib.util.find_spec(package) is None:
             message = f"{name!r} needs the package {package}; `pip install '.[{name}]'` first, or leave it out"
-            raise ConfigError("loggers", message)
+            raise UserError(message, "loggers")
         if hasattr(module(name), "check"):
             module(name).check()

@@ -6,17 +6,17 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.loggers import Run
 
 PACKAGE = "wandb"
 
 
 def check() -> None:
-    """Raises `ConfigError` where numbers would go to an account, and nobody is logged in."""
+    """Raises `UserError` where numbers would go to an account, and nobody is logged in."""
     wandb: Any = importlib.import_module("wandb")
     if not _offline(wandb) and not wandb.login(prompt=False, verify=False):
-        raise ConfigError("loggers", "'wandb' is not logged in; run `wandb login`, or set WANDB_MODE=offline")
+        raise UserError("'wandb' is not logged in; run `wandb login`, or set WANDB_MODE=offline", "loggers")
 
 
 def _offline(wandb: Any) -> bool:
@@ -31,7 +31,7 @@ class History:
         """Begin, or continue.
 
         Raises:
-            ConfigError: wandb cannot, as without a network.
+            UserError: wandb cannot, as without a network.
         """
         path = run.path / "wandb_id"
         if not path.exists():
@@ -50,7 +50,7 @@ class History:
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             why = " ".join(str(error).split())
             message = f"wandb cannot begin ({why}); connect to its server, or set WANDB_MODE=offline"
-            raise ConfigError("loggers", message) from error
+            raise UserError(message, "loggers") from error
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """One row; of a step that comes again wandb keeps the first, and says so."""

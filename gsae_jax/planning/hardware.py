@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax.errors import UserError, known_names
 
 GIB = 2**30
 NODE = 8  # GPUs that are linked to each other
@@ -61,7 +61,7 @@ class Topology(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """Of "v5e:4x4", "gpu:h100x8", "cpu:8"; raises `ConfigError` for what is none."""
+        """Of "v5e:4x4", "gpu:h100x8", "cpu:8"; raises `UserError` for what is none."""
         match = re.fullmatch(r"(gpu:\w+?)x(\d+)|(\w+):(\d+(?:x\d+)*)", text)
         gpu, number, kind, size = match.groups() if match else (None, None, None, None)
         chip, sides = gpu or kind, tuple(int(side) for side in (number or size or "0").split("x"))
@@ -72,7 +72,7 @@ class Topology(NamedTuple):
                 what = f"write one like v5e:4x4, gpu:h100x8 or cpu:8; {known_names(chip or text, known)}"
             else:
                 what = f"write how many devices there are, such as {cls(written, EXAMPLES.get(written, (8,)))}"
-            raise ConfigError("--topology", f"is {text!r}; {what}")
+            raise UserError(f"is {text!r}; {what}", "--topology")
         return cls(chip, sides)
 
     def __str__(self) -> str:
@@ -92,11 +92,11 @@ class Topology(NamedTuple):
         """Devices to compile for, real ones only of "cpu"; None where there is no compiler.
 
         Raises:
-            ConfigError: more CPU devices than there are, or a topology that libtpu does not know.
+            UserError: more CPU devices than there are, or a topology that libtpu does not know.
         """
         if self.chip == "cpu":
             if jax.default_backend() != "cpu" or jax.device_count() < self.size:
-                raise ConfigError("--topology", f"is {str(self)!r}, but there are {jax.device_count()} CPU devices")
+                raise UserError(f"is {str(self)!r}, but there are {jax.device_count()} CPU devices", "--topology")
             return jax.devices()[: self.size]
         if self.chip.startswith("gpu") or not importlib.util.find_spec("libtpu"):
             return None
@@ -110,7 +110,7 @@ class Topology(NamedTuple):
             return topologies.get_topology_desc(str(self), "tpu", **options).devices
         except Exception as error:  # the runtime's own kinds
             why = " ".join(str(error).split())[:300]
-            raise ConfigError("--topology", f"is {str(self)!r}, which libtpu refuses ({why})") from error
+            raise UserError(f"is {str(self)!r}, which libtpu refuses ({why})", "--topology") from error
 
 
 def bandwidth(chip: Chip, shape: Mapping[str, int], axes: Collection[str]) -> float:

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from gsae_jax import errors
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
+from gsae_jax.errors import UserError
 from gsae_jax.lms import attention, loading
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.planning import collectives
@@ -42,9 +44,10 @@ class Case:
 
     @classmethod
     def build(cls, config: Experiment, topology: Topology) -> "Case":
-        """Raises `ConfigError` for a config that cannot run on the topology."""
+        """Raises `UserError` for a config that cannot run on the topology."""
         mesh = mesh_of(config, topology)
-        checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
+        with errors.about("lm.path", revision="lm.revision"):
+            checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         program = Program.build(config, mesh, checkpoint, special_tokens=(0,))
         shape = (config.rows_per_call, config.data.context_length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(mesh, "data"))
@@ -114,7 +117,7 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
         (all do) and `in_turn` (none does).
 
     Raises:
-        ConfigError: an unknown topology, or a config that cannot run on it.
+        UserError: an unknown topology, or a config that cannot run on it.
     """
     where = Topology.parse(topology)
     case = Case.build(config, where)
@@ -289,7 +292,7 @@ def advice(case: Case, topology: Topology, total: int) -> Iterator[dict[str, Any
                 change = {"mesh.data": 0} | change
             try:
                 other = Case.build(changed(config, change), change.get("topology", topology))
-            except ConfigError:  # the config or the mesh does not allow it
+            except UserError:  # the config or the mesh does not allow it
                 continue
             if (found := other.estimate()["total"] + slack) <= memory:
                 flags = [
@@ -301,7 +304,7 @@ def advice(case: Case, topology: Topology, total: int) -> Iterator[dict[str, Any
 
 
 def changed(config: Experiment, change: Mapping[str, Any]) -> Experiment:
-    """With other values of fields, {"section.name": value}; raises `ConfigError` for a combination that cannot be."""
+    """With other values of fields, {"section.name": value}; raises `UserError` for a combination that cannot be."""
     for field, value in change.items():
         section, _, name = field.partition(".")
         if name:

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gsae_jax import export, plugins, rendering, sae_loading
-from gsae_jax.config import ConfigError
+from gsae_jax import errors, export, plugins, rendering, sae_loading
+from gsae_jax.errors import UserError
 from gsae_jax.evaluation import report
 from gsae_jax.saes import contract, trained
 from gsae_jax.storage import reading, run_directory, writing
@@ -17,15 +17,17 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
     The SAEs are those of the checkpoint that the report is about.
 
     Raises:
-        ConfigError: a run without a report or that checkpoint, an unknown format, or one that cannot hold one of them.
+        UserError: a run without a report or that checkpoint, an unknown format, or one that cannot hold one of them.
     """
     place = run_directory.Workdir(workdir)
     if not formats or len(set(formats)) < len(formats):
-        raise ConfigError("--format", f"is {','.join(formats)!r}; write different formats such as saelens")
+        raise UserError(f"is {','.join(formats)!r}; write different formats such as saelens", "--format")
     for format in formats:
-        plugins.load("formats", format, having="write", field="--format")
+        with errors.about("--format"):
+            plugins.load("formats", format, having="write")
     records = _records(place)
-    saes = sae_loading.load(workdir, step=run_directory.reported_step(place), field="--workdir")
+    with errors.about("--workdir"):
+        saes = sae_loading.load(workdir, step=run_directory.reported_step(place))
     with writing.new_folder(out) as folder:
         for format in formats:  # without SAEs that have diverged
             written = export.write(saes, format, folder / format)
@@ -41,7 +43,7 @@ def _records(place: run_directory.Workdir) -> list[dict[str, Any]]:
     path = place.report / "report.json"
     if not path.exists():
         place.config()  # says so where it is no run at all
-        raise ConfigError("--workdir", f"{place.path} has no report; finish its training, or run gsae_jax.evaluate")
+        raise UserError(f"{place.path} has no report; finish its training, or run gsae_jax.evaluate", "--workdir")
     try:
         numbers = reading.load_json(path)["saes"]
         # A metric that is not a number is null there.
@@ -52,7 +54,7 @@ def _records(place: run_directory.Workdir) -> list[dict[str, Any]]:
         report.contents(records)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f"{path} cannot be read ({type(error).__name__}: {error})"
-        raise ConfigError("--workdir", f"{why}; run gsae_jax.evaluate, which writes it again") from error
+        raise UserError(f"{why}; run gsae_jax.evaluate, which writes it again", "--workdir") from error
     return records
 
 

@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from gsae_jax import plugins
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.publishing import model_card
 from gsae_jax.storage.paths import error_line
 
@@ -18,7 +18,7 @@ def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> s
     """Upload; returns the address.
 
     Raises:
-        ConfigError: what `model_card.write` or the hub refuses; or `repo` is there, and public or private otherwise.
+        UserError: what `model_card.write` or the hub refuses; or `repo` is there, and public or private otherwise.
     """
     check(repo)
     with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
@@ -28,7 +28,7 @@ def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> s
             private = _private(repo)
         if private is not None and private == public:
             there, say = ("private", "leave --public out") if private else ("public", "add --public")
-            raise ConfigError("--repo", f"{repo} exists and is {there}; {say}, or write another name")
+            raise UserError(f"{repo} exists and is {there}; {say}, or write another name", "--repo")
         ours = [f"{name}/*" for name in ("report", *plugins.known("formats", having="write"))]
         with _asking(repo):
             if private is None:
@@ -54,16 +54,16 @@ def _asking(repo: str) -> Iterator[None]:
         yield
     except Exception as error:
         why = f"{repo} cannot be written ({error_line(error)})"
-        raise ConfigError(
-            "--repo", f"{why}; run `hf auth login` with a token that may write there, or try again"
+        raise UserError(
+            f"{why}; run `hf auth login` with a token that may write there, or try again", "--repo"
         ) from error
 
 
 def check(repo: str) -> None:
-    """Raises `ConfigError` for what cannot be a repository's name."""
+    """Raises `UserError` for what cannot be a repository's name."""
     try:
         huggingface_hub.utils.validate_repo_id(repo)
         if repo.count("/") != 1:
             raise errors.HFValidationError("it has no user or organisation")
     except errors.HFValidationError as error:
-        raise ConfigError("--repo", f"is {repo!r} ({error}); write user/name") from error
+        raise UserError(f"is {repo!r} ({error}); write user/name", "--repo") from error

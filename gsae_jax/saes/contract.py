@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import jax
 
 from gsae_jax import config as config_lib
-from gsae_jax import plugins
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax import errors, plugins
+from gsae_jax.errors import UserError, known_names
 
 BASELINE = "relu"  # what the report compares the others with
 Params = dict[str, jax.Array]
@@ -132,7 +132,7 @@ class Architecture(Protocol):
 
         `d_in`, `width` and `dtype` are set from the experiment, and `d_out` if it has that field. `d_in: int` reads
         one site, `d_in: tuple[int, ...]` several. Without `d_out` the sites that are read are written as well. Every
-        other field is an option, of any type that JSON has; `__post_init__` may raise `ConfigError` with its name.
+        other field is an option, of any type that JSON has; `__post_init__` may raise `UserError` with its name.
         """
 
     @property
@@ -175,39 +175,37 @@ class Trainable(Architecture, Protocol):
 
 def module_of(architecture: str) -> Architecture:
     """The file of `saes/` with the architecture's pure functions."""
-    return cast(Architecture, plugins.load("saes", architecture, having="PARAMETERS", field="architecture"))
+    return cast(Architecture, plugins.load("saes", architecture, having="PARAMETERS"))
 
 
-def trainable(architecture: str, field: str) -> Trainable:
+def trainable(architecture: str) -> Trainable:
     """The same for one that can be trained.
 
     Raises:
-        ConfigError: one that does not exist, or can only be evaluated; the message starts with `field`.
+        UserError: one that does not exist, or can only be evaluated.
     """
     names = plugins.known("saes", having="loss")
     if architecture in set(plugins.known("saes", having="PARAMETERS")) - set(names):
-        raise ConfigError(
-            field, f"{architecture!r} is for evaluation and cannot be trained; write one of {', '.join(names)}"
-        )
-    return cast(Trainable, plugins.load("saes", architecture, having="loss", field=field))
+        raise UserError(f"{architecture!r} is for evaluation and cannot be trained; write one of {', '.join(names)}")
+    return cast(Trainable, plugins.load("saes", architecture, having="loss"))
 
 
-def build(field: str, stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tuple[Trainable, Any]:
+def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tuple[Trainable, Any]:
     """The architecture of a stack, and its Config.
 
     Args:
-        field: the stack's, in the experiment.
         stack: its settings.
         widths: of the sites.
         dtype: of the matrix products' operands.
 
     Raises:
-        ConfigError: as `trainable` and `build_config`.
+        UserError: as `trainable` and `build_config`.
     """
-    architecture = trainable(stack.architecture, f"{field}.architecture")
+    with errors.about("architecture"):
+        architecture = trainable(stack.architecture)
     d_in = tuple(widths[site] for site in stack.sites)
     d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
-    sae = build_config(architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options, field)
+    sae = build_config(architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options)
     return architecture, sae
 
 
@@ -219,7 +217,6 @@ def build_config(
     width: int,
     dtype: str,
     options: Mapping[str, Any],
-    field: str,
 ) -> Any:
     """The Config of an architecture.
 
@@ -231,11 +228,9 @@ def build_config(
         width: features.
         dtype: of the matrix products' operands.
         options: the others of its fields.
-        field: the stack's, in the experiment.
 
     Raises:
-        ConfigError: an option that does not exist or has a wrong value, or sites that the architecture does not take;
-            the message starts with the field.
+        UserError: an option that does not exist or has a wrong value, or sites that the architecture does not take.
     """
     kinds = typing.get_type_hints(architecture.Config)
     sizes: dict[str, Any] = {"width": width, "dtype": dtype}
@@ -243,25 +238,23 @@ def build_config(
         if size not in kinds:
             if widths is not None:
                 why = f"is given, but {name!r} writes the site that it reads; leave it out"
-                raise ConfigError(f"{field}.{site}", why)
+                raise UserError(why, site)
             continue
         several = kinds[size] is not int
         if widths is None:
             widths = d_in
         if not several and len(widths) != 1:
-            raise ConfigError(f"{field}.{site}", f"has {len(widths)} sites, but {name!r} takes one; write one")
+            raise UserError(f"has {len(widths)} sites, but {name!r} takes one; write one", site)
         sizes[size] = widths if several else widths[0]
     known = [setting.name for setting in dataclasses.fields(architecture.Config) if setting.name not in OWN]
     values = {}
-    for option, value in options.items():
-        path = f"{field}.options.{option}"
-        if option not in known:
-            raise ConfigError(path, f"is not an option of {name!r}; {known_names(option, known)}")
-        values[option] = config_lib.convert(path, kinds[option], value)
-    try:
+    with errors.within("options"):
+        for option, value in options.items():
+            with errors.within(option):
+                if option not in known:
+                    raise UserError(f"is not an option of {name!r}; {known_names(option, known)}")
+                values[option] = config_lib.convert(kinds[option], value)
         return architecture.Config(**sizes, **values)
-    except ConfigError as error:
-        raise error.within(f"{field}.options") from error
 
 
 def options(config: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.saes import linalg
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
 
@@ -106,7 +106,7 @@ def threshold(params: dict[str, jax.Array], config: Config) -> jax.Array:
     """The threshold [F] of each feature's activation in the JumpReLU form (Appendix E), in the inputs' units.
 
     Raises:
-        ConfigError: an untied encoder, of which there is no such form.
+        UserError: an untied encoder, of which there is no such form.
     """
     return jax.nn.relu(params["b_mag"] - magnitude_scale(params, config) * params["b_gate"])
 
@@ -115,10 +115,10 @@ def magnitude_scale(params: dict[str, jax.Array], config: Config) -> jax.Array:
     """What the magnitude's encoder is of the gate's [F].
 
     Raises:
-        ConfigError: an untied encoder, which is no multiple.
+        UserError: an untied encoder, which is no multiple.
     """
     if not config.tie_encoder:
-        raise ConfigError("tie_encoder", "is False; only a gated SAE with a tied encoder has a JumpReLU form")
+        raise UserError("is False; only a gated SAE with a tied encoder has a JumpReLU form", "tie_encoder")
     return jnp.exp(params["r_mag"]) if config.use_r_mag else jnp.ones_like(params["r_mag"])
 
 

@@ -47,7 +47,7 @@ def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, 
     """The same function (Appendix E of the paper): what a gate lets through is what exceeds its threshold.
 
     Raises:
-        ConfigError: an untied encoder, of which there is no such form.
+        UserError: an untied encoder, of which there is no such form.
     """
     W_enc = params["W_gate"] * gated.magnitude_scale(params, config)[None]
     return {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.saes import contract
 from gsae_jax.saes.contract import Architecture, Parameter, Params, Role
 
@@ -119,21 +119,18 @@ def _factor(parameter: Parameter, inputs: Sequence[Units], targets: Sequence[Uni
     return 1, 1
 
 
-def with_unit_rows(architecture: Architecture, params: Params, field: str) -> Params:
+def with_unit_rows(architecture: Architecture, params: Params) -> Params:
     """The same reconstructions from unit rows of the decoder, as training has them: features take the rows' norms.
 
     Raises:
-        ConfigError: a row of zeros, which has no direction, or numbers that are not finite; the message starts with
-            `field`.
+        UserError: a row of zeros, which has no direction, or numbers that are not finite.
     """
     if names := not_finite(architecture, params):
-        raise ConfigError(
-            field, f"has numbers in {', '.join(names)} that are not finite; write SAEs without such numbers"
-        )
+        raise UserError(f"has numbers in {', '.join(names)} that are not finite; write SAEs without such numbers")
     norms_F = jnp.linalg.norm(params[decoder(architecture)], axis=-1)
     if not norms_F.all():
         dead = int((norms_F == 0).sum())
-        raise ConfigError(field, f"has {dead} features whose row of the decoder is zero; write SAEs without such")
+        raise UserError(f"has {dead} features whose row of the decoder is zero; write SAEs without such")
     if jnp.abs(norms_F - 1).max() < 1e-5:
         return params
     scaled = dict(params)

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsae_jax import plugins
-from gsae_jax.config import ConfigError, Sites
+from gsae_jax import errors, plugins
+from gsae_jax.config import Sites
+from gsae_jax.errors import UserError
 from gsae_jax.saes import contract
 
 
@@ -61,7 +62,7 @@ class SAE(Sites):
         An SAE that reads several sites takes a tuple of arrays, in the order of `site`.
 
         Raises:
-            ConfigError: the last axis is not D, or `x` is not an array of real numbers.
+            UserError: the last axis is not D, or `x` is not an array of real numbers.
         """
         inputs, leading = self._inputs(x)
         return _encode(self.architecture, self.config, self.params, inputs).reshape(*leading, self.config.width)
@@ -85,9 +86,11 @@ class SAE(Sites):
             format: a file of `gsae_jax/formats/`: saelens, dictionary_learning, gemma_scope or jumprelu.
 
         Raises:
-            ConfigError: an unknown format or one that cannot hold this SAE, or a path that exists; nothing was written.
+            UserError: an unknown format or one that cannot hold this SAE, or a path that exists; nothing was written.
         """
-        plugins.load("formats", format, having="write", field="format").write(self, path)
+        with errors.about("format"):
+            module = plugins.load("formats", format, having="write")
+        module.write(self, path)
 
     def _inputs(self, x: Any) -> tuple[contract.Activations, tuple[int, ...]]:
         """Activations [B, D] as the architecture takes them, and the leading axes of `x`."""
@@ -96,17 +99,17 @@ class SAE(Sites):
             array = self._checked(x, sizes, "x")
             return array.reshape(-1, sizes), array.shape[:-1]
         if not isinstance(x, tuple | list) or len(x) != len(sizes):
-            raise ConfigError("x", f"is no tuple of {len(sizes)} arrays; give activations of {', '.join(self.sites)}")
+            raise UserError(f"is no tuple of {len(sizes)} arrays; give activations of {', '.join(self.sites)}", "x")
         arrays = [self._checked(part, size, f"x[{n}]") for n, (part, size) in enumerate(zip(x, sizes, strict=True))]
         shapes = [array.shape[:-1] for array in arrays]
         if len(set(shapes)) > 1:
-            raise ConfigError("x", f"has leading axes {', '.join(map(str, shapes))}; give arrays of the same tokens")
+            raise UserError(f"has leading axes {', '.join(map(str, shapes))}; give arrays of the same tokens", "x")
         return tuple(array.reshape(-1, array.shape[-1]) for array in arrays), shapes[0]
 
     def _checked(self, value: Any, size: int, name: str) -> jax.Array:
         value = as_floats(value, name)
         if value.ndim == 0 or value.shape[-1] != size:
-            raise ConfigError(name, f"has shape {list(value.shape)}; the last axis of this SAE's {name} is {size}")
+            raise UserError(f"has shape {list(value.shape)}; the last axis of this SAE's {name} is {size}", name)
         return value
 
 
@@ -114,7 +117,7 @@ def as_floats(value: Any, name: str) -> jax.Array:
     """An array of floating-point numbers, of the same type if it has one; integers become float32.
 
     Raises:
-        ConfigError: it is not an array of real numbers, such as a ragged list; the message begins with `name`.
+        UserError: it is not an array of real numbers, such as a ragged list; the message begins with `name`.
     """
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
         tensor = value.detach().cpu()
@@ -125,9 +128,9 @@ def as_floats(value: Any, name: str) -> jax.Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:  # NumPy refuses ragged lists, JAX text
         why = str(error).partition("\n")[0]
-        raise ConfigError(name, f"is no array of numbers ({why}); give one whose rows have equal lengths") from error
+        raise UserError(f"is no array of numbers ({why}); give one whose rows have equal lengths", name) from error
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise ConfigError(name, f"is of type {array.dtype}; give real numbers")
+        raise UserError(f"is of type {array.dtype}; give real numbers", name)
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
 
 

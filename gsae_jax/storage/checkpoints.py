@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.storage import paths, reading
 from gsae_jax.storage.facts import Facts
 
@@ -55,12 +55,12 @@ class SavedCheckpoints:
             step: look at this checkpoint only.
 
         Raises:
-            ConfigError: there are checkpoints, and none is sound; or not the one that is asked for.
+            UserError: there are checkpoints, and none is sound; or not the one that is asked for.
         """
         steps = sorted(self._steps(), reverse=True)
         if step is not None:
             if step not in steps:
-                raise ConfigError("step", f"{step} has no checkpoint in {self.path}; write one of {steps[::-1]}")
+                raise UserError(f"{step} has no checkpoint in {self.path}; write one of {steps[::-1]}", "step")
             steps = [step]
         if parts != ("",) and steps and not any((self._folder / str(step) / MANIFEST).exists() for step in steps):
             logger.warning(f"the checkpoints in {self.path} are of an earlier version, which wrote no hashes")
@@ -73,10 +73,10 @@ class SavedCheckpoints:
             problems.append(f"checkpoint {step}: {problem}")
             logger.warning(f"{problems[-1]}; looking for an earlier one")
         if problems:
-            raise ConfigError(
-                self.field,
+            raise UserError(
                 f"no checkpoint in {self.path} is whole ({'; '.join(problems)}); put these files back, or write "
                 "another directory",
+                self.field,
             )
         return None
 
@@ -99,14 +99,14 @@ class SavedCheckpoints:
             return checkpointer.restore(self._item(step, "params"), like)
 
     def facts(self, step: int) -> Facts:
-        """What a checkpoint says of its run; raises `ConfigError` where they are not as they were written."""
+        """What a checkpoint says of its run; raises `UserError` where they are not as they were written."""
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, _readable(self.path, step, self.field):
             tree = checkpointer.restore(self._item(step, "facts"), args=ocp.args.JsonRestore())
         try:
             return Facts.from_json(tree)
         except ValueError as error:
             why = f"the facts of checkpoint {step} in {self.path} are not as they were written ({error})"
-            raise ConfigError(self.field, f"{why}; put its own back") from error
+            raise UserError(f"{why}; put its own back", self.field) from error
 
     def _item(self, step: int, name: str) -> paths.Path:
         return (self._folder / str(step) / name).absolute()
@@ -118,6 +118,7 @@ class Checkpoints:
     def __init__(self, saved: SavedCheckpoints, config: config_lib.Checkpoint):
         """`saved`: those of the run; `config`: which to keep."""
         self._folder, self._config, self._saving = (saved.path / FOLDER).absolute(), config, 0
+        self._field = saved.field
         self._saved: dict[str, Any] = {}  # what is being saved: trees of `ShapeDtypeStruct`s, and what JSON holds
         self._manager = self._open()
 
@@ -195,7 +196,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=_restore_args(params), state=_restore_args(state), data=ocp.args.JsonRestore()
         )
-        with _readable(self._folder, step):
+        with _readable(self._folder, step, self._field):
             restored = self._manager.restore(step, args=items)
         return restored.params, restored.state, restored.data
 
@@ -270,14 +271,14 @@ def _write_manifest(folder: paths.Path) -> None:
 
 
 @contextlib.contextmanager
-def _readable(where: epath.Path, step: int, field: str = "--workdir") -> Iterator[None]:
+def _readable(where: epath.Path, step: int, field: str) -> Iterator[None]:
     """Names the checkpoint that orbax cannot read, for which it and tensorstore have errors of many kinds."""
     try:
         yield
     except Exception as error:
         # They append all that they know of the array.
         why = f"checkpoint {step} in {where} cannot be read ({paths.error_line(error)[:300]})"
-        raise ConfigError(field, f"{why}; put its files back, or write another directory") from error
+        raise UserError(f"{why}; put its files back, or write another directory", field) from error
 
 
 def single_device(tree: Any) -> Any:

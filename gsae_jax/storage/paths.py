@@ -19,7 +19,8 @@ import filelock
 import fsspec
 from etils import epath
 
-from gsae_jax.config import ConfigError, check_text
+from gsae_jax.config import check_text
+from gsae_jax.errors import UserError
 
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written
 
@@ -64,20 +65,20 @@ class LocalPath(epath.gpath.PosixGPath):
         """A lock in the file `name` of this folder."""
         return filelock.FileLock(self / name)
 
-    def check_name(self, field: str) -> None:
-        """Raises `ConfigError` for a path that orbax's tensorstore takes for another one."""
+    def check_name(self) -> None:
+        """Raises `UserError` for a path that orbax's tensorstore takes for another one."""
         why = "which the checkpoint library takes for a slash, so that it would write elsewhere"
-        _refuse_characters(field, os.fspath(self.absolute()), "\\", why)
+        _refuse_characters(os.fspath(self.absolute()), "\\", why)
 
-    def check_writable(self, field: str) -> None:
-        """Raises `ConfigError` where no folder can be made or written here."""
+    def check_writable(self) -> None:
+        """Raises `UserError` where no folder can be made or written here."""
         parent = next(folder for folder in (self, *self.absolute().parents) if folder.is_dir())
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise ConfigError(field, f"{parent} is not writable; write a directory that is")
+            raise UserError(f"{parent} is not writable; write a directory that is")
         try:  # even root may not write everywhere; a temporary file has no name, so nothing is left behind
             tempfile.TemporaryFile(dir=os.path.realpath(parent)).close()
         except OSError as error:
-            raise ConfigError(field, f"{parent} is not writable ({error}); write one that is") from error
+            raise UserError(f"{parent} is not writable ({error}); write one that is") from error
 
     def unreadable(self, error: Exception) -> str:
         """A sentence for a path whose reading gave an error."""
@@ -149,21 +150,20 @@ class BucketPath(epath.gpath.PosixGPath):
         """None: a bucket has no locks."""
         return None
 
-    def check_name(self, field: str) -> None:
-        """Raises `ConfigError` for a path that gcsfs takes for another one."""
-        _refuse_characters(field, os.fspath(self), "[]*?\\", "which bucket clients take for patterns")
+    def check_name(self) -> None:
+        """Raises `UserError` for a path that gcsfs takes for another one."""
+        _refuse_characters(os.fspath(self), "[]*?\\", "which bucket clients take for patterns")
 
-    def check_writable(self, field: str) -> None:
-        """Raises `ConfigError` where files cannot be written and deleted here."""
+    def check_writable(self) -> None:
+        """Raises `UserError` where files cannot be written and deleted here."""
         probe = self / f"{PROBE}{uuid.uuid4().hex}"
         try:
             probe.write_text("")
             probe.unlink()
         except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
-            raise ConfigError(
-                field,
+            raise UserError(
                 f"{self} cannot be written ({error_line(error)}); write a bucket that exists, and log in to an account "
-                "that may read, write, list and delete in it",
+                "that may read, write, list and delete in it"
             ) from error
 
     def unreadable(self, error: Exception) -> str:
@@ -231,51 +231,51 @@ def of(path: epath.PathLike) -> Path:
     return BucketPath(path) if _is_in_bucket(path) else LocalPath(path)
 
 
-def of_user(field: str, path: epath.PathLike) -> Path:
+def of_user(path: epath.PathLike) -> Path:
     """The path that a user wrote; the ~ of a local one, which shells leave to programs, becomes the home directory.
 
     Raises:
-        ConfigError: no path, a URL of another kind, or gs:// without the packages for it.
+        UserError: no path, a URL of another kind, or gs:// without the packages for it.
     """
-    check_text(field, os.fspath(path))
-    check(field, path)
+    check_text(os.fspath(path))
+    check(path)
     if _is_in_bucket(path):
         return BucketPath(path)
     return LocalPath(path if os.path.lexists(path) else os.path.expanduser(path))
 
 
-def require_local(field: str, path: epath.PathLike) -> pathlib.Path:
-    """An absolute path on the local disk; raises `ConfigError` for a URL."""
+def require_local(path: epath.PathLike) -> pathlib.Path:
+    """An absolute path on the local disk; raises `UserError` for a URL."""
     if _is_url(path):
-        raise ConfigError(field, "is not a local path; write one, and copy what it holds")
+        raise UserError(f"{os.fspath(path)} is not a local path; write one, and copy what it holds")
     return pathlib.Path(path).absolute()
 
 
-def check(field: str, path: epath.PathLike) -> None:
+def check(path: epath.PathLike) -> None:
     """Prepare for a path that may be gs://.
 
     Raises:
-        ConfigError: a URL of another kind, or gs:// without the packages for it.
+        UserError: a URL of another kind, or gs:// without the packages for it.
     """
     text = os.fspath(path)
     if not _is_url(text):
         return
     if not re.match("gs://[^/]", text):
         # A pathlib.Path makes gs:/ of gs://.
-        raise ConfigError(field, f"is {text!r}; write a local path or gs://bucket/folder, as text")
+        raise UserError(f"is {text!r}; write a local path or gs://bucket/folder, as text")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(field, f"{text} is in a bucket; `pip install '.[gcs]'` first")
+        raise UserError(f"{text} is in a bucket; `pip install '.[gcs]'` first")
     # What other processes and tensorstore write would be missing from remembered listings.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
-def check_readable(field: str, path: epath.PathLike) -> None:
-    """Raises `ConfigError` for what `check` refuses, and for a bucket that cannot be read."""
-    check(field, path)
+def check_readable(path: epath.PathLike) -> None:
+    """Raises `UserError` for what `check` refuses, and for a bucket that cannot be read."""
+    check(path)
     try:
         of(path).exists()
     except Exception as error:
-        raise ConfigError(field, of(path).unreadable(error)) from error
+        raise UserError(of(path).unreadable(error)) from error
 
 
 def absolute(path: str) -> str:
@@ -314,15 +314,10 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def refusal(path: epath.PathLike, field: str, why: str) -> ConfigError:
-    """An error about a path; a `field` of "" is the path itself."""
-    return ConfigError(field, f"{path} {why}") if field else ConfigError(os.fspath(path), why)
-
-
 def _is_url(path: epath.PathLike) -> bool:
     return re.match(r"\w\w+:/", os.fspath(path)) is not None
 
 
-def _refuse_characters(field: str, path: str, refused: Iterable[str], why: str) -> None:
+def _refuse_characters(path: str, refused: Iterable[str], why: str) -> None:
     if wrong := [character for character in refused if character in path]:
-        raise ConfigError(field, f"{path} contains {' '.join(wrong)}, {why}; write a path without it")
+        raise UserError(f"{path} contains {' '.join(wrong)}, {why}; write a path without it")

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from gsae_jax.errors import UserError
 from gsae_jax.storage import paths
 
 LARGEST = 2**28  # bytes of a JSON file; the largest tokenizers have a tenth
@@ -56,29 +57,26 @@ def load_json(path: epath.PathLike, strict: bool = False) -> dict[str, Any]:
     return parse_json(file.read_bytes().decode(), strict)
 
 
-def read_json(
-    path: epath.PathLike, field: str = "", strict: bool = False, advice: str = "copy it again"
-) -> dict[str, Any]:
+def read_json(path: epath.PathLike, strict: bool = False, advice: str = "copy it again") -> dict[str, Any]:
     """The JSON object in a file that a user gave.
 
     Args:
         path: of the file.
-        field: what an error calls it; the file itself by default.
         strict: as of `parse_json`.
         advice: what to do about a file that cannot be used.
 
     Raises:
-        ConfigError: what `load_json` refuses.
+        UserError: what `load_json` refuses.
     """
     try:
         return load_json(path, strict)
     except (OSError, ValueError) as error:
-        check_fetched(path, field)
-        raise paths.refusal(path, field, f"is not a JSON object ({error}); {advice}") from error
+        check_fetched(path)
+        raise UserError(f"{path} is not a JSON object ({error}); {advice}") from error
 
 
-def check_fetched(path: epath.PathLike, field: str = "") -> None:
-    """Raises `ConfigError` for the pointer that git leaves where a large file was not fetched."""
+def check_fetched(path: epath.PathLike) -> None:
+    """Raises `UserError` for the pointer that git leaves where a large file was not fetched."""
     pointer = False
     with contextlib.suppress(OSError):
         if os.path.isfile(path):
@@ -86,5 +84,4 @@ def check_fetched(path: epath.PathLike, field: str = "") -> None:
                 pointer = file.read(len(LFS)) == LFS
     if pointer:
         folder = os.path.dirname(os.path.abspath(path))
-        why = f"is a git-lfs pointer, not the file itself; run `git lfs pull` in {folder}"
-        raise paths.refusal(path, field, why)
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in {folder}")

@@ -12,7 +12,8 @@ import filelock
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
+from gsae_jax import errors
+from gsae_jax.errors import UserError
 from gsae_jax.storage import paths, reading, writing
 from gsae_jax.storage.checkpoints import SavedCheckpoints
 from gsae_jax.storage.facts import Facts
@@ -27,12 +28,13 @@ class Workdir(SavedCheckpoints):
     """A run directory and the checkpoints in it; nothing is created before `create`."""
 
     def __init__(self, path: epath.PathLike, field: str = "--workdir"):
-        """`path`: local, or gs://bucket/folder; `field`: what an error calls it.
+        """`path`: local, or gs://bucket/folder; `field`: what an error calls it, "" where the caller adds it.
 
         Raises:
-            ConfigError: no path, a URL of another kind, or gs:// without the packages for it.
+            UserError: no path, a URL of another kind, or gs:// without the packages for it.
         """
-        super().__init__(paths.of_user(field, path), field)
+        with errors.about(field):
+            super().__init__(paths.of_user(path), field)
         self._lock = self.path.lock(LOCK)
 
     @property
@@ -44,20 +46,21 @@ class Workdir(SavedCheckpoints):
         """The JSON config of the run.
 
         Raises:
-            ConfigError: the directory holds no run, or cannot be read.
+            UserError: the directory holds no run, or cannot be read.
         """
         path = self.path / "config.json"
-        self.path.check_name(self.field)
+        with errors.about(self.field):
+            self.path.check_name()
         try:
             return reading.load_json(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError(
-                self.field, f"{self.path} holds no run (no config.json); write the directory of a training run"
+            raise UserError(
+                f"{self.path} holds no run (no config.json); write the directory of a training run", self.field
             ) from error
         except ValueError as error:
-            raise ConfigError(self.field, f"{path} is not a JSON object ({error}); put the run's own back") from error
+            raise UserError(f"{path} is not a JSON object ({error}); put the run's own back", self.field) from error
         except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
-            raise ConfigError(self.field, path.unreadable(error)) from error
+            raise UserError(path.unreadable(error), self.field) from error
 
     def holds_run(self) -> bool:
         """Whether the directory is a run's; directories of language models have a `config.json` as well."""
@@ -75,24 +78,23 @@ class Workdir(SavedCheckpoints):
         """The config of the run.
 
         Raises:
-            ConfigError: what `config` refuses, or one that is of another version or was changed.
+            UserError: what `config` refuses, or one that is of another version or was changed.
         """
+        recorded = self.config()
         try:
-            return config_lib.from_record(config_lib.Experiment, self.config())
-        except ConfigError as error:
-            if error.field == self.field:
-                raise
+            return config_lib.from_record(config_lib.Experiment, recorded)
+        except UserError as error:
             if not self.holds_run():
-                raise ConfigError(
-                    self.field,
+                raise UserError(
                     f"{self.path} holds no run (its config.json is not one of a run); write the directory of a run",
+                    self.field,
                 ) from error
-            raise ConfigError(
-                self.field, f"{self.path / 'config.json'} is not a config of this version ({error}); put its own back"
+            raise UserError(
+                f"{self.path / 'config.json'} is not a config of this version ({error}); put its own back", self.field
             ) from error
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raises `ConfigError` if a run of `config` cannot live here: another run, other files, or not writable.
+        """Raises `UserError` if a run of `config` cannot live here: another run, other files, or not writable.
 
         A run without a checkpoint has nothing to lose, so another config may take its place.
         """
@@ -102,54 +104,51 @@ class Workdir(SavedCheckpoints):
             # Locations may differ here: `check_model`, and the trainer for text, compare what lies there.
             differing = config_lib.differences(_without_locations(recorded), _without_locations(config))
             if differing:
-                raise ConfigError(
-                    "--workdir",
+                raise UserError(
                     f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
                     f"{'; '.join(differing)}",
+                    self.field,
                 )
         elif not self.path.is_empty(ignored=LOCK) and not self.holds_run():
-            raise ConfigError("--workdir", f"{self.path} exists and is not a run; write a new or an empty directory")
+            raise UserError(f"{self.path} exists and is not a run; write a new or an empty directory", self.field)
 
-    def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str], field: str) -> None:
-        """Raises `ConfigError` where a language model is not the one that a checkpoint was trained with.
+    def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str]) -> None:
+        """Raises `UserError` where a language model is not the one that a checkpoint was trained with.
 
         Args:
             facts: the checkpoint's.
             lm: where the model lies.
             fingerprint: the model's, `lms.checkpoints.Checkpoint.fingerprint`.
-            field: what an error names.
         """
         recorded = facts.lm
         if not recorded:  # of an earlier version: where it lay is all that is known of it
             there, here = ((paths.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
             if there != here:
                 was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
-                raise ConfigError(
-                    field,
+                raise UserError(
                     f"is {now}, but the run in {self.path} was trained with {was}; it is of an earlier version, which "
-                    "recorded no fingerprint to compare them by, so put the model back there",
+                    "recorded no fingerprint to compare them by, so put the model back there"
                 )
         elif recorded != fingerprint:
             differing = [part for part in fingerprint if recorded.get(part) != fingerprint[part]]
-            raise ConfigError(
-                field,
+            raise UserError(
                 f"{lm.path or 'the embedded model'} is not the language model that the run in {self.path} was trained "
-                f"with: they differ in {' and '.join(differing)}; write a directory that holds the same files",
+                f"with: they differ in {' and '.join(differing)}; write a directory that holds the same files"
             )
 
     def hold(self) -> None:
         """Keep other processes from training here until `release`; a bucket has no locks.
 
         Raises:
-            ConfigError: another process trains here.
+            UserError: another process trains here.
         """
         if self._lock is None or self._lock.is_locked:
             return
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise ConfigError(
-                "--workdir", f"another process is training in {self.path}; wait for its end, or write another directory"
+            raise UserError(
+                f"another process is training in {self.path}; wait for its end, or write another directory", self.field
             ) from error
 
     def release(self) -> None:
@@ -158,9 +157,10 @@ class Workdir(SavedCheckpoints):
             self._lock.release()
 
     def check_writable(self) -> None:
-        """Raises `ConfigError` if nothing can be written here."""
-        self.path.check_name(self.field)
-        self.path.check_writable("--workdir")
+        """Raises `UserError` if nothing can be written here."""
+        with errors.about(self.field):
+            self.path.check_name()
+            self.path.check_writable()
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory and write the config, with absolute paths.
@@ -169,7 +169,7 @@ class Workdir(SavedCheckpoints):
         which settings did not exist when the run began.
 
         Raises:
-            ConfigError: the disk is full, or another process trains here.
+            UserError: the disk is full, or another process trains here.
         """
         try:
             self.path.make_folder()
@@ -180,9 +180,7 @@ class Workdir(SavedCheckpoints):
                 located = _as_recorded(located, self.config()) | free
             writing.write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
         except OSError as error:
-            raise ConfigError(
-                "--workdir", f"{self.path} cannot be written ({error}); write another directory"
-            ) from error
+            raise UserError(f"{self.path} cannot be written ({error}); write another directory", self.field) from error
 
 
 def reported_step(workdir: Workdir) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import safetensors
 from etils import epath
 
+from gsae_jax.errors import UserError
 from gsae_jax.storage import paths
 
 SCRATCH = ".gsae_jax-"  # how the names of folders begin that are being written
@@ -55,40 +56,39 @@ def whole_folder(path: epath.PathLike, last: str = "", replace: bool = True) -> 
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str], field: str = "", or_empty: bool = False) -> Iterator[pathlib.Path]:
+def new_folder(path: str | os.PathLike[str], or_empty: bool = False) -> Iterator[pathlib.Path]:
     """A new local folder to fill, which appears under its name when it is whole, and not at all where that fails.
 
     Args:
         path: which the user chose.
-        field: what an error calls it; the path itself by default.
         or_empty: whether an empty folder may be there.
 
     Raises:
-        ConfigError: the path exists, or cannot be written.
+        UserError: the path exists, or cannot be written.
     """
-    target = paths.require_local(field or os.fspath(path), path)
+    target = paths.require_local(path)
     made = []
     try:
-        check_new(target, field, or_empty)
+        check_new(target, or_empty)
         made = [parent for parent in target.parents if not parent.exists()]
         with whole_folder(target, replace=False) as scratch:
             yield scratch
     except (OSError, safetensors.SafetensorError) as error:
-        raise paths.refusal(target, field, f"cannot be written ({error}); write the name of a new folder") from error
+        raise UserError(f"{target} cannot be written ({error}); write the name of a new folder") from error
     finally:
         for parent in made:
             with contextlib.suppress(OSError):  # where it holds the folder
                 parent.rmdir()
 
 
-def check_new(path: epath.PathLike, field: str = "", or_empty: bool = False) -> None:
-    """Raises `ConfigError` for a path where no new folder can be; the arguments are those of `new_folder`."""
-    paths.check(field or os.fspath(path), path)
+def check_new(path: epath.PathLike, or_empty: bool = False) -> None:
+    """Raises `UserError` for a path where no new folder can be; the arguments are those of `new_folder`."""
+    paths.check(path)
     target = paths.of(path)
     if or_empty and target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or os.path.lexists(target):  # a link may lead nowhere
-        raise paths.refusal(target, field, "exists, and nothing is overwritten; write the name of a new folder")
+        raise UserError(f"{target} exists, and nothing is overwritten; write the name of a new folder")
 
 
 def _hold(folder: pathlib.Path) -> int | None:

@@ -13,7 +13,8 @@ from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax import processes
-from gsae_jax.config import ConfigError, Experiment, TrainingError
+from gsae_jax.config import Experiment
+from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import metrics_log, run_directory
 from gsae_jax.storage.facts import Facts
@@ -39,7 +40,7 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
         True when training is complete, False when a signal ended it early (state saved).
 
     Raises:
-        ConfigError: the config or the directory cannot be used; nothing was written in it then.
+        UserError: the config or the directory cannot be used; nothing was written in it then.
         TrainingError: an SAE skipped `train.max_skipped` updates in a row, or the last state could not be saved.
     """
     workdir = run_directory.Workdir(path)
@@ -58,7 +59,7 @@ def _train(run: Prepared) -> bool:
     processes.wait("the run's directory")
     workdir.config()
     if workdir.latest_step() != run.latest:
-        raise ConfigError("--workdir", "another process has trained here meanwhile; run the command again")
+        raise UserError("another process has trained here meanwhile; run the command again", "--workdir")
     checkpoints = checkpoints_lib.Checkpoints(workdir, run.config.checkpoint)
     try:
         if state is None:
@@ -89,7 +90,7 @@ def _resumed(run: Prepared, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
         run.stream.set_state(position)
     except (LookupError, TypeError, ValueError) as error:  # grain has no error of its own
         what = f"the position of checkpoint {run.latest} in the text is not as it was written ({error})"
-        raise ConfigError("--workdir", f"{what}; put its files back") from error
+        raise UserError(f"{what}; put its files back", "--workdir") from error
     logger.info(f"continuing from step {run.latest:,}{_unlike(run.before.machine, run.facts.machine)}")
     if state.store:
         return state
@@ -152,9 +153,9 @@ class _Loop:
         self._logged_at = time.perf_counter()
 
     def run(self) -> bool:
-        """Whether training is complete; raises `TrainingError` or `ConfigError` for what ended it early."""
+        """Whether training is complete; raises `TrainingError` or `UserError` for what ended it early."""
         config, total = self._prepared.config, self._prepared.config.train.steps
-        unusable: TrainingError | ConfigError | None = None
+        unusable: TrainingError | UserError | None = None
         last: _Call | None = None  # its statistics are read while the next call runs
         with Signals() as signals, Progress(total, self._step, list(config.stacks)) as progress:
             divergence = Divergence(config, self._prepared.program.widths, progress, self._facts.skips)
@@ -165,7 +166,7 @@ class _Loop:
                     break
                 try:
                     tokens, placed = self._next_batch()
-                except (TrainingError, ConfigError) as error:  # the text cannot be read any more, or used
+                except (TrainingError, UserError) as error:  # the text cannot be read any more, or used
                     if jax.process_count() > 1:  # the others wait in the next call
                         raise
                     unusable = error
@@ -201,7 +202,7 @@ class _Loop:
         try:
             tokens = next(stream)
             return tokens, self._prepared.program.source.place(tokens)
-        except (TrainingError, ConfigError):
+        except (TrainingError, UserError):
             stream.set_state(position)  # what was not trained on is not passed over when the run continues
             raise
 

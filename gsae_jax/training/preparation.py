@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax import config as config_lib
-from gsae_jax import loggers, processes
+from gsae_jax import errors, loggers, processes
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
@@ -60,7 +61,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         starts: parameters [N, ...] that stacks of a new run start from, in the language model's units.
 
     Raises:
-        ConfigError: the config or the directory cannot be used, or another run, model or text is there.
+        UserError: the config or the directory cannot be used, or another run, model or text is there.
     """
     as_json = config_lib.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
@@ -68,11 +69,12 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     if processes.first():  # which alone logs
         loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
-    checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
-    program, tokenizer = build(config, mesh, checkpoint)
-    _check_starts(program, starts)
-    source_params = checkpoint.params(program.module, config.lm.dtype)
-    fingerprint = checkpoint.fingerprint()
+    with errors.about("lm.path", revision="lm.revision"):
+        checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
+        program, tokenizer = build(config, mesh, checkpoint)
+        _check_starts(program, starts)
+        source_params = checkpoint.params(program.module, config.lm.dtype)
+        fingerprint = checkpoint.fingerprint()
     processes.agree("lm.path", fingerprint, "give every process the same language model")
     d_vocab = program.module.config.d_vocab
     rows = rows_lib.open_rows(config.data, "train", tokenizer, tokens_needed(config), d_vocab)
@@ -83,11 +85,10 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     latest = _sound_step(workdir)
     before = None if latest is None else workdir.facts(latest)
     if before is not None:
-        workdir.check_model(before, config.lm, fingerprint, "lm.path")
+        with errors.about("lm.path"):
+            workdir.check_model(before, config.lm, fingerprint)
         if before.rows != rows.fingerprint:
-            raise ConfigError(
-                "data", "the text has changed since this run began; put it back, or start a new --workdir"
-            )
+            raise UserError("the text has changed since this run began; put it back, or start a new --workdir", "data")
     fingerprints = {name: parameters.fingerprint(params) for name, params in starts.items()}
     facts = Facts(
         rows=rows.fingerprint,
@@ -108,7 +109,7 @@ def _check_starts(program: Program, starts: Mapping[str, dict[str, Any]]) -> Non
         for key, value in starts.get(stack.name, {}).items():
             if value.shape[1:] != table[key].sizes(stack.sae):
                 field = f"stacks.{stack.name}.start_from"
-                raise ConfigError(field, "is of another language model; write a run of this one")
+                raise UserError("is of another language model; write a run of this one", field)
 
 
 def _sound_step(workdir: run_directory.Workdir) -> int | None:
@@ -128,7 +129,7 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     """The train program and the tokenizer, from the language model's settings alone.
 
     Raises:
-        ConfigError: as `Program.build`, or sizes that the devices have no room for.
+        UserError: as `Program.build`, or sizes that the devices have no room for.
     """
     tokenizer = checkpoint.tokenizer()
     program = Program.build(config, mesh, checkpoint, loading.special_tokens(tokenizer))

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gsae_jax import config as config_lib
+from gsae_jax import errors
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.saes import contract, parameters
 from gsae_jax.training import optimiser
 
@@ -52,14 +53,14 @@ class Stack:
 
     @classmethod
     def build(cls, name: str, config: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> "Stack":
-        """`widths`: of the sites. Raises `ConfigError` for an unknown architecture, option or combination."""
-        field = f"stacks.{name}"
-        architecture, sae = contract.build(field, config, widths, dtype)
-        if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
-            raise ConfigError(
-                f"{field}.options.{_that_freezes(architecture, sae)}",
-                'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
-            )
+        """`widths`: of the sites. Raises `UserError` for an unknown architecture, option or combination."""
+        with errors.within(f"stacks.{name}"):
+            architecture, sae = contract.build(config, widths, dtype)
+            if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
+                raise UserError(
+                    'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
+                    f"options.{_that_freezes(architecture, sae)}",
+                )
         return cls(name, config, architecture, sae)
 
     def batch(self, values: Mapping[str, Any]) -> tuple[contract.Activations, contract.Activations]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import scaling
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.training.step import Program, TrainState
 
@@ -28,9 +28,9 @@ def start(program: Program, lm_params: Any, stream: Iterator[np.ndarray], most: 
         measured[site], warnings = scaling.combine([batch[site] for batch in batches], config.activations.center)
         square = measured[site].mean_square
         if not np.isfinite(square) or square == 0:
-            raise ConfigError(
-                f"site {site}",
+            raise UserError(
                 f"has mean squared norm {square} on the first tokens; the language model or the text is unusable",
+                f"site {site}",
             )
         for warning in warnings:
             logger.warning(f"site {site}: {warning}")
@@ -46,9 +46,9 @@ def filled(program: Program, state: TrainState, lm_params: Any, stream: Iterator
         state, count = program.fill(state, count, lm_params, program.source.place(next(stream)), call)
         call += 1
         if call > 20 * (slots + 10):
-            raise ConfigError(
-                "activations",
+            raise UserError(
                 "the exchange buffer does not fill: nearly every token is dropped; loosen max_norm_multiple",
+                "activations",
             )
     return state
 

@@ -19,8 +19,8 @@ from gsae_jax import config as config_lib
 from gsae_jax import loggers
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import buffer, masking, scaling, sources
-from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
+from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.sites import check as check_site
@@ -76,7 +76,7 @@ class Program:
         """The program of an experiment, from the settings of its language model alone; the trainer's and the planner's.
 
         Raises:
-            ConfigError: a size that the mesh does not divide; a corpus, logger or architecture that does not exist; a
+            UserError: a size that the mesh does not divide; a corpus, logger or architecture that does not exist; a
                 site or context that the language model does not have; or a stack that cannot be built.
         """
         mesh_lib.check(config, mesh)
@@ -95,10 +95,10 @@ class Program:
         )
         for stack in stacks if config.activations.center else ():
             if not parameters.can_center(stack.architecture):
-                raise ConfigError(
-                    "activations.center",
+                raise UserError(
                     f"is True, but nothing of the architecture {stack.config.architecture!r} (stacks.{stack.name}) can "
                     "take the mean; write False, or give it a parameter of role CENTER or a function `shifted`",
+                    "activations.center",
                 )
         return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
 

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.saes import linalg
 from gsae_jax.saes.contract import WHOLE, Parameter, Role, Statistics
 
@@ -36,7 +36,7 @@ class Config:
 
     def __post_init__(self):
         if not 0 <= self.share < 1:
-            raise ConfigError("share", f"is {self.share}; write a number from 0 to less than 1")
+            raise UserError(f"is {self.share}; write a number from 0 to less than 1", "share")
 
 
 def init(key, config):

@@ -10,7 +10,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
@@ -93,7 +93,7 @@ def test_when_none_is_sound_nothing_is_touched(run, experiment):
     for step in (8, 16):
         flip(run / "checkpoints" / str(step) / "params" / "manifest.ocdbt")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != run_directory.LOCK}
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole \(checkpoint 16: params/manifest.ocdbt was"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(checkpoint 16: params/manifest.ocdbt was"):
         loop.train(experiment, run)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != run_directory.LOCK}
     run_directory.Workdir(run).check(config_lib.to_dict(experiment))
@@ -152,7 +152,7 @@ def test_a_path_that_libraries_take_for_another_is_refused(experiment, tmp_path,
     monkeypatch.setattr(paths, "check", lambda field, path: None)  # whether gs:// can be used here
     workdir = run_directory.Workdir(path if path.startswith("gs:") else tmp_path / path)
     for act in (workdir.check_writable, workdir.config, lambda: workdir.check(config_lib.to_dict(experiment))):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             act()
         assert error.value.field == "--workdir"
         assert "contains" in str(error.value)

@@ -16,8 +16,8 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import sae_loading
-from gsae_jax.config import ConfigError
 from gsae_jax.data import rows
+from gsae_jax.errors import UserError
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.storage import paths as storage_paths
 from gsae_jax.storage import run_directory
@@ -93,7 +93,7 @@ def places(draw, folder):
 def use_places(folder):
     try:
         compare_places(folder)
-    except ConfigError as error:
+    except UserError as error:
         raise AssertionError((folder / "names.json").read_text()) from error
 
 

@@ -26,8 +26,9 @@ import gsae_jax
 from gsae_jax import cli, experiment_config, stack_config
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
 from gsae_jax.data import files as files_lib
+from gsae_jax.errors import UserError
 from gsae_jax.evaluation import plots, report
 from gsae_jax.lms import loading
 from gsae_jax.lms import tokenizer as tokenizer_lib
@@ -286,7 +287,7 @@ def a_tree_of_files(draw, folder):
 
 def use_found(folder):
     path = os.fsdecode((folder / "path").read_bytes())
-    config_lib.check_text("data.path", path)
+    config_lib.check_text(path)
     for file in files_lib.find(path).stamps:
         for document in files_lib.Reader("text", "").documents(file):
             document.encode()
@@ -521,7 +522,7 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
         ("pipe", "pipe is missing"),
     ):
         seal(checkpoint, {name: (0, "")})
-        with bounded(), pytest.raises(ConfigError, match=problem):
+        with bounded(), pytest.raises(UserError, match=problem):
             workdir.sound_step()
     seal(checkpoint, {})
     assert workdir.sound_step() == 8
@@ -529,8 +530,8 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
     for file in (checkpoint / checkpoints_lib.MANIFEST, tmp_path / "config.json", tmp_path / "metrics.jsonl"):
         os.mkfifo(file)
     with bounded():
-        with pytest.raises(ConfigError, match=r"manifest\.json is missing"):
+        with pytest.raises(UserError, match=r"manifest\.json is missing"):
             workdir.sound_step()
-        with pytest.raises(ConfigError, match=r"config\.json is not a JSON object \(it is not a file"):
+        with pytest.raises(UserError, match=r"config\.json is not a JSON object \(it is not a file"):
             workdir.config()
         assert metrics_log.read_metrics(workdir) == []

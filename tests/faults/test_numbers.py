@@ -10,7 +10,7 @@ import pytest
 
 from gsae_jax import measuring
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import TrainingError
+from gsae_jax.errors import TrainingError
 from gsae_jax.lms.loading import capture
 from gsae_jax.storage import metrics_log, run_directory
 from gsae_jax.training import loop

@@ -13,8 +13,9 @@ import tensorflow_datasets as tfds
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError, Experiment
+from gsae_jax.config import Experiment
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.errors import UserError
 from gsae_jax.evaluation import report
 from gsae_jax.lms import loading
 from gsae_jax.lms.weights import INDEX, WEIGHTS
@@ -75,7 +76,7 @@ def test_a_model_directory_runs_no_code(folder, lm_dir, monkeypatch):
         )
         assert gsae_jax.load_lm(model).tokenizer("a")["input_ids"]
     (model / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"that is code \(auto_map in tokenizer_config\.json\), which is not run"):
+    with pytest.raises(UserError, match=r"that is code \(auto_map in tokenizer_config\.json\), which is not run"):
         gsae_jax.load_lm(model)
     assert not marker.exists()
 
@@ -103,7 +104,7 @@ def test_a_data_set_imports_no_module(tmp_path, monkeypatch):
     assert len(rows_lib.open_texts(config, "train")[0]) == 30
     features = tmp_path / "tfds" / "stranger" / "1.0.0" / "features.json"
     features.write_text(features.read_text().replace("tensorflow_datasets.core.features.text_feature", "foreign"))
-    with pytest.raises(ConfigError, match=r"features\.json names 'foreign\.Text', which is no feature of TFDS"):
+    with pytest.raises(UserError, match=r"features\.json names 'foreign\.Text', which is no feature of TFDS"):
         rows_lib.open_texts(config, "train")
     assert not (tmp_path / "ran").exists()
 
@@ -115,20 +116,20 @@ def test_files_that_have_no_end_are_not_waited_for(folder, tmp_path):
         for make_one in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
             (folder / name).unlink()
             make_one(folder / name)
-            with pytest.raises(ConfigError):
+            with pytest.raises(UserError):
                 gsae_jax.load_lm(folder)
         (folder / name).unlink()
         (folder / name).write_bytes(content)
     (folder / WEIGHTS).unlink()
     for elsewhere in ("/dev/zero", "../model.safetensors", 3, None):
         (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": elsewhere}}))
-        with pytest.raises(ConfigError, match="no file beside it"):
+        with pytest.raises(UserError, match="no file beside it"):
             gsae_jax.load_lm(folder)
     texts = tmp_path / "texts"
     texts.mkdir()
     os.mkfifo(texts / "a.txt")
     config = config_lib.Data(corpus="text", path=str(texts))
-    with pytest.raises(ConfigError, match=r"no \.txt, .* file matches"):
+    with pytest.raises(UserError, match=r"no \.txt, .* file matches"):
         rows_lib.open_texts(config, "train")
 
 
@@ -145,13 +146,13 @@ def test_text_in_a_report_is_text(tmp_path, config_dict):
         assert "<script" not in page
         assert page.count("&lt;script&gt;") >= 6
     config_dict.stacks[SCRIPT] = config_dict.stacks.gated
-    with pytest.raises(ConfigError, match=r"stacks: has the name '<script>.*write up to 100 letters"):
+    with pytest.raises(UserError, match=r"stacks: has the name '<script>.*write up to 100 letters"):
         config_lib.from_dict(Experiment, config_dict)
 
 
 def test_errors_hold_nothing_that_a_terminal_acts_on(folder):
     edited(folder, "config.json", model_type="\x1b]0;title\x07\nerror: \ud800")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         gsae_jax.load_lm(folder)
     assert str(error.value).isprintable()
     assert r"\x1b]0;title\x07" in str(error.value)
@@ -194,5 +195,5 @@ def test_special_tokens_have_ids(folder):
     edited(folder, "tokenizer_config.json", eos_token="<none such>", bos_token="")
     try:
         assert all(isinstance(number, int) for number in loading.special_tokens(gsae_jax.load_lm(folder).tokenizer))
-    except ConfigError as error:
+    except UserError as error:
         assert "names the EOS token '<none such>'" in str(error)  # noqa: PT017

@@ -10,7 +10,7 @@ import signal
 import warnings
 from pathlib import Path
 
-from gsae_jax.config import ConfigError
+from gsae_jax.errors import UserError
 
 FEW, MANY = 8, 200  # mutants of each kind
 SECONDS = 60  # of computing for one of them; ten times as long on the clock, as a machine may have other work
@@ -56,7 +56,7 @@ def works(use, *args):
     with warnings.catch_warnings(action="ignore"), bounded():
         try:
             use(*args)
-        except ConfigError as error:
+        except UserError as error:
             message = str(error)
         else:
             return True

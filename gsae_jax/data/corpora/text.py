@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError
 from gsae_jax.data import files
+from gsae_jax.errors import UserError
 
 PIECE = 2_000  # characters of a long document that are held out, or not, together; a divisor of files.LONGEST
 HELD_OUT = 20  # one piece in this many is held out, and there must be at least this many
@@ -74,10 +74,10 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         }
         if pieces < HELD_OUT or lowest == highest:
             same = ", all the same" if pieces > 1 and lowest == highest else ""
-            raise ConfigError(
-                "data.path",
+            raise UserError(
                 f"gives {pieces} pieces of text{same}; add text: {HELD_OUT} are needed to hold one of them out "
                 f"({_about(counts)})",
+                "data.path",
             )
         # By chance, all pieces of a short text may fall on one side.
         self._limit = min(max(self._limit, lowest + 1), highest)
@@ -102,9 +102,9 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
             if (index % HELD_OUT == HELD_OUT - 1) == test:
                 yield index, {"text": piece, "path": file}
         if index + 1 < HELD_OUT:
-            raise ConfigError(
-                "data.path",
+            raise UserError(
                 f"gives {index + 1} pieces of text; add text: {HELD_OUT} are needed to hold one of them out",
+                "data.path",
             )
 
     def _documents(self) -> Iterator[tuple[str, str]]:

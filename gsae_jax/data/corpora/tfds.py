@@ -6,7 +6,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from gsae_jax import config as config_lib
-from gsae_jax.config import ConfigError, known_names
+from gsae_jax import errors
+from gsae_jax.errors import UserError, known_names
 from gsae_jax.storage import paths, reading
 
 OWN = "tensorflow_datasets."
@@ -17,48 +18,48 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
     """The prepared data set `data.name` below `data.data_dir`, and the name of its text feature.
 
     Raises:
-        ConfigError: it is not there, has no text feature called `data.field`, or cannot be read at random.
+        UserError: it is not there, has no text feature called `data.field`, or cannot be read at random.
     """
     where = config.data_dir or tfds.core.constants.DATA_DIR
     if not re.fullmatch(r"\w+(/[\w.,=-]+)*(:\d[\w.*]*)?", config.name):  # TFDS asks other hosts for `namespace:name`
-        raise ConfigError("data.name", f"is {config.name!r}; write the name of a data set such as wiki40b/en")
+        raise UserError(f"is {config.name!r}; write the name of a data set such as wiki40b/en", "data.name")
     _check_features(paths.of(where) / re.split("[/:]", config.name)[0])
     try:
         found = tfds.builder(config.name, data_dir=config.data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
-        raise ConfigError("data.name", f"{config.name!r} is not a data set prepared in {where}") from error
+        raise UserError(f"{config.name!r} is not a data set prepared in {where}", "data.name") from error
     except Exception as error:  # whatever a wrong value in its files or in its name leads to
         why = f"{config.name!r} in {where} cannot be read ({type(error).__name__}: {error})"
-        raise ConfigError("data.name", f"{why}; write a data set prepared there, or prepare it again") from error
+        raise UserError(f"{why}; write a data set prepared there, or prepare it again", "data.name") from error
     if not found.data_path.exists():
-        raise ConfigError(
-            "data.name",
+        raise UserError(
             f"{config.name!r} is not prepared in {where}; "
             f"run `tfds build {config.name} --file_format=array_record` first",
+            "data.name",
         )
     if config.field not in (found.info.features or {}):
-        raise ConfigError(
-            "data.field",
+        raise UserError(
             f"{config.field!r} is not a feature of {config.name}; {known_names(config.field, found.info.features)}",
+            "data.field",
         )
     if not isinstance(found.info.features[config.field], tfds.features.Text):
-        raise ConfigError(
-            "data.field",
+        raise UserError(
             f"{config.field!r} of {config.name} is {found.info.features[config.field]}; write a text feature",
+            "data.field",
         )
     formats = {found.info.file_format, *found.info.available_file_formats()}
     if tfds.core.file_adapters.FileFormat.ARRAY_RECORD not in formats:
-        raise ConfigError(
-            "data.name",
+        raise UserError(
             f"{config.name!r} is stored as {found.info.file_format.value}, which cannot be read at random; "
             "convert it with `python -m tensorflow_datasets.scripts.convert_format --out_file_format=array_record "
             f"--dataset_version_dir={found.data_path}`",
+            "data.name",
         )
     return found, config.field
 
 
 def _check_features(folder: paths.Path) -> None:
-    """Raises `ConfigError` for features of foreign classes: TFDS imports any module that a file names."""
+    """Raises `UserError` for features of foreign classes: TFDS imports any module that a file names."""
 
     def classes(tree: Any) -> list[str]:
         values = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -67,9 +68,8 @@ def _check_features(folder: paths.Path) -> None:
         return below + named
 
     for file in [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")]:
-        tree = reading.read_json(file, "data.name", advice="prepare the data set again")
+        with errors.about("data.name"):
+            tree = reading.read_json(file, advice="prepare the data set again")
         foreign = [name for name in classes(tree) if not name.startswith(OWN)]
         if foreign:
-            raise ConfigError(
-                "data.name", f"{file} names {foreign[0]!r}, which is no feature of TFDS; prepare it again"
-            )
+            raise UserError(f"{file} names {foreign[0]!r}, which is no feature of TFDS; prepare it again", "data.name")
