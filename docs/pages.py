@@ -53,9 +53,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not target or re.match(r"\w+:", target):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        there = (PAGES | FOLDERS).get(path, path.removeprefix("docs/"))
-        if files.get_file_from_path(there) is None:
+        target = (PAGES | FOLDERS).get(path, path.removeprefix("docs/"))
+        if files.get_file_from_path(target) is None:
             return match[0]
-        return f"]({posixpath.relpath(there, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
+        return f"]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     return re.sub(r"\]\(([^)\s]+)\)", moved, markdown)

@@ -34,8 +34,8 @@ def read(path):
 
 def select(records, stack, rate, seed=None):
     """A stack's SAEs of one learning rate (and seed), by L0."""
-    found = [r for r in records if (r["stack"], r["learning_rate"]) == (stack, rate) and not r["ito"]]
-    return sorted((r for r in found if seed in (None, r["seed"])), key=lambda r: r["l0"])
+    runs = [r for r in records if (r["stack"], r["learning_rate"]) == (stack, rate) and not r["ito"]]
+    return sorted((r for r in runs if seed in (None, r["seed"])), key=lambda r: r["l0"])
 
 
 def values(records, *fields):
@@ -55,17 +55,17 @@ def best_rate(ratios, stack):
 
 
 def l0_at(records, level):
-    found = math.exp(frontiers.log_l0_at(level, *values(records, "loss_recovered", "l0")))
-    return f"{found:.1f}" if math.isfinite(found) else "not in range"
+    l0 = math.exp(frontiers.log_l0_at(level, *values(records, "loss_recovered", "l0")))
+    return f"{l0:.1f}" if math.isfinite(l0) else "not in range"
 
 
 def recovered_at(lines, l0):
     """Loss recovered along frontiers at an L0, the mean over them."""
-    found = [
+    recovered = [
         np.interp(math.log(l0), np.log(x), y, left=np.nan, right=np.nan)
         for x, y in (values(line, "l0", "loss_recovered") for line in lines)
     ]
-    return f"{np.mean(found):.3f}" if np.isfinite(found).all() else "not in range"
+    return f"{np.mean(recovered):.3f}" if np.isfinite(recovered).all() else "not in range"
 
 
 def draw(runs):
@@ -187,8 +187,8 @@ def main():
     parser.add_argument("--runs", type=Path, required=True, help="folder of runs")
     parser.add_argument("--write", type=Path, required=True, help="file whose marked tables are replaced")
     arguments = parser.parse_args()
-    there = [site for site in LEVELS if (arguments.runs / site / "report").exists()]
-    rescaled = {site: arguments.runs / f"{site}_rescaled" for site in there}
+    sites = [site for site in LEVELS if (arguments.runs / site / "report").exists()]
+    rescaled = {site: arguments.runs / f"{site}_rescaled" for site in sites}
     runs = {
         site: (*read(arguments.runs / site), read(path)[0] if (path / "report").exists() else [])
         for site, path in rescaled.items()

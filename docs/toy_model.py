@@ -34,10 +34,10 @@ FUNCTIONS = {
 
 
 @jax.jit
-def measured(found):
+def measured(features):
     """How often the feature fires while off, mean squared error, and gamma over the inputs where it is on."""
-    gamma = jnp.square(found * on).sum() / (found * wanted).sum()
-    return jnp.mean(found > 0, where=~on), jnp.square(found - wanted).mean(), gamma
+    gamma = jnp.square(features * on).sum() / (features * wanted).sum()
+    return jnp.mean(features > 0, where=~on), jnp.square(features - wanted).mean(), gamma
 
 
 # %% [markdown]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from gsae_jax import experiments, processes
-from gsae_jax.errors import TrainingError, UserError
+from gsae_jax.errors import TrainingError, UserError, known_names
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
 
@@ -51,9 +52,22 @@ class Output:
 class _ConfigParser(config_flags.ConfigFileFlagParser):
     """Takes the path of a config file, or the name of an experiment that the package carries."""
 
+    def __init__(self, argv: list[str]):
+        super().__init__("config")
+        self._overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.-]+)", arg))]
+
     def parse(self, argument: str) -> Any:
-        """The config of the file."""
-        return super().parse(experiments.located(argument))
+        """The config of the file, which has every field that the command line changes."""
+        config = super().parse(experiments.located(argument))
+        for path in self._overrides:
+            group: Any = config
+            for depth, name in enumerate(path.split("."), 1):
+                known = list(group.keys()) if hasattr(group, "keys") else []
+                if name not in known:
+                    how = known_names(name, known) if known else "set it in the config file"
+                    raise UserError(f"is not a field of the config; {how}", ".".join(path.split(".")[:depth]))
+                group = group[name]
+        return config
 
 
 def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> Any:
@@ -63,7 +77,7 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] |
         "--config.train.steps=5000; `python -m gsae_jax.settings` lists them all."
     )
     holder = config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
-    flag_values["config"].parser = _ConfigParser("config")
+    flag_values["config"].parser = _ConfigParser(sys.argv if argv is None else argv)
     return holder
 
 
@@ -161,10 +175,6 @@ def _refusal(error: BaseException) -> UserError:
         return UserError(f"the file cannot be used: {root}; write one whose get_config() gives a config", "--config")
     if isinstance(error, flags.Error):
         return UserError(str(error), "command line")
-    if isinstance(error, AttributeError | KeyError):  # an override of a field that the config lacks
-        # ml_collections' message is the repr of "'name'\nDid you mean ...".
-        what = str(error).replace("\\n", "; ").replace("\\", "").strip("\"'")
-        return UserError(f"no such field: {what}", "--config")
     return UserError(f"cannot be used: {type(error).__name__}: {error}", "--config")
 
 

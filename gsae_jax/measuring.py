@@ -253,13 +253,13 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
         UserError: a file names another model, and none was `given`.
     """
     for field, used in sae_loading.names(settings.lm, settings.data).items():
-        told: dict[str, list[str]] = {}
+        named: dict[str, list[str]] = {}
         for name, sae in saes.items():
             # Libraries write the owner, or the directory's path, or leave it out.
             other = (sae.metadata.get(field) or "").rstrip("/")
             if other and other.rpartition("/")[2].lower() != used.rpartition("/")[2].lower():
-                told.setdefault(other, []).append(name)
-        for other, names in told.items():
+                named.setdefault(other, []).append(name)
+        for other, names in named.items():
             whose = f"{names[0]} and {len(names) - 1} more say" if len(names) > 1 else f"{names[0]} says"
             if field == "model_name" and not given:
                 how = f"write --model {other}" if "/" in other else "write --model with its directory or hub name"

@@ -67,14 +67,14 @@ def check_memory(mesh: Mesh, needed: Mapping[str, int]) -> None:
     """Raises `UserError` where what is certainly needed, in bytes on each device by field, is more than there is."""
     device = mesh.local_devices[0]
     if device.platform == "cpu":  # all of them share the machine's
-        there: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
+        available: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
     else:
-        there = (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    if sum(needed.values()) > there:
+        available = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if sum(needed.values()) > available:
         field = max(needed, key=lambda field: needed[field])
         raise UserError(
             f"takes {needed[field] / 2**30:,.1f} GiB on each device, of {sum(needed.values()) / 2**30:,.1f} in all; "
-            f"there are {there / 2**30:,.1f}: write less (python -m gsae_jax.plan says what a run takes)",
+            f"there are {available / 2**30:,.1f}: write less (python -m gsae_jax.plan says what a run takes)",
             field,
         )
 

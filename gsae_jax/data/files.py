@@ -100,9 +100,9 @@ def find(path: str, every_link: bool = False) -> Listing:
             raise UserError(f"{file!r} has a name that is not UTF-8; rename the file", "data.path") from error
         stamps[file] = stamp
     if not stamps:
-        there = f"the files there are of other kinds: {counted(left_out)}" if left_out else "nothing is there"
+        listing = f"the files there are of other kinds: {counted(left_out)}" if left_out else "nothing is there"
         raise UserError(
-            f"no {READABLE} file matches {path!r}, and none that is packed as {', '.join(PACKED)}; {there}; write a "
+            f"no {READABLE} file matches {path!r}, and none that is packed as {', '.join(PACKED)}; {listing}; write a "
             "file, a folder or a glob with such files",
             "data.path",
         )

@@ -22,13 +22,13 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
     groups = defaultdict(list)
     for record in sorted(records, key=lambda record: (math.isnan(record["l0"]), record["l0"])):
         groups[identity(record)[1], record["site"], record["variant"], record["width"]].append(record)
-    found = {}
+    frontiers = {}
     for (stem, site, variant, width), members in sorted(groups.items()):
-        others = [(kind, size) for same, there, kind, size in groups if (same, there) == (stem, site)]
+        others = [(kind, size) for same, other_site, kind, size in groups if (same, other_site) == (stem, site)]
         by_variant = f"/{variant}" if len({kind for kind, _ in others}) > 1 else ""
         by_width = f"/{width}" if [kind for kind, _ in others].count(variant) > 1 else ""
-        found[site, f"{stem}{by_variant}{by_width}"] = members
-    return found
+        frontiers[site, f"{stem}{by_variant}{by_width}"] = members
+    return frontiers
 
 
 def identity(record: dict[str, Any]) -> tuple[str, str, int | str]:
@@ -86,11 +86,11 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         def mean(level: float, rate: float) -> float:
             return float(np.mean([log_l0(level, names, 0) for names in by_rate[rate].values()]))
 
-        found, rate = min(
+        lowest, rate = min(
             ((mean(level, rate), rate) for rate in by_rate if math.isfinite(mean(level, rate))), default=(math.nan,) * 2
         )
         for names in (names for by_seed in by_rate.values() for names in by_seed.values()):
-            if math.isfinite(found) and not math.isfinite(log_l0(level, names, 0)):
+            if math.isfinite(lowest) and not math.isfinite(log_l0(level, names, 0)):
                 ends = sorted((points[name]["loss_recovered"][0], points[name]["l0"][0]) for name in names)
                 (low, l0_there), (high, l0_at_most) = ends[0], ends[-1]
                 # Compared at the end that is nearer to the level. Where the best does not go that far its mean is NaN,
@@ -98,12 +98,12 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
                 at, l0 = (level, l0_there) if low > level else (high, l0_at_most)
                 if l0 > 0 and math.log(l0) < mean(at, rate):
                     return math.nan, math.nan
-        return found, rate
+        return lowest, rate
 
     compared = []
     baselines = [place for place, facts in about.items() if facts["variant"] == contract.BASELINE]
     for (site, stack), by_rate in sorted(frontiers.items()):
-        here = [] if (site, stack) in baselines else [other for there, other in baselines if there == site]
+        here = [] if (site, stack) in baselines else [other for other_site, other in baselines if other_site == site]
         for other, level in [(other, level) for other in here for level in LEVELS]:
             (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, frontiers[site, other])
             if not math.isfinite(ours) or not math.isfinite(theirs):

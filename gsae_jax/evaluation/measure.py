@@ -94,7 +94,7 @@ def measure(
         tokens_RxT, allowed_RxT = placed(tokens)
         means_of = [mean_D for mean_D, _ in means]
         hidden_RxTxD, contexts = _clean(lm.module, places, lm.params, means_of, limits, tokens_RxT, allowed_RxT)
-        found: dict[str, metrics.Sums] = {}
+        sums: dict[str, metrics.Sums] = {}
         for place, means_here, context in zip(places, means, contexts, strict=True):
             mine = [run for run in runs if (run[1].targets[0], run[1].norm_limit) == place[:2]]
             of_place = dict(zip(("mean", "typical_mean"), means_here, strict=True)) | {
@@ -105,7 +105,7 @@ def measure(
             for number, (name, sae, params, k) in enumerate(mine):
                 reads = tuple(context["others"].get(site, context["x"]) for site in sae.sites)
                 inputs = reads if isinstance(sae.config.d_in, tuple) else reads[0]
-                waiting[name], found[name] = _reconstruct(
+                waiting[name], sums[name] = _reconstruct(
                     mesh, sae.architecture, sae.config, k, params, inputs, context["x"], of_place
                 )
                 if len(waiting) >= AT_ONCE or number == len(mine) - 1:
@@ -116,8 +116,8 @@ def measure(
                     waiting = {}
             shared = {f"ce_{kind}": losses[of][0] for kind, of in (("clean", "x"), ("zero", "zero"), ("mean", "mean"))}
             for name, *_ in mine:
-                found[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
-        for name, batch in mesh_lib.fetch(found).items():
+                sums[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
+        for name, batch in mesh_lib.fetch(sums).items():
             batch = {key: value if key == "fired" else value[: len(tokens)] for key, value in batch.items()}
             predictions = {"predictions": np.full(len(tokens), tokens.shape[1] - 1)}
             metrics.add(totals[name], batch | predictions)
@@ -159,8 +159,8 @@ def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
         for site, size in zip(names, sizes if isinstance(sizes, tuple) else (sizes,), strict=True):
             sites.check(site, widths, f"site of {sae.name}")
             if widths[site] != size:
-                there = f"{site} has width {widths[site]} in this language model"
-                raise UserError(f"{field} activations of width {size}, but {there}; write its own model", sae.name)
+                site_width = f"{site} has width {widths[site]} in this language model"
+                raise UserError(f"{field} activations of width {size}, but {site_width}; write its own model", sae.name)
 
 
 def _valid(site: str, x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:
@@ -180,9 +180,9 @@ def _norms(
     module: Any, places: tuple[Place, ...], lm_params: Any, tokens_RxT: jax.Array, allowed_RxT: jax.Array
 ) -> list[jax.Array]:
     """The norms [R, T] of the valid activations at each place, NaN for the others."""
-    found = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
+    activations = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
     return [
-        jnp.where(_valid(site, found[site], allowed_RxT, norm_limit), masking.norms(found[site]), jnp.nan)
+        jnp.where(_valid(site, activations[site], allowed_RxT, norm_limit), masking.norms(activations[site]), jnp.nan)
         for site, norm_limit, _ in places
     ]
 
@@ -197,10 +197,10 @@ def _site_sums(
     allowed_RxT: jax.Array,
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
     """(sum [D], number) of the activations at each place: of all valid ones, and of those without an extreme norm."""
-    found = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
+    activations = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
 
     def sums(site: str, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-        x = found[site]
+        x = activations[site]
         valid = _valid(site, x, allowed_RxT, norm_limit)
         return jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum((0, 1)), valid.sum()
 
@@ -226,20 +226,21 @@ def _clean(
     `zero` or at their `mean`; the residual stream `before` the block they are in; and the activations at `others`.
     """
     replaced, read = {site for site, _, _ in places}, {site for _, _, others in places for site in others}
-    found: dict[str, jax.Array] = {}
-    tap = sites.capture(replaced | read | {_before(site) for site in replaced}, found)
+    activations: dict[str, jax.Array] = {}
+    tap = sites.capture(replaced | read | {_before(site) for site in replaced}, activations)
     hidden_RxTxD = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
 
     def context(
         site: str, norm_limit: float, others: tuple[str, ...], mean_D: jax.Array, limit: jax.Array
     ) -> dict[str, Any]:
-        x = found[site]
+        x = activations[site]
         valid = _valid(site, x, allowed_RxT, norm_limit)
         mean = jnp.where(valid[..., None], mean_D[None, None].astype(x.dtype), x)
         zero = jnp.where(valid[..., None], jnp.zeros_like(x), x)
         masks = {"valid": valid, "typical": valid & (masking.norms(x) <= limit)}
         interventions = {"x": x, "zero": zero, "mean": mean}
-        return masks | interventions | {"before": found[_before(site)], "others": {s: found[s] for s in others}}
+        beside = {"before": activations[_before(site)], "others": {other: activations[other] for other in others}}
+        return masks | interventions | beside
 
     each = zip(places, means, limits, strict=True)
     return hidden_RxTxD, [context(*place, mean, limit) for place, mean, limit in each]
@@ -271,8 +272,8 @@ def _losses(
         return module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
 
     streams_NxRxTxD = jax.lax.map(hidden, jnp.stack(replacements))
-    found = cross_entropy_and_divergence(module, lm_params, streams_NxRxTxD, hidden_RxTxD, tokens_RxT)
-    return list(zip(*(value.sum(-1) for value in found), strict=True))
+    losses = cross_entropy_and_divergence(module, lm_params, streams_NxRxTxD, hidden_RxTxD, tokens_RxT)
+    return list(zip(*(value.sum(-1) for value in losses), strict=True))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

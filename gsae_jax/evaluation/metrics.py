@@ -128,17 +128,17 @@ def combine(sums: Sums) -> dict[str, Any]:
     with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
         totals = dict(zip(names, rows.sum(1), strict=True))
     n, fired = totals["tokens"], sums["fired"]
-    found: dict[str, Any] = _ratios(totals)
-    found |= {f"ce_{kind}": totals[f"ce_{kind}"] / totals["predictions"] for kind in ("clean", "sae", "zero", "mean")}
-    found |= {"alive": (fired > 0).mean(), "dense": (fired > DENSE * n).mean()}
-    found = {name: float(value) for name, value in found.items()}
-    found |= {"tokens": int(n), "extreme": int(n - totals["typical"])}
+    ratios: dict[str, Any] = _ratios(totals)
+    ratios |= {f"ce_{kind}": totals[f"ce_{kind}"] / totals["predictions"] for kind in ("clean", "sae", "zero", "mean")}
+    ratios |= {"alive": (fired > 0).mean(), "dense": (fired > DENSE * n).mean()}
+    ratios = {name: float(value) for name, value in ratios.items()}
+    ratios |= {"tokens": int(n), "extreme": int(n - totals["typical"])}
     intervals = _intervals(dict(zip(names, rows, strict=True)))
     for name, other in AGAINST.items():
         if not _is_certainly_above_0(sums[other] - sums["ce_clean"]):
-            found[name] = math.nan
+            ratios[name] = math.nan
             intervals.pop(name, None)
-    return found | {"intervals": intervals}
+    return ratios | {"intervals": intervals}
 
 
 @functools.lru_cache(maxsize=1)
@@ -175,5 +175,5 @@ def _intervals(rows: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 def _ratios(totals: dict[str, Any]) -> dict[str, Any]:
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = {name: np.asarray(ratio(totals)) for name, ratio in RATIOS.items()}
-    return {name: np.where(np.isfinite(value), value, math.nan) for name, value in found.items()}
+        ratios = {name: np.asarray(ratio(totals)) for name, ratio in RATIOS.items()}
+    return {name: np.where(np.isfinite(value), value, math.nan) for name, value in ratios.items()}

@@ -118,13 +118,13 @@ def training(lines: list[dict[str, Any]]) -> Figure:
 
 def _panels(records: list[dict[str, Any]], rows: int = 1) -> Any:
     """A figure, and for each of its rows a panel per site, side by side."""
-    found = sorted({record["site"] for record in records})
-    figure = Figure(figsize=(1.4 + 5 * len(found), 4 * rows), layout="constrained")
-    grid = figure.subplots(rows, len(found), squeeze=False)
-    for axis, site in zip(grid.flat, found * rows, strict=True):
+    sites = sorted({record["site"] for record in records})
+    figure = Figure(figsize=(1.4 + 5 * len(sites), 4 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(sites), squeeze=False)
+    for axis, site in zip(grid.flat, sites * rows, strict=True):
         axis.set_title(site, fontsize=10)
         axis.grid(alpha=0.25)
-    return figure, *(dict(zip(found, axes, strict=True)) for axes in grid)
+    return figure, *(dict(zip(sites, axes, strict=True)) for axes in grid)
 
 
 def _shade(index: int, count: int) -> float:

@@ -143,10 +143,10 @@ def read_published(path: str) -> list[dict[str, Any]]:
     needed = {"model", "architecture", "site", "layer", "l0", "loss_recovered", "gamma"}
     try:
         with open(path, newline="") as file:
-            found = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); write a CSV file in UTF-8", "--published") from error
-    if missing := needed - set(found[0] if found else ()):
+    if missing := needed - set(rows[0] if rows else ()):
         raise UserError(f"{path} has no column {', '.join(sorted(missing))}; write one with a header", "--published")
     try:
         numbers = ("l0", "loss_recovered", "gamma")
@@ -154,7 +154,7 @@ def read_published(path: str) -> list[dict[str, Any]]:
             row
             | {name: float(row[name]) for name in numbers}
             | {"site": f"blocks.{row['layer']}.{HOOKS[row['site']]}" if row["site"] in HOOKS else row["site"]}
-            for row in found
+            for row in rows
         ]
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} has a cell that is no number: {error}", "--published") from error

@@ -113,11 +113,11 @@ def read(path: Path) -> trained.SAE:
     if ours is None:
         carried = {"trainer": trainer, "buffer": buffer}
         metadata = {"model_name": trainer["lm_name"], "context_size": buffer.get("ctx_len")}
-        site, told, metadata = trainer.get("submodule_name"), None, metadata | {"dictionary_learning": carried}
+        site, record, metadata = trainer.get("submodule_name"), None, metadata | {"dictionary_learning": carried}
     else:
-        site, told, metadata = ours["site"], ours["record"], ours["metadata"]
+        site, record, metadata = ours["site"], ours["record"], ours["metadata"]
         faults = files.misfits(metadata, records.METADATA, f"{records.KEY}.metadata.")
-        files.refuse(path / CONFIG, faults + records.misfits(told, architecture, f"{records.KEY}.record."))
+        files.refuse(path / CONFIG, faults + records.misfits(record, architecture, f"{records.KEY}.record."))
 
     shapes = records.shapes(architecture, names, trainer["activation_dim"], trainer["dict_size"])
     wanted = {theirs: shapes[name][:: -1 if _turned(theirs) else 1] for name, theirs in names.items()}
@@ -127,7 +127,7 @@ def read(path: Path) -> trained.SAE:
         params = records.recentered(architecture, params)
     with errors.about(str(path / WEIGHTS)):
         params = _as_loaded(trainer["dict_class"], params)
-    return records.build(path, architecture, params, site, told, metadata)
+    return records.build(path, architecture, params, site, record, metadata)
 
 
 def _as_loaded(dict_class: str, params: dict[str, Any]) -> dict[str, Any]:

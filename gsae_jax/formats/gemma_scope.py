@@ -25,8 +25,8 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     with writing.new_folder(path) as folder:
         params: dict[str, Any] = records.held(sae, {"jumprelu": TENSORS})
         np.savez(folder / WEIGHTS, **{name: params[name] for name in TENSORS})
-        told = {"site": sae.site, "metadata": sae.metadata, records.KEY: records.record(sae)}
-        files.write_json(folder / RECORD, told)
+        record = {"site": sae.site, "metadata": sae.metadata, records.KEY: records.record(sae)}
+        files.write_json(folder / RECORD, record)
 
 
 def recognises(path: Path) -> bool:
@@ -41,19 +41,19 @@ def read(path: Path) -> trained.SAE:
         UserError: everything that does not fit.
     """
     weights = path if path.suffix == ".npz" else path / WEIGHTS
-    beside, told = weights.with_name(RECORD), None
+    beside, record = weights.with_name(RECORD), None
     site, metadata = None, {}
     if beside.exists():
         tree = reading.read_json(beside, strict=True)
         faults = files.misfits(tree, KINDS)
         faults += [f"{name} is not known" for name in sorted(set(tree) - set(KINDS))]
         files.refuse(beside, faults)
-        site, metadata, told = tree["site"], tree["metadata"], tree[records.KEY]
+        site, metadata, record = tree["site"], tree["metadata"], tree[records.KEY]
         faults = files.misfits(metadata, records.METADATA, "metadata.")
-        files.refuse(beside, faults + records.misfits(told, "jumprelu", f"{records.KEY}."))
+        files.refuse(beside, faults + records.misfits(record, "jumprelu", f"{records.KEY}."))
 
     contents = files.npz_contents(weights)
     # The sizes are those of the biases.
     D, F = (math.prod(contents[0].get(name, ((0,), ""))[0]) for name in ("b_dec", "b_enc"))
     params = files.read_tensors(weights, contents, records.shapes("jumprelu", TENSORS, D, F))
-    return records.build(path, "jumprelu", params, site, told, metadata)
+    return records.build(path, "jumprelu", params, site, record, metadata)

@@ -25,7 +25,7 @@ def read(path: Path) -> dict[str, trained.SAE]:
     folders = path.is_dir() and not run_directory.Workdir(path, field="").holds_run()
     # Hidden ones are a program's own: .git, or what is left of an export that was killed.
     inside = sorted(folder for folder in path.glob("[!.]*") if folder.is_dir()) if folders else []
-    found: dict[str, trained.SAE] = {}
+    saes: dict[str, trained.SAE] = {}
     others = []
     foreign.check(path)
     for folder in [path] if any(format.recognises(path) for format in formats) else inside:
@@ -35,9 +35,9 @@ def read(path: Path) -> dict[str, trained.SAE]:
             others.append(folder.name)
             continue
         sae = format.read(folder)
-        if sae.name in found:
+        if sae.name in saes:
             raise UserError(f"has the second SAE called {sae.name!r}; load them one by one", str(folder))
-        found[sae.name] = sae
-    if found and others:
+        saes[sae.name] = sae
+    if saes and others:
         logger.warning(f"{path} also has what is no SAE in a known format, and is left out: {', '.join(others)}")
-    return found
+    return saes

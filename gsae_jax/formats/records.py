@@ -124,27 +124,27 @@ def recentered(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
     return contract.shifted(module, params, sign * params["b_dec"])
 
 
-def misfits(told: dict[str, Any] | None, architecture: str, where: str = "") -> list[str]:
+def misfits(record: dict[str, Any] | None, architecture: str, where: str = "") -> list[str]:
     """What is wrong with a record; None, of a file that is not ours, has nothing wrong."""
-    if told is None:
+    if record is None:
         return []
-    faults = files.misfits(told, KINDS, where)
+    faults = files.misfits(record, KINDS, where)
     if not faults:
-        if not re.fullmatch(NAME, told["name"]):
+        if not re.fullmatch(NAME, record["name"]):
             known_as = "up to 120 letters, digits, spaces and _.=+-, not beginning with a dot or a space"
-            faults.append(f"{where}name is {told['name'][:60]!r}; it has {known_as}")
+            faults.append(f"{where}name is {record['name'][:60]!r}; it has {known_as}")
         faults += [
-            f"{where}{name} is {json.dumps(told[name])[:60]}, not from {low:g} to {high:g}"
+            f"{where}{name} is {json.dumps(record[name])[:60]}, not from {low:g} to {high:g}"
             for name, (low, high) in RANGES.items()
-            if told.get(name) is not None and not low <= told[name] <= high
+            if record.get(name) is not None and not low <= record[name] <= high
         ]
         try:
             contract.build_config(
-                contract.module_of(architecture), architecture, (1,), None, 1, told["dtype"], told["options"]
+                contract.module_of(architecture), architecture, (1,), None, 1, record["dtype"], record["options"]
             )
         except UserError as error:
             faults.append(f"{where}{error}")
-        faults += [f"{where}{name} is not known" for name in sorted(set(told) - set(KINDS))]
+        faults += [f"{where}{name} is not known" for name in sorted(set(record) - set(KINDS))]
     return faults
 
 
@@ -153,7 +153,7 @@ def build(
     architecture: str,
     params: dict[str, Any],
     site: str | None,
-    told: dict[str, Any] | None,
+    record: dict[str, Any] | None,
     metadata: dict[str, Any],
 ) -> trained.SAE:
     """The SAE of a file, with its record; one that is not ours has the name of its folder, or file.
@@ -166,13 +166,13 @@ def build(
     stem = path.name if path.is_dir() else path.parent.name if path.stem == "params" else path.stem
     stem = re.sub(r"^[. ]|[^\w .=+-]", "_", stem)[:100]
     name = stem if re.search(r"._\d+$", stem) else f"{stem}_0"
-    ours, told = told is not None, told or {"name": name, "options": {}, "dtype": "float32"}
+    ours, record = record is not None, record or {"name": name, "options": {}, "dtype": "float32"}
     module = contract.module_of(architecture)
     names = tables.not_finite(module, params)
     files.refuse(path, [f"the parameter {name} has numbers that are not finite or overflow" for name in names])
     width, d_in = params["W_dec"].shape
     with errors.within(name):
-        config = contract.build_config(module, architecture, (d_in,), None, width, told["dtype"], told["options"])
+        config = contract.build_config(module, architecture, (d_in,), None, width, record["dtype"], record["options"])
     wanted = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
     if wanted.keys() != params.keys():
         kind = contract.variant(architecture, config)
@@ -180,25 +180,25 @@ def build(
     kind, normal = contract.variant(architecture, config), contract.normal_form(module, params, config)
     unlike = [name for name in params if np.any(normal[name] != params[name])]
     files.refuse(path, [f"its options are those of {kind!r}, which does not use the tensor {name}" for name in unlike])
-    numbers = {name: told.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
-    limit = told.get("norm_limit")
+    numbers = {name: record.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
+    limit = record.get("norm_limit")
     sae = trained.SAE(
-        name=told["name"],
+        name=record["name"],
         architecture=architecture,
         config=config,
         site=site if ours and site else sites.hook_name(site or "") or site or "",
         params={name: jnp.asarray(value) for name, value in params.items()},
-        seed=told.get("seed"),
+        seed=record.get("seed"),
         norm_limit=math.inf if limit is None else limit,
         metadata=metadata,
-        **_identity(told),
+        **_identity(record),
     )
     return dataclasses.replace(sae, **{name: value for name, value in numbers.items() if value is not None})
 
 
-def _identity(told: dict[str, Any]) -> dict[str, Any]:
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
     """The run, the stack and the place there; without them, what the name says, which may be a folder's."""
-    if "stack" in told:
-        return {name: told[name] for name in ("run", "stack", "index") if name in told}
-    stem, _, number = told["name"].rpartition("_")
-    return {"stack": stem, "index": int(number)} if stem and number.isdecimal() else {"stack": told["name"]}
+    if "stack" in record:
+        return {name: record[name] for name in ("run", "stack", "index") if name in record}
+    stem, _, number = record["name"].rpartition("_")
+    return {"stack": stem, "index": int(number)} if stem and number.isdecimal() else {"stack": record["name"]}

@@ -108,8 +108,8 @@ def read(path: Path) -> trained.SAE:
         faults += files.misfits(metadata, METADATA, "metadata.")
     files.refuse(path / CONFIG, faults)
     (architecture,) = (ours for ours, theirs in ARCHITECTURES.items() if theirs == config["architecture"])
-    told, site = metadata.pop(records.KEY, None), metadata.pop("hook_name", None)
-    files.refuse(path / CONFIG, records.misfits(told, architecture, f"metadata.{records.KEY}."))
+    record, site = metadata.pop(records.KEY, None), metadata.pop("hook_name", None)
+    files.refuse(path / CONFIG, records.misfits(record, architecture, f"metadata.{records.KEY}."))
 
     names = _tensors(architecture)
     shapes = records.shapes(architecture, names, config["d_in"], config["d_sae"])
@@ -119,7 +119,7 @@ def read(path: Path) -> trained.SAE:
     params = {ours: tensors[theirs] for ours, theirs in names.items()}
     if config["apply_b_dec_to_input"] != _centres(architecture):
         params = records.recentered(architecture, params)
-    return records.build(path, architecture, params, site, told, metadata)
+    return records.build(path, architecture, params, site, record, metadata)
 
 
 def _is_earlier(config: dict[str, Any]) -> bool:

@@ -68,11 +68,11 @@ def _pickles(folder: Path) -> list[Path]:
     for name in ("pytorch_model.bin", "model_final.pth"):
         if (folder / name).exists():
             return [folder / name]
-    found = sorted(file for file in folder.iterdir() if file.suffix in checkpoints.PICKLES)
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in checkpoints.PICKLES)
+    if len(pickles) != 1:
+        names = ", ".join(file.name for file in pickles) or "none"
         raise UserError(f"{folder} must have one pickle, or {BIN_INDEX}; it has {names}")
-    return found
+    return pickles
 
 
 def _convert_file(file: Path, out: Path) -> list[str]:

@@ -145,9 +145,9 @@ def capture(
     module: Any, params: Any, tokens_BxT: jax.Array, sites: Iterable[str], mask_BxT: jax.Array | None = None
 ) -> dict[str, jax.Array]:
     """Activations [B, T, D] at `sites`, one forward pass for all; under jit, what they do not need is not computed."""
-    found: dict[str, jax.Array] = {}
-    module.apply({"params": params}, tokens_BxT, sites_lib.capture(sites, found), mask_BxT, method="hidden")
-    return found
+    activations: dict[str, jax.Array] = {}
+    module.apply({"params": params}, tokens_BxT, sites_lib.capture(sites, activations), mask_BxT, method="hidden")
+    return activations
 
 
 def site_widths(module: Any) -> dict[str, int]:

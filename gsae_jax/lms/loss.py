@@ -69,5 +69,5 @@ def _by_position(
         return module.apply({"params": params}, x_BxD[None], method="logits")[0]
 
     by_position = ([jnp.moveaxis(stream, -2, 0)[:-1] for stream in streams], tokens_BxT.T[1:])
-    found = jax.lax.map(lambda inputs: at_position(logits, *inputs), by_position, batch_size=positions)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), found)
+    losses = jax.lax.map(lambda inputs: at_position(logits, *inputs), by_position, batch_size=positions)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), losses)

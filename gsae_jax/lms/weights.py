@@ -182,9 +182,9 @@ def match(
             faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
         source = min((actual[each] for each in present), key=tensors.fineness)
         shape, sizes = _layout(pattern, leaf.shape)
-        found = tensors.shape(source)
-        if found != shape:
-            faults.append(f"{source} has shape {list(found)}, not {list(shape)}")
+        stored = tensors.shape(source)
+        if stored != shape:
+            faults.append(f"{source} has shape {list(stored)}, not {list(shape)}")
         elif path in wanted:
             sources.setdefault(source, {})[path] = partial(_view, pattern=pattern, sizes=sizes, index=index)
     expected = {name for short, name in actual.items() if short in used or re.search(ignored, short)}

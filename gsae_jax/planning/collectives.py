@@ -53,7 +53,7 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
     """
     config, shape = program.config, program.mesh.shape
     compute, item = (jnp.dtype(name).itemsize for name in (config.train.compute_dtype, config.lm.dtype))
-    found = Exchanges(shape)
+    exchanges = Exchanges(shape)
 
     def visit(jaxpr: Any, times: int) -> None:
         for eqn in jaxpr.eqns:
@@ -61,7 +61,7 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
             for aval in (var.aval for var in eqn.outvars if kind):
                 axes = eqn.params.get("axes") or eqn.params["axis_name"]
                 size = compute if kind == "all-gather" and aval.ndim == 2 else aval.dtype.itemsize
-                found.count(str(kind), (axes,) if isinstance(axes, str) else axes, times, aval.size * size)
+                exchanges.count(str(kind), (axes,) if isinstance(axes, str) else axes, times, aval.size * size)
             for inner in jaxprs_in_params(eqn.params):
                 visit(inner, times * eqn.params.get("length", 1))
 
@@ -71,11 +71,11 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
     rows = config.activations.rows_per_forward // shape["data"]
     stream = rows * config.data.context_length * program.module.config.d_model * item
     for path, leaf, axes, size in gathered(lm_params, shape):
-        found.count("all-gather", axes, times, size)
+        exchanges.count("all-gather", axes, times, size)
         if path.endswith(("W_O", "W_out")) and leaf.sharding.spec[0] == "latent":
-            found.count("all-reduce", ("latent",), times, stream)
-    found.count("all-to-all", ("data", "latent"), times, stream)
-    return found
+            exchanges.count("all-reduce", ("latent",), times, stream)
+    exchanges.count("all-to-all", ("data", "latent"), times, stream)
+    return exchanges
 
 
 def gathered(lm_params: Any, shape: Mapping[str, int]) -> Iterator[tuple[str, Any, tuple[str, ...], int]]:
@@ -98,7 +98,7 @@ def compiled(text: str, shape: Mapping[str, int]) -> Exchanges:
             entry = header[2] if header[1] else entry
             lines = computations.setdefault(header[2], [])
         lines.append(line)
-    found = Exchanges(shape)
+    exchanges = Exchanges(shape)
 
     def exchange(line: str, times: int, kind: str, results: str, start: bool) -> None:
         ids = _group(line, math.prod(shape.values()))
@@ -109,7 +109,7 @@ def compiled(text: str, shape: Mapping[str, int]) -> Exchanges:
             size *= len(ids) / (len(ids) + 1)
         elif start and kind == "collective-permute":
             size /= 2
-        found.count(kind, axes, times, size, len(ids))
+        exchanges.count(kind, axes, times, size, len(ids))
 
     def visit(computation: str, times: int) -> None:
         for line in computations[computation]:
@@ -131,7 +131,7 @@ def compiled(text: str, shape: Mapping[str, int]) -> Exchanges:
                     visit(name, times)
 
     visit(entry, 1)
-    return found
+    return exchanges
 
 
 def _group(line: str, devices: int) -> list[int]:
@@ -139,7 +139,7 @@ def _group(line: str, devices: int) -> list[int]:
     if pairs := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
         return [int(number) for number in pairs[1].split(",")]
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        sizes, order = ([int(n) for n in found.split(",")] if found else None for found in iota.group(2, 3))
+        sizes, order = ([int(n) for n in numbers.split(",")] if numbers else None for numbers in iota.group(2, 3))
         return np.arange(devices).reshape(sizes).transpose(order).ravel()[: int(iota[1])].tolist()
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         axes = re.findall(r"('\w+')=(\d+)", named[1])

@@ -85,8 +85,8 @@ class Case:
                 kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
                 parts = self._parts(memory.temp_size_in_bytes + memory.generated_code_size_in_bytes, kept)
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX cannot print all that libtpu makes
-                    found = collectives.compiled(compiled.as_text(), self.program.mesh.shape)
-                    return parts, found, method | {"exchanges": "compiled"}
+                    exchanges = collectives.compiled(compiled.as_text(), self.program.mesh.shape)
+                    return parts, exchanges, method | {"exchanges": "compiled"}
             except jax.errors.JaxRuntimeError as error:
                 # Compilers for TPUs refuse what does not fit, and say no more than this, which has the arguments in it.
                 needed = re.search(r"RESOURCE_EXHAUSTED.*temporaries \(([\d.]+)G\)", str(error), re.DOTALL)
@@ -294,12 +294,12 @@ def advice(case: Case, topology: Topology, total: int) -> Iterator[dict[str, Any
                 other = Case.build(changed(config, change), change.get("topology", topology))
             except UserError:  # the config or the mesh does not allow it
                 continue
-            if (found := other.estimate()["total"] + slack) <= memory:
+            if (total := other.estimate()["total"] + slack) <= memory:
                 flags = [
                     f"--topology={value}" if field == "topology" else f"--config.{field}={value}"
                     for field, value in change.items()
                 ]
-                yield {"change": " ".join(flags), "total": found}
+                yield {"change": " ".join(flags), "total": total}
                 break
 
 

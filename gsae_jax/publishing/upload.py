@@ -27,8 +27,8 @@ def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> s
         with _asking(repo):
             private = _private(repo)
         if private is not None and private == public:
-            there, say = ("private", "leave --public out") if private else ("public", "add --public")
-            raise UserError(f"{repo} exists and is {there}; {say}, or write another name", "--repo")
+            visibility, say = ("private", "leave --public out") if private else ("public", "add --public")
+            raise UserError(f"{repo} exists and is {visibility}; {say}, or write another name", "--repo")
         ours = [f"{name}/*" for name in ("report", *plugins.known("formats", having="write"))]
         with _asking(repo):
             if private is None:

@@ -180,12 +180,14 @@ class Checkpoints:
         """
         for name in ("params", "state"):
             stored = ocp.PyTreeCheckpointHandler().metadata(folder / name).tree
-            there, saved = (
+            stored, saved = (
                 {".".join(path): (leaf.shape, leaf.dtype) for path, leaf in ocp.tree.to_flat_dict(tree).items()}
                 for tree in (stored, self._saved[name])
             )
-            if there != saved:
-                raise OSError(f"{', '.join(sorted(dict(there.items() ^ saved.items())))} of {name} cannot be read back")
+            if stored != saved:
+                raise OSError(
+                    f"{', '.join(sorted(dict(stored.items() ^ saved.items())))} of {name} cannot be read back"
+                )
         for name in ("data", "facts"):
             stored = ocp.JsonCheckpointHandler().restore(folder / name, args=ocp.args.JsonRestore())
             if json.dumps(stored, sort_keys=True) != json.dumps(self._saved[name], sort_keys=True):

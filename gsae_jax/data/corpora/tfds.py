@@ -25,37 +25,37 @@ def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]
         raise UserError(f"is {config.name!r}; write the name of a data set such as wiki40b/en", "data.name")
     _check_features(paths.of(where) / re.split("[/:]", config.name)[0])
     try:
-        found = tfds.builder(config.name, data_dir=config.data_dir or None)
+        builder = tfds.builder(config.name, data_dir=config.data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"{config.name!r} is not a data set prepared in {where}", "data.name") from error
     except Exception as error:  # whatever a wrong value in its files or in its name leads to
         why = f"{config.name!r} in {where} cannot be read ({type(error).__name__}: {error})"
         raise UserError(f"{why}; write a data set prepared there, or prepare it again", "data.name") from error
-    if not found.data_path.exists():
+    if not builder.data_path.exists():
         raise UserError(
             f"{config.name!r} is not prepared in {where}; "
             f"run `tfds build {config.name} --file_format=array_record` first",
             "data.name",
         )
-    if config.field not in (found.info.features or {}):
+    if config.field not in (builder.info.features or {}):
         raise UserError(
-            f"{config.field!r} is not a feature of {config.name}; {known_names(config.field, found.info.features)}",
+            f"{config.field!r} is not a feature of {config.name}; {known_names(config.field, builder.info.features)}",
             "data.field",
         )
-    if not isinstance(found.info.features[config.field], tfds.features.Text):
+    if not isinstance(builder.info.features[config.field], tfds.features.Text):
         raise UserError(
-            f"{config.field!r} of {config.name} is {found.info.features[config.field]}; write a text feature",
+            f"{config.field!r} of {config.name} is {builder.info.features[config.field]}; write a text feature",
             "data.field",
         )
-    formats = {found.info.file_format, *found.info.available_file_formats()}
+    formats = {builder.info.file_format, *builder.info.available_file_formats()}
     if tfds.core.file_adapters.FileFormat.ARRAY_RECORD not in formats:
         raise UserError(
-            f"{config.name!r} is stored as {found.info.file_format.value}, which cannot be read at random; "
+            f"{config.name!r} is stored as {builder.info.file_format.value}, which cannot be read at random; "
             "convert it with `python -m tensorflow_datasets.scripts.convert_format --out_file_format=array_record "
-            f"--dataset_version_dir={found.data_path}`",
+            f"--dataset_version_dir={builder.data_path}`",
             "data.name",
         )
-    return found, config.field
+    return builder, config.field
 
 
 def _check_features(folder: paths.Path) -> None:
