@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import zipfile
 
@@ -127,6 +128,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     for format, field, fact in (("saelens", "stack_2", "tie_encoder"), ("jumprelu", "stack_2.tie_encoder", "False")):
         with refused(field, fact):
             make(gated, tie_encoder=False).save(tmp_path / "a", format)
+        spoiled = sae.params | {"b_gate": sae.params["b_gate"].at[0].set(math.nan)}
+        with refused("stack_2", "b_gate", "not finite"):
+            dataclasses.replace(sae, params=spoiled).save(tmp_path / "a", format)
     with refused("format", "'saelense'", "did you mean 'saelens'"):
         sae.save(tmp_path / "a", "saelense")
     with refused("", "gs://bucket/a", "not a local path"):
@@ -833,7 +837,7 @@ def test_jumprelu_is_for_evaluation(experiment):
         Stack.build("a", stack, {stack.site: D}, "float32")
 
 
-def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir, tmp_path, capsys):
+def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir, lm_dir, tmp_path, capsys):
     stack = experiment.stacks["gated"]
     assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "run")
     evaluate(tmp_path / "run")
@@ -877,6 +881,10 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
         "warning: gated_0 and 1 more say that 'small' was the language model of training; measured on 'gelu-1l-stdlib'",
         f"warning: gated_0 and 1 more say that '{text_dir.name}' was the text of training; measured on 'stdlib'",
     ]
+    shutil.copytree(lm_dir, tmp_path / "lm")
+    (tmp_path / "lm" / "model.safetensors").write_bytes(b"")
+    with refused("--model", f"{tmp_path / 'lm' / 'model.safetensors'} cannot be read"):
+        measure("out", model=str(tmp_path / "lm"))
     assert not (tmp_path / "third").exists()
     with refused("--out", f"{tmp_path / 'report'} exists"):
         evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
