@@ -16,7 +16,7 @@ from gsae_jax.lms.conversion import convert
 
 def main(source: str, out: str) -> None:
     """The command."""
-    with errors.about("SRC", out="OUT", tokenizer="--tokenizer", revision="--revision"):
+    with errors.about("SRC", source="SRC", out="OUT", tokenizer="--tokenizer", revision="--revision"):
         convert(source, Path(out), TOKENIZER.value, REVISION.value)
     print(f"{out} is written; use it as --config.lm.path={out}, or in gsae_jax.load_lm({out!r})")
 

@@ -34,9 +34,11 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
     if name:
         if name not in saes:
             raise UserError(f"{name!r} is not in {path}; {known_names(name, saes)}", "--sae")
-        module.write(saes[name], out)
+        with errors.about("--out"):
+            module.write(saes[name], out)
         return [name]
-    return write(saes, format, out)
+    with errors.about("--out"):
+        return write(saes, format, out)
 
 
 def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> list[str]:

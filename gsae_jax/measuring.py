@@ -67,8 +67,8 @@ def evaluate(
         settings = dataclasses.replace(settings, lm=dataclasses.replace(run.lm, path=model, revision=""))
     latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
-    step = workdir.sound_step(("params", "facts"), step)
-    with errors.about(workdir.field):
+    with errors.about(workdir.field, step="--step"):
+        step = workdir.sound_step(("params", "facts"), step)
         saes = sae_loading.load(path, mesh, step)
     training = metrics_log.read_metrics(workdir)
     if step is not None:
@@ -79,7 +79,7 @@ def evaluate(
         stack = run.stacks[sae.stack]
         if stack.target_l0:
             targets[sae.name] = stack.target_l0[sae.index if len(stack.target_l0) > 1 else 0]
-    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points), training, step, targets)
+    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points, model), training, step, targets)
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
@@ -196,7 +196,7 @@ def evaluate_saes(
     _check_told(saes, settings, given=bool(model) or config is not None)
     with errors.about("--model" if model else "lm.path", revision="lm.revision"):
         saes = _at_sites(saes, settings.lm, site)
-    return _write(epath.Path(out), saes, settings, mesh, _Wanted(tokens, ito, points))
+    return _write(epath.Path(out), saes, settings, mesh, _Wanted(tokens, ito, points, model))
 
 
 def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
@@ -277,6 +277,7 @@ class _Wanted:
     tokens: int | None
     ito: Sequence[int]
     points: Sequence[dict[str, Any]]
+    model: str
 
 
 def _write(
@@ -294,7 +295,8 @@ def _write(
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
         raise UserError(f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more", "--ito")
-    with errors.about("lm.path", path="lm.path", revision="lm.revision"):
+    where = "--model" if wanted.model else "lm.path"
+    with errors.about(where, path=where, revision="lm.revision"):
         lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)
     loading.check_context(lm.module, settings.data.context_length)
     tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cli, pretraining
+from gsae_jax import cli, errors, pretraining
 from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
 
@@ -18,7 +18,9 @@ def main() -> None:
     out = Path(OUT.value)
     if out.exists():
         raise UserError(f"{out} exists already; write a new directory", "--out")
-    print(f"held-out cross-entropy {pretraining.pretrain(config, out):.3f} nats/token; checkpoint in {out}")
+    with errors.about("", out="--out"):
+        loss = pretraining.pretrain(config, out)
+    print(f"held-out cross-entropy {loss:.3f} nats/token; checkpoint in {out}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import transformers
 from matplotlib.figure import Figure
 
 from gsae_jax import config as config_lib
+from gsae_jax import errors
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import checkpoints, gelu
@@ -70,7 +71,8 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
             test = held_out(params) if number % 500 == 0 else None
             curve.append((number, round(float(value), 4), test and round(test, 4)))
             bar.set_postfix_str(f"loss {value:.3f}" + (f", held out {test:.3f} nats/token" if test else ""))
-    checkpoints.save(out, module.config, params, tokenizer)
+    with errors.about("out"):
+        checkpoints.save(out, module.config, params, tokenizer)
     final = held_out(checkpoints.Checkpoint.open(out).params(module, "float32"))  # of what was written: bfloat16
     curve.append((steps, round(float(value), 4), round(final, 4)))
     facts = {

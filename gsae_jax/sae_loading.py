@@ -61,9 +61,10 @@ def load(
     except ValueError as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config ({error})"
         raise UserError(f"{why}; put its own back") from error
-    built = {
-        name: contract.build(stack, facts.widths, config.train.compute_dtype) for name, stack in config.stacks.items()
-    }
+    built = {}
+    for name, stack in config.stacks.items():
+        with errors.within(f"stacks.{name}"):
+            built[name] = contract.build(stack, facts.widths, config.train.compute_dtype)
     like = {
         name: jax.eval_shape(
             jax.vmap(lambda key, m=module, c=sae: m.init(key, c)),

@@ -12,11 +12,11 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.errors import UserError
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, report
 from gsae_jax.lms import loading
 from gsae_jax.saes import gated, relu, trained
 from tests import references
+from tests.refusals import refused
 from tests.test_lms import checkpoint
 
 SITE = "blocks.0.hook_mlp_out"
@@ -92,7 +92,7 @@ def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
 def test_an_sae_that_no_activation_is_for_is_refused(lm):
     D = lm.sites[SITE]
     sae = dataclasses.replace(as_sae("identity", relu, identity(D), relu.Config(D, 2 * D)), norm_limit=1e-9)
-    with pytest.raises(UserError, match=r"identity: has no activation .* above its norm_limit, 1e-09, or"):
+    with refused("identity", "no activation", "norm_limit, 1e-09"):
         measure.measure(lm, [sae], batches(lm), lm.special_tokens)
 
 
@@ -295,9 +295,9 @@ def test_published_points(tmp_path):
         | {"l0": 10.5, "loss_recovered": 0.9, "gamma": 0.8}
     ]
     path.write_text("architecture,l0\nrelu,1\n")
-    with pytest.raises(UserError, match="has no column gamma, layer, loss_recovered, model, site; write one"):
+    with refused("--published", str(path), "no column gamma, layer, loss_recovered, model, site"):
         report.read_published(str(path))
-    with pytest.raises(UserError, match=r"--published: .*nothing\.csv cannot be read"):
+    with refused("--published", "nothing.csv cannot be read"):
         report.read_published(str(tmp_path / "nothing.csv"))
 
 

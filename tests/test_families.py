@@ -13,9 +13,9 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import plugins
-from gsae_jax.errors import UserError
 from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
+from tests.refusals import refused
 
 FIXTURES = Path(make.__file__).parent
 
@@ -139,7 +139,7 @@ def test_tied_embeddings_under_both_names(tmp_path):
     def differing(t):
         return t | {"model.embed_tokens.weight": t["lm_head.weight"] + 1}
 
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
+    with refused("path", "model.embed_tokens.weight and lm_head.weight differ", "tied"):
         gsae_jax.load_lm(copy("llama_3", tmp_path / "other", tensors=differing))
 
 
@@ -169,7 +169,7 @@ def test_tied_embeddings_in_two_dtypes(tmp_path, embedding, unembedding):
         t["lm_head.weight"][-1, -1] *= 1.25
         return t
 
-    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight and lm_head\.weight differ, but .* tied"):
+    with refused("path", "model.embed_tokens.weight and lm_head.weight differ", "tied"):
         gsae_jax.load_lm(copy("llama_3", tmp_path / "other", tensors=differing))
 
 
@@ -183,7 +183,7 @@ def test_tied_embeddings_in_two_dtypes(tmp_path, embedding, unembedding):
     ],
 )
 def test_quantised_weights_are_named(tmp_path, settings, method):
-    with pytest.raises(UserError, match=f"quantised with '{method}'; quantised weights are not supported"):
+    with refused("", f"quantised with '{method}'", "not supported"):
         Checkpoint.open(copy("llama_2", tmp_path, lambda s: s | settings))
 
 
@@ -202,46 +202,38 @@ def with_rope(kind, **more):
 
 
 @pytest.mark.parametrize(
-    ("case", "settings", "message"),
+    ("case", "settings", "facts"),
     [
-        ("llama_2", with_rope("yarn", factor=2.0), "has rope scaling 'yarn', which is not supported; known: default"),
-        ("llama_2", with_rope("dynamic", factor=2.0), "has rope scaling 'dynamic', which is not supported"),
-        ("llama_2", lambda s: s | {"hidden_act": "xielu"}, "has the activation 'xielu', which is not supported"),
-        ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, "describes weights quantised with"),
-        ("llama_2", lambda s: s | {"num_attention_heads": 5}, "is not valid: .* not a multiple"),
-        ("llama_2", lambda s: s | {"hidden_size": "24"}, "has hidden_size = '24'; it must be a whole number"),
-        ("llama_2", lambda s: {k: v for k, v in s.items() if k != "vocab_size"}, "lacks vocab_size"),
-        ("gpt2", lambda s: {k: v for k, v in s.items() if k not in ("n_head", "n_embd")}, "lacks n_embd, n_head"),
-        ("llama_2", lambda s: s | {"num_attention_heads": 0}, "is not valid|num_attention_heads = 0; it must"),
-        (
-            "llama_2",
-            lambda s: s | {"num_hidden_layers": 0},
-            "has num_hidden_layers = 0; it must be a whole number from 1 to 1000",
-        ),
-        ("llama_3", lambda s: s | {"num_key_value_heads": 4}, "gives 6 heads, which 4 key-value heads cannot share"),
-        ("llama_2", lambda s: s | {"head_dim": 7}, "is not valid: .*even rotary dimension"),
-        ("llama_2", lambda s: s | {"is_causal": False}, "has is_causal = False, which is not supported"),
-        ("llama_2", with_rope("default", partial_rotary_factor=0.5), "has partial_rotary_factor = 0.5, which is not"),
-        ("llama_2", with_rope("linear", factor=0.0), "has factor = 0.0; it must be positive|is not valid"),
-        ("llama_2", with_rope("default", rope_theta=0.0), "has rope_theta = 0.0; it must be positive"),
-        ("llama_2", lambda s: s | {"rms_norm_eps": -1.0}, "it must be positive"),
-        ("mistral", lambda s: s | {"sliding_window": -3}, "gives a window of -3"),
-        ("gemma", lambda s: s | {"head_dim": 0}, "has head_dim = 0; it must"),
-        ("gemma2", lambda s: s | {"query_pre_attn_scalar": 0}, "has query_pre_attn_scalar = 0; it must be positive"),
-        ("gpt2", lambda s: s | {"n_head": 0}, "has n_head = 0; it must"),
-        ("gpt2", lambda s: s | {"add_cross_attention": True}, "has add_cross_attention = True, which is not supp"),
-        ("gemma", lambda s: s | {"use_bidirectional_attention": True}, "has use_bidirectional_attention = True"),
-        ("gemma3", lambda s: s | {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping"),
-        ("qwen2", lambda s: s | {"layer_types": ["chunked_attention"] * 3}, "layer type|is not valid"),
-        (
-            "llama_2",
-            lambda s: s | {"model_type": "mamba"},
-            "type 'mamba', which is not supported; .*known: gelu, gemma",
-        ),
+        ("llama_2", with_rope("yarn", factor=2.0), ("rope scaling 'yarn'", "not supported", "known: default")),
+        ("llama_2", with_rope("dynamic", factor=2.0), ("rope scaling 'dynamic'", "not supported")),
+        ("llama_2", lambda s: s | {"hidden_act": "xielu"}, ("activation 'xielu'", "not supported")),
+        ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, ("quantised with",)),
+        ("llama_2", lambda s: s | {"num_attention_heads": 5}, ("not valid", "not a multiple")),
+        ("llama_2", lambda s: s | {"hidden_size": "24"}, ("hidden_size = '24'", "whole number")),
+        ("llama_2", lambda s: {k: v for k, v in s.items() if k != "vocab_size"}, ("lacks vocab_size",)),
+        ("gpt2", lambda s: {k: v for k, v in s.items() if k not in ("n_head", "n_embd")}, ("lacks n_embd, n_head",)),
+        ("llama_2", lambda s: s | {"num_attention_heads": 0}, ("num_attention_heads = 0",)),
+        ("llama_2", lambda s: s | {"num_hidden_layers": 0}, ("num_hidden_layers = 0", "from 1 to 1000")),
+        ("llama_3", lambda s: s | {"num_key_value_heads": 4}, ("6 heads", "4 key-value heads")),
+        ("llama_2", lambda s: s | {"head_dim": 7}, ("not valid", "even rotary dimension")),
+        ("llama_2", lambda s: s | {"is_causal": False}, ("is_causal = False", "not supported")),
+        ("llama_2", with_rope("default", partial_rotary_factor=0.5), ("partial_rotary_factor = 0.5", "not supported")),
+        ("llama_2", with_rope("linear", factor=0.0), ("factor = 0.0", "positive")),
+        ("llama_2", with_rope("default", rope_theta=0.0), ("rope_theta = 0.0", "positive")),
+        ("llama_2", lambda s: s | {"rms_norm_eps": -1.0}, ("-1.0", "norms", "positive")),
+        ("mistral", lambda s: s | {"sliding_window": -3}, ("window of -3",)),
+        ("gemma", lambda s: s | {"head_dim": 0}, ("head_dim = 0",)),
+        ("gemma2", lambda s: s | {"query_pre_attn_scalar": 0}, ("query_pre_attn_scalar = 0", "positive")),
+        ("gpt2", lambda s: s | {"n_head": 0}, ("n_head = 0",)),
+        ("gpt2", lambda s: s | {"add_cross_attention": True}, ("add_cross_attention = True", "not supported")),
+        ("gemma", lambda s: s | {"use_bidirectional_attention": True}, ("use_bidirectional_attention = True",)),
+        ("gemma3", lambda s: s | {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping",)),
+        ("qwen2", lambda s: s | {"layer_types": ["chunked_attention"] * 3}, ("chunked_attention",)),
+        ("llama_2", lambda s: s | {"model_type": "mamba"}, ("type 'mamba'", "not supported", "known: gelu, gemma")),
     ],
 )
-def test_features_we_lack_are_refused_by_name(tmp_path, case, settings, message):
-    with pytest.raises(UserError, match=message):
+def test_features_we_lack_are_refused_by_name(tmp_path, case, settings, facts):
+    with refused("", str(tmp_path / case), *facts):
         Checkpoint.open(copy(case, tmp_path, settings))
 
 
@@ -287,7 +279,7 @@ def test_a_special_token_may_lie_beyond_the_embedding(tmp_path):
         if special:
             assert len(gsae_jax.load_lm(folder).tokenizer) == 62
         else:
-            with pytest.raises(UserError, match="a tokenizer of 62 tokens, but embeddings for 61"):
+            with refused("path", "62 tokens", "embeddings for 61"):
                 gsae_jax.load_lm(folder)
 
 
@@ -295,17 +287,17 @@ def test_a_foreign_bias_is_not_taken_for_a_mask(tmp_path):
     def tensors(t):
         return t | {"transformer.h.7.attn.c_attn.bias": np.zeros(3, np.float32)}
 
-    with pytest.raises(UserError, match=r"transformer\.h\.7\.attn\.c_attn\.bias is not of this model"):
+    with refused("path", "transformer.h.7.attn.c_attn.bias is not of this model"):
         gsae_jax.load_lm(copy("gpt2", tmp_path, tensors=tensors))
 
 
 def test_bad_calls():
-    with pytest.raises(UserError, match="dtype: is 'int8'; write 'float32' or 'bfloat16'"):
+    with refused("dtype", "'int8'", "'float32' or 'bfloat16'"):
         gsae_jax.load_lm(dtype="int8")
     lm = gsae_jax.load_lm(num_layers=1)
-    with pytest.raises(UserError, match="num_layers: was given to load_lm, so there is no unembedding"):
+    with refused("num_layers", "no unembedding"):
         lm.logits(np.zeros((1, 4), int))
-    with pytest.raises(UserError, match=r"mask: has shape \[1, 3\]; write that of tokens, \[1, 4\]"):
+    with refused("mask", "[1, 3]", "[1, 4]"):
         lm.activations(np.zeros((1, 4), int), "blocks.0.hook_mlp_out", np.ones((1, 3)))
 
 

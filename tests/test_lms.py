@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import re
 import shutil
 
 import jax
@@ -10,13 +9,13 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
-from gsae_jax.errors import UserError
 from gsae_jax.lms import sites
 from gsae_jax.lms.checkpoints import EMBEDDED
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.saes import relu
 from gsae_jax.saes.trained import SAE
 from tests import references
+from tests.refusals import refused
 
 SUFFIXES = [
     "hook_resid_pre",
@@ -97,18 +96,15 @@ def test_the_embedded_model_knows_python():
 
 def test_bad_calls(lm_dir):
     lm = gsae_jax.load_lm(lm_dir)
-    with pytest.raises(
-        UserError,
-        match=r"'blocks.0.hook_mlp_ot' is not a site .* did you mean 'blocks.0.hook_mlp_out'\? known: blocks",
-    ):
+    with refused("sites", "'blocks.0.hook_mlp_ot'", "did you mean 'blocks.0.hook_mlp_out'?", "known: blocks.0."):
         lm.activations(some_tokens(lm), ["blocks.0.hook_mlp_ot"])
-    with pytest.raises(UserError, match="have 33 positions; this language model has 32"):
+    with refused("tokens", "33 positions", "32"):
         lm.logits(np.zeros((1, 33), int))
-    with pytest.raises(UserError, match="go from 0 to 4096; this language model has ids 0 to 4095"):
+    with refused("tokens", "0 to 4096", "0 to 4095"):
         lm.logits(np.array([[0, 4096]]))
-    with pytest.raises(UserError, match=r"are float64\[3\]; give integers of shape"):
+    with refused("tokens", "float64[3]", "integers"):
         lm.logits(np.zeros(3))
-    with pytest.raises(UserError, match="are rows of several lengths; pad them"):
+    with refused("tokens", "several lengths", "pad"):
         lm.logits([[1, 2], [1]])
 
 
@@ -118,9 +114,8 @@ def test_tokens_are_checked_under_jit_too(lm_dir):
     for call in calls:
         for wrong in (jnp.zeros((1, 33), int), jnp.zeros(3, int), jnp.zeros((2, 0), int), jnp.zeros((1, 4))):
             for maybe_jit in (lambda f: f, jax.jit):
-                with pytest.raises(UserError) as error:
+                with refused("tokens"):
                     maybe_jit(call)(wrong)
-                assert error.value.field == "tokens"
     assert jax.eval_shape(lm.logits, some_tokens(lm)).shape == (3, 20, lm.config.d_vocab)
 
 
@@ -140,9 +135,8 @@ def test_a_tap_returns_activations_of_the_same_shape(lm_dir, site):
     )
     for edit in edits:
         tap = sites.splice({site: edit})
-        with pytest.raises(UserError, match=re.escape(site)) as error:
+        with refused("tap", site):
             jax.eval_shape(lambda tokens, tap=tap: lm.run(tokens, tap), some_tokens(lm))
-        assert error.value.field == "tap"
 
 
 def test_a_tap_that_returns_none_leaves_all_as_it_was(lm_dir):
@@ -173,9 +167,8 @@ def test_an_sae_is_spliced_in_at_its_site(lm_dir):
     assert not np.array_equal(expected, lm.logits(tokens))
     np.testing.assert_array_equal(lm.run(tokens, sae), expected)
     for wrong in (dataclasses.replace(sae, site=""), dataclasses.replace(sae, site="blocks.7.hook_mlp_out"), 3):
-        with pytest.raises(UserError) as error:
+        with refused("tap"):
             lm.run(tokens, wrong)
-        assert error.value.field == "tap"
 
 
 def damaged(tmp_path, lm_dir, damage):
@@ -213,29 +206,26 @@ def several(tensors):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "facts"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
-        (truncate, "model.safetensors cannot be read .* truncated"),
-        (
-            lambda folder: (folder / "config.json").unlink(),
-            "has no config.json; write a Hugging Face checkpoint directory",
-        ),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a JSON object"),
-        (edit_config(model_type="gelo"), r"type 'gelo', which is not supported; did you mean 'gelu'\? known: gelu"),
-        (edit_config(d_mlp=None), "config.json lacks d_mlp"),
-        (edit_config(d_head="8"), "config.json has d_head = '8'; it must be a whole number from 1"),
-        (edit_config(d_vocab=4000), "a tokenizer of 4096 tokens, but embeddings for 4000"),
-        (edit_config(d_mlp=63), r"does not fit .*blocks.0.mlp.W_in has shape \[32, 64\], not \[32, 63\]"),
+        (lambda folder: (folder / "model.safetensors").unlink(), ("no model.safetensors",)),
+        (truncate, ("model.safetensors cannot be read", "truncated")),
+        (lambda folder: (folder / "config.json").unlink(), ("no config.json", "Hugging Face")),
+        (lambda folder: (folder / "config.json").write_text("{"), ("config.json", "not a JSON object")),
+        (edit_config(model_type="gelo"), ("'gelo'", "not supported", "did you mean 'gelu'?", "known: gelu")),
+        (edit_config(d_mlp=None), ("config.json lacks d_mlp",)),
+        (edit_config(d_head="8"), ("config.json has d_head = '8'", "whole number from 1")),
+        (edit_config(d_vocab=4000), ("4096 tokens", "embeddings for 4000")),
+        (edit_config(d_mlp=63), ("config.json", "blocks.0.mlp.W_in", "[32, 64], not [32, 63]")),
         (
             edit_tensors(several),
-            r"blocks.1.attn.W_Q is missing; ln_final.w has shape \[31\], not \[32\]; blocks.9.attn.W_Q is not of",
+            ("blocks.1.attn.W_Q is missing", "ln_final.w has shape [31], not [32]", "blocks.9.attn.W_Q is not of"),
         ),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "has no tokenizer that can be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), ("no tokenizer that can be read",)),
     ],
 )
-def test_damaged_checkpoints_are_refused(tmp_path, lm_dir, damage, message):
-    with pytest.raises(UserError, match=message):
+def test_damaged_checkpoints_are_refused(tmp_path, lm_dir, damage, facts):
+    with refused("path", *facts):
         gsae_jax.load_lm(damaged(tmp_path, lm_dir, damage))
 
 
@@ -264,46 +254,45 @@ def quantised(*names):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "facts"),
     [
-        (without_weights("model-Q4_K_M.gguf"), r"has its weights as GGUF \(model-Q4_K_M\.gguf\)"),
-        (without_weights("small.GGUF", model_type=""), r"has its weights as GGUF \(small\.GGUF\)"),
-        (without_weights("adapter_config.json", "adapter_model.safetensors"), "LoRA.* for 'someone/large'.* merge"),
-        (without_weights("adapter_config.json", "adapter_model.bin", model_type=""), "LoRA.* for 'someone/large'"),
-        (without_weights("adapter_config.json", "adapters.safetensors"), "LoRA.* for 'someone/large'"),
-        (a_pointer("model.safetensors"), r"model\.safetensors is a git-lfs pointer.* `git lfs pull`"),
-        (a_pointer("tokenizer.json"), r"tokenizer\.json is a git-lfs pointer.* `git lfs pull`"),
-        (a_pointer("config.json"), r"config\.json is a git-lfs pointer.* `git lfs pull`"),
-        (quantised("a.qweight", "a.qzeros", "a.scales"), r"quantised with GPTQ or AWQ \(a\.qweight\)"),
-        (quantised("a.scales", "a.biases"), r"quantised with MLX \(a\.scales\)"),
-        (quantised("a.SCB"), "quantised with bitsandbytes"),
-        (quantised("a.weight_scale"), "quantised with compressed-tensors or FP8"),
-        (edit_config(model_type=None, n_layers=None), "has no model_type: it is not a language model's"),
-        (edit_config(model_type="gpt-2"), "type 'gpt-2', which is not supported; did you mean 'gpt2'"),
-        (edit_config(model_type="gemma3", text_config={"model_type": "gemma3_text"}), "of type 'gemma3_text', is"),
-        (edit_config(model_type="gemma3", text_config={}), "of type 'gemma3_text', is"),
-        (edit_config(model_type="llava", text_config={"model_type": "llama"}), "of type 'llama', is"),
+        (without_weights("model-Q4_K_M.gguf"), ("GGUF (model-Q4_K_M.gguf)",)),
+        (without_weights("small.GGUF", model_type=""), ("GGUF (small.GGUF)",)),
+        (without_weights("adapter_config.json", "adapter_model.safetensors"), ("LoRA", "'someone/large'", "merge")),
+        (without_weights("adapter_config.json", "adapter_model.bin", model_type=""), ("LoRA", "'someone/large'")),
+        (without_weights("adapter_config.json", "adapters.safetensors"), ("LoRA", "'someone/large'")),
+        (a_pointer("model.safetensors"), ("model.safetensors is a git-lfs pointer", "`git lfs pull`")),
+        (a_pointer("tokenizer.json"), ("tokenizer.json is a git-lfs pointer", "`git lfs pull`")),
+        (a_pointer("config.json"), ("config.json is a git-lfs pointer", "`git lfs pull`")),
+        (quantised("a.qweight", "a.qzeros", "a.scales"), ("quantised with GPTQ or AWQ (a.qweight)",)),
+        (quantised("a.scales", "a.biases"), ("quantised with MLX (a.scales)",)),
+        (quantised("a.SCB"), ("quantised with bitsandbytes",)),
+        (quantised("a.weight_scale"), ("quantised with compressed-tensors or FP8",)),
+        (edit_config(model_type=None, n_layers=None), ("config.json", "no model_type")),
+        (edit_config(model_type="gpt-2"), ("'gpt-2'", "not supported", "did you mean 'gpt2'")),
+        (edit_config(model_type="gemma3", text_config={"model_type": "gemma3_text"}), ("of type 'gemma3_text', is",)),
+        (edit_config(model_type="gemma3", text_config={}), ("of type 'gemma3_text', is",)),
+        (edit_config(model_type="llava", text_config={"model_type": "llama"}), ("of type 'llama', is",)),
     ],
 )
-def test_what_other_libraries_write_is_called_what_it_is(tmp_path, lm_dir, damage, message):
+def test_what_other_libraries_write_is_called_what_it_is(tmp_path, lm_dir, damage, facts):
     folder = damaged(tmp_path, lm_dir, damage)
-    with pytest.raises(UserError, match=message) as error:
+    with refused("path", *facts):
         gsae_jax.load_lm(folder)
-    assert error.value.field == "lm.path"
 
 
 def test_a_file_is_no_directory(tmp_path, lm_dir):
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match=r"small\.gguf' is a file; GGUF is not supported"):
+    with refused("path", "small.gguf' is a file", "GGUF is not supported"):
         gsae_jax.load_lm(tmp_path / "small.gguf")
-    with pytest.raises(UserError, match=r"model\.safetensors' is a file; write the directory"):
+    with refused("path", "model.safetensors' is a file", "directory"):
         gsae_jax.load_lm(lm_dir / "model.safetensors")
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_neo", "gemma3n", "qwen2_moe", "qwen3_moe", "phi3", "llama4"])
 def test_another_model_is_not_taken_for_a_slip_of_the_pen(tmp_path, lm_dir, model_type):
     folder = damaged(tmp_path, lm_dir, edit_config(model_type=model_type))
-    with pytest.raises(UserError, match=f"type '{model_type}', which is not supported; known: gelu, gemma") as error:
+    with refused("path", f"type '{model_type}'", "not supported", "known: gelu, gemma") as error:
         gsae_jax.load_lm(folder)
     assert "did you mean" not in str(error.value)
 
@@ -315,5 +304,5 @@ def test_an_adapter_beside_a_whole_model_is_left_alone(tmp_path, lm_dir):
 
 def test_loading_fewer_layers_still_finds_a_stray_tensor(tmp_path, lm_dir):
     folder = damaged(tmp_path, lm_dir, edit_tensors(lambda tensors: tensors.update(extra=np.zeros(2, np.float32))))
-    with pytest.raises(UserError, match="extra is not of this model"):
+    with refused("path", "extra is not of this model"):
         gsae_jax.load_lm(folder, num_layers=1)

@@ -11,7 +11,6 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import sae_loading, train
-from gsae_jax.errors import UserError
 from gsae_jax.measuring import evaluate
 from gsae_jax.saes import parameters
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -19,6 +18,7 @@ from gsae_jax.storage import paths, run_directory
 from gsae_jax.training import loop
 from tests.conftest import tiny
 from tests.faults.test_inputs import digest, seal
+from tests.refusals import refused
 
 
 def with_(experiment, **changes):
@@ -93,24 +93,20 @@ def test_other_weights_are_noticed(places, moved):
     new, experiment = moved
     before = (new / "run" / "config.json").read_bytes()
     retrained(new / "lm")
-    with pytest.raises(UserError, match=r"lm\.path: .*not the language model .*: they differ in weights") as error:
+    with refused("lm.path", str(new / "lm"), "not the language model", "differ in weights;"):
         loop.train(experiment, new / "run")
-    assert error.value.field == "lm.path"
-    with pytest.raises(UserError, match="they differ in weights") as error:
+    with refused("--model", str(new / "lm"), "differ in weights;"):
         evaluate(new / "run", tokens=512, model=str(new / "lm"))
-    assert error.value.field == "--model"
-    with pytest.raises(UserError, match="they differ in weights") as error:
+    with refused("lm.path", str(new / "lm"), "differ in weights;"):
         evaluate(new / "run", tokens=512, config=config_lib.to_dict(experiment))
-    assert error.value.field == "lm.path"
-    with pytest.raises(UserError, match="is not a directory") as error:
+    with refused("--model", str(new / "nowhere"), "not a directory"):
         evaluate(new / "run", tokens=512, model=str(new / "nowhere"))
-    assert error.value.field == "--model"
     assert (new / "run" / "config.json").read_bytes() == before
     assert not (new / "run" / "report").exists()
     settings = json.loads((places / "lm" / "config.json").read_text()) | {"layer_norm_eps": 0.1}
     shutil.copy(places / "lm" / "model.safetensors", new / "lm")
     (new / "lm" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"they differ in config\.json"):
+    with refused("lm.path", "differ in config.json"):
         loop.train(experiment, new / "run")
 
 
@@ -124,19 +120,18 @@ def test_a_moved_model_and_text_are_measured(moved, capsys):
     for group in ("lm", "data"):
         recorded[group]["path"] = f"/nowhere/{group}"
     (new / "run" / "config.json").write_text(json.dumps(recorded))
-    with pytest.raises(UserError, match=r"lm\.path: .*write --model DIRECTORY"):
+    with refused("lm.path", "/nowhere/lm", "--model DIRECTORY"):
         evaluate(new / "run", tokens=512)
     config["lm"]["path"], config["data"]["path"] = str(new.parent / "lm" / "x"), str(new.parent / "text" / "x")
     assert "gated_0" in evaluate(new / "run", tokens=512, config=config)
     assert "warning" not in capsys.readouterr().err
     other = config | {"data": config["data"] | {"context_length": 8}}
-    with pytest.raises(UserError, match=r"--config: is not the config of this run; .*context_length: 16 != 8"):
+    with refused("--config", "data.context_length: 16 != 8", "--sae"):
         evaluate(new / "run", tokens=512, config=other)
     file = new.parent / "text" / "x" / "a.txt"
     file.write_text(file.read_text().replace("def", "fed"))
-    with pytest.raises(UserError, match="does not hold the text of the run") as error:
+    with refused("data.path", str(new.parent / "text" / "x"), "does not hold the text"):
         evaluate(new / "run", tokens=512, config=config)
-    assert error.value.field == "data.path"
 
 
 def test_runs_of_earlier_versions_have_no_fingerprints(moved, capsys):
@@ -150,7 +145,7 @@ def test_runs_of_earlier_versions_have_no_fingerprints(moved, capsys):
     names = json.loads(manifest.read_text())["files"]
     files = {name: ((manifest.parent / name).stat().st_size, digest(manifest.parent / name)) for name in names}
     seal(manifest.parent, files)
-    with pytest.raises(UserError, match=r"lm\.path: .*recorded no fingerprint"):
+    with refused("lm.path", str(new / "lm"), "no fingerprint"):
         loop.train(experiment, new / "run")
     assert "gated_0" in evaluate(new / "run", tokens=512, model=str(new / "lm"))
     assert "recorded no fingerprint of its language model; measured on" in capsys.readouterr().err
@@ -164,15 +159,16 @@ def test_what_is_no_run_is_not_written_over(experiment, lm_dir, tmp_path):
     """A language model's folder has a config.json as well."""
     shutil.copytree(lm_dir, tmp_path / "lm")
     before = {path.name: path.read_bytes() for path in (tmp_path / "lm").iterdir()}
-    with pytest.raises(UserError, match="exists and is not a run"):
+    with refused("--workdir", f"{tmp_path / 'lm'} exists", "not a run"):
         loop.train(experiment, tmp_path / "lm")
-    for use in (evaluate, gsae_jax.load):
-        with pytest.raises(UserError, match="holds "):
-            use(tmp_path / "lm")
+    with refused("--workdir", f"{tmp_path / 'lm'} holds no run"):
+        evaluate(tmp_path / "lm")
+    with refused(str(tmp_path / "lm"), "holds a language model"):
+        gsae_jax.load(tmp_path / "lm")
     assert {path.name: path.read_bytes() for path in (tmp_path / "lm").iterdir()} == before
     settings = json.loads(before["config.json"]) | {"seed": 0}  # as TransformerLens writes
     (tmp_path / "lm" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="exists and is not a run"):
+    with refused("--workdir", f"{tmp_path / 'lm'} exists", "not a run"):
         loop.train(experiment, tmp_path / "lm")
 
 
@@ -216,5 +212,5 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
     shutil.copytree(places / "run", tmp_path / "finished")
     loop.train(halfway, tmp_path / "finished")  # other parameters
     other = sae_loading.pinned(named(f"{tmp_path}/finished:baseline"), tmp_path / "second")
-    with pytest.raises(UserError, match=r"another config.*stacks\.again\.start_from"):
+    with refused("--workdir", "another config", "stacks.again.start_from"):
         place.check(config_lib.to_dict(other))

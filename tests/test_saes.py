@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsae_jax.errors import UserError
 from gsae_jax.saes import contract, gated, jumprelu, parameters, relu, trained
 from tests import references
+from tests.refusals import refused
 
 D, F, B = 12, 40, 64
 ABLATIONS = {
@@ -161,7 +161,7 @@ def test_folding_mean_and_scale_is_the_same_sae_in_other_units(module, mean):
     np.testing.assert_allclose(sae(shaped).reshape(B, D), x_hat, rtol=1e-4, atol=tolerance)
     for name, value in parameters.unfold(module, folded, units, units).items():
         np.testing.assert_allclose(value, params[name], rtol=1e-5, atol=tolerance, err_msg=name)
-    with pytest.raises(ValueError, match=r"x: has shape \[64, 13\]; the last axis of this SAE's x is 12"):
+    with refused("x", "[64, 13]", "12"):
         sae.encode(jnp.zeros((B, D + 1)))
 
 
@@ -176,13 +176,9 @@ def test_bfloat16_products_keep_their_digits_beside_a_large_mean(module):
 
 
 def test_unknown_architectures_and_options_are_named():
-    with pytest.raises(
-        ValueError, match=r"stacks\.a\.architecture: 'gate' is not known; did you mean 'gated'\? known: gated, relu"
-    ):
+    with refused("", "'gate'", "did you mean 'gated'?", "known: gated, relu"):
         contract.trainable("gate")
-    with pytest.raises(
-        ValueError, match=r"options\.tie_encodr: is not an option of 'gated'; did you mean 'tie_encoder'"
-    ):
+    with refused("options.tie_encodr", "'gated'", "did you mean 'tie_encoder'?"):
         contract.build_config(gated, "gated", (D,), None, F, "float32", {"tie_encodr": True})
 
 
@@ -214,7 +210,7 @@ def test_a_baseline_is_a_jumprelu_sae_and_that_is_a_gated_one():
 
 def test_an_untied_encoder_has_no_jumprelu_form():
     config = gated.Config(D, F, tie_encoder=False)
-    with pytest.raises(UserError, match="tie_encoder: is False"):
+    with refused("tie_encoder", "False", "JumpReLU"):
         jumprelu.from_gated(gated.init(jax.random.key(0), config), config)
 
 
@@ -265,9 +261,8 @@ def test_activations_of_any_number_type():
     ids=["ragged", "text", "None", "dict", "objects", "complex", "huge", "longer", "scalar"],
 )
 def test_what_is_no_array_of_activations_is_refused(x):
-    with pytest.raises(UserError) as error:
+    with refused("x"):
         an_sae().encode(x)
-    assert error.value.field == "x"
 
 
 @pytest.mark.torch

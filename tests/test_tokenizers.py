@@ -10,11 +10,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 import gsae_jax
 from gsae_jax.data import rows
-from gsae_jax.errors import UserError
 from gsae_jax.lms import conversion, loading
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
+from tests.refusals import refused
 
 FIXTURES = Path(make.__file__).parent
 REAL = next(
@@ -168,14 +168,14 @@ def test_where_special_tokens_come_from(tmp_path, files, eos, bos):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("files", "facts"),
     [
-        ({"tokenizer_config": {"eos_token": "</s>"}}, "names the EOS token '</s>', which tokenizer.json does not have"),
-        ({"tokenizer_config": {"eos_token": "<far>"}}, r"the EOS token '<far>' with id 23, but embeddings for 22 tok"),
-        ({"tokenizer_config": {"eos_token": 3}}, "eos_token is 3, not a string"),
+        ({"tokenizer_config": {"eos_token": "</s>"}}, ("EOS", "'</s>'", "tokenizer.json does not have")),
+        ({"tokenizer_config": {"eos_token": "<far>"}}, ("EOS", "'<far>'", "id 23", "embeddings for 22")),
+        ({"tokenizer_config": {"eos_token": 3}}, ("eos_token is 3", "string")),
     ],
 )
-def test_an_eos_without_an_embedding_is_refused(tmp_path, files, message):
+def test_an_eos_without_an_embedding_is_refused(tmp_path, files, facts):
     """Rows have it between documents."""
     tokenizer = characters()
     tokenizer.add_special_tokens(["<far>"])
@@ -184,9 +184,9 @@ def test_an_eos_without_an_embedding_is_refused(tmp_path, files, message):
     if "<far>" in str(files):
         tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
         tokenizer.add_special_tokens([f"<{i}>" for i in range(12)] + ["<far>"])
-    with pytest.raises(UserError, match=message) as error:
-        open_tokenizer(folder_with(tmp_path, tokenizer, config=settings | size, **files))
-    assert error.value.field == "lm.path"
+    folder = folder_with(tmp_path, tokenizer, config=settings | size, **files)
+    with refused("path", *facts):
+        gsae_jax.load_lm(folder)
 
 
 def test_a_bos_without_an_embedding_is_refused_where_rows_begin_with_it(tmp_path, experiment):
@@ -198,15 +198,14 @@ def test_a_bos_without_an_embedding_is_refused_where_rows_begin_with_it(tmp_path
     assert tokenizer.token_to_id("<s>") == 23
     assert (ours.bos_token_id, ours.eos_token_id) == (None, 1)
     assert experiment.data.prepend_bos
-    with pytest.raises(UserError) as error:
+    with refused("data.prepend_bos"):
         rows.open_rows(experiment.data, "train", ours, 1000)
-    assert error.value.field == "data.prepend_bos"
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama_2", "gemma2", "qwen2", "gpt_neox"])
 def test_a_folder_without_tokenizer_files_is_called_that(tmp_path, case):
     folder = folder_with(tmp_path, case=case, tokenizer_config={"eos_token": "a"})
-    with pytest.raises(UserError, match="has no tokenizer files"):
+    with refused("path", str(folder), "no tokenizer files", "tokenizer.json"):
         gsae_jax.load_lm(folder)
 
 
@@ -228,24 +227,24 @@ def older(tmp_path, case, *names, **files):
 
 def test_vocabulary_and_merges_without_a_tokenizer_json(tmp_path):
     folder, expected = older(tmp_path, "gpt2", "vocab.json", "merges.txt")
-    ours = tokenizer_lib.load(folder, "lm.path")
+    ours = tokenizer_lib.load(folder)
     assert ours(TEXTS)["input_ids"] == [encoding.ids for encoding in expected.encode_batch(TEXTS)]
     assert (ours.eos_token, ours.eos_token_id) == ("<|endoftext|>", 0)
 
 
 @pytest.mark.parametrize(
-    ("case", "names", "message"),
+    ("case", "names", "facts"),
     [
-        ("gpt2", ["vocab.json"], "has vocab.json, but no tokenizer"),
-        ("gpt2", ["merges.txt"], "has merges.txt, but no tokenizer"),
-        ("gemma2", ["vocab.json", "merges.txt"], "none of which GemmaTokenizer reads"),
-        ("llama_2", ["vocab.json", "merges.txt"], "but no tokenizer: .* name its tokenizer_class"),
+        ("gpt2", ["vocab.json"], ("has vocab.json", "no tokenizer")),
+        ("gpt2", ["merges.txt"], ("has merges.txt", "no tokenizer")),
+        ("gemma2", ["vocab.json", "merges.txt"], ("merges.txt, vocab.json", "none", "GemmaTokenizer")),
+        ("llama_2", ["vocab.json", "merges.txt"], ("merges.txt, vocab.json", "no tokenizer", "tokenizer_class")),
     ],
 )
-def test_no_vocabulary_is_invented(tmp_path, case, names, message):
+def test_no_vocabulary_is_invented(tmp_path, case, names, facts):
     folder, _ = older(tmp_path, case, *names)
-    with pytest.raises(UserError, match=message):
-        tokenizer_lib.load(folder, "lm.path")
+    with refused("", *facts):
+        tokenizer_lib.load(folder)
 
 
 @pytest.mark.parametrize("id", [5, "5", None, -1])
@@ -254,21 +253,21 @@ def test_no_entry_of_a_vocabulary_is_dropped(tmp_path, id):
     folder, _ = older(tmp_path, "gpt2", "vocab.json", "merges.txt")
     vocabulary = json.loads((folder / "vocab.json").read_text())
     (folder / "vocab.json").write_text(json.dumps(vocabulary | {"t": id}))
-    with pytest.raises(UserError, match=r"has no tokenizer that can be read|but no tokenizer"):
-        tokenizer_lib.load(folder, "lm.path")
+    with refused("", str(folder), "no tokenizer", "vocab.json"):
+        tokenizer_lib.load(folder)
     other = folder_with(tmp_path / "other", characters())
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["vocab"]["t"] = id
     (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="has no tokenizer that can be read"):
-        tokenizer_lib.load(other, "lm.path")
+    with refused("", str(other), "no tokenizer that can be read"):
+        tokenizer_lib.load(other)
 
 
 def test_a_sentencepiece_model_that_is_none_is_refused(tmp_path):
     folder = folder_with(tmp_path, case="llama_2")
     (folder / "tokenizer.model").write_bytes(b"\0" * 50)
-    with pytest.raises(UserError, match=r"lm\.path: .*tokenizer\.model"):
-        tokenizer_lib.load(folder, "lm.path")
+    with refused("", "tokenizer.model"):
+        tokenizer_lib.load(folder)
 
 
 @pytest.mark.skipif(REAL is None, reason="the real model and text are not there (../shared/real)")

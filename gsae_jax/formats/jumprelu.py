@@ -23,8 +23,9 @@ def form(sae: trained.SAE) -> trained.SAE:
     convert = contract.converter(sae.architecture, "jumprelu")
     if convert is None:
         raise UserError(f"is of architecture {sae.architecture!r}, which has no JumpReLU form", sae.name)
+    arrays = records.arrays(sae)
     with errors.within(sae.name):
-        params: dict[str, Any] = convert(records.arrays(sae), sae.config)
+        params: dict[str, Any] = convert(arrays, sae.config)
     if names := parameters.not_finite(contract.module_of("jumprelu"), params):
         raise records.DivergedError(sae.name, names)
     # Nothing lies between 0 and the smallest normal number.

@@ -14,6 +14,7 @@ from gsae_jax.storage import reading, writing
 BIN_INDEX = "pytorch_model.bin.index.json"
 
 
+@errors.about("source")
 def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> None:
     """Write the directory `out`, whole or not at all.
 
@@ -43,7 +44,7 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
         importlib.import_module("torch")
     except ImportError as error:
         raise UserError("is a pickle, which only torch can read: pip install '.[torch]'") from error
-    with writing.new_folder(out, or_empty=True) as made:
+    with errors.about("out"), writing.new_folder(out, or_empty=True) as made, errors.about("source"):
         (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         own = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
         with errors.about("tokenizer"):

@@ -42,6 +42,7 @@ from tests.conftest import tiny
 from tests.faults import mutants
 from tests.faults.trials import FEW, MANY, bounded, listing, try_mutants, works
 from tests.fixtures.lms import make
+from tests.refusals import refused
 
 LMS = Path(make.__file__).parent
 TOKENIZER = tokenizer_lib.FILE
@@ -174,7 +175,8 @@ def use_override(folder):
 def use_settings(folder):
     checkpoint = Checkpoint.open(folder)
     loading.site_widths(checkpoint.module())
-    checkpoint.check()
+    if faults := checkpoint.faults():
+        raise UserError("; ".join(faults), "lm.path")
 
 
 def use_tokenizer(folder):
@@ -385,7 +387,7 @@ def test_any_header(tmp_path_factory, header, framed):
     folder = tmp_path_factory.getbasetemp() / "header"
     folder.mkdir(exist_ok=True)
     (folder / WEIGHTS).write_bytes((len(header).to_bytes(8, "little") if framed else b"") + header)
-    assert not works(Tensors, folder, "lm.path")
+    assert not works(Tensors, folder)
 
 
 @settings(**COUNTS)
@@ -448,7 +450,7 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
     cases = [
         ("train", [f"--config={tmp_path}/raises.py", new], "--config: .*raises.py line 2: KeyError: 'absent'"),
         ("train", [f"--config={tmp_path}/none.py", new], "--config: the file cannot be used: .*'get_config'"),
-        ("train", [f"--config={tmp_path}/number.py", new], "config: is 3; write a group with the fields seed"),
+        ("train", [f"--config={tmp_path}/number.py", new], "config: is 3; .*seed"),
         ("train", [f"--config={tmp_path}", new], "--config: the file cannot be read: .*Is a directory"),
         (
             "train",
@@ -457,7 +459,11 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
         ),
         ("train", [quickstart, new, "--config.train.log_every=1e9"], "command line: flag --config.train.log_every=1e9"),
         ("train", [quickstart, new, "--config.stacks.gated.l1_coefficients=(1,"], "command line: .*l1_coefficients"),
-        ("train", [quickstart, new, "--config.stacks.gated.l1_coefficients=1e999"], ".*is inf; write a finite number"),
+        (
+            "train",
+            [quickstart, new, "--config.stacks.gated.l1_coefficients=1e999"],
+            ".*l1_coef.*: is inf; ",
+        ),
         ("train", [quickstart, new, wide], r"stacks\.gated: takes [\d,.]+ GiB on each device, of"),
         ("train", [quickstart, "--workdir=/proc/self/run"], "--workdir: /proc/self is not writable"),
         ("train", [quickstart, f"--workdir={tmp_path}/none.py"], "--workdir: .* is not a run"),
@@ -517,12 +523,12 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
     workdir = run_directory.Workdir(tmp_path)
     for name, problem in (
         ("/dev/zero", "names /dev/zero"),
-        ("../../x", r"names \.\./\.\./x"),
-        ("a/../../b", "names a/"),
+        ("../../x", "names ../../x"),
+        ("a/../../b", "names a/../../b"),
         ("pipe", "pipe is missing"),
     ):
         seal(checkpoint, {name: (0, "")})
-        with bounded(), pytest.raises(UserError, match=problem):
+        with bounded(), refused("--workdir", str(tmp_path), "checkpoint 8", problem):
             workdir.sound_step()
     seal(checkpoint, {})
     assert workdir.sound_step() == 8
@@ -530,8 +536,8 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
     for file in (checkpoint / checkpoints_lib.MANIFEST, tmp_path / "config.json", tmp_path / "metrics.jsonl"):
         os.mkfifo(file)
     with bounded():
-        with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        with refused("--workdir", "manifest.json is missing"):
             workdir.sound_step()
-        with pytest.raises(UserError, match=r"config\.json is not a JSON object \(it is not a file"):
+        with refused("--workdir", "config.json is not a JSON object", "not a file"):
             workdir.config()
         assert metrics_log.read_metrics(workdir) == []
