@@ -57,11 +57,11 @@ def works(use, *args):
         try:
             use(*args)
         except UserError as error:
-            message = str(error)
+            refusal = error
         else:
             return True
-    assert message.isprintable()
-    assert ": " in message
+    assert str(refusal).isprintable()
+    assert refusal.field or str(args[0]) in refusal.problem  # it says what it is about
     return False
 
 
