@@ -432,7 +432,8 @@ def held_out(tree: Any) -> HeldOut:
     """
     if hasattr(tree, "to_dict"):
         tree = tree.to_dict()
-    groups = _fields(Experiment, tree)
+    with errors.about("config"):
+        groups = _fields(Experiment, tree)
     lm, data, evaluation = groups["lm"], groups["data"], groups["evaluation"]
     return HeldOut(lm, data, evaluation, groups["activations"].drop_special_tokens)
 

@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from configs import base
 from gsae_jax import config as config_lib
 from gsae_jax import experiment_config, measuring, settings, stack_config
-from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.errors import UserError
-from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.planning import planner
 from gsae_jax.saes import gated
 from gsae_jax.saes import trained as trained_lib
+from gsae_jax.storage import run_directory
 from gsae_jax.training import preparation
+from tests.refusals import refused
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,120 +36,120 @@ def changed(config, **changes):
     return config
 
 
-def trained(config):
-    """As the trainer does, until the program is built."""
-    experiment = config_lib.from_dict(Experiment, config)
-    mesh = mesh_lib.make_mesh(experiment.mesh)
-    preparation.build(experiment, mesh, Checkpoint.open(experiment.lm.path, experiment.lm.revision))
+def trained(config, folder):
+    """As the trainer does, until the language model's weights are read."""
+    preparation.prepare(config_lib.from_dict(Experiment, config), run_directory.Workdir(folder / "run"), {})
 
 
-def planned(config):
+def planned(config, folder):
     planner.plan(config_lib.from_dict(Experiment, config), "cpu:8")
 
 
-def refused(use, config):
-    """The message with which a config is refused."""
+def measured(config, folder):
+    measuring.evaluate_saes([str(folder / "sae")], str(folder / "report"), config)
+
+
+def refusal(use, config, folder):
+    """The field and the problem with which a config is refused; nothing is written."""
+    before = set(folder.iterdir())
     with pytest.raises(UserError) as error:
-        use(config)
-    return str(error.value)
+        use(config, folder)
+    assert set(folder.iterdir()) == before
+    return error.value.field, error.value.problem
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field", "facts"),
     [
-        ({"train__step": 3}, "train.step: is not a field; did you mean 'steps'? known: steps, batch_size"),
-        ({"sed": 3}, "sed: is not a field; did you mean 'seed'?"),
-        ({"train__steps": "many"}, "train.steps: is 'many' (str); write a value of type int"),
-        ({"train__steps": 1.5}, "train.steps: is 1.5 (float); write a value of type int"),
-        ({"train__steps": True}, "train.steps: is True (bool); write a value of type int"),
-        ({"train__steps": 0}, "train.steps: is 0; write 1 or more"),
-        (
-            {"train__resample_steps": (5,)},
-            "train.resample_steps: is (5,), but this run has no step for it: features count as dead after 1000 steps",
-        ),
+        ({"train__step": 3}, "train.step", ("'steps'", "steps, batch_size")),
+        ({"sed": 3}, "sed", ("'seed'",)),
+        ({"train__steps": "many"}, "train.steps", ("'many'", "str", "int")),
+        ({"train__steps": 1.5}, "train.steps", ("1.5", "float", "int")),
+        ({"train__steps": True}, "train.steps", ("True", "bool", "int")),
+        ({"train__steps": 0}, "train.steps", ("is 0;", "1 or more")),
+        ({"train__resample_steps": (5,)}, "train.resample_steps", ("(5,)", "train.dead_after", "1000", "12")),
         (
             {"train__resample_steps": (12,), "train__dead_after": 13},
-            "(train.dead_after), and resampling is possible until step 12; lower train.dead_after",
+            "train.resample_steps",
+            ("(12,)", "13", "until step 12", "lower train.dead_after"),
         ),
         (
             {"train__resample_steps": (14,), "train__dead_after": 4},
-            "train.resample_steps: is (14,); write steps from 4 (train.dead_after) to 12",
+            "train.resample_steps",
+            ("(14,)", "from 4", "train.dead_after", "to 12"),
         ),
         (
             {"train__resample_steps": (3,), "train__dead_after": 4},
-            "is (3,); write steps from 4 (train.dead_after) to 12",
+            "train.resample_steps",
+            ("(3,)", "from 4", "train.dead_after", "to 12"),
         ),
-        ({"stacks__gated__target_l0": (64.0,)}, "stacks.gated.target_l0: is (64.0,); write active features per token"),
-        ({"stacks__gated__target_l0": (9.0, 9.0, 9.0)}, "stacks.gated.l1_coefficients: has 2 values; write 1 or 3"),
+        ({"stacks__gated__target_l0": (64.0,)}, "stacks.gated.target_l0", ("(64.0,)", "below the width")),
+        ({"stacks__gated__target_l0": (9.0, 9.0, 9.0)}, "stacks.gated.l1_coefficients", ("2 values", "1 or 3")),
         (
             {"stacks__gated__target_l0": (9.0,), "train__warmup_steps": 10},
-            "train.warmup_steps: is 10; stacks.gated.target_l0 is met between warm-up and two thirds of training",
+            "train.warmup_steps",
+            ("is 10;", "stacks.gated.target_l0", "two thirds", "less than 10"),
         ),
         (
             {"stacks__gated__options": {"only_magnitude": True}},
-            'stacks.gated.options.only_magnitude: trains no features; write start_from="RUN:STACK"',
+            "stacks.gated.options.only_magnitude",
+            ("features", 'start_from="RUN:STACK"'),
         ),
-        ({"train__steps": 18}, "train.steps: is 18; write a multiple of 4, the updates of one forward pass"),
-        ({"train__warmup_steps": 16}, "train.warmup_steps: is 16; write less than train.steps (16)"),
-        ({"seed": -1}, "seed: is -1; write integers from 0 to 2147483647"),
-        ({"stacks__gated__seeds": (0, 2**31)}, "stacks.gated.seeds: is 0, 2147483648; write integers from 0"),
-        ({"train__decay_fraction": 1.5}, "train.decay_fraction: is 1.5; write a fraction"),
-        ({"train__decay_fraction": float("nan")}, "train.decay_fraction: is nan; write a finite number"),
-        ({"train__batch_size": 96}, "train.batch_size: is 96, but one forward pass gives 256 activations"),
-        (
-            {"train__compute_dtype": "float16"},
-            "train.compute_dtype: is 'float16'; did you mean 'bfloat16'? known: float32",
-        ),
-        (
-            {"activations__buffer_size": 100},
-            "activations.buffer_size: is 100; write a multiple of train.batch_size (64)",
-        ),
-        ({"activations__max_norm_multiple": 0.5}, "activations.max_norm_multiple: is 0.5; write 0 to keep every token"),
-        ({"data": 3}, "data: is 3; write a group with the fields corpus, path"),
-        ({"data__context_length": 64}, "data.context_length: is 64; this language model has positions for 32"),
-        ({"stacks": ConfigDict()}, "stacks: is empty; add one"),
-        ({"stacks__gated__l1_coefficients": (0.1, 0.2, 0.3)}, "stacks.gated.seeds: has 2 values; write 1 or 3"),
-        ({"stacks__gated__l1_coefficients": ()}, "stacks.gated.l1_coefficients: has no values; write one for all SAEs"),
+        ({"train__steps": 18}, "train.steps", ("is 18;", "multiple of 4")),
+        ({"train__warmup_steps": 16}, "train.warmup_steps", ("is 16;", "train.steps (16)")),
+        ({"seed": -1}, "seed", ("-1", "0 to 2147483647")),
+        ({"stacks__gated__seeds": (0, 2**31)}, "stacks.gated.seeds", ("0, 2147483648", "0 to 2147483647")),
+        ({"train__decay_fraction": 1.5}, "train.decay_fraction", ("1.5", "fraction")),
+        ({"train__decay_fraction": float("nan")}, "train.decay_fraction", ("nan", "finite")),
+        ({"train__batch_size": 96}, "train.batch_size", ("96", "256", "rows_per_forward x data.context_length")),
+        ({"train__compute_dtype": "float16"}, "train.compute_dtype", ("'float16'", "'bfloat16'", "float32")),
+        ({"activations__buffer_size": 100}, "activations.buffer_size", ("100", "multiple of train.batch_size (64)")),
+        ({"activations__max_norm_multiple": 0.5}, "activations.max_norm_multiple", ("0.5", "write 0", "above 1")),
+        ({"data": 3}, "data", ("is 3;", "fields corpus, path")),
+        ({"data__context_length": 64}, "data.context_length", ("64", "language model", "32")),
+        ({"stacks": ConfigDict()}, "stacks", ("empty", "stack_config")),
+        ({"stacks__gated__l1_coefficients": (0.1, 0.2, 0.3)}, "stacks.gated.seeds", ("2 values", "1 or 3")),
+        ({"stacks__gated__l1_coefficients": ()}, "stacks.gated.l1_coefficients", ("no values",)),
         (
             {"stacks__gated__target_l0": (9.0,), "train__steps": 1, "train__warmup_steps": 0, "train__batch_size": 256}
             | {"activations__buffer_size": 2048},
-            "train.steps: is 1, in which stacks.gated.target_l0 cannot be met; write more",
+            "train.steps",
+            ("is 1,", "stacks.gated.target_l0"),
         ),
-        ({"stacks__gated__l1_coefficients": (0.1, -0.2)}, "stacks.gated.l1_coefficients: has a negative value"),
+        ({"stacks__gated__l1_coefficients": (0.1, -0.2)}, "stacks.gated.l1_coefficients", ("negative", "-0.2")),
+        ({"stacks__gated__l1_coefficients": ("a",)}, "stacks.gated.l1_coefficients", ("'a'", "str", "float")),
+        ({"stacks__gated__site": "blocks.0.hook_mlp"}, "stacks.gated.site", ("'blocks.0.hook_mlp'", "did you mean")),
         (
-            {"stacks__gated__l1_coefficients": ("a",)},
-            "stacks.gated.l1_coefficients: is 'a' (str); write a value of type float",
+            {"stacks__gated__site": "blocks.2.hook_mlp_out"},
+            "stacks.gated.site",
+            ("'blocks.2.hook_mlp_out'", "known: blocks.0.hook_resid_pre, blocks.0.attn.hook_z"),
         ),
-        ({"stacks__gated__site": "blocks.0.hook_mlp"}, "stacks.gated.site: 'blocks.0.hook_mlp' is not a site of this"),
-        ({"stacks__gated__site": "blocks.2.hook_mlp_out"}, "known: blocks.0.hook_resid_pre, blocks.0.attn.hook_z"),
-        (
-            {"stacks__gated__architecture": "gate"},
-            "stacks.gated.architecture: 'gate' is not known; did you mean 'gated'?",
-        ),
-        ({"stacks__gated__options": {"tie": True}}, "stacks.gated.options.tie: is not an option of 'gated'"),
-        ({"mesh__latent": 3}, "mesh.latent: is 3; write a divisor of the number of devices (8)"),
-        ({"mesh__data": 3}, "mesh.data: is 3, times mesh.latent 1, but there are 8 devices; write 8, or 0 for all"),
+        ({"stacks__gated__architecture": "gate"}, "stacks.gated.architecture", ("'gate'", "'gated'")),
+        ({"stacks__gated__options": {"tie": True}}, "stacks.gated.options.tie", ("option of 'gated'", "tie_encoder")),
+        ({"mesh__latent": 3}, "mesh.latent", ("is 3;", "divisor", "8")),
+        ({"mesh__data": 3}, "mesh.data", ("is 3,", "mesh.latent 1", "8 devices", "write 8", "0 for all")),
         (
             {"mesh__latent": 4, "stacks__gated__width": 66},
-            "stacks.gated.width: is 66, not divisible by the number of devices; write a multiple of 8",
+            "stacks.gated.width",
+            ("66", "devices", "multiple of 8"),
         ),
         (
             {"train__batch_size": 4, "train__steps": 64},
-            "train.batch_size: is 4, not divisible by the mesh's `data` axis; write a multiple of 8",
+            "train.batch_size",
+            ("is 4,", "`data` axis", "multiple of 8"),
         ),
-        (
-            {"lm__path": "nowhere"},
-            "lm.path: 'nowhere' is not a directory; write a checkpoint directory, a hub name",
-        ),
-        ({"data__corpus": "stdlbi"}, "data.corpus: 'stdlbi' is not known; did you mean 'stdlib'?"),
-        ({"loggers": ("tensorbord",)}, "loggers: 'tensorbord' is not known; did you mean 'tensorboard'?"),
-        ({"loggers": ("tensorboard", "tensorboard")}, "loggers: are ['tensorboard', 'tensorboard']; write each once"),
+        ({"lm__path": "nowhere"}, "lm.path", ("'nowhere'", "directory", "hub name")),
+        ({"data__corpus": "stdlbi"}, "data.corpus", ("'stdlbi'", "'stdlib'")),
+        ({"loggers": ("tensorbord",)}, "loggers", ("'tensorbord'", "'tensorboard'")),
+        ({"loggers": ("tensorboard", "tensorboard")}, "loggers", ("['tensorboard', 'tensorboard']", "once")),
     ],
 )
-def test_bad_configs_are_refused_by_the_trainer_and_the_planner(config_dict, changes, message):
+def test_bad_configs_are_refused_by_the_trainer_and_the_planner(config_dict, changes, field, facts, tmp_path):
     config = changed(config_dict, **changes)
-    assert message in (refusal := refused(trained, config))
-    assert refused(planned, config) == refusal
+    with refused(field, *facts) as error:
+        trained(config, tmp_path)
+    assert refusal(planned, config, tmp_path) == (field, error.value.problem)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -170,12 +170,7 @@ def test_what_the_trainer_refuses_evaluation_refuses(config_dict, changes, tmp_p
     config, sae = changed(config_dict, **changes), gated.Config(32, 8)
     params = gated.init(jax.random.key(0), sae)
     trained_lib.SAE("a", "gated", sae, "blocks.0.hook_mlp_out", params).save(tmp_path / "sae")
-
-    def measured(config):
-        measuring.evaluate_saes([str(tmp_path / "sae")], str(tmp_path / "report"), config)
-
-    assert refused(measured, config) == refused(trained, config)
-    assert not (tmp_path / "report").exists()
+    assert refusal(measured, config, tmp_path) == refusal(trained, config, tmp_path)
 
 
 def test_a_config_has_only_what_differs(config_dict):
@@ -191,9 +186,14 @@ def test_a_config_has_only_what_differs(config_dict):
     assert (small.train, small.stacks["a"].l1_coefficients) == (config_lib.Train(steps=1800), (0.1,))
     measured = config_lib.held_out({"data": {"context_length": 64}})
     assert measured.data == config_lib.Data(context_length=64)
-    with pytest.raises(UserError, match="width: is missing") as error:
+    with refused("width", "missing"):
         config_lib.from_dict(config_lib.Stack, {"architecture": "gated", "site": "blocks.0.hook_mlp_out"})
-    assert error.value.field == "width"
+
+
+@pytest.mark.parametrize("read", [functools.partial(config_lib.from_dict, Experiment), config_lib.held_out])
+def test_what_is_no_config(read):
+    with refused("config", "is 3;", "seed, lm"):
+        read(3)
 
 
 def test_what_a_run_recorded_is_read_as_it_was_meant(config_dict):
@@ -210,9 +210,8 @@ def test_what_a_run_recorded_is_read_as_it_was_meant(config_dict):
         tree = json.loads(json.dumps(recorded))
         *groups, name = missing
         functools.reduce(dict.__getitem__, groups, tree).pop(name)
-        with pytest.raises(UserError, match="is missing") as error:
+        with refused(".".join(missing), "missing"):
             config_lib.from_record(Experiment, tree)
-        assert error.value.field == ".".join(missing)
 
 
 def test_json_goes_round(config_dict):
@@ -260,29 +259,29 @@ def command(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "field", "facts"),
     [
-        (["--config.trin.steps=3"], 'error: --config: no such field: trin\'; Did you mean "train"'),
-        (["--config.train.step=3"], 'Did you mean "steps"'),
-        (["--config.train.steps=0"], "error: train.steps: is 0; write 1 or more"),
-        (
-            ["--config.stacks.gated.site=nowhere"],
-            "error: stacks.gated.site: 'nowhere' is not a site of this language model",
-        ),
-        (["--config=configs/quickstrt.py"], "error: --config: the file cannot be read: "),
-        (["steps=3"], "error: unexpected argument 'steps=3'; flags are written --name=value"),
+        (["--config.trin.steps=3"], "--config: ", ["trin", '"train"']),
+        (["--config.train.step=3"], "--config: ", ["step", '"steps"']),
+        (["--config.train.steps=0"], "train.steps: ", ["is 0;", "1 or more"]),
+        (["--config.stacks.gated.site=nowhere"], "stacks.gated.site: ", ["'nowhere'", "known: blocks.0."]),
+        (["--config.lm.path=nowhere"], "lm.path: ", ["'nowhere'", "directory"]),
+        (["--config=configs/quickstrt.py"], "--config: ", ["cannot be read", "configs/quickstrt.py"]),
+        (["steps=3"], "", ["'steps=3'", "--name=value"]),
     ],
 )
-def test_the_command_refuses_in_one_sentence(tmp_path, arguments, message):
+def test_the_command_refuses_in_one_sentence(tmp_path, arguments, field, facts):
     workdir = tmp_path / "run"
     code, last_line = command("gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", *arguments)
-    assert (code, message in last_line) == (2, True), last_line
+    assert (code, last_line.startswith(f"error: {field}")) == (2, True), last_line
+    assert all(fact in last_line for fact in facts), last_line
     assert not workdir.exists()
 
 
 def test_evaluate_refuses_what_is_not_a_run(tmp_path):
     code, last_line = command("gsae_jax.evaluate", f"--workdir={tmp_path}")
-    assert (code, "holds no run (no config.json)" in last_line) == (2, True), last_line
+    assert (code, last_line.startswith("error: --workdir: ")) == (2, True), last_line
+    assert f"{tmp_path} holds no run" in last_line
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("--model=nowhere",)])

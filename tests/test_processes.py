@@ -16,7 +16,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import processes
-from gsae_jax.errors import UserError
+from tests.refusals import refused
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -201,21 +201,21 @@ def test_signals_that_are_ignored_stay_ignored(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "field", "facts"),
     [
-        (("localhost:1234", None, None), "--num_processes: is missing; write all of --coordinator, --num_processes"),
-        (("localhost", 2, 0), "--coordinator: is 'localhost'; write host:port of process 0"),
-        (("localhost:1234", 2, 2), "--process_id: is 2; write 0 to 1"),
-        (("localhost:1234", 0, 0), "--num_processes: is 0; write 1 or more"),
+        (("localhost:1234", None, None), "--num_processes", ("missing", "--coordinator, --num_processes")),
+        (("localhost", 2, 0), "--coordinator", ("'localhost'", "host:port of process 0")),
+        (("localhost:1234", 2, 2), "--process_id", ("is 2;", "0 to 1")),
+        (("localhost:1234", 0, 0), "--num_processes", ("is 0;", "1 or more")),
     ],
 )
-def test_processes_that_cannot_be_joined(arguments, message):
-    with pytest.raises(UserError, match=message):
+def test_processes_that_cannot_be_joined(arguments, field, facts):
+    with refused(field, *facts):
         processes.join(*arguments)
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "count", "refused"),
+    ("variable", "value", "count", "refuses"),
     [
         ("OMPI_COMM_WORLD_SIZE", "2", "None", True),
         ("JOB_COMPLETION_INDEX", "0", "None", True),
@@ -223,7 +223,7 @@ def test_processes_that_cannot_be_joined(arguments, message):
         ("OMPI_COMM_WORLD_SIZE", "1", "None", False),
     ],
 )
-def test_processes_that_nobody_finds_do_not_train_alone(variable, value, count, refused):
+def test_processes_that_nobody_finds_do_not_train_alone(variable, value, count, refuses):
     done = subprocess.run(
         [sys.executable, "-c", f"from gsae_jax import processes; processes.join(count={count})"],
         env=os.environ | {"JAX_PLATFORMS": "cpu", variable: value},
@@ -231,5 +231,6 @@ def test_processes_that_nobody_finds_do_not_train_alone(variable, value, count, 
         capture_output=True,
         text=True,
     )
-    assert (done.returncode != 0) == refused, done.stderr
-    assert (f"UserError: --coordinator: is missing, and {variable} is set" in done.stderr) == refused
+    assert (done.returncode != 0) == refuses, done.stderr
+    for fact in ("UserError: --coordinator: ", f"{variable} is set"):
+        assert (fact in done.stderr) == refuses

@@ -68,7 +68,7 @@ class LanguageModel:
 
     def place(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of tokens, on the mesh; raises `UserError` for ids that the model does not have."""
-        loading.check_tokens(rows, self.module.config.d_vocab, "data: the tokens of the text")
+        loading.check_tokens(rows, self.module.config.d_vocab, "data")
         return mesh_lib.place_rows(self.mesh, rows, self.rows)
 
     def __call__(self, params: Any, batch: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -57,7 +57,7 @@ def measure(
 
     def placed(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Tokens, and which are neither special nor padding; both [R, T] with rows for every device."""
-        check_tokens(tokens, lm.config.d_vocab, "data: the tokens of the text")
+        check_tokens(tokens, lm.config.d_vocab, "data")
         padding = ((0, -len(tokens) % splits), (0, 0))
         arrays = [np.pad(array, padding) for array in (tokens, ~np.isin(tokens, special_tokens))]
         if not mesh:

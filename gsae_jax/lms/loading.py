@@ -206,7 +206,7 @@ def check_tokens(tokens: np.ndarray, d_vocab: int, field: str) -> None:
     """Raises `UserError` for ids that the model has no embedding for."""
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < d_vocab:
         raise UserError(
-            f"go from {tokens.min()} to {tokens.max()}; this language model has ids 0 to {d_vocab - 1}", field
+            f"the token ids go from {tokens.min()} to {tokens.max()}; this language model has 0 to {d_vocab - 1}", field
         )
 
 

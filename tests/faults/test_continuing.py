@@ -19,9 +19,10 @@ from gsae_jax import config as config_lib
 from gsae_jax import train as train_command
 from gsae_jax.activations import sources
 from gsae_jax.data import rows as rows_lib
-from gsae_jax.errors import TrainingError, UserError
+from gsae_jax.errors import TrainingError
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
+from tests.refusals import refused
 from tests.test_training import assert_same, begin_calls, metrics_without_time, params_of, with_
 
 
@@ -49,14 +50,14 @@ def test_which_checkpoints_are_kept(experiment, tmp_path):
     assert steps(tmp_path / "best") == [4 * (1 + int(np.argmin(error))), 16]
     earlier = gsae_jax.load(tmp_path / "best", step=steps(tmp_path / "best")[0])["gated_0"]
     assert (earlier.params["W_dec"] != gsae_jax.load(tmp_path / "best")["gated_0"].params["W_dec"]).any()
-    with pytest.raises(UserError, match=r"step: 12345 has no checkpoint in .*; write one of \[4, 16\]"):
+    with refused("step", "12345", str(tmp_path / "best"), str(steps(tmp_path / "best"))):
         gsae_jax.load(tmp_path / "best", step=12345)
 
     apart = with_(experiment, checkpoint={"every": 4, "keep": 1, "keep_every": 8})
     loop.train(apart, tmp_path / "apart")
     assert steps(tmp_path / "apart") == [4, 12, 16]
     for wrong in ("gated", "gated/l0", "nosuch/mse"):
-        with pytest.raises(UserError, match=r"checkpoint\.keep_best: is .*; write STACK/loss or STACK/mse"):
+        with refused("checkpoint.keep_best", repr(wrong), "STACK/loss or STACK/mse", "baseline"):
             with_(experiment, checkpoint={"keep_best": wrong})
 
 

@@ -121,7 +121,7 @@ def compare_places(folder):
         assert workdir.sound_step() == 8
         workdir.check(config_lib.to_dict(sae_loading.pinned(experiment, paths["run"])))
         facts, checkpoint = workdir.facts(8), Checkpoint.open(paths["lm"])
-        workdir.check_model(facts, experiment.lm, checkpoint.fingerprint(), "lm.path")
+        workdir.check_model(facts, experiment.lm, checkpoint.fingerprint())
         tokenizer = checkpoint.tokenizer()
         train = rows.open_rows(experiment.data, "train", tokenizer, preparation.tokens_needed(experiment))
         held_out = rows.held_out_rows(experiment, tokenizer, experiment.evaluation.tokens)

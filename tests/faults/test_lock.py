@@ -5,12 +5,10 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
 from gsae_jax import config as config_lib
-from gsae_jax.errors import UserError
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
+from tests.refusals import refused
 
 HOLDER = """
 import sys, time
@@ -31,7 +29,7 @@ def test_a_second_process_is_refused_until_the_first_ends(experiment, tmp_path):
     try:
         assert holder.stdout.readline() == "held\n"
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-        with pytest.raises(UserError, match=r"--workdir: another process is training in .*; wait for its end"):
+        with refused("--workdir", "another process", str(run)):
             loop.train(experiment, run)
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     finally:
@@ -46,7 +44,7 @@ def test_a_lock_alone_does_not_make_a_directory_taken(experiment, tmp_path):
     workdir = run_directory.Workdir(tmp_path)
     workdir.check(config_lib.to_dict(experiment))
     workdir.create(config_lib.to_dict(experiment))
-    with pytest.raises(UserError, match="another process"):
+    with refused("--workdir", "another process", str(tmp_path)):
         run_directory.Workdir(tmp_path).hold()
     workdir.release()
     run_directory.Workdir(tmp_path).hold()
