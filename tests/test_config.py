@@ -261,8 +261,8 @@ def command(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "field", "facts"),
     [
-        (["--config.trin.steps=3"], "--config: ", ["trin", '"train"']),
-        (["--config.train.step=3"], "--config: ", ["step", '"steps"']),
+        (["--config.trin.steps=3"], "trin: ", ["'train'"]),
+        (["--config.train.step=3"], "train.step: ", ["'steps'"]),
         (["--config.train.steps=0"], "train.steps: ", ["is 0;", "1 or more"]),
         (["--config.stacks.gated.site=nowhere"], "stacks.gated.site: ", ["'nowhere'", "known: blocks.0."]),
         (["--config.lm.path=nowhere"], "lm.path: ", ["'nowhere'", "directory"]),

@@ -26,7 +26,7 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
         with errors.about("--format"):
             plugins.load("formats", format, having="write")
     records = _records(place)
-    with errors.about("--workdir"):
+    with errors.about("--workdir", step="--workdir"):
         saes = sae_loading.load(workdir, step=run_directory.reported_step(place))
     with writing.new_folder(out) as folder:
         for format in formats:  # without SAEs that have diverged
