@@ -1,4 +1,4 @@
-"""A hook of mkdocs: README.md, the embedded model's card and the notebooks become pages, from where they are.
+"""A hook of mkdocs: README.md, CONTRIBUTING.md, CHANGELOG.md, the embedded model's card and the notebooks become pages.
 
 So does the list of all settings, from the dataclasses that hold them.
 """
@@ -17,7 +17,8 @@ from gsae_jax.config import Experiment
 
 ROOT = Path(__file__).parent.parent
 # In the repository -> on the site; what lies in docs/ keeps its place.
-PAGES = {"README.md": "index.md", "gsae_jax/lms/embedded/README.md": "embedded.md"}
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES |= {"gsae_jax/lms/embedded/README.md": "embedded.md"}
 PAGES |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
 FOLDERS = {"notebooks": "notebooks/quickstart.md"}
 PICTURES = ("gsae_jax/lms/embedded/loss.png",)

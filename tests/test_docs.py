@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 
@@ -24,12 +26,18 @@ from gsae_jax import config as config_lib
 from gsae_jax.data import rows
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
+from gsae_jax.saes import contract
+from notebooks import address
 from notebooks import run as notebooks_run
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDES]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *GUIDES,
+]
 
 
 def blocks(guide):
@@ -260,3 +268,61 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for page in (tmp_path / "site").rglob("index.html"):  # every page and picture it links to is there
         for target in re.findall(r'<(?:img|a)\b[^>]* (?:src|href)="([^"#]+)', page.read_text("utf-8")):
             assert re.match(r"\w+:", target) or (page.parent / target).exists(), (page, target)
+
+
+def test_the_repositorys_address_is_written_once():
+    """In setup.py, from where `notebooks/address.py` copies it; and that reaches every address in the notebooks."""
+    setup = (ROOT / "setup.py").read_text("utf-8")
+    ours = address.owner(setup)
+    for path in NOTEBOOKS:
+        text = path.read_text("utf-8")
+        owners = {account for _, account in address.OWNER.findall(text)}
+        assert owners == {ours}, f"{path.name}: python notebooks/address.py"
+        moved = address.with_owner(text, "another-account")
+        assert json.loads(moved)
+        assert len(re.findall("another-account/gsae_jax", moved)) == len(re.findall(f"{ours}/gsae_jax", text)) >= 2
+        assert ours not in moved
+    texts = [
+        path
+        for pattern in ("*", "gsae_jax/**/*", "docs/**/*", "configs/*", "launch/*", ".github/**/*", "tests/*.py")
+        for path in ROOT.glob(pattern)
+        if path.suffix in (".md", ".py", ".yml", ".toml", ".cff", ".sh", ".html")
+    ]
+    assert {path.name for path in texts if address.OWNER.search(path.read_text("utf-8"))} == {"setup.py"}
+    assert len(address.OWNER.findall(setup)) == 1
+
+
+@pytest.mark.parametrize(("architecture", "options"), [("relu", {}), ("gated", {"freeze_aux_decoder": False})])
+def test_the_guides_lambda_gives_saelens_loss(architecture, options):
+    """SAELens' loss in float64 is a multiple of ours, with the guide's λ for its inputs with and without scaling."""
+    rng, (B, D, F), c = np.random.default_rng(0), (64, 16, 24), 1.7
+    x = rng.normal(size=(B, D)) * 3 + rng.normal(size=D)
+    centred = x - x.mean(0)
+    scale = np.sqrt(D / np.square(centred).sum(-1).mean())
+    module = contract.module_of(architecture)
+    config = module.Config(D, F, **options)
+    params = {name: np.asarray(value) for name, value in module.init(jax.random.key(0), config).items()}
+    params |= {
+        name: rng.normal(size=value.shape).astype(np.float32) / 4 for name, value in params.items() if value.ndim == 1
+    }
+    norm = np.linalg.norm(x, axis=-1).mean()
+    spread = np.sqrt(np.square(centred).sum(-1).mean())
+    for factor, l1 in ((np.sqrt(D) / norm, c / D * norm / spread), (1.0, c * scale / D)):
+        batch = contract.Batch(*[(scale * centred).astype(np.float32)] * 2)
+        ours, _ = module.loss(params, {}, batch, {"l1_coefficient": l1}, config)
+        # The same function of SAELens' inputs, factor * x: encoders as they are, biases in its units.
+        unit = factor / scale
+        inputs = {name: np.float64(value) for name, value in params.items()}
+        inputs |= {name: unit * inputs[name] for name in inputs if name in ("b_enc", "b_gate", "b_mag")}
+        b_dec = unit * inputs["b_dec"] + factor * x.mean(0)
+        z = factor * x
+        pre = (z - b_dec) @ inputs["W_gate" if architecture == "gated" else "W_enc"]
+        if architecture == "gated":
+            gate = np.maximum(pre + inputs["b_gate"], 0)
+            f = (gate > 0) * np.maximum(pre * np.exp(inputs["r_mag"]) + inputs["b_mag"], 0)
+        else:
+            gate = f = np.maximum(pre + inputs["b_enc"], 0)
+        codes = (f, gate) if architecture == "gated" else (f,)
+        theirs = sum(np.square(z - code @ inputs["W_dec"] - b_dec).sum(-1).mean() for code in codes)
+        theirs += c * (gate * np.linalg.norm(inputs["W_dec"], axis=1)).sum(-1).mean()
+        assert float(ours) == pytest.approx(theirs / (D * unit**2), rel=1e-5)
