@@ -2,8 +2,8 @@
 
 python -m gsae_jax.push --workdir runs/quickstart --repo user/name [--format saelens,dictionary_learning] [--dry-run]
 
-A new repository is private, unless --public; into one that exists nothing goes if that says otherwise. What an earlier
-push put there makes room for this one's; the repository's history keeps it. `hf auth login` comes first.
+A new repository is private, unless you add --public. An existing one must already be private or public as the command
+says. Files of an earlier push are replaced; the repository's history keeps them. Log in first: `hf auth login`.
 """
 
 import tempfile
@@ -11,23 +11,26 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cli
+from gsae_jax import cli, errors
 from gsae_jax.publishing import model_card
-from gsae_jax.publishing.upload import check, push
+from gsae_jax.publishing.upload import check, push, tell_missing
 
 
 def main() -> None:
     """The command."""
+    with errors.about("", base_model="--base-model", dataset="--dataset", license="--license"):
+        labels = model_card.Labels(BASE_MODEL.value, DATASET.value, LICENSE.value)
     if not DRY_RUN.value:
-        print(push(WORKDIR.value, REPO.value, FORMAT.value, PUBLIC.value))
+        print(push(WORKDIR.value, REPO.value, FORMAT.value, PUBLIC.value, labels))
         return
     check(REPO.value)
     with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
         folder = Path(scratch) / "repo"
-        model_card.write(WORKDIR.value, REPO.value, FORMAT.value, folder)
+        missing = model_card.write(WORKDIR.value, REPO.value, FORMAT.value, folder, labels)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"{file.stat().st_size:12,}  {file.relative_to(folder)}")
         print(f"\nwould be {REPO.value}; nothing was sent. Its README.md:\n\n{(folder / 'README.md').read_text()}")
+    tell_missing(missing)
 
 
 if __name__ == "__main__":
@@ -36,6 +39,11 @@ if __name__ == "__main__":
     FORMAT = flags.DEFINE_list(
         "format", ["saelens"], "saelens, dictionary_learning, gemma_scope, jumprelu: one or more."
     )
+    BASE_MODEL = flags.DEFINE_string(
+        "base-model", "", "The language model on the hub, user/name, if the run has a path."
+    )
+    DATASET = flags.DEFINE_string("dataset", "", "The training text on the hub, user/name.")
+    LICENSE = flags.DEFINE_string("license", "", "Licence of the SAEs, such as mit, apache-2.0 or cc-by-4.0.")
     PUBLIC = flags.DEFINE_bool("public", False, "Make a new repository public.")
     DRY_RUN = flags.DEFINE_bool("dry-run", False, "List the files and print the model card; nothing is sent.")
     cli.run(main)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import gsae_jax
+from gsae_jax import config as config_lib
 from gsae_jax import measuring
 from gsae_jax.publishing import model_card
 from gsae_jax.publishing.upload import push
@@ -212,3 +214,39 @@ def test_a_hub_that_is_not_there_is_one_sentence(run):
     assert done.returncode == 2
     assert done.stderr.startswith("error: --repo: user/name ")
     assert "Traceback" not in done.stderr
+
+
+def test_the_card_says_how_the_saes_were_trained_and_from_what(run, tmp_path):
+    labels = model_card.Labels("openai-community/gpt2", "user/stories", "cc-by-4.0")
+    assert model_card.write(str(run), "user/name", ["saelens"], tmp_path / "repo", labels) == []
+    card = (tmp_path / "repo" / "README.md").read_text()
+    fields = yaml.safe_load(card.split("---\n")[1])
+    expected = {"library_name": "saelens", "license": "cc-by-4.0", "base_model": "openai-community/gpt2"}
+    assert fields == expected | {"datasets": ["user/stories"], "tags": ["sparse-autoencoder", "gated", "relu"]}
+    config = json.loads((run / "config.json").read_text())
+    tokens = config["train"]["steps"] * config["train"]["batch_size"]
+    for row in (
+        f"| SAE updates | {config['train']['steps']} |",
+        f"| Tokens in training | {tokens:,} |",
+        "jax ",
+        "python ",
+    ):
+        assert row in card
+    for words in ("[experiment.json](experiment.json)", "from_pretrained_no_processing", "arXiv:2404.16014"):
+        assert words in card
+    # The config is that of the run, without this machine's folders.
+    published = json.loads((tmp_path / "repo" / "experiment.json").read_text())
+    assert published["stacks"] == config["stacks"]
+    assert published["lm"]["path"] == Path(config["lm"]["path"]).name
+    assert str(tmp_path.parent) not in card + json.dumps(published)
+    assert config_lib.from_dict(config_lib.Experiment, published).train.steps == config["train"]["steps"]
+
+
+def test_a_card_without_labels_says_which_are_missing(run, tmp_path):
+    missing = model_card.write(str(run), "user/name", ["saelens"], tmp_path / "repo")
+    assert missing == ["base_model", "dataset", "license"]
+    fields = yaml.safe_load((tmp_path / "repo" / "README.md").read_text().split("---\n")[1])
+    assert sorted(fields) == ["library_name", "tags"]
+    for field, value in (("base_model", "gpt2"), ("dataset", "a b/c"), ("license", "My Licence")):
+        with refused(field, value):
+            model_card.Labels(**{field: value})

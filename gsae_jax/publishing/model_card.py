@@ -1,8 +1,14 @@
 """What a run becomes on the Hugging Face hub: a folder for each format, the report, and a model card made of it."""
 
+import dataclasses
+import importlib.metadata
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
+
+import huggingface_hub
 
 from gsae_jax import errors, export, plugins, rendering, sae_loading
 from gsae_jax.errors import UserError
@@ -10,11 +16,52 @@ from gsae_jax.evaluation import report
 from gsae_jax.saes import contract, trained
 from gsae_jax.storage import reading, run_directory, writing
 
+CONFIG = "experiment.json"  # the run's config, beside the card
 
-def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
-    """Write the new folder `out`: `FORMAT/SAE/...`, `report/...` and README.md.
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What a run does not know of itself, for the card's metadata; "" leaves a field out.
+
+    Attributes:
+        base_model: name of the language model on the hub, user/name; by default the run's, if it is such a name.
+        dataset: name of the data set on the hub, user/name.
+        license: of the SAEs, as the hub abbreviates licences, such as mit, apache-2.0, cc-by-4.0 or other.
+    """
+
+    base_model: str = ""
+    dataset: str = ""
+    license: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("base_model", "dataset"):
+            value = getattr(self, field)
+            if value and not is_repository(value):
+                raise UserError(f"is {value!r}; write its name on the hub, user/name", field)
+        if not re.fullmatch(r"[a-z0-9.-]{0,50}", self.license):
+            why = "write it as the hub does, such as mit, apache-2.0, cc-by-4.0 or other"
+            raise UserError(f"is {self.license!r}; {why}", "license")
+
+
+UNLABELLED = Labels()
+
+
+def is_repository(name: str) -> bool:
+    """Whether this can be the name of a repository on the hub, with its user or organisation."""
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except huggingface_hub.errors.HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def write(workdir: str, repo: str, formats: list[str], out: Path, labels: Labels = UNLABELLED) -> list[str]:
+    """Write the new folder `out`: `FORMAT/SAE/...`, `report/...`, experiment.json and README.md.
 
     The SAEs are those of the checkpoint that the report is about.
+
+    Returns:
+        The fields of `labels` that are missing in the card.
 
     Raises:
         UserError: a run without a report or that checkpoint, an unknown format, or one that cannot hold one of them.
@@ -26,8 +73,9 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
         with errors.about("--format"):
             plugins.load("formats", format, having="write")
     records = _records(place)
+    step = run_directory.reported_step(place)
     with errors.about("--workdir", step="--workdir"):
-        saes = sae_loading.load(workdir, step=run_directory.reported_step(place))
+        saes = sae_loading.load(workdir, step=step)
     with writing.new_folder(out) as folder:
         for format in formats:  # without SAEs that have diverged
             written = export.write(saes, format, folder / format)
@@ -36,7 +84,49 @@ def write(workdir: str, repo: str, formats: list[str], out: Path) -> None:
         for file in (place.report / name for name in report.FILES):
             if file.exists():
                 (folder / "report" / file.name).write_bytes(file.read_bytes())
-        (folder / "README.md").write_text(card(repo, formats, saes, records), "utf-8")
+        (folder / CONFIG).write_text(json.dumps(_shareable(place.config()), indent=2) + "\n", "utf-8")
+        training = _training(place, step)
+        base_model = labels.base_model or _on_the_hub(next(iter(saes.values())).metadata["model_name"])
+        labels = dataclasses.replace(labels, base_model=base_model)
+        (folder / "README.md").write_text(card(repo, formats, saes, records, training, labels), "utf-8")
+    return [field for field, value in dataclasses.asdict(labels).items() if not value]
+
+
+def _on_the_hub(model: str) -> str:
+    """The name of a run's language model if it is one of the hub."""
+    return model if is_repository(model) else ""
+
+
+def _shareable(tree: Any) -> Any:
+    """A recorded config without the folders of this machine: of absolute paths the last part."""
+    if isinstance(tree, dict):
+        return {name: _shareable(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_shareable(value) for value in tree]
+    is_path = isinstance(tree, str) and (tree.startswith(("/", "~")) or "://" in tree)
+    return tree.rstrip("/").rpartition("/")[2] if is_path else tree
+
+
+def _training(place: run_directory.Workdir, step: int | None) -> dict[str, Any]:
+    """How a run was trained until a step, by the names in the card."""
+    config = place.experiment()
+    step = config.train.steps if step is None else step
+    machine = place.facts(step).machine
+    return {
+        "SAE updates": f"{step:,} of {config.train.steps:,}" if step != config.train.steps else f"{step:,}",
+        "Tokens in training": f"{step * config.train.batch_size:,}",
+        "Devices": machine.get("devices", ""),
+        "Versions of training": ", ".join(f"{name} {machine[name]}" for name in ("jax", "python") if name in machine),
+        "Version of this export": f"gsae_jax {_version()}",
+        "Revision of the language model": config.lm.revision,
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("gsae_jax")
+    except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
+        return "of an unknown version"
 
 
 def _records(place: run_directory.Workdir) -> list[dict[str, Any]]:
@@ -58,7 +148,14 @@ def _records(place: run_directory.Workdir) -> list[dict[str, Any]]:
     return records
 
 
-def card(repo: str, formats: list[str], saes: dict[str, trained.SAE], records: list[dict[str, Any]]) -> str:
+def card(
+    repo: str,
+    formats: list[str],
+    saes: dict[str, trained.SAE],
+    records: list[dict[str, Any]],
+    training: dict[str, str],
+    labels: Labels,
+) -> str:
     """The page of a repository on the hub.
 
     Args:
@@ -66,6 +163,8 @@ def card(repo: str, formats: list[str], saes: dict[str, trained.SAE], records: l
         formats: the folders in it.
         saes: those that are in each folder, by name.
         records: of the run's report.
+        training: how they were trained, by name; "" is left out.
+        labels: for the metadata.
     """
     example = next((sae for sae in saes.values() if sae.architecture != contract.BASELINE), next(iter(saes.values())))
     model = example.metadata["model_name"]
@@ -81,8 +180,10 @@ def card(repo: str, formats: list[str], saes: dict[str, trained.SAE], records: l
             "architectures": sorted({sae.architecture for sae in saes.values()}),
             "sites": sorted({site for sae in saes.values() for site in sae.sites}),
             "model": model,
-            "base_model": model if model.count("/") == 1 else "",  # a name on the hub
+            "labels": labels,
             "dataset": example.metadata["dataset_path"],
+            "training": {name: value for name, value in training.items() if value},
+            "config": CONFIG,
             "context_length": example.metadata["context_size"],
         },
     )

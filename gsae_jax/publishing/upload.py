@@ -1,6 +1,7 @@
 """Uploads of what `gsae_jax.publishing.model_card` makes to the Hugging Face hub."""
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,16 @@ from gsae_jax.errors import UserError
 from gsae_jax.publishing import model_card
 from gsae_jax.storage.paths import error_line
 
+logger = logging.getLogger(__name__)
 
-def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> str:
+
+def push(
+    workdir: str,
+    repo: str,
+    formats: list[str],
+    public: bool = False,
+    labels: model_card.Labels = model_card.UNLABELLED,
+) -> str:
     """Upload; returns the address.
 
     Raises:
@@ -23,7 +32,7 @@ def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> s
     check(repo)
     with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
         folder = Path(scratch) / "repo"
-        model_card.write(workdir, repo, formats, folder)
+        missing = model_card.write(workdir, repo, formats, folder, labels)
         with _asking(repo):
             private = _private(repo)
         if private is not None and private == public:
@@ -36,7 +45,15 @@ def push(workdir: str, repo: str, formats: list[str], public: bool = False) -> s
             huggingface_hub.upload_folder(
                 repo_id=repo, folder_path=folder, commit_message="SAEs of gsae_jax", delete_patterns=ours
             )
+    tell_missing(missing)
     return f"{huggingface_hub.constants.ENDPOINT}/{repo}"
+
+
+def tell_missing(fields: list[str]) -> None:
+    """Warn of metadata that a model card lacks."""
+    if fields:
+        flags = ", ".join(f"--{field.replace('_', '-')}" for field in fields)
+        logger.warning(f"the model card lacks metadata that other people search by; add {flags}")
 
 
 def _private(repo: str) -> bool | None:
@@ -63,7 +80,7 @@ def check(repo: str) -> None:
     """Raises `UserError` for what cannot be a repository's name."""
     try:
         huggingface_hub.utils.validate_repo_id(repo)
-        if repo.count("/") != 1:
+        if not model_card.is_repository(repo):
             raise errors.HFValidationError("it has no user or organisation")
     except errors.HFValidationError as error:
         raise UserError(f"is {repo!r} ({error}); write user/name", "--repo") from error
