@@ -308,7 +308,8 @@ def test_the_guides_lambda_gives_saelens_loss(architecture, options):
     norm = np.linalg.norm(x, axis=-1).mean()
     spread = np.sqrt(np.square(centred).sum(-1).mean())
     for factor, l1 in ((np.sqrt(D) / norm, c / D * norm / spread), (1.0, c * scale / D)):
-        batch = contract.Batch(*[(scale * centred).astype(np.float32)] * 2)
+        y = (scale * centred).astype(np.float32)
+        batch = contract.Batch(inputs=y, targets=y, dead=lambda: np.zeros(F, bool), step=np.int32(0))
         ours, _ = module.loss(params, {}, batch, {"l1_coefficient": l1}, config)
         # The same function of SAELens' inputs, factor * x: encoders as they are, biases in its units.
         unit = factor / scale

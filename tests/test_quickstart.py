@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -52,10 +54,11 @@ SHORT |= {"activations.buffer_size": 4096, "activations.scale_tokens": 4096}
 
 @pytest.mark.quickstart
 def test_the_package_trains_without_a_clone(tmp_path):
-    """From a wheel, in an empty folder: the quickstart by name, and a config file beside it."""
+    """From the wheel of an sdist, in an empty folder: the quickstart by name, and a config file beside it."""
     source, installed, empty = (tmp_path / name for name in ("source", "installed", "empty"))
     shutil.copytree(ROOT / "gsae_jax", source / "gsae_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    texts = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"}
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", *texts):
         shutil.copy(ROOT / name, source)
     empty.mkdir()
 
@@ -69,8 +72,18 @@ def test_the_package_trains_without_a_clone(tmp_path):
     versions = [dist.version for dist in metadata.distributions(name="setuptools")]
     own = bool(versions) and int(versions[0].partition(".")[0]) >= 71
     options = ["--no-deps", "--wheel-dir", str(tmp_path), *(["--no-build-isolation"] if own else [])]
-    python("-m", "pip", "wheel", *options, str(source))
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=source, check=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    python("-m", "pip", "wheel", *options, str(sdist))
     (wheel,) = tmp_path.glob("*.whl")
+    carried = {str(path.relative_to(source)) for path in (source / "gsae_jax").rglob("*") if path.is_file()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert carried | texts <= names
+    assert not {name for name in names if name.startswith(("tests", "build", ".github"))}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == carried
+    assert any(name.endswith(".dist-info/licenses/LICENSE") or name.endswith(".dist-info/LICENSE") for name in names)
     python("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel))
     assert python("-c", "import gsae_jax; print(gsae_jax.__file__)") == str(installed / "gsae_jax" / "__init__.py")
     (empty / "mine.py").write_text(MINE)
