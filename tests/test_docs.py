@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -327,3 +328,8 @@ def test_the_guides_lambda_gives_saelens_loss(architecture, options):
         theirs = sum(np.square(z - code @ inputs["W_dec"] - b_dec).sum(-1).mean() for code in codes)
         theirs += c * (gate * np.linalg.norm(inputs["W_dec"], axis=1)).sum(-1).mean()
         assert float(ours) == pytest.approx(theirs / (D * unit**2), rel=1e-5)
+
+
+def test_the_python_reference_names_what_is_there():
+    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE):
+        assert pkgutil.resolve_name(name).__doc__, name
