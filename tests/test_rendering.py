@@ -81,11 +81,12 @@ def test_text_in_the_reports_pages_is_text():
 def test_text_in_a_model_card_is_text():
     sae = hostile_sae()
     for formats in (["saelens", "dictionary_learning"], ["gemma_scope"]):
-        card = model_card.card("user/name", formats, {HOSTILE: sae}, [record(HOSTILE)])
-        assert check_markdown(card) == {16}
+        training, labels = {"Devices": HOSTILE}, model_card.Labels("user/model", "user/text", "mit")
+        card = model_card.card("user/name", formats, {HOSTILE: sae}, [record(HOSTILE)], training, labels)
+        assert check_markdown(card) == {3, 16}
         front_matter = yaml.safe_load(card.split("---\n")[1])
         assert front_matter["tags"] == ["sparse-autoencoder", "gated"]
-        assert front_matter["base_model"] == sae.metadata["model_name"]
+        assert front_matter["base_model"] == "user/model"
         code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
         assert len(code) == 3
         for block in code:
@@ -103,14 +104,15 @@ def test_text_in_the_card_of_an_exported_sae_is_text(tmp_path):
 def values():
     """What every page needs, and no more."""
     measured = report.contents([record("a")])
-    names = ("repo", "for_saelens", "name", "model", "base_model", "dataset", "context_length", "count")
+    names = ("repo", "for_saelens", "name", "model", "dataset", "context_length", "count", "config")
     lists = {name: ["a"] for name in ("formats", "architectures", "sites")}
     return {
         "report.md": measured | {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": ""}},
         "report.html": measured | {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": ""}},
         "model_card.md": {name: measured[name] for name in measured if name != "tokens"}
         | dict.fromkeys(names, "a")
-        | lists,
+        | lists
+        | {"labels": model_card.UNLABELLED, "training": {"a": "a"}},
         "saelens_card.md": dict.fromkeys(("name", "architecture", "site", "model"), "a") | {"width": 64},
     }
 
