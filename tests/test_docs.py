@@ -14,11 +14,13 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 from absl import flags
 
 import gsae_jax.saes
@@ -333,3 +335,7 @@ def test_the_guides_lambda_gives_saelens_loss(architecture, options):
 def test_the_python_reference_names_what_is_there():
     for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE):
         assert pkgutil.resolve_name(name).__doc__, name
+
+
+def test_the_citation_is_of_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == metadata.version("gsae_jax")
