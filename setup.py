@@ -1,14 +1,18 @@
 """gsae_jax: Gated Sparse Autoencoders on language models, in JAX."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+here = Path(__file__).parent
+[version] = re.findall(r'^__version__ = "(.+?)"', (here / "gsae_jax" / "__init__.py").read_text("utf-8"), re.MULTILINE)
+
 setup(
     name="gsae_jax",
-    version="0.1.0",
+    version=version,
     description="Train and study Gated Sparse Autoencoders on language-model activations, in JAX",
-    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description=(here / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gsae_jax", "gsae_jax.*"]),

@@ -15,4 +15,10 @@ from gsae_jax.lms.loading import LM, load_lm
 from gsae_jax.sae_loading import load
 from gsae_jax.saes.trained import SAE
 
+__version__ = "0.1.0"  # setup.py reads it here
 __all__ = ["LM", "SAE", "experiment_config", "load", "load_lm", "stack_config"]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names; the modules are there, but not among them."""
+    return [*__all__, "__version__"]

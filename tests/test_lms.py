@@ -306,3 +306,18 @@ def test_loading_fewer_layers_still_finds_a_stray_tensor(tmp_path, lm_dir):
     folder = damaged(tmp_path, lm_dir, edit_tensors(lambda tensors: tensors.update(extra=np.zeros(2, np.float32))))
     with refused("path", "extra is not of this model"):
         gsae_jax.load_lm(folder, num_layers=1)
+
+
+def test_a_language_model_is_shown_in_a_line(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    sizes = "2 blocks of width 32, 4096 tokens, context 32"
+    parameters = sum(x.size for x in safetensors.numpy.load_file(lm_dir / "model.safetensors").values())
+    assert repr(lm) == f"<LM small: {sizes}, {parameters:,} parameters, float32>"
+
+
+def test_tab_completion_shows_what_is_public():
+    public = {*gsae_jax.__all__, "__version__"}
+    assert set(dir(gsae_jax)) == public
+    assert {"LM", "SAE", "load", "load_lm"} <= public
+    assert all(hasattr(gsae_jax, name) for name in public)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", gsae_jax.__version__)

@@ -18,7 +18,7 @@ from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A language model: its Linen module, parameters and tokenizer.
 
@@ -33,6 +33,16 @@ class LM:
     module: Any
     params: dict[str, Any]
     tokenizer: Any
+
+    def __repr__(self) -> str:
+        c, weights = self.config, jax.tree.leaves(self.params)
+        blocks = f"{c.n_layers} block{'s' if c.n_layers > 1 else ''} of width {c.d_model}"
+        sizes = f"{blocks}, {c.d_vocab} tokens, context {c.n_ctx}, {sum(x.size for x in weights):,} parameters"
+        return f"<LM {os.path.basename(self.path)}: {sizes}, {weights[0].dtype}>"
+
+    def __dir__(self) -> list[str]:
+        """The public names."""
+        return [name for name in super().__dir__() if not name.startswith("_")]
 
     @property
     def config(self) -> Any:
