@@ -344,3 +344,12 @@ def test_gradients_and_maps_over_saes():
     many = jax.vmap(lambda sae, x: sae.encode(x), in_axes=(0, None))(stacked, x)
     for ours, each in zip(many, (sae, other), strict=True):
         assert_close(ours, np.asarray(each.encode(x)))
+
+
+def test_many_activations_are_encoded_in_batches(monkeypatch):
+    sae, x = an_sae(), inputs()
+    expected = sae.encode(x)
+    monkeypatch.setattr(trained, "ROWS_AT_ONCE", 10)
+    ours = sae.encode(x.reshape(2, -1, D))
+    np.testing.assert_allclose(ours.reshape(B, F), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(sae.encode)(x), expected, rtol=1e-5, atol=1e-6)

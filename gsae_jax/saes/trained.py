@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsae_jax import errors, plugins
+from gsae_jax import batching, errors, plugins
 from gsae_jax.config import Sites
 from gsae_jax.errors import UserError
 from gsae_jax.saes import contract
+
+ROWS_AT_ONCE = 2**15  # more activations than this are encoded in several batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -109,7 +111,12 @@ class SAE(Sites):
             UserError: the last axis is not D, or `x` is not an array of real numbers.
         """
         inputs, leading = self._inputs(x)
-        return _encode(self.architecture, self.config, self.params, inputs).reshape(*leading, self.config.width)
+        encode = partial(_encode, self.architecture, self.config, self.params)
+        if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((inputs, self.params))):
+            f_BxF = encode(inputs)
+        else:
+            f_BxF = batching.in_batches(encode, inputs, ROWS_AT_ONCE, "encode")
+        return f_BxF.reshape(*leading, self.config.width)
 
     def decode(self, f: jax.typing.ArrayLike) -> Any:
         """Reconstructions [..., D] of feature activations [..., F]; a tuple of them if it writes several sites."""
