@@ -3,7 +3,7 @@
 Each is a tap for `LM.run` and `LM.generate`. `chain` combines several into one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
     return sites_lib.splice({site: lambda x: x + (strength * row)[None, None].astype(x.dtype)})
 
 
-def ablate(sae: SAE, features: int | Iterable[int]) -> sites_lib.Edits:
+def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
     """Takes what some features contribute out of the activations of every token; the rest stays as it is.
 
     x becomes x - sum_i f_i(x) W_dec_i over `features`. Unlike in a spliced reconstruction, what the SAE does not
@@ -109,7 +109,7 @@ def _site(sae: SAE, sites: tuple[str, ...]) -> str:
     return sites[0]
 
 
-def _rows(sae: SAE, features: int | Iterable[int]) -> jax.Array:
+def _rows(sae: SAE, features: int | Sequence[int]) -> jax.Array:
     """Decoder rows [K, D] of features."""
     numbers = np.atleast_1d(features)
     if not np.issubdtype(numbers.dtype, np.integer) or not ((numbers >= 0) & (numbers < sae.width)).all():

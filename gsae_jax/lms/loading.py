@@ -190,10 +190,7 @@ class LM:
             why = f"{max_new_tokens} more tokens exceed the {self.config.n_ctx} positions of this language model"
             raise UserError(f"have up to {longest} tokens; {why}", "texts")
         length = min(batching.padded_size(max(longest, SHORTEST)), most)
-        tokens, mask = (
-            np.array([[fill] * (length - len(own)) + row for own, row in zip(ids, rows, strict=True)])
-            for fill, rows in ((0, ids), (False, [[True] * len(own) for own in ids]))
-        )
+        tokens, mask = tokenizer_lib.padded(ids, length, left=True)
         if not isinstance(tap, Hashable):
             raise UserError(f"is a {type(tap).__name__}, which has no hash; give a function", "tap")
         eos = self.tokenizer.eos_token_id

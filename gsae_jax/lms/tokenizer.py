@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         tokens_BxT: token ids, int32; 0 at padding.
-        mask_BxT: False at padding, which follows the shorter texts.
+        mask_BxT: False at padding.
     """
 
     tokens_BxT: np.ndarray
@@ -61,10 +61,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def padded(ids: Sequence[Sequence[int]]) -> Tokens:
-    """Rows of token ids of any lengths, as arrays."""
+def padded(ids: Sequence[Sequence[int]], length: int | None = None, left: bool = False) -> Tokens:
+    """Rows of token ids as arrays, padded on the right or the left to a length; by default to that of the longest."""
     lengths = np.array([len(own) for own in ids])
-    mask_BxT = np.arange(lengths.max())[None] < lengths[:, None]
+    mask_BxT = np.arange(length or lengths.max())[None] < lengths[:, None]
+    mask_BxT = mask_BxT[:, ::-1] if left else mask_BxT
     tokens_BxT = np.zeros(mask_BxT.shape, np.int32)
     tokens_BxT[mask_BxT] = np.concatenate(ids)
     return Tokens(tokens_BxT, mask_BxT)

@@ -204,12 +204,12 @@ class Attention(Part):
             )
         if layer.frequencies:
             q_BxTxHxK, k_BxTxGxK = (rotate(y, call.positions_BxT, layer.frequencies) for y in (q_BxTxHxK, k_BxTxGxK))
-        numbers = layer.window, layer.attention_scale, c.attention_softcap
+        window, scale, softcap = layer.window, layer.attention_scale, c.attention_softcap
         if call.cache is None:
-            z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, *numbers, self.mesh)
+            z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh)
         else:
             kept = self._kept("k", k_BxTxGxK, call.cache), self._kept("v", v_BxTxGxK, call.cache)
-            z = attend_kept(q_BxTxHxK, *kept, call.cache.first, call.cache.mask_BxS, *numbers)
+            z = attend_kept(q_BxTxHxK, *kept, call.cache.first, call.cache.mask_BxS, window, scale, softcap)
         z = z.reshape(*x.shape[:2], H * K)
         W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
         out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
