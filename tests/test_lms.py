@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
