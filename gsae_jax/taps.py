@@ -27,6 +27,8 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
     Raises:
         UserError: an SAE that writes several sites or does not say its site, or a feature that it does not have.
     """
+    if np.ndim(feature):
+        raise UserError(f"is {feature}; give one number, and `chain` taps for several features", "feature")
     site, (row,) = _site(sae, sae.targets), _rows(sae, feature)
     return sites_lib.splice({site: lambda x: x + (strength * row)[None, None].astype(x.dtype)})
 

@@ -421,6 +421,8 @@ def test_ready_made_taps(lm_dir):
     for wrong in (48, -1, 0.5):
         with refused("feature", "0 to 47"):
             taps.steer(sae, wrong, 1.0)
+    with refused("feature", "one number"):
+        taps.steer(sae, [1, 2], 1.0)
     with refused("sae", "site"):
         taps.steer(dataclasses.replace(sae, site=""), 3, 1.0)
     with refused("sae", "reads", "blocks.0.hook_mlp_out"):
