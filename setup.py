@@ -8,14 +8,16 @@ from setuptools import find_packages, setup
 # The address of the repository, here alone; `python notebooks/address.py` copies it into the notebooks.
 URL = "https://github.com/YOUR_ACCOUNT/gsae_jax"
 
-readme = Path(__file__).with_name("README.md").read_text("utf-8")
+here = Path(__file__).parent
+[version] = re.findall(r'^__version__ = "(.+?)"', (here / "gsae_jax" / "__init__.py").read_text("utf-8"), re.MULTILINE)
+readme = (here / "README.md").read_text("utf-8")
 # PyPI shows this page without the files that it links to.
 readme = re.sub(r"!\[([^]]*)\]\((?!\w+:)", rf"![\1]({URL}/raw/main/", readme)
 readme = re.sub(r"(?<!!)\[([^]]*)\]\((?!\w+:|#)", rf"[\1]({URL}/blob/main/", readme)
 
 setup(
     name="gsae_jax",
-    version="0.1.0",
+    version=version,
     description="Train and study Gated Sparse Autoencoders on language-model activations, in JAX",
     long_description=readme,
     long_description_content_type="text/markdown",

@@ -2,6 +2,7 @@
 
 lm = gsae_jax.load_lm()                       # the embedded model, or a Hugging Face checkpoint directory
 saes = gsae_jax.load("runs/quickstart")       # the SAEs of a run, by name
+tokens = gsae_jax.held_out("runs/quickstart")  # its held-out text
 config = gsae_jax.experiment_config()         # what a config file changes and returns
 """
 
@@ -10,9 +11,16 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizers are used; PyTorch is not missed
 
 from gsae_jax import processes as processes  # its handler shows the messages of all modules
+from gsae_jax import taps
 from gsae_jax.experiments import experiment_config, stack_config
 from gsae_jax.lms.loading import LM, load_lm
-from gsae_jax.sae_loading import load
+from gsae_jax.sae_loading import held_out, load
 from gsae_jax.saes.trained import SAE
 
-__all__ = ["LM", "SAE", "experiment_config", "load", "load_lm", "stack_config"]
+__version__ = "0.1.0"  # setup.py reads it here
+__all__ = ["LM", "SAE", "experiment_config", "held_out", "load", "load_lm", "stack_config", "taps"]
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names; the modules are there, but not among them."""
+    return [*__all__, "__version__"]

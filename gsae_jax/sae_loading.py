@@ -1,4 +1,4 @@
-"""Trained SAEs from a run directory, or from a folder of another library's format."""
+"""Trained SAEs from a run directory, or from a folder of another library's format; and a run's held-out text."""
 
 import dataclasses
 import logging
@@ -79,6 +79,31 @@ def load(
         for name in config.stacks
         for sae in _members(name, config, *built[name], params[name], facts, run)
     }
+
+
+def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
+    """Rows of held-out tokens of a run [rows, context length], int32: text that no SAE was trained on.
+
+    The report of the run is made on these rows. They are prepared first, if this machine does not have them yet.
+
+    Args:
+        run: the run's directory.
+        tokens: about so many; by default as many as the run's `evaluation.tokens`.
+
+    Raises:
+        UserError: not a run, a model or text that is not there any more, or less text than one batch.
+    """
+    from gsae_jax.data import rows  # TensorFlow Datasets takes seconds to import, and nothing else here needs it
+
+    if tokens is not None and tokens < 1:
+        raise UserError(f"is {tokens}; write a whole number from 1 on", "tokens")
+    workdir = run_directory.Workdir(run, field="run")
+    if not workdir.holds_run():
+        raise UserError(f"{workdir.path} holds no run; write the directory of one", "run")
+    config = workdir.experiment()
+    checkpoint = checkpoints.Checkpoint.open(config.lm.path, config.lm.revision)
+    count = config.evaluation.tokens if tokens is None else tokens
+    return np.concatenate(list(rows.held_out(config, checkpoint.tokenizer(), count, checkpoint.config.d_vocab)))
 
 
 def _nothing(path: str) -> str:

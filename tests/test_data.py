@@ -16,11 +16,13 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 
+import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.data.corpora import text as text_corpus
 from gsae_jax.lms import loading
+from gsae_jax.storage import run_directory
 from tests.refusals import refused
 
 ALL = 2**40
@@ -597,3 +599,19 @@ def test_the_standard_library_is_held_out_by_file(tmp_path):
     assert b"class JSONDecoder" in (train | test)["json/decoder.py"]
     assert not train.keys() & test.keys()
     assert 0.01 < len(test) / len(train) < 0.1
+
+
+def test_the_held_out_tokens_of_a_run(experiment, tmp_path):
+    workdir = run_directory.Workdir(tmp_path / "run")
+    workdir.create(config_lib.to_dict(experiment))
+    workdir.release()
+    tokenizer = loading.load_lm(experiment.lm.path).tokenizer
+    for tokens, rows in ((None, experiment.evaluation.tokens // 16), (512, 32)):
+        ours = gsae_jax.held_out(tmp_path / "run", tokens)
+        assert (ours.shape, ours.dtype) == ((rows, 16), np.int32)
+        expected = rows_lib.held_out(experiment, tokenizer, tokens or experiment.evaluation.tokens)
+        np.testing.assert_array_equal(ours, np.concatenate(list(expected)))
+    with refused("tokens", "is 0"):
+        gsae_jax.held_out(tmp_path / "run", 0)
+    with refused("run", "holds no run"):
+        gsae_jax.held_out(tmp_path)

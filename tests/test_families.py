@@ -306,3 +306,86 @@ def test_the_docs_table_lists_the_model_types():
     for family in plugins.known("lms", "MODEL_TYPES").values():
         for model_type in family.MODEL_TYPES:
             assert re.search(rf"`{model_type}`", table), model_type
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama_2"])
+def test_logit_effects(case):
+    """Against float64 from the stored weights, and against finite differences of the model's own logits."""
+    lm, stored = gsae_jax.load_lm(FIXTURES / case), expected(case)
+    c, rng = lm.config, np.random.default_rng(0)
+    directions = rng.normal(size=(3, c.d_model))
+    gain = np.asarray(lm.params["ln_final"]["w"], np.float64) + c.norm_offset
+    W_U = np.asarray(lm.params["embed.W_E"].T if c.tied else lm.params["unembed.W_U"], np.float64)
+    centred = directions - directions.mean(-1, keepdims=True) if c.normalization == "LN" else directions
+    effects = (centred * gain) @ W_U
+    np.testing.assert_allclose(lm.logit_effects(directions), effects, atol=1e-4)
+    np.testing.assert_allclose(lm.logit_effects(directions[0]), effects[0], atol=1e-4)
+
+    tokens, last = stored["tokens"], f"blocks.{c.n_layers - 1}."
+    at = lm.activations(tokens, last + "hook_resid_post")[last + "hook_resid_post"][0, -1]
+    for site in ("hook_mlp_out", "mlp.hook_post", "attn.hook_z"):
+        site, width = last + site, lm.sites[last + site]
+        d = rng.normal(size=width).astype(np.float32)
+        if c.norm_after and not site.endswith("out"):
+            with refused("site", "normalises"):
+                lm.logit_effects(d, site)
+            continue
+        if site.endswith("hook_z") and not c.parallel:
+            continue  # the MLP of this block reads it too, so that its direct effect is not its whole effect
+        step = 1e-2
+
+        @jax.jit
+        def logits(strength, site=site, d=d):
+            return lm.run(tokens[:1], lambda name, x: x + strength * d[None, None] if name == site else x)[0, -1]
+
+        change = (np.asarray(logits(step), np.float64) - np.asarray(logits(-step))) / (2 * step)
+        np.testing.assert_allclose(lm.logit_effects(d, site, at), change, atol=1e-2 * np.abs(change).max())
+    with refused("directions", f"{c.d_model}"):
+        lm.logit_effects(np.zeros(c.d_model + 1))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "qwen3"])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_generation_with_a_cache_is_generation_without(case, temperature):
+    """Each new token is the one that a whole forward pass over all tokens before it gives, under the same tap."""
+    lm, new = gsae_jax.load_lm(FIXTURES / case), 9
+    texts = ["w4 w17 w9 w30 w8", "w11", "w5 w6 w7"]
+    site = "blocks.1.hook_resid_pre"
+
+    def tap(name, x):
+        return x + 0.5 * jnp.cos(jnp.arange(x.shape[-1]))[None, None] if name == site else x
+
+    written = lm.generate(texts, tap, max_new_tokens=new, temperature=temperature, seed=3)
+    assert written == lm.generate(texts, tap, max_new_tokens=new, temperature=temperature, seed=3)
+    assert all(whole.startswith(text + " ") for whole, text in zip(written, texts, strict=True))
+    tokens, mask = lm.tokenize(written)
+    lengths = lm.tokenize(texts).mask_BxT.sum(1)
+    logits = np.asarray(lm.run(tokens, tap, mask))
+    kept, compared = mask.sum(1), 0
+    for step in range(new):
+        draws = jax.random.gumbel(jax.random.fold_in(jax.random.key(3), step), (3, lm.config.d_vocab))
+        for row, start in enumerate(lengths):
+            at = start + step - 1
+            scores = logits[row, at] if temperature == 0 else logits[row, at] / temperature + np.asarray(draws[row])
+            if at + 1 < kept[row]:
+                assert scores[tokens[row, at + 1]] > scores.max() - 1e-3, (row, step)
+                compared += 1
+            elif at + 1 == kept[row]:
+                assert scores[lm.tokenizer.eos_token_id] > scores.max() - 1e-3
+    assert compared > 12
+
+
+def test_generation_takes_one_text_or_several():
+    lm = gsae_jax.load_lm(FIXTURES / "gpt2")
+    assert lm.generate("w4", max_new_tokens=3) == lm.generate(["w4"], max_new_tokens=3)[0]
+    assert lm.generate("w4 w5", max_new_tokens=40, temperature=1.0) != lm.generate("w4 w5", max_new_tokens=40, seed=1)
+    mesh = jax.make_mesh((4, 2), ("data", "latent"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    assert lm.on(mesh).generate("w4", max_new_tokens=3) == lm.generate("w4", max_new_tokens=3)
+    for field, texts, numbers in (
+        ("texts", [[4, 5]], {}),
+        ("texts", "w4 " * 60, {}),
+        ("max_new_tokens", "w4", {"max_new_tokens": 0}),
+        ("temperature", "w4", {"temperature": -1.0}),
+    ):
+        with refused(field):
+            lm.generate(texts, **numbers)

@@ -11,6 +11,7 @@ PACKAGE = Path(gsae_jax.__file__).parent
 # Higher floors may import lower ones. Wings on one floor do not know each other; `runs` puts together what wings made.
 FLOOR = {
     "errors": -1,
+    "batching": 0,
     "config": 0,
     "mesh": 0,
     "plugins": 0,
@@ -23,6 +24,7 @@ FLOOR = {
     "storage": 1,
     "experiments": 1,
     "activations": 2,
+    "taps": 2,
     "formats": 2,
     "evaluation": 3,
     "training": 4,
@@ -40,6 +42,7 @@ ALLOWED_ON_ONE_FLOOR = {
     ("storage", "loggers"),
     ("lms", "storage"),  # who reads and writes files does it with storage's readers and writers
     ("data", "storage"),
+    ("batching", "processes"),
     ("mesh", "config"),
     ("processes", "config"),
     ("planning", "training"),  # which does not know that it is planned

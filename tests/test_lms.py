@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -9,13 +10,15 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
-from gsae_jax.lms import sites
+from gsae_jax import batching, taps
+from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import EMBEDDED
 from gsae_jax.lms.loss import cross_entropy
-from gsae_jax.saes import relu
+from gsae_jax.saes import gated, relu
 from gsae_jax.saes.trained import SAE
 from tests import references
 from tests.refusals import refused
+from tests.test_saes import away_from_init
 
 SUFFIXES = [
     "hook_resid_pre",
@@ -306,3 +309,123 @@ def test_loading_fewer_layers_still_finds_a_stray_tensor(tmp_path, lm_dir):
     folder = damaged(tmp_path, lm_dir, edit_tensors(lambda tensors: tensors.update(extra=np.zeros(2, np.float32))))
     with refused("path", "extra is not of this model"):
         gsae_jax.load_lm(folder, num_layers=1)
+
+
+def test_a_language_model_is_shown_in_a_line(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    sizes = "2 blocks of width 32, vocabulary 4096, context 32"
+    parameters = sum(x.size for x in safetensors.numpy.load_file(lm_dir / "model.safetensors").values())
+    assert repr(lm) == f"<LM small: {sizes}, {parameters:,} parameters, float32>"
+
+
+def test_tab_completion_shows_what_is_public():
+    public = {*gsae_jax.__all__, "__version__"}
+    assert set(dir(gsae_jax)) == public
+    assert {"LM", "SAE", "load", "load_lm"} <= public
+    assert all(hasattr(gsae_jax, name) for name in public)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", gsae_jax.__version__)
+
+
+def test_texts_are_taken_for_tokens(lm_dir):
+    """BOS comes first, once; shorter texts are padded, and their results are those of the text alone."""
+    lm, site = gsae_jax.load_lm(lm_dir), "blocks.1.hook_resid_post"
+    bos = lm.tokenizer.bos_token_id
+    texts = ["def", "import numpy as np", f"{lm.tokenizer.bos_token}return self"]
+    tokens, mask = lm.tokenize(texts)
+    assert tokens.shape == mask.shape
+    alone = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = [[bos, *alone[0]], [bos, *alone[1]], alone[2]]
+    assert [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)] == expected
+    x, logits = lm.activations(texts, site)[site], lm.logits(texts)
+    seen = {}
+    tapped = lm.run(texts, seen.__setitem__)
+    for results in (x, logits, tapped):
+        assert not np.any(np.asarray(results)[~mask])
+    for row, ids in enumerate(expected):
+        kept = slice(len(ids))
+        np.testing.assert_allclose(x[row, kept], lm.activations([ids], site)[site][0], atol=1e-5)
+        for ours in (logits, tapped):
+            np.testing.assert_allclose(ours[row, kept], lm.logits([ids])[0], atol=1e-4)
+        np.testing.assert_allclose(seen[site][row, kept], x[row, kept], atol=1e-5)
+    np.testing.assert_array_equal(lm.logits(texts[0]), lm.logits([texts[0]]))
+    np.testing.assert_array_equal(lm.logits(np.array(texts)), lm.logits(tuple(texts)))
+    with refused("mask", "leave it out"):
+        lm.logits(texts, mask)
+    with refused("tokens", "have 82 positions", "32"):
+        lm.logits("self " * 80)
+    with refused("texts", "ndarray"):
+        lm.tokenize(tokens)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_batches_give_what_one_pass_gives(lm_dir, padding, monkeypatch):
+    lm, sites_ = gsae_jax.load_lm(lm_dir), ["blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"]
+    tokens = some_tokens(lm, rows=7, length=13)
+    mask = None if padding is None else np.arange(13)[None] < np.arange(7, 14)[:, None]
+    mask = mask[:, ::-1] if padding == "left" else mask
+    kept = np.ones(tokens.shape, bool) if mask is None else mask
+    variables = {"params": lm.params}
+    expected = lm.module.apply(variables, jnp.asarray(tokens), sites.no_tap, None if mask is None else jnp.array(mask))
+    whole = lm.activations(tokens, sites_, mask)
+    for changes in ({}, {"rows_per_forward": 3}, {"rows_per_forward": 1}):
+        ours = lm.logits(tokens, mask, **changes)
+        assert ours.shape == expected.shape
+        np.testing.assert_allclose(np.asarray(ours)[kept], np.asarray(expected)[kept], atol=1e-4)
+        for site, x in lm.activations(tokens, sites_, mask, **changes).items():
+            np.testing.assert_allclose(x, whole[site], atol=1e-5)
+    with refused("rows_per_forward", "is 0"):
+        lm.logits(tokens, mask, rows_per_forward=0)
+
+
+def test_few_shapes_are_compiled(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    before = loading._logits._cache_size()
+    for rows in (5, 6):
+        for length in range(17, 25):
+            assert lm.logits(some_tokens(lm, rows, length)).shape[:2] == (rows, length)
+    assert loading._logits._cache_size() == before + 1
+    sizes = [batching.padded_size(size) for size in range(1, 2000)]
+    assert all(size <= padded <= max(size, 1.5 * (size - 1)) for size, padded in enumerate(sizes, 1))
+    assert sorted(set(sizes))[:9] == [1, 2, 3, 4, 6, 8, 12, 16, 24]
+
+
+def a_gated_sae(lm, site="blocks.0.hook_mlp_out"):
+    config = gated.Config(lm.sites[site], 48)
+    return SAE("a_0", "gated", config, site, away_from_init(gated, config))
+
+
+def test_ready_made_taps(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    tokens, sae = some_tokens(lm), a_gated_sae(lm)
+    x = np.asarray(lm.activations(tokens, sae.site)[sae.site], np.float64)
+    f, W_dec = (np.asarray(array, np.float64) for array in (sae.encode(x), sae.W_dec))
+    cases = {
+        "steer": (taps.steer(sae, 3, -2.5), x - 2.5 * W_dec[3]),
+        "ablate one": (taps.ablate(sae, 5), x - f[..., 5:6] * W_dec[5]),
+        "ablate": (taps.ablate(sae, [1, 7]), x - f[..., [1, 7]] @ W_dec[[1, 7]]),
+        "splice": (taps.splice(sae), f @ W_dec + np.asarray(sae.b_dec)),
+    }
+    for name, (tap, expected) in cases.items():
+        seen = taps.read(sae.site)
+        logits = lm.run(tokens, taps.chain(tap, seen))
+        np.testing.assert_allclose(seen.activations[sae.site], expected, atol=1e-4, err_msg=name)
+        replaced = lm.run(tokens, sites.splice({sae.site: lambda x, y=expected: jnp.asarray(y, x.dtype)}))
+        np.testing.assert_allclose(logits, replaced, atol=1e-3, err_msg=name)
+    assert (f[..., [1, 5, 7]] > 0).any()
+    np.testing.assert_array_equal(lm.run(tokens, taps.splice(sae)), lm.run(tokens, sae))
+
+    elsewhere = dataclasses.replace(sae, site="blocks.7.hook_mlp_out")
+    for tap in (taps.steer(elsewhere, 3, 1.0), taps.read("blocks.7.hook_mlp_out"), taps.chain(taps.splice(elsewhere))):
+        with refused("tap", "blocks.7.hook_mlp_out", "known"):
+            lm.run(tokens, tap)
+    for wrong in (48, -1, 0.5):
+        with refused("feature", "0 to 47"):
+            taps.steer(sae, wrong, 1.0)
+    with refused("feature", "one number"):
+        taps.steer(sae, [1, 2], 1.0)
+    with refused("sae", "site"):
+        taps.steer(dataclasses.replace(sae, site=""), 3, 1.0)
+    with refused("sae", "reads", "blocks.0.hook_mlp_out"):
+        taps.ablate(dataclasses.replace(sae, site="blocks.0.hook_resid_mid", target=sae.site), 3)
+    with refused("saes", "two of"):
+        taps.splice(sae, sae)

@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import math
+import pickle
 from functools import partial
 
 import jax
@@ -275,3 +277,79 @@ def test_tensors_of_torch_are_activations():
         same = jnp.asarray(tensor.detach().float().numpy(), str(dtype).removeprefix("torch."))
         np.testing.assert_array_equal(sae.encode(tensor), sae.encode(same))
         assert sae(tensor).dtype == same.dtype
+
+
+def a_gated_sae(seed=0, **changes):
+    config = gated.Config(D, F)
+    metadata = {"model_name": "small", "sizes": [1, {"a": None}]}
+    sae = trained.SAE("gated_0", "gated", config, "blocks.0.hook_mlp_out", away_from_init(gated, config, seed))
+    return dataclasses.replace(sae, metadata=metadata, **changes)
+
+
+def test_parameters_and_sizes_are_attributes():
+    sae = a_gated_sae()
+    assert (sae.d_in, sae.width) == (D, F)
+    for name, value in sae.params.items():
+        assert getattr(sae, name) is value
+    r_mag, b_mag, b_gate = (np.asarray(sae.params[name], np.float64) for name in ("r_mag", "b_mag", "b_gate"))
+    np.testing.assert_allclose(sae.threshold, np.maximum(b_mag - np.exp(r_mag) * b_gate, 0), rtol=1e-5, atol=1e-6)
+    assert {"W_gate", "W_dec", "encode", "site"} <= set(dir(sae))
+    assert not [name for name in dir(sae) if name.startswith("_")]
+    with pytest.raises(AttributeError, match=r"\(gated\) has no 'W_enc'; its arrays are W_dec, W_gate, b_dec"):
+        sae.W_enc  # noqa: B018
+    with pytest.raises(AttributeError, match=r"\(relu\) has no 'threshold'"):
+        an_sae().threshold  # noqa: B018
+    for same in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        np.testing.assert_array_equal(same.W_dec, sae.W_dec)
+
+
+def test_an_sae_is_shown_in_a_line():
+    sae = a_gated_sae(l1_coefficient=0.01, learning_rate=3e-4)
+    numbers = "l1_coefficient 0.01, learning_rate 0.0003"
+    assert repr(sae) == f"<SAE gated_0: gated, {F} features of blocks.0.hook_mlp_out, d_in {D}, {numbers}>"
+
+
+def test_an_sae_is_a_pytree():
+    """Its parameters alone are leaves; the rest is part of the tree's definition, and is not lost."""
+    sae, x = a_gated_sae(), inputs()
+    leaves, structure = jax.tree.flatten(sae)
+    assert len(leaves) == len(sae.params)
+    assert hash(structure) == hash(jax.tree.structure(copy.deepcopy(sae)))  # NaN and a dict are in it
+    assert structure == jax.tree.structure(copy.deepcopy(sae))
+    assert structure != jax.tree.structure(dataclasses.replace(sae, scale=2.0))
+    traces = []
+
+    @jax.jit
+    def reconstruct(sae, x):
+        traces.append(sae.name)
+        return sae, sae(x)
+
+    for _ in range(2):
+        back, x_hat = reconstruct(sae, x)
+        np.testing.assert_allclose(x_hat, sae(x), rtol=1e-5, atol=1e-6)
+        assert (back.name, back.site, back.metadata) == (sae.name, sae.site, sae.metadata)
+    assert reconstruct(dataclasses.replace(sae, name="other"), x)[0].name == "other"
+    assert traces == ["gated_0", "other"]
+
+
+def test_gradients_and_maps_over_saes():
+    sae, x = a_gated_sae(), inputs()
+    grads = jax.jit(jax.grad(lambda sae, x: jnp.square(sae(x) - x).sum()))(sae, x)
+    f = np.asarray(sae.encode(x), np.float64)
+    error = f @ np.asarray(sae.W_dec, np.float64) + np.asarray(sae.b_dec) - np.asarray(x)
+    assert_close(grads.W_dec, 2 * f.T @ error)
+
+    other = dataclasses.replace(sae, params=away_from_init(gated, sae.config, 1))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), sae, other)
+    many = jax.vmap(lambda sae, x: sae.encode(x), in_axes=(0, None))(stacked, x)
+    for ours, each in zip(many, (sae, other), strict=True):
+        assert_close(ours, np.asarray(each.encode(x)))
+
+
+def test_many_activations_are_encoded_in_batches(monkeypatch):
+    sae, x = an_sae(), inputs()
+    expected = sae.encode(x)
+    monkeypatch.setattr(trained, "ROWS_AT_ONCE", 10)
+    ours = sae.encode(x.reshape(2, -1, D))
+    np.testing.assert_allclose(ours.reshape(B, F), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(sae.encode)(x), expected, rtol=1e-5, atol=1e-6)

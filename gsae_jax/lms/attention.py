@@ -54,6 +54,32 @@ def attend(
     return jnp.concatenate(blocks, axis=1)
 
 
+def attend_kept(
+    q_BxTxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxK: jax.Array,
+    first: jax.typing.ArrayLike,
+    mask_BxS: jax.Array,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> jax.Array:
+    """What queries at places `first`, `first` + 1 and so on read from keys and values that are kept for all S places.
+
+    The other arguments are as for `attend`.
+    """
+    query = first + jnp.arange(q_BxTxHxK.shape[1])[:, None]
+    key = jnp.arange(k_BxSxGxK.shape[1])[None]
+    seen = key <= query
+    if window:
+        seen &= key > query - window
+    seen = seen[None, None] & mask_BxS[:, None, None]
+    arrays = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
+    if softcap:
+        return _capped(*arrays, seen, scale, softcap)
+    return jax.nn.dot_product_attention(*arrays, mask=seen, scale=scale, implementation="xla")
+
+
 def _has_fused(q_BxTxHxK: jax.Array) -> bool:
     """cuDNN's kernel takes half precision and heads of up to 128, on NVIDIA's GPUs since Ampere."""
     K, device = q_BxTxHxK.shape[-1], jax.local_devices()[0]

@@ -1,8 +1,9 @@
 """A language model with its parameters and tokenizer, and what is asked of it."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,16 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax import errors
+from gsae_jax import batching, errors
 from gsae_jax.errors import UserError
-from gsae_jax.lms import partition
+from gsae_jax.lms import generation, partition, readout
 from gsae_jax.lms import sites as sites_lib
+from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 
+TOKENS_PER_FORWARD = 2**14  # rows of more tokens than this are computed in several batches
+SHORTEST = 16  # shorter rows are padded to this length
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A language model: its Linen module, parameters and tokenizer.
+
+    Tokens are integers [B, T], or texts: one string or several. `tokenize` says which tokens texts become.
 
     Attributes:
         path: the checkpoint directory.
@@ -33,6 +40,16 @@ class LM:
     module: Any
     params: dict[str, Any]
     tokenizer: Any
+
+    def __repr__(self) -> str:
+        c, weights = self.config, jax.tree.leaves(self.params)
+        blocks = f"{c.n_layers} block{'s' if c.n_layers > 1 else ''} of width {c.d_model}"
+        sizes = f"{blocks}, vocabulary {c.d_vocab}, context {c.n_ctx}, {sum(x.size for x in weights):,} parameters"
+        return f"<LM {os.path.basename(self.path)}: {sizes}, {weights[0].dtype}>"
+
+    def __dir__(self) -> list[str]:
+        """The public names."""
+        return [name for name in super().__dir__() if not name.startswith("_")]
 
     @property
     def config(self) -> Any:
@@ -56,37 +73,74 @@ class LM:
         module = dataclasses.replace(self.module, mesh=mesh)
         return dataclasses.replace(self, module=module, params=flax.traverse_util.unflatten_dict(params))
 
-    def logits(self, tokens_BxT: jax.typing.ArrayLike, mask_BxT: jax.typing.ArrayLike | None = None) -> jax.Array:
-        """Logits [B, T, V], float32; `mask_BxT` is False (or 0) at padding, on whichever side."""
+    def tokenize(self, texts: str | Iterable[str]) -> tokenizer_lib.Tokens:
+        """Texts as `tokens_BxT` and `mask_BxT`; every method that takes tokens does this with texts.
+
+        BOS is put before each text, if the tokenizer has a BOS and the text does not begin with it. Shorter texts are
+        padded on the right.
+
+        Raises:
+            UserError: something else than texts, or a text without any token.
+        """
+        strings = tokenizer_lib.as_texts(texts)
+        if strings is None:
+            raise UserError(f"are of type {type(texts).__name__}; give a string, or several in a list", "texts")
+        return tokenizer_lib.padded(tokenizer_lib.tokenize(self.tokenizer, strings))
+
+    def logits(
+        self,
+        tokens_BxT: jax.typing.ArrayLike | str | Iterable[str],
+        mask_BxT: jax.typing.ArrayLike | None = None,
+        *,
+        rows_per_forward: int | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V], float32; 0 at padding.
+
+        Args:
+            tokens_BxT: token ids, or texts.
+            mask_BxT: False (or 0) at padding, on whichever side. Texts need none.
+            rows_per_forward: rows in one forward pass; by default as many as have about 16,000 tokens.
+        """
         self._check_head()
-        tokens = self._tokens(tokens_BxT)
-        return _logits(self.module, self.params, tokens, _mask(mask_BxT, tokens))
+        return self._forward(partial(_logits, self.module, self.params), tokens_BxT, mask_BxT, rows_per_forward)
 
     def activations(
         self,
-        tokens_BxT: jax.typing.ArrayLike,
+        tokens_BxT: jax.typing.ArrayLike | str | Iterable[str],
         sites: Iterable[str],
         mask_BxT: jax.typing.ArrayLike | None = None,
+        *,
+        rows_per_forward: int | None = None,
     ) -> dict[str, jax.Array]:
-        """Activations [B, T, D] at each of `sites`; `mask_BxT` is False (or 0) at padding."""
+        """Activations [B, T, D] at each of `sites`; 0 at padding.
+
+        Args:
+            tokens_BxT: token ids, or texts.
+            sites: names of one or several of `lm.sites`.
+            mask_BxT: False (or 0) at padding, on whichever side. Texts need none.
+            rows_per_forward: rows in one forward pass; by default as many as have about 16,000 tokens.
+        """
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         for site in sites:
             sites_lib.check(site, self.sites, "sites")
-        tokens = self._tokens(tokens_BxT)
-        return _activations(self.module, sites, self.params, tokens, _mask(mask_BxT, tokens))
+        return self._forward(
+            partial(_activations, self.module, sites, self.params), tokens_BxT, mask_BxT, rows_per_forward
+        )
 
     def run(
         self,
-        tokens_BxT: jax.typing.ArrayLike,
+        tokens_BxT: jax.typing.ArrayLike | str | Iterable[str],
         tap: sites_lib.Tap | sites_lib.Edit,
         mask_BxT: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Logits [B, T, V] of a forward pass in which `tap(site, x_BxTxD)` may replace the activations of any site.
 
+        At padding logits are 0; the tap sees the padding as well.
+
         Not compiled, so that a tap may look at values and keep them; wrap the call in `jax.jit` where it is repeated.
 
         Args:
-            tokens_BxT: token ids.
+            tokens_BxT: token ids, or texts.
             tap: returns an array of the same shape, or None to leave the activations as they are; or a trained SAE,
                 whose reconstructions take the place of the activations at its own site.
             mask_BxT: False (or 0) at padding.
@@ -95,15 +149,136 @@ class LM:
             UserError: tokens or a mask that do not fit, an SAE of another site, or a tap that returns another shape.
         """
         self._check_head()
-        tokens = self._tokens(tokens_BxT)
+        tokens, mask = self._inputs(tokens_BxT, mask_BxT)
         tap = sites_lib.as_tap(tap, self.sites)
-        return self.module.apply({"params": self.params}, tokens, tap, _mask(mask_BxT, tokens))
+        logits = self.module.apply({"params": self.params}, jnp.asarray(tokens), tap, _needed(mask))
+        return _unless_padding(mask, logits)
+
+    def generate(
+        self,
+        texts: str | Iterable[str],
+        tap: sites_lib.Tap | sites_lib.Edit = sites_lib.no_tap,
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Texts as the language model continues them, each up to its EOS; one string for one string.
+
+        Args:
+            texts: prompts; they become tokens as by `tokenize`.
+            tap: as for `run`. It sees all of the prompts first, padded on the left, and then one token at a time. It is
+                compiled, so it cannot look at values or keep them. The same tap object is compiled only once.
+            max_new_tokens: after how many tokens a text ends at the latest.
+            temperature: logits are divided by it before a token is sampled; 0 takes the most likely token.
+            seed: of the sampling.
+
+        Raises:
+            UserError: what is no text, a wrong number, or texts that with the new tokens exceed the model's context.
+        """
+        self._check_head()
+        prompts = tokenizer_lib.as_texts(texts)
+        if prompts is None:
+            raise UserError(f"are of type {type(texts).__name__}; give a string, or several in a list", "texts")
+        if max_new_tokens < 1:
+            raise UserError(f"is {max_new_tokens}; write a whole number from 1 on", "max_new_tokens")
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"is {temperature}; write 0 or a positive number", "temperature")
+        ids = tokenizer_lib.tokenize(self.tokenizer, prompts)
+        longest, most = max(map(len, ids)), self.config.n_ctx - max_new_tokens
+        if longest > most:
+            why = f"{max_new_tokens} more tokens exceed the {self.config.n_ctx} positions of this language model"
+            raise UserError(f"have up to {longest} tokens; {why}", "texts")
+        length = min(batching.padded_size(max(longest, SHORTEST)), most)
+        tokens, mask = tokenizer_lib.padded(ids, length, left=True)
+        if not isinstance(tap, Hashable):
+            raise UserError(f"is a {type(tap).__name__}, which has no hash; give a function", "tap")
+        eos = self.tokenizer.eos_token_id
+        function = generation.compiled(self.module, tap, tuple(self.sites), max_new_tokens)
+        sampling = jnp.float32(temperature), jax.random.key(seed)
+        stop = jnp.int32(-1 if eos is None else eos)
+        new = function(self.params, self._tokens(tokens), mask, sampling, stop).tolist()
+        written = [own + (row[: row.index(eos)] if eos in row else row) for own, row in zip(ids, new, strict=True)]
+        # Some tokenizers drop the space before the first word, so that new tokens are decoded behind the prompt's.
+        decode = self.tokenizer.decode
+        done = [
+            text + decode(whole)[len(decode(own)) :] for text, own, whole in zip(prompts, ids, written, strict=True)
+        ]
+        return done[0] if isinstance(texts, str) else done
+
+    def logit_effects(
+        self, directions: jax.typing.ArrayLike, site: str = "", at: jax.typing.ArrayLike | None = None
+    ) -> jax.Array:
+        """What adding directions to the activations of a site does directly to every logit, [..., V], float32.
+
+        The direct effect goes through the residual stream to the last norm, past all later blocks:
+        `lm.logit_effects(sae.W_dec[feature], sae.site)`.
+
+        By default it is `(d * w) @ W_U`: a direction d, less its mean if the last norm is a LayerNorm, times the gain w
+        of that norm (1 + w in Gemma) and the unembedding (the transposed embedding where they are tied). Neither the
+        norm's division, nor a soft-cap of the logits, nor biases are in it. The division scales all effects alike, and
+        the soft-cap keeps their signs but not their sizes.
+
+        With `at` it is the exact derivative of the logits along d where the residual stream after the last block is
+        `at`: the norm's division and the soft-cap are in it.
+
+        Args:
+            directions: [..., width of the site], such as some rows of `sae.W_dec`.
+            site: where they are added; "" is the residual stream. Directions of `attn.hook_z` and `mlp.hook_post` go
+                through W_O and W_out first.
+            at: [D], for example `lm.activations(text, "blocks.5.hook_resid_post")[...][0, -1]` of the last block.
+
+        Raises:
+            UserError: no such site, arrays that do not fit, or a site with a norm between it and the stream.
+        """
+        self._check_head()
+        if site:
+            sites_lib.check(site, self.sites, "site")
+        width = self.sites[site] if site else self.config.d_model
+        array = readout.to_stream(self.module, self.params, readout.checked(directions, width, "directions"), site)
+        if at is None:
+            return readout.direct_effects(self.module, self.params, array)
+        stream = readout.checked(at, self.config.d_model, "at")
+        if stream.ndim != 1:
+            raise UserError(f"has shape {list(stream.shape)}; give the activations [D] of one token", "at")
+        return readout.derivatives(self.module, self.params, array, stream)
 
     def _check_head(self) -> None:
         if not self.module.head:
             raise UserError("was given to load_lm, so there is no unembedding; load the whole model", "num_layers")
 
-    def _tokens(self, tokens_BxT: jax.typing.ArrayLike) -> jax.Array:
+    def _forward(self, function: Callable[..., Any], tokens: Any, mask: Any, rows_per_forward: int | None) -> Any:
+        """`function(tokens, needed mask, mask)` in batches, and in few shapes unless a shape is compiled anyway."""
+        tokens, mask = self._inputs(tokens, mask)
+        needed = _needed(mask)
+        if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+            return function(tokens, needed, mask)
+        if rows_per_forward is not None and rows_per_forward < 1:
+            raise UserError(f"is {rows_per_forward}; write a whole number from 1 on", "rows_per_forward")
+        B, T = tokens.shape
+        length = min(batching.padded_size(max(T, SHORTEST)), self.config.n_ctx)
+        at_once = rows_per_forward or max(1, TOKENS_PER_FORWARD // length)
+        rows = max(B, min(at_once, batching.padded_size(B)))
+        inputs = jax.tree.map(lambda x: batching.pad(x, rows - B, length - T), (tokens, needed, mask))
+        results = batching.in_batches(lambda batch: function(*batch), inputs, at_once, "forward passes")
+        return results if (rows, length) == (B, T) else jax.tree.map(lambda y: y[:B, :T], results)
+
+    def _inputs(self, tokens: Any, mask: Any) -> tuple[Any, Any]:
+        """Tokens [B, T], int32, and the mask [B, T] or None. Under `jax.jit` values are not checked."""
+        texts = tokenizer_lib.as_texts(tokens)
+        if texts is not None:
+            if mask is not None:
+                raise UserError("is given, but the padding of texts is known; leave it out", "mask")
+            tokens, mask = self.tokenize(texts)
+            mask = None if mask.all() else mask
+        tokens = self._tokens(tokens)
+        if mask is None:
+            return tokens, None
+        if jnp.shape(mask) != tokens.shape:
+            raise UserError(f"has shape {list(jnp.shape(mask))}; write that of tokens, {list(tokens.shape)}", "mask")
+        return tokens, mask.astype(bool) if isinstance(mask, jax.core.Tracer) else np.asarray(mask, bool)
+
+    def _tokens(self, tokens_BxT: Any) -> Any:
         """Tokens [B, T], int32. Under `jax.jit` their shape is checked; their values are not known yet."""
         traced = isinstance(tokens_BxT, jax.core.Tracer)
         try:
@@ -116,29 +291,31 @@ class LM:
             raise UserError(f"have {tokens.shape[1]} positions; this language model has {self.config.n_ctx}", "tokens")
         if not traced:
             check_tokens(tokens, self.config.d_vocab, "tokens")
-        return jnp.asarray(tokens, jnp.int32)
+        return tokens.astype(jnp.int32)
 
 
-def _mask(mask_BxT: jax.typing.ArrayLike | None, tokens_BxT: jax.Array) -> jax.Array | None:
-    if mask_BxT is None:
-        return None
-    if jnp.shape(mask_BxT) != tokens_BxT.shape:
-        raise UserError(
-            f"has shape {list(jnp.shape(mask_BxT))}; write that of tokens, {list(tokens_BxT.shape)}", "mask"
-        )
-    return jnp.asarray(mask_BxT, bool)
+def _needed(mask: Any) -> Any:
+    """The mask for attention: none if all padding is on the right, where no other token attends to it."""
+    if mask is None or isinstance(mask, jax.core.Tracer) or not (mask[:, :-1] >= mask[:, 1:]).all():
+        return mask
+    return None
+
+
+def _unless_padding(mask_BxT: jax.Array | None, y: jax.Array) -> jax.Array:
+    return y if mask_BxT is None else jnp.where(mask_BxT[..., None], y, 0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(module: Any, params: Any, tokens_BxT: jax.Array, mask_BxT: jax.Array | None) -> jax.Array:
-    return module.apply({"params": params}, tokens_BxT, sites_lib.no_tap, mask_BxT)
+def _logits(module: Any, params: Any, tokens_BxT: jax.Array, needed: jax.Array | None, mask: Any) -> jax.Array:
+    return _unless_padding(mask, module.apply({"params": params}, tokens_BxT, sites_lib.no_tap, needed))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _activations(
-    module: Any, sites: tuple[str, ...], params: Any, tokens_BxT: jax.Array, mask_BxT: jax.Array | None
+    module: Any, sites: tuple[str, ...], params: Any, tokens_BxT: jax.Array, needed: jax.Array | None, mask: Any
 ) -> dict[str, jax.Array]:
-    return capture(module, params, tokens_BxT, sites, mask_BxT)
+    activations = capture(module, params, tokens_BxT, sites, needed)
+    return {site: _unless_padding(mask, x) for site, x in activations.items()}
 
 
 def capture(

@@ -5,6 +5,7 @@ site's name and activations [B, T, D], and what it returns takes their place (No
 splicing, ablating and steering are all taps.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -46,20 +47,51 @@ def capture(sites: Iterable[str], into: dict[str, jax.Array]) -> Tap:
     return tap
 
 
-def splice(edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Tap:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edits:
     """A tap that applies `edits[site]` to the activations of each of its sites."""
-    return lambda site, x: edits[site](x) if site in edits else x
+
+    edits: Mapping[str, Callable[[jax.Array], jax.Array]]
+
+    def __call__(self, site: str, x: jax.Array) -> jax.Array:
+        """The edited activations, or those of another site as they are."""
+        return self.edits[site](x) if site in self.edits else x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+    """A tap that calls others in turn, each with the activations that the one before it leaves."""
+
+    taps: tuple[Tap, ...]
+
+    @property
+    def edits(self) -> set[str]:
+        """The sites that they are known to use."""
+        return {site for tap in self.taps for site in getattr(tap, "edits", ())}
+
+    def __call__(self, site: str, x: jax.Array) -> jax.Array:
+        """The activations after all of them."""
+        for tap in self.taps:
+            x = checked(tap)(site, x)
+        return x
+
+
+def splice(edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Edits:
+    """A tap that applies `edits[site]` to the activations of each of its sites."""
+    return Edits(edits)
 
 
 def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
     """The tap itself, or for an edit the tap that applies it at its site.
 
     Raises:
-        UserError: it is neither a tap nor an edit, or the site of the edit is none of `sites`.
+        UserError: it is neither a tap nor an edit, or a site that it edits is none of `sites`.
     """
     if not callable(tap):
         raise UserError(f"is of type {type(tap).__name__}; give a function of (site, activations), or an SAE", "tap")
     if not isinstance(tap, Edit):
+        for site in getattr(tap, "edits", ()):
+            check(site, sites, "tap")
         return tap
     if not tap.site:
         raise UserError("does not say its site; give `lambda site, x: sae(x) if site == '...' else x`", "tap")

@@ -5,10 +5,11 @@ If there is a `tokenizer.json`, it alone decides how a text is split. transforme
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import tokenizers
 import transformers
 
@@ -22,6 +23,52 @@ OLDER = ("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")  # what
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 KEPT = ("chat_template", "model_max_length", "padding_side")  # settings that do not change how a text is split
 PROBES = ("The cat sat on the mat, and it's 3 o'clock.", "def main(): return x", "(a) déjà-vu")
+
+
+class Tokens(NamedTuple):
+    """Texts as tokens.
+
+    Attributes:
+        tokens_BxT: token ids, int32; 0 at padding.
+        mask_BxT: False at padding.
+    """
+
+    tokens_BxT: np.ndarray
+    mask_BxT: np.ndarray
+
+
+def as_texts(value: Any) -> list[str] | None:
+    """The texts that a value is, one or many; None if it is something else, such as an array of numbers."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Iterable) or getattr(getattr(value, "dtype", None), "kind", "O") not in "OUT":
+        return None
+    texts = list(value)
+    return texts if texts and all(isinstance(text, str) for text in texts) else None
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text. BOS is put before a text, if the tokenizer has a BOS and the text has none.
+
+    Raises:
+        UserError: a text without any token.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids = [own if own[:1] == bos else bos + own for own in ids]
+    if [] in ids:
+        raise UserError(f"are empty in text {ids.index([])}; leave it out, as this tokenizer has no BOS", "tokens")
+    return ids
+
+
+def padded(ids: Sequence[Sequence[int]], length: int | None = None, left: bool = False) -> Tokens:
+    """Rows of token ids as arrays, padded on the right or the left to a length; by default to that of the longest."""
+    lengths = np.array([len(own) for own in ids])
+    mask_BxT = np.arange(length or lengths.max())[None] < lengths[:, None]
+    mask_BxT = mask_BxT[:, ::-1] if left else mask_BxT
+    tokens_BxT = np.zeros(mask_BxT.shape, np.int32)
+    tokens_BxT[mask_BxT] = np.concatenate(ids)
+    return Tokens(tokens_BxT, mask_BxT)
 
 
 def load(folder: Path) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gsae_jax.lms import partition
-from gsae_jax.lms.attention import attend
+from gsae_jax.lms.attention import attend, attend_kept
 from gsae_jax.lms.sites import Tap, checked, no_tap
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -124,6 +124,19 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cache:
+    """Where the tokens of a call stand among the S places whose keys and values Flax's collection `cache` keeps.
+
+    Attributes:
+        first: the place of the call's first token.
+        mask_BxS: False at padding, of all places.
+    """
+
+    first: jax.typing.ArrayLike
+    mask_BxS: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """What a block is called with beside the stream.
 
@@ -132,12 +145,14 @@ class Call:
         positions_BxT: of the tokens; B is 1 without padding.
         mask_BxT: False at padding, or None.
         tap: called with the site's name within the block, and its activations.
+        cache: where keys and values are kept for later calls; None: they are not.
     """
 
     layer: Layer
     positions_BxT: jax.Array
     mask_BxT: jax.Array | None
     tap: Tap
+    cache: Cache | None = None
 
 
 class Part(nn.Module):
@@ -189,12 +204,23 @@ class Attention(Part):
             )
         if layer.frequencies:
             q_BxTxHxK, k_BxTxGxK = (rotate(y, call.positions_BxT, layer.frequencies) for y in (q_BxTxHxK, k_BxTxGxK))
-        masks, scale = (call.mask_BxT, layer.window), layer.attention_scale
-        z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *masks, scale, c.attention_softcap, self.mesh)
+        window, scale, softcap = layer.window, layer.attention_scale, c.attention_softcap
+        if call.cache is None:
+            z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh)
+        else:
+            kept = self._kept("k", k_BxTxGxK, call.cache), self._kept("v", v_BxTxGxK, call.cache)
+            z = attend_kept(q_BxTxHxK, *kept, call.cache.first, call.cache.mask_BxS, window, scale, softcap)
         z = z.reshape(*x.shape[:2], H * K)
         W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
         out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
         return out + self.weight("b_O", zeros, D)[None, None] if c.attention_out_bias else out
+
+    def _kept(self, name: str, y_BxTxGxK: jax.Array, cache: Cache) -> jax.Array:
+        """The keys or values [B, S, G, K] of all places, those of this call among them."""
+        B, _, G, K = y_BxTxGxK.shape
+        kept = self.variable("cache", name, jnp.zeros, (B, cache.mask_BxS.shape[1], G, K), y_BxTxGxK.dtype)
+        kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, y_BxTxGxK, cache.first, axis=1)
+        return kept.value
 
 
 class MLP(Part):
@@ -260,24 +286,32 @@ class Model(nn.Module):
             if c.unembed_bias:
                 self.b_U = self.param("unembed.b_U", zeros, (c.d_vocab,))
 
-    def hidden(self, tokens_BxT: jax.Array, tap: Tap = no_tap, mask_BxT: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self,
+        tokens_BxT: jax.Array,
+        tap: Tap = no_tap,
+        mask_BxT: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> jax.Array:
         """The residual stream [B, T, D] after the last block.
 
         Args:
             tokens_BxT: token ids.
             tap: called with every site's name and activations (`gsae_jax.lms.sites`).
             mask_BxT: False at padding, which nothing attends to; positions count the other tokens.
+            cache: where these tokens continue those of earlier calls; it has the mask then.
         """
-        c, tap = self.config, checked(tap)
-        positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
-        if mask_BxT is not None:
-            positions_BxT = jnp.maximum(jnp.cumsum(mask_BxT, axis=1) - 1, 0)
+        c, tap, T = self.config, checked(tap), tokens_BxT.shape[1]
+        mask = mask_BxT if cache is None else cache.mask_BxS
+        positions_BxT = jnp.arange(T)[None] if mask is None else jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        if cache is not None:
+            positions_BxT = jax.lax.dynamic_slice_in_dim(positions_BxT, cache.first, T, axis=1)
         x = partition.lookup(self.W_E, tokens_BxT, self.mesh)
         x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.learned_positions:
             x += partition.gathered("W_pos", self.W_pos, self.mesh)[positions_BxT]
         for number, (block, layer) in enumerate(zip(self.blocks, c.layers, strict=True)):
-            x = block(x, Call(layer, positions_BxT, mask_BxT, _prefixed(tap, f"blocks.{number}.")))
+            x = block(x, Call(layer, positions_BxT, mask_BxT, _prefixed(tap, f"blocks.{number}."), cache))
         return x
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:

@@ -1,23 +1,33 @@
-"""A trained SAE as a small frozen object, in the language model's own units."""
+"""A trained SAE as a small frozen object, in the language model's own units.
+
+An SAE is a pytree: its parameters are the leaves, and all else is static. So `jax.jit(f)(sae, x)`, `jax.grad` with
+respect to an SAE, and `jax.vmap` over SAEs whose parameters are stacked all work.
+"""
 
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gsae_jax import errors, plugins
+from gsae_jax import batching, errors, plugins
 from gsae_jax.config import Sites
 from gsae_jax.errors import UserError
 from gsae_jax.saes import contract
 
+ROWS_AT_ONCE = 2**15  # more activations than this are encoded in several batches
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SAE(Sites):
     """One trained SAE; activations are in the language model's own units, of any leading shape.
+
+    Every parameter is an attribute as well: `sae.W_dec` [F, D], `sae.b_dec` [D], and what else the architecture has.
+    `sae.threshold` [F] is there where the SAE has a JumpReLU form.
 
     Attributes:
         name: what reports and files call it: its stack and its place there.
@@ -56,6 +66,42 @@ class SAE(Sites):
         """The architecture's pure functions."""
         return contract.module_of(self.architecture)
 
+    @property
+    def d_in(self) -> int | tuple[int, ...]:
+        """The width D of the site; a tuple of widths if it reads several sites."""
+        return self.config.d_in
+
+    @property
+    def width(self) -> int:
+        """The number of features F."""
+        return self.config.width
+
+    def __getattr__(self, name: str) -> jax.Array:
+        """A parameter, or a number [F] that describes features, such as `threshold`."""
+        # `copy` and `pickle` ask for methods before there are any fields.
+        params = vars(self).get("params")
+        if name.startswith("_") or not isinstance(params, dict):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in params:
+            return params[name]
+        facts = contract.feature_facts(self.functions, params, self.config)
+        if name in facts:
+            return facts[name]
+        arrays = ", ".join(sorted({*params, *facts}))
+        raise AttributeError(f"this SAE ({self.architecture}) has no {name!r}; its arrays are {arrays}")
+
+    def __dir__(self) -> list[str]:
+        """The public names, parameters included."""
+        return sorted({name for name in super().__dir__() if not name.startswith("_")} | {*self.params})
+
+    def __repr__(self) -> str:
+        numbers = {"l1_coefficient": self.l1_coefficient, "learning_rate": self.learning_rate, "seed": self.seed}
+        known = [f"{name} {value:g}" for name, value in numbers.items() if value is not None and not math.isnan(value)]
+        place = ", ".join(self.sites) or "an unknown site"
+        written = f" -> {', '.join(self.targets)}" if self.target else ""
+        sizes = f"{self.architecture}, {self.width} features of {place}{written}, d_in {self.d_in}"
+        return f"<SAE {self.name}: {', '.join([sizes, *known])}>"
+
     def encode(self, x: Any) -> jax.Array:
         """Feature activations [..., F] of activations [..., D], which may also be a torch tensor.
 
@@ -65,7 +111,12 @@ class SAE(Sites):
             UserError: the last axis is not D, or `x` is not an array of real numbers.
         """
         inputs, leading = self._inputs(x)
-        return _encode(self.architecture, self.config, self.params, inputs).reshape(*leading, self.config.width)
+        encode = partial(_encode, self.architecture, self.config, self.params)
+        if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((inputs, self.params))):
+            f_BxF = encode(inputs)
+        else:
+            f_BxF = batching.in_batches(encode, inputs, ROWS_AT_ONCE, "encode")
+        return f_BxF.reshape(*leading, self.config.width)
 
     def decode(self, f: jax.typing.ArrayLike) -> Any:
         """Reconstructions [..., D] of feature activations [..., F]; a tuple of them if it writes several sites."""
@@ -111,6 +162,39 @@ class SAE(Sites):
         if value.ndim == 0 or value.shape[-1] != size:
             raise UserError(f"has shape {list(value.shape)}; the last axis of this SAE's {name} is {size}", name)
         return value
+
+
+class _Static:
+    """Everything of an SAE but its parameters, compared by what it says: metadata is a dict, and NaN is not itself."""
+
+    def __init__(self, fields: dict[str, Any]):
+        self.fields, self._key = fields, repr(fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return self._key
+
+
+def _flatten(sae: SAE) -> tuple[tuple[Any], _Static]:
+    return (sae.params,), _Static({name: value for name, value in vars(sae).items() if name != "params"})
+
+
+def _flatten_with_keys(sae: SAE) -> tuple[tuple[Any], _Static]:
+    (params,), static = _flatten(sae)
+    return ((jax.tree_util.GetAttrKey("params"), params),), static
+
+
+def _unflatten(static: _Static, children: Iterable[Any]) -> SAE:
+    (params,) = children
+    return SAE(params=params, **static.fields)
+
+
+jax.tree_util.register_pytree_with_keys(SAE, _flatten_with_keys, _unflatten, _flatten)
 
 
 def as_floats(value: Any, name: str) -> jax.Array:

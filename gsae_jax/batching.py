@@ -1,0 +1,49 @@
+"""Large inputs in batches, and inputs of all sizes in few shapes, as every new shape is compiled anew."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from gsae_jax import processes
+
+
+def padded_size(size: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on: at most a third of it is padding."""
+    power = 1 << max(size - 1, 0).bit_length()
+    between = power * 3 // 4
+    return between if power >= 4 and size <= between else power
+
+
+def in_batches(function: Callable[[Any], Any], inputs: Any, at_once: int, description: str) -> Any:
+    """`function(inputs)`, computed for `at_once` rows at a time, with a bar if it takes longer than a second.
+
+    Args:
+        function: of a tree of arrays with rows along their first axis, to such a tree; each row is computed by itself.
+        inputs: the tree of arrays.
+        at_once: rows in a batch. Zeros fill the last of several batches, so that one shape is compiled.
+        description: what the bar says.
+    """
+    rows = len(jax.tree.leaves(inputs)[0])
+    if rows <= at_once:
+        return function(inputs)
+    parts = []
+    starts = range(0, rows, at_once)
+    for start in tqdm.tqdm(starts, description, unit="batch", delay=1, leave=False, disable=not processes.first()):
+        batch = jax.tree.map(lambda x, start=start: x[start : start + at_once], inputs)
+        count = min(at_once, rows - start)
+        if count < at_once:
+            batch = jax.tree.map(lambda x, count=count: pad(x, at_once - count), batch)
+        parts.append(jax.tree.map(lambda y, count=count: y[:count], jax.block_until_ready(function(batch))))
+    return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+
+
+def pad(x: Any, *widths: int) -> Any:
+    """An array with so many zeros after the end of its first axes; NumPy's stay NumPy's."""
+    if not any(widths):
+        return x
+    every = [(0, width) for width in widths] + [(0, 0)] * (x.ndim - len(widths))
+    return (np if isinstance(x, np.ndarray) else jnp).pad(x, every)

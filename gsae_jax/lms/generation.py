@@ -1,0 +1,72 @@
+"""Text that a language model writes: keys and values are kept, so that each new token costs one token's computation."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax.lms import sites as sites_lib
+from gsae_jax.lms.transformer import Cache
+
+
+@lru_cache(maxsize=8)
+def compiled(
+    module: Any, tap: sites_lib.Tap | sites_lib.Edit, sites: tuple[str, ...], count: int
+) -> Callable[..., Any]:
+    """`new_tokens` for one tap. The newest few are kept, and not all, as a tap may hold the weights of an SAE."""
+    return jax.jit(partial(new_tokens, module, sites_lib.as_tap(tap, sites), count))
+
+
+def new_tokens(
+    module: Any,
+    tap: sites_lib.Tap,
+    count: int,
+    params: Any,
+    tokens_BxP: jax.Array,
+    mask_BxP: jax.Array,
+    sampling: tuple[jax.Array, jax.Array],
+    stop: jax.Array,
+) -> jax.Array:
+    """The tokens [B, count] that follow prompts.
+
+    Args:
+        module: the language model.
+        tap: it sees the prompts [B, P, D] first, and then one new token [B, 1, D] at a time.
+        count: how many tokens.
+        params: of the language model.
+        tokens_BxP: prompts, padded on the left.
+        mask_BxP: False at padding.
+        sampling: the temperature, where 0 takes the most likely token, and a random key.
+        stop: a token after which all others of a row are this token; -1 for none.
+    """
+    P, (temperature, key) = tokens_BxP.shape[1], sampling
+    mask_BxS = jnp.pad(mask_BxP, ((0, 0), (0, count)), constant_values=True)
+
+    def following(variables: Any, tokens_BxT: jax.Array, first: Any, step: Any) -> tuple[jax.Array, Any]:
+        """The token [B] after the last one, and the keys and values of all."""
+        hidden, kept = module.apply(
+            variables, tokens_BxT, tap, None, Cache(first, mask_BxS), method="hidden", mutable=["cache"]
+        )
+        logits_BxV = module.apply({"params": params}, hidden[:, -1:], method="logits")[:, 0]
+        divisor = jnp.where(temperature > 0, temperature, 1)
+        sampled_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BxV / divisor)
+        chosen_B = jnp.where(temperature > 0, sampled_B, logits_BxV.argmax(-1))
+        return chosen_B.astype(jnp.int32), kept["cache"]
+
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+        step, written_BxN, _ = carry
+        return (step < count) & ~(written_BxN == stop).any(1).all()
+
+    def write(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, written_BxN, cache = carry
+        last_Bx1 = jax.lax.dynamic_slice_in_dim(written_BxN, step - 1, 1, axis=1)
+        token_B, cache = following({"params": params, "cache": cache}, last_Bx1, P + step - 1, step)
+        token_B = jnp.where(last_Bx1[:, 0] == stop, stop, token_B)
+        return step + 1, jax.lax.dynamic_update_slice_in_dim(written_BxN, token_B[:, None], step, axis=1), cache
+
+    token_B, cache = following({"params": params}, tokens_BxP, 0, 0)
+    unwritten = jnp.full((len(tokens_BxP), count), -2, jnp.int32).at[:, 0].set(token_B)
+    _, written_BxN, _ = jax.lax.while_loop(unfinished, write, (jnp.int32(1), unwritten, cache))
+    return jnp.where(written_BxN == -2, stop, written_BxN)

@@ -1,0 +1,120 @@
+"""Taps for common interventions with SAEs: `lm.run(tokens, taps.steer(sae, 3, 5.0))`.
+
+Each is a tap for `LM.run` and `LM.generate`. `chain` combines several into one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsae_jax.errors import UserError
+from gsae_jax.lms import sites as sites_lib
+from gsae_jax.saes.contract import Role
+from gsae_jax.saes.trained import SAE
+
+
+def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edits:
+    """Adds `strength` times the decoder row of a feature to the activations of every token.
+
+    Args:
+        sae: it must write one site.
+        feature: its number.
+        strength: in units of the feature's activation; negative steers away from it.
+
+    Raises:
+        UserError: an SAE that writes several sites or does not say its site, or a feature that it does not have.
+    """
+    if np.ndim(feature):
+        raise UserError(f"is {feature}; give one number, and `chain` taps for several features", "feature")
+    site, (row,) = _site(sae, sae.targets), _rows(sae, feature)
+    return sites_lib.splice({site: lambda x: x + (strength * row)[None, None].astype(x.dtype)})
+
+
+def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
+    """Takes what some features contribute out of the activations of every token; the rest stays as it is.
+
+    x becomes x - sum_i f_i(x) W_dec_i over `features`. Unlike in a spliced reconstruction, what the SAE does not
+    reconstruct stays.
+
+    Args:
+        sae: it must read the one site that it writes.
+        features: the number of one, or of several.
+
+    Raises:
+        UserError: an SAE that reads and writes different sites or does not say its site, or an unknown feature.
+    """
+    site = _site(sae, sae.targets)
+    if sae.sites != sae.targets:
+        raise UserError(f"reads {', '.join(sae.sites)} and writes {site}; give one that reads what it writes", "sae")
+    rows_KxD, numbers = _rows(sae, features), np.atleast_1d(features)
+
+    def edit(x: jax.Array) -> jax.Array:
+        return x - (sae.encode(x)[..., numbers] @ rows_KxD).astype(x.dtype)
+
+    return sites_lib.splice({site: edit})
+
+
+def splice(*saes: SAE) -> sites_lib.Edits:
+    """Puts the reconstructions of SAEs in the place of the activations, each at its own site.
+
+    Raises:
+        UserError: an SAE that reads and writes different sites or does not say its site, or two of one site.
+    """
+    edits: dict[str, Any] = {}
+    for sae in saes:
+        site = _site(sae, sae.targets)
+        if sae.sites != sae.targets:
+            read = ", ".join(sae.sites)
+            raise UserError(f"reads {read} and writes {site}; give SAEs that read what they write", "saes")
+        if site in edits:
+            raise UserError(f"has two of {site}; give one for each site", "saes")
+        edits[site] = sae
+    return sites_lib.splice(edits)
+
+
+class read:
+    """Keeps the activations of some sites and changes nothing.
+
+        seen = taps.read("blocks.0.hook_mlp_out")
+        lm.run(tokens, taps.chain(taps.steer(sae, 3, 5.0), seen))
+        seen.activations["blocks.0.hook_mlp_out"]  # [B, T, D]
+
+    Use it with `LM.run`. What compiled functions compute, such as `LM.generate`, must be returned, not kept.
+
+    Attributes:
+        activations: those of the last run, by site.
+    """
+
+    def __init__(self, *sites: str):
+        self.edits = dict.fromkeys(sites)
+        self.activations: dict[str, jax.Array] = {}
+
+    def __call__(self, site: str, x: jax.Array) -> None:
+        """Keeps the activations, if the site is one of those wanted."""
+        if site in self.edits:
+            self.activations[site] = x
+
+
+def chain(*taps: sites_lib.Tap | SAE) -> sites_lib.Chain:
+    """One tap of several: each gets the activations that the one before it leaves. An SAE means `splice(sae)`."""
+    return sites_lib.Chain(tuple(splice(tap) if isinstance(tap, SAE) else tap for tap in taps))
+
+
+def _site(sae: SAE, sites: tuple[str, ...]) -> str:
+    if len(sites) != 1:
+        raise UserError(f"writes {len(sites)} sites; give an SAE of one", "sae")
+    if not sites[0]:
+        raise UserError("does not say its site; give `dataclasses.replace(sae, site='...')`", "sae")
+    return sites[0]
+
+
+def _rows(sae: SAE, features: int | Sequence[int]) -> jax.Array:
+    """Decoder rows [K, D] of features."""
+    numbers = np.atleast_1d(features)
+    if not np.issubdtype(numbers.dtype, np.integer) or not ((numbers >= 0) & (numbers < sae.width)).all():
+        raise UserError(f"is {features}; this SAE has features 0 to {sae.width - 1}", "feature")
+    [name] = [name for name, each in sae.functions.PARAMETERS.items() if each.role is Role.DECODER]
+    return jnp.asarray(sae.params[name])[numbers]
