@@ -61,10 +61,7 @@ def load(
     except ValueError as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config ({error})"
         raise UserError(f"{why}; put its own back") from error
-    built = {}
-    for name, stack in config.stacks.items():
-        with errors.within(f"stacks.{name}"):
-            built[name] = contract.build(stack, facts.widths, config.train.compute_dtype)
+    built = {name: _built(name, config, facts.widths, workdir) for name in config.stacks}
     like = {
         name: jax.eval_shape(
             jax.vmap(lambda key, m=module, c=sae: m.init(key, c)),
@@ -79,6 +76,18 @@ def load(
         for name in config.stacks
         for sae in _members(name, config, *built[name], params[name], facts, run)
     }
+
+
+def _built(name: str, config: Experiment, widths: dict[str, int], workdir: run_directory.Workdir) -> tuple[Any, Any]:
+    """The architecture of a run's stack, and its Config."""
+    stack = config.stacks[name]
+    try:
+        with errors.within(f"stacks.{name}"):
+            return contract.build(stack, widths, config.train.compute_dtype)
+    except UserError as error:
+        if plugins.is_own(stack.architecture):
+            error.problem += f"; put it back, or write its new name into {workdir.path / 'config.json'}"
+        raise
 
 
 def _nothing(path: str) -> str:
