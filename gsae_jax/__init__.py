@@ -2,8 +2,9 @@
 
 lm = gsae_jax.load_lm()                       # the embedded model, or a Hugging Face checkpoint directory
 saes = gsae_jax.load("runs/quickstart")       # the SAEs of a run, by name
-tokens = gsae_jax.held_out("runs/quickstart")  # its held-out text
-config = gsae_jax.experiment_config()         # what a config file changes and returns
+experiment = gsae_jax.experiment("quickstart", train={"steps": 700})
+saes = gsae_jax.fit(experiment, "runs/mine")  # trains them there
+tokens = gsae_jax.held_out("runs/mine")       # its held-out text
 """
 
 import os
@@ -12,13 +13,14 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its toke
 
 from gsae_jax import processes as processes  # its handler shows the messages of all modules
 from gsae_jax import taps
-from gsae_jax.experiments import experiment_config, stack_config
+from gsae_jax.experiments import experiment, experiment_config, stack_config
+from gsae_jax.fitting import fit
 from gsae_jax.lms.loading import LM, load_lm
 from gsae_jax.sae_loading import held_out, load
 from gsae_jax.saes.trained import SAE
 
 __version__ = "0.1.0"  # setup.py reads it here
-__all__ = ["LM", "SAE", "experiment_config", "held_out", "load", "load_lm", "stack_config", "taps"]
+__all__ = ["LM", "SAE", "experiment", "experiment_config", "fit", "held_out", "load", "load_lm", "stack_config", "taps"]
 
 
 def __dir__() -> list[str]:

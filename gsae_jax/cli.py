@@ -14,7 +14,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from gsae_jax import experiments, processes
+from gsae_jax import errors, experiments, processes
+from gsae_jax.config import Experiment
 from gsae_jax.errors import TrainingError, UserError, known_names
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
@@ -52,13 +53,19 @@ class Output:
 class _ConfigParser(config_flags.ConfigFileFlagParser):
     """Takes the path of a config file, or the name of an experiment that the package carries."""
 
-    def __init__(self, argv: list[str]):
+    def __init__(self, argv: list[str], cls: Any):
         super().__init__("config")
+        self._cls = cls
         self._overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.-]+)", arg))]
 
     def parse(self, argument: str) -> Any:
-        """The config of the file, which has every field that the command line changes."""
-        config = super().parse(experiments.located(argument))
+        """The config of the file, which has every field that the command line may change."""
+        with errors.about("--config"):
+            path = experiments.located(argument)
+        config = super().parse(path)
+        if config is None:
+            raise UserError(f"get_config() of {argument} returns nothing; end it with `return config`", "--config")
+        config = experiments.completed(config, self._cls, self._overrides)
         for path in self._overrides:
             group: Any = config
             for depth, name in enumerate(path.split("."), 1):
@@ -70,14 +77,16 @@ class _ConfigParser(config_flags.ConfigFileFlagParser):
         return config
 
 
-def define_config(flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None) -> Any:
-    """The `--config EXPERIMENT` flag; `--config.a.b=value` overrides one field."""
+def define_config(
+    flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None, cls: Any = Experiment
+) -> Any:
+    """The `--config EXPERIMENT` flag; `--config.a.b=value` overrides one field of those of `cls`."""
     about = (
         "Path of a config file, or `quickstart`. --config.GROUP.FIELD=value changes one of its fields, for example "
         "--config.train.steps=5000; `python -m gsae_jax.settings` lists them all."
     )
     holder = config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
-    flag_values["config"].parser = _ConfigParser(sys.argv if argv is None else argv)
+    flag_values["config"].parser = _ConfigParser(sys.argv if argv is None else argv, cls)
     return holder
 
 

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from gsae_jax import errors
+from gsae_jax import errors, plugins
 from gsae_jax.errors import UserError, known_names
 
 INT32 = 2**31 - 1  # devices count steps, tokens and features in 32 bits
@@ -77,6 +77,7 @@ class Data:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "corpus", plugins.absolute(self.corpus))
         _at_least("context_length", self.context_length, 2)
 
 
@@ -126,7 +127,7 @@ class Stack(Sites):
     serves every SAE.
     """
 
-    architecture: str = setting(REQUIRED, "A file of gsae_jax/saes, such as gated or relu.")
+    architecture: str = setting(REQUIRED, "gated or relu; or your own, as my_package.topk or topk.py.")
     site: str | tuple[str, ...] = setting(REQUIRED, "What is read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")
     l1_coefficients: tuple[float, ...] = setting(REQUIRED, "Weight of the sparsity penalty (the paper's λ).")
@@ -146,6 +147,7 @@ class Stack(Sites):
         return list(zip(*(column * len(self) if len(column) == 1 else column for column in columns), strict=True))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "architecture", plugins.absolute(self.architecture))
         _at_least("width", self.width, 1)
         for field in ("l1_coefficients", "learning_rates", "seeds", "target_l0"):
             values = getattr(self, field)
@@ -271,6 +273,7 @@ class Experiment:
     loggers: tuple[str, ...] = setting(("tensorboard",), "Where metrics go too: tensorboard, wandb.", SAME)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loggers", tuple(map(plugins.absolute, self.loggers)))
         _seed("seed", self.seed)
         if not self.stacks:
             raise UserError(
@@ -409,10 +412,8 @@ def from_dict(cls: type[T], tree: Any) -> T:
     Raises:
         UserError: an unknown, missing or wrongly typed field, or an impossible value or combination.
     """
-    if hasattr(tree, "to_dict"):
-        tree = tree.to_dict()
     with errors.about("config"):
-        return convert(cls, tree)
+        return convert(cls, plain(tree))
 
 
 def from_record(cls: type[T], tree: Any) -> T:
@@ -430,12 +431,19 @@ def held_out(tree: Any) -> HeldOut:
     Raises:
         UserError: as `from_dict` of an `Experiment`, but not for a combination of groups that only training needs.
     """
-    if hasattr(tree, "to_dict"):
-        tree = tree.to_dict()
     with errors.about("config"):
-        groups = _fields(Experiment, tree)
+        groups = _fields(Experiment, plain(tree))
     lm, data, evaluation = groups["lm"], groups["data"], groups["evaluation"]
     return HeldOut(lm, data, evaluation, groups["activations"].drop_special_tokens)
+
+
+def plain(tree: Any) -> Any:
+    """Nested dicts of what may be, or have in it, a `ConfigDict` or one of the dataclasses above."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    elif hasattr(tree, "to_dict"):
+        tree = tree.to_dict()
+    return {name: plain(value) for name, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -24,6 +24,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = cli.define_config()
+    CONFIG = cli.define_config(cls=config_lib.Pretrain)
     OUT = flags.DEFINE_string("out", "runs/language_model", "Checkpoint directory to write; must not exist.")
     cli.run(main)

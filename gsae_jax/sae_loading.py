@@ -61,10 +61,7 @@ def load(
     except ValueError as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config ({error})"
         raise UserError(f"{why}; put its own back") from error
-    built = {}
-    for name, stack in config.stacks.items():
-        with errors.within(f"stacks.{name}"):
-            built[name] = contract.build(stack, facts.widths, config.train.compute_dtype)
+    built = {name: _built(name, config, facts.widths, workdir) for name in config.stacks}
     like = {
         name: jax.eval_shape(
             jax.vmap(lambda key, m=module, c=sae: m.init(key, c)),
@@ -101,9 +98,23 @@ def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
     if not workdir.holds_run():
         raise UserError(f"{workdir.path} holds no run; write the directory of one", "run")
     config = workdir.experiment()
-    checkpoint = checkpoints.Checkpoint.open(config.lm.path, config.lm.revision)
+    with errors.about("lm.path", revision="lm.revision"):
+        checkpoint = checkpoints.Checkpoint.open(config.lm.path, config.lm.revision)
+        tokenizer = checkpoint.tokenizer()
     count = config.evaluation.tokens if tokens is None else tokens
-    return np.concatenate(list(rows.held_out(config, checkpoint.tokenizer(), count, checkpoint.config.d_vocab)))
+    return np.concatenate(list(rows.held_out(config, tokenizer, count, checkpoint.config.d_vocab)))
+
+
+def _built(name: str, config: Experiment, widths: dict[str, int], workdir: run_directory.Workdir) -> tuple[Any, Any]:
+    """The architecture of a run's stack, and its Config."""
+    stack = config.stacks[name]
+    try:
+        with errors.within(f"stacks.{name}"):
+            return contract.build(stack, widths, config.train.compute_dtype)
+    except UserError as error:
+        if plugins.is_own(stack.architecture):
+            error.problem += f"; put it back, or write its new name into {workdir.path / 'config.json'}"
+        raise
 
 
 def _nothing(path: str) -> str:

@@ -11,7 +11,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from gsae_jax import cli, processes, sae_loading
+from gsae_jax import cli, experiments, plugins, processes, sae_loading
 from gsae_jax import config as config_lib
 from gsae_jax.config import Experiment
 from gsae_jax.evaluate import evaluate
@@ -23,8 +23,10 @@ logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 
-def run(config: Experiment, path: epath.PathLike) -> int:
-    """Train to the end and report; a finished run is left as it is."""
+def run(config: Any, path: epath.PathLike) -> int:
+    """Train to the end and report; returns 0 or `INTERRUPTED`. `config` is whatever `gsae_jax.experiment` takes."""
+    plugins.reread()
+    config = experiments.experiment(config)
     workdir = run_directory.Workdir(path)
     workdir.check_writable()
     config = sae_loading.pinned(config, path)

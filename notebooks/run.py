@@ -2,8 +2,9 @@
 
 python notebooks/run.py [quickstart features gated_vs_baseline tpu_pod]
 
-Each has a kernel of its own, all of them one copy of the repository without runs: the later ones use the run that
-`quickstart` trains there, and train it themselves where it is not asked for. Wants `pip install '.[notebooks]'`.
+Each has a kernel of its own. All run in one empty folder, which is no clone of the repository, with the package beside
+it: the later ones use the run that `quickstart` trains there, and train it themselves where it is not asked for. Wants
+`pip install '.[notebooks]'`.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,8 +31,8 @@ def code_hash(notebook: dict[str, Any]) -> str:
     return hashlib.sha256(without_account.encode()).hexdigest()
 
 
-def executed(names: Sequence[str], copy: Path) -> Iterator[tuple[str, Any]]:
-    """Each notebook's name and the notebook as it ran in `copy`, a new folder, with the hash of its code.
+def executed(names: Sequence[str], scratch: Path) -> Iterator[tuple[str, Any]]:
+    """Each notebook's name and the notebook as it ran in `scratch / "work"`, with the hash of its code.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -40,18 +40,16 @@ def executed(names: Sequence[str], copy: Path) -> Iterator[tuple[str, Any]]:
     import nbclient  # the tests that read notebooks do without it
     import nbformat
 
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "build", ".venv", "*_cache"))
-    git = ["git", "-c", "user.name=notebooks", "-c", "user.email=notebooks@localhost"]  # launchers send the last commit
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--no-gpg-sign", "--message=copy"]):
-        subprocess.run([*git, *command], cwd=copy, check=True)
+    installed, work = scratch / "installed", scratch / "work"
+    shutil.copytree(ROOT / "gsae_jax", installed / "gsae_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    work.mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
     for name in names:
-        path = copy / "notebooks" / f"{name}.ipynb"
-        notebook = nbformat.read(path, 4)
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
         client = nbclient.NotebookClient(
-            notebook, timeout=1800, record_timing=False, resources={"metadata": {"path": str(path.parent)}}
+            notebook, timeout=1800, record_timing=False, resources={"metadata": {"path": str(work)}}
         )
-        client.execute(env=environment | {"PYTHONPATH": str(copy)})
+        client.execute(env=environment | {"PYTHONPATH": str(installed)})
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs = _as_in_a_terminal(cell.outputs)
@@ -77,7 +75,7 @@ def main() -> None:
     if unknown := sorted(set(names) - set(NAMES)):
         sys.exit(f"error: no notebook is called {unknown[0]}; write some of {' '.join(NAMES)}, or none for all")
     with tempfile.TemporaryDirectory() as folder:
-        for name, notebook in executed(names, Path(folder) / "gsae_jax"):
+        for name, notebook in executed(names, Path(folder)):
             nbformat.write(notebook, ROOT / "notebooks" / f"{name}.ipynb")
             print(f"notebooks/{name}.ipynb", flush=True)
 

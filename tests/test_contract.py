@@ -4,8 +4,10 @@ Each file of `saes/` is tested with its default options, and with each switch th
 """
 
 import dataclasses
+import importlib
 import json
 import shutil
+import sys
 import typing
 from functools import partial
 from pathlib import Path
@@ -386,3 +388,97 @@ def test_architectures_keep_the_contract(tmp_path):
     root = Path(gsae_jax.__file__).parents[1]
     output, errors, code = api.run([f"--config-file={root / 'pyproject.toml'}", str(tmp_path / "check.py")])
     assert code == 0, output + errors
+
+
+SATURATING = (OWN.parent.parent / "docs" / "guides" / "architecture.md").read_text("utf-8")
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """The guide's architecture as a file of the user's, topk.py in the working directory, which is a package too."""
+    (tmp_path / "here" / "my_package").mkdir(parents=True)
+    (source,) = (part for part in SATURATING.split("```") if part.startswith("python\n") and "def loss(" in part)
+    for folder in ("here", "here/my_package"):
+        (tmp_path / folder / "topk.py").write_text(source.removeprefix("python\n"))
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    yield tmp_path / "here" / "topk.py"
+    sys.modules.pop("my_package.topk", None)
+    sys.modules.pop("my_package", None)
+
+
+@pytest.mark.parametrize("given", ["topk.py", "my_package.topk"])
+def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(given, own_file, config_dict, tmp_path, monkeypatch):
+    del config_dict.stacks.baseline
+    config_dict.stacks.gated.architecture = given
+    saes = gsae_jax.fit(config_dict, "run")
+    recorded = str(own_file) if given.endswith(".py") else given
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["stacks"]["gated"]["architecture"] == saes["gated_0"].architecture == recorded
+    (shown,) = {record["architecture"] for record in json.loads(Path("run/report/report.json").read_text())["saes"]}
+    assert shown == given
+    with refused("gated_0", given):
+        saes["gated_0"].save("exported")
+    assert not Path("exported").exists()
+    shutil.rmtree("run/checkpoints/16")
+    resumed = gsae_jax.fit(config_dict, "run")
+    monkeypatch.chdir(tmp_path)
+    for name, sae in gsae_jax.load(own_file.parent / "run").items():
+        np.testing.assert_array_equal(sae.params["W_dec"], saes[name].params["W_dec"])
+        np.testing.assert_array_equal(sae.params["W_dec"], resumed[name].params["W_dec"])
+    for file in own_file.parent.rglob("topk.py"):
+        file.unlink()
+    plugins.reread()
+    sys.modules.pop("my_package.topk", None)
+    importlib.invalidate_caches()
+    with refused("stacks.gated.architecture", recorded, "config.json"):
+        gsae_jax.load(own_file.parent / "run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "facts"),
+    [
+        ("PARAMETERS = relu", "TABLE = relu", ["does not define PARAMETERS"]),
+        ("Config, init, encode, decode = relu.Config, relu.init,", "Config, encode, decode = relu.Config,", ["init"]),
+        ("relu.Config, ", "dict, ", ["Config", "frozen dataclass"]),
+        ("def loss(", "def lost(", ["does not define loss"]),
+        ("import jax.numpy as jnp", "import jax.numppy", ["line 3", "ModuleNotFoundError"]),
+        ("    B = len(f)", "    B = = len(f)", ["line 15", "SyntaxError"]),
+        ("relu.encode, relu.decode", "relu.decode, relu.decode", ["encode", "TypeError"]),
+        ("relu.decode\n", "lambda params, f: f\n", ["decode", "[16, 64]", "[16, 32]"]),
+        ("f = encode(params, batch.inputs, config)", "f = encode(params, batch, config)", ["loss", "line 14"]),
+        ("return total, Statistics", "return total[None], Statistics", ["the value of loss", "[1]"]),
+        ("return total, Statistics", "return Statistics", ["loss", "(value, contract.Statistics)"]),
+        ('"loss": total, ', "", ["means", "loss"]),
+        ('"l0": l0}', '"l0": f}', ["means['l0']", "[16, 64]"]),
+        ("(f > 0).any(0)", "(f > 0)", ["fired", "[16, 64]", "[64]"]),
+        ("any(0), {})", 'any(0), {"b": l0})', ["state", "b"]),
+    ],
+)
+def test_an_architecture_that_breaks_the_contract(old, new, facts, own_file):
+    text = own_file.read_text()
+    assert old in text
+    own_file.write_text(text.replace(old, new))
+    plugins.reread()
+    stack = config_lib.convert(config_lib.Stack, Case.make("relu").stack(architecture="topk.py"))
+    with refused("stacks.a.architecture", str(own_file), *facts):
+        Stack.build("a", stack, {"blocks.0.hook_mlp_out": 32}, "float32")
+
+
+def test_modules_that_are_not_there():
+    for name, facts in {"topk": ["topk.py", "known"], "no.such": ["'no.such'"], "nothing.py": ["nothing.py"]}.items():
+        with refused("", *facts):
+            contract.module_of(name)
+
+
+def test_an_option_without_a_default_has_to_be_given(own_file):
+    own_file.write_text(
+        "import dataclasses\nfrom gsae_jax.saes.relu import PARAMETERS, init, loss\n"
+        "from gsae_jax.saes.relu import decode, encode\n\n\n@dataclasses.dataclass(frozen=True)\nclass Config:\n"
+        "    d_in: int\n    width: int\n    k: float\n    dtype: str = 'float32'\n"
+    )
+    plugins.reread()
+    architecture = contract.trainable("topk.py")
+    with refused("options.k", "missing"):
+        contract.build_config(architecture, "topk.py", (8,), None, 16, "float32", {})
+    assert contract.build_config(architecture, "topk.py", (8,), None, 16, "float32", {"k": 3}).k == 3.0

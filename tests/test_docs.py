@@ -23,8 +23,9 @@ import pytest
 import yaml
 from absl import flags
 
-import gsae_jax.saes
-from gsae_jax import cli, train
+import gsae_jax
+from configs import gemma_2_2b
+from gsae_jax import cli
 from gsae_jax import config as config_lib
 from gsae_jax.data import rows
 from gsae_jax.errors import UserError
@@ -49,20 +50,14 @@ def blocks(guide):
 
 def test_the_guides_architecture_trains_beside_the_others(config_dict, tmp_path, monkeypatch):
     source, use = blocks("architecture")
-    (tmp_path / "saes").mkdir()
-    (tmp_path / "saes" / "tanh.py").write_text(source)
-    monkeypatch.setattr(gsae_jax.saes, "__path__", [*gsae_jax.saes.__path__, str(tmp_path / "saes")])
-    importlib.invalidate_caches()
-    try:
-        exec(use, {"stack_config": gsae_jax.stack_config, "config": config_dict, "site": "blocks.0.hook_mlp_out"})
-        config_dict.mesh.data, config_dict.mesh.latent = 4, 2
-        assert train.run(config_lib.from_dict(config_lib.Experiment, config_dict), tmp_path / "run") == 0
-        sae = gsae_jax.load(tmp_path / "run")["tanh_1"]
-    finally:
-        sys.modules.pop("gsae_jax.saes.tanh", None)
-    assert (sae.architecture, sae.config.width) == ("tanh", 1536)
+    (tmp_path / "tanh.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    exec(use, {"stack_config": gsae_jax.stack_config, "config": config_dict, "site": "blocks.0.hook_mlp_out"})
+    config_dict.mesh.data, config_dict.mesh.latent = 4, 2
+    sae = gsae_jax.fit(config_dict, tmp_path / "run")["tanh_1"]
+    assert (sae.architecture, sae.config.width) == (str(tmp_path / "tanh.py"), 1536)
     records = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["saes"]
-    assert {record["architecture"] for record in records} == {"gated", "relu", "tanh"}
+    assert {record["architecture"] for record in records} == {"gated", "relu", "tanh.py"}
 
 
 def test_the_guides_experiment_builds(lm_dir):
@@ -86,7 +81,7 @@ def test_too_little_held_out_text_is_said_as_the_guide_has_it(experiment, capsys
 def test_the_guides_name_files_that_exist():
     for guide in GUIDES:
         for path in re.findall(r"(?<![\w/])(?:configs|launch|tests|gsae_jax)/[\w/]+\.\w+", guide.read_text("utf-8")):
-            assert (ROOT / path).exists() or path == "gsae_jax/saes/tanh.py", (guide.name, path)
+            assert (ROOT / path).exists(), (guide.name, path)
 
 
 def text_of(path):
@@ -121,12 +116,12 @@ def check_command(module, arguments):
         if re.fullmatch(r"flags\.DEFINE_(string|integer|bool|list|multi_string)", ast.unparse(call.func)):
             call.keywords.append(ast.keyword("flag_values", ast.Name("values")))
             eval(ast.unparse(call), names)
-    config = cli.define_config(names["values"], ["", *arguments]) if "cli.define_config(" in source else None
+    kind = config_lib.Pretrain if module == "pretrain" else config_lib.Experiment
+    config = cli.define_config(names["values"], ["", *arguments], kind) if "cli.define_config(" in source else None
     rest = cli.parse(["", *arguments], names["values"])[1:]
     if len(rest) != len(run.args) - 1:
         raise UserError(f"arguments without a name: {rest}", "command line")
     if config is not None and config.value is not None:
-        kind = config_lib.Pretrain if module == "pretrain" else config_lib.Experiment
         config_lib.from_dict(kind, cli.given(config))
 
 
@@ -204,54 +199,61 @@ def test_notebooks_are_as_they_ran_from_top_to_bottom(path):
     assert f"/blob/main/notebooks/{path.name})" in "".join(notebook["cells"][0]["source"])  # the badge
 
 
-def test_the_planners_words_in_the_notebook_are_todays(monkeypatch):
+GROUPS = ("stacks", "data", "activations", "train", "mesh")  # what the planner reads
+
+
+def test_the_planners_words_in_the_notebook_are_todays(tmp_path, monkeypatch):
     if importlib.util.find_spec("libtpu"):
         pytest.skip("with libtpu the planner compiles, and says other words")
     cells = json.loads((ROOT / "notebooks" / "tpu_pod.ipynb").read_text("utf-8"))["cells"]
     (cell,) = (cell for cell in cells if "planner.describe(planner.plan(" in "".join(cell["source"]))
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    names = {}
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        exec("".join(cell["source"]), {})
+        exec("".join(cell["source"]), names)
     assert said.getvalue() == "".join(cell["outputs"][0]["text"])
+    ours = config_lib.from_dict(config_lib.Experiment, gemma_2_2b.get_config())
+    theirs = names["experiment"]()
+    assert {group: getattr(ours, group) for group in GROUPS} == {group: getattr(theirs, group) for group in GROUPS}
+    published = json.loads((ROOT / "tests/fixtures/configs/gemma_2_2b/config.json").read_text())
+    assert names["gemma"].items() <= published.items()
 
 
-def test_notebooks_find_the_repository(tmp_path):
-    """Their first cell: from notebooks/, again, from elsewhere, and in Colab where the address cannot be cloned."""
+def test_notebooks_install_the_package_where_it_is_not_there(tmp_path):
+    """Their first cell: with the package, without it, and in Colab where the address cannot be cloned."""
     first = {"".join(json.loads(path.read_text("utf-8"))["cells"][1]["source"]) for path in NOTEBOOKS}
     (cell,) = first
     trial = """
-import os, sys, types
-cell, folders, colab = sys.argv[1], sys.argv[2].split(","), sys.argv[3]
+import importlib.util, sys, types
+cell, lacking, colab = sys.argv[1:]
 if colab:
     sys.modules["google.colab"] = types.ModuleType("google.colab")
-for folder in folders:
-    os.chdir(folder)
-    try:
-        exec(cell)
-    except RuntimeError as error:
-        print(str(error).splitlines()[0])
-    print(os.getcwd())
+if lacking:
+    importlib.util.find_spec = lambda name: None
+try:
+    exec(cell)
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
 """
     no_network = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": "https://github.com/"}
     no_network |= {"GIT_CONFIG_KEY_0": f"url.{tmp_path}/nowhere/.insteadOf"}
 
-    def said(*folders, colab=""):
-        command = [sys.executable, "-c", trial, cell, ",".join(map(str, folders)), colab]
-        done = subprocess.run(command, env=os.environ | no_network, capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()
+    def said(lacking="", colab=""):
+        command = [sys.executable, "-c", trial, cell, lacking, colab]
+        environment = os.environ | no_network | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
 
-    assert said(ROOT / "notebooks", ".", "gsae_jax/..") == [str(ROOT)] * 3
-    lost = ["this notebook works in a clone of the repository; open it there", str(tmp_path)]
-    assert said(tmp_path) == lost
+    assert said() == said(colab="yes") == ""
     account = re.search(r"https://github\.com/[\w-]+/gsae_jax", cell)[0]
-    assert said(tmp_path, ".", colab="yes") == [f"{account} was not installed; is this its address?", str(tmp_path)] * 2
-    assert said(ROOT, ".", colab="yes") == [str(ROOT)] * 2
+    assert f"pip install git+{account}" in said("yes")
+    assert said("yes", "yes").startswith(f"{account} was not installed")
 
 
 @pytest.mark.notebooks
 def test_notebooks_run(tmp_path):
     """As they are committed, by the command that made them so: they show the same kinds of things."""
-    for name, notebook in notebooks_run.executed(notebooks_run.NAMES, tmp_path / "copy"):
+    for name, notebook in notebooks_run.executed(notebooks_run.NAMES, tmp_path):
         committed = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text("utf-8"))
         for cell, before in zip(notebook["cells"], committed["cells"], strict=True):
             shown, shown_before = (
@@ -259,7 +261,7 @@ def test_notebooks_run(tmp_path):
                 for part in (cell, before)
             )
             assert shown == shown_before, (name, before["source"])
-    assert (tmp_path / "copy" / "runs" / "notebooks" / "report" / "report.json").exists()
+    assert (tmp_path / "work" / "runs" / "notebooks" / "report" / "report.json").exists()
 
 
 @pytest.mark.docs

@@ -130,3 +130,100 @@ def test_saes_on_a_real_model_by_one_command(tmp_path):
     rows = {row["name"]: row for row in report["saes"]}
     assert rows["gated_0"]["site"] == "blocks.1.hook_resid_post"
     assert rows["gated_0"]["loss_recovered"] > 0.6
+
+
+DIFFERING = """
+from ml_collections import ConfigDict
+
+def get_config():
+    stack = {"architecture": "gated", "site": "blocks.0.hook_mlp_out", "width": 64, "l1_coefficients": [0.1, 0.2]}
+    other = {"architecture": "relu", "site": "blocks.0.hook_mlp_out", "l1_coefficients": 1, "options": {"tie": 1}}
+    tree = {"stacks": {"a": stack, "b": stack, "c": other}, "train": {"steps": 100, "decay_fraction": 1}}
+    return RETURNED
+"""
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.* method is deprecated:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("returned", ["tree", "ConfigDict(tree)"])
+def test_a_config_of_what_differs_can_be_changed_in_every_field(returned, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(DIFFERING.replace("RETURNED", returned))
+    changes = {
+        "lm.path": "somewhere",  # a group that the file does not have
+        "train.warmup_steps": "7",
+        "train.decay_fraction": "0.5",  # an integer in the file
+        "train.resample_steps": "(10,20)",
+        "loggers": "()",
+        "stacks.a.learning_rates": "(1e-3,2e-3)",
+        "stacks.a.l1_coefficients": "(0.3,0.4)",  # a list in the file
+        "stacks.a.target": "blocks.0.hook_resid_post",
+        "stacks.a.options.tie_encoder": "False",
+        "stacks.c.width": "32",  # has no default, and is not in the file
+        "stacks.c.l1_coefficients": "0.5",
+        "stacks.c.options.tie": "0.25",
+    }
+    config = given(f"--config={path}", *(f"--config.{name}={value}" for name, value in changes.items()))
+    assert config["lm"] == config_lib.to_dict(config_lib.LM("somewhere"))
+    train = config["train"]
+    assert (train["steps"], train["warmup_steps"], train["decay_fraction"]) == (100, 7, 0.5)
+    assert (train["resample_steps"], config["loggers"], config["data"]["corpus"]) == ((10, 20), (), "stdlib")
+    a, b, c = (config["stacks"][name] for name in "abc")
+    assert (a["learning_rates"], a["l1_coefficients"]) == ((1e-3, 2e-3), (0.3, 0.4))
+    assert (a["target"], a["options"]) == ("blocks.0.hook_resid_post", {"tie_encoder": False})
+    if returned == "tree":  # in a ConfigDict, one dict that stands in two places stays one
+        assert (b["learning_rates"], b["l1_coefficients"], b["options"]) == ((3e-4,), (0.1, 0.2), {})
+    assert (c["width"], c["l1_coefficients"], c["options"]) == (32, (0.5,), {"tie": 0.25})
+    with refused("stacks.c.width", "missing"):
+        config_lib.from_dict(Experiment, given(f"--config={path}"))
+    with refused("train.step", "'steps'"):
+        given(f"--config={path}", "--config.train.step=3")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.* method is deprecated:DeprecationWarning")  # of ml_collections
+def test_fields_that_refer_to_each_other_still_do_after_they_are_completed(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\ndef get_config():\n"
+        "    config = ConfigDict({'train': {'steps': 10}})\n"
+        "    config.checkpoint = ConfigDict({'every': config.train.get_ref('steps') // 2})\n    return config\n"
+    )
+    config = given(f"--config={path}", "--config.train.steps=40", "--config.checkpoint.keep=3")
+    assert (config["checkpoint"]["every"], config["checkpoint"]["keep"]) == (20, 3)
+    path.write_text("def get_config():\n    pass\n")
+    with refused("--config", "returns nothing"):
+        given(f"--config={path}")
+
+
+def test_an_experiment_in_python_is_what_differs(tmp_path):
+    changed = gsae_jax.experiment("quickstart", train={"steps": 700}, stacks={"gated": {"width": 256}})
+    expected = quickstart.get_config()
+    expected.train.steps, expected.stacks.gated.width = 700, 256
+    assert changed == config_lib.from_dict(Experiment, expected)
+    assert gsae_jax.experiment(expected) == gsae_jax.experiment(expected.to_dict()) == changed
+    assert gsae_jax.experiment(changed, seed=3).seed == 3
+    stack = gsae_jax.stack_config("gated", "blocks.0.hook_mlp_out", 64, 0.1, tie_encoder=False)
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config(seed='0'):\n    return {'seed': int(seed)}\n")
+    of_a_file = gsae_jax.experiment(f"{path}:5", stacks={"a": stack}, lm=config_lib.LM("gpt2"))
+    assert (of_a_file.seed, of_a_file.lm.path, of_a_file.stacks["a"].width) == (5, "gpt2", 64)
+    assert of_a_file.stacks["a"].options == {"tie_encoder": False}
+    assert gsae_jax.experiment({"stacks": {"a": stack}}) == gsae_jax.experiment(stacks={"a": stack})
+    with refused("stacks", "empty"):
+        gsae_jax.experiment()
+    with refused("train.step", "'steps'"):
+        gsae_jax.experiment("quickstart", train={"step": 3})
+    with refused("base", "'quickstart'"):
+        gsae_jax.experiment("quickstrat")
+    with refused("base", "3"):
+        gsae_jax.experiment(3, stacks={"a": stack})
+    path.write_text("def get_config():\n    return 1 / 0\n")
+    with refused("base", "line 2", "ZeroDivisionError"):
+        gsae_jax.experiment(path, stacks={"a": stack})
+
+
+def test_settings_become_trained_saes_in_one_call(config_dict, tmp_path):
+    saes = gsae_jax.fit(config_dict, tmp_path / "run")
+    assert sorted(saes) == ["baseline_0", "gated_0", "gated_1"]
+    assert (tmp_path / "run" / "report" / "report.md").exists()
+    again = gsae_jax.fit(config_dict.to_dict(), tmp_path / "run")
+    np.testing.assert_array_equal(again["gated_1"].params["W_dec"], saes["gated_1"].params["W_dec"])

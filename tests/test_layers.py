@@ -38,6 +38,7 @@ FLOOR = {
 }
 COMMANDS = ("train", "evaluate", "plan", "push", "pretrain", "convert_lm", "sites", "settings")  # on the highest floor
 FLOOR |= dict.fromkeys(COMMANDS, 7)
+FLOOR["fitting"] = 8  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {
     ("storage", "loggers"),
     ("lms", "storage"),  # who reads and writes files does it with storage's readers and writers
@@ -45,6 +46,7 @@ ALLOWED_ON_ONE_FLOOR = {
     ("batching", "processes"),
     ("mesh", "config"),
     ("processes", "config"),
+    ("config", "plugins"),
     ("planning", "training"),  # which does not know that it is planned
     ("train", "evaluate"),  # a run ends with its report
 }

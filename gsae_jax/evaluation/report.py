@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import rendering
+from gsae_jax import plugins, rendering
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
@@ -61,7 +61,7 @@ def rows(
                 "stack": sae.stack or sae.name,
                 "index": sae.index,
                 "model": model,
-                "architecture": sae.architecture,
+                "architecture": plugins.label(sae.architecture),
                 "variant": contract.variant(sae.architecture, sae.config),
                 "ito": k,
                 "site": sae.targets[0],

@@ -1,19 +1,49 @@
-"""The `ConfigDict` that a config file changes, and experiments that the package carries, each a file, by name.
+"""From what differs from the defaults to an experiment, and experiments that the package carries, each a file.
 
 The fields, their defaults and what they mean stand in `gsae_jax/config.py`.
 """
 
+import contextlib
 import dataclasses
 import os
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from gsae_jax import config as config_lib
-from gsae_jax import plugins
+from gsae_jax import errors, plugins
 from gsae_jax.errors import UserError, known_names
+
+
+def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
+    """A checked experiment, from what differs from the defaults.
+
+    gsae_jax.experiment("quickstart", train={"steps": 700}, evaluation={"tokens": 2**15})
+    gsae_jax.experiment(lm={"path": "gpt2"}, stacks={"gated": gsae_jax.stack_config("gated", site, 1024, (1e-2,))})
+
+    Args:
+        base: what to begin with: the name of an experiment that the package carries, the path of a config file, nested
+            dicts or a `ConfigDict`, or another experiment. By default it is an experiment without stacks.
+        changes: fields of an experiment. A group or a stack is a dict of the fields that change; the others stay.
+
+    Raises:
+        UserError: an unknown, missing or wrongly typed field, an impossible value or combination, or a config file
+            that is not there or fails.
+    """
+    if isinstance(base, config_lib.Experiment) and not changes:
+        return base
+    if base is None:
+        base = {}
+    with errors.about("base"):
+        if isinstance(base, os.PathLike | str):
+            path, colon, argument = located(os.fspath(base)).partition(":")
+            base = _returned(path, *[argument] * bool(colon))
+        tree = config_lib.plain(base)
+        if not isinstance(tree, dict):
+            raise UserError(f"is {base!r}; write the name of an experiment, the path of a config file, or a dict")
+    return config_lib.from_dict(config_lib.Experiment, _merged(tree, config_lib.plain(changes)))
 
 
 def experiment_config() -> ConfigDict:
@@ -25,7 +55,7 @@ def stack_config(architecture: str, site: str, width: int, l1_coefficients: Any,
     """A stack of an experiment: SAEs that differ in l1 coefficient, learning rate, seed and target L0 only.
 
     Args:
-        architecture: a file of `gsae_jax/saes/`, such as "gated" or "relu".
+        architecture: "gated" or "relu"; or your own, as "my_package.topk" or "topk.py".
         site: a TransformerLens hook name.
         width: features.
         l1_coefficients: one for each SAE, or one for all.
@@ -49,6 +79,26 @@ def pretrain_config() -> ConfigDict:
     return ConfigDict(_defaults(config_lib.Pretrain))
 
 
+def completed(config: Any, cls: Any, wanted: Collection[str] = ()) -> Any:
+    """What a config file returned, with every field that it lacks, so that the command line can change each.
+
+    Args:
+        config: a `ConfigDict`, which is completed in place, as its fields may refer to each other; or nested dicts or
+            a dataclass, from which a new one is made. Anything else is returned as it is.
+        cls: the dataclass with the fields.
+        wanted: the paths of the fields that the command line changes. Of the fields without a default, a stack gets
+            only these.
+    """
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+        tree = config_lib.plain(config)
+        if not isinstance(tree, dict):
+            return config
+        config = ConfigDict(tree).lock()
+    with config.unlocked():
+        _complete(config, cls, wanted)
+    return config
+
+
 def located(given: str) -> str:
     """The path of a config file that was given as a path or by name, both with `:ARGUMENT` or without.
 
@@ -61,7 +111,7 @@ def located(given: str) -> str:
         return f"{experiments[name].__file__}{colon}{argument}"
     if name and os.sep not in name and not name.endswith(".py") and not os.path.exists(name):
         what = f"{name!r} is not the name of an experiment; {known_names(name, experiments)}"
-        raise UserError(f"{what}; or write the path of a file, such as my_experiment.py", "--config")
+        raise UserError(f"{what}; or write the path of a file, such as my_experiment.py")
     return os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
 
 
@@ -78,3 +128,58 @@ def _defaults(cls: Any) -> dict[str, Any]:
         else:
             tree[field.name] = () if typing.get_origin(field.type) is tuple else None
     return tree
+
+
+def _returned(path: str, *arguments: str) -> Any:
+    """What the `get_config` of a file returns."""
+    module = plugins.read(path)
+    try:
+        return module.get_config(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} fails: {plugins.failure(error, path)}") from error
+
+
+def _complete(config: ConfigDict, cls: Any, wanted: Collection[str], path: str = "") -> None:
+    for field in dataclasses.fields(cls):
+        name, kind = field.name, field.type
+        if name not in config:
+            has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+            if has_default:
+                config[name] = _defaults(cls)[name]
+            elif f"{path}{name}" in wanted:
+                config[name] = () if typing.get_origin(kind) is tuple else kind() if isinstance(kind, type) else ""
+        if name not in config:
+            continue
+        try:
+            value = config[name]
+        except config_dict.RequiredValueError:  # the command line has to give it
+            continue
+        if not isinstance(value, ConfigDict):
+            # The command line parses text as the type that the field has: a list as a list, 1 as an integer.
+            with contextlib.suppress(UserError):  # another door refuses it, with all that is wrong
+                converted = config_lib.convert(kind, value)
+                if type(converted) is not type(value):
+                    del config[name]  # with which its type goes
+                    config[name] = converted
+        elif dataclasses.is_dataclass(kind):
+            _complete(value, kind, wanted, f"{path}{name}.")
+        elif name == "options":
+            for option in wanted:
+                group, _, option = option.rpartition(".")
+                if group == f"{path}{name}" and not isinstance(value.get(option), str):
+                    if option in value:
+                        del value[option]
+                    value[option] = config_dict.placeholder(object)  # takes any literal: its type is not known here
+        else:
+            for key, item in value.items():
+                if isinstance(item, ConfigDict):
+                    _complete(item, typing.get_args(kind)[1], wanted, f"{path}{name}.{key}.")
+
+
+def _merged(tree: Any, changes: Any) -> Any:
+    """A tree of dicts with the changes of another."""
+    if not isinstance(tree, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    return {**tree, **{name: _merged(tree.get(name), value) for name, value in changes.items()}}

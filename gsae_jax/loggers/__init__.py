@@ -1,4 +1,7 @@
-"""Where metrics go besides `metrics.jsonl`: a file for each logger, whose `open_logger` gives a `Logger`."""
+"""Where metrics go besides `metrics.jsonl`: a file for each logger, whose `open_logger` gives a `Logger`.
+
+A file whose logger needs a package that may be missing names it as `PACKAGE`.
+"""
 
 import dataclasses
 import importlib.util
@@ -62,9 +65,10 @@ def check(names: Iterable[str]) -> None:
     names = list(names)
     check_names(names)
     for name in names:
-        package = module(name).PACKAGE
-        if importlib.util.find_spec(package) is None:
-            message = f"{name!r} needs the package {package}; `pip install '.[{name}]'` first, or leave it out"
+        package = getattr(module(name), "PACKAGE", "")
+        if package and importlib.util.find_spec(package) is None:
+            wanted = package if plugins.is_own(name) else f"'.[{name}]'"
+            message = f"{name!r} needs the package {package}; `pip install {wanted}` first, or leave it out"
             raise UserError(message, "loggers")
         if hasattr(module(name), "check"):
             module(name).check()

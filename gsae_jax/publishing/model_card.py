@@ -177,7 +177,7 @@ def card(
             "for_saelens": next((format for format in ("saelens", "jumprelu") if format in formats), ""),
             "count": len(saes),
             "name": example.name,
-            "architectures": sorted({sae.architecture for sae in saes.values()}),
+            "architectures": sorted({plugins.label(sae.architecture) for sae in saes.values()}),
             "sites": sorted({site for sae in saes.values() for site in sae.sites}),
             "model": model,
             "labels": labels,

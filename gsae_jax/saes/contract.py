@@ -1,9 +1,9 @@
 """What an architecture gives to the rest of the package, and what it gets.
 
-An architecture is one file of `saes/`: pure functions on a dict of arrays, as `Architecture` lists them, and
-`Trainable` where it can be trained here. Its table `PARAMETERS` says of each array over which axis its features lie
-and what it does. Sharding, the optimiser, resampling, the units of a site, loading and export read this table, so that
-nothing outside of `saes/` knows an architecture by its name.
+An architecture is one file, of `saes/` or of a user's own: pure functions on a dict of arrays, as `Architecture` lists
+them, and `Trainable` where it can be trained here. Its table `PARAMETERS` says of each array over which axis its
+features lie and what it does. Sharding, the optimiser, resampling, the units of a site, loading and export read this
+table, so that nothing outside of `saes/` knows an architecture by its name.
 
 A file may also define these functions, for which the functions of the same names in this file are the defaults:
 
@@ -31,6 +31,7 @@ BASELINE = "relu"  # what the report compares the others with
 Params = dict[str, jax.Array]
 # Activations [B, D] of one site; a tuple of them where the Config's d_in (for targets: d_out) is a tuple.
 Activations = Any
+NEEDED = ("Config", "PARAMETERS", "init", "encode", "decode")  # of every architecture
 OWN = ("d_in", "d_out", "width", "dtype")  # fields of a Config that are no options: the experiment sets them
 
 
@@ -124,7 +125,7 @@ WHOLE = Shards()
 
 
 class Architecture(Protocol):
-    """A file of `saes/`."""
+    """A file of `saes/`, or a user's own."""
 
     @property
     def Config(self) -> type[Any]:
@@ -173,21 +174,43 @@ class Trainable(Architecture, Protocol):
         """
 
 
-def module_of(architecture: str) -> Architecture:
-    """The file of `saes/` with the architecture's pure functions."""
-    return cast(Architecture, plugins.load("saes", architecture, having="PARAMETERS"))
+def module_of(architecture: str, having: str = "PARAMETERS") -> Architecture:
+    """The module with the pure functions of an architecture.
+
+    Args:
+        architecture: the name of a file of `saes/`, a dotted path, or the path of a .py file.
+        having: what it must define besides.
+
+    Raises:
+        UserError: there is none, it cannot be imported, or it lacks what every architecture defines.
+    """
+    module = plugins.load("saes", architecture, having)
+    file = plugins.source(module)
+    if missing := [name for name in NEEDED if not hasattr(module, name)]:
+        raise UserError(f"{file} does not define {' and '.join(missing)}")
+    Config, table = module.Config, module.PARAMETERS
+    if not dataclasses.is_dataclass(Config) or not getattr(Config, "__dataclass_params__").frozen:  # noqa: B009
+        raise UserError(f"Config in {file} is not a frozen dataclass; write @dataclasses.dataclass(frozen=True)")
+    fields = {setting.name for setting in dataclasses.fields(Config)}
+    if missing := [name for name in ("d_in", "width", "dtype") if name not in fields]:
+        raise UserError(f"Config in {file} has no field {' and '.join(missing)}")
+    if not isinstance(table, Mapping) or not all(isinstance(entry, Parameter) for entry in table.values()):
+        raise UserError(f"PARAMETERS in {file} is not a dict of contract.Parameter by name")
+    if not any(entry.role is Role.DECODER for entry in table.values()):
+        raise UserError(f"PARAMETERS in {file} has no parameter with Role.DECODER")
+    return cast(Architecture, module)
 
 
 def trainable(architecture: str) -> Trainable:
     """The same for one that can be trained.
 
     Raises:
-        UserError: one that does not exist, or can only be evaluated.
+        UserError: as `module_of`, and for one that can only be evaluated.
     """
     names = plugins.known("saes", having="loss")
     if architecture in set(plugins.known("saes", having="PARAMETERS")) - set(names):
         raise UserError(f"{architecture!r} is for evaluation and cannot be trained; write one of {', '.join(names)}")
-    return cast(Trainable, plugins.load("saes", architecture, having="loss"))
+    return cast(Trainable, module_of(architecture, having="loss"))
 
 
 def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tuple[Trainable, Any]:
@@ -254,6 +277,10 @@ def build_config(
                 if option not in known:
                     raise UserError(f"is not an option of {name!r}; {known_names(option, known)}")
                 values[option] = config_lib.convert(kinds[option], value)
+        for setting in dataclasses.fields(architecture.Config):
+            required = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
+            if required and setting.name not in sizes | values:
+                raise UserError(f"is missing; {name!r} needs a value for it", setting.name)
         return architecture.Config(**sizes, **values)
 
 
@@ -264,10 +291,10 @@ def options(config: Any) -> dict[str, Any]:
 
 
 def variant(architecture: str, config: Any) -> str:
-    """The architecture and its options that are not the default: "gated" or "gated tie_encoder=False"."""
+    """The architecture and its options that are not the default: "gated", "gated tie_encoder=False", "topk.py"."""
     defaults = {setting.name: setting.default for setting in dataclasses.fields(config)}
     changed = [f"{name}={value}" for name, value in options(config).items() if value != defaults[name]]
-    return " ".join([architecture, *changed])
+    return " ".join([plugins.label(architecture), *changed])
 
 
 def converter(source: str, target: str) -> Callable[[Params, Any], Params] | None:

@@ -12,7 +12,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import errors
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.errors import UserError
-from gsae_jax.saes import contract, parameters
+from gsae_jax.saes import checks, contract, parameters
 from gsae_jax.training import optimiser
 
 P = PartitionSpec
@@ -53,9 +53,15 @@ class Stack:
 
     @classmethod
     def build(cls, name: str, config: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> "Stack":
-        """`widths`: of the sites. Raises `UserError` for an unknown architecture, option or combination."""
+        """`widths`: of the sites.
+
+        Raises:
+            UserError: an unknown architecture, option or combination, or an architecture that breaks the contract.
+        """
         with errors.within(f"stacks.{name}"):
             architecture, sae = contract.build(config, widths, dtype)
+            with errors.about("architecture"):
+                checks.check(architecture, sae)
             if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
                 raise UserError(
                     'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',

@@ -1,0 +1,30 @@
+"""From settings to trained SAEs, for notebooks and scripts."""
+
+from typing import Any
+
+from etils import epath
+
+from gsae_jax import sae_loading
+from gsae_jax.saes.trained import SAE
+
+
+def fit(experiment: Any, path: epath.PathLike) -> dict[str, SAE]:
+    """Train an experiment in a directory, write its report there, and return its SAEs by name: `{stack}_{index}`.
+
+    A run that was interrupted continues from its last checkpoint, and a finished one is only loaded.
+
+    Args:
+        experiment: what `gsae_jax.experiment` makes, or takes: the name of an experiment, the path of a config file,
+            nested dicts or a `ConfigDict`.
+        path: the run's directory, which is made if it does not exist.
+
+    Raises:
+        UserError: settings that cannot be used, or a directory that holds another run.
+        TrainingError: numbers that stay not finite, or a full disk.
+        KeyboardInterrupt: training was interrupted; the run is saved, and the same call continues it.
+    """
+    from gsae_jax import train  # not above, as `python -m gsae_jax.train` imports this package first
+
+    if train.run(experiment, path) == train.INTERRUPTED:
+        raise KeyboardInterrupt(f"the run in {path} is saved; the same call continues it")
+    return sae_loading.load(path)
