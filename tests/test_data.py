@@ -597,3 +597,53 @@ def test_the_standard_library_is_held_out_by_file(tmp_path):
     assert b"class JSONDecoder" in (train | test)["json/decoder.py"]
     assert not train.keys() & test.keys()
     assert 0.01 < len(test) / len(train) < 0.1
+
+
+def test_rows_that_begin_with_documents(tmp_path, tokenizer):
+    """As a plain loop over the documents gives them; whole documents are held out, on the same side as in a stream."""
+    documents = [f"document {number}: {'word ' * (number % 19)}end" for number in range(200)]
+    documents.append("".join(f"long {number} " for number in range(1000)) + "end")  # of several pieces
+    lines = [f"\n{text}\n" for text in documents]
+    file = write(tmp_path / "a.txt", lines)
+    config = data_config(tmp_path, path=str(file), separator="<sep>", pack="documents", context_length=16)
+    assert sorted(texts_of(config, "train") + texts_of(config, "test")) == sorted(documents)
+    as_stream = data_config(tmp_path, path=str(file), separator="<sep>")
+    short = set(documents[:-1])
+    for split in ("train", "test"):
+        assert short & {*texts_of(config, split)} == short & {text.strip() for text in texts_of(as_stream, split)}
+    builder, _ = text_corpus.open_corpus(config)
+    texts = [example["text"].decode() for example in builder.as_data_source(split="train")]
+    tokens = [[tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    expected = [row[:16] for row in tokens if len(row) >= 16]
+    assert 20 < len(expected) < len(texts) - 20
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    assert [row.tolist() for row in rows] == expected
+    few = rows_lib.open_rows(config, "train", tokenizer, 45)
+    assert [row.tolist() for row in few] == expected[:3]
+    longer = rows_lib.open_rows(data_config(tmp_path, **vars(config) | {"context_length": 64}), "train", tokenizer, ALL)
+    assert [row.tolist() for row in longer] == [row[:64] for row in tokens if len(row) >= 64]
+    without_bos = data_config(tmp_path, **vars(config) | {"prepend_bos": False, "context_length": 15})
+    assert rows_lib.open_rows(without_bos, "train", tokenizer, ALL)[0].tolist() == expected[0][1:]
+    too_long = data_config(tmp_path, **vars(config) | {"context_length": 20_000})
+    with refused("data.context_length", "20000"):
+        rows_lib.open_rows(too_long, "train", tokenizer, ALL)
+
+
+def test_a_token_without_an_embedding_in_rows_of_documents(tmp_path, tokenizer, documents):
+    """It is refused if a row has it, also in tokens that were kept for another model, but not in what is left out."""
+    tokenizer, d_vocab = with_token(tokenizer)
+    cut = [f"{text} {'word ' * 30} <extra>" for text in documents]
+    config = data_config(tmp_path, path=str(write(tmp_path / "a.jsonl", cut)), field="body", pack="documents")
+    rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
+    kept = [*cut, *(f"<extra> {number} {'word ' * 9}" for number in range(40))]
+    config = data_config(tmp_path, path=str(write(tmp_path / "b.jsonl", kept)), field="body", pack="documents")
+    for prepare in (False, True):
+        if prepare:
+            rows_lib.open_rows(config, "train", tokenizer, ALL)
+        with refused("lm.path", f"'<extra>' with id {d_vocab}", "in a document of "):
+            rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
+
+
+def test_rows_of_documents_cannot_be_held_out_by_position(tmp_path):
+    with refused("pack", "data.held_out"):
+        data_config(tmp_path, pack="documents", held_out="position")

@@ -4,12 +4,21 @@ The tokens of a split lie in one flat file beside the TFDS data, written once pe
 row can be read at random: which row stands where in which batch depends on the seed and the step alone, and a
 position is one integer. Where the TFDS data is in a bucket, the machine has a copy of that file.
 
-Every document is followed by the tokenizer's EOS (BOS where it has no EOS); rows are cut from the stream without
-regard to documents, so several may share a row and see each other. With `data.prepend_bos` each row starts with BOS,
-as language models expect of position 0.
+Every document is followed by the tokenizer's EOS (BOS where it has no EOS). Rows are cut from this stream by
+`data.pack`:
+
+- "stream": one row begins where the row before ends, mostly in the middle of a document. All text is used.
+  Documents of one row see each other behind an EOS, as in the training of most language models.
+- "documents": each row is the beginning of one document, for language models that were trained on one document at a
+  time. The rest of the document is left out, and so are documents that are shorter than a row. So rows have no
+  padding: no compute is spent on it, and no metric has to leave it out. `data.context_length` decides how much is
+  used; a run says how many documents are too short.
+
+With `data.prepend_bos` each row starts with BOS, as language models expect of position 0.
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -186,9 +195,20 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
     source, feature = open_texts(config, split)
     folder = paths.of(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
-    key = config_lib.fingerprint(FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str())
+    width = config.context_length - config.prepend_bos if config.pack == "documents" else None
+    layout = () if width is None else (width,)
+    key = config_lib.fingerprint(
+        FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str(), *layout
+    )
+    text = _Text(source, feature, tokenizer, separator, width, d_vocab)
     with _writable(config):
-        tokens = _cached_tokens(folder / f"tokens-{key}", source, feature, tokenizer, separator, limit, d_vocab)
+        tokens = _cached_tokens(folder / f"tokens-{key}", text, limit)
+    if width and not len(tokens):
+        raise UserError(
+            f"is {config.context_length}, but no document of {name!r} has as many tokens; lower it, or write "
+            "data.pack='stream'",
+            "data.context_length",
+        )
     return TokenRows(tokens, config.context_length, tokenizer.bos_token_id if config.prepend_bos else None, limit)
 
 
@@ -310,16 +330,33 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _cached_tokens(
-    shared: paths.Path,
-    source: Any,
-    feature: str,
-    tokenizer: Any,
-    separator: int,
-    limit: int,
-    d_vocab: int | None = None,
-) -> _TokenFile:
-    """The first `limit` tokens of the source (all, where it has fewer), tokenized unless the folder has as many."""
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """Documents, and how they become tokens.
+
+    Attributes:
+        source: the documents.
+        feature: the name of their text.
+        tokenizer: of the language model.
+        separator: the token that follows each document.
+        width: tokens of each document to take, if it has as many; None to take all tokens of every document.
+        d_vocab: how many tokens the language model has embeddings for, if it is known.
+    """
+
+    source: Any
+    feature: str
+    tokenizer: Any
+    separator: int
+    width: int | None
+    d_vocab: int | None
+
+    def ids(self, examples: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The tokens of documents, without separators."""
+        return _ids(self.tokenizer, [_text(example[self.feature]) for example in examples])
+
+
+def _cached_tokens(shared: paths.Path, text: _Text, limit: int) -> _TokenFile:
+    """The first `limit` tokens of the text (all, where it has fewer), tokenized unless the folder has as many."""
     folder = _on_disk(shared, limit)
     known = _known_tokens(folder, limit)
     if known is None:
@@ -328,30 +365,31 @@ def _cached_tokens(
             if known is None and not shared.local:
                 known = _download_tokens(shared, folder, limit)
             if known is None:
-                known = _write_tokens(folder, source, feature, tokenizer, separator, limit, d_vocab)
+                known = _write_tokens(folder, text, limit)
                 if not shared.local:
                     paths.copy_files(folder, shared, last="meta.json")  # there are as many tokens as it says
     tokens = _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
     # They may have been kept for another language model, which has this tokenizer and more embeddings.
-    if d_vocab is not None and known.get("largest", np.inf) >= d_vocab:
-        _check_kept(tokens, source, feature, tokenizer, separator, d_vocab)
+    if text.d_vocab is not None and known.get("largest", np.inf) >= text.d_vocab:
+        _check_kept(tokens, text, text.d_vocab)
     return tokens
 
 
-def _check_kept(tokens: _TokenFile, source: Any, feature: str, tokenizer: Any, separator: int, d_vocab: int) -> None:
-    """Raises `UserError` for a token that has no embedding, as preparing would."""
-    separators, many = 0, 2**24
+def _check_kept(tokens: _TokenFile, text: _Text, d_vocab: int) -> None:
+    """Raises `UserError` for a token without an embedding, with the document that has it."""
+    separators, many = 0, 2**20
     for start in range(0, len(tokens), many):
         part = tokens[start : start + many]
         if part.max() >= d_vocab:
             first = int(np.argmax(part >= d_vocab))
             token = int(part[first])
-            last = min(separators + int((part[:first] == separator).sum()), len(source) - 1)
-            # The text of a document may have separators as well, so the token may be in an earlier one.
-            examples = (source[number] for number in range(last, -1, -1))
-            example = next(each for each in examples if token in _ids(tokenizer, [_text(each[feature])])[0])
-            raise _no_embedding(tokenizer, token, d_vocab, _where(example, feature))
-        separators += int((part == separator).sum())
+            last = min(separators + int((part[:first] == text.separator).sum()), len(text.source) - 1)
+            # The text of a document may have separators as well, so the token may be in an earlier one. Beginnings of
+            # documents have no separators: then the first document that has the token is named.
+            numbers = range(len(text.source)) if text.width else range(last, -1, -1)
+            example = next(each for each in map(text.source.__getitem__, numbers) if token in text.ids([each])[0])
+            raise _no_embedding(text.tokenizer, token, d_vocab, _where(example, text.feature))
+        separators += int((part == text.separator).sum())
 
 
 def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> UserError:
@@ -405,22 +443,11 @@ def _known_tokens(folder: Path | paths.Path, limit: int) -> dict[str, Any] | Non
         return None
 
 
-def _write_tokens(
-    folder: Path,
-    source: Any,
-    feature: str,
-    tokenizer: Any,
-    separator: int,
-    limit: int,
-    d_vocab: int | None,
-) -> dict[str, Any]:
+def _write_tokens(folder: Path, text: _Text, limit: int) -> dict[str, Any]:
     with writing.whole_folder(folder) as scratch:
-        largest = max(separator, *tokenizer.get_vocab().values())
+        largest = max(text.separator, *text.tokenizer.get_vocab().values())
         dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
-        count, largest, complete = _tokenize(
-            scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit, d_vocab
-        )
-        known = {"tokens": count, "complete": complete, "dtype": dtype.name, "largest": largest}
+        known = _tokenize(scratch / "tokens.bin", dtype, text, limit)
         (scratch / "meta.json").write_text(json.dumps(known))
         return known
 
@@ -436,30 +463,42 @@ def _download_tokens(shared: paths.Path, folder: Path, limit: int) -> dict[str, 
     return known
 
 
-def _tokenize(
-    path: Path,
-    dtype: np.dtype,
-    source: Any,
-    feature: str,
-    tokenizer: Any,
-    separator: int,
-    limit: int,
-    d_vocab: int | None,
-) -> tuple[int, int, bool]:
-    """Write tokens until `limit`; returns their count, the largest of them, and whether the source ended."""
-    count, largest, chunk = 0, separator, 256
+def _tokenize(path: Path, dtype: np.dtype, text: _Text, limit: int) -> dict[str, Any]:
+    """Write tokens until there are `limit`, and return what `meta.json` says of them.
+
+    Returns:
+        tokens: how many are in the file.
+        complete: whether they are from all documents.
+        dtype: of the file.
+        largest: the largest token.
+        documents: how many documents were tokenized.
+        read: how many tokens they have, with separators. There are fewer in the file if it has beginnings only.
+    """
+    count, read, largest, chunk = 0, 0, text.separator, 256
     with open(path, "wb") as file:
-        for start in range(0, len(source), chunk):
-            examples = source.__getitems__(range(start, min(start + chunk, len(source))))
-            encoded = _ids(tokenizer, [_text(example[feature]) for example in examples])
-            for example, ids in zip(examples, encoded, strict=True):
-                most = max(ids, default=0)
-                if d_vocab is not None and most >= d_vocab:
-                    raise _no_embedding(tokenizer, most, d_vocab, _where(example, feature))
+        for start in range(0, len(text.source), chunk):
+            examples = text.source.__getitems__(range(start, min(start + chunk, len(text.source))))
+            parts = []
+            for example, ids in zip(examples, text.ids(examples), strict=True):
+                part = [*ids, text.separator]
+                read += len(part)
+                if text.width:
+                    part = part[: text.width] if len(part) >= text.width else []
+                most = max(part[: len(ids)], default=0)
+                if text.d_vocab is not None and most >= text.d_vocab:
+                    raise _no_embedding(text.tokenizer, most, text.d_vocab, _where(example, text.feature))
                 largest = max(largest, most)
-            tokens = np.concatenate([np.array([*ids, separator], dtype) for ids in encoded])
-            tokens.tofile(file)
-            count += len(tokens)
+                count += len(part)
+                parts.append(np.array(part, dtype))
+            np.concatenate(parts).tofile(file)
             if count >= limit:
-                return count, largest, start + chunk >= len(source)
-    return count, largest, True
+                break
+    documents = min(start + chunk, len(text.source)) if len(text.source) else 0
+    return {
+        "tokens": count,
+        "complete": documents == len(text.source),
+        "dtype": dtype.name,
+        "largest": largest,
+        "documents": documents,
+        "read": read,
+    }
