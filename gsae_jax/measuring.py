@@ -22,7 +22,7 @@ from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
 from gsae_jax.storage import metrics_log, paths, run_directory, writing
-from gsae_jax.storage.facts import Facts
+from gsae_jax.storage.facts import Facts, Text
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,9 @@ def evaluate(
         step = workdir.sound_step(("params", "facts"), step)
         saes = sae_loading.load(path, mesh, step)
     training = metrics_log.read_metrics(workdir)
+    text = None
     if step is not None:
+        text = workdir.facts(step).text
         with errors.about("--model" if model else "lm.path", revision="lm.revision"):
             _check_inputs(workdir, workdir.facts(step), run, settings)
     targets = {}
@@ -79,7 +81,7 @@ def evaluate(
         stack = run.stacks[sae.stack]
         if stack.target_l0:
             targets[sae.name] = stack.target_l0[sae.index if len(stack.target_l0) > 1 else 0]
-    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points, model), training, step, targets)
+    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points, model), training, step, targets, text)
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
@@ -289,6 +291,7 @@ def _write(
     training: Sequence[dict[str, Any]] = (),
     step: int | None = None,
     targets: Mapping[str, float] = MappingProxyType({}),
+    text: Text | None = None,
 ) -> str:
     """Measure SAEs and write their report, with warnings of what is wrong with them; returns the table."""
     ito, points = wanted.ito, wanted.points
@@ -309,7 +312,7 @@ def _write(
     gates = report.gates(saes)
     if processes.first():
         try:
-            report.write(folder, step, records, sums, list(training), gates, points)
+            report.write(folder, step, records, sums, list(training), gates, points, text)
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"

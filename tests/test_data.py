@@ -18,6 +18,7 @@ from absl import logging
 
 from gsae_jax import config as config_lib
 from gsae_jax.data import files as files_lib
+from gsae_jax.data import progress
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.data.corpora import text as text_corpus
 from gsae_jax.lms import loading
@@ -647,3 +648,48 @@ def test_a_token_without_an_embedding_in_rows_of_documents(tmp_path, tokenizer, 
 def test_rows_of_documents_cannot_be_held_out_by_position(tmp_path):
     with refused("pack", "data.held_out"):
         data_config(tmp_path, pack="documents", held_out="position")
+
+
+def test_how_much_text_there_is(tmp_path, tokenizer, monkeypatch):
+    """Counted where all of it was tokenized, estimated where a run needs a part, unknown where it was not counted."""
+    documents = [f"document {number}: {'word ' * (number % 19)}end" for number in range(2000)]
+    config = data_config(tmp_path, path=str(write(tmp_path / "a.jsonl", documents)), field="body")
+    part = rows_lib.open_rows(config, "train", tokenizer, 1000).extent
+    for meta in (tmp_path / "tfds").glob("**/meta.json"):  # as earlier versions wrote it
+        kept = json.loads(meta.read_text())
+        assert not kept.pop("complete")
+        meta.write_text(json.dumps({name: kept[name] for name in ("tokens", "dtype", "largest")} | {"complete": False}))
+    unknown = rows_lib.open_rows(config, "train", tokenizer, 1000).extent
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    texts = texts_of(config, "train")
+    tokens = sum(1 + len(tokenizer(text)["input_ids"]) for text in texts)
+    assert (rows.extent.texts, rows.extent.documents) == (len(texts), 2000)
+    assert (rows.extent.tokens, rows.extent.rows, rows.extent.is_estimate) == (tokens, tokens // 7, False)
+    assert (unknown.tokens, unknown.rows, unknown.is_estimate) == (None, None, True)
+    assert part.is_estimate
+    assert part.tokens == pytest.approx(tokens, rel=0.1)
+    assert part.rows == pytest.approx(tokens // 7, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_long_preparation_shows_a_bar_on_a_terminal(tmp_path, tokenizer, documents, name, monkeypatch, capsys):
+    """Once, up to its end; a log file gets lines only."""
+    config = data_config(tmp_path, path=str(write(tmp_path / name, documents)), field="body", separator="<sep>")
+    assert progress.DELAY > 0
+    monkeypatch.setattr(progress, "DELAY", 0)
+    rows_lib.open_rows(config, "train", tokenizer, 100)
+    output = capsys.readouterr()
+    assert not output.err
+    assert f"preparing the text ({os.path.getsize(config.path) / 1e6:,.1f} MB of files) in {tmp_path}" in output.out
+    assert "tokenizing " in output.out
+    rows_lib.open_rows(config, "train", tokenizer, 100)
+    assert not capsys.readouterr().out
+    bars = []
+    make = progress.bar
+    monkeypatch.setattr(progress, "bar", lambda *args: bars.append(make(*args)) or bars[-1])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    elsewhere = data_config(tmp_path, **vars(config) | {"data_dir": str(tmp_path / "other")})
+    rows_lib.open_rows(elsewhere, "train", tokenizer, ALL)
+    assert "preparing the text: " in (shown := capsys.readouterr().err)
+    assert "tokenizing the text: " in shown
+    assert [bar.n == bar.total for bar in bars] == [True, True]

@@ -39,6 +39,7 @@ from absl import logging as absl_logging
 
 from gsae_jax import config as config_lib
 from gsae_jax import errors, plugins
+from gsae_jax.data import progress
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import paths, reading, writing
 
@@ -56,8 +57,10 @@ class _TokenFile:
         TrainingError: it cannot be read, also not after a while.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, count: int):
-        self._path, self._dtype, self._count = path, dtype, count
+    def __init__(self, path: Path, known: dict[str, Any]):
+        """`known`: what `_tokenize` says of the file."""
+        self.known = known
+        self._path, self._dtype, self._count = path, np.dtype(known["dtype"]), known["tokens"]
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
@@ -87,12 +90,35 @@ class _TokenFile:
         ) from reason
 
 
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much text a split has, also beyond the tokens that a run needs.
+
+    Attributes:
+        texts: how many its data set has. The corpus `text` divides long documents into several, by what is held out.
+        documents: how many documents all splits come from, where the corpus has counted them.
+        bytes: of the split on disk; 0 where TFDS does not know it.
+        tokens: of all its texts, with separators; None where earlier versions did not count what this needs.
+        rows: how many rows all its texts give; also None then.
+        is_estimate: tokens and rows are estimated from the texts that were tokenized.
+    """
+
+    texts: int
+    documents: int | None
+    bytes: int
+    tokens: int | None
+    rows: int | None
+    is_estimate: bool
+
+
 class TokenRows:
     """A random-access source of rows [T] of int32 over a flat array of tokens."""
 
-    def __init__(self, tokens: np.ndarray | _TokenFile, context_length: int, bos: int | None, limit: int | None = None):
-        """`limit`: use only the rows that the first so many tokens give."""
-        self._tokens, self._bos = tokens, bos
+    def __init__(
+        self, tokens: _TokenFile, context_length: int, bos: int | None, limit: int | None, source: Any, split: str
+    ):
+        """Rows of the first `limit` tokens, which are from the texts of `source`, a TFDS split of this name."""
+        self._tokens, self._bos, self._source, self._split = tokens, bos, source, split
         self._stride = context_length - (bos is not None)
         self._rows = (len(tokens) if limit is None else min(limit, len(tokens))) // self._stride
 
@@ -104,6 +130,21 @@ class TokenRows:
         """A name for the rows: their number, their layout and a sample of their tokens."""
         sample = self._tokens[: self._rows * self._stride : max(1, self._rows * self._stride // 2**16)]
         return config_lib.fingerprint(self._rows, self._stride, self._bos, np.asarray(sample).tolist())
+
+    @property
+    def extent(self) -> Extent:
+        """How much text the whole split has."""
+        known, info, texts = self._tokens.known, self._source.dataset_info, len(self._source)
+        tokenized = texts if known["complete"] else known.get("documents")
+        times = max(texts, 1) / max(tokenized, 1) if tokenized is not None else None
+        return Extent(
+            texts=texts,
+            documents=(info.metadata or {}).get("documents"),
+            bytes=info.splits[self._split].num_bytes,
+            tokens=None if times is None else round(times * known.get("read", known["tokens"])),
+            rows=None if times is None else round(times * (known["tokens"] // self._stride)),
+            is_estimate=not known["complete"],
+        )
 
     def __getitem__(self, row: int) -> np.ndarray:
         row = range(self._rows)[row]
@@ -141,10 +182,9 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     with errors.about("data.data_dir"):
         paths.check_readable(where)
     builder, feature = corpus(config).open_corpus(config)
-    # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
     prepared = False
-    with contextlib.redirect_stdout(io.StringIO()), _writable(config):
+    with _writable(config):
         if not builder.is_prepared():
             folder = paths.of(builder.data_dir).local
             if folder is None:
@@ -156,7 +196,16 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
                 )
             with _alone(folder):
                 builder, feature = corpus(config).open_corpus(config)  # another process may have prepared it meanwhile
-                builder.download_and_prepare()
+                size = getattr(builder, "file_bytes", None)
+                logger.info(
+                    f"preparing the text{f' ({_megabytes(size)} of files)' if size else ''} in {folder}; other runs on "
+                    "the same text will read it from there"
+                )
+                with progress.bar("preparing the text", getattr(builder, "bytes_to_read", None), "B") as bar:
+                    if hasattr(builder, "on_bytes_read"):
+                        builder.on_bytes_read = bar.update
+                    with contextlib.redirect_stdout(io.StringIO()):  # it prints its paths
+                        builder.download_and_prepare()
             prepared = True
     if prepared or split == "train":
         for remark in getattr(builder, "remarks", list)():
@@ -209,7 +258,8 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
             "data.pack='stream'",
             "data.context_length",
         )
-    return TokenRows(tokens, config.context_length, tokenizer.bos_token_id if config.prepend_bos else None, limit)
+    bos = tokenizer.bos_token_id if config.prepend_bos else None
+    return TokenRows(tokens, config.context_length, bos, limit, source, name)
 
 
 def batches(
@@ -368,7 +418,7 @@ def _cached_tokens(shared: paths.Path, text: _Text, limit: int) -> _TokenFile:
                 known = _write_tokens(folder, text, limit)
                 if not shared.local:
                     paths.copy_files(folder, shared, last="meta.json")  # there are as many tokens as it says
-    tokens = _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
+    tokens = _TokenFile(folder / "tokens.bin", known)
     # They may have been kept for another language model, which has this tokenizer and more embeddings.
     if text.d_vocab is not None and known.get("largest", np.inf) >= text.d_vocab:
         _check_kept(tokens, text, text.d_vocab)
@@ -405,6 +455,10 @@ def _where(example: dict[str, Any], feature: str) -> str:
     text = _text(example[feature])
     path = f" of {_text(example['path'])}" if "path" in example else ""
     return f"is in a document{path} that begins {text[:40]!r}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _text(value: Any) -> str:
@@ -444,6 +498,7 @@ def _known_tokens(folder: Path | paths.Path, limit: int) -> dict[str, Any] | Non
 
 
 def _write_tokens(folder: Path, text: _Text, limit: int) -> dict[str, Any]:
+    logger.info(f"tokenizing {len(text.source):,} texts; the tokens go to {folder}")
     with writing.whole_folder(folder) as scratch:
         largest = max(text.separator, *text.tokenizer.get_vocab().values())
         dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
@@ -474,10 +529,12 @@ def _tokenize(path: Path, dtype: np.dtype, text: _Text, limit: int) -> dict[str,
         documents: how many documents were tokenized.
         read: how many tokens they have, with separators. There are fewer in the file if it has beginnings only.
     """
-    count, read, largest, chunk = 0, 0, text.separator, 256
-    with open(path, "wb") as file:
-        for start in range(0, len(text.source), chunk):
-            examples = text.source.__getitems__(range(start, min(start + chunk, len(text.source))))
+    count, read, documents, largest = 0, 0, 0, text.separator
+    texts, chunk = len(text.source), 256
+    with open(path, "wb") as file, progress.bar("tokenizing the text", None, " tokens") as bar:
+        for start in range(0, texts, chunk):
+            documents = min(start + chunk, texts)
+            examples = text.source.__getitems__(range(start, documents))
             parts = []
             for example, ids in zip(examples, text.ids(examples), strict=True):
                 part = [*ids, text.separator]
@@ -491,12 +548,13 @@ def _tokenize(path: Path, dtype: np.dtype, text: _Text, limit: int) -> dict[str,
                 count += len(part)
                 parts.append(np.array(part, dtype))
             np.concatenate(parts).tofile(file)
+            bar.total = min(limit, count * texts // documents)
+            bar.update(count - bar.n)
             if count >= limit:
                 break
-    documents = min(start + chunk, len(text.source)) if len(text.source) else 0
     return {
         "tokens": count,
-        "complete": documents == len(text.source),
+        "complete": documents == texts,
         "dtype": dtype.name,
         "largest": largest,
         "documents": documents,

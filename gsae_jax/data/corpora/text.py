@@ -10,7 +10,7 @@ document are left out, as separators often stand on lines of their own.
 import array
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
             self._files = {file: stamp for file, stamp in self._files.items() if Path(file).suffix in BEFORE}
         self._piece = None if config.pack == "documents" else PIECE
         self._reader = files.Reader(config.field, config.separator, config.on_bad_row == "skip", self._before)
+        self.file_bytes = sum(size for size, _ in self._files.values())
+        self.bytes_to_read = self.file_bytes * (2 if self._before else 3)  # the survey, and each side
+        self.on_bytes_read: Callable[[int], Any] = lambda count: None
         self._limit = 2**64 // HELD_OUT  # text with a lower hash is held out
         stamps = [(file, *stamp) for file, stamp in self._files.items()]
         new = () if self._before and config.on_bad_row == "error" else (config.held_out, config.on_bad_row)
@@ -100,8 +103,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
     def _every_twentieth(self, test: bool) -> Iterator[tuple[int, dict[str, str]]]:
         """The split of earlier versions: by position, in pieces whose length depends on the files' sizes."""
-        size = sum(size for size, _ in self._files.values())
-        characters = min(100_000, max(2_000, size // (4 * HELD_OUT)))
+        characters = min(100_000, max(2_000, self.file_bytes // (4 * HELD_OUT)))
         pieces = ((file, piece) for file, document in self._documents() for piece in _pieces(document, characters))
         index = -1
         for index, (file, piece) in enumerate(pieces):
@@ -114,9 +116,14 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
             )
 
     def _documents(self) -> Iterator[tuple[str, str]]:
-        for file in self._files:
+        for file, (size, _) in self._files.items():
+            before = 0
             for document in self._reader.documents(file):
+                position = self._reader.position()
+                self.on_bytes_read(position - before)
+                before = position
                 yield file, document
+            self.on_bytes_read(size - before)
 
     def remarks(self) -> list[str]:
         """Sentences about the prepared text: which files were read, and what was left out."""
@@ -126,9 +133,9 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
             remarks.append(
                 f"text: {len(self._files):,} of {total:,} files are read; left out: {files.counted(self._left_out)}"
             )
-        if counts := dict(self.info.metadata or {}):
-            train, test = (self.info.splits[split].num_bytes for split in ("train", "test"))
-            remarks.append(f"text: {_about(counts)}; {test / (train + test):.1%} of it is held out")
+        counts = dict(self.info.metadata or {})
+        if any(counts.get(name) for name in ("copies", "blank", "bad_rows")):
+            remarks.append(f"text: {_about(counts)}")
         return remarks
 
 
