@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -296,7 +295,7 @@ class _Run:
 
     training: Sequence[dict[str, Any]] = ()
     step: int | None = None
-    targets: Mapping[str, float] = MappingProxyType({})
+    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     text: Text | None = None
 
 
