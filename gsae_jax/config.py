@@ -69,6 +69,9 @@ class Data:
     data_dir: str = setting("", "Directory of prepared data; '' = the default of TFDS, ~/tensorflow_datasets.")
     context_length: int = setting(128, "Tokens in a row, BOS included.")
     prepend_bos: bool = setting(True, "Whether every row begins with BOS.")
+    pack: Literal["stream", "documents"] = setting(
+        "stream", "stream: rows are cut from one stream of all text; documents: each row begins a document.", SAME
+    )
     held_out: Literal["hash", "position"] = setting(
         "hash", "text: a hash of the text decides what is held out, or its position.", earlier="position"
     )
@@ -79,6 +82,11 @@ class Data:
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", plugins.absolute(self.corpus))
         _at_least("context_length", self.context_length, 2)
+        if self.pack == "documents" and self.corpus == "text" and self.held_out == "position":
+            raise UserError(
+                "is 'documents', but data.held_out='position' divides them; write data.held_out='hash', or 'stream'",
+                "pack",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
 from gsae_jax.storage import metrics_log, paths, run_directory, writing
-from gsae_jax.storage.facts import Facts
+from gsae_jax.storage.facts import Facts, Text
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,9 @@ def evaluate(
         step = workdir.sound_step(("params", "facts"), step)
         saes = sae_loading.load(path, mesh, step)
     training = metrics_log.read_metrics(workdir)
+    text = None
     if step is not None:
+        text = workdir.facts(step).text
         with errors.about("--model" if model else "lm.path", revision="lm.revision"):
             _check_inputs(workdir, workdir.facts(step), run, settings)
     targets = {}
@@ -79,7 +80,8 @@ def evaluate(
         stack = run.stacks[sae.stack]
         if stack.target_l0:
             targets[sae.name] = stack.target_l0[sae.index if len(stack.target_l0) > 1 else 0]
-    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points, model), training, step, targets)
+    about_run = _Run(training, step, targets, text)
+    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points, model), about_run)
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
@@ -280,15 +282,30 @@ class _Wanted:
     model: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is known of the run whose SAEs are measured, if they are a run's.
+
+    Attributes:
+        training: the lines of its metrics.
+        step: of the checkpoint.
+        targets: `target_l0` of SAEs that have one, by name.
+        text: what it was trained on.
+    """
+
+    training: Sequence[dict[str, Any]] = ()
+    step: int | None = None
+    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    text: Text | None = None
+
+
 def _write(
     folder: epath.Path,
     saes: dict[str, trained.SAE],
     settings: HeldOut,
     mesh: jax.sharding.Mesh,
     wanted: "_Wanted",
-    training: Sequence[dict[str, Any]] = (),
-    step: int | None = None,
-    targets: Mapping[str, float] = MappingProxyType({}),
+    run: _Run = _Run(),
 ) -> str:
     """Measure SAEs and write their report, with warnings of what is wrong with them; returns the table."""
     ito, points = wanted.ito, wanted.points
@@ -305,11 +322,11 @@ def _write(
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
-    records = report.rows(Path(model).name, saes, sums, targets, ito)
+    records = report.rows(Path(model).name, saes, sums, run.targets, ito)
     gates = report.gates(saes)
     if processes.first():
         try:
-            report.write(folder, step, records, sums, list(training), gates, points)
+            report.write(folder, run.step, records, sums, list(run.training), gates, points, run.text)
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"

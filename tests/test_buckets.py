@@ -230,12 +230,12 @@ def test_tokens_of_a_bucket_are_copied_to_the_machine(bucket, tmp_path, text_dir
     source, feature = rows_lib.open_texts(data_config(tmp_path, path=str(text_dir), separator="\n"), "train")
     tokenized = []
     real = rows_lib._tokenize
-    monkeypatch.setattr(rows_lib, "_tokenize", lambda *args: tokenized.append(args[-2]) or real(*args))
+    monkeypatch.setattr(rows_lib, "_tokenize", lambda *args: tokenized.append(args[-1]) or real(*args))
 
     def on_machine(name, limit):
         monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / name))
         shared = paths.of("gs://bucket/data/tokens-1")
-        return rows_lib._cached_tokens(shared, source, feature, tokenizer, 0, limit)[:]
+        return rows_lib._cached_tokens(shared, rows_lib._Text(source, feature, tokenizer, 0, None, None), limit)[:]
 
     first = on_machine("first", 1000)
     np.testing.assert_array_equal(on_machine("second", 500), first)

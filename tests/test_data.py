@@ -19,6 +19,7 @@ from absl import logging
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax.data import files as files_lib
+from gsae_jax.data import progress
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.data.corpora import text as text_corpus
 from gsae_jax.lms import loading
@@ -615,3 +616,98 @@ def test_the_held_out_tokens_of_a_run(experiment, tmp_path):
         gsae_jax.held_out(tmp_path / "run", 0)
     with refused("run", "holds no run"):
         gsae_jax.held_out(tmp_path)
+
+
+def test_rows_that_begin_with_documents(tmp_path, tokenizer):
+    """As a plain loop over the documents gives them; whole documents are held out, on the same side as in a stream."""
+    documents = [f"document {number}: {'word ' * (number % 19)}end" for number in range(200)]
+    documents.append("".join(f"long {number} " for number in range(1000)) + "end")  # of several pieces
+    lines = [f"\n{text}\n" for text in documents]
+    file = write(tmp_path / "a.txt", lines)
+    config = data_config(tmp_path, path=str(file), separator="<sep>", pack="documents", context_length=16)
+    assert sorted(texts_of(config, "train") + texts_of(config, "test")) == sorted(documents)
+    as_stream = data_config(tmp_path, path=str(file), separator="<sep>")
+    short = set(documents[:-1])
+    for split in ("train", "test"):
+        assert short & {*texts_of(config, split)} == short & {text.strip() for text in texts_of(as_stream, split)}
+    builder, _ = text_corpus.open_corpus(config)
+    texts = [example["text"].decode() for example in builder.as_data_source(split="train")]
+    tokens = [[tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    expected = [row[:16] for row in tokens if len(row) >= 16]
+    assert 20 < len(expected) < len(texts) - 20
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    assert [row.tolist() for row in rows] == expected
+    few = rows_lib.open_rows(config, "train", tokenizer, 45)
+    assert [row.tolist() for row in few] == expected[:3]
+    longer = rows_lib.open_rows(data_config(tmp_path, **vars(config) | {"context_length": 64}), "train", tokenizer, ALL)
+    assert [row.tolist() for row in longer] == [row[:64] for row in tokens if len(row) >= 64]
+    without_bos = data_config(tmp_path, **vars(config) | {"prepend_bos": False, "context_length": 15})
+    assert rows_lib.open_rows(without_bos, "train", tokenizer, ALL)[0].tolist() == expected[0][1:]
+    too_long = data_config(tmp_path, **vars(config) | {"context_length": 20_000})
+    with refused("data.context_length", "20000"):
+        rows_lib.open_rows(too_long, "train", tokenizer, ALL)
+
+
+def test_a_token_without_an_embedding_in_rows_of_documents(tmp_path, tokenizer, documents):
+    """It is refused if a row has it, also in tokens that were kept for another model, but not in what is left out."""
+    tokenizer, d_vocab = with_token(tokenizer)
+    cut = [f"{text} {'word ' * 30} <extra>" for text in documents]
+    config = data_config(tmp_path, path=str(write(tmp_path / "a.jsonl", cut)), field="body", pack="documents")
+    rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
+    kept = [*cut, *(f"<extra> {number} {'word ' * 9}" for number in range(40))]
+    config = data_config(tmp_path, path=str(write(tmp_path / "b.jsonl", kept)), field="body", pack="documents")
+    for prepare in (False, True):
+        if prepare:
+            rows_lib.open_rows(config, "train", tokenizer, ALL)
+        with refused("lm.path", f"'<extra>' with id {d_vocab}", "in a document of "):
+            rows_lib.open_rows(config, "train", tokenizer, ALL, d_vocab)
+
+
+def test_rows_of_documents_cannot_be_held_out_by_position(tmp_path):
+    with refused("pack", "data.held_out"):
+        data_config(tmp_path, pack="documents", held_out="position")
+
+
+def test_how_much_text_there_is(tmp_path, tokenizer, monkeypatch):
+    """Counted where all of it was tokenized, estimated where a run needs a part, unknown where it was not counted."""
+    documents = [f"document {number}: {'word ' * (number % 19)}end" for number in range(2000)]
+    config = data_config(tmp_path, path=str(write(tmp_path / "a.jsonl", documents)), field="body")
+    part = rows_lib.open_rows(config, "train", tokenizer, 1000).extent
+    for meta in (tmp_path / "tfds").glob("**/meta.json"):  # as earlier versions wrote it
+        kept = json.loads(meta.read_text())
+        assert not kept.pop("complete")
+        meta.write_text(json.dumps({name: kept[name] for name in ("tokens", "dtype", "largest")} | {"complete": False}))
+    unknown = rows_lib.open_rows(config, "train", tokenizer, 1000).extent
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    texts = texts_of(config, "train")
+    tokens = sum(1 + len(tokenizer(text)["input_ids"]) for text in texts)
+    assert (rows.extent.texts, rows.extent.documents) == (len(texts), 2000)
+    assert (rows.extent.tokens, rows.extent.rows, rows.extent.is_estimate) == (tokens, tokens // 7, False)
+    assert (unknown.tokens, unknown.rows, unknown.is_estimate) == (None, None, True)
+    assert part.is_estimate
+    assert part.tokens == pytest.approx(tokens, rel=0.1)
+    assert part.rows == pytest.approx(tokens // 7, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_long_preparation_shows_a_bar_on_a_terminal(tmp_path, tokenizer, documents, name, monkeypatch, capsys):
+    """Once, up to its end; a log file gets lines only."""
+    config = data_config(tmp_path, path=str(write(tmp_path / name, documents)), field="body", separator="<sep>")
+    assert progress.DELAY > 0
+    monkeypatch.setattr(progress, "DELAY", 0)
+    rows_lib.open_rows(config, "train", tokenizer, 100)
+    output = capsys.readouterr()
+    assert not output.err
+    assert f"preparing the text ({os.path.getsize(config.path) / 1e6:,.1f} MB of files) in {tmp_path}" in output.out
+    assert "tokenizing " in output.out
+    rows_lib.open_rows(config, "train", tokenizer, 100)
+    assert not capsys.readouterr().out
+    bars = []
+    make = progress.bar
+    monkeypatch.setattr(progress, "bar", lambda *args: bars.append(make(*args)) or bars[-1])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    elsewhere = data_config(tmp_path, **vars(config) | {"data_dir": str(tmp_path / "other")})
+    rows_lib.open_rows(elsewhere, "train", tokenizer, ALL)
+    assert "preparing the text: " in (shown := capsys.readouterr().err)
+    assert "tokenizing the text: " in shown
+    assert [bar.n == bar.total for bar in bars] == [True, True]

@@ -9,7 +9,7 @@ import pwd
 import pytest
 
 from gsae_jax.storage import paths, reading, writing
-from gsae_jax.storage.facts import Facts
+from gsae_jax.storage.facts import Facts, Text
 from tests.refusals import refused
 
 
@@ -170,3 +170,16 @@ def test_facts_of_another_run_are_refused(experiment):
     for change in ({"widths": {}}, {"scales": {}}, {"means": {}}, {"l1_coefficients": {"gated": [0.1]}}):
         with pytest.raises(ValueError, match=next(iter(change))):
             dataclasses.replace(facts, **change).check(experiment)
+
+
+def test_the_facts_of_a_text():
+    text = Text(5, 0.05, None, True, 2**40, None)
+    facts = Facts("rows", text=text)
+    tree = json.loads(json.dumps(facts.to_json(), allow_nan=False))
+    assert Facts.from_json(tree) == facts
+    assert Facts.from_json(tree | {"text": None}).text is None  # as in earlier checkpoints
+    assert "5 documents" in str(text)
+    assert "passes" not in str(text)
+    for field, value in (("documents", 1.5), ("held_out", None), ("passes", "x"), ("is_estimate", 1), ("tokens", -1)):
+        with pytest.raises(ValueError, match=f"text.{field}"):
+            Facts.from_json(tree | {"text": tree["text"] | {field: value}})

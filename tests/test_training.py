@@ -531,3 +531,30 @@ def test_workdirs_that_cannot_be_used(experiment, tmp_path, monkeypatch):
     with refused("--workdir", f"{tmp_path} is not writable"):
         loop.train(experiment, tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_a_run_says_what_it_reads(config_dict, tmp_path, text_dir, pack, capsys):
+    """In a line when it begins, in the facts of its checkpoints, and in the report."""
+    (tmp_path / "lines.txt").write_text("\n".join((text_dir / name).read_text() for name in ("a.txt", "b.md")))
+    config_dict.data.path, config_dict.data.separator = str(tmp_path / "lines.txt"), "\n"
+    config_dict.data.data_dir, config_dict.data.pack = str(tmp_path / "tfds"), pack
+    config_dict.data.context_length = 8
+    experiment = config_lib.from_dict(config_lib.Experiment, config_dict)
+    assert loop.train(experiment, tmp_path / "run")
+    workdir = run_directory.Workdir(tmp_path / "run")
+    text = workdir.facts(workdir.latest_step()).text
+    read = 16 * 64 + 1024 + 8 * 64
+    assert (text.documents, text.tokens_read, text.is_estimate) == (10_000, read, True)
+    assert text.tokens == pytest.approx(130_000, rel=0.1)
+    assert text.held_out == pytest.approx(0.05, abs=0.02)
+    # A row of 8 has BOS and 7 of the text's tokens; with "documents", a document has one row.
+    rows = text.tokens / 7 if pack == "stream" else 9_500
+    assert text.passes == pytest.approx(read / 8 / rows, rel=0.1)
+    assert text.too_short == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "this run reads" in line)
+    assert "10,000 documents" in line
+    assert f"{read:,} tokens" in line
+    evaluate(tmp_path / "run", tokens=512)
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert report["text"] == dataclasses.asdict(text)

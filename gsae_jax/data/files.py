@@ -229,6 +229,7 @@ class Reader:
         as_before: keep byte order marks, and blank documents except those of text files, as earlier versions did.
         blank, bad_rows: how many documents were blank, and how many rows had no text.
         first_bad_row: what was wrong with the first such row.
+        position: gives how many bytes of the current file were read; always 0 for .parquet, as `int()` is.
     """
 
     field: str
@@ -238,6 +239,7 @@ class Reader:
     blank: int = 0
     bad_rows: int = 0
     first_bad_row: str = ""
+    position: Callable[[], int] = int
 
     def documents(self, file: str) -> Iterator[str]:
         """The documents of one file.
@@ -262,7 +264,7 @@ class Reader:
     def _texts(self, file: str) -> Iterator[str]:
         kind, packing = kind_of(file)
         try:
-            with _opened(file, kind, packing) as binary:
+            with _opened(file, kind, packing) as (binary, self.position):
                 if kind == ".parquet":
                     rows = self._table_rows(file, binary)
                 else:
@@ -487,10 +489,11 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _opened(file: str, kind: str, packing: str) -> Iterator[Any]:
-    """The bytes of a file, unpacked."""
+def _opened(file: str, kind: str, packing: str) -> Iterator[tuple[Any, Callable[[], int]]]:
+    """The bytes of a file, unpacked, and how many of them were read before they were unpacked."""
     with contextlib.ExitStack() as stack:
         binary: Any = stack.enter_context(epath.Path(file).open("rb"))
+        position = int if kind == ".parquet" else binary.tell  # a table is not read from its beginning to its end
         if packing:
             bound = SMALL + RATIO * paths.of(file).size()
             raw = stack.enter_context(_Unpacked(file, PACKED[packing](binary), bound))
@@ -501,4 +504,4 @@ def _opened(file: str, kind: str, packing: str) -> Iterator[Any]:
                     unpacked.write(content)
                 unpacked.seek(0)
                 binary = unpacked
-        yield binary
+        yield binary, position

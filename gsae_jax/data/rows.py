@@ -4,12 +4,21 @@ The tokens of a split lie in one flat file beside the TFDS data, written once pe
 row can be read at random: which row stands where in which batch depends on the seed and the step alone, and a
 position is one integer. Where the TFDS data is in a bucket, the machine has a copy of that file.
 
-Every document is followed by the tokenizer's EOS (BOS where it has no EOS); rows are cut from the stream without
-regard to documents, so several may share a row and see each other. With `data.prepend_bos` each row starts with BOS,
-as language models expect of position 0.
+Every document is followed by the tokenizer's EOS (BOS where it has no EOS). Rows are cut from this stream by
+`data.pack`:
+
+- "stream": one row begins where the row before ends, mostly in the middle of a document. All text is used.
+  Documents of one row see each other behind an EOS, as in the training of most language models.
+- "documents": each row is the beginning of one document, for language models that were trained on one document at a
+  time. The rest of the document is left out, and so are documents that are shorter than a row. So rows have no
+  padding: no compute is spent on it, and no metric has to leave it out. `data.context_length` decides how much is
+  used; a run says how many documents are too short.
+
+With `data.prepend_bos` each row starts with BOS, as language models expect of position 0.
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -30,6 +39,7 @@ from absl import logging as absl_logging
 
 from gsae_jax import config as config_lib
 from gsae_jax import errors, plugins
+from gsae_jax.data import progress
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import paths, reading, writing
 
@@ -47,8 +57,10 @@ class _TokenFile:
         TrainingError: it cannot be read, also not after a while.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, count: int):
-        self._path, self._dtype, self._count = path, dtype, count
+    def __init__(self, path: Path, known: dict[str, Any]):
+        """`known`: what `_tokenize` says of the file."""
+        self.known = known
+        self._path, self._dtype, self._count = path, np.dtype(known["dtype"]), known["tokens"]
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
@@ -78,12 +90,35 @@ class _TokenFile:
         ) from reason
 
 
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much text a split has, also beyond the tokens that a run needs.
+
+    Attributes:
+        texts: how many its data set has. The corpus `text` divides long documents into several, by what is held out.
+        documents: how many documents all splits come from, where the corpus has counted them.
+        bytes: of the split on disk; 0 where TFDS does not know it.
+        tokens: of all its texts, with separators; None where earlier versions did not count what this needs.
+        rows: how many rows all its texts give; also None then.
+        is_estimate: tokens and rows are estimated from the texts that were tokenized.
+    """
+
+    texts: int
+    documents: int | None
+    bytes: int
+    tokens: int | None
+    rows: int | None
+    is_estimate: bool
+
+
 class TokenRows:
     """A random-access source of rows [T] of int32 over a flat array of tokens."""
 
-    def __init__(self, tokens: np.ndarray | _TokenFile, context_length: int, bos: int | None, limit: int | None = None):
-        """`limit`: use only the rows that the first so many tokens give."""
-        self._tokens, self._bos = tokens, bos
+    def __init__(
+        self, tokens: _TokenFile, context_length: int, bos: int | None, limit: int | None, source: Any, split: str
+    ):
+        """Rows of the first `limit` tokens, which are from the texts of `source`, a TFDS split of this name."""
+        self._tokens, self._bos, self._source, self._split = tokens, bos, source, split
         self._stride = context_length - (bos is not None)
         self._rows = (len(tokens) if limit is None else min(limit, len(tokens))) // self._stride
 
@@ -95,6 +130,21 @@ class TokenRows:
         """A name for the rows: their number, their layout and a sample of their tokens."""
         sample = self._tokens[: self._rows * self._stride : max(1, self._rows * self._stride // 2**16)]
         return config_lib.fingerprint(self._rows, self._stride, self._bos, np.asarray(sample).tolist())
+
+    @property
+    def extent(self) -> Extent:
+        """How much text the whole split has."""
+        known, info, texts = self._tokens.known, self._source.dataset_info, len(self._source)
+        tokenized = texts if known["complete"] else known.get("documents")
+        times = max(texts, 1) / max(tokenized, 1) if tokenized is not None else None
+        return Extent(
+            texts=texts,
+            documents=(info.metadata or {}).get("documents"),
+            bytes=info.splits[self._split].num_bytes,
+            tokens=None if times is None else round(times * known.get("read", known["tokens"])),
+            rows=None if times is None else round(times * (known["tokens"] // self._stride)),
+            is_estimate=not known["complete"],
+        )
 
     def __getitem__(self, row: int) -> np.ndarray:
         row = range(self._rows)[row]
@@ -132,10 +182,9 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
     with errors.about("data.data_dir"):
         paths.check_readable(where)
     builder, feature = corpus(config).open_corpus(config)
-    # Builders print their progress and paths; a run has its own progress to show.
     tfds.disable_progress_bar()
     prepared = False
-    with contextlib.redirect_stdout(io.StringIO()), _writable(config):
+    with _writable(config):
         if not builder.is_prepared():
             folder = paths.of(builder.data_dir).local
             if folder is None:
@@ -147,7 +196,16 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
                 )
             with _alone(folder):
                 builder, feature = corpus(config).open_corpus(config)  # another process may have prepared it meanwhile
-                builder.download_and_prepare()
+                size = getattr(builder, "file_bytes", None)
+                logger.info(
+                    f"preparing the text{f' ({_megabytes(size)} of files)' if size else ''} in {folder}; other runs on "
+                    "the same text will read it from there"
+                )
+                with progress.bar("preparing the text", getattr(builder, "bytes_to_read", None), "B") as bar:
+                    if hasattr(builder, "on_bytes_read"):
+                        builder.on_bytes_read = bar.update
+                    with contextlib.redirect_stdout(io.StringIO()):  # it prints its paths
+                        builder.download_and_prepare()
             prepared = True
     if prepared or split == "train":
         for remark in getattr(builder, "remarks", list)():
@@ -186,10 +244,22 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
     source, feature = open_texts(config, split)
     folder = paths.of(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
-    key = config_lib.fingerprint(FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str())
+    width = config.context_length - config.prepend_bos if config.pack == "documents" else None
+    layout = () if width is None else (width,)
+    key = config_lib.fingerprint(
+        FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str(), *layout
+    )
+    text = _Text(source, feature, tokenizer, separator, width, d_vocab)
     with _writable(config):
-        tokens = _cached_tokens(folder / f"tokens-{key}", source, feature, tokenizer, separator, limit, d_vocab)
-    return TokenRows(tokens, config.context_length, tokenizer.bos_token_id if config.prepend_bos else None, limit)
+        tokens = _cached_tokens(folder / f"tokens-{key}", text, limit)
+    if width and not len(tokens):
+        raise UserError(
+            f"is {config.context_length}, but no document of {name!r} has as many tokens; lower it, or write "
+            "data.pack='stream'",
+            "data.context_length",
+        )
+    bos = tokenizer.bos_token_id if config.prepend_bos else None
+    return TokenRows(tokens, config.context_length, bos, limit, source, name)
 
 
 def batches(
@@ -310,16 +380,33 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _cached_tokens(
-    shared: paths.Path,
-    source: Any,
-    feature: str,
-    tokenizer: Any,
-    separator: int,
-    limit: int,
-    d_vocab: int | None = None,
-) -> _TokenFile:
-    """The first `limit` tokens of the source (all, where it has fewer), tokenized unless the folder has as many."""
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """Documents, and how they become tokens.
+
+    Attributes:
+        source: the documents.
+        feature: the name of their text.
+        tokenizer: of the language model.
+        separator: the token that follows each document.
+        width: tokens of each document to take, if it has as many; None to take all tokens of every document.
+        d_vocab: how many tokens the language model has embeddings for, if it is known.
+    """
+
+    source: Any
+    feature: str
+    tokenizer: Any
+    separator: int
+    width: int | None
+    d_vocab: int | None
+
+    def ids(self, examples: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The tokens of documents, without separators."""
+        return _ids(self.tokenizer, [_text(example[self.feature]) for example in examples])
+
+
+def _cached_tokens(shared: paths.Path, text: _Text, limit: int) -> _TokenFile:
+    """The first `limit` tokens of the text (all, where it has fewer), tokenized unless the folder has as many."""
     folder = _on_disk(shared, limit)
     known = _known_tokens(folder, limit)
     if known is None:
@@ -328,30 +415,31 @@ def _cached_tokens(
             if known is None and not shared.local:
                 known = _download_tokens(shared, folder, limit)
             if known is None:
-                known = _write_tokens(folder, source, feature, tokenizer, separator, limit, d_vocab)
+                known = _write_tokens(folder, text, limit)
                 if not shared.local:
                     paths.copy_files(folder, shared, last="meta.json")  # there are as many tokens as it says
-    tokens = _TokenFile(folder / "tokens.bin", np.dtype(known["dtype"]), known["tokens"])
+    tokens = _TokenFile(folder / "tokens.bin", known)
     # They may have been kept for another language model, which has this tokenizer and more embeddings.
-    if d_vocab is not None and known.get("largest", np.inf) >= d_vocab:
-        _check_kept(tokens, source, feature, tokenizer, separator, d_vocab)
+    if text.d_vocab is not None and known.get("largest", np.inf) >= text.d_vocab:
+        _check_kept(tokens, text, text.d_vocab)
     return tokens
 
 
-def _check_kept(tokens: _TokenFile, source: Any, feature: str, tokenizer: Any, separator: int, d_vocab: int) -> None:
-    """Raises `UserError` for a token that has no embedding, as preparing would."""
-    separators, many = 0, 2**24
+def _check_kept(tokens: _TokenFile, text: _Text, d_vocab: int) -> None:
+    """Raises `UserError` for a token without an embedding, with the document that has it."""
+    separators, many = 0, 2**20
     for start in range(0, len(tokens), many):
         part = tokens[start : start + many]
         if part.max() >= d_vocab:
             first = int(np.argmax(part >= d_vocab))
             token = int(part[first])
-            last = min(separators + int((part[:first] == separator).sum()), len(source) - 1)
-            # The text of a document may have separators as well, so the token may be in an earlier one.
-            examples = (source[number] for number in range(last, -1, -1))
-            example = next(each for each in examples if token in _ids(tokenizer, [_text(each[feature])])[0])
-            raise _no_embedding(tokenizer, token, d_vocab, _where(example, feature))
-        separators += int((part == separator).sum())
+            last = min(separators + int((part[:first] == text.separator).sum()), len(text.source) - 1)
+            # The text of a document may have separators as well, so the token may be in an earlier one. Beginnings of
+            # documents have no separators: then the first document that has the token is named.
+            numbers = range(len(text.source)) if text.width else range(last, -1, -1)
+            example = next(each for each in map(text.source.__getitem__, numbers) if token in text.ids([each])[0])
+            raise _no_embedding(text.tokenizer, token, d_vocab, _where(example, text.feature))
+        separators += int((part == text.separator).sum())
 
 
 def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> UserError:
@@ -367,6 +455,10 @@ def _where(example: dict[str, Any], feature: str) -> str:
     text = _text(example[feature])
     path = f" of {_text(example['path'])}" if "path" in example else ""
     return f"is in a document{path} that begins {text[:40]!r}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _text(value: Any) -> str:
@@ -405,22 +497,12 @@ def _known_tokens(folder: Path | paths.Path, limit: int) -> dict[str, Any] | Non
         return None
 
 
-def _write_tokens(
-    folder: Path,
-    source: Any,
-    feature: str,
-    tokenizer: Any,
-    separator: int,
-    limit: int,
-    d_vocab: int | None,
-) -> dict[str, Any]:
+def _write_tokens(folder: Path, text: _Text, limit: int) -> dict[str, Any]:
+    logger.info(f"tokenizing {len(text.source):,} texts; the tokens go to {folder}")
     with writing.whole_folder(folder) as scratch:
-        largest = max(separator, *tokenizer.get_vocab().values())
+        largest = max(text.separator, *text.tokenizer.get_vocab().values())
         dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
-        count, largest, complete = _tokenize(
-            scratch / "tokens.bin", dtype, source, feature, tokenizer, separator, limit, d_vocab
-        )
-        known = {"tokens": count, "complete": complete, "dtype": dtype.name, "largest": largest}
+        known = _tokenize(scratch / "tokens.bin", dtype, text, limit)
         (scratch / "meta.json").write_text(json.dumps(known))
         return known
 
@@ -436,30 +518,45 @@ def _download_tokens(shared: paths.Path, folder: Path, limit: int) -> dict[str, 
     return known
 
 
-def _tokenize(
-    path: Path,
-    dtype: np.dtype,
-    source: Any,
-    feature: str,
-    tokenizer: Any,
-    separator: int,
-    limit: int,
-    d_vocab: int | None,
-) -> tuple[int, int, bool]:
-    """Write tokens until `limit`; returns their count, the largest of them, and whether the source ended."""
-    count, largest, chunk = 0, separator, 256
-    with open(path, "wb") as file:
-        for start in range(0, len(source), chunk):
-            examples = source.__getitems__(range(start, min(start + chunk, len(source))))
-            encoded = _ids(tokenizer, [_text(example[feature]) for example in examples])
-            for example, ids in zip(examples, encoded, strict=True):
-                most = max(ids, default=0)
-                if d_vocab is not None and most >= d_vocab:
-                    raise _no_embedding(tokenizer, most, d_vocab, _where(example, feature))
+def _tokenize(path: Path, dtype: np.dtype, text: _Text, limit: int) -> dict[str, Any]:
+    """Write tokens until there are `limit`, and return what `meta.json` says of them.
+
+    Returns:
+        tokens: how many are in the file.
+        complete: whether they are from all documents.
+        dtype: of the file.
+        largest: the largest token.
+        documents: how many documents were tokenized.
+        read: how many tokens they have, with separators. There are fewer in the file if it has beginnings only.
+    """
+    count, read, documents, largest = 0, 0, 0, text.separator
+    texts, chunk = len(text.source), 256
+    with open(path, "wb") as file, progress.bar("tokenizing the text", None, " tokens") as bar:
+        for start in range(0, texts, chunk):
+            documents = min(start + chunk, texts)
+            examples = text.source.__getitems__(range(start, documents))
+            parts = []
+            for example, ids in zip(examples, text.ids(examples), strict=True):
+                part = [*ids, text.separator]
+                read += len(part)
+                if text.width:
+                    part = part[: text.width] if len(part) >= text.width else []
+                most = max(part[: len(ids)], default=0)
+                if text.d_vocab is not None and most >= text.d_vocab:
+                    raise _no_embedding(text.tokenizer, most, text.d_vocab, _where(example, text.feature))
                 largest = max(largest, most)
-            tokens = np.concatenate([np.array([*ids, separator], dtype) for ids in encoded])
-            tokens.tofile(file)
-            count += len(tokens)
+                count += len(part)
+                parts.append(np.array(part, dtype))
+            np.concatenate(parts).tofile(file)
+            bar.total = min(limit, count * texts // documents)
+            bar.update(count - bar.n)
             if count >= limit:
-                return count, largest, start + chunk >= len(source)
-    return count, largest, True
+                break
+    return {
+        "tokens": count,
+        "complete": documents == texts,
+        "dtype": dtype.name,
+        "largest": largest,
+        "documents": documents,
+        "read": read,
+    }

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import writing
+from gsae_jax.storage.facts import Text
 
 FIGURES = ("frontier", "gamma", "densities", "gates", "training")
 FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for figure in FIGURES))
@@ -86,6 +88,7 @@ def write(
     training: list[dict[str, Any]],
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]] = (),
+    text: Text | None = None,
 ) -> None:
     """Write the report; an earlier one is replaced when the new one is whole.
 
@@ -96,10 +99,11 @@ def write(
         training: the lines of metrics, where there are any.
         gates_of: of `gates`.
         published: points to draw beside ours.
+        text: what the run was trained on, where a run's SAEs are measured.
     """
     # report.json, which says that a run is finished, comes last.
     with writing.whole_folder(folder, last="report.json") as scratch:
-        _write_files(scratch, step, records, sums, training, gates_of, published)
+        _write_files(scratch, step, records, sums, training, gates_of, published, text)
 
 
 def _write_files(
@@ -110,9 +114,10 @@ def _write_files(
     training: list[dict[str, Any]],
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]],
+    text: Text | None,
 ) -> None:
     ratios = frontiers.ratios(records, sums)
-    (folder / "report.json").write_text(_json(step, notes(records), saes=records, l0_ratios=ratios))
+    (folder / "report.json").write_text(_json(step, notes(records), text, saes=records, l0_ratios=ratios))
     tables.write_csv(folder / "frontier.csv", records)
     encoders = [record for record in records if not record["ito"]]
     densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
@@ -128,8 +133,8 @@ def _write_files(
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
-    for page, text in pages(records, ratios, pictures).items():
-        (folder / page).write_text(text, "utf-8")
+    for page, content in pages(records, ratios, pictures).items():
+        (folder / page).write_text(content, "utf-8")
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
@@ -254,9 +259,10 @@ def pages(records: list[dict[str, Any]], ratios: list[dict[str, Any]], pictures:
     return {page: rendering.render(page, **values) for page in ("report.md", "report.html")}
 
 
-def _json(step: int | None, notes: list[str], **report: list[dict[str, Any]]) -> str:
+def _json(step: int | None, notes: list[str], text: Text | None, **report: list[dict[str, Any]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
-    whole: dict[str, Any] = {"step": step, "notes": notes} | {
+    about_text = None if text is None else dataclasses.asdict(text)
+    whole: dict[str, Any] = {"step": step, "notes": notes, "text": about_text} | {
         part: [
             {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,54 @@ from gsae_jax.config import FLOAT32, INT32, Experiment
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """What a run reads.
+
+    Attributes:
+        documents: in all, those that are held out included.
+        held_out: the fraction of the text that is held out.
+        tokens: of the text that is trained on; None for text that an earlier version tokenized a part of.
+        is_estimate: `tokens`, `passes` and `too_short` are estimated from the part of the text that the run needs.
+        tokens_read: how many the run reads until its last step, about; each BOS that begins a row is one of them.
+        passes: how often that is the text that is trained on; None where `tokens` is.
+        too_short: the fraction of documents that no row begins with, as they are shorter; 0 for `data.pack="stream"`.
+    """
+
+    documents: int
+    held_out: float
+    tokens: int | None
+    is_estimate: bool
+    tokens_read: int
+    passes: float | None
+    too_short: float = 0.0
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> "Text":
+        """The text of a JSON object; raises `ValueError` for what a run does not write."""
+        known: dict[str, Any] = {field.name: tree.get(field.name) for field in dataclasses.fields(cls)}
+        for name, value in known.items():
+            if name == "is_estimate":
+                if not isinstance(value, bool):
+                    raise ValueError(f"text.{name} is {value!r}; it is not true or false")
+            elif value is not None or name not in ("tokens", "passes"):
+                is_count = name in ("documents", "tokens", "tokens_read")
+                _number(f"text.{name}", value, most=2.0**63, kind=int if is_count else float)
+        return cls(**known)
+
+    def __str__(self) -> str:
+        about = "about " if self.is_estimate else ""
+        has = "" if self.tokens is None else f"; {about}{self.tokens:,} tokens to train on"
+        short = f", {about}{self.too_short:.1%} of them too short for a row" if self.too_short else ""
+        often = "" if self.passes is None else f", {about}{_few_digits(self.passes)} passes over the text"
+        documents = f"{self.documents:,} document{'s' * (self.documents != 1)}{short}"
+        return f"{documents}; {self.held_out:.1%} held out{has}; this run reads {self.tokens_read:,} tokens{often}"
+
+
+def _few_digits(number: float) -> str:
+    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Facts:
     """What a checkpoint says of its run. Fields with a default are missing in checkpoints of earlier versions.
 
@@ -25,6 +73,7 @@ class Facts:
         buffer: whether the exchange buffer is saved.
         machine: what must be the same for a run to continue bit for bit: devices, mesh, versions.
         skips: of SAEs that skip updates, since which step, and the tokens of that call.
+        text: how much text there is, and how much of it the run reads; None in earlier checkpoints.
     """
 
     rows: str
@@ -39,6 +88,7 @@ class Facts:
     buffer: bool = True
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     skips: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    text: Text | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes back; JSON has no infinity, so a norm limit that there is not is null."""
@@ -56,7 +106,7 @@ class Facts:
             raise ValueError("they are no object")
         known = {}
         for field in dataclasses.fields(cls):
-            if field.name in tree and not (field.name in ("held_out", "lm") and tree[field.name] is None):
+            if field.name in tree and not (field.name in ("held_out", "lm", "text") and tree[field.name] is None):
                 known[field.name] = _checked(field.name, tree[field.name])
         if "rows" not in known:
             raise ValueError("rows is missing")
@@ -81,6 +131,8 @@ def _checked(name: str, value: Any) -> Any:
         raise ValueError(f"{name} is a {type(value).__name__}")
     if not isinstance(value, dict):
         return value
+    if name == "text":
+        return Text.from_json(value)
     if name == "widths":
         return {site: _number(f"{name} of {site}", width, 1, INT32, int) for site, width in value.items()}
     if name == "scales":

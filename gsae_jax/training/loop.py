@@ -53,6 +53,7 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
 def _train(run: Prepared) -> bool:
     """Resume or start, and train; the run's directory is made when all that can be checked is."""
     workdir, before = run.workdir, run.before
+    logger.info(f"text: {run.facts.text}")
     state = _started(run) if before is None else None
     if processes.first():
         workdir.create(config_lib.to_dict(run.config))
@@ -72,7 +73,6 @@ def _train(run: Prepared) -> bool:
 def _started(run: Prepared) -> TrainState:
     """The first state of a new run."""
     config, program = run.config, run.program
-    logger.info(f"{run.rows:,} rows of {config.data.context_length} tokens; filling the exchange buffer")
     state = starting.start(program, run.source_params, run.stream, most=run.rows // config.rows_per_call)
     for name, params in run.starts.items():
         own = state.stacks[name].params

@@ -19,7 +19,7 @@ from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
 from gsae_jax.storage import run_directory
-from gsae_jax.storage.facts import Facts
+from gsae_jax.storage.facts import Facts, Text
 from gsae_jax.training.step import Program
 
 
@@ -99,6 +99,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         buffer=config.checkpoint.buffer,
         machine=_machine(mesh),
         skips=before.skips if before else {},
+        text=_text(config, rows.extent, held_out.extent),
     )
     return Prepared(config, workdir, program, source_params, stream, len(rows), facts, latest, before, starts)
 
@@ -148,6 +149,24 @@ def tokens_needed(config: Experiment) -> int:
         config.train.steps * config.train.batch_size
         + config.activations.scale_tokens
         + 2 * config.activations.buffer_size
+    )
+
+
+def _text(config: Experiment, train: rows_lib.Extent, test: rows_lib.Extent) -> Text:
+    """What the run reads of these splits."""
+    known = train.bytes and test.bytes
+    trained_on, held_out = (train.bytes, test.bytes) if known else (train.texts, test.texts)
+    # As in `tokens_needed`, but the buffer is filled once: few tokens are dropped.
+    read = tokens_needed(config) - config.activations.buffer_size
+    rows, by_document = train.rows, config.data.pack == "documents"
+    return Text(
+        documents=train.documents or train.texts + test.texts,
+        held_out=held_out / max(1, trained_on + held_out),
+        tokens=train.tokens,
+        is_estimate=train.is_estimate,
+        tokens_read=read,
+        passes=None if rows is None else read / max(1, rows * config.data.context_length),
+        too_short=max(0.0, 1 - rows / max(1, train.texts)) if by_document and rows is not None else 0.0,
     )
 
 

@@ -2,13 +2,15 @@
 
 A hash of the text decides what is held out. So held-out text stays held out when text is added, and copies of a
 document are on the same side. A long document is cut into pieces, of which each has its own hash; neighbouring pieces
-on the same side are joined again.
+on the same side are joined again. With `data.pack="documents"` nothing is cut, as a part would not begin where its
+document does: the hash of a document's first piece decides for all of it. There, spaces and line breaks around a
+document are left out, as separators often stand on lines of their own.
 """
 
 import array
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,16 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         self._files, self._left_out = listing.stamps, listing.left_out
         if self._before:
             self._files = {file: stamp for file, stamp in self._files.items() if Path(file).suffix in BEFORE}
+        self._piece = None if config.pack == "documents" else PIECE
         self._reader = files.Reader(config.field, config.separator, config.on_bad_row == "skip", self._before)
+        self.file_bytes = sum(size for size, _ in self._files.values())
+        self.bytes_to_read = self.file_bytes * (2 if self._before else 3)  # the survey, and each side
+        self.on_bytes_read: Callable[[int], Any] = lambda count: None
         self._limit = 2**64 // HELD_OUT  # text with a lower hash is held out
         stamps = [(file, *stamp) for file, stamp in self._files.items()]
         new = () if self._before and config.on_bad_row == "error" else (config.held_out, config.on_bad_row)
-        name = config_lib.fingerprint(stamps, config.field, config.separator, *new)
+        whole = () if self._piece else (config.pack,)
+        name = config_lib.fingerprint(stamps, config.field, config.separator, *new, *whole)
         super().__init__(config=tfds.core.BuilderConfig(name=name, description=config.path), **kwargs)
 
     def _info(self):
@@ -62,7 +69,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         pieces, lowest, highest = 0, 2**64, 0
         for _, document in self._documents():
             documents.append(_hash(document.strip()))
-            for index, piece in enumerate(_pieces(document)):
+            for index, piece in enumerate(_pieces(document, self._piece)):
                 mark = _mark(index, piece)
                 pieces, lowest, highest = pieces + 1, min(lowest, mark), max(highest, mark)
         counts = {
@@ -74,8 +81,9 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         }
         if pieces < HELD_OUT or lowest == highest:
             same = ", all the same" if pieces > 1 and lowest == highest else ""
+            what = "pieces of text" if self._piece else "documents"
             raise UserError(
-                f"gives {pieces} pieces of text{same}; add text: {HELD_OUT} are needed to hold one of them out "
+                f"gives {pieces} {what}{same}; add text: {HELD_OUT} are needed to hold one of them out "
                 f"({_about(counts)})",
                 "data.path",
             )
@@ -86,16 +94,16 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, test: bool) -> Iterator[tuple[int, dict[str, str]]]:
         key = 0
         for file, document in self._documents():
-            sides = itertools.groupby(enumerate(_pieces(document)), lambda piece: _mark(*piece) < self._limit)
-            for is_held_out, pieces in sides:
+            pieces = enumerate(_pieces(document, self._piece))
+            for is_held_out, part in itertools.groupby(pieces, lambda piece: _mark(*piece) < self._limit):
                 if is_held_out == test:
-                    yield key, {"text": "".join(piece for _, piece in pieces), "path": file}
+                    text = "".join(piece for _, piece in part)
+                    yield key, {"text": text if self._piece else text.strip(), "path": file}
                     key += 1
 
     def _every_twentieth(self, test: bool) -> Iterator[tuple[int, dict[str, str]]]:
         """The split of earlier versions: by position, in pieces whose length depends on the files' sizes."""
-        size = sum(size for size, _ in self._files.values())
-        characters = min(100_000, max(2_000, size // (4 * HELD_OUT)))
+        characters = min(100_000, max(2_000, self.file_bytes // (4 * HELD_OUT)))
         pieces = ((file, piece) for file, document in self._documents() for piece in _pieces(document, characters))
         index = -1
         for index, (file, piece) in enumerate(pieces):
@@ -108,9 +116,14 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
             )
 
     def _documents(self) -> Iterator[tuple[str, str]]:
-        for file in self._files:
+        for file, (size, _) in self._files.items():
+            before = 0
             for document in self._reader.documents(file):
+                position = self._reader.position()
+                self.on_bytes_read(position - before)
+                before = position
                 yield file, document
+            self.on_bytes_read(size - before)
 
     def remarks(self) -> list[str]:
         """Sentences about the prepared text: which files were read, and what was left out."""
@@ -120,9 +133,9 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
             remarks.append(
                 f"text: {len(self._files):,} of {total:,} files are read; left out: {files.counted(self._left_out)}"
             )
-        if counts := dict(self.info.metadata or {}):
-            train, test = (self.info.splits[split].num_bytes for split in ("train", "test"))
-            remarks.append(f"text: {_about(counts)}; {test / (train + test):.1%} of it is held out")
+        counts = dict(self.info.metadata or {})
+        if any(counts.get(name) for name in ("copies", "blank", "bad_rows")):
+            remarks.append(f"text: {_about(counts)}")
         return remarks
 
 
@@ -135,13 +148,15 @@ def _about(counts: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _pieces(document: str, characters: int = PIECE) -> Iterator[str]:
+def _pieces(document: str, characters: int | None) -> Iterator[str]:
+    """Pieces of so many characters; the whole document where that is None."""
+    characters = characters or len(document)
     return (document[start : start + characters] for start in range(0, len(document), characters))
 
 
 def _mark(index: int, piece: str) -> int:
     """The number, below 2**64, that decides the side of a document's piece."""
-    return _hash(f"{index}\0{piece.strip()}")
+    return _hash(f"{index}\0{piece[:PIECE].strip()}")
 
 
 def _hash(text: str) -> int:
