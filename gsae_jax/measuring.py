@@ -140,7 +140,7 @@ def _check_inputs(workdir: run_directory.Workdir, facts: Facts, run: config_lib.
         )
     if not facts.held_out:  # of an earlier version
         return
-    limit = rows.held_out_tokens(run, run.evaluation.tokens)
+    limit = facts.held_out_tokens or rows.held_out_tokens(run, run.evaluation.tokens)
     held_out = rows.open_rows(settings.data, "test", checkpoint.tokenizer(), limit, checkpoint.config.d_vocab)
     if held_out.fingerprint != facts.held_out:
         if settings.data != run.data:

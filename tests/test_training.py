@@ -268,8 +268,8 @@ def test_train_evaluate_load(experiment, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
     # Another config is refused, with what differs.
-    other = with_(experiment, train={"steps": 32, "warmup_steps": 2})
-    with pytest.raises(UserError, match=r"train.steps: 16 != 32; train.warmup_steps: 4 != 2"):
+    other = with_(experiment, train={"max_skipped": 32, "warmup_steps": 2})
+    with pytest.raises(UserError, match=r"train.max_skipped: 100 != 32; train.warmup_steps: 4 != 2"):
         train_command.run(other, path)
 
 

@@ -18,7 +18,7 @@ from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import metrics_log, run_directory
 from gsae_jax.storage.facts import Facts
-from gsae_jax.training import starting
+from gsae_jax.training import lengthening, starting
 from gsae_jax.training.divergence import Divergence
 from gsae_jax.training.interruption import Signals
 from gsae_jax.training.preparation import Prepared, prepare
@@ -72,8 +72,8 @@ def _train(run: Prepared) -> bool:
 def _started(run: Prepared) -> TrainState:
     """The first state of a new run."""
     config, program = run.config, run.program
-    logger.info(f"{run.rows:,} rows of {config.data.context_length} tokens; filling the exchange buffer")
-    state = starting.start(program, run.source_params, run.stream, most=run.rows // config.rows_per_call)
+    logger.info(f"{run.parts[-1]:,} rows of {config.data.context_length} tokens; filling the exchange buffer")
+    state = starting.start(program, run.source_params, run.stream, most=run.parts[-1] // config.rows_per_call)
     for name, params in run.starts.items():
         own = state.stacks[name].params
         started = program.unfolded(name, params, state)
@@ -92,6 +92,10 @@ def _resumed(run: Prepared, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
         what = f"the position of checkpoint {run.latest} in the text is not as it was written ({error})"
         raise UserError(f"{what}; put its files back", "--workdir") from error
     logger.info(f"continuing from step {run.latest:,}{_unlike(run.before.machine, run.facts.machine)}")
+    if run.steps_before is not None:
+        logger.info(f"train.steps is {run.config.train.steps:,} now ({run.steps_before:,} before)")
+        for sentence in lengthening.consequences(run.config, run.steps_before, run.latest, run.parts):
+            logger.info(f"- {sentence}")
     if state.store:
         return state
     logger.info(
