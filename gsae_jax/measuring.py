@@ -300,7 +300,9 @@ def _write(
     tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens
     batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
-    with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
+    logger.info(f"measuring {len(saes)} SAEs on {sum(batch.size for batch in batches):,} held-out tokens")
+    hidden = None if processes.first() else True  # None: where there is no terminal
+    with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=hidden) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
     records = report.rows(Path(model).name, saes, sums, targets, ito)

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import processes
+from gsae_jax import loggers, processes
 from gsae_jax.config import Experiment
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -56,6 +56,8 @@ def _train(run: Prepared) -> bool:
     state = _started(run) if before is None else None
     if processes.first():
         workdir.create(config_lib.to_dict(run.config))
+        for hint in loggers.hints(run.config.loggers, workdir.path):
+            logger.info(hint)
     processes.wait("the run's directory")
     workdir.config()
     if workdir.latest_step() != run.latest:
@@ -179,7 +181,6 @@ class _Loop:
                 if last is not None:
                     self._look_at(last, divergence, progress)
                 last = call
-                progress.bar.update(config.updates_per_call)
                 if self._step // config.checkpoint.every > self._saved // config.checkpoint.every:
                     self._save(call, divergence)
             if last is not None:
@@ -223,6 +224,8 @@ class _Loop:
     def _look_at(self, call: _Call, divergence: Divergence, progress: Progress) -> None:
         """Look for SAEs that diverge, and log."""
         divergence.look(call.step, call.statistics, call.tokens)
+        jax.block_until_ready(call.statistics)  # one call ahead is enough: the bar and signals stay true
+        progress.ended(call.step)
         self._log(call, progress)
         if self._metrics and call.step == self._saved:
             self._metrics.sync()  # now with the line of the step that was saved
@@ -231,11 +234,12 @@ class _Loop:
         train, per_call = self._prepared.config.train, self._prepared.config.updates_per_call
         every = train.log_every
         # Which steps are logged depends on the step alone, so that a resumed run's metrics are an uninterrupted run's.
+        now = time.perf_counter()
         if call.step // every == (call.step - per_call) // every and call.step != train.steps:
-            jax.block_until_ready(call.statistics)  # one call ahead is enough: the bar and signals stay true
+            if progress.warms_up:  # tokens/s is not about the compiler
+                self._logged, self._logged_at = call.step, now
             return
         statistics = jax.device_get(call.statistics)
-        now = time.perf_counter()
         tokens_per_second = (call.step - self._logged) * train.batch_size / (now - self._logged_at)
         values = logged(statistics) | {
             "dropped": int(call.dropped),
@@ -243,7 +247,7 @@ class _Loop:
         }
         if self._metrics:
             self._metrics.write(call.step, values)
-        progress.show(values)
+        progress.show(call.step, values)
         self._logged, self._logged_at = call.step, now
 
     def _save(self, call: _Call, divergence: Divergence) -> None:
