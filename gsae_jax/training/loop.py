@@ -156,7 +156,7 @@ class _Loop:
         as_json = config_lib.to_dict(run.config)
         first = processes.first()
         self._metrics = metrics_log.Metrics(run.workdir, self._step, run.config.loggers, as_json) if first else None
-        self._logged_at = time.perf_counter()
+        self._logged_at, self._is_warm = time.perf_counter(), False
 
     def run(self) -> bool:
         """Whether training is complete; raises `TrainingError` or `UserError` for what ended it early."""
@@ -236,8 +236,8 @@ class _Loop:
         # Which steps are logged depends on the step alone, so that a resumed run's metrics are an uninterrupted run's.
         now = time.perf_counter()
         if call.step // every == (call.step - per_call) // every and call.step != train.steps:
-            if progress.warms_up:  # tokens/s is not about the compiler
-                self._logged, self._logged_at = call.step, now
+            if progress.is_warm and not self._is_warm:  # from here on, tokens/s does not count the compiler
+                self._logged, self._logged_at, self._is_warm = call.step, now, True
             return
         statistics = jax.device_get(call.statistics)
         tokens_per_second = (call.step - self._logged) * train.batch_size / (now - self._logged_at)
@@ -248,7 +248,7 @@ class _Loop:
         if self._metrics:
             self._metrics.write(call.step, values)
         progress.show(call.step, values)
-        self._logged, self._logged_at = call.step, now
+        self._logged, self._logged_at, self._is_warm = call.step, now, progress.is_warm
 
     def _save(self, call: _Call, divergence: Divergence) -> None:
         """Save the state, which is that after the call."""

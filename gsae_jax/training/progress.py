@@ -42,15 +42,15 @@ class Progress:
     def ended(self, step: int) -> None:
         """A call of the train step has ended."""
         self._calls, now = self._calls + 1, time.perf_counter()
-        if self._calls >= WARM_UP:
+        if self.is_warm:
             self._ended.append((now, step))
         self._bar.set_postfix_str(", ".join(filter(None, (self._tokens_per_second, self.left(step)))), refresh=False)
         self._bar.update(step - self._bar.n)
 
     @property
-    def warms_up(self) -> bool:
-        """Whether no call has ended yet but those that compile."""
-        return self._calls <= WARM_UP
+    def is_warm(self) -> bool:
+        """Whether the calls that compile have ended."""
+        return self._calls >= WARM_UP
 
     def left(self, step: int) -> str:
         """The time that remains; "" until it can be estimated."""
