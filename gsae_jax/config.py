@@ -132,7 +132,7 @@ class Stack(Sites):
     """SAEs of one architecture, width and site that differ in numbers only, trained together.
 
     `l1_coefficients`, `learning_rates`, `seeds` and, where there are any, `target_l0` are matched up; one of length 1
-    serves every SAE.
+    serves every SAE. `stack_config(..., grid=True)` writes every combination.
     """
 
     architecture: str = setting(REQUIRED, "gated or relu; or your own, as my_package.topk or topk.py.")
@@ -165,7 +165,8 @@ class Stack(Sites):
                 raise UserError("has no values; write one for all SAEs of the stack, or one for each", field)
             if len(values) not in (1, len(self)):
                 raise UserError(
-                    f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs",
+                    f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs, or "
+                    "stack_config(..., grid=True) for every combination",
                     field,
                 )
         _seed("seeds", *self.seeds)

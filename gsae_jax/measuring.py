@@ -142,7 +142,7 @@ def _check_inputs(workdir: run_directory.Workdir, facts: Facts, run: config_lib.
         )
     if not facts.held_out:  # of an earlier version
         return
-    limit = rows.held_out_tokens(run, run.evaluation.tokens)
+    limit = facts.held_out_tokens or rows.held_out_tokens(run, run.evaluation.tokens)
     held_out = rows.open_rows(settings.data, "test", checkpoint.tokenizer(), limit, checkpoint.config.d_vocab)
     if held_out.fingerprint != facts.held_out:
         if settings.data != run.data:
@@ -319,7 +319,9 @@ def _write(
     tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens
     batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
-    with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=not processes.first()) as bar:
+    logger.info(f"measuring {len(saes)} SAEs on {sum(batch.size for batch in batches):,} held-out tokens")
+    hidden = None if processes.first() else True  # None: where there is no terminal
+    with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=hidden) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
     records = report.rows(Path(model).name, saes, sums, run.targets, ito)

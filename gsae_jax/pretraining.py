@@ -1,6 +1,7 @@
 """Training a small language model and its tokenizer from text: how the embedded model was made."""
 
 import json
+import logging
 import math
 import time
 from functools import partial
@@ -23,6 +24,8 @@ from gsae_jax.errors import UserError
 from gsae_jax.lms import checkpoints, gelu
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.lms.transformer import Model
+
+logger = logging.getLogger(__name__)
 
 TEST_ROWS = 16  # rows of held-out text in one batch
 
@@ -64,13 +67,16 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
     params: Any = module.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))["params"]
     state, started = optimiser.init(params), time.time()
     curve: list[tuple[int, float, float | None]] = []  # step, loss of its batch, held-out loss
-    bar = tqdm.trange(1, steps + 1, desc="pretrain", mininterval=5)
+    bar = tqdm.trange(1, steps + 1, desc="pretrain", mininterval=5, disable=None)  # no bar without a terminal
     for number in bar:
         params, state, value = step(params, state, next(stream))
         if number % 50 == 0:
             test = held_out(params) if number % 500 == 0 else None
             curve.append((number, round(float(value), 4), test and round(test, 4)))
-            bar.set_postfix_str(f"loss {value:.3f}" + (f", held out {test:.3f} nats/token" if test else ""))
+            shown = f"loss {value:.3f}" + (f", held out {test:.3f} nats/token" if test else "")
+            bar.set_postfix_str(shown)
+            if bar.disable and test:
+                logger.info(f"step {number:,} of {steps:,} | {shown}")
     with errors.about("out"):
         checkpoints.save(out, module.config, params, tokenizer)
     final = held_out(checkpoints.Checkpoint.open(out).params(module, "float32"))  # of what was written: bfloat16

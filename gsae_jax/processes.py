@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import tqdm
 from jax._src import distributed  # its key-value store has no public name; orbax uses it too
 from jax.experimental import multihost_utils
 
@@ -116,7 +117,10 @@ class _Console(logging.Handler):
         if first():
             is_warning = record.levelno >= logging.WARNING
             text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
-            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
+            stream = sys.stderr if is_warning else sys.stdout
+            if stream is not None:
+                tqdm.tqdm.write(text, file=stream)  # which keeps clear of bars
+                stream.flush()
 
 
 LOGGER = logging.getLogger("gsae_jax")  # the parent of every module's logger

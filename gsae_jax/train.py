@@ -11,10 +11,9 @@ import jax
 from absl import flags
 from etils import epath
 
-from gsae_jax import cli, experiments, plugins, processes, sae_loading
+from gsae_jax import cli, experiments, plugins, processes, reporting, sae_loading
 from gsae_jax import config as config_lib
 from gsae_jax.config import Experiment
-from gsae_jax.evaluate import evaluate
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 
@@ -24,7 +23,11 @@ INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 
 def run(config: Any, path: epath.PathLike) -> int:
-    """Train to the end and report; returns 0 or `INTERRUPTED`. `config` is whatever `gsae_jax.experiment` takes."""
+    """Train to the end and report; returns 0 or `INTERRUPTED`. `config` is whatever `gsae_jax.experiment` takes.
+
+    A finished run gets a new report where `evaluation` has changed, more training where `train.steps` has grown, and is
+    left as it is otherwise. An earlier report is kept in `earlier_reports/`.
+    """
     plugins.reread()
     config = experiments.experiment(config)
     workdir = run_directory.Workdir(path)
@@ -32,7 +35,11 @@ def run(config: Any, path: epath.PathLike) -> int:
     config = sae_loading.pinned(config, path)
     workdir.check(config_lib.to_dict(config))
     if workdir.latest_step() == config.train.steps == run_directory.reported_step(workdir):
-        logger.info(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
+        if workdir.experiment().evaluation == config.evaluation:
+            logger.info(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
+            return 0
+        reporting.change_evaluation(workdir, config)
+        reporting.report(workdir)
         return 0
     if config.train.dead_after > config.train.steps:
         logger.warning(
@@ -42,7 +49,7 @@ def run(config: Any, path: epath.PathLike) -> int:
     starts = sae_loading.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED
-    logger.info(evaluate(path) + f"\n\nreport: {workdir.report / 'report.md'}")
+    reporting.report(workdir)
     return 0
 
 

@@ -711,3 +711,23 @@ def test_a_long_preparation_shows_a_bar_on_a_terminal(tmp_path, tokenizer, docum
     assert "preparing the text: " in (shown := capsys.readouterr().err)
     assert "tokenizing the text: " in shown
     assert [bar.n == bar.total for bar in bars] == [True, True]
+
+
+def test_a_longer_run_reads_its_first_rows_in_the_same_order():
+    """Then the new ones, each once; the next epoch has all of them."""
+    rows = rows_lib.TokenRows(np.arange(100 * 4, dtype=np.int32), 4, None)
+    first = rows.limited(40 * 4)
+    before = rows_lib.batches(first, 4, seed=3)
+    after = rows_lib.batches(rows, 4, seed=3, parts=(40, 100))
+    for _ in range(7):
+        np.testing.assert_array_equal(next(before), next(after))
+    position = before.get_state()
+    rest = [next(before) for _ in range(3)]
+    after = rows_lib.batches(rows, 4, seed=3, parts=(40,))
+    after.set_state(position)
+    np.testing.assert_array_equal(np.stack(rest), np.stack([next(after) for _ in range(3)]))
+    new = np.concatenate([next(after) for _ in range(15)])[:, 0] // 4
+    assert sorted(new) == list(range(40, 100))
+    assert list(new) != sorted(new)
+    epoch = np.concatenate([next(after) for _ in range(25)])[:, 0] // 4
+    assert sorted(epoch) == list(range(100))

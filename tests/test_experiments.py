@@ -227,3 +227,24 @@ def test_settings_become_trained_saes_in_one_call(config_dict, tmp_path):
     assert (tmp_path / "run" / "report" / "report.md").exists()
     again = gsae_jax.fit(config_dict.to_dict(), tmp_path / "run")
     np.testing.assert_array_equal(again["gated_1"].params["W_dec"], saes["gated_1"].params["W_dec"])
+
+
+def test_a_grid_is_every_combination_once():
+    """The config lists each SAE, and is checked as any other."""
+
+    def stack(**settings):
+        config = gsae_jax.stack_config("gated", "blocks.0.hook_mlp_out", 64, (0.1, 0.2), grid=True, **settings)
+        return config_lib.from_dict(config_lib.Stack, config)
+
+    several = stack(learning_rates=(1e-3, 3e-3), seeds=(0, 1, 2), tie_encoder=False)
+    expected = [(l1, rate, seed) for l1 in (0.1, 0.2) for rate in (1e-3, 3e-3) for seed in (0, 1, 2)]
+    assert several.numbers() == expected
+    assert several.options == {"tie_encoder": False}
+    assert stack().numbers() == [(0.1, 3e-4, 0), (0.2, 3e-4, 0)]
+    with_targets = stack(target_l0=(8.0, 16.0), seeds=(0, 1))
+    assert with_targets.target_l0 == (8.0, 8.0, 16.0, 16.0)
+    assert [(l1, seed) for l1, _, seed in with_targets.numbers()] == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
+    with refused("seeds", "has no values"):
+        stack(seeds=())
+    with refused("l1_coefficients", "has 2 values; write 1 or 3"):
+        stack(target_l0=(8.0, 16.0, 20.0), seeds=(0, 1))

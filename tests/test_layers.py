@@ -34,6 +34,7 @@ FLOOR = {
     "cli": 4,
     "measuring": 5,
     "export": 5,  # a command, and what the model card is made with
+    "reporting": 6,
     "publishing": 6,
 }
 COMMANDS = ("train", "evaluate", "plan", "push", "pretrain", "convert_lm", "sites", "settings")  # on the highest floor
@@ -48,7 +49,6 @@ ALLOWED_ON_ONE_FLOOR = {
     ("processes", "config"),
     ("config", "plugins"),
     ("planning", "training"),  # which does not know that it is planned
-    ("train", "evaluate"),  # a run ends with its report
 }
 
 

@@ -131,7 +131,8 @@ def runs(tmp_path_factory):
 @pytest.mark.processes
 def test_two_processes_train_what_one_trains(runs):
     same(runs[1], runs[2])
-    assert "step/s" not in log(runs[2], 1)  # progress comes from the first
+    assert "tokens/s" in log(runs[2], 0)
+    assert "tokens/s" not in log(runs[2], 1)  # progress comes from the first
     assert log(runs[2], 0).count("report:") == 1
 
 

@@ -18,6 +18,7 @@ With `data.prepend_bos` each row starts with BOS, as language models expect of p
 """
 
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -121,6 +122,12 @@ class TokenRows:
         self._tokens, self._bos, self._source, self._split = tokens, bos, source, split
         self._stride = context_length - (bos is not None)
         self._rows = (len(tokens) if limit is None else min(limit, len(tokens))) // self._stride
+
+    def limited(self, tokens: int) -> "TokenRows":
+        """Only the rows that the first so many tokens give."""
+        rows = copy.copy(self)
+        rows._rows = min(tokens, len(self._tokens)) // self._stride
+        return rows
 
     def __len__(self) -> int:
         return self._rows
@@ -263,12 +270,18 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
 
 
 def batches(
-    rows: TokenRows, rows_per_batch: int, seed: int, local: Sequence[int] | np.ndarray | None = None
+    rows: TokenRows,
+    rows_per_batch: int,
+    seed: int,
+    local: Sequence[int] | np.ndarray | None = None,
+    parts: Sequence[int] = (),
 ) -> grain.DatasetIterator:
     """Endless batches [rows_per_batch, T]; or of each only the rows numbered `local`, and only those are read.
 
-    Every epoch has its own order. `get_state()` and `set_state()` of the iterator save and restore the position, which
-    does not depend on `local`.
+    Every epoch has its own order. A run that was given more steps may take rows beyond those that it began with.
+    `parts` are the numbers of rows that it has had so far: each part is shuffled by itself and follows the one before,
+    so that what was read so far keeps its place. `get_state()` and `set_state()` of the iterator save and restore the
+    position, which does not depend on `local`.
 
     Raises:
         UserError: the corpus has fewer tokens than one batch.
@@ -279,11 +292,29 @@ def batches(
             "add text, or take fewer rows at once",
             "data",
         )
-    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    parts = _Batches(shuffled, rows_per_batch, range(rows_per_batch) if local is None else local)
+    ends = sorted({*parts, len(rows)} - {0})
+    shuffled = [
+        grain.MapDataset.source(_Part(rows, start, end)).seed(seed).shuffle()
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    endless = (shuffled[0] if len(shuffled) == 1 else grain.MapDataset.concatenate(shuffled)).repeat()
+    batched = _Batches(endless, rows_per_batch, range(rows_per_batch) if local is None else local)
     return iter(
-        grain.MapDataset.source(parts).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+        grain.MapDataset.source(batched).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
     )
+
+
+class _Part:
+    """The rows from `start` to `end`."""
+
+    def __init__(self, rows: TokenRows, start: int, end: int):
+        self._rows, self._start, self._end = rows, start, end
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self._rows[self._start + range(len(self))[row]]
 
 
 class _Batches:

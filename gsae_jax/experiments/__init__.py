@@ -5,6 +5,7 @@ The fields, their defaults and what they mean stand in `gsae_jax/config.py`.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -51,7 +52,9 @@ def experiment_config() -> ConfigDict:
     return ConfigDict(_defaults(config_lib.Experiment))
 
 
-def stack_config(architecture: str, site: str, width: int, l1_coefficients: Any, **settings: Any) -> ConfigDict:
+def stack_config(
+    architecture: str, site: str, width: int, l1_coefficients: Any, *, grid: bool = False, **settings: Any
+) -> ConfigDict:
     """A stack of an experiment: SAEs that differ in l1 coefficient, learning rate, seed and target L0 only.
 
     Args:
@@ -59,6 +62,8 @@ def stack_config(architecture: str, site: str, width: int, l1_coefficients: Any,
         site: a TransformerLens hook name.
         width: features.
         l1_coefficients: one for each SAE, or one for all.
+        grid: one SAE for each combination of `l1_coefficients`, `learning_rates` and `seeds`, in the order of nested
+            loops. The config then lists the numbers of every SAE. `target_l0` goes with `l1_coefficients`.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`; every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
     """
@@ -71,7 +76,28 @@ def stack_config(architecture: str, site: str, width: int, l1_coefficients: Any,
             config[name] = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
         else:
             config[name] = value
-    return ConfigDict(config)
+    return ConfigDict(config | _combinations(config) if grid else config)
+
+
+def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a stack in which every combination of its numbers stands once; those that are empty stay so."""
+    l1_coefficients, targets = stack["l1_coefficients"], stack["target_l0"]
+    sparsities = list(l1_coefficients)
+    if targets:
+        most = max(len(l1_coefficients), len(targets))
+        matched = [column * most if len(column) == 1 else column for column in (l1_coefficients, targets)]
+        if len(matched[0]) != len(matched[1]):  # which the check of a config refuses
+            return {}
+        sparsities = list(zip(*matched, strict=True))
+    members = list(itertools.product(sparsities, stack["learning_rates"], stack["seeds"]))
+    if not members:
+        return {}
+    sparsity, learning_rates, seeds = zip(*members, strict=True)
+    columns = {"learning_rates": learning_rates, "seeds": seeds}
+    if not targets:
+        return columns | {"l1_coefficients": sparsity}
+    l1_coefficients, targets = zip(*sparsity, strict=True)
+    return columns | {"l1_coefficients": l1_coefficients, "target_l0": targets}
 
 
 def pretrain_config() -> ConfigDict:

@@ -51,6 +51,11 @@ def module(name: str) -> Any:
         return plugins.load("loggers", name, having="open_logger")
 
 
+def hints(names: Iterable[str], path: epath.PathLike) -> list[str]:
+    """A sentence of each logger that has a function `hint`: how to look at what it writes of the run in `path`."""
+    return [module(name).hint(path) for name in names if hasattr(module(name), "hint")]
+
+
 def check_names(names: Iterable[str]) -> None:
     """Raises `UserError` for loggers that do not exist or are named twice."""
     names = list(names)

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from etils import epath
+
 from gsae_jax.loggers import Run, patient
 
 PACKAGE = "tensorboardX"
@@ -50,6 +52,11 @@ class Board:
     def close(self, complete: bool) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def hint(path: epath.PathLike) -> str:
+    """How to look at a run."""
+    return f"TensorBoard: `pip install tensorboard`, then `tensorboard --logdir {path}`"
 
 
 def open_logger(run: Run) -> Board:

@@ -74,6 +74,9 @@ class Facts:
         machine: what must be the same for a run to continue bit for bit: devices, mesh, versions.
         skips: of SAEs that skip updates, since which step, and the tokens of that call.
         text: how much text there is, and how much of it the run reads; None in earlier checkpoints.
+        lengths: each `train.steps` that the run has had ("steps"), from which step on ("since"), and how many tokens
+            of the text it reads at most in one pass ("tokens"); empty in earlier checkpoints.
+        held_out_tokens: how many of the held-out text `held_out` is the fingerprint of; 0 in earlier checkpoints.
     """
 
     rows: str
@@ -89,6 +92,8 @@ class Facts:
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     skips: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     text: Text | None = None
+    lengths: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    held_out_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes back; JSON has no infinity, so a norm limit that there is not is null."""
@@ -126,9 +131,13 @@ class Facts:
 
 
 def _checked(name: str, value: Any) -> Any:
-    kinds: dict[str, type] = {"rows": str, "held_out": str, "buffer": bool}
+    kinds: dict[str, type] = {"rows": str, "held_out": str, "buffer": bool, "lengths": list, "held_out_tokens": int}
     if not isinstance(value, kinds.get(name, dict)):
         raise ValueError(f"{name} is a {type(value).__name__}")
+    if isinstance(value, int) and name == "held_out_tokens":
+        return _number(name, value, 0, 2**63, int)
+    if isinstance(value, list):
+        return [_length(item) for item in value]
     if not isinstance(value, dict):
         return value
     if name == "text":
@@ -149,6 +158,12 @@ def _checked(name: str, value: Any) -> Any:
             key: [_number(f"{name} of {key}", number, least) for number in numbers] for key, numbers in value.items()
         }
     return value
+
+
+def _length(item: Any) -> dict[str, int]:
+    if not isinstance(item, Mapping) or item.keys() != {"since", "steps", "tokens"}:
+        raise ValueError("lengths has an entry without since, steps and tokens")
+    return {key: _number(f"{key} of lengths", value, 0, 2**63, int) for key, value in item.items()}
 
 
 def _number(what: str, value: Any, least: float = 0.0, most: float = FLOAT32, kind: type = float) -> Any:

@@ -4,6 +4,7 @@ It is a local directory or a folder of a bucket, gs://bucket/folder, where files
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,8 @@ from gsae_jax.storage.checkpoints import SavedCheckpoints
 from gsae_jax.storage.facts import Facts
 
 LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it when that process ends, however it does
-FREE = ("mesh", "checkpoint", "loggers")  # groups of the config that a run may change when it continues
+# Groups and fields of the config that may change when a run continues. `Workdir.check` says how far train.steps may.
+FREE = ("mesh", "checkpoint", "loggers", "evaluation", "train.log_every", "train.steps")
 # Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
 LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
 
@@ -96,17 +98,29 @@ class Workdir(SavedCheckpoints):
     def check(self, config: dict[str, Any]) -> None:
         """Raises `UserError` if a run of `config` cannot live here: another run, other files, or not writable.
 
-        A run without a checkpoint has nothing to lose, so another config may take its place.
+        A run without a checkpoint has nothing to lose, so another config may take its place. Otherwise the fields in
+        `FREE` may differ, and so may `train.resample_steps` after the newest checkpoint. `train.steps` may be as small
+        as the step of that checkpoint.
         """
         self.check_writable()
-        if self.latest_step() is not None:
+        latest = self.latest_step()
+        if latest is not None:
+            steps = config["train"]["steps"]
+            if steps < latest:
+                raise UserError(
+                    f"is {steps}, but the run in {self.path} has been trained for {latest} steps; write {latest} or "
+                    "more, or another --workdir",
+                    "train.steps",
+                )
             recorded = config_lib.to_dict(self.experiment())
             # Locations may differ here: `check_model`, and the trainer for text, compare what lies there.
-            differing = config_lib.differences(_without_locations(recorded), _without_locations(config))
+            differing = config_lib.differences(_fixed(recorded, latest), _fixed(config, latest))
             if differing:
+                past = any(line.startswith("train.resample_steps:") for line in differing)
+                kept = f" (train.resample_steps may only change after step {latest})" if past else ""
                 raise UserError(
                     f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
-                    f"{'; '.join(differing)}",
+                    f"{'; '.join(differing)}{kept}",
                     self.field,
                 )
         elif not self.path.is_empty(ignored=LOCK) and not self.holds_run():
@@ -135,6 +149,24 @@ class Workdir(SavedCheckpoints):
                 f"{lm.path or 'the embedded model'} is not the language model that the run in {self.path} was trained "
                 f"with: they differ in {' and '.join(differing)}; write a directory that holds the same files"
             )
+
+    def set_report_aside(self) -> paths.Path | None:
+        """Move the report, if there is one, to `earlier_reports/`; returns where it is then.
+
+        Raises:
+            UserError: it cannot be moved.
+        """
+        step, folder = reported_step(self), self.path / "earlier_reports"
+        if step is None:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            names = {path.name for path in folder.iterdir()}
+            name = next(name for n in itertools.count(1) if (name := f"step_{step}" + f"_{n}" * (n > 1)) not in names)
+            self.report.rename(folder / name)
+        except OSError as error:
+            raise UserError(f"{self.report} cannot be moved to {folder} ({error}); make room", self.field) from error
+        return folder / name
 
     def hold(self) -> None:
         """Keep other processes from training here until `release`; a bucket has no locks.
@@ -210,9 +242,11 @@ def _as_recorded(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict
     }
 
 
-def _without_locations(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must not change when it continues."""
+def _fixed(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What a run must not change when it continues from this step."""
     kept = {group: value for group, value in config.items() if group not in FREE}
     for group, fields in LOCATIONS.items():
         kept[group] = {name: value for name, value in kept[group].items() if name not in fields}
+    kept["train"] = {name: value for name, value in kept["train"].items() if f"train.{name}" not in FREE}
+    kept["train"]["resample_steps"] = [at for at in kept["train"]["resample_steps"] if at <= step]
     return kept

@@ -12,13 +12,13 @@ import numpy as np
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import processes
+from gsae_jax import loggers, processes
 from gsae_jax.config import Experiment
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import metrics_log, run_directory
 from gsae_jax.storage.facts import Facts
-from gsae_jax.training import starting
+from gsae_jax.training import lengthening, starting
 from gsae_jax.training.divergence import Divergence
 from gsae_jax.training.interruption import Signals
 from gsae_jax.training.preparation import Prepared, prepare
@@ -57,6 +57,8 @@ def _train(run: Prepared) -> bool:
     state = _started(run) if before is None else None
     if processes.first():
         workdir.create(config_lib.to_dict(run.config))
+        for hint in loggers.hints(run.config.loggers, workdir.path):
+            logger.info(hint)
     processes.wait("the run's directory")
     workdir.config()
     if workdir.latest_step() != run.latest:
@@ -73,7 +75,7 @@ def _train(run: Prepared) -> bool:
 def _started(run: Prepared) -> TrainState:
     """The first state of a new run."""
     config, program = run.config, run.program
-    state = starting.start(program, run.source_params, run.stream, most=run.rows // config.rows_per_call)
+    state = starting.start(program, run.source_params, run.stream, most=run.parts[-1] // config.rows_per_call)
     for name, params in run.starts.items():
         own = state.stacks[name].params
         started = program.unfolded(name, params, state)
@@ -92,6 +94,10 @@ def _resumed(run: Prepared, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
         what = f"the position of checkpoint {run.latest} in the text is not as it was written ({error})"
         raise UserError(f"{what}; put its files back", "--workdir") from error
     logger.info(f"continuing from step {run.latest:,}{_unlike(run.before.machine, run.facts.machine)}")
+    if run.steps_before is not None:
+        logger.info(f"train.steps is {run.config.train.steps:,} now ({run.steps_before:,} before)")
+        for sentence in lengthening.consequences(run.config, run.steps_before, run.latest, run.parts):
+            logger.info(f"- {sentence}")
     if state.store:
         return state
     logger.info(
@@ -150,7 +156,7 @@ class _Loop:
         as_json = config_lib.to_dict(run.config)
         first = processes.first()
         self._metrics = metrics_log.Metrics(run.workdir, self._step, run.config.loggers, as_json) if first else None
-        self._logged_at = time.perf_counter()
+        self._logged_at, self._is_warm = time.perf_counter(), False
 
     def run(self) -> bool:
         """Whether training is complete; raises `TrainingError` or `UserError` for what ended it early."""
@@ -175,7 +181,6 @@ class _Loop:
                 if last is not None:
                     self._look_at(last, divergence, progress)
                 last = call
-                progress.bar.update(config.updates_per_call)
                 if self._step // config.checkpoint.every > self._saved // config.checkpoint.every:
                     self._save(call, divergence)
             if last is not None:
@@ -219,6 +224,8 @@ class _Loop:
     def _look_at(self, call: _Call, divergence: Divergence, progress: Progress) -> None:
         """Look for SAEs that diverge, and log."""
         divergence.look(call.step, call.statistics, call.tokens)
+        jax.block_until_ready(call.statistics)  # one call ahead is enough: the bar and signals stay true
+        progress.ended(call.step)
         self._log(call, progress)
         if self._metrics and call.step == self._saved:
             self._metrics.sync()  # now with the line of the step that was saved
@@ -227,11 +234,12 @@ class _Loop:
         train, per_call = self._prepared.config.train, self._prepared.config.updates_per_call
         every = train.log_every
         # Which steps are logged depends on the step alone, so that a resumed run's metrics are an uninterrupted run's.
+        now = time.perf_counter()
         if call.step // every == (call.step - per_call) // every and call.step != train.steps:
-            jax.block_until_ready(call.statistics)  # one call ahead is enough: the bar and signals stay true
+            if progress.is_warm and not self._is_warm:  # from here on, tokens/s does not count the compiler
+                self._logged, self._logged_at, self._is_warm = call.step, now, True
             return
         statistics = jax.device_get(call.statistics)
-        now = time.perf_counter()
         tokens_per_second = (call.step - self._logged) * train.batch_size / (now - self._logged_at)
         values = logged(statistics) | {
             "dropped": int(call.dropped),
@@ -239,8 +247,8 @@ class _Loop:
         }
         if self._metrics:
             self._metrics.write(call.step, values)
-        progress.show(values)
-        self._logged, self._logged_at = call.step, now
+        progress.show(call.step, values)
+        self._logged, self._logged_at, self._is_warm = call.step, now, progress.is_warm
 
     def _save(self, call: _Call, divergence: Divergence) -> None:
         """Save the state, which is that after the call."""

@@ -20,16 +20,20 @@ LARGEST_GAIN = 0.05  # at one step
 RESAMPLED_RATE = 0.1  # the factor right after a resampling
 
 
-def schedule(config: config_lib.Train, resampled_at: Sequence[int] = ()) -> Callable[[jax.Array], jax.Array]:
+def schedule(
+    config: config_lib.Train, resampled_at: Sequence[int] = (), steps: int | None = None
+) -> Callable[[jax.Array], jax.Array]:
     """The factor on every learning rate at a step: linear warm-up, constant, a cosine to zero over `decay_fraction`.
 
     After each of the steps `resampled_at` it is a tenth of that, and returns on a cosine over `resample_warmup_steps`.
+    `steps` is the length of training, by default that of the config.
     """
-    decay_steps = min(round(config.decay_fraction * config.steps), config.steps - config.warmup_steps)
+    steps = config.steps if steps is None else steps
+    decay_steps = min(round(config.decay_fraction * steps), steps - config.warmup_steps)
 
     def factor(step: jax.Array) -> jax.Array:
         warmup = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
-        progress = jnp.clip((step - (config.steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
+        progress = jnp.clip((step - (steps - decay_steps)) / max(1, decay_steps), 0.0, 1.0)
         scale = warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         for at in resampled_at:
             since = jnp.clip((step - at) / config.resample_warmup_steps, 0.0, 1.0)
@@ -42,13 +46,18 @@ def schedule(config: config_lib.Train, resampled_at: Sequence[int] = ()) -> Call
 
 def gain(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
     """How far log l1 moves at a step per unit of log(L0 / target): so far from warm-up to two thirds of training."""
-    start, end = config.warmup_steps, 2 * config.steps // 3
+    start, end = config.warmup_steps, end_of_gain(config.steps)
     value = min(LARGEST_GAIN, GAIN / max(1, end - start))
 
     def factor(step: jax.Array) -> jax.Array:
         return jnp.where((step >= start) & (step < end), value, 0.0)
 
     return factor
+
+
+def end_of_gain(steps: int) -> int:
+    """The step from which on l1 coefficients stay, in a training of so many steps."""
+    return 2 * steps // 3
 
 
 def update(

@@ -33,10 +33,11 @@ class Prepared:
         program: the train program.
         source_params: what the source of activations computes with.
         stream: batches of rows of tokens.
-        rows: in the text.
+        parts: rows of text that are read in one pass, for each `train.steps` that the run has had; the last is now.
         facts: what checkpoints will say, but for the units of the sites and what training moves.
         latest: the step of the checkpoint that the run continues from, if there is one.
         before: what that checkpoint says.
+        steps_before: `train.steps` of that checkpoint, if the run has another one now.
         starts: parameters [N, ...] that stacks of a new run start from, in the language model's units.
     """
 
@@ -45,10 +46,11 @@ class Prepared:
     program: Program
     source_params: Any
     stream: Any
-    rows: int
+    parts: list[int]
     facts: Facts
     latest: int | None
     before: Facts | None
+    steps_before: int | None
     starts: Mapping[str, dict[str, Any]]
 
 
@@ -77,18 +79,22 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         fingerprint = checkpoint.fingerprint()
     processes.agree("lm.path", fingerprint, "give every process the same language model")
     d_vocab = program.module.config.d_vocab
-    rows = rows_lib.open_rows(config.data, "train", tokenizer, tokens_needed(config), d_vocab)
-    processes.agree("data", rows.fingerprint, "give every process the same text")
-    stream = rows_lib.batches(rows, config.rows_per_call, config.seed, mesh_lib.local_rows(mesh, config.rows_per_call))
-    # The report's text must be there too.
-    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab)
     latest = _sound_step(workdir)
     before = None if latest is None else workdir.facts(latest)
     if before is not None:
         with errors.about("lm.path"):
             workdir.check_model(before, config.lm, fingerprint)
-        if before.rows != rows.fingerprint:
-            raise UserError("the text has changed since this run began; put it back, or start a new --workdir", "data")
+    known = [] if latest is None or before is None else _known_lengths(config, workdir, latest, before)
+    limit = max([tokens_needed(config), *(lengths[-1]["tokens"] for lengths in known)])
+    rows = rows_lib.open_rows(config.data, "train", tokenizer, limit, d_vocab)
+    processes.agree("data", rows.fingerprint, "give every process the same text")
+    lengths = _lengths(config, latest or 0, before, known, rows)
+    rows = rows.limited(lengths[-1]["tokens"])
+    parts = [len(rows.limited(length["tokens"])) for length in lengths]
+    local = mesh_lib.local_rows(mesh, config.rows_per_call)
+    stream = rows_lib.batches(rows, config.rows_per_call, config.seed, local, parts)
+    # The report's text must be there too.
+    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab)
     fingerprints = {name: parameters.fingerprint(params) for name, params in starts.items()}
     facts = Facts(
         rows=rows.fingerprint,
@@ -100,8 +106,52 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         machine=_machine(mesh),
         skips=before.skips if before else {},
         text=_text(config, rows.extent, held_out.extent),
+        lengths=lengths,
+        held_out_tokens=rows_lib.held_out_tokens(config, config.evaluation.tokens),
     )
-    return Prepared(config, workdir, program, source_params, stream, len(rows), facts, latest, before, starts)
+    has_new_length = len(lengths) > 1 and lengths not in known
+    return Prepared(
+        config=config,
+        workdir=workdir,
+        program=program,
+        source_params=source_params,
+        stream=stream,
+        parts=parts,
+        facts=facts,
+        latest=latest,
+        before=before,
+        steps_before=lengths[-2]["steps"] if has_new_length else None,
+        starts=starts,
+    )
+
+
+def _known_lengths(
+    config: Experiment, workdir: run_directory.Workdir, latest: int, before: Facts
+) -> list[list[dict[str, int]]]:
+    """What `Facts.lengths` of a checkpoint is, or may be: earlier versions did not record it."""
+    if before.lengths:
+        return [before.lengths]
+    may_be = (workdir.experiment().train.steps, config.train.steps, latest)
+    return [[{"since": 0, "steps": steps, "tokens": tokens_needed(config, steps)}] for steps in may_be]
+
+
+def _lengths(
+    config: Experiment, step: int, before: Facts | None, known: list[list[dict[str, int]]], rows: rows_lib.TokenRows
+) -> list[dict[str, int]]:
+    """`Facts.lengths` of a run that continues from this step.
+
+    Raises:
+        UserError: none of the `known` ones gives the rows that the checkpoint was trained on.
+    """
+    now = {"since": step, "steps": config.train.steps, "tokens": tokens_needed(config)}
+    if before is None:
+        return [now]
+    lengths = next((each for each in known if rows.limited(each[-1]["tokens"]).fingerprint == before.rows), None)
+    if lengths is None:
+        raise UserError("the text has changed since this run began; put it back, or start a new --workdir", "data")
+    if lengths[-1]["steps"] == config.train.steps:
+        return lengths
+    return [*lengths, now | {"tokens": max(now["tokens"], lengths[-1]["tokens"])}]
 
 
 def _check_starts(program: Program, starts: Mapping[str, dict[str, Any]]) -> None:
@@ -143,10 +193,13 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     return program, tokenizer
 
 
-def tokens_needed(config: Experiment) -> int:
-    """Tokens that a run reads at most once: training, measuring and filling (twice the buffer, for dropped tokens)."""
+def tokens_needed(config: Experiment, steps: int | None = None) -> int:
+    """Tokens that a run reads at most once: training, measuring and filling (twice the buffer, for dropped tokens).
+
+    `steps`: by default those of the config.
+    """
     return (
-        config.train.steps * config.train.batch_size
+        (config.train.steps if steps is None else steps) * config.train.batch_size
         + config.activations.scale_tokens
         + 2 * config.activations.buffer_size
     )

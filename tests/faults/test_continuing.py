@@ -21,7 +21,7 @@ from gsae_jax.activations import sources
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import TrainingError
 from gsae_jax.storage import run_directory
-from gsae_jax.training import loop
+from gsae_jax.training import lengthening, loop
 from tests.refusals import refused
 from tests.test_training import assert_same, begin_calls, metrics_without_time, params_of, with_
 
@@ -188,7 +188,7 @@ def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict,
     monkeypatch.setattr(train_command, "CONFIG", SimpleNamespace(value=config_dict), raising=False)
     monkeypatch.setattr(train_command, "WORKDIR", SimpleNamespace(value=str(tmp_path)), raising=False)
     monkeypatch.setattr(train_command.loop, "train", lambda *_: True)
-    monkeypatch.setattr(train_command, "evaluate", lambda path: signal.raise_signal(number))
+    monkeypatch.setattr(train_command.reporting, "evaluate", lambda path: signal.raise_signal(number))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     signal.signal(number, signal.SIG_DFL)  # tests in the background ignore some
     try:
@@ -216,3 +216,120 @@ def test_a_run_of_an_earlier_version_is_read(experiment, tmp_path, capsys):
     loaded = gsae_jax.load(run)
     assert "earlier version, which wrote no hashes" in capsys.readouterr().err
     assert_same({name: sae.params for name, sae in loaded.items()}, {n: sae.params for n, sae in expected.items()})
+
+
+def with_stack(experiment, name, **fields):
+    return dataclasses.replace(
+        experiment, stacks={**experiment.stacks, name: dataclasses.replace(experiment.stacks[name], **fields)}
+    )
+
+
+def with_little_text(experiment, folder):
+    """Text of which every run reads all, so that a longer one has the same rows."""
+    folder.mkdir()
+    documents = [{"text": " ".join(f"{word} of {number}" for word in "abcdefgh")} for number in range(100)]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    return with_(experiment, data={"path": str(folder), "test_split": "train"}, evaluation={"tokens": 256})
+
+
+def test_a_finished_run_is_trained_for_more_steps(experiment, tmp_path, capsys):
+    """It ends as a run that had them from the start, and both reports are there."""
+    experiment = with_little_text(experiment, tmp_path / "text")
+    longer, runs = with_(experiment, train={"steps": 32, "log_every": 8}), [tmp_path / "one", tmp_path / "two"]
+    assert train_command.run(experiment, runs[0]) == 0
+    capsys.readouterr()
+    assert train_command.run(longer, runs[0]) == 0
+    out = capsys.readouterr().out
+    assert "continuing from step 16\ntrain.steps is 32 now (16 before)\n" in out
+    assert loop.train(with_(longer, train={"log_every": 4}), runs[1])
+    assert_same(params_of(runs[0]), params_of(runs[1]))
+    logged = [line for line in metrics_without_time(runs[1]) if line["step"] <= 16 or line["step"] % 8 == 0]
+    assert metrics_without_time(runs[0]) == logged
+    for folder, step in ((runs[0] / "report", 32), (runs[0] / "earlier_reports" / "step_16", 16)):
+        assert json.loads((folder / "report.json").read_text())["step"] == step
+    assert run_directory.Workdir(runs[0]).config()["train"]["steps"] == 32
+    assert train_command.run(longer, runs[0]) == 0
+    assert "is finished" in capsys.readouterr().out
+    with refused("train.steps", "is 16", "trained for 32 steps"):
+        train_command.run(experiment, runs[0])
+
+
+def test_what_more_steps_change_is_said(experiment, tmp_path, capsys):
+    """The learning rate that had fallen, the l1 coefficients that move, and the rows that are new."""
+    experiment = with_(with_stack(experiment, "gated", target_l0=(8.0,)), train={"decay_fraction": 1.0})
+    assert loop.train(experiment, tmp_path / "run")
+    capsys.readouterr()
+    assert loop.train(with_(experiment, train={"steps": 32}), tmp_path / "run")
+    out = capsys.readouterr().out
+    rate = 0.5 * (1 + np.cos(np.pi * (16 - 4) / (32 - 4)))
+    assert f"the learning rate was at 0% of its value and goes on at {rate:.0%}" in out
+    assert "the loss will rise" in out
+    assert "the l1 coefficients of gated move to meet target_l0 until step 21 (10 before)" in out
+    rows = [(steps + 32) * 64 // 15 for steps in (16, 32)]
+    assert f"after the first {rows[0]} rows of text come {rows[1] - rows[0]} new ones" in out
+
+    # Interrupted, it continues as if it had not been.
+    expected, metrics = params_of(tmp_path / "run"), metrics_without_time(tmp_path / "run")
+    back_to(tmp_path / "run", 24)
+    assert loop.train(with_(experiment, train={"steps": 32}), tmp_path / "run")
+    assert "train.steps is" not in capsys.readouterr().out
+    assert_same(params_of(tmp_path / "run"), expected)
+    assert metrics_without_time(tmp_path / "run") == metrics
+    facts = run_directory.Workdir(tmp_path / "run").facts(32)
+    assert facts.lengths == [
+        {"since": 0, "steps": 16, "tokens": (16 + 32) * 64},
+        {"since": 16, "steps": 32, "tokens": (32 + 32) * 64},
+    ]
+    short = lengthening.consequences(with_(experiment, train={"steps": 20}), 16, 16, [10, 10])
+    assert "stay as they are" in short[-1]
+
+
+def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_path, monkeypatch):
+    """Its checkpoints do not say how much text it had. Here it is killed before the next one as well."""
+    run, longer = tmp_path / "run", with_(experiment, train={"steps": 24})
+    assert loop.train(experiment, run)
+    run_directory.Workdir(run).create(config_lib.to_dict(longer))
+    facts = run_directory.Workdir.facts
+    monkeypatch.setattr(
+        run_directory.Workdir, "facts", lambda self, step: dataclasses.replace(facts(self, step), lengths=[])
+    )
+    assert loop.train(longer, run)
+    assert [length["steps"] for length in facts(run_directory.Workdir(run), 24).lengths] == [16, 24]
+
+
+def test_a_finished_run_is_measured_with_another_evaluation(experiment, tmp_path, capsys, monkeypatch):
+    run, other = tmp_path / "run", with_(experiment, evaluation={"tokens": 1024})
+    for each, words in ((experiment, "report:"), (other, "measured again"), (other, "is finished")):
+        capsys.readouterr()
+        assert train_command.run(each, run) == 0
+        out, err = capsys.readouterr()
+        assert words in out
+        assert "held-out" not in err
+    before, now = (
+        json.loads((folder / "report.json").read_text())["saes"][0]["tokens"]
+        for folder in (run / "earlier_reports" / "step_16", run / "report")
+    )
+    assert before == 2 * now
+    assert train_command.run(experiment, run) == 0  # and back
+    assert sorted(path.name for path in (run / "earlier_reports").iterdir()) == ["step_16", "step_16_2"]
+
+    # What the held-out text of an earlier version was is not known any more when its config changes.
+    facts = run_directory.Workdir.facts
+    monkeypatch.setattr(
+        run_directory.Workdir, "facts", lambda self, step: dataclasses.replace(facts(self, step), held_out_tokens=0)
+    )
+    before = (run / "config.json").read_bytes()
+    with refused("evaluation", "earlier version"):
+        train_command.run(other, run)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_later_resampling_may_be_added(experiment, tmp_path):
+    run = tmp_path / "run"
+    first = with_(experiment, train={"dead_after": 4, "resample_steps": (8,)})
+    assert loop.train(first, run)
+    workdir = run_directory.Workdir(run)
+    workdir.check(config_lib.to_dict(with_(first, train={"steps": 32, "resample_steps": (8, 20)})))
+    for steps in ((20,), (8, 12, 20)):
+        with refused("--workdir", "train.resample_steps", "only change after step 16"):
+            workdir.check(config_lib.to_dict(with_(first, train={"steps": 32, "resample_steps": steps})))

@@ -1,0 +1,43 @@
+"""What it means for a run that continues with another `train.steps`."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from gsae_jax.config import Experiment
+from gsae_jax.training import optimiser
+
+
+def consequences(config: Experiment, steps_before: int, step: int, parts: Sequence[int]) -> list[str]:
+    """Sentences for the user: what differs from a run that had `train.steps` from the start.
+
+    Args:
+        config: of the run as it continues.
+        steps_before: `train.steps` until now.
+        step: at which the run continues.
+        parts: rows of text that the run reads in one pass: with `train.steps` as it was each time, and as it is now.
+    """
+    train, sentences = config.train, []
+    if train.decay_fraction:
+        before, now = (
+            float(optimiser.schedule(train, config.resampled_at, steps)(jnp.int32(step)))
+            for steps in (steps_before, train.steps)
+        )
+        if abs(before - now) > 1e-3:
+            sentences.append(
+                f"the learning rate was at {before:.0%} of its value and goes on at {now:.0%} (train.decay_fraction="
+                f"{train.decay_fraction:g} of {train.steps:,} steps). The SAEs will differ from those of a run "
+                f"that had {train.steps:,} steps from the start"
+            )
+            if now > before:
+                sentences.append("the loss will rise before it falls again")
+    if targets := [name for name, stack in config.stacks.items() if stack.target_l0]:
+        was, end = (optimiser.end_of_gain(steps) for steps in (steps_before, train.steps))
+        what = f"the l1 coefficients of {', '.join(targets)}"
+        if step < end:
+            sentences.append(f"{what} move to meet target_l0 until step {end:,} ({was:,} before)")
+        else:
+            sentences.append(f"{what} stay as they are: target_l0 moves them in the first two thirds of training only")
+    if (rows := parts[-1]) > (earlier := max(parts[:-1])):
+        sentences.append(f"after the first {earlier:,} rows of text come {rows - earlier:,} new ones")
+    return sentences
