@@ -40,7 +40,7 @@ def run(config: Experiment, path: epath.PathLike) -> int:
     starts = sae_loading.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED
-    logger.info(evaluate(path) + f"\n\nreport: {workdir.report / 'report.md'}")
+    logger.info(evaluate(path, overwrite=True))
     return 0
 
 

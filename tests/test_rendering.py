@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from gsae_jax import rendering
-from gsae_jax.evaluation import report, tables
+from gsae_jax.evaluation import plots, report, tables
 from gsae_jax.formats import saelens
 from gsae_jax.publishing import model_card
 from gsae_jax.saes import gated
@@ -55,9 +55,10 @@ def check_markdown(page):
 
 
 def test_text_in_the_reports_pages_is_text():
-    picture = b"\x89PNG"
-    pages = report.pages([record(HOSTILE)], [ratio(HOSTILE)], dict.fromkeys(report.FIGURES, picture))
-    assert check_markdown(pages["report.md"]) == {16, 10}  # bars in a row of each table
+    picture, facts = plots.Panel(HOSTILE, b"<svg/>"), {HOSTILE: HOSTILE}
+    about = report.About({}, facts, {HOSTILE: facts})
+    pages = report.pages([record(HOSTILE)], [ratio(HOSTILE)], {key: [picture] for key in report.FIGURES}, about)
+    assert check_markdown(pages["report.md"]) == {14, 10, 3}  # bars in a row of each table
 
     class Reader(HTMLParser):
         def __init__(self):
@@ -75,14 +76,14 @@ def test_text_in_the_reports_pages_is_text():
     reader.feed(pages["report.html"])
     assert "script" not in reader.tags
     assert reader.tags.count("img") == len(report.FIGURES)
-    assert reader.cells.count(HOSTILE) == 3  # two sites and a name, as they were
+    assert reader.cells.count(HOSTILE) == 6  # a name, a site, and two facts with their names, as they were
 
 
 def test_text_in_a_model_card_is_text():
     sae = hostile_sae()
     for formats in (["saelens", "dictionary_learning"], ["gemma_scope"]):
         card = model_card.card("user/name", formats, {HOSTILE: sae}, [record(HOSTILE)])
-        assert check_markdown(card) == {16}
+        assert check_markdown(card) == {14}
         front_matter = yaml.safe_load(card.split("---\n")[1])
         assert front_matter["tags"] == ["sparse-autoencoder", "gated"]
         assert front_matter["base_model"] == sae.metadata["model_name"]
@@ -105,9 +106,11 @@ def values():
     measured = report.contents([record("a")])
     names = ("repo", "for_saelens", "name", "model", "base_model", "dataset", "context_length", "count")
     lists = {name: ["a"] for name in ("formats", "architectures", "sites")}
+    facts = tables.facts({"a": {"steps": 1}})
+    page = {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": []}, "measured": facts, "runs": facts}
     return {
-        "report.md": measured | {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": ""}},
-        "report.html": measured | {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": ""}},
+        "report.md": measured | page,
+        "report.html": measured | page,
         "model_card.md": {name: measured[name] for name in measured if name != "tokens"}
         | dict.fromkeys(names, "a")
         | lists,
