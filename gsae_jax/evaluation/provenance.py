@@ -39,7 +39,7 @@ class Settings:
         ours = dataclasses.asdict(self) | {"ito": list(self.ito)}
         differing = {name: value for name, value in ours.items() if name not in recorded or recorded[name] != value}
         if "tokens" in differing or not recorded:
-            differing.pop("text")  # it is of that many tokens
+            differing.pop("text", None)  # it is of that many tokens
         if not recorded:  # of an earlier version
             return {name: value for name, value in differing.items() if value not in ("", [], None)}
         return differing
@@ -56,7 +56,7 @@ def place(report: paths.Path, settings: Settings) -> paths.Path:
         recorded = reading.load_json(report / "report.json").get("settings", {})
     except ValueError:  # damaged
         recorded = {}
-    differing = settings.differences(recorded)
+    differing = settings.differences(recorded if isinstance(recorded, dict) else {})
     if not differing:
         return report
     parts = [f"{name}_{_in_a_name(name, value)}" for name, value in differing.items()]
