@@ -614,3 +614,18 @@ def test_panels_are_pictures_of_their_own_on_one_scale():
     assert [panel.title for panel in pictures] == sorted(points)
     assert all(panel.svg.startswith(b"<?xml") and panel.svg.count(b'id="axes_') == 1 for panel in pictures)
     assert pictures == plots.panels(plots.frontier(records))
+
+
+def test_a_config_changes_only_what_it_names(experiment):
+    """The rest is of the first run, or as SAEs from elsewhere say that they were trained."""
+    sae = dataclasses.replace(as_sae("a_0", relu, {}, relu.Config(8, 16)), metadata={"context_size": 16})
+    imported = measuring._Source("a", "/a", "a", {"a_0": sae})
+    run = measuring._Source("b", "/b", "b", {"a_0": sae}, experiment)
+    config = {"data": {"corpus": "text", "path": "x"}}
+    settings = measuring._settings([imported], config)
+    assert (settings.data.path, settings.data.context_length, settings.lm.path) == ("x", 16, "")
+    settings = measuring._settings([imported, run], config)
+    assert settings.data == dataclasses.replace(experiment.data, corpus="text", path="x")
+    assert (settings.lm, settings.evaluation) == (experiment.lm, experiment.evaluation)
+    with refused("data.pathh", "path"):
+        measuring._settings([run], {"data": {"pathh": "x"}})
