@@ -1,7 +1,7 @@
-"""Measure SAEs on held-out text and write their report: those of a run, or any that gsae_jax.load reads.
+"""Measure SAEs on held-out text and write their report: those of one run, or of several and from elsewhere.
 
-python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000] [--ito 5,10,20,40] [--model DIR]
-python -m gsae_jax.evaluate --sae PATH [--sae PATH] --out OUT [--model DIR] [--site blocks.0.hook_mlp_out]
+python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000] [--ito 5,10,20,40] [--overwrite]
+python -m gsae_jax.evaluate --sae RUN --sae RUN:STACK --sae FOLDER --out OUT [--model DIR] [--text FILES]
 """
 
 import logging
@@ -11,7 +11,6 @@ from absl import flags
 from gsae_jax import cli
 from gsae_jax.errors import UserError
 from gsae_jax.measuring import evaluate, evaluate_saes
-from gsae_jax.storage import run_directory
 
 logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 
@@ -29,17 +28,21 @@ def main() -> None:
     if SAE.value:
         if OUT.value is None:
             raise UserError("is missing; write the name of a new folder for the report", "--out")
-        if STEP.value is not None:
-            raise UserError("goes with --workdir; SAEs from elsewhere have no steps", "--step")
-        folder = OUT.value
-        table = evaluate_saes(SAE.value, folder, config, MODEL.value, SITE.value, tokens, ito, PUBLISHED.value)
+        for name, value in (("--step", STEP.value), ("--overwrite", OVERWRITE.value)):
+            if value:
+                raise UserError("goes with --workdir; leave it out, or measure one run", name)
+        if TEXT.value:
+            if config is not None:
+                raise UserError("and --config both say which text is measured; write one of them", "--text")
+            config = {"data": {"corpus": "text", "path": TEXT.value, "name": ""}}
+        report = evaluate_saes(SAE.value, OUT.value, config, MODEL.value, SITE.value, tokens, ito, PUBLISHED.value)
     else:
-        for name, flag in (("--out", OUT), ("--site", SITE)):
+        for name, flag in (("--out", OUT), ("--site", SITE), ("--text", TEXT)):
             if flag.value:
-                raise UserError("goes with --sae; a run is measured at its own sites, in its own folder", name)
-        folder = str(run_directory.Workdir(WORKDIR.value).report)
-        table = evaluate(WORKDIR.value, tokens, ito, PUBLISHED.value, STEP.value, MODEL.value, config)
-    logger.info(f"{table}\n\nreport: {folder}/report.md")
+                raise UserError("goes with --sae; a run is measured at its own sites, on its own text", name)
+        folder, published = WORKDIR.value, PUBLISHED.value
+        report = evaluate(folder, tokens, ito, published, STEP.value, MODEL.value, config, OVERWRITE.value)
+    logger.info(report)
 
 
 if __name__ == "__main__":
@@ -50,13 +53,19 @@ if __name__ == "__main__":
     )
     STEP = flags.DEFINE_integer("step", None, "With --workdir: which checkpoint; by default the newest that is whole.")
     PUBLISHED = flags.DEFINE_string("published", "", "A CSV file of points to draw beside ours.")
-    SAE = flags.DEFINE_multi_string("sae", [], "Folder of an SAE in any known format; may be repeated.")
+    OVERWRITE = flags.DEFINE_bool("overwrite", False, "With --workdir: replace a report of other settings.")
+    SAE = flags.DEFINE_multi_string(
+        "sae", [], "A run, RUN:STACK, or a folder of SAEs in any known format; may be repeated."
+    )
     OUT = flags.DEFINE_string("out", None, "With --sae: a new folder for the report.")
     MODEL = flags.DEFINE_string(
         "model",
         "",
         "Checkpoint directory or hub name of the language model. With --sae: the one to measure on (default: the "
         "embedded one). With --workdir: the run's own, if it has moved.",
+    )
+    TEXT = flags.DEFINE_string(
+        "text", "", "With --sae: files of text to measure on; default: the first run's, or this Python's library."
     )
     SITE = flags.DEFINE_string("site", "", "With --sae: the site that the SAEs read, whatever their files say.")
     CONFIG = cli.define_config()  # its language model, its text and how much of it; with --workdir, the run's own

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import HeldOut
 from gsae_jax.data import rows
 from gsae_jax.errors import TrainingError, UserError
-from gsae_jax.evaluation import measure, report
+from gsae_jax.evaluation import measure, provenance, report
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import trained
 from gsae_jax.storage import metrics_log, paths, run_directory, writing
-from gsae_jax.storage.facts import Facts, Text
+from gsae_jax.storage.facts import Facts
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,11 @@ def evaluate(
     step: int | None = None,
     model: str = "",
     config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> str:
-    """Measure a run on held-out tokens (its config's number by default) and write its report; returns the table.
+    """Measure a run on held-out tokens (its config's number by default) and write its report.
+
+    The report goes to `report/` in the run's directory, or beside it if a report of other settings lies there.
 
     Args:
         path: the run's directory.
@@ -46,6 +50,10 @@ def evaluate(
         model: where the run's language model lies now, if not where it lay in training.
         config: an experiment's. Its `lm` and `data` say where the run's language model and text lie now, and its
             `evaluation` how much is measured. By default the run's own config says both.
+        overwrite: replace the report in `report/` also if it was made with other settings.
+
+    Returns:
+        The report's table in Markdown, and in the last line where the report is.
 
     Raises:
         UserError: not a run with a checkpoint, another language model than the one it was trained with, other text
@@ -70,18 +78,24 @@ def evaluate(
         step = workdir.sound_step(("params", "facts"), step)
         saes = sae_loading.load(path, mesh, step)
     training = metrics_log.read_metrics(workdir)
-    text = None
     if step is not None:
-        text = workdir.facts(step).text
         with errors.about("--model" if model else "lm.path", revision="lm.revision"):
             _check_inputs(workdir, workdir.facts(step), run, settings)
+    facts, runs = (None if step is None else workdir.facts(step)), {}
+    if facts is not None and step is not None:
+        runs[workdir.path.name] = provenance.of_run(run, facts, step, next(iter(saes.values())).metadata)
+    known = _Known(saes, _targets(run, saes), runs, step, training)
+    return _write(workdir.report, known, settings, mesh, _Wanted(tokens, ito, published, points, model, not overwrite))
+
+
+def _targets(run: config_lib.Experiment, saes: Mapping[str, trained.SAE]) -> dict[str, float]:
+    """The L0 that SAEs of a run were trained for, by name, where there is one."""
     targets = {}
-    for sae in saes.values():
-        stack = run.stacks[sae.stack]
-        if stack.target_l0:
-            targets[sae.name] = stack.target_l0[sae.index if len(stack.target_l0) > 1 else 0]
-    about_run = _Run(training, step, targets, text)
-    return _write(workdir.report, saes, settings, mesh, _Wanted(tokens, ito, points, model), about_run)
+    for name, sae in saes.items():
+        values = run.stacks[sae.stack.rpartition("/")[2]].target_l0  # without a label of `_told_apart`
+        if values:
+            targets[name] = values[sae.index if len(values) > 1 else 0]
+    return targets
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
@@ -154,7 +168,7 @@ def _check_inputs(workdir: run_directory.Workdir, facts: Facts, run: config_lib.
 
 
 def evaluate_saes(
-    paths: Sequence[str],
+    names: Sequence[str],
     out: str,
     config: Mapping[str, Any] | None = None,
     model: str = "",
@@ -163,16 +177,21 @@ def evaluate_saes(
     ito: Sequence[int] = (),
     published: str = "",
 ) -> str:
-    """Measure SAEs that `sae_loading.load` reads, and write their report as a new folder; returns the table.
+    """Measure SAEs of several runs and from elsewhere on one model and text, and write one report as a new folder.
 
     Args:
-        paths: of the SAEs.
+        names: of the SAEs: directories of runs, RUN:STACK for one stack of a run, or folders that
+            `sae_loading.load` reads.
         out: the folder.
-        config: an experiment's, for its language model and text; by default the embedded model, and this Python's
-            library in rows as those that the SAEs were trained on.
+        config: what differs of an experiment's language model, text and `evaluation`. By default these are of the
+            first run; without a run, the embedded model, and this Python's library in rows as those that the SAEs
+            were trained on.
         model: another language model.
         site: where the SAEs read; by default the site that each one's file names.
         tokens: as in `evaluate`; so are `ito` and `published`.
+
+    Returns:
+        As `evaluate`.
 
     Raises:
         UserError: SAEs that cannot be read, are not of this model or name another one where none was given, too
@@ -182,27 +201,175 @@ def evaluate_saes(
         writing.check_new(out)
     points = report.read_published(published) if published else []
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
-    saes: dict[str, trained.SAE] = {}
-    for path in paths:
-        with errors.about("--sae"):
-            loaded = sae_loading.load(path, mesh)
-        for name, sae in loaded.items():
-            if name in saes:
-                raise UserError(f"{path} has the second SAE called {name!r}; measure them one by one", "--sae")
-            if not (site or sae.sites[0]):
-                raise UserError(f"is missing, and {path} does not say; write one like blocks.0.hook_mlp_out", "--site")
-            saes[name] = sae
-    settings = _as_trained(saes) if config is None else config_lib.held_out(config)
+    with errors.about("--sae"):
+        sources = _told_apart([_source(name, mesh) for name in names])
+    saes = {name: sae for source in sources for name, sae in source.saes.items()}
+    for source in sources:
+        if not site and not all(sae.sites[0] for sae in source.saes.values()):
+            why = f"is missing, and {source.name} does not say; write one like blocks.0.hook_mlp_out"
+            raise UserError(why, "--site")
+    settings = _settings(sources, config)
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
-    _check_told(saes, settings, given=bool(model) or config is not None)
+    given = bool(model) or "lm" in (config or {})
     with errors.about("--model" if model else "lm.path", revision="lm.revision"):
+        for source in sources:
+            if source.run is not None:
+                _check_run(source, settings, given)
+        _check_told({name: sae for s in sources if s.run is None for name, sae in s.saes.items()}, settings, given)
         saes = _at_sites(saes, settings.lm, site)
-    return _write(epath.Path(out), saes, settings, mesh, _Wanted(tokens, ito, points, model))
+    known = _Known(saes, {}, {})
+    for source in sources:
+        if source.run is not None:
+            known.targets.update(_targets(source.run, source.saes))
+        if (described := source.described()) and known.runs.setdefault(source.label, described) != described:
+            known.runs[next(iter(source.saes))] = described
+    return _write(paths.of(out), known, settings, mesh, _Wanted(tokens, ito, published, points, model))
 
 
-def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
-    """The embedded model, and the standard library's text in the rows that all SAEs say they were trained on."""
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The SAEs that the user named with one name.
+
+    Attributes:
+        name: as the user wrote it.
+        path: of the run; of SAEs from elsewhere, the folder that they lie in.
+        label: what the report calls that path.
+        saes: by name.
+        run, facts, step: of a run's checkpoint; None for SAEs from elsewhere.
+    """
+
+    name: str
+    path: str
+    label: str
+    saes: dict[str, trained.SAE]
+    run: config_lib.Experiment | None = None
+    facts: Facts | None = None
+    step: int | None = None
+
+    def described(self) -> dict[str, Any]:
+        """What is known of the training."""
+        if self.run is None or self.facts is None or self.step is None:
+            return provenance.of_imported(next(iter(self.saes.values())))
+        return provenance.of_run(self.run, self.facts, self.step, next(iter(self.saes.values())).metadata)
+
+
+def _source(name: str, mesh: jax.sharding.Mesh) -> _Source:
+    """What one of the names of `evaluate_saes` stands for; its label is still to be given."""
+    path = sae_loading.divided(name)[0]
+    saes = sae_loading.load_named(name, mesh)
+    workdir = run_directory.Workdir(path, field="")
+    place = Path(paths.absolute(path))
+    if not workdir.holds_run():
+        if len(saes) == 1 and next(iter(saes)).startswith(place.name):  # it has the name of its folder
+            place = place.parent
+        return _Source(name, str(place), "", saes)
+    step = workdir.sound_step(("params", "facts"))
+    facts = None if step is None else workdir.facts(step)
+    return _Source(name, str(place), "", saes, workdir.experiment(), facts, step)
+
+
+def _told_apart(sources: Sequence[_Source]) -> list[_Source]:
+    """The sources with labels. Where SAEs or stacks of two sources are called alike, the label precedes their names.
+
+    Raises:
+        UserError: two SAEs of one path are called alike.
+    """
+    labels = _labels({source.path for source in sources})
+    by_name, by_stack = defaultdict(set), defaultdict(set)
+    for number, source in enumerate(sources):
+        for name, sae in source.saes.items():
+            by_name[name].add(number)
+            # SAEs from elsewhere that do not name their run are a stack if their names say so, wherever they lie.
+            by_stack[sae.stack].add(sae.run if source.run is None else source.path)
+    alike = {
+        (source.path, sae.stack)
+        for source in sources
+        for name, sae in source.saes.items()
+        if len(by_name[name]) > 1 or len(by_stack[sae.stack]) > 1
+    }
+    seen: set[str] = set()
+    renamed = []
+    for source in sources:
+        label, saes = labels[source.path], {}
+        for name, sae in source.saes.items():
+            if (source.path, sae.stack) in alike:
+                sae = dataclasses.replace(sae, name=f"{label}/{name}", stack=f"{label}/{sae.stack or name}")
+            if source.run is not None:
+                sae = dataclasses.replace(sae, run=label)
+            if sae.name in seen:
+                raise UserError(f"{source.name} has the second SAE called {name!r}; name each SAE once")
+            seen.add(sae.name)
+            saes[sae.name] = sae
+        renamed.append(dataclasses.replace(source, label=label, saes=saes))
+    return renamed
+
+
+def _labels(places: Collection[str]) -> dict[str, str]:
+    """The shortest end of each path that no other path has."""
+    labels = {}
+    for place in places:
+        parts = Path(place).parts
+        for length in range(1, len(parts) + 1):
+            labels[place] = "/".join(parts[-length:])
+            if not any(Path(other).parts[-length:] == parts[-length:] for other in places if other != place):
+                break
+    return labels
+
+
+def _settings(sources: Sequence[_Source], config: Any) -> HeldOut:
+    """The settings of the first run, or those that all SAEs say they were trained with, changed by a config."""
+    run = next((source.run for source in sources if source.run is not None), None)
+    if run is not None:
+        recorded = config_lib.to_dict(run)
+        base = {group: recorded[group] for group in ("lm", "data", "activations", "evaluation")}
+    else:
+        base = _as_trained({name: sae for source in sources for name, sae in source.saes.items()})
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return config_lib.held_out(_merged(base, config or {}))
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}
+
+
+def _check_run(source: _Source, settings: HeldOut, given: bool) -> None:
+    """Warns of a run that is measured on other text than its own, or on another model if one was `given`.
+
+    Raises:
+        UserError: the run was trained on another language model, and none was given.
+    """
+    assert source.run is not None
+    try:
+        fingerprint = Checkpoint.open(settings.lm.path, settings.lm.revision).fingerprint()
+    except UserError as error:
+        if not given:
+            error.problem += "; if the model lies elsewhere now, write --model DIRECTORY"
+        raise
+    recorded = source.facts.lm if source.facts else {}
+    if not recorded:  # of an earlier version: its name is all that is known
+        _check_told(source.saes, settings, given)
+    elif recorded != fingerprint:
+        differing = " and ".join(part for part in fingerprint if recorded.get(part) != fingerprint[part])
+        theirs, ours = (lm.path or "the embedded model" for lm in (source.run.lm, settings.lm))
+        why = f"{source.name} was trained on another language model than {ours}: {theirs} differs in {differing}"
+        if not given:
+            raise UserError(f"{why}; leave it out, or write --model with the model to measure all SAEs on", "--sae")
+        logger.warning(f"{why}; it is measured on {ours}")
+    text = {"drop_special_tokens": source.run.activations.drop_special_tokens} | vars(source.run.data)
+    here = {"drop_special_tokens": settings.drop_special_tokens} | vars(settings.data)
+    ignored = ("data_dir", "train_split")
+    others = [name for name in text if text[name] != here[name] and name not in ignored]
+    if others:
+        listed = ", ".join(f"{name} ({text[name]} there, {here[name]} here)" for name in others)
+        logger.warning(f"{source.name} was trained on other text than it is measured on: {listed}")
+
+
+def _as_trained(saes: Mapping[str, trained.SAE]) -> dict[str, dict[str, Any]]:
+    """The config of the embedded model, and of the standard library in rows that all SAEs say they were trained on."""
     tree: dict[str, dict[str, Any]] = {"data": {}, "activations": {}}
     for group, field, name, kind in (
         ("data", "context_length", "context_size", int),
@@ -212,7 +379,7 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> HeldOut:
         values = [sae.metadata.get(name) for sae in saes.values()]
         if type(values[0]) is kind and all(value == values[0] for value in values):
             tree[group][field] = values[0]
-    return config_lib.held_out(tree)
+    return tree
 
 
 def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> dict[str, trained.SAE]:
@@ -274,41 +441,41 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """What is asked for beside the SAEs, as `evaluate` takes it."""
+    """What is asked for beside the SAEs, as `evaluate` takes it; `points` are those of the file `published`.
+
+    `beside`: a report of other settings in the same folder stays, and this one goes beside it.
+    """
 
     tokens: int | None
     ito: Sequence[int]
+    published: str
     points: Sequence[dict[str, Any]]
     model: str
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """What is known of the run whose SAEs are measured, if they are a run's.
+class _Known:
+    """SAEs by name, and what is known of their training.
 
     Attributes:
-        training: the lines of its metrics.
-        step: of the checkpoint.
-        targets: `target_l0` of SAEs that have one, by name.
-        text: what it was trained on.
+        saes: by the names that the report has for them.
+        targets: the L0 that they were trained for, by name, where there is one.
+        runs: of `provenance.of_run` and `of_imported`, by what the report calls them.
+        step: the checkpoint's, of SAEs of one run.
+        training: the lines of metrics of that run.
     """
 
-    training: Sequence[dict[str, Any]] = ()
+    saes: dict[str, trained.SAE]
+    targets: dict[str, float]
+    runs: dict[str, dict[str, Any]]
     step: int | None = None
-    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    text: Text | None = None
+    training: Sequence[dict[str, Any]] = ()
 
 
-def _write(
-    folder: epath.Path,
-    saes: dict[str, trained.SAE],
-    settings: HeldOut,
-    mesh: jax.sharding.Mesh,
-    wanted: "_Wanted",
-    run: _Run = _Run(),
-) -> str:
-    """Measure SAEs and write their report, with warnings of what is wrong with them; returns the table."""
-    ito, points = wanted.ito, wanted.points
+def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.sharding.Mesh, wanted: "_Wanted") -> str:
+    """Measure SAEs and write their report, with warnings of what is wrong with them; returns what `evaluate` does."""
+    ito, saes = wanted.ito, known.saes
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
         raise UserError(f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more", "--ito")
@@ -318,21 +485,33 @@ def _write(
     loading.check_context(lm.module, settings.data.context_length)
     tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens
     batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
+    limit = rows.held_out_tokens(settings, tokens)
+    text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab).fingerprint
+    made_with = provenance.Settings(known.step, limit, tuple(ito), Path(wanted.published).name, text)
+    if wanted.beside and (place := provenance.place(folder, made_with)) != folder:
+        logger.info(
+            f"{folder} has a report that was made with other settings and is kept; the new one goes to {place} "
+            "(--overwrite replaces the other)"
+        )
+        folder = place
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
     logger.info(f"measuring {len(saes)} SAEs on {sum(batch.size for batch in batches):,} held-out tokens")
     hidden = None if processes.first() else True  # None: where there is no terminal
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=hidden) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
-    records = report.rows(Path(model).name, saes, sums, run.targets, ito)
+    records = report.rows(Path(model).name, saes, sums, known.targets, ito)
     gates = report.gates(saes)
+    names = sae_loading.names(settings.lm, settings.data)
+    measured = provenance.of_report(made_with, Path(model).name, names["dataset_path"], settings.data.context_length)
+    about = report.About(dataclasses.asdict(made_with), measured, known.runs)
     if processes.first():
         try:
-            report.write(folder, run.step, records, sums, list(run.training), gates, points, run.text)
+            report.write(folder, known.step, records, sums, list(known.training), gates, wanted.points, about)
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"
             ) from error
     for note in report.notes(records):
         logger.warning(note)
-    return report.table(records)
+    return f"{report.table(records)}\n\nreport: {folder / 'report.md'}"

@@ -17,8 +17,7 @@ def report(workdir: run_directory.Workdir) -> None:
     processes.wait("the place of the report")  # until every process has looked for an earlier one
     if processes.first() and (earlier := workdir.set_report_aside()):
         logger.info(f"the earlier report is kept in {earlier}")
-    table = evaluate(workdir.path)
-    logger.info(f"{table}\n\nreport: {workdir.report / 'report.md'}")
+    logger.info(evaluate(workdir.path, overwrite=True))
 
 
 def change_evaluation(workdir: run_directory.Workdir, config: Experiment) -> None:

@@ -117,6 +117,30 @@ def _built(name: str, config: Experiment, widths: dict[str, int], workdir: run_d
         raise
 
 
+def load_named(name: str, mesh: jax.sharding.Mesh | None = None) -> dict[str, trained.SAE]:
+    """The SAEs that a user names: what `load` reads from a path, or one stack of a run, as RUN:STACK.
+
+    Raises:
+        UserError: as `load`, and for a run without that stack.
+    """
+    path, stack = divided(name)
+    saes = load(path, mesh)
+    if not stack:
+        return saes
+    stacks = {sae.stack for sae in saes.values()}
+    if stack not in stacks:
+        raise UserError(f"{path} has no stack {stack!r}; {known_names(stack, sorted(stacks))}")
+    return {name: sae for name, sae in saes.items() if sae.stack == stack}
+
+
+def divided(name: str) -> tuple[str, str]:
+    """(RUN, STACK) of RUN:STACK; (path, "") of anything else."""
+    path, _, stack = name.rpartition(":")
+    if path and re.fullmatch(r"[\w-]+", stack) and not os.path.lexists(os.path.expanduser(name)):
+        return path, stack
+    return name, ""
+
+
 def _nothing(path: str) -> str:
     """Why no SAEs can be loaded from a path."""
     if not os.path.lexists(os.path.expanduser(path)):
@@ -196,19 +220,15 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
 
 def _members_of(start: str) -> list[trained.SAE]:
     """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path."""
+    if divided(start)[1]:
+        return list(load_named(start).values())
     local = paths.of_user(start).local
-    if elsewhere := imports.read(local) if local else {}:
-        if len(kinds := {(sae.architecture, sae.config, sae.sites, sae.targets) for sae in elsewhere.values()}) > 1:
-            raise UserError(f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
-        return list(elsewhere.values())
-    path, _, source = start.rpartition(":")
-    if not path or not source:
+    elsewhere = imports.read(local) if local else {}
+    if not elsewhere:
         raise UserError(f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
-    saes = load(path)
-    stacks = {sae.stack for sae in saes.values()}
-    if source not in stacks:
-        raise UserError(f"{path} has no stack {source!r}; {known_names(source, sorted(stacks))}")
-    return [sae for sae in saes.values() if sae.stack == source]
+    if len(kinds := {(sae.architecture, sae.config, sae.sites, sae.targets) for sae in elsewhere.values()}) > 1:
+        raise UserError(f"{start} has {len(kinds)} kinds of SAEs; write the folder of one")
+    return list(elsewhere.values())
 
 
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:

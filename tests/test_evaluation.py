@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,17 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import measuring
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.evaluation import frontiers, measure, metrics, plots, report
+from gsae_jax.evaluation import frontiers, measure, metrics, plots, provenance, report
 from gsae_jax.lms import loading
 from gsae_jax.saes import gated, relu, trained
+from gsae_jax.storage import paths
+from gsae_jax.training import loop
 from tests import references
 from tests.refusals import refused
 from tests.test_lms import checkpoint
+from tests.test_moved_runs import retrained
 
 SITE = "blocks.0.hook_mlp_out"
 UNUSED = ["predictions", "kl", "squared_error", "variance", "x_hat_sq", "x_hat_dot_x", "cosine", "l1", "gate_only"]
@@ -361,7 +366,7 @@ def test_the_report_is_whole(tmp_path, lm):
         name in text for name in [*saes, "frontier.png", "gamma.png", "densities.png", "gates.png", "training.png"]
     )
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/svg+xml;base64,") == 8  # gates have two panels, training three
     assert not re.findall(r"(?:src|href)=.(?!data:)", page)  # nothing to fetch
 
 
@@ -495,3 +500,132 @@ def test_the_axis_of_l0_has_numbers(l0):
     ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
     shown = {tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()}
     assert 2 <= len(shown) <= 15
+
+
+def test_a_report_of_other_settings_stays(tmp_path):
+    """The new one goes beside it, under a name that says what differs; an earlier version's is never replaced."""
+
+    def place(**changes):
+        made_with = {"step": 8, "tokens": 512, "ito": (), "published": "", "text": "0123456789"} | changes
+        settings = provenance.Settings(**made_with)
+        folder = provenance.place(paths.of(tmp_path / "report"), settings)
+        folder.mkdir(exist_ok=True)
+        (folder / "report.json").write_text(json.dumps({"settings": dataclasses.asdict(settings)}))
+        return folder.name
+
+    assert place() == place() == "report"
+    assert place(tokens=1024, text="x") == place(tokens=1024, text="x") == "report-tokens_1024"
+    assert place(ito=(5, 10), step=4) == "report-step_4-ito_5_10"
+    assert place(text="abcdefghijk") == "report-text_abcdefgh"
+    assert place(published="the paper.csv") == "report-published_the_paper.csv"
+    # The same difference to another report in `report/` does not make it the same report.
+    (tmp_path / "report" / "report.json").write_text((tmp_path / "report-step_4-ito_5_10" / "report.json").read_text())
+    assert place(ito=(5, 10), step=4) == "report"
+    assert place(tokens=1024, step=4, ito=(5, 10), text="x") == "report-tokens_1024-step_4-ito_5_10"
+    for earlier in ("{", '{"step": 8, "saes": []}'):
+        (tmp_path / "report" / "report.json").write_text(earlier)
+        assert place() == "report-step_8-tokens_512"
+
+
+def test_saes_of_several_places_are_told_apart(lm):
+    D = lm.sites[SITE]
+    config = relu.Config(D, 2 * D)
+
+    def source(path, *names, run=None, of=""):
+        saes = {name: dataclasses.replace(as_sae(name, relu, identity(D), config), run=of) for name in names}
+        return measuring._Source(path, path, "", saes, run)
+
+    def names(*sources):
+        named = measuring._told_apart(sources)
+        assert all(name == sae.name for each in named for name, sae in each.saes.items())
+        return [{name: sae.stack for name, sae in each.saes.items()} for each in named]
+
+    run = object()
+    # Other names stay. One stack of another run gets its run's name as a whole.
+    found = names(source("/a/x", "gated_0", "other_0", run=run), source("/a/y", "gated_1", "mine_0", run=run))
+    assert found == [{"x/gated_0": "x/gated", "other_0": "other"}, {"y/gated_1": "y/gated", "mine_0": "mine"}]
+    # Runs of one name get as much of their paths as they need.
+    found = names(source("/a/x", "gated_0", run=run), source("/b/x", "gated_0", run=run))
+    assert found == [{"a/x/gated_0": "a/x/gated"}, {"b/x/gated_0": "b/x/gated"}]
+    # SAEs from elsewhere that lie apart are one stack where their names say so.
+    found = names(source("/a", "trainer_0"), source("/b", "trainer_1"))
+    assert found == [{"trainer_0": "trainer"}, {"trainer_1": "trainer"}]
+    with refused("", "/a", "'gated_0'"):
+        names(source("/a", "gated_0"), source("/b", "gated_0"), source("/a", "gated_0"))
+
+
+def test_runs_and_exports_in_one_report(experiment, lm_dir, tmp_path, capsys):
+    """They are measured as in their run, and one that was trained on another model is refused."""
+    stack = dataclasses.replace(experiment.stacks["gated"], width=16)
+    assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "a" / "run")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    gsae_jax.load(tmp_path / "a" / "run")["gated_0"].save(tmp_path / "exported")
+    measuring.evaluate(tmp_path / "a" / "run", tokens=256)
+    alone = json.loads((tmp_path / "a" / "run" / "report" / "report.json").read_text())
+    names = [str(tmp_path / "a" / "run"), f"{tmp_path / 'b' / 'run'}:gated", str(tmp_path / "exported")]
+    capsys.readouterr()
+    text = measuring.evaluate_saes(names, str(tmp_path / "out"), tokens=256)
+    assert text.endswith(f"report: {tmp_path / 'out' / 'report.md'}")
+    assert "warning" not in capsys.readouterr().err
+    together = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {record["name"]: record for record in together["saes"]}
+    gated = {"a/run/gated_0", "a/run/gated_1", "b/run/gated_0", "b/run/gated_1"}
+    assert found.keys() == gated | {"exported/gated_0"}
+    for record in alone["saes"]:
+        name = f"a/run/{record['name']}"
+        assert found[name]["run"] == "a/run"
+        for field in ("l0", "fvu", "ce_sae", "kl"):
+            assert found[name][field] == pytest.approx(record[field], rel=1e-5)
+            assert found[f"b/run/gated_{record['index']}"][field] == found[f"a/run/gated_{record['index']}"][field]
+    facts = together["runs"]["b/run"]
+    assert (facts["steps"], facts["batch_size"]) == (experiment.train.steps, experiment.train.batch_size)
+    assert facts["activations_trained_on"] == experiment.train.steps * experiment.train.batch_size
+    assert f"jax {jax.__version__}" in facts["trained_with"]
+    assert alone["settings"]["step"] == experiment.train.steps
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "How they were trained" in page
+    with refused("--sae", "no stack 'gatde'", "gated"):
+        measuring.evaluate_saes([f"{tmp_path / 'a' / 'run'}:gatde"], str(tmp_path / "third"))
+    before = (tmp_path / "a" / "run" / "report" / "report.json").read_bytes()
+    measuring.evaluate(tmp_path / "a" / "run", tokens=512)
+    assert (tmp_path / "a" / "run" / "report-tokens_512" / "report.json").exists()
+    assert (tmp_path / "a" / "run" / "report" / "report.json").read_bytes() == before
+    shutil.copytree(lm_dir, tmp_path / "lm")
+    retrained(tmp_path / "lm")
+    config = json.loads((tmp_path / "a" / "run" / "config.json").read_text())
+    config["lm"]["path"] = str(tmp_path / "lm")
+    (tmp_path / "a" / "run" / "config.json").write_text(json.dumps(config))
+    with refused("--sae", "another language model", "weights"):
+        measuring.evaluate_saes(names, str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
+
+
+def test_panels_are_pictures_of_their_own_on_one_scale():
+    record = {"ito": 0, "learning_rate": 0.1, "seed": 0, "variant": "gated", "width": 64}
+    points = {SITE: ((10, 0.8), (100, 0.9)), "blocks.1.hook_mlp_out": ((1, 0.5), (20, 0.7))}
+    records = [
+        record | {"site": site, "stack": "a", "name": f"a_{site}{l0}", "l0": l0, "loss_recovered": recovered}
+        for site, of_site in points.items()
+        for l0, recovered in of_site
+    ]
+    figure = plots.frontier(records)
+    assert len({(*axis.get_xlim(), *axis.get_ylim()) for axis in figure.axes}) == 1
+    pictures = plots.panels(figure)
+    assert [panel.title for panel in pictures] == sorted(points)
+    assert all(panel.svg.startswith(b"<?xml") and panel.svg.count(b'id="axes_') == 1 for panel in pictures)
+    assert pictures == plots.panels(plots.frontier(records))
+
+
+def test_a_config_changes_only_what_it_names(experiment):
+    """The rest is of the first run, or as SAEs from elsewhere say that they were trained."""
+    sae = dataclasses.replace(as_sae("a_0", relu, {}, relu.Config(8, 16)), metadata={"context_size": 16})
+    imported = measuring._Source("a", "/a", "a", {"a_0": sae})
+    run = measuring._Source("b", "/b", "b", {"a_0": sae}, experiment)
+    config = {"data": {"corpus": "text", "path": "x"}}
+    settings = measuring._settings([imported], config)
+    assert (settings.data.path, settings.data.context_length, settings.lm.path) == ("x", 16, "")
+    settings = measuring._settings([imported, run], config)
+    assert settings.data == dataclasses.replace(experiment.data, corpus="text", path="x")
+    assert (settings.lm, settings.evaluation) == (experiment.lm, experiment.evaluation)
+    with refused("data.pathh", "path"):
+        measuring._settings([run], {"data": {"pathh": "x"}})

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from gsae_jax import rendering
-from gsae_jax.evaluation import report, tables
+from gsae_jax.evaluation import plots, report, tables
 from gsae_jax.formats import saelens
 from gsae_jax.publishing import model_card
 from gsae_jax.saes import gated
@@ -55,9 +55,10 @@ def check_markdown(page):
 
 
 def test_text_in_the_reports_pages_is_text():
-    picture = b"\x89PNG"
-    pages = report.pages([record(HOSTILE)], [ratio(HOSTILE)], dict.fromkeys(report.FIGURES, picture))
-    assert check_markdown(pages["report.md"]) == {16, 10}  # bars in a row of each table
+    picture, facts = plots.Panel(HOSTILE, b"<svg/>"), {HOSTILE: HOSTILE}
+    about = report.About({}, facts, {HOSTILE: facts})
+    pages = report.pages([record(HOSTILE)], [ratio(HOSTILE)], {key: [picture] for key in report.FIGURES}, about)
+    assert check_markdown(pages["report.md"]) == {14, 10, 3}  # bars in a row of each table
 
     class Reader(HTMLParser):
         def __init__(self):
@@ -75,7 +76,7 @@ def test_text_in_the_reports_pages_is_text():
     reader.feed(pages["report.html"])
     assert "script" not in reader.tags
     assert reader.tags.count("img") == len(report.FIGURES)
-    assert reader.cells.count(HOSTILE) == 3  # two sites and a name, as they were
+    assert reader.cells.count(HOSTILE) == 6  # a name, a site, and two facts with their names, as they were
 
 
 def test_text_in_a_model_card_is_text():
@@ -106,9 +107,11 @@ def values():
     measured = report.contents([record("a")])
     names = ("repo", "for_saelens", "name", "model", "dataset", "context_length", "count", "config")
     lists = {name: ["a"] for name in ("formats", "architectures", "sites")}
+    facts = tables.facts({"a": {"steps": 1}})
+    page = {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": []}, "measured": facts, "runs": facts}
     return {
-        "report.md": measured | {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": ""}},
-        "report.html": measured | {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": ""}},
+        "report.md": measured | page,
+        "report.html": measured | page,
         "model_card.md": {name: measured[name] for name in measured if name != "tokens"}
         | dict.fromkeys(names, "a")
         | lists

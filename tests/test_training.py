@@ -559,7 +559,9 @@ def test_a_run_says_what_it_reads(config_dict, tmp_path, text_dir, pack, capsys)
     assert f"{read:,} tokens" in line
     evaluate(tmp_path / "run", tokens=512)
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
-    assert report["text"] == dataclasses.asdict(text)
+    recorded = report["runs"]["run"]
+    assert (recorded["documents"], recorded["tokens_read"], recorded["text_is_estimated"]) == (10_000, read, True)
+    assert recorded["passes_over_the_text"] == pytest.approx(text.passes, rel=0.01)
 
 
 def run_of_calls(monkeypatch, seconds, total):

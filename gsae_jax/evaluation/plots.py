@@ -1,9 +1,11 @@
 """The report's figures. A stack has one colour and one marker in all of them."""
 
+import io
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -17,11 +19,34 @@ MARKERS = "os^DvP*X"
 LEGEND = 12  # with more SAEs than this in a panel, the legend names stacks
 
 
+class Panel(NamedTuple):
+    """One panel of a figure as a picture of its own, and the title above it."""
+
+    title: str
+    svg: bytes
+
+
+def panels(figure: Figure) -> list[Panel]:
+    """The panels of a figure one by one, so that a page can put them side by side or below each other."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # hidden panels would change the layout
+    pictures = []
+    for axis in figure.axes:
+        for other in figure.axes:
+            other.set_visible(other is axis)
+        # With a fixed salt and no date, the same figure has the same bytes.
+        with io.BytesIO() as file, matplotlib.rc_context({"svg.hashsalt": "gsae_jax"}):
+            figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
+            pictures.append(Panel(axis.get_title(), file.getvalue()))
+    return pictures
+
+
 def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
     """Loss recovered against L0, per site."""
     figure, panels = _against_l0(records, "loss_recovered", "loss recovered", published)
     for axis in panels.values():
         _focus(axis, -0.5, 1.5)
+    _on_one_scale(panels.values())
     return figure
 
 
@@ -31,6 +56,7 @@ def gamma(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = (
     for axis in panels.values():
         axis.axhline(1, color="0.4", linewidth=1, linestyle="--")
         _focus(axis, 0, 3)
+    _on_one_scale(panels.values())
     return figure
 
 
@@ -41,7 +67,7 @@ def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -
     figure, panels = _panels(records)
     for axis in panels.values():
         axis.set_xlabel("log10 of the fraction of tokens a feature fires on")
-    _histograms(panels, records, logs)
+    _histograms(panels, records, logs, one_scale=True)
     return figure
 
 
@@ -55,18 +81,22 @@ def gates(records: list[dict[str, Any]], values: dict[str, dict[str, np.ndarray]
     return figure
 
 
-def _histograms(panels: dict[str, Axes], records: list[dict[str, Any]], values: dict[str, np.ndarray]) -> None:
+def _histograms(
+    panels: dict[str, Axes], records: list[dict[str, Any]], values: dict[str, np.ndarray], one_scale: bool = False
+) -> None:
     """One outline per SAE in its site's panel; the outermost bins take the thousandth of values beyond them.
 
-    Bins span the values of SAEs that have not diverged. The legend names those whose values are not finite.
+    Bins span the values of SAEs at the site, or with `one_scale` at all sites, that have not diverged. The legend
+    names those whose values are not finite.
     """
     stacks = frontiers.stacks(records)
     values = {name: value.astype(np.float64) for name, value in values.items()}
     for site, axis in panels.items():
         members_here = [record for record in records if record["site"] == site and record["name"] in values]
         mine = [record["name"] for record in members_here]
-        sound = [values[record["name"]] for record in members_here if record["fvu"] <= 1]
-        shown = np.concatenate(sound or [values[name] for name in mine])
+        compared = [r for r in records if r["name"] in values] if one_scale else members_here
+        sound = [values[record["name"]] for record in compared if record["fvu"] <= 1]
+        shown = np.concatenate(sound or [values[record["name"]] for record in compared])
         shown = shown[np.isfinite(shown)]
         low, high = np.quantile(shown, (0.0005, 0.9995)) if shown.size else (0.0, 1.0)
         bins = np.linspace(low, high + 1e-6 * max(1, abs(high)), 41)
@@ -119,7 +149,7 @@ def training(lines: list[dict[str, Any]]) -> Figure:
 def _panels(records: list[dict[str, Any]], rows: int = 1) -> Any:
     """A figure, and for each of its rows a panel per site, side by side."""
     sites = sorted({record["site"] for record in records})
-    figure = Figure(figsize=(1.4 + 5 * len(sites), 4 * rows), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(sites), 3.8 * rows), layout="constrained")
     grid = figure.subplots(rows, len(sites), squeeze=False)
     for axis, site in zip(grid.flat, sites * rows, strict=True):
         axis.set_title(site, fontsize=10)
@@ -145,6 +175,17 @@ def _plain_numbers(axis: Axis) -> None:
         # Where the axis has few powers of ten, there is room for numbers between them.
         between = "235" if high < 1000 * low else "3" if high < 1e6 * low else ""
         axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in between else ""))
+
+
+def _on_one_scale(axes: Iterable[Axes]) -> None:
+    """Give all sites the same axes, so that they can be compared. Panels without points do not count."""
+    drawn = [axis for axis in axes if any(line.get_marker() != "None" for line in axis.lines)]
+    if len(drawn) > 1:
+        limits = [(*axis.get_xlim(), *axis.get_ylim()) for axis in drawn]
+        left, right, bottom, top = zip(*limits, strict=True)
+        for axis in drawn:
+            axis.set(xlim=(min(left), max(right)), ylim=(min(bottom), max(top)))
+            _plain_numbers(axis.xaxis)
 
 
 def _focus(axis: Axes, low: float, high: float) -> None:
@@ -204,7 +245,7 @@ def _against_l0(
                 axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose).replace("$", r"\$"))
     for axis in panels.values():
         if not axis.lines:
-            text = "there is nothing to draw here:\nthe notes below the report's table say why"
+            text = "there is nothing to draw here:\nthe notes at the top of the report say why"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center")
         if any(record["ito"] for record in records):
             axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")

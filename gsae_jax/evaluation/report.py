@@ -2,14 +2,13 @@
 
 import base64
 import csv
-import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -21,13 +20,29 @@ from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import writing
-from gsae_jax.storage.facts import Text
 
 FIGURES = ("frontier", "gamma", "densities", "gates", "training")
 FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for figure in FIGURES))
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
 LARGE_MEAN = 0.5  # a mean with a larger share of E||x||^2 hides shrinkage
 MISSED = 0.1  # a target is missed where L0 differs from it by more than this fraction
+
+
+class About(NamedTuple):
+    """How the SAEs of a report were measured and trained.
+
+    Attributes:
+        settings: the fields of `provenance.Settings`, by which reports are told apart.
+        measured: of `provenance.of_report`.
+        runs: of `provenance.of_run` and `provenance.of_imported`, by the name of the run or folder.
+    """
+
+    settings: Mapping[str, Any] = MappingProxyType({})
+    measured: Mapping[str, Any] = MappingProxyType({})
+    runs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
+
+NOTHING = About()  # of SAEs of which nothing else is known
 
 
 def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
@@ -88,7 +103,7 @@ def write(
     training: list[dict[str, Any]],
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]] = (),
-    text: Text | None = None,
+    about: About = NOTHING,
 ) -> None:
     """Write the report; an earlier one is replaced when the new one is whole.
 
@@ -99,11 +114,11 @@ def write(
         training: the lines of metrics, where there are any.
         gates_of: of `gates`.
         published: points to draw beside ours.
-        text: what the run was trained on, where a run's SAEs are measured.
+        about: how they were measured and trained.
     """
     # report.json, which says that a run is finished, comes last.
     with writing.whole_folder(folder, last="report.json") as scratch:
-        _write_files(scratch, step, records, sums, training, gates_of, published, text)
+        _write_files(scratch, step, records, sums, training, gates_of, published, about)
 
 
 def _write_files(
@@ -114,10 +129,11 @@ def _write_files(
     training: list[dict[str, Any]],
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]],
-    text: Text | None,
+    about: About,
 ) -> None:
     ratios = frontiers.ratios(records, sums)
-    (folder / "report.json").write_text(_json(step, notes(records), text, saes=records, l0_ratios=ratios))
+    head = {"step": step, "settings": about.settings, "measured": about.measured, "runs": about.runs}
+    (folder / "report.json").write_text(_json(head | {"notes": notes(records)}, saes=records, l0_ratios=ratios))
     tables.write_csv(folder / "frontier.csv", records)
     encoders = [record for record in records if not record["ito"]]
     densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
@@ -132,9 +148,9 @@ def _write_files(
         figures["gates"] = plots.gates(encoders, gates_of)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
-    pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
-    for page, content in pages(records, ratios, pictures).items():
-        (folder / page).write_text(content, "utf-8")
+    pictures = {name: plots.panels(figure) for name, figure in figures.items()}
+    for page, text in pages(records, ratios, pictures, about).items():
+        (folder / page).write_text(text, "utf-8")
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
@@ -234,42 +250,57 @@ def contents(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "model": records[0]["model"],
         "tokens": int(np.max([record["tokens"] for record in records])),
-        "table": tables.measured(records),
+        "tables": tables.measured(records),
         "notes": notes(records),
         "pursued": any(record["ito"] for record in records),
         "extreme": metrics.EXTREME,
+        "dense": f"{metrics.DENSE:.0%}",
     }
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The paper's table (Tables 1-8) in Markdown."""
-    return rendering.render("table.md", table=tables.measured(records)).rstrip("\n")
+    """The tables of all sites (the paper's Tables 1-8) in Markdown."""
+    return rendering.render("sites.md", tables=tables.measured(records)).strip("\n")
 
 
-def pages(records: list[dict[str, Any]], ratios: list[dict[str, Any]], pictures: Mapping[str, bytes]) -> dict[str, str]:
+def pages(
+    records: list[dict[str, Any]],
+    ratios: list[dict[str, Any]],
+    pictures: Mapping[str, Sequence[plots.Panel]],
+    about: About = NOTHING,
+) -> dict[str, str]:
     """The texts of `report.md` and `report.html`, by name.
 
     Args:
         records: of `rows`.
         ratios: of `frontiers.ratios`.
-        pictures: PNG files, by their names in `FIGURES`.
+        pictures: the panels of each figure, by its name in `FIGURES`.
+        about: how they were measured and trained.
     """
-    figures = {name: base64.b64encode(pictures[name]).decode() for name in FIGURES if name in pictures}
-    values = contents(records) | {"ratios": tables.ratios(ratios), "figures": figures}
+    figures = {
+        name: [(panel.title, base64.b64encode(panel.svg).decode()) for panel in pictures[name]]
+        for name in FIGURES
+        if name in pictures
+    }
+    values = contents(records) | {
+        "ratios": tables.ratios(ratios),
+        "figures": figures,
+        "measured": tables.facts({"": about.measured}),
+        "runs": tables.facts(about.runs),
+    }
     return {page: rendering.render(page, **values) for page in ("report.md", "report.html")}
 
 
-def _json(step: int | None, notes: list[str], text: Text | None, **report: list[dict[str, Any]]) -> str:
+def _json(head: Mapping[str, Any], **records: list[dict[str, Any]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
-    about_text = None if text is None else dataclasses.asdict(text)
-    whole: dict[str, Any] = {"step": step, "notes": notes, "text": about_text} | {
+    whole = {**head} | {
         part: [
             {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in r.items()
             }
-            for r in records
+            for r in of_part
         ]
-        for part, records in report.items()
+        for part, of_part in records.items()
     }
-    return json.dumps(whole, indent=2, allow_nan=False) + "\n"
+    return json.dumps(whole, indent=2, allow_nan=False, default=dict) + "\n"

@@ -1,7 +1,9 @@
 """The tables of a report: their columns, and the text of each cell."""
 
 import csv
+import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,35 +50,78 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def measured(records: list[dict[str, Any]]) -> Table:
-    """The paper's table (Tables 1-8): a row for each SAE, by site, architecture, width and falling L0."""
-    with_target = any(has_target(record) for record in records)
-    columns = ["Site", "SAE", "Width", "λ", "Learning rate", "L0", *(["Target L0"] if with_target else [])]
-    columns += ["Loss recovered", "γ", "CE clean", "CE SAE", "CE zero", "CE mean", "KL", "FVU", "Alive"]
-    rows = []
+class Site(NamedTuple):
+    """What was measured at one site; text that is not escaped for any format."""
+
+    name: str
+    losses: str
+    table: Table
+
+
+def measured(records: list[dict[str, Any]]) -> list[Site]:
+    """The paper's tables (Tables 1-8), one for each site: a row for each SAE, by architecture, width and falling L0.
+
+    Cross-entropies that all SAEs of a site share stand above its table.
+    """
 
     def place(r: dict[str, Any]) -> tuple[Any, ...]:
         return r["site"], r["ito"] > 0, r["architecture"], r["width"], math.isnan(r["l0"]), -r["l0"]
 
-    for r in sorted(records, key=place):
+    by_site = itertools.groupby(sorted(records, key=place), key=lambda r: r["site"])
+    return [_site(name, list(members)) for name, members in by_site]
+
+
+def _site(name: str, records: list[dict[str, Any]]) -> Site:
+    kinds = ("clean", "zero", "mean")
+    losses = {kind: {number(r[f"ce_{kind}"], ".3f") for r in records} for kind in kinds}
+    shared = [kind for kind in kinds if len(losses[kind]) == 1]
+    own = [kind for kind in kinds if kind not in shared]  # SAEs of other norm limits replace other tokens
+    with_target = any(has_target(r) for r in records)
+    columns = ["SAE", "L0", *(["Target L0"] if with_target else []), "Loss recovered", "γ", "CE SAE"]
+    columns += [*(f"CE {kind}" for kind in own), "KL", "FVU", "Alive", "Dense", "Gate only"]
+    columns += ["Width", "λ", "Learning rate"]
+    rows = []
+    for r in records:
         target = f"{r['target_l0']:g}" if has_target(r) else ""
         trained_by = [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
         if r["ito"] or math.isnan(r["learning_rate"]):
             trained_by = ["", ""]
         rows.append(
             [
-                r["site"],
                 r["name"],
-                str(r["width"]),
-                *trained_by,
                 _with_interval(r, "l0", ".1f"),
                 *([target] if with_target else []),
-                *(_with_interval(r, name, ".3f") for name in ("loss_recovered", "gamma")),
-                *(number(r[name], ".3f") for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl", "fvu")),
+                *(_with_interval(r, field, ".3f") for field in ("loss_recovered", "gamma")),
+                *(number(r[field], ".3f") for field in ("ce_sae", *(f"ce_{kind}" for kind in own), "kl", "fvu")),
                 f"{r['alive']:.1%}",
+                number(r.get("dense", math.nan), ".1%"),  # reports of early versions lack these two
+                number(r.get("gate_only", math.nan), ".1f"),
+                str(r["width"]),
+                *trained_by,
             ]
         )
-    return Table(columns, rows)
+    above = ", ".join(f"CE {kind} {next(iter(losses[kind]))}" for kind in shared)
+    return Site(name, f"{above} nats per token" if above else "", Table(columns, rows))
+
+
+def facts(columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each fact of `provenance`, a column for each of the things that the facts are of."""
+    names = list(dict.fromkeys(name for of_one in columns.values() for name in of_one))
+    rows = [
+        [name[:1].upper() + name[1:].replace("_", " "), *(_fact(of_one.get(name)) for of_one in columns.values())]
+        for name in names
+    ]
+    return Table(["", *columns], rows)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == "":
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def ratios(records: list[dict[str, Any]]) -> Table:

@@ -1,7 +1,6 @@
 """Everything that a run needs before its first step, checked before anything is written."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
+from gsae_jax.evaluation import provenance
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import parameters
@@ -229,7 +229,6 @@ def _machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": f"data {mesh.shape['data']} x latent {mesh.shape['latent']}",
         "processes": jax.process_count(),
-        "jax": jax.__version__,
         "numpy": np.__version__,
-        "python": sys.version.split()[0],
+        **provenance.versions(),
     }
