@@ -715,7 +715,7 @@ def test_a_long_preparation_shows_a_bar_on_a_terminal(tmp_path, tokenizer, docum
 
 def test_a_longer_run_reads_its_first_rows_in_the_same_order():
     """Then the new ones, each once; the next epoch has all of them."""
-    rows = rows_lib.TokenRows(np.arange(100 * 4, dtype=np.int32), 4, None)
+    rows = rows_lib.TokenRows(np.arange(100 * 4, dtype=np.int32), 4, None, None, None, "train")
     first = rows.limited(40 * 4)
     before = rows_lib.batches(first, 4, seed=3)
     after = rows_lib.batches(rows, 4, seed=3, parts=(40, 100))
