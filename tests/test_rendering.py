@@ -84,7 +84,7 @@ def test_text_in_a_model_card_is_text():
     for formats in (["saelens", "dictionary_learning"], ["gemma_scope"]):
         training, labels = {"Devices": HOSTILE}, model_card.Labels("user/model", "user/text", "mit")
         card = model_card.card("user/name", formats, {HOSTILE: sae}, [record(HOSTILE)], training, labels)
-        assert check_markdown(card) == {3, 16}
+        assert check_markdown(card) == {3, 14}
         front_matter = yaml.safe_load(card.split("---\n")[1])
         assert front_matter["tags"] == ["sparse-autoencoder", "gated"]
         assert front_matter["base_model"] == "user/model"
