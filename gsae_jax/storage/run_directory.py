@@ -13,7 +13,7 @@ import filelock
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors
+from gsae_jax import errors, plugins
 from gsae_jax.errors import UserError
 from gsae_jax.storage import paths, reading, writing
 from gsae_jax.storage.checkpoints import SavedCheckpoints
@@ -84,7 +84,9 @@ class Workdir(SavedCheckpoints):
         """
         recorded = self.config()
         try:
-            return config_lib.from_record(config_lib.Experiment, recorded)
+            experiment = config_lib.from_record(config_lib.Experiment, recorded)
+            _check_own_parts(recorded)
+            return experiment
         except UserError as error:
             if not self.holds_run():
                 raise UserError(
@@ -213,6 +215,17 @@ class Workdir(SavedCheckpoints):
             writing.write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}); write another directory", self.field) from error
+
+
+def _check_own_parts(recorded: dict[str, Any]) -> None:
+    """Raises `UserError` for a part outside of the package that the config names by a relative path.
+
+    Runs record absolute paths. A relative one may lead to code that somebody shipped with the run.
+    """
+    names = [stack["architecture"] for stack in recorded["stacks"].values()]
+    for name in (*names, recorded["data"]["corpus"], *recorded.get("loggers", ())):
+        if name != plugins.absolute(name):
+            raise UserError(f"it names the file {name!r} by a relative path; write its absolute path there")
 
 
 def reported_step(workdir: Workdir) -> int | None:
