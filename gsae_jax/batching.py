@@ -32,7 +32,7 @@ def in_batches(function: Callable[[Any], Any], inputs: Any, at_once: int, descri
         return function(inputs)
     parts = []
     starts = range(0, rows, at_once)
-    for start in tqdm.tqdm(starts, description, unit="batch", delay=1, leave=False, disable=not processes.first()):
+    for start in tqdm.tqdm(starts, description, unit="batch", delay=1, leave=False, disable=not processes.shows_bars()):
         batch = jax.tree.map(lambda x, start=start: x[start : start + at_once], inputs)
         count = min(at_once, rows - start)
         if count < at_once:

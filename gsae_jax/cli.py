@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from gsae_jax import config as config_lib
 from gsae_jax import errors, experiments, processes
 from gsae_jax.config import Experiment
 from gsae_jax.errors import TrainingError, UserError, known_names
 
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a refused input was noticed.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 
 
 class Output:
@@ -56,6 +58,7 @@ class _ConfigParser(config_flags.ConfigFileFlagParser):
     def __init__(self, argv: list[str], cls: Any):
         super().__init__("config")
         self._cls = cls
+        self.stated: dict[str, Any] = {}  # the names of the fields that the file or the command line states
         self._overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.-]+)", arg))]
 
     def parse(self, argument: str) -> Any:
@@ -65,10 +68,14 @@ class _ConfigParser(config_flags.ConfigFileFlagParser):
         config = super().parse(path)
         if config is None:
             raise UserError(f"get_config() of {argument} returns nothing; end it with `return config`", "--config")
+        self.stated = _names(config) or {}
         config = experiments.completed(config, self._cls, self._overrides)
         for path in self._overrides:
-            group: Any = config
+            group, stated = config, self.stated
             for depth, name in enumerate(path.split("."), 1):
+                if stated.get(name) is None:
+                    stated[name] = {}
+                stated = stated[name]
                 known = list(group.keys()) if hasattr(group, "keys") else []
                 if name not in known:
                     how = known_names(name, known) if known else "set it in the config file"
@@ -114,6 +121,35 @@ def given(config: Any) -> Any:
         return config.value.to_dict() if hasattr(config.value, "to_dict") else config.value
     except Exception as error:  # a file that is not there; values that are still to be given
         raise _refusal(error) from error
+
+
+def stated(config: Any, flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Only those fields of the config that its file or the command line states; the others would be defaults.
+
+    Raises:
+        UserError: as `given`.
+    """
+    parser: Any = flag_values["config"].parser
+    return _only(given(config), parser.stated)
+
+
+def _names(tree: Any) -> dict[str, Any] | None:
+    """The names of the fields in a tree, nested as they are; None of what is no group."""
+    if isinstance(tree, ConfigDict):
+        items = tree.items(preserve_field_references=True)  # their values may still be missing
+    else:
+        tree = config_lib.plain(tree)
+        if not isinstance(tree, dict):
+            return None
+        items = tree.items()
+    return {str(name): _names(value) for name, value in items}
+
+
+def _only(tree: Any, names: dict[str, Any] | None) -> Any:
+    """The fields of a tree that have these names."""
+    if not names or not isinstance(tree, dict):
+        return tree
+    return {name: _only(tree[name], below) for name, below in names.items() if name in tree}
 
 
 def run(main: Callable[..., int | None], *positional: str, several: bool = False) -> None:

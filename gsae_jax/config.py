@@ -66,7 +66,7 @@ class Data:
     name: str = setting("", "tfds: name of the data set, such as wiki40b/en.")
     train_split: str = setting("train", "Split to train on, in the notation of TFDS, such as train[:90%].")
     test_split: str = setting("test", "Split to measure on.")
-    data_dir: str = setting("", "Directory of prepared data; '' = the default of TFDS, ~/tensorflow_datasets.")
+    data_dir: str = setting("", "Directory of prepared data; '' = $TFDS_DATA_DIR, or ~/tensorflow_datasets.")
     context_length: int = setting(128, "Tokens in a row, BOS included.")
     prepend_bos: bool = setting(True, "Whether every row begins with BOS.")
     pack: Literal["stream", "documents"] = setting(
@@ -84,7 +84,7 @@ class Data:
         _at_least("context_length", self.context_length, 2)
         if self.pack == "documents" and self.corpus == "text" and self.held_out == "position":
             raise UserError(
-                "is 'documents', but data.held_out='position' divides them; write data.held_out='hash', or 'stream'",
+                "is 'documents', but data.held_out='position' cuts them; write data.held_out='hash', or 'stream'",
                 "pack",
             )
 
@@ -96,8 +96,10 @@ class Activations:
     rows_per_forward: int = setting(32, "Rows of tokens in one forward pass of the language model.")
     buffer_size: int = setting(2**20, "Activations in the exchange buffer, on all devices together.")
     scale_tokens: int = setting(2**16, "Tokens that measure each site's mean, scale and median norm before training.")
-    drop_special_tokens: bool = setting(True, "Keep BOS, EOS, padding and other special tokens from the SAEs.")
-    max_norm_multiple: float = setting(0.0, "Drop tokens of a norm above so many times the median; 0 = keep all.")
+    drop_special_tokens: bool = setting(
+        True, "Exclude BOS, EOS, padding and other special tokens from training and metrics."
+    )
+    max_norm_multiple: float = setting(0.0, "Drop tokens whose norm is so many times the median; 0 = keep all.")
     center: bool = setting(True, "Subtract each site's mean from inputs; False = the paper's units.", earlier=False)
 
     def __post_init__(self) -> None:
@@ -142,7 +144,9 @@ class Stack(Sites):
     learning_rates: tuple[float, ...] = setting((3e-4,), "Learning rates after warm-up.")
     seeds: tuple[int, ...] = setting((0,), "Seeds of the first parameters.")
     options: dict[str, Any] = setting(dict, "Fields of the architecture's Config, such as tie_encoder=False.")
-    target_l0: tuple[float, ...] = setting((), "L0 that l1_coefficients are moved to meet; () = they stay.", SAME)
+    target_l0: tuple[float, ...] = setting(
+        (), "L0 to reach: training adjusts l1_coefficients to have it; () = they stay.", SAME
+    )
     start_from: str = setting("", "RUN:STACK or a folder of SAEs to start from; '' = random parameters.", SAME)
     target: str | tuple[str, ...] = setting("", "What is reconstructed, named as `site` is; '' = what is read.", SAME)
 
@@ -198,9 +202,11 @@ class Train:
     decay_fraction: float = setting(0.0, "Last part of training, in which the rate falls to 0 as a cosine; 0 = none.")
     compute_dtype: Dtype = setting("float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators.")
     log_every: int = setting(50, "Steps between lines of metrics.")
-    resample_steps: tuple[int, ...] = setting((), "Steps after which dead features begin again; () = never.", SAME)
-    resample_warmup_steps: int = setting(1000, "Steps in which the rate then returns from a tenth of itself.", SAME)
-    dead_after: int = setting(1000, "A feature that fired on no token of so many steps is dead.", SAME)
+    resample_steps: tuple[int, ...] = setting(
+        (), "Steps after which dead features are re-initialised; () = never.", SAME
+    )
+    resample_warmup_steps: int = setting(1000, "Steps in which the rate returns from a tenth after that.", SAME)
+    dead_after: int = setting(1000, "A feature is dead if it has not fired for so many steps.", SAME)
     max_skipped: int = setting(100, "Updates in a row that an SAE may skip, as not finite, before training ends.", SAME)
 
     def __post_init__(self) -> None:
@@ -458,6 +464,21 @@ def plain(tree: Any) -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
     """The JSON form of a config, which `from_dict` takes back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def merged(tree: Any, changes: Any) -> Any:
+    """The tree of an experiment with the changes of another tree.
+
+    A stack that gets another architecture loses the options of the one before. A stack that is None is left out.
+    """
+    if not isinstance(tree, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    if changes.get("architecture", tree.get("architecture")) != tree.get("architecture"):
+        tree = {name: value for name, value in tree.items() if name != "options"}
+    result = {**tree, **{name: merged(tree.get(name), value) for name, value in changes.items()}}
+    if isinstance(stacks := result.get("stacks"), Mapping):
+        result["stacks"] = {name: stack for name, stack in stacks.items() if stack is not None}
+    return result
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:

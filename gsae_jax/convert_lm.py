@@ -1,4 +1,4 @@
-"""Turn a language model's PyTorch pickle into safetensors, once; needs torch (pip install '.[torch]').
+"""Turn a language model's PyTorch pickle into safetensors, once; needs torch (pip install 'gsae_jax[torch]').
 
 python -m gsae_jax.convert_lm SRC OUT [--tokenizer DIR_OR_HUB_NAME] [--revision COMMIT]
 

@@ -10,7 +10,7 @@ from absl import flags
 
 from gsae_jax import cli
 from gsae_jax.errors import UserError
-from gsae_jax.measuring import evaluate, evaluate_saes
+from gsae_jax.measuring import Earlier, evaluate, evaluate_saes
 
 logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 
@@ -22,26 +22,32 @@ def main() -> None:
     if not all(number.isdigit() and int(number) for number in ITO.value) or len({*ITO.value}) < len(ITO.value):
         raise UserError(f"is {','.join(ITO.value)!r}; write different numbers of features such as 5,10,20,40", "--ito")
     if (WORKDIR.value is None) == (not SAE.value):
-        raise UserError("or --sae: write one of them, a run or SAEs from elsewhere", "--workdir")
+        raise UserError(
+            "is needed, or --sae: give --workdir for one run, --sae for several runs or for SAEs from elsewhere",
+            "--workdir",
+        )
     tokens, ito = TOKENS.value, [int(number) for number in ITO.value]
-    config = None if CONFIG.value is None else cli.given(CONFIG)
+    config = None if CONFIG.value is None else cli.stated(CONFIG)
     if SAE.value:
         if OUT.value is None:
             raise UserError("is missing; write the name of a new folder for the report", "--out")
         for name, value in (("--step", STEP.value), ("--overwrite", OVERWRITE.value)):
             if value:
-                raise UserError("goes with --workdir; leave it out, or measure one run", name)
+                raise UserError("works only with --workdir; leave it out", name)
         if TEXT.value:
             if config is not None:
-                raise UserError("and --config both say which text is measured; write one of them", "--text")
+                raise UserError(
+                    "was given together with --config, and both name the text; leave one of them out", "--text"
+                )
             config = {"data": {"corpus": "text", "path": TEXT.value, "name": ""}}
         report = evaluate_saes(SAE.value, OUT.value, config, MODEL.value, SITE.value, tokens, ito, PUBLISHED.value)
     else:
         for name, flag in (("--out", OUT), ("--site", SITE), ("--text", TEXT)):
             if flag.value:
-                raise UserError("goes with --sae; a run is measured at its own sites, on its own text", name)
+                raise UserError("works only with --sae; a run is measured at its own sites and on its own text", name)
         folder, published = WORKDIR.value, PUBLISHED.value
-        report = evaluate(folder, tokens, ito, published, STEP.value, MODEL.value, config, OVERWRITE.value)
+        earlier: Earlier = "replace" if OVERWRITE.value else "beside"
+        report = evaluate(folder, tokens, ito, published, STEP.value, MODEL.value, config, earlier)
     logger.info(report)
 
 

@@ -4,14 +4,15 @@ from typing import Any
 
 from etils import epath
 
-from gsae_jax import sae_loading
+from gsae_jax import errors, sae_loading
 from gsae_jax.saes.trained import SAE
 
 
 def fit(experiment: Any, path: epath.PathLike) -> dict[str, SAE]:
     """Train an experiment in a directory, write its report there, and return its SAEs by name: `{stack}_{index}`.
 
-    A run that was interrupted continues from its last checkpoint, and a finished one is only loaded.
+    A run that was interrupted continues from its last checkpoint. A finished run is loaded. It is trained further if
+    `train.steps` has grown, and measured again if `evaluation` has changed.
 
     Args:
         experiment: what `gsae_jax.experiment` makes, or takes: the name of an experiment, the path of a config file,
@@ -25,6 +26,8 @@ def fit(experiment: Any, path: epath.PathLike) -> dict[str, SAE]:
     """
     from gsae_jax import train  # not above, as `python -m gsae_jax.train` imports this package first
 
-    if train.run(experiment, path) == train.INTERRUPTED:
+    with errors.about("path", **{"--workdir": "path", "base": "experiment"}):
+        code = train.run(experiment, path)
+    if code == train.INTERRUPTED:
         raise KeyboardInterrupt(f"the run in {path} is saved; the same call continues it")
     return sae_loading.load(path)

@@ -3,9 +3,9 @@
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tqdm
@@ -27,6 +27,9 @@ from gsae_jax.storage.facts import Facts
 logger = logging.getLogger(__name__)
 
 
+Earlier = Literal["beside", "replace", "aside"]
+
+
 def evaluate(
     path: epath.PathLike,
     tokens: int | None = None,
@@ -35,7 +38,7 @@ def evaluate(
     step: int | None = None,
     model: str = "",
     config: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    earlier: Earlier = "beside",
 ) -> str:
     """Measure a run on held-out tokens (its config's number by default) and write its report.
 
@@ -48,9 +51,10 @@ def evaluate(
         published: a CSV file of points to draw beside ours (`report.read_published`).
         step: of which checkpoint; by default the newest that is whole.
         model: where the run's language model lies now, if not where it lay in training.
-        config: an experiment's. Its `lm` and `data` say where the run's language model and text lie now, and its
-            `evaluation` how much is measured. By default the run's own config says both.
-        overwrite: replace the report in `report/` also if it was made with other settings.
+        config: fields of an experiment, or all of them. Its `lm` and `data` say where the run's language model and
+            text lie now, and its `evaluation` how much is measured. What it lacks is as in the run's own config.
+        earlier: what happens if `report/` has a report of other settings. "beside": it stays, and the new one goes to a
+            folder beside it. "replace": it is replaced. "aside": any earlier report moves to `earlier_reports/`.
 
     Returns:
         The report's table in Markdown, and in the last line where the report is.
@@ -66,7 +70,9 @@ def evaluate(
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
     settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens)
     if config is not None:
-        elsewhere, recorded = config_lib.held_out(config), workdir.config()["data"]
+        own = {group: config_lib.to_dict(getattr(run, group)) for group in ("lm", "data", "activations", "evaluation")}
+        elsewhere = config_lib.held_out(config_lib.merged(own, config_lib.plain(config)))
+        recorded = workdir.config()["data"]
         # Fields that did not exist when the run began keep the values of then.
         absent = {name: value for name, value in vars(run.data).items() if name not in recorded}
         settings = _moved(settings, dataclasses.replace(elsewhere, data=dataclasses.replace(elsewhere.data, **absent)))
@@ -77,15 +83,15 @@ def evaluate(
     with errors.about(workdir.field, step="--step"):
         step = workdir.sound_step(("params", "facts"), step)
         saes = sae_loading.load(path, mesh, step)
-    training = metrics_log.read_metrics(workdir)
-    if step is not None:
-        with errors.about("--model" if model else "lm.path", revision="lm.revision"):
-            _check_inputs(workdir, workdir.facts(step), run, settings)
-    facts, runs = (None if step is None else workdir.facts(step)), {}
-    if facts is not None and step is not None:
-        runs[workdir.path.name] = provenance.of_run(run, facts, step, next(iter(saes.values())).metadata)
+    assert step is not None  # or there would be nothing to load
+    facts, training = workdir.facts(step), metrics_log.read_metrics(workdir)
+    with errors.about("--model" if model else "lm.path", revision="lm.revision"):
+        _check_inputs(workdir, facts, run, settings)
+    runs = {workdir.path.name: provenance.of_run(run, facts, step, next(iter(saes.values())).metadata)}
     known = _Known(saes, _targets(run, saes), runs, step, training)
-    return _write(workdir.report, known, settings, mesh, _Wanted(tokens, ito, published, points, model, not overwrite))
+    set_aside = workdir.set_report_aside if earlier == "aside" else None
+    wanted = _Wanted(tokens, ito, published, points, model, earlier == "beside", set_aside)
+    return _write(workdir.report, known, settings, mesh, wanted)
 
 
 def _targets(run: config_lib.Experiment, saes: Mapping[str, trained.SAE]) -> dict[str, float]:
@@ -206,7 +212,7 @@ def evaluate_saes(
     saes = {name: sae for source in sources for name, sae in source.saes.items()}
     for source in sources:
         if not site and not all(sae.sites[0] for sae in source.saes.values()):
-            why = f"is missing, and {source.name} does not say; write one like blocks.0.hook_mlp_out"
+            why = f"is missing, and the files of {source.name} name no site; write one like blocks.0.hook_mlp_out"
             raise UserError(why, "--site")
     settings = _settings(sources, config)
     if model:
@@ -327,13 +333,7 @@ def _settings(sources: Sequence[_Source], config: Any) -> HeldOut:
         base = _as_trained({name: sae for source in sources for name, sae in source.saes.items()})
     if hasattr(config, "to_dict"):
         config = config.to_dict()
-    return config_lib.held_out(_merged(base, config or {}))
-
-
-def _merged(base: Any, changes: Any) -> Any:
-    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
-        return changes
-    return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}
+    return config_lib.held_out(config_lib.merged(base, config or {}))
 
 
 def _check_run(source: _Source, settings: HeldOut, given: bool) -> None:
@@ -443,7 +443,8 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
 class _Wanted:
     """What is asked for beside the SAEs, as `evaluate` takes it; `points` are those of the file `published`.
 
-    `beside`: a report of other settings in the same folder stays, and this one goes beside it.
+    `beside`: a report of other settings in the same folder stays, and this one goes beside it. `set_aside` is called
+    before the report is written; it moves an earlier one, and returns where to.
     """
 
     tokens: int | None
@@ -452,6 +453,7 @@ class _Wanted:
     points: Sequence[dict[str, Any]]
     model: str
     beside: bool = False
+    set_aside: Callable[[], paths.Path | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -503,9 +505,11 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
     records = report.rows(Path(model).name, saes, sums, known.targets, ito)
     gates = report.gates(saes)
     names = sae_loading.names(settings.lm, settings.data)
-    measured = provenance.of_report(made_with, Path(model).name, names["dataset_path"], settings.data.context_length)
+    measured = provenance.of_report(made_with, Path(model).name, names, settings)
     about = report.About(dataclasses.asdict(made_with), measured, known.runs)
     if processes.first():
+        if wanted.set_aside and (kept := wanted.set_aside()):
+            logger.info(f"the earlier report is kept in {kept}")
         try:
             report.write(folder, known.step, records, sums, list(known.training), gates, wanted.points, about)
         except OSError as error:

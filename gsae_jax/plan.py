@@ -3,7 +3,7 @@
 python -m gsae_jax.plan --config configs/gemma_2_2b.py --topology v5e:4x4 [--json]
 
     v5e:4x4, v5p:8x8x8, v6e:16x16, v4:2x2x4   TPUs: the real train step is compiled for them, with libtpu
-                                              (pip install '.[tpu]'); without it, an estimate that says so
+                                              (pip install 'gsae_jax[tpu]'); without it, an estimate that says so
     gpu:h100x8, gpu:a100x64, h200, b200       GPUs in nodes of eight: an estimate
     cpu:8                                     compiled for so many CPU devices: memory and exchanges, no time
 

@@ -105,7 +105,7 @@ def reread() -> None:
 
 
 def failure(error: BaseException, path: str) -> str:
-    """`line 12: TypeError: ...` of an error that a line of a file has led to; `path` ends as the file's does."""
+    """`line 12: TypeError: ...`: an error, and the last line of a file that led to it. `path` ends the file's path."""
     calls = traceback.walk_tb(error.__traceback__)
     lines: list[int | None] = [line for frame, line in calls if frame.f_code.co_filename.endswith(path)]
     reason = str(error).strip().partition("\n")[0]

@@ -135,6 +135,11 @@ def wait(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def shows_bars() -> bool:
+    """Whether this process shows progress bars: the first one does, on a terminal and in a notebook."""
+    return first() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
 def agree(field: str, value: Any, message: str) -> None:
     """Raises `UserError` if this JSON-able value is not the same in every process."""
     if jax.process_count() == 1:

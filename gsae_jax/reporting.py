@@ -1,5 +1,6 @@
 """The report of a run in its directory, of which no earlier one is lost."""
 
+import dataclasses
 import logging
 
 from gsae_jax import config as config_lib
@@ -14,30 +15,29 @@ logger = logging.getLogger(__name__)
 
 def report(workdir: run_directory.Workdir) -> None:
     """Measure a run at its newest checkpoint and write its report; an earlier one moves to `earlier_reports/`."""
-    processes.wait("the place of the report")  # until every process has looked for an earlier one
-    if processes.first() and (earlier := workdir.set_report_aside()):
-        logger.info(f"the earlier report is kept in {earlier}")
-    logger.info(evaluate(workdir.path, overwrite=True))
+    logger.info(evaluate(workdir.path, earlier="aside"))
 
 
-def change_evaluation(workdir: run_directory.Workdir, config: Experiment) -> None:
-    """Record another `evaluation` in the config of a finished run.
+def measure_again(workdir: run_directory.Workdir, config: Experiment) -> None:
+    """Measure a finished run with another `evaluation`, and then record that in its config.
 
     Raises:
-        UserError: the run is of an earlier version. It does not say how much text `Facts.held_out` is the fingerprint
-            of, and its config would not say it any more.
+        UserError: the language model or the text is not the run's; or the run is of an earlier version. Such a run does
+            not say how much text `Facts.held_out` is the fingerprint of, and its config would not say it any more.
     """
     step = workdir.sound_step(("facts",))
     facts = None if step is None else workdir.facts(step)
     if facts is not None and facts.held_out and not facts.held_out_tokens:
         raise UserError(
-            f"differs from that of the run in {workdir.path}, which is finished and of an earlier version; undo it, "
-            "and run `python -m gsae_jax.evaluate --workdir RUN --tokens TOKENS` to measure on other text",
+            f"differs from the one that the run in {workdir.path} recorded. That run is finished and of an earlier "
+            "version, so that its config cannot change. Change the setting back, and measure other text with "
+            "`python -m gsae_jax.evaluate --workdir RUN --tokens TOKENS`",
             "evaluation",
         )
     logger.info(f"{workdir.path} is finished, but evaluation.* has changed: the SAEs are measured again")
-    processes.wait("the config of a finished run")  # until every process has read it
+    logger.info(evaluate(workdir.path, config=config_lib.to_dict(config), earlier="aside"))
+    processes.wait("the report")  # until every process has read the config
     if processes.first():
-        workdir.create(config_lib.to_dict(config))
+        workdir.create(config_lib.to_dict(dataclasses.replace(workdir.experiment(), evaluation=config.evaluation)))
         workdir.release()
     processes.wait("the changed config")

@@ -85,7 +85,8 @@ def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
 
     Args:
         run: the run's directory.
-        tokens: about so many; by default as many as the run's `evaluation.tokens`.
+        tokens: how many, in whole batches of `evaluation.rows_per_forward` rows, at least one; by default the run's
+            `evaluation.tokens`.
 
     Raises:
         UserError: not a run, a model or text that is not there any more, or less text than one batch.
@@ -101,6 +102,12 @@ def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
     with errors.about("lm.path", revision="lm.revision"):
         checkpoint = checkpoints.Checkpoint.open(config.lm.path, config.lm.revision)
         tokenizer = checkpoint.tokenizer()
+    step = workdir.sound_step(("facts",))
+    facts = None if step is None else workdir.facts(step)
+    if facts is not None and facts.held_out and facts.held_out_tokens:
+        known = rows.open_rows(config.data, "test", tokenizer, facts.held_out_tokens, checkpoint.config.d_vocab)
+        if known.fingerprint != facts.held_out:
+            logger.warning(f"the held-out text of {run} has changed since training; these rows are of the new text")
     count = config.evaluation.tokens if tokens is None else tokens
     return np.concatenate(list(rows.held_out(config, tokenizer, count, checkpoint.config.d_vocab)))
 
@@ -185,7 +192,8 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     """The parameters [N, ...] that one stack starts from."""
     with errors.caused_by("start_from"):
         members = _members_of(stack.start_from)
-    convert = contract.converter(members[0].architecture, stack.architecture)
+    with errors.about("architecture"):
+        convert = contract.converter(members[0].architecture, stack.architecture)
     reads = members[0].sites
     if not reads[0].startswith("blocks."):  # another library's name for it, or none
         if reads[0]:

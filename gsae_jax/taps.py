@@ -49,7 +49,8 @@ def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
     site = _site(sae, sae.targets)
     if sae.sites != sae.targets:
         raise UserError(f"reads {', '.join(sae.sites)} and writes {site}; give one that reads what it writes", "sae")
-    rows_KxD, numbers = _rows(sae, features), np.atleast_1d(features)
+    numbers = np.unique(features)
+    rows_KxD = _rows(sae, numbers)
 
     def edit(x: jax.Array) -> jax.Array:
         return x - (sae.encode(x)[..., numbers] @ rows_KxD).astype(x.dtype)
@@ -59,6 +60,9 @@ def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
 
 def splice(*saes: SAE) -> sites_lib.Edits:
     """Puts the reconstructions of SAEs in the place of the activations, each at its own site.
+
+    Unlike the report, this also replaces special tokens and activations above `sae.norm_limit`, on which an SAE was not
+    trained. A loss that is measured so differs from the report's.
 
     Raises:
         UserError: an SAE that reads and writes different sites or does not say its site, or two of one site.
@@ -82,7 +86,7 @@ class read:
         lm.run(tokens, taps.chain(taps.steer(sae, 3, 5.0), seen))
         seen.activations["blocks.0.hook_mlp_out"]  # [B, T, D]
 
-    Use it with `LM.run`. What compiled functions compute, such as `LM.generate`, must be returned, not kept.
+    Use it with `LM.run` only. In compiled code, such as `LM.generate`, it would keep tracers, which have no values.
 
     Attributes:
         activations: those of the last run, by site.
@@ -111,7 +115,7 @@ def _site(sae: SAE, sites: tuple[str, ...]) -> str:
     return sites[0]
 
 
-def _rows(sae: SAE, features: int | Sequence[int]) -> jax.Array:
+def _rows(sae: SAE, features: int | Sequence[int] | np.ndarray) -> jax.Array:
     """Decoder rows [K, D] of features."""
     numbers = np.atleast_1d(features)
     if not np.issubdtype(numbers.dtype, np.integer) or not ((numbers >= 0) & (numbers < sae.width)).all():

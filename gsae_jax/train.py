@@ -38,8 +38,7 @@ def run(config: Any, path: epath.PathLike) -> int:
         if workdir.experiment().evaluation == config.evaluation:
             logger.info(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
             return 0
-        reporting.change_evaluation(workdir, config)
-        reporting.report(workdir)
+        reporting.measure_again(workdir, config)
         return 0
     if config.train.dead_after > config.train.steps:
         logger.warning(

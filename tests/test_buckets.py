@@ -115,7 +115,7 @@ def test_urls_of_another_kind(path, tmp_path, experiment, monkeypatch):
 
 def test_a_bucket_needs_packages(experiment, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    facts = ("gs://b/x", "pip install '.[gcs]'")
+    facts = ("gs://b/x", "pip install 'gsae_jax[gcs]'")
     with refused("--workdir", *facts):
         loop.train(experiment, "gs://b/x")
     for field in ("path", "data_dir"):
@@ -191,6 +191,21 @@ def test_a_report_in_a_bucket(bucket, monkeypatch):
         report.write(folder, 16, [record | {"tokens": 1.0, "alive": 1.0}], sums, [], {})
     assert {file.name for file in (bucket / "run" / "report").iterdir()} == set(written)
     assert written[-1] == "report.json"
+
+
+def test_earlier_reports_are_kept_in_a_bucket(bucket):
+    workdir = run_directory.Workdir("gs://bucket/run")
+    assert workdir.set_report_aside() is None
+    for number in (1, 2):
+        report = bucket / "run" / "report"
+        report.mkdir(parents=True, exist_ok=True)
+        (report / "report.json").write_text(json.dumps({"step": 8, "number": number}))
+        (report / "report.md").write_text("x")
+        place = workdir.set_report_aside()
+        assert os.fspath(place) == "gs://bucket/run/earlier_reports/step_8" + "_2" * (number == 2)
+        assert json.loads((place / "report.json").read_text())["number"] == number
+        assert {file.name for file in place.iterdir()} == {"report.json", "report.md"}
+        assert not list(report.iterdir())
 
 
 def test_text_in_a_bucket_is_the_text_of_a_folder(bucket, tmp_path):
@@ -394,7 +409,7 @@ def test_a_run_in_a_bucket_stops_continues_and_reports(environment, text, tmp_pa
     log = tmp_path / "stopped"
     process = command(environment, log, "train", *flags)
     deadline = time.time() + 200
-    while "step/s, " not in log.read_text():  # some steps were logged
+    while " tokens/s" not in log.read_text():  # some steps were logged
         assert process.poll() is None, log.read_text()
         assert time.time() < deadline, log.read_text()
         time.sleep(0.2)

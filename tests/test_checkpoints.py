@@ -321,7 +321,7 @@ def test_conversion_needs_torch_and_a_model_we_have(lm_dir, tmp_path, monkeypatc
         convert(str(source), tmp_path / "out")
     (source / "config.json").write_text(json.dumps(dict.fromkeys(gelu.SIZES, 8)))
     monkeypatch.setitem(sys.modules, "torch", None)
-    with refused("source", "pickle", "pip install '.[torch]'"):
+    with refused("source", "pickle", "pip install 'gsae_jax[torch]'"):
         convert(str(source), tmp_path / "out", str(lm_dir))
     (source / "model_final.pth").unlink()
     with refused("source", "one pickle", "pytorch_model.bin.index.json", "none"):

@@ -393,6 +393,10 @@ def test_architectures_keep_the_contract(tmp_path):
 SATURATING = (OWN.parent.parent / "docs" / "guides" / "architecture.md").read_text("utf-8")
 
 
+WITH_A_TYPO = """from gsae_jax.saes.contract import Parameter
+PARAMETERS = {k: Parameter(("witdh", *v.shape[1:]), v.role) for k, v in relu.PARAMETERS.items()}"""
+
+
 @pytest.fixture
 def own_file(tmp_path, monkeypatch):
     """The guide's architecture as a file of the user's, topk.py in the working directory, which is a package too."""
@@ -448,6 +452,7 @@ def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(given, own_file,
         ("Config, init, encode, decode = relu.Config, relu.init,", "Config, encode, decode = relu.Config,", ["init"]),
         ("relu.Config, ", "dict, ", ["Config", "frozen dataclass"]),
         ("def loss(", "def lost(", ["does not define loss"]),
+        ("PARAMETERS = relu.PARAMETERS", WITH_A_TYPO, ["PARAMETERS", "witdh"]),
         ("import jax.numpy as jnp", "import jax.numppy", ["line 3", "ModuleNotFoundError"]),
         ("    B = len(f)", "    B = = len(f)", ["line 15", "SyntaxError"]),
         ("relu.encode, relu.decode", "relu.decode, relu.decode", ["encode", "TypeError"]),

@@ -78,7 +78,7 @@ def test_saes_and_exports_compute_what_they_did(version, run):
 
 
 def test_the_report_is_what_it_was(version, run, text, tmp_path_factory):
-    measuring.evaluate(run, config=moved(run, text, tmp_path_factory), overwrite=True)
+    measuring.evaluate(run, config=moved(run, text, tmp_path_factory), earlier="replace")
     report = json.loads((run / "report" / "report.json").read_text())
     earlier = json.loads((version / "report.json").read_text())
     earlier.pop("notes", None)  # of sentences, which may be put better

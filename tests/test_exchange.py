@@ -723,7 +723,7 @@ def test_a_file_of_torch_can_neither_run_code_nor_ask_for_more_than_it_is(tmp_pa
 
 def test_dictionary_learning_says_that_it_needs_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with refused("dictionary_learning", "torch", "`pip install '.[torch]'`"):
+    with refused("dictionary_learning", "torch", "`pip install 'gsae_jax[torch]'`"):
         make(gated).save(tmp_path / "a", "dictionary_learning")
     assert not (tmp_path / "a").exists()
 

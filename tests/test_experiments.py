@@ -248,3 +248,28 @@ def test_a_grid_is_every_combination_once():
         stack(seeds=())
     with refused("l1_coefficients", "has 2 values; write 1 or 3"):
         stack(target_l0=(8.0, 16.0, 20.0), seeds=(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.* method is deprecated:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("returned", ["tree", "ConfigDict(tree)"])
+def test_what_a_config_file_and_the_command_line_state(returned, tmp_path):
+    """`evaluate` takes these fields only; the others are those of the run that it measures."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\ndef get_config():\n"
+        f"    tree = {{'evaluation': {{'tokens': 5}}}}\n    return {returned}\n"
+    )
+    values = flags.FlagValues()
+    argv = ["command", f"--config={path}", "--config.lm.path=x", "--config.evaluation.tokens=7"]
+    config = cli.define_config(values, argv)
+    cli.parse(argv, values)
+    assert cli.stated(config, values) == {"lm": {"path": "x"}, "evaluation": {"tokens": 7}}
+
+
+def test_stacks_are_replaced_and_left_out():
+    changed = gsae_jax.experiment("quickstart", stacks={"gated": None, "baseline": {"width": 512}})
+    assert {name: stack.width for name, stack in changed.stacks.items()} == {"baseline": 512}
+    untied = gsae_jax.stack_config("gated", "blocks.0.hook_mlp_out", 64, 0.1, tie_encoder=False)
+    plain = gsae_jax.stack_config("relu", "blocks.0.hook_mlp_out", 64, 0.1)
+    base = gsae_jax.experiment(stacks={"a": untied})
+    assert gsae_jax.experiment(base, stacks={"a": plain}).stacks["a"].options == {}

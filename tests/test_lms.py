@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -423,6 +424,13 @@ def test_ready_made_taps(lm_dir):
             taps.steer(sae, wrong, 1.0)
     with refused("feature", "one number"):
         taps.steer(sae, [1, 2], 1.0)
+    twice = taps.read(sae.site)
+    lm.run(tokens, taps.chain(taps.ablate(sae, [5, 5]), twice))
+    np.testing.assert_allclose(twice.activations[sae.site], cases["ablate one"][1], atol=1e-4)
+    transcoder = dataclasses.replace(sae, target="blocks.1.hook_mlp_out")
+    for use in (lm.run, partial(lm.generate, max_new_tokens=2)):
+        with refused("tap", sae.site, "blocks.1.hook_mlp_out"):
+            use("a text", transcoder)
     with refused("sae", "site"):
         taps.steer(dataclasses.replace(sae, site=""), 3, 1.0)
     with refused("sae", "reads", "blocks.0.hook_mlp_out"):

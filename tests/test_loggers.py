@@ -60,7 +60,7 @@ def test_loggers_that_cannot_be_used_are_refused_before_anything_is_written(expe
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
     for names, *facts in (
         (("tensorbord",), "'tensorbord'", "did you mean 'tensorboard'"),
-        (("wandb",), "'wandb'", "package wandb", "pip install '.[wandb]'"),
+        (("wandb",), "'wandb'", "package wandb", "pip install 'gsae_jax[wandb]'"),
         (("tensorboard", "tensorboard"), "['tensorboard', 'tensorboard']", "once"),
     ):
         with refused("loggers", *facts):

@@ -196,7 +196,7 @@ def test_the_card_tells_of_the_weights_beside_it(run, tmp_path):
     shutil.copytree(run, copy)
     first, last = (gsae_jax.load(copy, step=step)["gated_0"].params["W_dec"] for step in (8, 16))
     assert np.abs(first - last).max() > 0
-    measuring.evaluate(copy, 512, step=8, overwrite=True)
+    measuring.evaluate(copy, 512, step=8, earlier="replace")
     (copy / "report" / ".ipynb_checkpoints").mkdir()
     (copy / "report" / "notes.txt").write_text("mine")
     model_card.write(str(copy), "user/name", ["saelens"], tmp_path / "repo")

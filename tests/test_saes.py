@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gsae_jax import batching
 from gsae_jax.saes import contract, gated, jumprelu, parameters, relu, trained
 from tests import references
 from tests.refusals import refused
@@ -353,3 +354,14 @@ def test_many_activations_are_encoded_in_batches(monkeypatch):
     ours = sae.encode(x.reshape(2, -1, D))
     np.testing.assert_allclose(ours.reshape(B, F), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jax.jit(sae.encode)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_of_tokens_are_compiled_in_few_shapes():
+    """As in a loop over texts, and with the same features as without padding."""
+    config = gated.Config(D, F)
+    sae = trained.SAE("a_0", "gated", config, "site", gated.init(jax.random.key(0), config))
+    x = jax.random.normal(jax.random.key(1), (40, D))
+    before = trained._encode._cache_size()
+    for count in range(1, 41):
+        np.testing.assert_allclose(sae.encode(x[:count]), gated.encode(sae.params, x[:count], config), atol=1e-5)
+    assert trained._encode._cache_size() - before == len({batching.padded_size(count) for count in range(1, 41)})

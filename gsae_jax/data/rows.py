@@ -203,16 +203,8 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
                 )
             with _alone(folder):
                 builder, feature = corpus(config).open_corpus(config)  # another process may have prepared it meanwhile
-                size = getattr(builder, "file_bytes", None)
-                logger.info(
-                    f"preparing the text{f' ({_megabytes(size)} of files)' if size else ''} in {folder}; other runs on "
-                    "the same text will read it from there"
-                )
-                with progress.bar("preparing the text", getattr(builder, "bytes_to_read", None), "B") as bar:
-                    if hasattr(builder, "on_bytes_read"):
-                        builder.on_bytes_read = bar.update
-                    with contextlib.redirect_stdout(io.StringIO()):  # it prints its paths
-                        builder.download_and_prepare()
+                if not builder.is_prepared():
+                    _prepare(builder, folder)
             prepared = True
     if prepared or split == "train":
         for remark in getattr(builder, "remarks", list)():
@@ -224,6 +216,18 @@ def open_texts(config: config_lib.Data, split: str) -> tuple[Any, str]:
         raise UserError(
             f"{name!r}: {error}; the corpus has: {', '.join(builder.info.splits)}", f"data.{split}_split"
         ) from error
+
+
+def _prepare(builder: Any, folder: Path) -> None:
+    """Write the data set, with a bar if that takes long."""
+    size = getattr(builder, "file_bytes", None)
+    what = f"preparing the text{f' ({_megabytes(size)} of files)' if size else ''} in {folder}"
+    logger.info(f"{what}; other runs on the same text will read it from there")
+    with progress.bar("preparing the text", getattr(builder, "bytes_to_read", None), "B") as bar:
+        if hasattr(builder, "on_bytes_read"):
+            builder.on_bytes_read = bar.update
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its paths
+            builder.download_and_prepare()
 
 
 def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d_vocab: int | None = None) -> TokenRows:

@@ -1,7 +1,6 @@
 """How the SAEs of a report were trained, how they were measured, and where the report of a run is written."""
 
 import dataclasses
-import importlib.metadata
 import re
 import sys
 from collections.abc import Mapping
@@ -9,7 +8,8 @@ from typing import Any
 
 import jax
 
-from gsae_jax.config import Experiment
+import gsae_jax
+from gsae_jax.config import Experiment, HeldOut
 from gsae_jax.saes import trained
 from gsae_jax.storage import paths, reading
 from gsae_jax.storage.facts import Facts, Text
@@ -71,11 +71,7 @@ def _in_a_name(field: str, value: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what computes: gsae_jax, jax and Python."""
-    try:
-        ours = importlib.metadata.version("gsae_jax")
-    except importlib.metadata.PackageNotFoundError:  # used from a clone that is not installed
-        ours = "unknown"
-    return {"gsae_jax": ours, "jax": jax.__version__, "python": sys.version.split()[0]}
+    return {"gsae_jax": gsae_jax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
 
 
 def of_run(
@@ -106,6 +102,7 @@ def of_run(
         "resample_steps": list(train.resample_steps),
         "buffer_size": config.activations.buffer_size,
         "centered": config.activations.center,
+        "special_tokens_excluded": config.activations.drop_special_tokens,
         "compute_dtype": train.compute_dtype,
         "stack_seeds": sorted({seed for stack in config.stacks.values() for seed in stack.seeds}),
         "devices": facts.machine.get("devices", ""),
@@ -133,9 +130,10 @@ def of_imported(sae: trained.SAE) -> dict[str, Any]:
     return {name: value for name, value in known.items() if isinstance(value, str | int) and value}
 
 
-def of_report(settings: Settings, model: str, text: str, row_length: int) -> dict[str, Any]:
+def of_report(settings: Settings, model: str, names: Mapping[str, str], held_out: HeldOut) -> dict[str, Any]:
     """How the SAEs of a report were measured, in the order in which the report shows it."""
-    about = {"language_model": model, "text": text, "row_length": row_length, "tokens_asked_for": settings.tokens}
+    about = {"language_model": model, "text": names["dataset_path"], "row_length": held_out.data.context_length}
+    about |= {"tokens_asked_for": settings.tokens, "special_tokens_excluded": held_out.drop_special_tokens}
     about |= {} if settings.step is None else {"checkpoint": settings.step}
     about |= {"gradient_pursuit": list(settings.ito)} if settings.ito else {}
     about |= {"published_points": settings.published} if settings.published else {}

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import os
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
@@ -22,12 +22,13 @@ def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
     """A checked experiment, from what differs from the defaults.
 
     gsae_jax.experiment("quickstart", train={"steps": 700}, evaluation={"tokens": 2**15})
-    gsae_jax.experiment(lm={"path": "gpt2"}, stacks={"gated": gsae_jax.stack_config("gated", site, 1024, (1e-2,))})
+    gsae_jax.experiment(lm={"path": "openai-community/gpt2"}, stacks={"gated": stack_config("gated", site, 1024, 1e-2)})
 
     Args:
         base: what to begin with: the name of an experiment that the package carries, the path of a config file, nested
             dicts or a `ConfigDict`, or another experiment. By default it is an experiment without stacks.
-        changes: fields of an experiment. A group or a stack is a dict of the fields that change; the others stay.
+        changes: fields of an experiment. A group or a stack is a dict of the fields that change; the others stay. A
+            stack that gets another architecture loses the options of the one before. A stack that is None is left out.
 
     Raises:
         UserError: an unknown, missing or wrongly typed field, an impossible value or combination, or a config file
@@ -44,7 +45,7 @@ def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
         tree = config_lib.plain(base)
         if not isinstance(tree, dict):
             raise UserError(f"is {base!r}; write the name of an experiment, the path of a config file, or a dict")
-    return config_lib.from_dict(config_lib.Experiment, _merged(tree, config_lib.plain(changes)))
+    return config_lib.from_dict(config_lib.Experiment, config_lib.merged(tree, config_lib.plain(changes)))
 
 
 def experiment_config() -> ConfigDict:
@@ -53,13 +54,19 @@ def experiment_config() -> ConfigDict:
 
 
 def stack_config(
-    architecture: str, site: str, width: int, l1_coefficients: Any, *, grid: bool = False, **settings: Any
+    architecture: str,
+    site: str | tuple[str, ...],
+    width: int,
+    l1_coefficients: Any,
+    *,
+    grid: bool = False,
+    **settings: Any,
 ) -> ConfigDict:
     """A stack of an experiment: SAEs that differ in l1 coefficient, learning rate, seed and target L0 only.
 
     Args:
         architecture: "gated" or "relu"; or your own, as "my_package.topk" or "topk.py".
-        site: a TransformerLens hook name.
+        site: a TransformerLens hook name, or a tuple of several.
         width: features.
         l1_coefficients: one for each SAE, or one for all.
         grid: one SAE for each combination of `l1_coefficients`, `learning_rates` and `seeds`, in the order of nested
@@ -159,12 +166,18 @@ def _defaults(cls: Any) -> dict[str, Any]:
 def _returned(path: str, *arguments: str) -> Any:
     """What the `get_config` of a file returns."""
     module = plugins.read(path)
+    path = plugins.source(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} does not define get_config()")
     try:
-        return module.get_config(*arguments)
+        config = module.get_config(*arguments)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path} fails: {plugins.failure(error, path)}") from error
+    if config is None:
+        raise UserError(f"get_config() of {path} returns nothing; end it with `return config`")
+    return config
 
 
 def _complete(config: ConfigDict, cls: Any, wanted: Collection[str], path: str = "") -> None:
@@ -202,10 +215,3 @@ def _complete(config: ConfigDict, cls: Any, wanted: Collection[str], path: str =
             for key, item in value.items():
                 if isinstance(item, ConfigDict):
                     _complete(item, typing.get_args(kind)[1], wanted, f"{path}{name}.{key}.")
-
-
-def _merged(tree: Any, changes: Any) -> Any:
-    """A tree of dicts with the changes of another."""
-    if not isinstance(tree, Mapping) or not isinstance(changes, Mapping):
-        return changes
-    return {**tree, **{name: _merged(tree.get(name), value) for name, value in changes.items()}}

@@ -168,6 +168,6 @@ def _torch() -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        message = "needs torch for its .pt files; `pip install '.[torch]'` first"
+        message = "needs torch for its .pt files; `pip install 'gsae_jax[torch]'` first"
         raise UserError(message, "dictionary_learning") from error
     return torch

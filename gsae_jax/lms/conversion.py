@@ -43,7 +43,7 @@ def convert(source: str, out: Path, tokenizer: str = "", revision: str = "") -> 
     try:
         importlib.import_module("torch")
     except ImportError as error:
-        raise UserError("is a pickle, which only torch can read: pip install '.[torch]'") from error
+        raise UserError("is a pickle, which only torch can read: pip install 'gsae_jax[torch]'") from error
     with errors.about("out"), writing.new_folder(out, or_empty=True) as made, errors.about("source"):
         (made / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         own = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))

@@ -99,7 +99,7 @@ class LM:
         Args:
             tokens_BxT: token ids, or texts.
             mask_BxT: False (or 0) at padding, on whichever side. Texts need none.
-            rows_per_forward: rows in one forward pass; by default as many as have about 16,000 tokens.
+            rows_per_forward: rows in one forward pass; by default as many as give about 16,000 tokens.
         """
         self._check_head()
         return self._forward(partial(_logits, self.module, self.params), tokens_BxT, mask_BxT, rows_per_forward)
@@ -114,11 +114,13 @@ class LM:
     ) -> dict[str, jax.Array]:
         """Activations [B, T, D] at each of `sites`; 0 at padding.
 
+        The features that an SAE gives for these zeros are not 0. `lm.tokenize(texts).mask_BxT` says where padding is.
+
         Args:
             tokens_BxT: token ids, or texts.
             sites: names of one or several of `lm.sites`.
             mask_BxT: False (or 0) at padding, on whichever side. Texts need none.
-            rows_per_forward: rows in one forward pass; by default as many as have about 16,000 tokens.
+            rows_per_forward: rows in one forward pass; by default as many as give about 16,000 tokens.
         """
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         for site in sites:
@@ -137,7 +139,11 @@ class LM:
 
         At padding logits are 0; the tap sees the padding as well.
 
-        Not compiled, so that a tap may look at values and keep them; wrap the call in `jax.jit` where it is repeated.
+        It is not compiled, so that a tap may look at values and keep them, and it computes all rows at once. For speed,
+        compile a function of token ids: `jax.jit(lambda tokens: lm.run(tokens, tap))`.
+
+        An SAE as the tap also replaces special tokens and activations above `sae.norm_limit`, on which it was not
+        trained. A loss that is measured so differs from the report's.
 
         Args:
             tokens_BxT: token ids, or texts.
@@ -163,12 +169,15 @@ class LM:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> str | list[str]:
-        """Texts as the language model continues them, each up to its EOS; one string for one string.
+        """Each text with its continuation, up to EOS. One string gives one string; a list gives a list.
+
+        All texts are computed in one batch; give fewer texts if memory runs out.
 
         Args:
             texts: prompts; they become tokens as by `tokenize`.
             tap: as for `run`. It sees all of the prompts first, padded on the left, and then one token at a time. It is
-                compiled, so it cannot look at values or keep them. The same tap object is compiled only once.
+                compiled, so it cannot look at values or keep them. Make a tap once and use it again, because each tap
+                object is compiled, once for each `max_new_tokens` and for a few sizes of prompts.
             max_new_tokens: after how many tokens a text ends at the latest.
             temperature: logits are divided by it before a token is sampled; 0 takes the most likely token.
             seed: of the sampling.
@@ -190,14 +199,15 @@ class LM:
             why = f"{max_new_tokens} more tokens exceed the {self.config.n_ctx} positions of this language model"
             raise UserError(f"have up to {longest} tokens; {why}", "texts")
         length = min(batching.padded_size(max(longest, SHORTEST)), most)
-        tokens, mask = tokenizer_lib.padded(ids, length, left=True)
+        rows = batching.padded_size(len(ids))
+        tokens, mask = tokenizer_lib.padded(ids + ids[-1:] * (rows - len(ids)), length, left=True)
         if not isinstance(tap, Hashable):
             raise UserError(f"is a {type(tap).__name__}, which has no hash; give a function", "tap")
         eos = self.tokenizer.eos_token_id
         function = generation.compiled(self.module, tap, tuple(self.sites), max_new_tokens)
         sampling = jnp.float32(temperature), jax.random.key(seed)
         stop = jnp.int32(-1 if eos is None else eos)
-        new = function(self.params, self._tokens(tokens), mask, sampling, stop).tolist()
+        new = function(self.params, self._tokens(tokens), mask, sampling, stop)[: len(ids)].tolist()
         written = [own + (row[: row.index(eos)] if eos in row else row) for own, row in zip(ids, new, strict=True)]
         # Some tokenizers drop the space before the first word, so that new tokens are decoded behind the prompt's.
         decode = self.tokenizer.decode
@@ -226,7 +236,8 @@ class LM:
             directions: [..., width of the site], such as some rows of `sae.W_dec`.
             site: where they are added; "" is the residual stream. Directions of `attn.hook_z` and `mlp.hook_post` go
                 through W_O and W_out first.
-            at: [D], for example `lm.activations(text, "blocks.5.hook_resid_post")[...][0, -1]` of the last block.
+            at: [D], for example `lm.activations(text, site)[site][0, -1]`, where `site` is the `hook_resid_post` of the
+                last block.
 
         Raises:
             UserError: no such site, arrays that do not fit, or a site with a norm between it and the stream.

@@ -95,6 +95,10 @@ def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
         return tap
     if not tap.site:
         raise UserError("does not say its site; give `lambda site, x: sae(x) if site == '...' else x`", "tap")
+    reads, writes = getattr(tap, "sites", (tap.site,)), getattr(tap, "targets", (tap.site,))
+    if len(reads) > 1 or reads != writes:
+        why = f"reads {', '.join(reads)} and writes {', '.join(writes)}"
+        raise UserError(f"{why}; give an SAE of one site, or a function of (site, activations)", "tap")
     check(tap.site, sites, "tap")
     return splice({tap.site: tap})
 

@@ -72,7 +72,7 @@ def check(names: Iterable[str]) -> None:
     for name in names:
         package = getattr(module(name), "PACKAGE", "")
         if package and importlib.util.find_spec(package) is None:
-            wanted = package if plugins.is_own(name) else f"'.[{name}]'"
+            wanted = package if plugins.is_own(name) else f"'gsae_jax[{name}]'"
             message = f"{name!r} needs the package {package}; `pip install {wanted}` first, or leave it out"
             raise UserError(message, "loggers")
         if hasattr(module(name), "check"):

@@ -108,7 +108,7 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
 
     Args:
         config: the experiment.
-        topology: "v5e:4x4" and so on (compiled with libtpu: pip install '.[tpu]', else estimated), "gpu:h100x8"
+        topology: "v5e:4x4" and so on (compiled with libtpu: pip install 'gsae_jax[tpu]', else estimated), "gpu:h100x8"
             (estimated), or "cpu:8" for this machine's own CPU (compiled).
 
     Returns:

@@ -1,7 +1,6 @@
 """What a run becomes on the Hugging Face hub: a folder for each format, the report, and a model card made of it."""
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import re
@@ -10,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 
+import gsae_jax
 from gsae_jax import errors, export, plugins, rendering, sae_loading
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import report
@@ -117,16 +117,9 @@ def _training(place: run_directory.Workdir, step: int | None) -> dict[str, Any]:
         "Tokens in training": f"{step * config.train.batch_size:,}",
         "Devices": machine.get("devices", ""),
         "Versions of training": ", ".join(f"{name} {machine[name]}" for name in ("jax", "python") if name in machine),
-        "Version of this export": f"gsae_jax {_version()}",
+        "Version of this export": f"gsae_jax {gsae_jax.__version__}",
         "Revision of the language model": config.lm.revision,
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("gsae_jax")
-    except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
-        return "of an unknown version"
 
 
 def _records(place: run_directory.Workdir) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Whether an architecture gives what the contract says, found by tracing its functions: nothing is computed."""
+"""Checks that an architecture keeps the contract. Its functions are traced, not run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.saes import contract, parameters
 
 BATCH = 16  # tokens in the batch that is traced
-NEEDED = ("loss", "mse", "l0", "x_hat_sq", "x_hat_dot_x")  # of Statistics.means
+MEANS = ("loss", "mse", "l0", "x_hat_sq", "x_hat_dot_x")  # of Statistics.means
 
 
 def check(architecture: contract.Trainable, config: Any) -> None:
@@ -55,10 +55,17 @@ def check(architecture: contract.Trainable, config: Any) -> None:
     params = traced(init, jax.eval_shape(lambda: jax.random.key(0)))
     if not isinstance(params, dict):
         raise UserError(f"{file}: init returns {_kind(params)} instead of a dict of arrays")
+    wanted = {}
+    for name, entry in table.items():
+        try:
+            wanted[name] = _array(*entry.sizes(config))
+        except (AttributeError, IndexError, TypeError) as error:
+            why = f"the shape {entry.shape} of {name!r} in PARAMETERS does not fit Config: {error}"
+            raise UserError(f"{file}: {why}") from error
     for name, value in params.items():
         if name not in table:
             raise UserError(f"{file}: init gives {name!r}, which PARAMETERS does not have")
-        compare(f"{name} of init", value, _array(*table[name].sizes(config)))
+        compare(f"{name} of init", value, wanted[name])
     if parameters.decoder(architecture) not in params:
         raise UserError(f"{file}: init does not give {parameters.decoder(architecture)!r}, the decoder")
 
@@ -76,7 +83,7 @@ def check(architecture: contract.Trainable, config: Any) -> None:
         raise UserError(f"{file}: the value of loss is of type {value.dtype} instead of float32")
     if not isinstance(means, Mapping):
         raise UserError(f"{file}: means of Statistics is {_kind(means)} instead of a dict")
-    if missing := [name for name in NEEDED if name not in means]:
+    if missing := [name for name in MEANS if name not in means]:
         raise UserError(f"{file}: means of Statistics lacks {', '.join(missing)}")
     for name, mean in means.items():
         compare(f"means[{name!r}] of Statistics", mean, _array())

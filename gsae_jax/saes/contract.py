@@ -292,7 +292,10 @@ def options(config: Any) -> dict[str, Any]:
 
 def variant(architecture: str, config: Any) -> str:
     """The architecture and its options that are not the default: "gated", "gated tie_encoder=False", "topk.py"."""
-    defaults = {setting.name: setting.default for setting in dataclasses.fields(config)}
+    defaults = {
+        setting.name: setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
+        for setting in dataclasses.fields(config)
+    }
     changed = [f"{name}={value}" for name, value in options(config).items() if value != defaults[name]]
     return " ".join([plugins.label(architecture), *changed])
 

@@ -1,7 +1,8 @@
 """A trained SAE as a small frozen object, in the language model's own units.
 
-An SAE is a pytree: its parameters are the leaves, and all else is static. So `jax.jit(f)(sae, x)`, `jax.grad` with
-respect to an SAE, and `jax.vmap` over SAEs whose parameters are stacked all work.
+An SAE is a pytree: its parameters are the leaves, and all else is static. So `jax.jit(f)(sae, x)` and `jax.grad` with
+respect to an SAE work. Two SAEs of a stack differ in their names, so that JAX takes them for different structures. To
+use `jax.vmap`, stack their parameters, and put them into one: `dataclasses.replace(sae, params=stacked)`.
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ class SAE(Sites):
     """One trained SAE; activations are in the language model's own units, of any leading shape.
 
     Every parameter is an attribute as well: `sae.W_dec` [F, D], `sae.b_dec` [D], and what else the architecture has.
-    `sae.threshold` [F] is there where the SAE has a JumpReLU form.
+    `sae.threshold` [F] exists if the SAE has a JumpReLU form.
 
     Attributes:
-        name: what reports and files call it: its stack and its place there.
+        name: the name in reports and files, `{stack}_{index}`.
         architecture: the name of a file of `gsae_jax/saes/`.
         config: the architecture's Config.
         site: where in the language model it reads, a tuple of sites where it reads several; "" where an imported one
@@ -92,7 +93,8 @@ class SAE(Sites):
 
     def __dir__(self) -> list[str]:
         """The public names, parameters included."""
-        return sorted({name for name in super().__dir__() if not name.startswith("_")} | {*self.params})
+        facts = jax.eval_shape(lambda params: contract.feature_facts(self.functions, params, self.config), self.params)
+        return sorted({name for name in super().__dir__() if not name.startswith("_")} | {*self.params, *facts})
 
     def __repr__(self) -> str:
         numbers = {"l1_coefficient": self.l1_coefficient, "learning_rate": self.learning_rate, "seed": self.seed}
@@ -115,7 +117,10 @@ class SAE(Sites):
         if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((inputs, self.params))):
             f_BxF = encode(inputs)
         else:
-            f_BxF = batching.in_batches(encode, inputs, ROWS_AT_ONCE, "encode")
+            count = len(jax.tree.leaves(inputs)[0])
+            extra = max(0, min(ROWS_AT_ONCE, batching.padded_size(count)) - count)
+            padded = jax.tree.map(lambda x: batching.pad(x, extra), inputs)
+            f_BxF = batching.in_batches(encode, padded, ROWS_AT_ONCE, "encode")[:count]
         return f_BxF.reshape(*leading, self.config.width)
 
     def decode(self, f: jax.typing.ArrayLike) -> Any:

@@ -84,10 +84,10 @@ class SavedCheckpoints:
         """Move checkpoints that were passed over to `damaged/`, and older ones that orbax would stumble over."""
         for step in self._steps():
             if newer_than is not None and (step > newer_than or _problem(self._folder / str(step), ("metrics",))):
-                folder = self.path / "damaged"
-                folder.mkdir(parents=True, exist_ok=True)
-                number = len(list(folder.glob(f"{step}-*")))
-                (self._folder / str(step)).rename(folder / f"{step}-{number}")
+                folder, number = self.path / "damaged", 0
+                while (folder / f"{step}-{number}").exists():
+                    number += 1
+                (self._folder / str(step)).move_folder(folder / f"{step}-{number}")
 
     def _steps(self) -> list[int]:
         names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []

@@ -15,7 +15,7 @@ class Text:
     Attributes:
         documents: in all, those that are held out included.
         held_out: the fraction of the text that is held out.
-        tokens: of the text that is trained on; None for text that an earlier version tokenized a part of.
+        tokens: of the text that is trained on; None if an earlier version tokenized only a part of the text.
         is_estimate: `tokens`, `passes` and `too_short` are estimated from the part of the text that the run needs.
         tokens_read: how many the run reads until its last step, about; each BOS that begins a row is one of them.
         passes: how often that is the text that is trained on; None where `tokens` is.

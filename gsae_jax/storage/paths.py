@@ -113,6 +113,11 @@ class LocalPath(epath.gpath.PosixGPath):
             shutil.rmtree(self, ignore_errors=True)
         os.replace(scratch, self)
 
+    def move_folder(self, to: "LocalPath") -> None:
+        """Move this folder, whole."""
+        to.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self, to)
+
     def growing(self) -> "Growing":
         """This folder, for files that are appended to."""
         return Growing(pathlib.Path(self))
@@ -181,6 +186,14 @@ class BucketPath(epath.gpath.PosixGPath):
     def put_folder(self, scratch: pathlib.Path, last: str, replace: bool) -> None:
         """Put the files of a local folder here; the one called `last`, which says that all are here, comes last."""
         copy_files(scratch, self, last)
+
+    def move_folder(self, to: "BucketPath") -> None:
+        """Copy all files of this folder, and then delete them here; nothing in a bucket can be renamed."""
+        files = list(files_below(self))
+        for file in files:
+            file.copy(to / os.path.relpath(os.fspath(file), os.fspath(self)), overwrite=True)
+        for file in files:
+            file.unlink()
 
     def growing(self) -> "Growing":
         """A local folder for files that are appended to; `sync` copies them here."""
@@ -264,7 +277,7 @@ def check(path: epath.PathLike) -> None:
         # A pathlib.Path makes gs:/ of gs://.
         raise UserError(f"is {text!r}; write a local path or gs://bucket/folder, as text")
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{text} is in a bucket; `pip install '.[gcs]'` first")
+        raise UserError(f"{text} is in a bucket; `pip install 'gsae_jax[gcs]'` first")
     # What other processes and tensorstore write would be missing from remembered listings.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 

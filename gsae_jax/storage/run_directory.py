@@ -111,7 +111,7 @@ class Workdir(SavedCheckpoints):
             if steps < latest:
                 raise UserError(
                     f"is {steps}, but the run in {self.path} has been trained for {latest} steps; write {latest} or "
-                    "more, or another --workdir",
+                    "more, or another directory",
                     "train.steps",
                 )
             recorded = config_lib.to_dict(self.experiment())
@@ -119,10 +119,10 @@ class Workdir(SavedCheckpoints):
             differing = config_lib.differences(_fixed(recorded, latest), _fixed(config, latest))
             if differing:
                 past = any(line.startswith("train.resample_steps:") for line in differing)
-                kept = f" (train.resample_steps may only change after step {latest})" if past else ""
+                kept = f" (only those of train.resample_steps that are after step {latest} may change)" if past else ""
                 raise UserError(
-                    f"{self.path} holds a run of another config; write another directory, or undo (there != here): "
-                    f"{'; '.join(differing)}{kept}",
+                    f"{self.path} holds a run of another config; write another directory, or change these settings "
+                    f"back (the run's value != yours): {'; '.join(differing)}{kept}",
                     self.field,
                 )
         elif not self.path.is_empty(ignored=LOCK) and not self.holds_run():
@@ -161,14 +161,14 @@ class Workdir(SavedCheckpoints):
         step, folder = reported_step(self), self.path / "earlier_reports"
         if step is None:
             return None
+        names = (f"step_{step}" + f"_{number}" * (number > 1) for number in itertools.count(1))
+        place = next(folder / name for name in names if not (folder / name).exists())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in folder.iterdir()}
-            name = next(name for n in itertools.count(1) if (name := f"step_{step}" + f"_{n}" * (n > 1)) not in names)
-            self.report.rename(folder / name)
-        except OSError as error:
-            raise UserError(f"{self.report} cannot be moved to {folder} ({error}); make room", self.field) from error
-        return folder / name
+            self.report.move_folder(place)
+        except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
+            why = f"{self.report} cannot be moved to {place} ({paths.error_line(error)})"
+            raise UserError(f"{why}; make sure that files can be written there", self.field) from error
+        return place
 
     def hold(self) -> None:
         """Keep other processes from training here until `release`; a bucket has no locks.

@@ -35,9 +35,11 @@ def consequences(config: Experiment, steps_before: int, step: int, parts: Sequen
         was, end = (optimiser.end_of_gain(steps) for steps in (steps_before, train.steps))
         what = f"the l1 coefficients of {', '.join(targets)}"
         if step < end:
-            sentences.append(f"{what} move to meet target_l0 until step {end:,} ({was:,} before)")
+            sentences.append(f"training adjusts {what} to reach target_l0 until step {end:,} (until {was:,} before)")
         else:
-            sentences.append(f"{what} stay as they are: target_l0 moves them in the first two thirds of training only")
+            sentences.append(f"{what} do not change any more: training adjusts them in its first two thirds only")
     if (rows := parts[-1]) > (earlier := max(parts[:-1])):
-        sentences.append(f"after the first {earlier:,} rows of text come {rows - earlier:,} new ones")
+        sentences.append(
+            f"the run reads {rows - earlier:,} more rows of text, after the {earlier:,} rows that it has read until now"
+        )
     return sentences

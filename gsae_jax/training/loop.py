@@ -218,7 +218,7 @@ class _Loop:
         self._step += config.updates_per_call
         if self._step in config.resampled_at:
             self._state, counts = program.resample(self._state)
-            progress.say(f"step {self._step:,}: dead features that began again: {_named(counts)}")
+            progress.say(f"step {self._step:,}: re-initialised dead features: {_named(counts)}")
         return _Call(self._step, statistics, dropped, tokens)
 
     def _look_at(self, call: _Call, divergence: Divergence, progress: Progress) -> None:

@@ -151,6 +151,14 @@ def _lengths(
         raise UserError("the text has changed since this run began; put it back, or start a new --workdir", "data")
     if lengths[-1]["steps"] == config.train.steps:
         return lengths
+    # A run of an earlier version that is killed before its next checkpoint must be able to tell its length again.
+    now_or_here = (tokens_needed(config), tokens_needed(config, step))
+    if not before.lengths and all(rows.limited(tokens).fingerprint != before.rows for tokens in now_or_here):
+        raise UserError(
+            f"is {config.train.steps}, but the run is of an earlier version and is at step {step} of "
+            f"{lengths[-1]['steps']}; finish it with that number first, and then write more",
+            "train.steps",
+        )
     return [*lengths, now | {"tokens": max(now["tokens"], lengths[-1]["tokens"])}]
 
 
@@ -215,7 +223,7 @@ def _text(config: Experiment, train: rows_lib.Extent, test: rows_lib.Extent) -> 
     return Text(
         documents=train.documents or train.texts + test.texts,
         held_out=held_out / max(1, trained_on + held_out),
-        tokens=train.tokens,
+        tokens=rows * (config.data.context_length - config.data.prepend_bos) if by_document and rows else train.tokens,
         is_estimate=train.is_estimate,
         tokens_read=read,
         passes=None if rows is None else read / max(1, rows * config.data.context_length),

@@ -188,7 +188,7 @@ def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict,
     monkeypatch.setattr(train_command, "CONFIG", SimpleNamespace(value=config_dict), raising=False)
     monkeypatch.setattr(train_command, "WORKDIR", SimpleNamespace(value=str(tmp_path)), raising=False)
     monkeypatch.setattr(train_command.loop, "train", lambda *_: True)
-    monkeypatch.setattr(train_command.reporting, "evaluate", lambda path: signal.raise_signal(number))
+    monkeypatch.setattr(train_command.reporting, "evaluate", lambda path, **_: signal.raise_signal(number))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     signal.signal(number, signal.SIG_DFL)  # tests in the background ignore some
     try:
@@ -264,9 +264,9 @@ def test_what_more_steps_change_is_said(experiment, tmp_path, capsys):
     rate = 0.5 * (1 + np.cos(np.pi * (16 - 4) / (32 - 4)))
     assert f"the learning rate was at 0% of its value and goes on at {rate:.0%}" in out
     assert "the loss will rise" in out
-    assert "the l1 coefficients of gated move to meet target_l0 until step 21 (10 before)" in out
+    assert "the l1 coefficients of gated to reach target_l0 until step 21 (until 10 before)" in out
     rows = [(steps + 32) * 64 // 15 for steps in (16, 32)]
-    assert f"after the first {rows[0]} rows of text come {rows[1] - rows[0]} new ones" in out
+    assert f"{rows[1] - rows[0]} more rows of text, after the {rows[0]} rows" in out
 
     # Interrupted, it continues as if it had not been.
     expected, metrics = params_of(tmp_path / "run"), metrics_without_time(tmp_path / "run")
@@ -281,13 +281,15 @@ def test_what_more_steps_change_is_said(experiment, tmp_path, capsys):
         {"since": 16, "steps": 32, "tokens": (32 + 32) * 64},
     ]
     short = lengthening.consequences(with_(experiment, train={"steps": 20}), 16, 16, [10, 10])
-    assert "stay as they are" in short[-1]
+    assert "do not change any more" in short[-1]
 
 
 def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_path, monkeypatch):
     """Its checkpoints do not say how much text it had. Here it is killed before the next one as well."""
     run, longer = tmp_path / "run", with_(experiment, train={"steps": 24})
     assert loop.train(experiment, run)
+    shutil.copytree(run, tmp_path / "cut")
+    back_to(tmp_path / "cut", 8)
     run_directory.Workdir(run).create(config_lib.to_dict(longer))
     facts = run_directory.Workdir.facts
     monkeypatch.setattr(
@@ -295,6 +297,8 @@ def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_p
     )
     assert loop.train(longer, run)
     assert [length["steps"] for length in facts(run_directory.Workdir(run), 24).lengths] == [16, 24]
+    with refused("train.steps", "is 24", "step 8 of 16"):  # if it were killed now, it could not tell its length again
+        loop.train(longer, tmp_path / "cut")
 
 
 def test_a_finished_run_is_measured_with_another_evaluation(experiment, tmp_path, capsys, monkeypatch):
@@ -312,6 +316,14 @@ def test_a_finished_run_is_measured_with_another_evaluation(experiment, tmp_path
     assert before == 2 * now
     assert train_command.run(experiment, run) == 0  # and back
     assert sorted(path.name for path in (run / "earlier_reports").iterdir()) == ["step_16", "step_16_2"]
+
+    # What cannot be measured changes nothing.
+    before = {path: path.read_bytes() for path in (run / "config.json", run / "report" / "report.json")}
+    with refused("evaluation.rows_per_forward", "100000"):
+        train_command.run(with_(experiment, evaluation={"rows_per_forward": 100_000}), run)
+    with refused("lm.path", "language model"):
+        train_command.run(with_(experiment, lm={"path": ""}, evaluation={"tokens": 1024}), run)
+    assert {path: path.read_bytes() for path in before} == before
 
     # What the held-out text of an earlier version was is not known any more when its config changes.
     facts = run_directory.Workdir.facts

@@ -29,7 +29,7 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 def test_nothing_unpickles_or_runs_text():
-    """But for torch, asked for tensors only."""
+    """But for torch, which is asked for tensors only, and the .py files that a user names."""
     for file in (ROOT / "gsae_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
@@ -46,7 +46,8 @@ def test_nothing_unpickles_or_runs_text():
                 called = ast.unparse(node.func)
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert not called.startswith("yaml.") or called == "yaml.safe_dump", (file, node.lineno)
-                assert called not in ("eval", "exec", "compile", "__import__", "os.system"), (file, node.lineno)
+                runs = {"eval", "exec", "compile", "__import__", "os.system"}
+                assert called not in runs - ({"exec", "compile"} if file.name == "plugins.py" else set()), file
                 assert keywords.get("allow_pickle", "False") == keywords.get("shell", "False") == "False"
                 assert keywords.get("trust_remote_code", "False") == "False"
                 assert called != "torch.load" or keywords["weights_only"] == "True"
