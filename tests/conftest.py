@@ -11,7 +11,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="gsae_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "8000000000"  # with a limit, it is written under a lock
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
+        "0.2"  # reading many small ones takes longer than compiling them
+    )
 
 import jax
 import jax.numpy as jnp

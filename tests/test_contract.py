@@ -215,7 +215,10 @@ def test_gradients_are_those_of_finite_differences(name, options, monkeypatch):
 
 
 @every
-@pytest.mark.parametrize(("width", "batch"), [(1, B), (F, 1), (1, 1)])
+@pytest.mark.parametrize(
+    ("width", "batch"),
+    [pytest.param(1, B, marks=pytest.mark.variants), pytest.param(F, 1, marks=pytest.mark.variants), (1, 1)],
+)
 def test_one_feature_and_one_token(name, options, width, batch):
     case = Case.make(name, options, width=width)
     params, activations = case.params(), case.activations(batch)
@@ -255,7 +258,7 @@ def test_no_feature_active(name, options):
 
 
 @every
-@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
 def test_a_mesh_trains_as_one_device(name, options, shape):
     if name not in trainable_names():
         pytest.skip("is not trained here")

@@ -48,6 +48,7 @@ def blocks(guide):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guides" / f"{guide}.md").read_text("utf-8"), re.DOTALL)
 
 
+@pytest.mark.variants
 def test_the_guides_architecture_trains_beside_the_others(config_dict, tmp_path, monkeypatch):
     source, use = blocks("architecture")
     (tmp_path / "tanh.py").write_text(source)

@@ -74,7 +74,7 @@ def on_mesh(data, latent):
     return mesh_lib.make_mesh(config_lib.Mesh(data, latent))
 
 
-@pytest.mark.parametrize("mesh", [None, (8, 1), (2, 4)])
+@pytest.mark.parametrize("mesh", [None, pytest.param((8, 1), marks=pytest.mark.variants), (2, 4)])
 def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
     """Exactly: equal activations have equal losses, whatever they come from and whichever are measured with them."""
     monkeypatch.setattr(measure, "AT_ONCE", 4)
@@ -306,6 +306,7 @@ def test_published_points(tmp_path):
         report.read_published(str(tmp_path / "nothing.csv"))
 
 
+@pytest.mark.variants
 def test_one_device_and_eight_agree(lm):
     D = lm.sites[SITE]
     config = gated.Config(D, 48)
@@ -432,6 +433,7 @@ def test_what_is_wrong_with_saes_is_said(lm, tmp_path):
     assert alone["notes"] == said["broken"]
 
 
+@pytest.mark.variants
 def test_tokens_of_extreme_norm_are_no_denominator(lm):
     """FVU and gamma of the others, against float64, whatever is done with those; and of all of them beside these."""
     site = "blocks.0.hook_resid_pre"
@@ -473,6 +475,7 @@ def test_a_mean_that_hides_shrinkage_is_told(lm):
     assert any(f"{ours['gamma_centered']:.3f}" in note for note in notes)
 
 
+@pytest.mark.variants
 @pytest.mark.parametrize("devices", [3, 8])
 def test_any_number_of_devices_measures_any_number_of_rows(lm, devices):
     D = lm.sites[SITE]
@@ -554,6 +557,7 @@ def test_saes_of_several_places_are_told_apart(lm):
         names(source("/a", "gated_0"), source("/b", "gated_0"), source("/a", "gated_0"))
 
 
+@pytest.mark.variants
 def test_runs_and_exports_in_one_report(experiment, lm_dir, tmp_path, capsys):
     """They are measured as in their run, and one that was trained on another model is refused."""
     stack = dataclasses.replace(experiment.stacks["gated"], width=16)

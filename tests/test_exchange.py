@@ -804,7 +804,12 @@ def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_p
         starts(tmp_path / "dead")
 
 
-@pytest.mark.parametrize("hook", ["model.layers.0.mlp", "transformer.h.0.mlp.output", "blocks.0.mlp.hook_out", "x.y"])
+HOOKS = ("transformer.h.0.mlp.output", "blocks.0.mlp.hook_out", "x.y")
+
+
+@pytest.mark.parametrize(
+    "hook", ["model.layers.0.mlp", *(pytest.param(hook, marks=pytest.mark.variants) for hook in HOOKS)]
+)
 def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
     """They are understood, and `--site` wins."""
     config = relu.Config(32, 64)
@@ -837,6 +842,7 @@ def test_jumprelu_is_for_evaluation(experiment):
         Stack.build("a", stack, {stack.site: D}, "float32")
 
 
+@pytest.mark.variants
 def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir, lm_dir, tmp_path, capsys):
     stack = experiment.stacks["gated"]
     assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "run")

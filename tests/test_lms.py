@@ -358,7 +358,7 @@ def test_texts_are_taken_for_tokens(lm_dir):
         lm.tokenize(tokens)
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("padding", [None, "left", pytest.param("right", marks=pytest.mark.variants)])
 def test_batches_give_what_one_pass_gives(lm_dir, padding, monkeypatch):
     lm, sites_ = gsae_jax.load_lm(lm_dir), ["blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"]
     tokens = some_tokens(lm, rows=7, length=13)

@@ -159,6 +159,7 @@ def command(run, endpoint, *flags):
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.variants
 def test_an_upload_is_the_folder_private_by_default_and_takes_the_place_of_an_earlier_one(run, hub, tmp_path):
     endpoint = f"http://127.0.0.1:{hub.server_port}"
     dry = command(run, endpoint, "--dry-run")

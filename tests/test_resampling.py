@@ -68,6 +68,7 @@ def test_what_a_dead_feature_becomes(experiment):
             assert len(set(nearest)) == dead.sum()  # each from an input of its own
 
 
+@pytest.mark.variants
 def test_inputs_are_drawn_by_the_square_of_their_error(experiment):
     """One feature's input, drawn many times, against the probabilities."""
     experiment = dataclasses.replace(experiment, stacks={"baseline": experiment.stacks["baseline"]})
@@ -90,7 +91,7 @@ def test_inputs_are_drawn_by_the_square_of_their_error(experiment):
     assert abs(errors[drawn].mean() - expected) < tolerance < abs(errors.mean() - expected)  # and not evenly
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
 def test_a_mesh_resamples_as_one_device(experiment, shape):
     results = []
     for mesh in (single_device_mesh(), None):

@@ -58,7 +58,7 @@ def single_device_mesh():
     return jax.make_mesh((1, 1), ("data", "latent"), devices=jax.devices()[:1], axis_types=(auto, auto))
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
 def test_a_mesh_gives_the_single_device_result(experiment, shape):
     alone = begin(experiment, single_device_mesh())
     spread = begin(with_(experiment, mesh={"data": shape[0], "latent": shape[1]}))
@@ -91,20 +91,21 @@ def test_a_step_is_the_papers_loss_and_adam(experiment):
     served = replay(program, start, lm_params, tokens)
     for call in tokens:
         state, *_ = program.train_step(state, lm_params, program.source.place(call))
+    adam = optax.adam(lambda step: jnp.minimum(1.0, (step + 1) / config.warmup_steps), b1=0.0)
+    update = jax.jit(adam.update)
     for stack in program.stacks:
         for index, (l1, rate, _) in enumerate(stack.config.numbers()):
             params = {
                 name: np.asarray(value[index], np.float64) for name, value in start.stacks[stack.name].params.items()
             }
-            adam = optax.adam(lambda step, rate=rate: rate * jnp.minimum(1.0, (step + 1) / config.warmup_steps), b1=0.0)
             moments = adam.init({name: jnp.array(value, jnp.float32) for name, value in params.items()})
             for batch in served[stack.config.site]:
                 reference = references.gated_sae if stack.architecture is gated else references.relu_sae
                 _, grads, _ = reference(params, batch, l1)
                 along = (grads["W_dec"] * params["W_dec"]).sum(-1, keepdims=True)
                 grads["W_dec"] -= along * params["W_dec"]
-                updates, moments = adam.update({name: jnp.array(g, jnp.float32) for name, g in grads.items()}, moments)
-                params = {name: value + np.asarray(updates[name], np.float64) for name, value in params.items()}
+                updates, moments = update({name: np.asarray(g, np.float32) for name, g in grads.items()}, moments)
+                params = {name: value + rate * np.asarray(updates[name], np.float64) for name, value in params.items()}
                 params["W_dec"] /= np.linalg.norm(params["W_dec"], axis=-1, keepdims=True)
             for name, value in params.items():
                 difference = np.abs(np.asarray(state.stacks[stack.name].params[name][index]) - value)
@@ -117,7 +118,7 @@ def replay(program, state, lm_params, tokens):
     batch, slots = next(iter(store.values())).shape[:2]
     updates, served = program.config.updates_per_call, {site: [] for site in store}
     for call, rows in enumerate(tokens):
-        fresh = capture(program.module, lm_params, jnp.array(rows), program.config.sites)
+        fresh = jax.jit(lambda tokens: capture(program.module, lm_params, tokens, program.config.sites))(rows)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), call * updates)
         picks = jax.random.randint(jax.random.fold_in(key, 1), (updates, batch), 0, slots)
         shift = int(jax.random.randint(jax.random.fold_in(key, 2), (), 0, rows.shape[1]))
@@ -160,6 +161,7 @@ def test_tokens_of_extreme_norm_are_dropped(experiment):
         assert np.linalg.norm(np.asarray(unlimited.store[site]), axis=-1).max() > float(state.norm_limits[site])
 
 
+@pytest.mark.variants
 def test_a_batch_may_take_several_forward_passes(experiment):
     """Two forwards of 8 rows per update and one of 16 see the same tokens in the same order."""
     one = with_(experiment, train={"batch_size": 256}, activations={"buffer_size": 2048})
@@ -169,6 +171,7 @@ def test_a_batch_may_take_several_forward_passes(experiment):
     np.testing.assert_allclose(one.stacks["gated"].params["W_dec"], two.stacks["gated"].params["W_dec"], atol=1e-4)
 
 
+@pytest.mark.variants
 def test_one_row_a_call(experiment):
     """On eight devices, which then all lie along the dictionary, as on one."""
     one = with_(experiment, activations={"rows_per_forward": 1}, train={"batch_size": 8})
@@ -275,6 +278,7 @@ def test_train_evaluate_load(experiment, tmp_path, capsys):
         train_command.run(other, path)
 
 
+@pytest.mark.variants
 def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
     """The ablation of section 5.2: what was trained stays, the magnitudes learn."""
     assert loop.train(experiment, tmp_path / "first")
@@ -408,6 +412,7 @@ def metrics_without_time(path):
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
+@pytest.mark.variants
 def test_evaluating_an_unfinished_run_does_not_finish_it(experiment, tmp_path, monkeypatch):
     path, real, after = tmp_path / "run", rows_lib.batches, begin_calls(experiment) + 2
     with monkeypatch.context() as patch:
@@ -430,6 +435,7 @@ def test_a_run_continues_only_on_the_text_it_began_with(experiment, tmp_path, te
         loop.train(mine, tmp_path / "run")
 
 
+@pytest.mark.variants
 def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path, capsys):
     """The same command continues it, and it is measured on what it did not train on."""
     run = tmp_path / "run"
@@ -453,6 +459,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path
         loop.train(experiment, run)
 
 
+@pytest.mark.variants
 def test_a_scale_is_measured_on_the_text_that_there_is(experiment, tmp_path, monkeypatch):
     """At most once over, however many tokens are asked for."""
     placed, calls = sources.LanguageModel.place, []
@@ -496,6 +503,7 @@ def test_a_refused_run_leaves_nothing(experiment, tmp_path):
     assert loop.train(experiment, path)
 
 
+@pytest.mark.variants
 @pytest.mark.parametrize(
     "changes",
     [
@@ -535,7 +543,7 @@ def test_workdirs_that_cannot_be_used(experiment, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("pack", ["stream", "documents"])
+@pytest.mark.parametrize("pack", [pytest.param("stream", marks=pytest.mark.variants), "documents"])
 def test_a_run_says_what_it_reads(config_dict, tmp_path, text_dir, pack, capsys):
     """In a line when it begins, in the facts of its checkpoints, and in the report."""
     (tmp_path / "lines.txt").write_text("\n".join((text_dir / name).read_text() for name in ("a.txt", "b.md")))

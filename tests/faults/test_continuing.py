@@ -37,6 +37,7 @@ def back_to(run, step):
             shutil.rmtree(run / "checkpoints" / str(newer))
 
 
+@pytest.mark.variants
 def test_which_checkpoints_are_kept(experiment, tmp_path):
     """The last ones, some far apart, and the best one so far, which can be loaded."""
     best = with_(experiment, checkpoint={"every": 4, "keep": 1, "keep_best": "gated/mse"})
@@ -61,6 +62,7 @@ def test_which_checkpoints_are_kept(experiment, tmp_path):
             with_(experiment, checkpoint={"keep_best": wrong})
 
 
+@pytest.mark.variants
 def test_without_the_buffer_a_run_continues_one_way(experiment, tmp_path, capsys):
     """Its checkpoints are smaller, and it says what that changes."""
     experiment = with_(experiment, checkpoint={"buffer": False})
@@ -90,6 +92,7 @@ def test_without_the_buffer_a_run_continues_one_way(experiment, tmp_path, capsys
     assert_same(params_of(tmp_path / "whole"), uninterrupted)
 
 
+@pytest.mark.variants
 def test_another_mesh_is_said_and_gives_the_same(experiment, tmp_path, capsys):
     run = tmp_path / "run"
     loop.train(experiment, run)
@@ -107,6 +110,7 @@ def test_another_mesh_is_said_and_gives_the_same(experiment, tmp_path, capsys):
     assert run_directory.Workdir(run).config()["mesh"] == {"data": 0, "latent": 4}
 
 
+@pytest.mark.variants
 def test_a_report_of_an_earlier_step_is_not_the_end(experiment, tmp_path, capsys):
     run = tmp_path / "run"
     assert train_command.run(experiment, run) == 0
@@ -120,6 +124,7 @@ def test_a_report_of_an_earlier_step_is_not_the_end(experiment, tmp_path, capsys
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.variants
 def test_text_that_turns_unreadable_is_named_and_the_run_saved(experiment, tmp_path, monkeypatch):
     """And what is left of a file of tokens is made again."""
     experiment = with_(
@@ -254,6 +259,7 @@ def test_a_finished_run_is_trained_for_more_steps(experiment, tmp_path, capsys):
         train_command.run(experiment, runs[0])
 
 
+@pytest.mark.variants
 def test_what_more_steps_change_is_said(experiment, tmp_path, capsys):
     """The learning rate that had fallen, the l1 coefficients that move, and the rows that are new."""
     experiment = with_(with_stack(experiment, "gated", target_l0=(8.0,)), train={"decay_fraction": 1.0})
