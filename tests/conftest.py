@@ -11,9 +11,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="gsae_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "8000000000"  # with a limit, it is written under a lock
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
-        "0.2"  # reading many small ones takes longer than compiling them
-    )
+    # Small programs are not kept, because to read many of them takes longer than to compile them again.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import jax.numpy as jnp
