@@ -71,6 +71,14 @@ def source(module: ModuleType) -> str:
     return module.__file__ or module.__name__
 
 
+def fingerprint(module: ModuleType) -> str:
+    """A name for the source of a module as it was read."""
+    for digest, known in _FILES.values():
+        if known is module:
+            return digest[:16]
+    return hashlib.sha256(Path(source(module)).read_bytes()).hexdigest()[:16]
+
+
 def read(path: str) -> ModuleType:
     """The module of a .py file.
 

@@ -415,7 +415,9 @@ def own_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["topk.py", "my_package.topk"])
-def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(given, own_file, config_dict, tmp_path, monkeypatch):
+def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(
+    given, own_file, config_dict, tmp_path, monkeypatch, capsys
+):
     del config_dict.stacks.baseline
     config_dict.stacks.gated.architecture = given
     saes = gsae_jax.fit(config_dict, "run")
@@ -429,10 +431,18 @@ def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(given, own_file,
     assert not Path("exported").exists()
     shutil.rmtree("run/checkpoints/16")
     resumed = gsae_jax.fit(config_dict, "run")
+    assert "has changed" not in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     for name, sae in gsae_jax.load(own_file.parent / "run").items():
         np.testing.assert_array_equal(sae.params["W_dec"], saes[name].params["W_dec"])
         np.testing.assert_array_equal(sae.params["W_dec"], resumed[name].params["W_dec"])
+    if given.endswith(".py"):
+        monkeypatch.chdir(own_file.parent)
+        shutil.rmtree("run/checkpoints/16")
+        own_file.write_text(own_file.read_text() + "\n# another version\n")
+        gsae_jax.fit(config_dict, "run")
+        assert f"{own_file} has changed since step 8" in capsys.readouterr().err
+        monkeypatch.chdir(tmp_path)
     for file in own_file.parent.rglob("topk.py"):
         file.unlink()
     plugins.reread()

@@ -77,6 +77,7 @@ class Facts:
         lengths: each `train.steps` that the run has had ("steps"), from which step on ("since"), and how many tokens
             of the text it reads at most in one pass ("tokens"); empty in earlier checkpoints.
         held_out_tokens: how many of the held-out text `held_out` is the fingerprint of; 0 in earlier checkpoints.
+        code: fingerprints of the files of architectures that are not the package's, by stack.
     """
 
     rows: str
@@ -94,6 +95,7 @@ class Facts:
     text: Text | None = None
     lengths: list[dict[str, int]] = dataclasses.field(default_factory=list)
     held_out_tokens: int = 0
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes back; JSON has no infinity, so a norm limit that there is not is null."""

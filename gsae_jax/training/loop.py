@@ -94,6 +94,10 @@ def _resumed(run: Prepared, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
         what = f"the position of checkpoint {run.latest} in the text is not as it was written ({error})"
         raise UserError(f"{what}; put its files back", "--workdir") from error
     logger.info(f"continuing from step {run.latest:,}{_unlike(run.before.machine, run.facts.machine)}")
+    for name, code in run.before.code.items():
+        if code != run.facts.code.get(name):
+            architecture = run.config.stacks[name].architecture
+            logger.warning(f"{architecture} has changed since step {run.latest:,}; the run continues with the new code")
     if run.steps_before is not None:
         logger.info(f"train.steps is {run.config.train.steps:,} now ({run.steps_before:,} before)")
         for sentence in lengthening.consequences(run.config, run.steps_before, run.latest, run.parts):

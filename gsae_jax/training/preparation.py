@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors, loggers, processes
+from gsae_jax import errors, loggers, plugins, processes
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.data import rows as rows_lib
@@ -108,6 +108,11 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         text=_text(config, rows.extent, held_out.extent),
         lengths=lengths,
         held_out_tokens=rows_lib.held_out_tokens(config, config.evaluation.tokens),
+        code={
+            stack.name: plugins.fingerprint(stack.architecture)  # type: ignore[arg-type]
+            for stack in program.stacks
+            if plugins.is_own(stack.config.architecture)
+        },
     )
     has_new_length = len(lengths) > 1 and lengths not in known
     return Prepared(

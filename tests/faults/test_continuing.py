@@ -349,5 +349,5 @@ def test_later_resampling_may_be_added(experiment, tmp_path):
     workdir = run_directory.Workdir(run)
     workdir.check(config_lib.to_dict(with_(first, train={"steps": 32, "resample_steps": (8, 20)})))
     for steps in ((20,), (8, 12, 20)):
-        with refused("--workdir", "train.resample_steps", "only change after step 16"):
+        with refused("--workdir", "train.resample_steps", "after step 16"):
             workdir.check(config_lib.to_dict(with_(first, train={"steps": 32, "resample_steps": steps})))
