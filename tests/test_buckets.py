@@ -476,6 +476,7 @@ ROWS = """
 import sys, numpy as np
 from gsae_jax import config
 from gsae_jax.data import rows
+from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 data = {"corpus": "text", "path": sys.argv[1], "data_dir": sys.argv[2]}
 try:
@@ -502,7 +503,7 @@ def test_data_prepared_elsewhere_is_read_from_a_bucket(environment, text, tmp_pa
 
 CHECK = """
 import sys, fsspec
-from gsae_jax import config
+from gsae_jax.errors import UserError
 from gsae_jax.storage import run_directory
 fsspec.filesystem("gcs").touch("bucket/made/")  # an empty object, as consoles make folders
 for path in sys.argv[1:]:
