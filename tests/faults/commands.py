@@ -71,9 +71,7 @@ def _report(run, other):
     files = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
     if run.name != other:
         numbers = json.loads(files["report.json"])
-        files |= {
-            "report.json": numbers | {"runs": [*numbers["runs"].values()]},
-            "report.md": None,
-            "report.html": None,
-        }
+        saes = [sae | {"run": None} for sae in numbers["saes"]]
+        files |= dict.fromkeys(("report.md", "report.html"))
+        files["report.json"] = numbers | {"runs": [*numbers["runs"].values()], "saes": saes}
     return files
