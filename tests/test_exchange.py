@@ -870,7 +870,7 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
     def measure(*paths, **options):
         evaluate_saes([str(tmp_path / path) for path in paths], str(tmp_path / "third"), tree, **options)
 
-    with refused("--site", f"{tmp_path / 'one'} does not say", "blocks.0.hook_mlp_out"):
+    with refused("--site", str(tmp_path / "one"), "blocks.0.hook_mlp_out"):
         measure("one")
     capsys.readouterr()
     with refused("--sae", "second SAE called 'gated_0'"):
