@@ -11,6 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from gsae_jax.errors import UserError, known_names
 
@@ -66,12 +67,12 @@ def label(name: str) -> str:
     return os.path.basename(name) if _is_file(name) else name
 
 
-def source(module: ModuleType) -> str:
+def source(module: Any) -> str:
     """The file of a module, for messages."""
     return module.__file__ or module.__name__
 
 
-def fingerprint(module: ModuleType) -> str:
+def fingerprint(module: Any) -> str:
     """A name for the source of a module as it was read."""
     for digest, known in _FILES.values():
         if known is module:

@@ -20,7 +20,7 @@ def check(architecture: contract.Trainable, config: Any) -> None:
     Raises:
         UserError: a function that fails, or returns something else; with the file and the function.
     """
-    file = plugins.source(architecture)  # type: ignore[arg-type]
+    file = plugins.source(architecture)
 
     def traced(function: Callable[..., Any], *arrays: Any) -> Any:
         try:

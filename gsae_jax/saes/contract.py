@@ -189,15 +189,15 @@ def module_of(architecture: str, having: str = "PARAMETERS") -> Architecture:
     if missing := [name for name in NEEDED if not hasattr(module, name)]:
         raise UserError(f"{file} does not define {' and '.join(missing)}")
     Config, table = module.Config, module.PARAMETERS
-    if not dataclasses.is_dataclass(Config) or not getattr(Config, "__dataclass_params__").frozen:  # noqa: B009
+    if not getattr(getattr(Config, "__dataclass_params__", None), "frozen", False):
         raise UserError(f"Config in {file} is not a frozen dataclass; write @dataclasses.dataclass(frozen=True)")
     fields = {setting.name for setting in dataclasses.fields(Config)}
     if missing := [name for name in ("d_in", "width", "dtype") if name not in fields]:
         raise UserError(f"Config in {file} has no field {' and '.join(missing)}")
     if not isinstance(table, Mapping) or not all(isinstance(entry, Parameter) for entry in table.values()):
         raise UserError(f"PARAMETERS in {file} is not a dict of contract.Parameter by name")
-    if not any(entry.role is Role.DECODER for entry in table.values()):
-        raise UserError(f"PARAMETERS in {file} has no parameter with Role.DECODER")
+    if not any(entry.role is Role.DECODER and entry.site == 0 for entry in table.values()):
+        raise UserError(f"PARAMETERS in {file} has no parameter with Role.DECODER for the first site")
     return cast(Architecture, module)
 
 

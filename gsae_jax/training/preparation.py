@@ -109,7 +109,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         lengths=lengths,
         held_out_tokens=rows_lib.held_out_tokens(config, config.evaluation.tokens),
         code={
-            stack.name: plugins.fingerprint(stack.architecture)  # type: ignore[arg-type]
+            stack.name: plugins.fingerprint(stack.architecture)
             for stack in program.stacks
             if plugins.is_own(stack.config.architecture)
         },
