@@ -26,7 +26,7 @@ from absl import flags
 from jax.sharding import PartitionSpec
 from step import seconds
 
-from gsae_jax import cli
+from gsae_jax import cli, config_trees
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows as rows_lib
@@ -70,7 +70,7 @@ def sae_updates(program):
 
 def main():
     """Print a line for each part, and write them."""
-    config = config_lib.from_dict(config_lib.Experiment, cli.given(CONFIG))
+    config = config_trees.from_dict(config_lib.Experiment, cli.given(CONFIG))
     program, lm_params, stream, state = experiment(config)
     placed, reads = program.source.place(next(stream)), []
 

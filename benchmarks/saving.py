@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from pipeline import experiment
 
-from gsae_jax import cli
+from gsae_jax import cli, config_trees
 from gsae_jax import config as config_lib
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import run_directory
@@ -30,7 +30,7 @@ STRETCH = 4  # calls of the train step
 
 def main():
     """Print the ratio and the times, and write them."""
-    config = config_lib.from_dict(config_lib.Experiment, cli.given(CONFIG))
+    config = config_trees.from_dict(config_lib.Experiment, cli.given(CONFIG))
     program, lm_params, stream, state = experiment(config)
     waits, wholes, steps, costs, calls = [], [], [], [], []
     with tempfile.TemporaryDirectory(dir=DIR.value) as folder:

@@ -15,8 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from gsae_jax import config as config_lib
-from gsae_jax import errors, experiments, processes
+from gsae_jax import config_trees, errors, experiments, processes
 from gsae_jax.config import Experiment
 from gsae_jax.errors import TrainingError, UserError, known_names
 
@@ -138,7 +137,7 @@ def _names(tree: Any) -> dict[str, Any] | None:
     if isinstance(tree, ConfigDict):
         items = tree.items(preserve_field_references=True)  # their values may still be missing
     else:
-        tree = config_lib.plain(tree)
+        tree = config_trees.plain(tree)
         if not isinstance(tree, dict):
             return None
         items = tree.items()

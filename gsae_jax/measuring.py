@@ -12,7 +12,7 @@ import tqdm
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors, processes, sae_loading
+from gsae_jax import config_trees, errors, processes, sae_loading
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import HeldOut
 from gsae_jax.data import rows
@@ -70,8 +70,10 @@ def evaluate(
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
     settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens)
     if config is not None:
-        own = {group: config_lib.to_dict(getattr(run, group)) for group in ("lm", "data", "activations", "evaluation")}
-        elsewhere = config_lib.held_out(config_lib.merged(own, config_lib.plain(config)))
+        own = {
+            group: config_trees.to_dict(getattr(run, group)) for group in ("lm", "data", "activations", "evaluation")
+        }
+        elsewhere = config_trees.held_out(config_trees.merged(own, config_trees.plain(config)))
         recorded = workdir.config()["data"]
         # Fields that did not exist when the run began keep the values of then.
         absent = {name: value for name, value in vars(run.data).items() if name not in recorded}
@@ -127,7 +129,7 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
             }
             for each in (value, getattr(elsewhere, group))
         )
-        if differing := config_lib.differences(there, here, f"{group}."):
+        if differing := config_trees.differences(there, here, f"{group}."):
             why = f"is not the config of this run; undo (there != here): {'; '.join(differing)}"
             raise UserError(f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT", "--config")
     return dataclasses.replace(settings, evaluation=elsewhere.evaluation, **moved)
@@ -327,13 +329,13 @@ def _settings(sources: Sequence[_Source], config: Any) -> HeldOut:
     """The settings of the first run, or those that all SAEs say they were trained with, changed by a config."""
     run = next((source.run for source in sources if source.run is not None), None)
     if run is not None:
-        recorded = config_lib.to_dict(run)
+        recorded = config_trees.to_dict(run)
         base = {group: recorded[group] for group in ("lm", "data", "activations", "evaluation")}
     else:
         base = _as_trained({name: sae for source in sources for name, sae in source.saes.items()})
     if hasattr(config, "to_dict"):
         config = config.to_dict()
-    return config_lib.held_out(config_lib.merged(base, config or {}))
+    return config_trees.held_out(config_trees.merged(base, config or {}))
 
 
 def _check_run(source: _Source, settings: HeldOut, given: bool) -> None:

@@ -17,8 +17,7 @@ import json
 import jax
 from absl import flags
 
-from gsae_jax import cli
-from gsae_jax import config as config_lib
+from gsae_jax import cli, config_trees
 from gsae_jax.config import Experiment
 from gsae_jax.planning import planner
 
@@ -29,7 +28,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has, nothing runs on it
     if kind == "cpu" and size.isdigit():
         jax.config.update("jax_num_cpu_devices", int(size))
-    report = planner.plan(config_lib.from_dict(Experiment, cli.given(CONFIG)), TOPOLOGY.value)
+    report = planner.plan(config_trees.from_dict(Experiment, cli.given(CONFIG)), TOPOLOGY.value)
     print(json.dumps(report, indent=2) if JSON.value else planner.describe(report))
 
 

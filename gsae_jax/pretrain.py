@@ -7,14 +7,14 @@ from pathlib import Path
 
 from absl import flags
 
-from gsae_jax import cli, errors, pretraining
+from gsae_jax import cli, config_trees, errors, pretraining
 from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
 
 
 def main() -> None:
     """The command."""
-    config = config_lib.from_dict(config_lib.Pretrain, cli.given(CONFIG))
+    config = config_trees.from_dict(config_lib.Pretrain, cli.given(CONFIG))
     out = Path(OUT.value)
     if out.exists():
         raise UserError(f"{out} exists already; write a new directory", "--out")

@@ -18,7 +18,7 @@ import transformers
 from matplotlib.figure import Figure
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors
+from gsae_jax import config_trees, errors
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import checkpoints, gelu
@@ -82,7 +82,7 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
     final = held_out(checkpoints.Checkpoint.open(out).params(module, "float32"))  # of what was written: bfloat16
     curve.append((steps, round(float(value), 4), round(final, 4)))
     facts = {
-        "config": config_lib.to_dict(config),
+        "config": config_trees.to_dict(config),
         "steps": steps,
         "train_tokens": len(train_rows) * config.data.context_length,
         "test_tokens": len(test_rows) * config.data.context_length,

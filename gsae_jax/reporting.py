@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 
-from gsae_jax import config as config_lib
-from gsae_jax import processes
+from gsae_jax import config_trees, processes
 from gsae_jax.config import Experiment
 from gsae_jax.errors import UserError
 from gsae_jax.measuring import evaluate
@@ -35,9 +34,9 @@ def measure_again(workdir: run_directory.Workdir, config: Experiment) -> None:
             "evaluation",
         )
     logger.info(f"{workdir.path} is finished, but evaluation.* has changed: the SAEs are measured again")
-    logger.info(evaluate(workdir.path, config=config_lib.to_dict(config), earlier="aside"))
+    logger.info(evaluate(workdir.path, config=config_trees.to_dict(config), earlier="aside"))
     processes.wait("the report")  # until every process has read the config
     if processes.first():
-        workdir.create(config_lib.to_dict(dataclasses.replace(workdir.experiment(), evaluation=config.evaluation)))
+        workdir.create(config_trees.to_dict(dataclasses.replace(workdir.experiment(), evaluation=config.evaluation)))
         workdir.release()
     processes.wait("the changed config")

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors, plugins
+from gsae_jax import config_trees, errors, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.errors import UserError, known_names
@@ -265,7 +265,7 @@ def _as_begun(config: Experiment, workdir: run_directory.Workdir) -> Experiment:
     """The experiment with the earlier behaviour for settings that did not exist when its run began; warns of them."""
     if workdir.latest_step() is None:
         return config
-    recorded, earlier, now = workdir.config(), config_lib.to_dict(workdir.experiment()), config_lib.to_dict(config)
+    recorded, earlier, now = workdir.config(), config_trees.to_dict(workdir.experiment()), config_trees.to_dict(config)
     left_out = []
 
     def keep_earlier(path: str, now: dict[str, Any], earlier: dict[str, Any], recorded: dict[str, Any]) -> None:
@@ -282,7 +282,7 @@ def _as_begun(config: Experiment, workdir: run_directory.Workdir) -> Experiment:
     keep_earlier("", now, earlier, recorded)
     if left_out:
         logger.warning(f"{workdir.path} began before some settings existed and continues with {', '.join(left_out)}")
-    return config_lib.from_dict(Experiment, now)
+    return config_trees.from_dict(Experiment, now)
 
 
 def _with_known_starts(config: Experiment, workdir: run_directory.Workdir) -> Experiment:

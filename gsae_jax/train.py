@@ -11,8 +11,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from gsae_jax import cli, experiments, plugins, processes, reporting, sae_loading
-from gsae_jax import config as config_lib
+from gsae_jax import cli, config_trees, experiments, plugins, processes, reporting, sae_loading
 from gsae_jax.config import Experiment
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
@@ -33,7 +32,7 @@ def run(config: Any, path: epath.PathLike) -> int:
     workdir = run_directory.Workdir(path)
     workdir.check_writable()
     config = sae_loading.pinned(config, path)
-    workdir.check(config_lib.to_dict(config))
+    workdir.check(config_trees.to_dict(config))
     if workdir.latest_step() == config.train.steps == run_directory.reported_step(workdir):
         if workdir.experiment().evaluation == config.evaluation:
             logger.info(f"{path} is finished; its report is {workdir.report / 'report.md'}. Nothing was changed.")
@@ -56,7 +55,7 @@ def main() -> int:
     """The command."""
     processes.on_interruption(_interrupt)
     try:
-        return run(config_lib.from_dict(Experiment, cli.given(CONFIG)), WORKDIR.value)
+        return run(config_trees.from_dict(Experiment, cli.given(CONFIG)), WORKDIR.value)
     except KeyboardInterrupt as interruption:  # outside of the loop, which has a handler of its own
         if jax.distributed.is_initialized():  # the other processes have to hear of it
             raise

@@ -20,7 +20,7 @@ import pytest
 from absl import flags
 
 from gsae_jax import config as config_lib
-from gsae_jax import experiment_config, stack_config
+from gsae_jax import config_trees, experiment_config, stack_config
 from gsae_jax.lms import checkpoints, gelu, loading
 from gsae_jax.lms.transformer import Model
 
@@ -117,7 +117,7 @@ def tiny(text_dir, lm_dir, data_dir):
 @pytest.fixture
 def experiment(config_dict):
     """The tiny experiment, checked."""
-    return config_lib.from_dict(config_lib.Experiment, config_dict)
+    return config_trees.from_dict(config_lib.Experiment, config_dict)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from matplotlib.figure import Figure
 
 import gsae_jax
-from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluation import report, tables
@@ -125,7 +125,7 @@ def test_a_bucket_needs_packages(experiment, monkeypatch):
 
 
 def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
-    workdir, config = run_directory.Workdir("gs://bucket/runs/x"), config_lib.to_dict(experiment)
+    workdir, config = run_directory.Workdir("gs://bucket/runs/x"), config_trees.to_dict(experiment)
     with refused("--workdir", "gs://bucket/runs/x holds no run"):
         workdir.config()
     workdir.check(config)
@@ -474,13 +474,13 @@ def test_two_processes_share_a_bucket(environment, text, tmp_path, monkeypatch):
 
 ROWS = """
 import sys, numpy as np
-from gsae_jax import config
+from gsae_jax import config, config_trees
 from gsae_jax.data import rows
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 data = {"corpus": "text", "path": sys.argv[1], "data_dir": sys.argv[2]}
 try:
-    found = rows.open_rows(config.from_dict(config.Data, data), "train", loading.load_lm().tokenizer, 10_000)
+    found = rows.open_rows(config_trees.from_dict(config.Data, data), "train", loading.load_lm().tokenizer, 10_000)
     print(np.array([found[index] for index in range(len(found))]).tolist())
 except UserError as error:
     print(error)

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import sae_loading
+from gsae_jax import config_trees, sae_loading
 from gsae_jax.lms import gelu, weights
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.lms.conversion import convert
@@ -164,7 +164,7 @@ def begun(path, config):
 
 
 def test_a_run_that_knew_no_revisions_goes_on(experiment, tmp_path):
-    config = config_lib.to_dict(experiment)
+    config = config_trees.to_dict(experiment)
     older = config | {"lm": {name: value for name, value in config["lm"].items() if name != "revision"}}
     run = begun(tmp_path / "run", older)
     run.check(config)
@@ -181,13 +181,13 @@ def test_hub_names_are_pinned_to_a_commit(hub, experiment, tmp_path):
 
     def asked(revision, path=tmp_path / "run"):
         lm = config_lib.LM(path="someone/small", dtype="float32", revision=revision)
-        config = config_lib.to_dict(experiment) | {"lm": vars(lm)}
-        return sae_loading.pinned(config_lib.from_dict(config_lib.Experiment, config), path)
+        config = config_trees.to_dict(experiment) | {"lm": vars(lm)}
+        return sae_loading.pinned(config_trees.from_dict(config_lib.Experiment, config), path)
 
     assert asked("old").lm.revision == COMMIT
     first = asked("")
     assert first.lm.revision == COMMIT[::-1]
-    begun(tmp_path / "run", config_lib.to_dict(first))
+    begun(tmp_path / "run", config_trees.to_dict(first))
     (hub / "refs" / "main").write_text(COMMIT)  # the branch moves on; the run stays
     assert asked("", tmp_path / "other").lm.revision == COMMIT
     assert asked("") == first

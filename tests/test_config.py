@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from gsae_jax import config as config_lib
-from gsae_jax import experiment_config, measuring, settings, stack_config
+from gsae_jax import config_trees, experiment_config, measuring, settings, stack_config
 from gsae_jax.config import Experiment
 from gsae_jax.errors import UserError
 from gsae_jax.planning import planner
@@ -38,11 +38,11 @@ def changed(config, **changes):
 
 def trained(config, folder):
     """As the trainer does, until the language model's weights are read."""
-    preparation.prepare(config_lib.from_dict(Experiment, config), run_directory.Workdir(folder / "run"), {})
+    preparation.prepare(config_trees.from_dict(Experiment, config), run_directory.Workdir(folder / "run"), {})
 
 
 def planned(config, folder):
-    planner.plan(config_lib.from_dict(Experiment, config), "cpu:8")
+    planner.plan(config_trees.from_dict(Experiment, config), "cpu:8")
 
 
 def measured(config, folder):
@@ -177,20 +177,20 @@ def test_a_config_has_only_what_differs(config_dict):
     """A plain dict of it is the same experiment, and one without stacks says what to measure with."""
     del config_dict.train["resample_steps"]
     config_dict.stacks.gated.options, config_dict.mesh = {}, {}
-    assert config_lib.from_dict(Experiment, config_dict).train.resample_steps == ()
+    assert config_trees.from_dict(Experiment, config_dict).train.resample_steps == ()
     small = {
         "stacks": {"a": stack_config("gated", "blocks.0.hook_mlp_out", 8, 0.1).to_dict()},
         "train": {"steps": 1800},
     }
-    small = config_lib.from_dict(Experiment, small)
+    small = config_trees.from_dict(Experiment, small)
     assert (small.train, small.stacks["a"].l1_coefficients) == (config_lib.Train(steps=1800), (0.1,))
-    measured = config_lib.held_out({"data": {"context_length": 64}})
+    measured = config_trees.held_out({"data": {"context_length": 64}})
     assert measured.data == config_lib.Data(context_length=64)
     with refused("width", "missing"):
-        config_lib.from_dict(config_lib.Stack, {"architecture": "gated", "site": "blocks.0.hook_mlp_out"})
+        config_trees.from_dict(config_lib.Stack, {"architecture": "gated", "site": "blocks.0.hook_mlp_out"})
 
 
-@pytest.mark.parametrize("read", [functools.partial(config_lib.from_dict, Experiment), config_lib.held_out])
+@pytest.mark.parametrize("read", [functools.partial(config_trees.from_dict, Experiment), config_trees.held_out])
 def test_what_is_no_config(read):
     with refused("config", "is 3;", "seed, lm"):
         read(3)
@@ -198,40 +198,40 @@ def test_what_is_no_config(read):
 
 def test_what_a_run_recorded_is_read_as_it_was_meant(config_dict):
     """Fields that did not exist have the values of then; a field that every run recorded must be there."""
-    recorded = config_lib.to_dict(config_lib.from_dict(Experiment, config_dict))
+    recorded = config_trees.to_dict(config_trees.from_dict(Experiment, config_dict))
     for group, name in (("activations", "center"), ("data", "held_out"), ("checkpoint", "buffer"), ("lm", "revision")):
         del recorded[group][name]
     del recorded["loggers"]
-    config = config_lib.from_record(Experiment, recorded)
+    config = config_trees.from_record(Experiment, recorded)
     assert (config.activations.center, config.data.held_out, config.loggers) == (False, "position", ("tensorboard",))
-    now = config_lib.from_dict(Experiment, recorded)
+    now = config_trees.from_dict(Experiment, recorded)
     assert (now.activations.center, now.data.held_out) == (True, "hash")
     for missing in (("train", "steps"), ("stacks", "gated", "seeds"), ("mesh",)):
         tree = json.loads(json.dumps(recorded))
         *groups, name = missing
         functools.reduce(dict.__getitem__, groups, tree).pop(name)
         with refused(".".join(missing), "missing"):
-            config_lib.from_record(Experiment, tree)
+            config_trees.from_record(Experiment, tree)
 
 
 def test_json_goes_round(config_dict):
-    config = config_lib.from_dict(Experiment, config_dict)
-    as_json = config_lib.to_dict(config)
-    assert config_lib.from_dict(Experiment, as_json) == config
-    other = config_lib.to_dict(config_lib.from_dict(Experiment, changed(config_dict, train__steps=32)))
-    assert config_lib.differences(as_json, other) == ["train.steps: 16 != 32"]
+    config = config_trees.from_dict(Experiment, config_dict)
+    as_json = config_trees.to_dict(config)
+    assert config_trees.from_dict(Experiment, as_json) == config
+    other = config_trees.to_dict(config_trees.from_dict(Experiment, changed(config_dict, train__steps=32)))
+    assert config_trees.differences(as_json, other) == ["train.steps: 16 != 32"]
 
 
 def test_numbers_of_a_stack_are_matched_up():
     stack = stack_config("gated", "blocks.0.hook_mlp_out", 8, (0.1, 0.2), learning_rates=(1e-3,), seeds=(4, 5))
-    config = config_lib.from_dict(config_lib.Stack, stack)
+    config = config_trees.from_dict(config_lib.Stack, stack)
     assert config.numbers() == [(0.1, 1e-3, 4), (0.2, 1e-3, 5)]
 
 
 def test_a_new_config_has_every_field():
     config = experiment_config()
     config.stacks.a = stack_config("gated", "blocks.0.hook_mlp_out", 8, (0.1,))
-    tree = config_lib.to_dict(config_lib.from_dict(Experiment, config))
+    tree = config_trees.to_dict(config_trees.from_dict(Experiment, config))
     assert json.loads(json.dumps(config.to_dict())) == tree
 
 

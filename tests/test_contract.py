@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 import gsae_jax
 import gsae_jax.saes
 from gsae_jax import config as config_lib
-from gsae_jax import measuring, plugins
+from gsae_jax import config_trees, measuring, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.formats import saelens
@@ -264,7 +264,7 @@ def test_a_mesh_trains_as_one_device(name, options, shape):
         pytest.skip("is not trained here")
     case = Case.make(name, options)
     activations = case.activations()
-    stack_config = config_lib.convert(config_lib.Stack, case.stack(start_from="a:b"))
+    stack_config = config_trees.convert(config_lib.Stack, case.stack(start_from="a:b"))
     stack = Stack.build("a", stack_config, SITES, "float32")
     states = []
     for data, latent, devices in ((1, 1, jax.devices()[:1]), (*shape, None)):
@@ -305,7 +305,7 @@ def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir
     config_dict.mesh.data, config_dict.mesh.latent = 2, 4
     config_dict.train.steps, config_dict.checkpoint.every, config_dict.loggers = 8, 4, ()
     config_dict.evaluation.tokens = 512
-    config = config_lib.from_dict(Experiment, config_dict)
+    config = config_trees.from_dict(Experiment, config_dict)
     run = tmp_path / "run"
     assert loop.train(config, run)
     saes = gsae_jax.load(run)
@@ -360,7 +360,7 @@ def test_options_have_types_and_checks():
     ],
 )
 def test_sites_that_an_architecture_does_not_take(name, changes, field):
-    stack = config_lib.convert(config_lib.Stack, Case.make(name).stack(**changes))
+    stack = config_trees.convert(config_lib.Stack, Case.make(name).stack(**changes))
     with refused(field):
         Stack.build("a", stack, SITES, "float32")
 
@@ -484,7 +484,7 @@ def test_an_architecture_that_breaks_the_contract(old, new, facts, own_file):
     assert old in text
     own_file.write_text(text.replace(old, new))
     plugins.reread()
-    stack = config_lib.convert(config_lib.Stack, Case.make("relu").stack(architecture="topk.py"))
+    stack = config_trees.convert(config_lib.Stack, Case.make("relu").stack(architecture="topk.py"))
     with refused("stacks.a.architecture", str(own_file), *facts):
         Stack.build("a", stack, {"blocks.0.hook_mlp_out": 32}, "float32")
 

@@ -18,6 +18,7 @@ from absl import logging
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import progress
 from gsae_jax.data import rows as rows_lib
@@ -36,7 +37,7 @@ def tokenizer():
 
 def data_config(tmp_path, **changes):
     config = {"corpus": "text", "data_dir": str(tmp_path / "tfds"), "context_length": 8}
-    return config_lib.from_dict(config_lib.Data, config | changes)
+    return config_trees.from_dict(config_lib.Data, config | changes)
 
 
 def texts_of(config, split):
@@ -604,7 +605,7 @@ def test_the_standard_library_is_held_out_by_file(tmp_path):
 
 def test_the_held_out_tokens_of_a_run(experiment, tmp_path):
     workdir = run_directory.Workdir(tmp_path / "run")
-    workdir.create(config_lib.to_dict(experiment))
+    workdir.create(config_trees.to_dict(experiment))
     workdir.release()
     tokenizer = loading.load_lm(experiment.lm.path).tokenizer
     for tokens, rows in ((None, experiment.evaluation.tokens // 16), (512, 32)):

@@ -25,7 +25,7 @@ from absl import flags
 
 import gsae_jax
 from configs import gemma_2_2b
-from gsae_jax import cli
+from gsae_jax import cli, config_trees
 from gsae_jax import config as config_lib
 from gsae_jax.data import rows
 from gsae_jax.errors import UserError
@@ -65,7 +65,7 @@ def test_the_guides_experiment_builds(lm_dir):
     (block,) = blocks("model")
     names = {}
     exec(block, names)
-    experiment = config_lib.from_dict(config_lib.Experiment, names["get_config"]())
+    experiment = config_trees.from_dict(config_lib.Experiment, names["get_config"]())
     assert {stack.architecture for stack in experiment.stacks.values()} == {"gated", "relu"}
 
 
@@ -123,7 +123,7 @@ def check_command(module, arguments):
     if len(rest) != len(run.args) - 1:
         raise UserError(f"arguments without a name: {rest}", "command line")
     if config is not None and config.value is not None:
-        config_lib.from_dict(kind, cli.given(config))
+        config_trees.from_dict(kind, cli.given(config))
 
 
 def commands(path):
@@ -213,7 +213,7 @@ def test_the_planners_words_in_the_notebook_are_todays(tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec("".join(cell["source"]), names)
     assert said.getvalue() == "".join(cell["outputs"][0]["text"])
-    ours = config_lib.from_dict(config_lib.Experiment, gemma_2_2b.get_config())
+    ours = config_trees.from_dict(config_lib.Experiment, gemma_2_2b.get_config())
     theirs = names["experiment"]()
     assert {group: getattr(ours, group) for group in GROUPS} == {group: getattr(theirs, group) for group in GROUPS}
     published = json.loads((ROOT / "tests/fixtures/configs/gemma_2_2b/config.json").read_text())

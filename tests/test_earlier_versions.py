@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import config as config_lib
-from gsae_jax import measuring
+from gsae_jax import config_trees, measuring
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.storage import run_directory
@@ -88,7 +87,7 @@ def test_the_report_is_what_it_was(version, run, text, tmp_path_factory):
 def test_the_run_continues(version, run, text, tmp_path_factory, monkeypatch):
     """On one device, as it began; it ends where it did without the interruption."""
     config = moved(run, text, tmp_path_factory) | {"mesh": {"data": 1, "latent": 1}}
-    config = config_lib.from_record(Experiment, config)
+    config = config_trees.from_record(Experiment, config)
     one_device = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
     assert loop.train(config, run)

@@ -14,7 +14,7 @@ from absl import flags
 
 import gsae_jax
 from configs import gemma_7b, pythia_2_8b
-from gsae_jax import cli
+from gsae_jax import cli, config_trees
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import scaling
@@ -32,7 +32,7 @@ REAL = ROOT.parent / "shared" / "real"
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in MODELS.iterdir() if folder.is_dir()))
 def test_experiments_build_and_trace(name):
-    experiment = config_lib.from_dict(Experiment, importlib.import_module(f"configs.{name}").get_config())
+    experiment = config_trees.from_dict(Experiment, importlib.import_module(f"configs.{name}").get_config())
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=4, latent=2))
     program = Program.build(experiment, mesh, Checkpoint.open(MODELS / name), special_tokens=(0,))
     params = abstract_params(program.module, experiment.lm.dtype)
@@ -80,7 +80,7 @@ def test_an_experiment_is_given_by_name_or_path(form, tmp_path, monkeypatch):
 def test_the_papers_sites_can_be_chosen(experiment):
     for layer in experiment.LAYERS:
         for kind, hook in (("mlp", "hook_mlp_out"), ("attn", "attn.hook_z"), ("resid", "hook_resid_post")):
-            config = config_lib.from_dict(Experiment, experiment.get_config(f"{kind}{layer}"))
+            config = config_trees.from_dict(Experiment, experiment.get_config(f"{kind}{layer}"))
             assert config.sites == [f"blocks.{layer}.{hook}"]
             assert config.stacks["baseline"].width == 1.5 * config.stacks["gated"].width
     with refused("--config", "'resid5'", "did you mean 'resid"):
@@ -163,7 +163,7 @@ def test_a_config_of_what_differs_can_be_changed_in_every_field(returned, tmp_pa
         "stacks.c.options.tie": "0.25",
     }
     config = given(f"--config={path}", *(f"--config.{name}={value}" for name, value in changes.items()))
-    assert config["lm"] == config_lib.to_dict(config_lib.LM("somewhere"))
+    assert config["lm"] == config_trees.to_dict(config_lib.LM("somewhere"))
     train = config["train"]
     assert (train["steps"], train["warmup_steps"], train["decay_fraction"]) == (100, 7, 0.5)
     assert (train["resample_steps"], config["loggers"], config["data"]["corpus"]) == ((10, 20), (), "stdlib")
@@ -174,7 +174,7 @@ def test_a_config_of_what_differs_can_be_changed_in_every_field(returned, tmp_pa
         assert (b["learning_rates"], b["l1_coefficients"], b["options"]) == ((3e-4,), (0.1, 0.2), {})
     assert (c["width"], c["l1_coefficients"], c["options"]) == (32, (0.5,), {"tie": 0.25})
     with refused("stacks.c.width", "missing"):
-        config_lib.from_dict(Experiment, given(f"--config={path}"))
+        config_trees.from_dict(Experiment, given(f"--config={path}"))
     with refused("train.step", "'steps'"):
         given(f"--config={path}", "--config.train.step=3")
 
@@ -198,7 +198,7 @@ def test_an_experiment_in_python_is_what_differs(tmp_path):
     changed = gsae_jax.experiment("quickstart", train={"steps": 700}, stacks={"gated": {"width": 256}})
     expected = quickstart.get_config()
     expected.train.steps, expected.stacks.gated.width = 700, 256
-    assert changed == config_lib.from_dict(Experiment, expected)
+    assert changed == config_trees.from_dict(Experiment, expected)
     assert gsae_jax.experiment(expected) == gsae_jax.experiment(expected.to_dict()) == changed
     assert gsae_jax.experiment(changed, seed=3).seed == 3
     stack = gsae_jax.stack_config("gated", "blocks.0.hook_mlp_out", 64, 0.1, tie_encoder=False)
@@ -234,7 +234,7 @@ def test_a_grid_is_every_combination_once():
 
     def stack(**settings):
         config = gsae_jax.stack_config("gated", "blocks.0.hook_mlp_out", 64, (0.1, 0.2), grid=True, **settings)
-        return config_lib.from_dict(config_lib.Stack, config)
+        return config_trees.from_dict(config_lib.Stack, config)
 
     several = stack(learning_rates=(1e-3, 3e-3), seeds=(0, 1, 2), tie_encoder=False)
     expected = [(l1, rate, seed) for l1 in (0.1, 0.2) for rate in (1e-3, 3e-3) for seed in (0, 1, 2)]

@@ -4,7 +4,7 @@ import numpy as np
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import pretraining
+from gsae_jax import config_trees, pretraining
 
 
 def test_pretraining_writes_a_checkpoint_that_loads_and_its_own_loss(tmp_path, text_dir):
@@ -17,7 +17,7 @@ def test_pretraining_writes_a_checkpoint_that_loads_and_its_own_loss(tmp_path, t
         "warmup_steps": 5,
         "test_tokens": 4096,
     }
-    loss = pretraining.pretrain(config_lib.from_dict(config_lib.Pretrain, tree), tmp_path / "lm")
+    loss = pretraining.pretrain(config_trees.from_dict(config_lib.Pretrain, tree), tmp_path / "lm")
     assert loss < 0.9 * np.log(300)  # better than chance
     facts = json.loads((tmp_path / "lm" / "training.json").read_text())
     assert facts["test_cross_entropy"] == loss

@@ -13,6 +13,7 @@ FLOOR = {
     "errors": -1,
     "batching": 0,
     "config": 0,
+    "config_trees": 0,
     "mesh": 0,
     "plugins": 0,
     "processes": 0,
@@ -45,6 +46,7 @@ ALLOWED_ON_ONE_FLOOR = {
     ("lms", "storage"),  # who reads and writes files does it with storage's readers and writers
     ("data", "storage"),
     ("batching", "processes"),
+    ("config_trees", "config"),
     ("mesh", "config"),
     ("processes", "config"),
     ("config", "plugins"),

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import sae_loading, train
+from gsae_jax import config_trees, sae_loading, train
 from gsae_jax.measuring import evaluate
 from gsae_jax.saes import parameters
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -53,13 +53,13 @@ def halfway(places, text_dir, lm_dir, tmp_path_factory):
     tree.lm.path, tree.data.path = "lm", "text"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(places)
-        first = config_lib.from_dict(config_lib.Experiment, tree)
+        first = config_trees.from_dict(config_lib.Experiment, tree)
         assert loop.train(first, places / "run")
     recorded = json.loads((places / "run" / "config.json").read_text())
     assert recorded["lm"]["path"] == str(places / "lm")
     assert recorded["data"]["path"] == str(places / "text")
     shutil.rmtree(places / "run" / "checkpoints" / "16")  # as if it had been interrupted
-    return config_lib.from_dict(config_lib.Experiment, recorded)
+    return config_trees.from_dict(config_lib.Experiment, recorded)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_other_weights_are_noticed(places, moved):
     with refused("--model", str(new / "lm"), "differ in weights;"):
         evaluate(new / "run", tokens=512, model=str(new / "lm"))
     with refused("lm.path", str(new / "lm"), "differ in weights;"):
-        evaluate(new / "run", tokens=512, config=config_lib.to_dict(experiment))
+        evaluate(new / "run", tokens=512, config=config_trees.to_dict(experiment))
     with refused("--model", str(new / "nowhere"), "not a directory"):
         evaluate(new / "run", tokens=512, model=str(new / "nowhere"))
     assert (new / "run" / "config.json").read_bytes() == before
@@ -112,7 +112,7 @@ def test_other_weights_are_noticed(places, moved):
 
 def test_a_moved_model_and_text_are_measured(moved, capsys):
     new, experiment = moved
-    config = config_lib.to_dict(experiment)
+    config = config_trees.to_dict(experiment)
     for folder in ("lm", "text"):
         (new.parent / folder).mkdir()
         shutil.move(new / folder, new.parent / folder / "x")
@@ -152,7 +152,7 @@ def test_runs_of_earlier_versions_have_no_fingerprints(moved, capsys):
     recorded = json.loads((new / "run" / "config.json").read_text())
     del recorded["data"]["held_out"]  # it held text out in another way
     (new / "run" / "config.json").write_text(json.dumps(recorded))
-    assert "gated_0" in evaluate(new / "run", tokens=512, config=config_lib.to_dict(experiment))
+    assert "gated_0" in evaluate(new / "run", tokens=512, config=config_trees.to_dict(experiment))
 
 
 def test_what_is_no_run_is_not_written_over(experiment, lm_dir, tmp_path):
@@ -207,10 +207,10 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
     place = run_directory.Workdir(tmp_path / "second")
     for start in (f"{tmp_path}/first:baseline", f"{tmp_path}/moved:baseline"):
         assert sae_loading.pinned(named(start), tmp_path / "second") == experiment
-    place.check(config_lib.to_dict(experiment))
+    place.check(config_trees.to_dict(experiment))
     assert place.facts(8).starts == {"again": parameters.fingerprint(starts["again"])}
     shutil.copytree(places / "run", tmp_path / "finished")
     loop.train(halfway, tmp_path / "finished")  # other parameters
     other = sae_loading.pinned(named(f"{tmp_path}/finished:baseline"), tmp_path / "second")
     with refused("--workdir", "another config", "stacks.again.start_from"):
-        place.check(config_lib.to_dict(other))
+        place.check(config_trees.to_dict(other))

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from gsae_jax.config import Experiment, Mesh, from_dict
+from gsae_jax.config import Experiment, Mesh
+from gsae_jax.config_trees import from_dict
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.planning import collectives, hardware, planner
 from gsae_jax.planning.hardware import CHIPS, Topology

@@ -16,7 +16,7 @@ import yaml
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import measuring
+from gsae_jax import config_trees, measuring
 from gsae_jax.publishing import model_card
 from gsae_jax.publishing.upload import push
 from gsae_jax.training import loop
@@ -31,7 +31,7 @@ def run(text_dir, lm_dir, tmp_path_factory):
 
     config = conftest.config_dict.__wrapped__(text_dir, lm_dir, tmp_path_factory)
     path = tmp_path_factory.mktemp("push") / "run"
-    loop.train(conftest.config_lib.from_dict(conftest.config_lib.Experiment, config), path)
+    loop.train(conftest.config_trees.from_dict(conftest.config_lib.Experiment, config), path)
     measuring.evaluate(path)
     return path
 
@@ -240,7 +240,7 @@ def test_the_card_says_how_the_saes_were_trained_and_from_what(run, tmp_path):
     assert published["stacks"] == config["stacks"]
     assert published["lm"]["path"] == Path(config["lm"]["path"]).name
     assert str(tmp_path.parent) not in card + json.dumps(published)
-    assert config_lib.from_dict(config_lib.Experiment, published).train.steps == config["train"]["steps"]
+    assert config_trees.from_dict(config_lib.Experiment, published).train.steps == config["train"]["steps"]
 
 
 def test_a_card_without_labels_says_which_are_missing(run, tmp_path):

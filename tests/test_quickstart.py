@@ -17,7 +17,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import export, measuring
+from gsae_jax import config_trees, export, measuring
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, metrics
@@ -35,7 +35,7 @@ def test_the_readmes_config_builds():
     (block,) = [block for block in PYTHON_BLOCKS if "def get_config" in block]
     names = {}
     exec(block, names)
-    experiment = config_lib.from_dict(config_lib.Experiment, names["get_config"]())
+    experiment = config_trees.from_dict(config_lib.Experiment, names["get_config"]())
     program, _ = preparation.build(experiment, mesh_lib.make_mesh(experiment.mesh), Checkpoint.open(experiment.lm.path))
     assert [stack.name for stack in program.stacks] == ["gated", "neurons", "untied"]
 

@@ -15,8 +15,8 @@ from jax.experimental import multihost_utils
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees, sae_loading
 from gsae_jax import mesh as mesh_lib
-from gsae_jax import sae_loading
 from gsae_jax import train as train_command
 from gsae_jax.activations import scaling, sources
 from gsae_jax.data import rows as rows_lib
@@ -441,7 +441,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_held_out(experiment, tmp_path
     run = tmp_path / "run"
     before = with_(experiment, data={"held_out": "position"})
     assert loop.train(before, run)
-    config = config_lib.to_dict(before)
+    config = config_trees.to_dict(before)
     for field in ("held_out", "on_bad_row"):
         del config["data"][field]
     (run / "config.json").write_text(json.dumps(config))
@@ -550,7 +550,7 @@ def test_a_run_says_what_it_reads(config_dict, tmp_path, text_dir, pack, capsys)
     config_dict.data.path, config_dict.data.separator = str(tmp_path / "lines.txt"), "\n"
     config_dict.data.data_dir, config_dict.data.pack = str(tmp_path / "tfds"), pack
     config_dict.data.context_length = 8
-    experiment = config_lib.from_dict(config_lib.Experiment, config_dict)
+    experiment = config_trees.from_dict(config_lib.Experiment, config_dict)
     assert loop.train(experiment, tmp_path / "run")
     workdir = run_directory.Workdir(tmp_path / "run")
     text = workdir.facts(workdir.latest_step()).text

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors, plugins
+from gsae_jax import config_trees, errors, plugins
 from gsae_jax.errors import UserError, known_names
 
 
@@ -42,10 +42,10 @@ def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
         if isinstance(base, os.PathLike | str):
             path, colon, argument = located(os.fspath(base)).partition(":")
             base = _returned(path, *[argument] * bool(colon))
-        tree = config_lib.plain(base)
+        tree = config_trees.plain(base)
         if not isinstance(tree, dict):
             raise UserError(f"is {base!r}; write the name of an experiment, the path of a config file, or a dict")
-    return config_lib.from_dict(config_lib.Experiment, config_lib.merged(tree, config_lib.plain(changes)))
+    return config_trees.from_dict(config_lib.Experiment, config_trees.merged(tree, config_trees.plain(changes)))
 
 
 def experiment_config() -> ConfigDict:
@@ -123,7 +123,7 @@ def completed(config: Any, cls: Any, wanted: Collection[str] = ()) -> Any:
             only these.
     """
     if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
-        tree = config_lib.plain(config)
+        tree = config_trees.plain(config)
         if not isinstance(tree, dict):
             return config
         config = ConfigDict(tree).lock()
@@ -198,7 +198,7 @@ def _complete(config: ConfigDict, cls: Any, wanted: Collection[str], path: str =
         if not isinstance(value, ConfigDict):
             # The command line parses text as the type that the field has: a list as a list, 1 as an integer.
             with contextlib.suppress(UserError):  # another door refuses it, with all that is wrong
-                converted = config_lib.convert(kind, value)
+                converted = config_trees.convert(kind, value)
                 if type(converted) is not type(value):
                     del config[name]  # with which its type goes
                     config[name] = converted

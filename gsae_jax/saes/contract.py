@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import jax
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors, plugins
+from gsae_jax import config_trees, errors, plugins
 from gsae_jax.errors import UserError, known_names
 
 BASELINE = "relu"  # what the report compares the others with
@@ -276,7 +276,7 @@ def build_config(
             with errors.within(option):
                 if option not in known:
                     raise UserError(f"is not an option of {name!r}; {known_names(option, known)}")
-                values[option] = config_lib.convert(kinds[option], value)
+                values[option] = config_trees.convert(kinds[option], value)
         for setting in dataclasses.fields(architecture.Config):
             required = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
             if required and setting.name not in sizes | values:

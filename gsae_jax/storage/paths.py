@@ -19,7 +19,7 @@ import filelock
 import fsspec
 from etils import epath
 
-from gsae_jax.config import check_text
+from gsae_jax.config_trees import check_text
 from gsae_jax.errors import UserError
 
 PROBE = ".probe-"  # how the names of files begin that only try whether a bucket can be written

@@ -13,7 +13,7 @@ import filelock
 from etils import epath
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors, plugins
+from gsae_jax import config_trees, errors, plugins
 from gsae_jax.errors import UserError
 from gsae_jax.storage import paths, reading, writing
 from gsae_jax.storage.checkpoints import SavedCheckpoints
@@ -84,7 +84,7 @@ class Workdir(SavedCheckpoints):
         """
         recorded = self.config()
         try:
-            experiment = config_lib.from_record(config_lib.Experiment, recorded)
+            experiment = config_trees.from_record(config_lib.Experiment, recorded)
             _check_own_parts(recorded)
             return experiment
         except UserError as error:
@@ -114,9 +114,9 @@ class Workdir(SavedCheckpoints):
                     "more, or another directory",
                     "train.steps",
                 )
-            recorded = config_lib.to_dict(self.experiment())
+            recorded = config_trees.to_dict(self.experiment())
             # Locations may differ here: `check_model`, and the trainer for text, compare what lies there.
-            differing = config_lib.differences(_fixed(recorded, latest), _fixed(config, latest))
+            differing = config_trees.differences(_fixed(recorded, latest), _fixed(config, latest))
             if differing:
                 past = any(line.startswith("train.resample_steps:") for line in differing)
                 kept = f" (only those of train.resample_steps that are after step {latest} may change)" if past else ""

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gsae_jax import config as config_lib
-from gsae_jax import loggers, processes
+from gsae_jax import config_trees, loggers, processes
 from gsae_jax.config import Experiment
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -56,7 +55,7 @@ def _train(run: Prepared) -> bool:
     logger.info(f"text: {run.facts.text}")
     state = _started(run) if before is None else None
     if processes.first():
-        workdir.create(config_lib.to_dict(run.config))
+        workdir.create(config_trees.to_dict(run.config))
         for hint in loggers.hints(run.config.loggers, workdir.path):
             logger.info(hint)
     processes.wait("the run's directory")
@@ -157,7 +156,7 @@ class _Loop:
             means={site: np.asarray(mean_D).tolist() for site, mean_D in state.means.items()},
             norm_limits={site: float(limit) for site, limit in state.norm_limits.items()},
         )
-        as_json = config_lib.to_dict(run.config)
+        as_json = config_trees.to_dict(run.config)
         first = processes.first()
         self._metrics = metrics_log.Metrics(run.workdir, self._step, run.config.loggers, as_json) if first else None
         self._logged_at, self._is_warm = time.perf_counter(), False

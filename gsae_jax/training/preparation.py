@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax import config as config_lib
-from gsae_jax import errors, loggers, plugins, processes
+from gsae_jax import config_trees, errors, loggers, plugins, processes
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.data import rows as rows_lib
@@ -65,7 +64,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     Raises:
         UserError: the config or the directory cannot be used, or another run, model or text is there.
     """
-    as_json = config_lib.to_dict(config)
+    as_json = config_trees.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
     if processes.first():  # which alone logs

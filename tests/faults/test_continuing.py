@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax import train as train_command
 from gsae_jax.activations import sources
 from gsae_jax.data import rows as rows_lib
@@ -213,7 +213,7 @@ def test_a_run_of_an_earlier_version_is_read(experiment, tmp_path, capsys):
     expected = gsae_jax.load(run)
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    config = config_lib.to_dict(experiment)
+    config = config_trees.to_dict(experiment)
     for field in ("buffer", "keep_best", "keep_every"):
         del config["checkpoint"][field]
     (run / "config.json").write_text(json.dumps(config))
@@ -296,7 +296,7 @@ def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_p
     assert loop.train(experiment, run)
     shutil.copytree(run, tmp_path / "cut")
     back_to(tmp_path / "cut", 8)
-    run_directory.Workdir(run).create(config_lib.to_dict(longer))
+    run_directory.Workdir(run).create(config_trees.to_dict(longer))
     facts = run_directory.Workdir.facts
     monkeypatch.setattr(
         run_directory.Workdir, "facts", lambda self, step: dataclasses.replace(facts(self, step), lengths=[])
@@ -347,7 +347,7 @@ def test_later_resampling_may_be_added(experiment, tmp_path):
     first = with_(experiment, train={"dead_after": 4, "resample_steps": (8,)})
     assert loop.train(first, run)
     workdir = run_directory.Workdir(run)
-    workdir.check(config_lib.to_dict(with_(first, train={"steps": 32, "resample_steps": (8, 20)})))
+    workdir.check(config_trees.to_dict(with_(first, train={"steps": 32, "resample_steps": (8, 20)})))
     for steps in ((20,), (8, 12, 20)):
         with refused("--workdir", "train.resample_steps", "after step 16"):
-            workdir.check(config_lib.to_dict(with_(first, train={"steps": 32, "resample_steps": steps})))
+            workdir.check(config_trees.to_dict(with_(first, train={"steps": 32, "resample_steps": steps})))

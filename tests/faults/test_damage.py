@@ -10,6 +10,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
@@ -96,7 +97,7 @@ def test_when_none_is_sound_nothing_is_touched(run, experiment):
     with refused("--workdir", str(run), "checkpoint 16: params/manifest.ocdbt", "checkpoint 8: params/manifest.ocdbt"):
         loop.train(experiment, run)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != run_directory.LOCK}
-    run_directory.Workdir(run).check(config_lib.to_dict(experiment))
+    run_directory.Workdir(run).check(config_trees.to_dict(experiment))
 
 
 PARAMS = {"gated": {"W_dec": jnp.arange(6.0).reshape(2, 3), "b_dec": jnp.ones(3)}}
@@ -151,7 +152,7 @@ def test_a_failed_save_removes_nothing_of_a_neighbour(tmp_path):
 def test_a_path_that_libraries_take_for_another_is_refused(experiment, tmp_path, path, monkeypatch):
     monkeypatch.setattr(paths, "check", lambda path: None)  # whether gs:// can be used here
     workdir = run_directory.Workdir(path if path.startswith("gs:") else tmp_path / path)
-    for act in (workdir.check_writable, workdir.config, lambda: workdir.check(config_lib.to_dict(experiment))):
+    for act in (workdir.check_writable, workdir.config, lambda: workdir.check(config_trees.to_dict(experiment))):
         with refused("--workdir", str(workdir.path), "contains"):
             act()
     assert not list(tmp_path.iterdir())

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import config as config_lib
-from gsae_jax import export, measuring
+from gsae_jax import config_trees, export, measuring
 from gsae_jax.config import Experiment
 from gsae_jax.formats import records
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -48,7 +47,7 @@ def run(tmp_path_factory, text_dir, lm_dir):
     config = tiny(text_dir, lm_dir, root / "tfds")
     config.stacks.gated.seeds, config.stacks.baseline.site = (0,), config.stacks.gated.site
     config.train.steps, config.evaluation.tokens, config.loggers = 8, 512, ()
-    config = config_lib.from_dict(Experiment, config)
+    config = config_trees.from_dict(Experiment, config)
     folder = root / "run"
     loop.train(config, folder)
     measuring.evaluate(folder, ito=(2,))

@@ -15,7 +15,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import sae_loading
+from gsae_jax import config_trees, sae_loading
 from gsae_jax.data import rows
 from gsae_jax.errors import UserError
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -119,7 +119,7 @@ def compare_places(folder):
         )
         workdir = run_directory.Workdir(paths["run"])
         assert workdir.sound_step() == 8
-        workdir.check(config_lib.to_dict(sae_loading.pinned(experiment, paths["run"])))
+        workdir.check(config_trees.to_dict(sae_loading.pinned(experiment, paths["run"])))
         facts, checkpoint = workdir.facts(8), Checkpoint.open(paths["lm"])
         workdir.check_model(facts, experiment.lm, checkpoint.fingerprint())
         tokenizer = checkpoint.tokenizer()
@@ -175,7 +175,7 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     config = tiny(root / "places" / "text", root / "places" / "lm", root / "tfds")
     config.stacks.gated.l1_coefficients, config.stacks.gated.seeds = (0.01,), (0,)
     config.train.steps, config.evaluation.tokens = 8, 256
-    loop.train(config_lib.from_dict(config_lib.Experiment, config), root / "places" / "run")
+    loop.train(config_trees.from_dict(config_lib.Experiment, config), root / "places" / "run")
 
     (root / "foreign").mkdir()
     for kind in ("gated", "relu", "jumprelu"):

@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gsae_jax
-from gsae_jax import cli, experiment_config, stack_config
-from gsae_jax import config as config_lib
+from gsae_jax import cli, config_trees, experiment_config, stack_config
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.data import files as files_lib
@@ -62,7 +61,7 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     config = tiny(text_dir, lm_dir, root / "tfds")
     config.stacks.gated.l1_coefficients, config.stacks.gated.seeds = (0.01,), (0,)
     config.train.steps = 8  # one checkpoint: there is none to go back to
-    loop.train(config_lib.from_dict(Experiment, config), root / "run")
+    loop.train(config_trees.from_dict(Experiment, config), root / "run")
     for name in ("config", "override", "text", "published"):
         (root / name).mkdir()
     (root / "config" / "config.json").write_text(json.dumps(config.to_dict()))
@@ -156,7 +155,7 @@ def digest(file):
 
 
 def use_config(folder):
-    experiment = config_lib.from_dict(Experiment, json.loads((folder / "config.json").read_text()))
+    experiment = config_trees.from_dict(Experiment, json.loads((folder / "config.json").read_text()))
     checkpoint = Checkpoint.open(experiment.lm.path, experiment.lm.revision)
     preparation.build(experiment, mesh_lib.make_mesh(experiment.mesh), checkpoint)
 
@@ -165,7 +164,7 @@ def parsed(argument):
     values, argv = flags.FlagValues(), ["train", "--config=configs/quickstart.py", argument]
     config = cli.define_config(values, argv)
     cli.parse(argv, values)
-    return config_lib.from_dict(Experiment, cli.given(config))
+    return config_trees.from_dict(Experiment, cli.given(config))
 
 
 def use_override(folder):
@@ -229,7 +228,7 @@ def use_tokens(folder):
 
 def use_run(folder):
     gsae_jax.load(folder)
-    run_directory.Workdir(folder).check(config_lib.to_dict(run_directory.Workdir(folder).experiment()))
+    run_directory.Workdir(folder).check(config_trees.to_dict(run_directory.Workdir(folder).experiment()))
 
 
 def use_metrics(folder):
@@ -289,7 +288,7 @@ def a_tree_of_files(draw, folder):
 
 def use_found(folder):
     path = os.fsdecode((folder / "path").read_bytes())
-    config_lib.check_text(path)
+    config_trees.check_text(path)
     for file in files_lib.find(path).stamps:
         for document in files_lib.Reader("text", "").documents(file):
             document.encode()
@@ -363,9 +362,9 @@ def experiment_with(changes):
             parent = parent.get(step) if isinstance(parent, dict) else None
         if isinstance(parent, dict):
             parent[key] = value
-    experiment = config_lib.from_dict(Experiment, tree)
-    as_json = config_lib.to_dict(experiment)
-    assert config_lib.from_dict(Experiment, json.loads(json.dumps(as_json, allow_nan=False))) == experiment
+    experiment = config_trees.from_dict(Experiment, tree)
+    as_json = config_trees.to_dict(experiment)
+    assert config_trees.from_dict(Experiment, json.loads(json.dumps(as_json, allow_nan=False))) == experiment
 
 
 @settings(**COUNTS)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
 from tests.refusals import refused
@@ -24,7 +25,7 @@ def test_a_second_process_is_refused_until_the_first_ends(experiment, tmp_path):
     """However the first ends: here by SIGKILL. The refused one changes nothing."""
     run = tmp_path / "run"
     assert loop.train(experiment, run)
-    experiment = config_lib.from_dict(config_lib.Experiment, config_lib.to_dict(experiment))
+    experiment = config_trees.from_dict(config_lib.Experiment, config_trees.to_dict(experiment))
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -42,8 +43,8 @@ def test_a_lock_alone_does_not_make_a_directory_taken(experiment, tmp_path):
     """A run that was killed before its config was written leaves one."""
     (tmp_path / run_directory.LOCK).touch()
     workdir = run_directory.Workdir(tmp_path)
-    workdir.check(config_lib.to_dict(experiment))
-    workdir.create(config_lib.to_dict(experiment))
+    workdir.check(config_trees.to_dict(experiment))
+    workdir.create(config_trees.to_dict(experiment))
     with refused("--workdir", "another process", str(tmp_path)):
         run_directory.Workdir(tmp_path).hold()
     workdir.release()

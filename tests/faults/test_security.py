@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax.config import Experiment
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluation import report
@@ -147,7 +148,7 @@ def test_text_in_a_report_is_text(tmp_path, config_dict):
         assert page.count("&lt;script&gt;") >= 6
     config_dict.stacks[SCRIPT] = config_dict.stacks.gated
     with refused("stacks", "'<script>", "100 letters"):
-        config_lib.from_dict(Experiment, config_dict)
+        config_trees.from_dict(Experiment, config_dict)
 
 
 def test_errors_hold_nothing_that_a_terminal_acts_on(folder):
@@ -166,8 +167,8 @@ def refused(*args, **kwargs):
 
 socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refused
 socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refused
-from gsae_jax import config, train
-print(train.run(config.from_dict(config.Experiment, json.loads(sys.argv[1])), sys.argv[2]))
+from gsae_jax import train
+print(train.run(json.loads(sys.argv[1]), sys.argv[2]))
 """
 
 
