@@ -127,3 +127,21 @@ def quickstart_run(tmp_path_factory):
     command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
     subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The embedded model's."""
+    return loading.load_lm().tokenizer
+
+
+@pytest.fixture
+def documents():
+    """Short texts of one to many tokens, with letters that are not ASCII."""
+    return [f"document {number}: {'é ' * number}end" for number in range(45)]
+
+
+@pytest.fixture(scope="session")
+def lm(lm_dir):
+    """The random two-layer model, loaded."""
+    return loading.load_lm(lm_dir)

@@ -34,11 +34,11 @@ from gsae_jax.lms import loading
 from gsae_jax.storage import metrics_log, paths, run_directory
 from gsae_jax.training import loop
 from tests.refusals import refused
-from tests.test_data import ALL, data_config
 from tests.test_processes import SHORT
 from tests.test_processes import end as end_all
 from tests.test_processes import start as start_all
-from tests.test_training import metrics_without_time
+from tests.texts import ALL, data_config
+from tests.training import metrics_without_time
 
 ROOT = Path(__file__).parent.parent
 

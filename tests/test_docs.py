@@ -342,3 +342,14 @@ def test_the_python_reference_names_what_is_there():
 
 def test_the_citation_is_of_this_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == metadata.version("gsae_jax")
+
+
+def test_each_promise_names_a_test_that_there_is():
+    text, file, names = (ROOT / "docs" / "reliability.md").read_text("utf-8"), None, 0
+    for path, name in re.findall(r"`((?:faults/)?test_\w+\.py)?(?:::(test_\w+))?`", text):
+        file = ROOT / "tests" / path if path else file
+        assert file is None or file.exists(), path
+        if name:
+            assert f"def {name}(" in file.read_text("utf-8"), name
+        names += bool(path or name)
+    assert names > 30

@@ -17,7 +17,7 @@ from gsae_jax.evaluation import plots, report, tables
 from gsae_jax.formats import saelens
 from gsae_jax.publishing import model_card
 from gsae_jax.saes import gated
-from tests.test_exchange import make
+from tests.sae_files import make
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ROOT / "gsae_jax" / "templates"

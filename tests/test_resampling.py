@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gsae_jax.training import optimiser
-from tests.test_training import advance, begin, single_device_mesh, with_
+from tests.training import advance, begin, single_device_mesh, with_
 
 
 def with_bad_start(program, state):

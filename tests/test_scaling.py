@@ -17,7 +17,7 @@ from gsae_jax.saes import gated
 from gsae_jax.saes.contract import Role
 from gsae_jax.training import loop, preparation, starting
 from tests.refusals import refused
-from tests.test_training import advance, begin, single_device_mesh, with_
+from tests.training import advance, begin, single_device_mesh, with_
 
 R, T, D = 8, 64, 16
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import gsae_jax
-from tests.test_training import metrics_without_time
+from tests.training import metrics_without_time
 
 ROOT = Path(__file__).parents[2]
 EVERY, STEPS = 20, 1200  # between saves, and in all

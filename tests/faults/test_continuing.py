@@ -23,7 +23,7 @@ from gsae_jax.errors import TrainingError
 from gsae_jax.storage import run_directory
 from gsae_jax.training import lengthening, loop
 from tests.refusals import refused
-from tests.test_training import assert_same, begin_calls, metrics_without_time, params_of, with_
+from tests.training import assert_same, begin_calls, metrics_without_time, params_of, with_
 
 
 def steps(run):

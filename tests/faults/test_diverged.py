@@ -23,7 +23,7 @@ from gsae_jax.storage import run_directory
 from gsae_jax.training import loop, preparation, starting
 from tests.conftest import tiny
 from tests.faults import mutants
-from tests.test_training import single_device_mesh
+from tests.training import single_device_mesh
 
 FEW, MANY = 2, 200
 FORMATS = ("saelens", "jumprelu", "gemma_scope")

@@ -22,7 +22,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.storage import paths as storage_paths
 from gsae_jax.storage import run_directory
 from gsae_jax.training import loop, preparation
-from tests import test_exchange
+from tests import sae_files
 from tests.conftest import tiny
 from tests.faults import mutants
 from tests.faults.trials import FEW, MANY, try_mutants
@@ -179,14 +179,14 @@ def originals(tmp_path_factory, text_dir, lm_dir):
 
     (root / "foreign").mkdir()
     for kind in ("gated", "relu", "jumprelu"):
-        test_exchange.SAES[kind]().save(root / "foreign" / f"saelens {kind}")
+        sae_files.SAES[kind]().save(root / "foreign" / f"saelens {kind}")
     for version, change in {"3": {}, "5": {"architecture": "gated"}, "topk": {"activation_fn_str": "topk"}}.items():
         earlier = root / "foreign" / f"saelens {version}"
         shutil.copytree(root / "foreign" / "saelens relu", earlier)
-        (earlier / "cfg.json").write_text(json.dumps(test_exchange.EARLIER_SAELENS | change))
-    test_exchange.SAES["jumprelu"]().save(root / "foreign" / "scope", "gemma_scope")
+        (earlier / "cfg.json").write_text(json.dumps(sae_files.EARLIER_SAELENS | change))
+    sae_files.SAES["jumprelu"]().save(root / "foreign" / "scope", "gemma_scope")
     for act_fn in ("relu", "jumprelu", "topk"):
-        test_exchange.llamascopium(root / "foreign" / act_fn, act_fn=act_fn)
+        sae_files.llamascopium(root / "foreign" / act_fn, act_fn=act_fn)
     (root / "foreign" / "sparsify").mkdir()
     (root / "foreign" / "sparsify" / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 32, "d_in": 12}))
     weights = root / "foreign" / "saelens relu" / "sae_weights.safetensors"

@@ -14,7 +14,7 @@ from gsae_jax.errors import TrainingError
 from gsae_jax.lms.loading import capture
 from gsae_jax.storage import metrics_log, run_directory
 from gsae_jax.training import loop
-from tests.test_training import advance, begin, single_device_mesh, with_
+from tests.training import advance, begin, single_device_mesh, with_
 
 
 def four(experiment, **changes):

@@ -1,0 +1,150 @@
+"""Small SAEs, and files of other libraries, for tests."""
+
+import json
+import math
+import struct
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gsae_jax.formats import jumprelu
+from gsae_jax.saes import gated, relu, trained
+from tests.test_saes import away_from_init
+
+D, F = 12, 40
+
+
+SITE = "blocks.3.hook_resid_post"
+
+
+def make(module, **options):
+    config = module.Config(D, F, **options)
+    return trained.SAE(
+        name="stack_2",
+        architecture=module.__name__.rpartition(".")[2],
+        config=config,
+        site=SITE,
+        params=away_from_init(module, config),
+        l1_coefficient=0.01,
+        learning_rate=3e-4,
+        seed=7,
+        scale=1.5,
+        norm_limit=20.0,
+        metadata={"model_name": "small", "context_size": 16, "prepend_bos": True, "dataset_path": "texts"},
+    )
+
+
+SAES = {
+    "gated": lambda: make(gated),
+    "fixed": lambda: make(gated, use_r_mag=False, freeze_aux_decoder=False),
+    "relu": lambda: make(relu),
+    "jumprelu": lambda: jumprelu.form(make(gated)),
+}
+
+
+FORMATS = ["saelens", "jumprelu", "gemma_scope", pytest.param("dictionary_learning", marks=pytest.mark.torch)]
+
+
+def inputs():
+    return jax.random.normal(jax.random.key(5), (200, D)) + 0.5
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def save_tensors(file, tensors):
+    if file.suffix == ".npz":
+        np.savez(file, **tensors)
+    elif file.suffix == ".safetensors":
+        safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
+    else:
+        import torch
+
+        torch.save({name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}, file)
+
+
+def load_tensors(file):
+    if file.suffix == ".npz":
+        return dict(np.load(file))
+    if file.suffix == ".safetensors":
+        return safetensors.numpy.load_file(file)
+    import torch
+
+    return {name: value.numpy() for name, value in torch.load(file, weights_only=True).items()}
+
+
+def saelens_with(tmp_path, change=None, tensors=None, kind="gated"):
+    """A SAELens folder with some of its fields and tensors replaced."""
+    SAES[kind]().save(tmp_path / "a")
+    file = tmp_path / "a" / "cfg.json"
+    tree = json.loads(file.read_text())
+    metadata = tree["metadata"] | (change or {}).get("metadata", {})
+    file.write_text(json.dumps(tree | (change or {}) | {"metadata": metadata}))
+    weights = tmp_path / "a" / "sae_weights.safetensors"
+    save_tensors(weights, safetensors.numpy.load_file(weights) | (tensors or {}))
+    return tmp_path / "a"
+
+
+EARLIER_SAELENS = {  # of SAELens 3
+    "architecture": "standard",
+    "d_in": D,
+    "d_sae": F,
+    "activation_fn_str": "relu",
+    "apply_b_dec_to_input": True,
+    "finetuning_scaling_factor": False,
+    "context_size": 128,
+    "model_name": "gpt2-small",
+    "hook_name": "blocks.8.hook_resid_pre",
+    "hook_layer": 8,
+    "hook_head_index": None,
+    "prepend_bos": True,
+    "dataset_path": "texts",
+    "normalize_activations": "none",
+    "dtype": "torch.float32",
+    "device": "cpu",
+    "sae_lens_training_version": "3.5.0",
+}
+
+
+LLAMASCOPIUM = {
+    "sae_type": "sae",
+    "d_model": D,
+    "expansion_factor": F / D,
+    "use_decoder_bias": True,
+    "act_fn": "jumprelu",
+    "norm_activation": "dataset-wise",
+    "sparsity_include_decoder_norm": True,
+    "hook_point_in": SITE,
+    "hook_point_out": SITE,
+    "use_glu_encoder": False,
+}
+
+
+def llamascopium(folder, **changes):
+    """A folder as OpenMOSS' library writes it, and its tensors."""
+    config = LLAMASCOPIUM | changes
+    random = np.random.default_rng(0)
+    shapes = {
+        "W_E": (D, F),
+        "b_E": (F,),
+        "W_D": (F, D),
+        "b_D": (D,),
+        "activation_function.log_jumprelu_threshold": (F,),
+    }
+    if config["act_fn"] == "relu":
+        del shapes["activation_function.log_jumprelu_threshold"]
+    tensors = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+    norm = np.float32(5.0 if config["norm_activation"] == "dataset-wise" else math.nan)  # it is not set otherwise
+    folder.mkdir()
+    file = folder / "sae_weights.safetensors"
+    safetensors.numpy.save_file(tensors | {f"dataset_average_activation_norm.{SITE}": np.array(norm)}, file)
+    (folder / "config.json").write_text(json.dumps(config))
+    return {name.rpartition(".")[2]: np.asarray(value, np.float64) for name, value in tensors.items()}
+
+
+def header(shape, dtype="<f4"):
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text

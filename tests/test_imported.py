@@ -1,0 +1,224 @@
+"""SAEs from elsewhere in use: their names, measuring them, and training from them."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax import config as config_lib
+from gsae_jax import export as export_lib
+from gsae_jax import sae_loading
+from gsae_jax.lms import checkpoints
+from gsae_jax.measuring import evaluate, evaluate_saes
+from gsae_jax.saes import gated, relu
+from gsae_jax.training import loop
+from gsae_jax.training.stacks import Stack
+from tests.refusals import refused
+from tests.sae_files import D, make
+from tests.test_saes import away_from_init
+
+
+def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
+    for name in ("layer_12", "width 16k", "(é) \x1b[1m_3"):
+        make(gated).save(tmp_path / "saes" / name, "gemma_scope")
+        (tmp_path / "saes" / name / "gsae_jax.json").unlink()
+    saes = gsae_jax.load(tmp_path / "saes")
+    assert list(saes) == ["_é_ __1m_3", "layer_12", "width 16k_0"]
+    sae = saes["layer_12"]
+    assert (sae.site, sae.seed, sae.norm_limit, sae.metadata) == ("", None, math.inf, {})
+    assert math.isnan(sae.l1_coefficient)
+    (same,) = gsae_jax.load(tmp_path / "saes" / "layer_12" / "params.npz").values()
+    assert same.name == "layer_12"
+    make(gated).save(tmp_path / "saes" / "x_1")
+    make(relu).save(tmp_path / "saes" / "x_2")
+    with refused(str(tmp_path / "saes" / "x_2"), "second SAE called 'stack_2'", "one by one"):
+        gsae_jax.load(tmp_path / "saes")
+
+
+def test_what_is_no_sae_among_several_is_named(tmp_path, capsys):
+    for name, folder in (("a", "a"), ("b", "b"), ("c", ".export-x")):
+        dataclasses.replace(make(gated), name=name).save(tmp_path / folder)
+    (tmp_path / ".export-x" / "sae_weights.safetensors").unlink()  # an export that was killed
+    assert list(gsae_jax.load(tmp_path)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "b" / "cfg.json").unlink()
+    assert list(gsae_jax.load(tmp_path)) == ["a"]
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path} also has what is no SAE in a known format, and is left out: b\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("EleutherAI/pythia-14m", "--model EleutherAI/pythia-14m"),
+        ("pythia-14m", "--model with its directory or hub name"),
+        ("gelu-1l-stdlib", None),
+        (None, None),
+    ],
+)
+def test_an_sae_of_another_model_is_not_measured_on_the_embedded_one(tmp_path, name, wanted):
+    sae = dataclasses.replace(make(relu), site="blocks.0.hook_mlp_out", metadata={"model_name": name})
+    sae.save(tmp_path / "a")
+    expected = ("--model", "stack_2", f"'{name}'", wanted) if wanted else ("stack_2", "width 12", "width 256")
+    with refused(*expected):
+        evaluate_saes([str(tmp_path / "a")], str(tmp_path / "report"), tokens=128)
+    assert not (tmp_path / "report").exists()
+
+
+def test_what_metadata_calls_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = config_lib.Data("text", "some/texts", "text", "", "", "train", "test", "", 16, True)
+    for path, revision, name in (
+        ("", "", "gelu-1l-stdlib"),
+        (str(checkpoints.EMBEDDED), "", "gelu-1l-stdlib"),
+        ("EleutherAI/pythia-14m", "f" * 40, "EleutherAI/pythia-14m"),
+        ("/models/small/", "", "small"),
+        ("models/small", "", "small"),
+        ("~/small", "", "small"),
+        (".", "", tmp_path.name),
+    ):
+        lm = config_lib.LM(path, "float32", revision)
+        assert sae_loading.names(lm, data) == {"model_name": name, "dataset_path": "texts"}
+
+
+def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_path):
+    """Its decoder rows made unit; a JumpReLU one as the gated SAE that it is."""
+    stack, site = experiment.stacks["baseline"], experiment.stacks["baseline"].site
+    config = relu.Config(64, 128)
+    sae = dataclasses.replace(make(relu), site=site, config=config, params=away_from_init(relu, config))
+    sae.save(tmp_path / "a" / "plain")
+    dataclasses.replace(sae, name="other_0").save(tmp_path / "a" / "jump", "gemma_scope")
+    (tmp_path / "a" / "jump" / "gsae_jax.json").unlink()
+
+    def starts(path, **changes):
+        changed = dataclasses.replace(stack, start_from=str(path), **changes)
+        return sae_loading.starts(dataclasses.replace(experiment, stacks={"second": changed}))["second"]
+
+    x = jax.random.normal(jax.random.key(2), (50, 64))
+    for module, name, options in ((relu, "plain", {}), (gated, "plain", {}), (gated, "jump", {})):
+        params = starts(tmp_path / "a" / name, architecture=module.__name__.rpartition(".")[2], options=options)
+        params = {name: value[0] for name, value in params.items()}
+        np.testing.assert_allclose(np.linalg.norm(params["W_dec"], axis=-1), 1, rtol=1e-5)
+        f = module.encode(params, x, module.Config(64, 128))
+        assert np.asarray(f > 0).mean() > 0.1
+        np.testing.assert_allclose(module.decode(params, f), sae(x), rtol=1e-4, atol=1e-4)
+
+    field = "stacks.second.start_from"
+    with refused(field, "differs in architecture (jumprelu there, relu here)"):
+        starts(tmp_path / "a" / "jump")
+    with refused(field, "differs in site", "blocks.0.hook_mlp_out here"):
+        starts(tmp_path / "a" / "plain", site="blocks.0.hook_mlp_out")
+    with refused(field, f"{tmp_path / 'a'} has 2 kinds of SAEs"):
+        starts(tmp_path / "a")
+    with refused(field, "google/x is not here"):
+        starts("google/x:gated")
+    dead = dataclasses.replace(sae, params=sae.params | {"W_dec": sae.params["W_dec"].at[3:5].set(0)})
+    dead.save(tmp_path / "dead")
+    with refused(field, "2 features", "decoder is zero"):
+        starts(tmp_path / "dead")
+
+
+HOOKS = ("transformer.h.0.mlp.output", "blocks.0.mlp.hook_out", "x.y")
+
+
+@pytest.mark.parametrize(
+    "hook", ["model.layers.0.mlp", *(pytest.param(hook, marks=pytest.mark.variants) for hook in HOOKS)]
+)
+def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
+    """They are understood, and `--site` wins."""
+    config = relu.Config(32, 64)
+    sae = dataclasses.replace(make(relu), config=config, params=away_from_init(relu, config), site=hook)
+    sae.save(tmp_path / "a")
+    tree = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    del tree["metadata"]["gsae_jax"], tree["metadata"]["model_name"], tree["metadata"]["dataset_path"]
+    (tmp_path / "a" / "cfg.json").write_text(json.dumps(tree))
+    config_dict, site = config_dict.to_dict() | {"stacks": {}}, "blocks.0.hook_mlp_out"
+
+    def sites(out, **flags):
+        evaluate_saes([str(tmp_path / "a")], str(tmp_path / out), config_dict, tokens=256, **flags)
+        return {record["site"] for record in json.loads((tmp_path / out / "report.json").read_text())["saes"]}
+
+    if hook == "x.y":
+        with refused("--site", "missing", "a_0", "'x.y'"):
+            sites("one")
+    else:
+        assert sites("one") == {site}
+    assert sites("two", site=site) == {site}
+    warned = "it is measured at 'blocks.0.hook_mlp_out', as --site says"
+    assert (warned in capsys.readouterr().err) == (hook == "x.y")
+    assert sites("three", site="model.layers.1") == {"blocks.1.hook_resid_post"}
+    assert "it is measured at 'model.layers.1', as --site says" in capsys.readouterr().err
+
+
+def test_jumprelu_is_for_evaluation(experiment):
+    stack = dataclasses.replace(experiment.stacks["baseline"], architecture="jumprelu")
+    with refused("stacks.a.architecture", "'jumprelu'", "evaluation", "gated, relu"):
+        Stack.build("a", stack, {stack.site: D}, "float32")
+
+
+@pytest.mark.variants
+def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir, lm_dir, tmp_path, capsys):
+    stack = experiment.stacks["gated"]
+    assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "run")
+    evaluate(tmp_path / "run")
+    assert export_lib.export(str(tmp_path / "run"), "saelens", str(tmp_path / "out")) == ["gated_0", "gated_1"]
+    assert export_lib.export(str(tmp_path / "run"), "gemma_scope", str(tmp_path / "one"), "gated_1") == ["gated_1"]
+    (tmp_path / "one" / "gsae_jax.json").unlink()  # it says nothing of itself then
+    tree = config_dict.to_dict() | {"stacks": {}}
+    capsys.readouterr()
+    evaluate_saes([str(tmp_path / "out"), str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
+    assert "warning" not in capsys.readouterr().err
+    folders = (tmp_path / "run" / "report", tmp_path / "report")
+    there, here = ({r["name"]: r for r in json.loads((f / "report.json").read_text())["saes"]} for f in folders)
+    assert list(here) == ["gated_0", "gated_1", "one_0"]
+    for name, record in there.items():
+        for field in ("l0", "loss_recovered", "gamma", "fvu", "kl", "alive", "l1_coefficient"):
+            assert here[name][field] == pytest.approx(record[field], rel=1e-5), (name, field)
+        assert [here[name][field] for field in ("seed", "variant")] == [record["seed"], record["variant"]]
+    for field in ("l0", "loss_recovered", "fvu"):
+        assert here["one_0"][field] == pytest.approx(there["gated_1"][field], rel=1e-5)
+    assert here["one_0"]["l1_coefficient"] is None
+    assert "nan" not in (tmp_path / "report" / "report.md").read_text()
+    assert not (tmp_path / "report" / "training.png").exists()
+
+    def measure(*paths, **options):
+        evaluate_saes([str(tmp_path / path) for path in paths], str(tmp_path / "third"), tree, **options)
+
+    with refused("--site", str(tmp_path / "one"), "blocks.0.hook_mlp_out"):
+        measure("one")
+    capsys.readouterr()
+    with refused("--sae", "second SAE called 'gated_0'"):
+        measure("out", "out/gated_0")
+    with refused("--site", "'blocks.9.hook_mlp_out'"):
+        measure("one", site="blocks.9.hook_mlp_out")
+    assert capsys.readouterr().err == ""
+    # Another model, which has another width here; and another text.
+    tree["data"]["path"] = ""
+    tree["data"]["corpus"] = "stdlib"
+    with refused("gated_0", "width 32", "width 256"):
+        measure("out", model=str(checkpoints.EMBEDDED))
+    assert re.findall("warning: .*", capsys.readouterr().err) == [
+        "warning: gated_0 and 1 more say that 'small' was the language model of training; measured on 'gelu-1l-stdlib'",
+        f"warning: gated_0 and 1 more say that '{text_dir.name}' was the text of training; measured on 'stdlib'",
+    ]
+    shutil.copytree(lm_dir, tmp_path / "lm")
+    (tmp_path / "lm" / "model.safetensors").write_bytes(b"")
+    with refused("--model", f"{tmp_path / 'lm' / 'model.safetensors'} cannot be read"):
+        measure("out", model=str(tmp_path / "lm"))
+    assert not (tmp_path / "third").exists()
+    with refused("--out", f"{tmp_path / 'report'} exists"):
+        evaluate_saes([str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
+    for name in ("", "gated_1"):
+        with refused("--out", f"{tmp_path / 'out'} exists"):
+            export_lib.export(str(tmp_path / "run"), "saelens", str(tmp_path / "out"), name)
+    with refused("--step", "3", "16"):
+        export_lib.export(str(tmp_path / "run"), "saelens", str(tmp_path / "new"), step=3)
+    with refused("--step", "3", "16"):
+        evaluate(tmp_path / "run", step=3)

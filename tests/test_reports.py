@@ -1,0 +1,355 @@
+"""Reports: what is in them, what they compare, and where they are written."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax import measuring
+from gsae_jax.evaluation import frontiers, measure, plots, provenance, report
+from gsae_jax.saes import gated, relu, trained
+from gsae_jax.storage import paths
+from gsae_jax.training import loop
+from tests.measuring import SITE, UNUSED, as_sae, batches, identity, on_mesh, reported, zero
+from tests.refusals import refused
+from tests.test_moved_runs import retrained
+
+
+def test_l0_at_equal_loss_recovered():
+    """Each variant at its best learning rate against the baseline's, over two seeds."""
+    records, sums = [], {}
+
+    def add(variant, rate, seed, factor, reached=(0.7, 0.85, 0.97)):
+        for index, recovered in enumerate(reached):
+            name = f"{variant}_{rate}{seed}{index}"
+            rows = np.full(50, 1.0)
+            ce = {"ce_clean": 0 * rows, "ce_zero": rows, "ce_mean": rows, "ce_sae": (1 - recovered) * rows}
+            l0 = factor * np.exp(5 * recovered) * rows
+            sums[name] = dict.fromkeys(UNUSED, rows) | ce | {"tokens": rows, "l0": l0, "fired": np.ones(3)}
+            combined = {"loss_recovered": recovered, "l0": l0[0]}
+            shared = {
+                "site": SITE,
+                "variant": variant,
+                "width": 8,
+                "learning_rate": rate,
+                "seed": seed,
+                "ito": 0,
+                "name": name,
+            }
+            records.append(shared | combined)
+
+    for seed, factor in ((0, 1.0), (1, 2.0)):
+        add("relu", 1e-3, seed, 3 * factor)
+        add("relu", 3e-3, seed, 2 * factor)
+        add("gated", 1e-3, seed, factor)
+    found = frontiers.ratios(records, sums)
+    assert [ratio["level"] for ratio in found] == [0.8, 0.85, 0.9, 0.95]
+    for ratio in found:
+        assert (ratio["learning_rate"], ratio["baseline_learning_rate"], ratio["seeds"]) == (1e-3, 3e-3, [2, 2])
+        assert ratio["l0"] == pytest.approx(2**0.5 * np.exp(5 * ratio["level"]))
+        assert ratio["ratio"] == pytest.approx(ratio["low"]) == pytest.approx(ratio["high"]) == pytest.approx(0.5)
+
+    # A learning rate that would be better still ends before some levels: what is best there is not known.
+    add("gated", 3e-3, 0, 0.5, (0.83, 0.92))
+    found = frontiers.ratios(records, sums)
+    assert [ratio["level"] for ratio in found] == [0.85, 0.9]
+    assert {ratio["learning_rate"] for ratio in found} == {3e-3}
+    # One that fell apart says nothing of the others.
+    add("relu", 1e-2, 0, 0.1, (0.1, 0.2))
+    assert frontiers.ratios(records, sums) == found
+    assert np.isnan(frontiers.log_l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
+
+
+def test_saes_that_came_together_are_told_apart(tmp_path):
+    """dictionary_learning's trainer_0 to trainer_7, of three kinds; layer_3 and layer_12, of two sites."""
+    records, sums = [], {}
+
+    def add(name, variant, width, site, l0, recovered):
+        rows = np.full(50, 1.0)
+        ce = {"ce_clean": 0 * rows, "ce_zero": rows, "ce_mean": rows, "ce_sae": (1 - recovered) * rows}
+        sums[name] = dict.fromkeys(UNUSED, rows) | ce | {"tokens": rows, "l0": l0 * rows, "fired": np.ones(3)}
+        config = {"gated": gated, "relu": relu}[variant].Config(8, width)
+        stack, _, index = name.partition("_")
+        sae = trained.SAE(
+            name, variant, config, site, {}, stack=stack, index=int(index)
+        )  # which says no more of itself
+        records.extend(report.rows("small", {name: sae}, {name: sums[name]}))
+
+    other = "blocks.1.hook_mlp_out"
+    for index in range(2):
+        add(f"trainer_{index}", "gated", 64, SITE, 10 + 20 * index, 0.7 + 0.25 * index)
+        add(f"trainer_{2 + index}", "relu", 64, SITE, 20 + 40 * index, 0.7 + 0.25 * index)
+        add(f"trainer_{4 + index}", "gated", 128, SITE, 5 + 10 * index, 0.7 + 0.25 * index)
+    add("layer_3", "relu", 64, SITE, 15, 0.6)
+    add("layer_12", "gated", 64, other, 25, 0.7)
+    records += [record | {"name": f"{record['name']}_ito_5", "ito": 5, "l0": 5.0} for record in records]
+    groups = frontiers.stacks([record for record in records if not record["ito"]])
+    assert {place: [record["name"] for record in members] for place, members in groups.items()} == {
+        (SITE, "layer"): ["layer_3"],
+        (other, "layer"): ["layer_12"],
+        (SITE, "trainer/gated/64"): ["trainer_0", "trainer_1"],
+        (SITE, "trainer/gated/128"): ["trainer_4", "trainer_5"],
+        (SITE, "trainer/relu"): ["trainer_2", "trainer_3"],
+    }
+    ratios = frontiers.ratios(records, sums)
+    found = {(r["site"], r["stack"], r["variant"], r["width"], r["baseline"]) for r in ratios}
+    assert found == {(SITE, f"trainer/gated/{F}", "gated", F, "trainer/relu") for F in (64, 128)}
+    assert {r["level"] for r in ratios} == set(frontiers.LEVELS)
+    assert all(r["ratio"] == pytest.approx(32 / r["width"]) for r in ratios)  # half, and a quarter
+    panels = {axis.get_title(): axis for axis in plots.frontier(records).axes}
+    shown = {site: {text.get_text() for text in axis.get_legend().get_texts()} for site, axis in panels.items()}
+    assert shown == {
+        SITE: {f"trainer/gated/{F} (gated, {F} features)" for F in (64, 128)}
+        | {"trainer/relu (relu, 64 features)", "layer (relu, 64 features)", "by gradient pursuit"},
+        other: {"layer (gated, 64 features)", "by gradient pursuit"},
+    }
+    drawn = {
+        line.get_label().partition(" ")[0]: list(line.get_xdata())
+        for line in panels[SITE].get_lines()
+        if line.get_linestyle() == "-"
+    }
+    assert drawn["trainer/gated/64"] == [10, 30]
+    assert drawn["trainer/relu"] == [20, 60]
+    report.write(tmp_path / "report", None, records, sums, [], {})
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| trainer/gated/128 (gated, 128 features) | trainer/relu | " in text
+    assert "nan" not in text
+
+
+def test_published_points(tmp_path):
+    path = tmp_path / "frontier.csv"
+    path.write_text("model,architecture,site,layer,l0,loss_recovered,gamma\nm,relu,mlp,0,10.5,0.9,0.8\n")
+    assert report.read_published(str(path)) == [
+        {"model": "m", "architecture": "relu", "site": SITE, "layer": "0"}
+        | {"l0": 10.5, "loss_recovered": 0.9, "gamma": 0.8}
+    ]
+    path.write_text("architecture,l0\nrelu,1\n")
+    with refused("--published", str(path), "no column gamma, layer, loss_recovered, model, site"):
+        report.read_published(str(path))
+    with refused("--published", "nothing.csv cannot be read"):
+        report.read_published(str(tmp_path / "nothing.csv"))
+
+
+def test_the_report_is_whole(tmp_path, lm):
+    D = lm.sites[SITE]
+    configs = {"gated": (gated, gated.Config(D, 48)), "baseline": (relu, relu.Config(D, 72))}
+    saes = {
+        f"{stack}_{seed}": as_sae(f"{stack}_{seed}", module, module.init(jax.random.key(seed), config), config)
+        for stack, (module, config) in configs.items()
+        for seed in range(2)
+    }
+    sums = measure.measure(lm.on(on_mesh(8, 1)), list(saes.values()), batches(lm), lm.special_tokens)
+    records = report.rows("small", saes, sums)
+    training = [
+        {"step": step, "gated/l0": [3.0, 2.0], "gated/loss": [1.0, 1.0], "gated/gamma": [1.0, 1.0]} for step in (1, 2)
+    ]
+    gates = report.gates(saes)
+    assert set(gates) == {"gated_0", "gated_1"}
+    report.write(tmp_path / "report", 16, records, sums, training, gates)
+    report.write(tmp_path / "report", 16, records, sums, training, gates)  # over an earlier one
+    files = {file.name for file in (tmp_path / "report").iterdir()}
+    assert files == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "frontier.csv",
+        "frontier.png",
+        "gamma.png",
+        "densities.png",
+        "gates.png",
+        "training.png",
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["report"]
+    keys = "name architecture site width l1_coefficient learning_rate seed "
+    keys += (
+        "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu variant ito ce_mean loss_recovered_from_mean kl cosine "
+    )
+    keys += "l1 gate_only dense intervals fvu_all gamma_all gamma_centered mean_share extreme target_l0 "
+    keys += "not_finite run stack index"
+    for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
+        assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
+    header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()
+    assert header.startswith("model,architecture,site,layer,sparsity,learning_rate,l0,loss_recovered,width,alive,gamma")
+    assert len(lines) == 4
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert all(
+        name in text for name in [*saes, "frontier.png", "gamma.png", "densities.png", "gates.png", "training.png"]
+    )
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 8  # gates have two panels, training three
+    assert not re.findall(r"(?:src|href)=.(?!data:)", page)  # nothing to fetch
+
+
+def test_what_is_wrong_with_saes_is_said(lm, tmp_path):
+    D = lm.sites[SITE]
+    config = relu.Config(D, 2 * D)
+    worse = identity(D) | {"W_dec": -identity(D)["W_dec"]}
+    broken = identity(D) | {"b_enc": jnp.full(2 * D, jnp.inf)}
+    params = {"sound": identity(D), "worse": worse, "none": zero(D), "broken": broken}
+    saes = {f"{name}_0": as_sae(f"{name}_0", relu, of, config) for name, of in params.items()}
+    found, text = reported(tmp_path, lm, saes, batches(lm), sound_0=D / 2, worse_0=float(D))
+    said = {name: [note for note in found["notes"] if f"{name}_0" in note] for name in params}
+    assert [len(notes) for notes in said.values()] == [1, 1, 2, 1]
+    for name, of in (("sound", "target"), ("worse", "FVU"), ("none", "FVU"), ("broken", "not finite")):
+        assert of in said[name][0]
+    by_name = {record["name"]: record for record in found["saes"]}
+    assert by_name["sound_0"]["target_l0"] == D / 2
+    assert by_name["none_0"]["target_l0"] is None
+    assert [name for name, value in by_name["broken_0"].items() if value is None] != []
+    assert by_name["sound_0"]["loss_recovered"] == 1
+    assert "Target L0" in text
+    assert "nan" not in text
+    # One that diverged says nothing of its site, also where it is alone there.
+    alone, _ = reported(tmp_path / "alone", lm, {"broken_0": saes["broken_0"]}, batches(lm))
+    assert alone["notes"] == said["broken"]
+
+
+@pytest.mark.parametrize(
+    "l0", [(41.2, 44, 48.7), (11, 11.02, 11.05), (80,), (2, 150), (0.01, 1000), (1e-5, 1e4), (95, 105)]
+)
+def test_the_axis_of_l0_has_numbers(l0):
+    record = {"ito": 0, "site": SITE, "learning_rate": 0.1, "seed": 0, "variant": "gated", "width": 64}
+    records = [record | {"name": f"a_{i}", "l0": value, "loss_recovered": 0.9} for i, value in enumerate(l0)]
+    figure = plots.frontier(records)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = {tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()}
+    assert 2 <= len(shown) <= 15
+
+
+def test_a_report_of_other_settings_stays(tmp_path):
+    """The new one goes beside it, under a name that says what differs; an earlier version's is never replaced."""
+
+    def place(**changes):
+        made_with = {"step": 8, "tokens": 512, "ito": (), "published": "", "text": "0123456789"} | changes
+        settings = provenance.Settings(**made_with)
+        folder = provenance.place(paths.of(tmp_path / "report"), settings)
+        folder.mkdir(exist_ok=True)
+        (folder / "report.json").write_text(json.dumps({"settings": dataclasses.asdict(settings)}))
+        return folder.name
+
+    assert place() == place() == "report"
+    assert place(tokens=1024, text="x") == place(tokens=1024, text="x") == "report-tokens_1024"
+    assert place(ito=(5, 10), step=4) == "report-step_4-ito_5_10"
+    assert place(text="abcdefghijk") == "report-text_abcdefgh"
+    assert place(published="the paper.csv") == "report-published_the_paper.csv"
+    # The same difference to another report in `report/` does not make it the same report.
+    (tmp_path / "report" / "report.json").write_text((tmp_path / "report-step_4-ito_5_10" / "report.json").read_text())
+    assert place(ito=(5, 10), step=4) == "report"
+    assert place(tokens=1024, step=4, ito=(5, 10), text="x") == "report-tokens_1024-step_4-ito_5_10"
+    for earlier in ("{", '{"step": 8, "saes": []}'):
+        (tmp_path / "report" / "report.json").write_text(earlier)
+        assert place() == "report-step_8-tokens_512"
+
+
+def test_saes_of_several_places_are_told_apart(lm):
+    D = lm.sites[SITE]
+    config = relu.Config(D, 2 * D)
+
+    def source(path, *names, run=None, of=""):
+        saes = {name: dataclasses.replace(as_sae(name, relu, identity(D), config), run=of) for name in names}
+        return measuring._Source(path, path, "", saes, run)
+
+    def names(*sources):
+        named = measuring._told_apart(sources)
+        assert all(name == sae.name for each in named for name, sae in each.saes.items())
+        return [{name: sae.stack for name, sae in each.saes.items()} for each in named]
+
+    run = object()
+    # Other names stay. One stack of another run gets its run's name as a whole.
+    found = names(source("/a/x", "gated_0", "other_0", run=run), source("/a/y", "gated_1", "mine_0", run=run))
+    assert found == [{"x/gated_0": "x/gated", "other_0": "other"}, {"y/gated_1": "y/gated", "mine_0": "mine"}]
+    # Runs of one name get as much of their paths as they need.
+    found = names(source("/a/x", "gated_0", run=run), source("/b/x", "gated_0", run=run))
+    assert found == [{"a/x/gated_0": "a/x/gated"}, {"b/x/gated_0": "b/x/gated"}]
+    # SAEs from elsewhere that lie apart are one stack where their names say so.
+    found = names(source("/a", "trainer_0"), source("/b", "trainer_1"))
+    assert found == [{"trainer_0": "trainer"}, {"trainer_1": "trainer"}]
+    with refused("", "/a", "'gated_0'"):
+        names(source("/a", "gated_0"), source("/b", "gated_0"), source("/a", "gated_0"))
+
+
+@pytest.mark.variants
+def test_runs_and_exports_in_one_report(experiment, lm_dir, tmp_path, capsys):
+    """They are measured as in their run, and one that was trained on another model is refused."""
+    stack = dataclasses.replace(experiment.stacks["gated"], width=16)
+    assert loop.train(dataclasses.replace(experiment, stacks={"gated": stack}), tmp_path / "a" / "run")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    gsae_jax.load(tmp_path / "a" / "run")["gated_0"].save(tmp_path / "exported")
+    measuring.evaluate(tmp_path / "a" / "run", tokens=256)
+    alone = json.loads((tmp_path / "a" / "run" / "report" / "report.json").read_text())
+    names = [str(tmp_path / "a" / "run"), f"{tmp_path / 'b' / 'run'}:gated", str(tmp_path / "exported")]
+    capsys.readouterr()
+    text = measuring.evaluate_saes(names, str(tmp_path / "out"), tokens=256)
+    assert text.endswith(f"report: {tmp_path / 'out' / 'report.md'}")
+    assert "warning" not in capsys.readouterr().err
+    together = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {record["name"]: record for record in together["saes"]}
+    gated = {"a/run/gated_0", "a/run/gated_1", "b/run/gated_0", "b/run/gated_1"}
+    assert found.keys() == gated | {"exported/gated_0"}
+    for record in alone["saes"]:
+        name = f"a/run/{record['name']}"
+        assert found[name]["run"] == "a/run"
+        for field in ("l0", "fvu", "ce_sae", "kl"):
+            assert found[name][field] == pytest.approx(record[field], rel=1e-5)
+            assert found[f"b/run/gated_{record['index']}"][field] == found[f"a/run/gated_{record['index']}"][field]
+    facts = together["runs"]["b/run"]
+    assert (facts["steps"], facts["batch_size"]) == (experiment.train.steps, experiment.train.batch_size)
+    assert facts["activations_trained_on"] == experiment.train.steps * experiment.train.batch_size
+    assert f"jax {jax.__version__}" in facts["trained_with"]
+    assert alone["settings"]["step"] == experiment.train.steps
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "How they were trained" in page
+    with refused("--sae", "no stack 'gatde'", "gated"):
+        measuring.evaluate_saes([f"{tmp_path / 'a' / 'run'}:gatde"], str(tmp_path / "third"))
+    before = (tmp_path / "a" / "run" / "report" / "report.json").read_bytes()
+    measuring.evaluate(tmp_path / "a" / "run", tokens=512)
+    assert (tmp_path / "a" / "run" / "report-tokens_512" / "report.json").exists()
+    assert (tmp_path / "a" / "run" / "report" / "report.json").read_bytes() == before
+    shutil.copytree(lm_dir, tmp_path / "lm")
+    retrained(tmp_path / "lm")
+    config = json.loads((tmp_path / "a" / "run" / "config.json").read_text())
+    config["lm"]["path"] = str(tmp_path / "lm")
+    (tmp_path / "a" / "run" / "config.json").write_text(json.dumps(config))
+    with refused("--sae", "another language model", "weights"):
+        measuring.evaluate_saes(names, str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
+
+
+def test_panels_are_pictures_of_their_own_on_one_scale():
+    record = {"ito": 0, "learning_rate": 0.1, "seed": 0, "variant": "gated", "width": 64}
+    points = {SITE: ((10, 0.8), (100, 0.9)), "blocks.1.hook_mlp_out": ((1, 0.5), (20, 0.7))}
+    records = [
+        record | {"site": site, "stack": "a", "name": f"a_{site}{l0}", "l0": l0, "loss_recovered": recovered}
+        for site, of_site in points.items()
+        for l0, recovered in of_site
+    ]
+    figure = plots.frontier(records)
+    assert len({(*axis.get_xlim(), *axis.get_ylim()) for axis in figure.axes}) == 1
+    pictures = plots.panels(figure)
+    assert [panel.title for panel in pictures] == sorted(points)
+    assert all(panel.svg.startswith(b"<?xml") and panel.svg.count(b'id="axes_') == 1 for panel in pictures)
+    assert pictures == plots.panels(plots.frontier(records))
+
+
+def test_a_config_changes_only_what_it_names(experiment):
+    """The rest is of the first run, or as SAEs from elsewhere say that they were trained."""
+    sae = dataclasses.replace(as_sae("a_0", relu, {}, relu.Config(8, 16)), metadata={"context_size": 16})
+    imported = measuring._Source("a", "/a", "a", {"a_0": sae})
+    run = measuring._Source("b", "/b", "b", {"a_0": sae}, experiment)
+    config = {"data": {"corpus": "text", "path": "x"}}
+    settings = measuring._settings([imported], config)
+    assert (settings.data.path, settings.data.context_length, settings.lm.path) == ("x", 16, "")
+    settings = measuring._settings([imported, run], config)
+    assert settings.data == dataclasses.replace(experiment.data, corpus="text", path="x")
+    assert (settings.lm, settings.evaluation) == (experiment.lm, experiment.evaluation)
+    with refused("data.pathh", "path"):
+        measuring._settings([run], {"data": {"pathh": "x"}})
