@@ -15,7 +15,7 @@ def raised(problem, field, *doors):
 def nested(problem, field, doors):
     if not doors:
         raise UserError(problem, field)
-    with doors.pop():  # the last is the innermost
+    with doors.pop(0):  # the first is the outermost
         nested(problem, field, doors)
 
 
