@@ -71,6 +71,7 @@ setup(
         "notebooks": ["ipywidgets", "jupyterlab", "nbclient"],
         "docs": ["mkdocs<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", "nbconvert"],
         "wandb": ["wandb>=0.31"],
+        "browser": ["playwright"],
         "test": [
             "check-jsonschema",
             "hypothesis",
