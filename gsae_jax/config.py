@@ -195,6 +195,11 @@ class Train:
     warmup_steps: int = setting(1000, "Steps in which the learning rate rises to its value.")
     decay_fraction: float = setting(0.0, "Last part of training, in which the rate falls to 0 as a cosine; 0 = none.")
     compute_dtype: Dtype = setting("float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators.")
+    step: Literal["auto", "dense", "sparse"] = setting(
+        "auto",
+        "sparse: gradients of active features only; dense: of all; auto: the faster of the two for each stack.",
+        earlier="dense",
+    )
     log_every: int = setting(50, "Steps between lines of metrics.")
     resample_steps: tuple[int, ...] = setting(
         (), "Steps after which dead features are re-initialised; () = never.", SAME

@@ -58,6 +58,11 @@ def check(config: config_lib.Experiment, mesh: Mesh | AbstractMesh) -> None:
             )
 
 
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """The kind of its devices: "cpu", "gpu" or "tpu"; an abstract mesh is of GPUs (`planning.hardware`)."""
+    return "gpu" if isinstance(mesh, AbstractMesh) else str(mesh.devices.flat[0].platform)
+
+
 def device_bytes(tree: Any) -> int:
     """What one device holds of an abstract tree of placed arrays."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -11,6 +11,7 @@ PACKAGE = Path(gsae_jax.__file__).parent
 # Higher floors may import lower ones. Wings on one floor do not know each other; `runs` puts together what wings made.
 FLOOR = {
     "errors": -1,
+    "kernels": 0,
     "batching": 0,
     "config": 0,
     "config_trees": 0,

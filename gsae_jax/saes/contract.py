@@ -11,6 +11,8 @@ A file may also define these functions, for which the functions of the same name
     frozen(config)                    names of parameters that training leaves as they are
     normal_form(params, config)       the same function by parameters that mean the same in another library
     shifted(params, shift_D)          parameters whose pre-activations are larger by shift @ encoder
+    encoder(params, config)           the weights that decide which features can be active (`features.Encoder`), or
+                                      None; with it `loss` takes `features` and may be shown the active ones only
     feature_facts(params, config)     numbers [F] that describe features, by name, in the inputs' units
     from_X(params, config)            parameters of the same function as those of the architecture X
 """
@@ -161,6 +163,7 @@ class Trainable(Architecture, Protocol):
         coefficients: Mapping[str, jax.typing.ArrayLike],
         config: Any,
         shards: Shards = WHOLE,
+        **features: Any,
     ) -> tuple[jax.Array, Statistics]:
         """The loss of a batch and its statistics, on one device of the mesh.
 
@@ -171,6 +174,8 @@ class Trainable(Architecture, Protocol):
             coefficients: `l1_coefficient`.
             config: the architecture's.
             shards: sums what each shard of the dictionary contributes.
+            features: for an architecture with `encoder`, `features=` gives the batch's features; without it the loss
+                makes them by dense products.
         """
 
 
@@ -339,6 +344,18 @@ def can_shift(architecture: Architecture) -> bool:
 def shifted(architecture: Architecture, params: Params, shift_D: jax.typing.ArrayLike) -> Params:
     """Parameters whose pre-activations are larger by shift @ encoder; the architecture must have this function."""
     return cast(Any, architecture).shifted(params, shift_D)
+
+
+def encoder(architecture: Architecture, params: Params, config: Any) -> Any:
+    """The weights that decide which features can be active (`features.Encoder`), or None."""
+    own = getattr(architecture, "encoder", None)
+    return own(params, config) if own else None
+
+
+def has_encoder(architecture: Architecture, config: Any) -> bool:
+    """Whether the architecture has `encoder`, with these options."""
+    params = jax.eval_shape(lambda: architecture.init(jax.random.key(0), config))
+    return jax.eval_shape(lambda params: encoder(architecture, params, config), params) is not None
 
 
 def feature_facts(architecture: Architecture, params: Params, config: Any) -> dict[str, jax.Array]:

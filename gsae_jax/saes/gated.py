@@ -19,6 +19,7 @@ import numpy as np
 from gsae_jax.errors import UserError
 from gsae_jax.saes import linalg
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
+from gsae_jax.saes.features import AllFeatures, Encoder, Features
 
 PARAMETERS = {
     "W_gate": Parameter(("d_in", "width"), Role.ENCODER),
@@ -127,25 +128,30 @@ def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax
     return {"r_mag": params["r_mag"], "threshold": threshold(params, config)} if config.tie_encoder else {}
 
 
+def encoder(params: dict[str, jax.Array], config: Config) -> Encoder | None:
+    """What opens gates; None where magnitudes have weights of their own, which takes a dense product."""
+    return Encoder(params["W_gate"], params["b_dec"], params["b_gate"]) if config.tie_encoder else None
+
+
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag), each [B, F]; one product with x when the encoder is tied."""
     # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
     c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
-    return _pre_activations(params, lambda W: linalg.matmul(c_BxD, W, config.dtype), config)
+    features = AllFeatures(linalg.matmul(c_BxD, params["W_gate"], config.dtype), config.dtype)
+    return _pre_activations(params, features, lambda W: linalg.matmul(c_BxD, W, config.dtype), config)
 
 
 def _pre_activations(
-    params: dict[str, jax.Array], encode_with: Callable[[jax.Array], jax.Array], config: Config
+    params: dict[str, jax.Array], features: Features, encode_with: Callable[[jax.Array], jax.Array], config: Config
 ) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag); `encode_with` computes c @ W."""
-    gate = encode_with(params["W_gate"])
     if not config.tie_encoder:
         magnitude = encode_with(params["W_mag"])
     elif config.use_r_mag:
-        magnitude = gate * jnp.exp(params["r_mag"])[None]
+        magnitude = features.pre * features.each(jnp.exp(params["r_mag"]))
     else:
-        magnitude = gate
-    return gate + params["b_gate"][None], magnitude + params["b_mag"][None]
+        magnitude = features.pre
+    return features.pre + features.each(params["b_gate"]), magnitude + features.each(params["b_mag"])
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
@@ -172,31 +178,28 @@ def loss(
     coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Config,
     shards: Shards = WHOLE,
+    features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """Equation 8, squared errors divided by D, averaged over the batch (`contract.Trainable.loss`)."""
-    x_BxD = batch.inputs
-    pi_gate, pi_mag = _pre_activations(
-        params, partial(linalg.centred_product, x_BxD, params["b_dec"], dtype=config.dtype), config
-    )
+    x_BxD, b_dec = batch.inputs, params["b_dec"]
+    encode_with = partial(linalg.centred_product, x_BxD, b_dec, dtype=config.dtype)
+    features = features or AllFeatures(encode_with(params["W_gate"]), config.dtype)
+    pi_gate, pi_mag = _pre_activations(params, features, encode_with, config)
     f_gate = jax.nn.relu(pi_gate)
     f = jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0)
-    unless_frozen = jax.lax.stop_gradient if config.freeze_aux_decoder else linalg.unchanged
+    trains_aux = not config.freeze_aux_decoder
     B = x_BxD.shape[0]
     decoded, l1, l0 = shards.sum(
         (
-            jnp.stack(
-                [
-                    linalg.matmul(f, params["W_dec"], config.dtype),
-                    linalg.matmul(f_gate, unless_frozen(params["W_dec"]), config.dtype),
-                ]
-            ),
+            features.decode((f, f_gate), params["W_dec"], (True, trains_aux)),
             f_gate.sum() / B,
             jnp.sum(f > 0, dtype=jnp.float32) / B,
         )
     )
-    x_hat, x_hat_gate = decoded[0] + params["b_dec"][None], decoded[1] + unless_frozen(params["b_dec"])[None]
+    x_hat = decoded[0] + b_dec[None]
+    x_hat_gate = decoded[1] + (b_dec if trains_aux else jax.lax.stop_gradient(b_dec))[None]
     means = linalg.error_statistics(x_BxD, x_hat)
     auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
     total = means["mse"] + coefficients["l1_coefficient"] * l1 + auxiliary
     means |= {"loss": total, "l1": l1, "auxiliary": auxiliary, "l0": l0}
-    return total, Statistics(means, (f > 0).any(0), {})
+    return total, Statistics(means, features.any(f > 0), {})

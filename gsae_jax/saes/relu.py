@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gsae_jax.saes import linalg
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
+from gsae_jax.saes.features import AllFeatures, Encoder, Features
 
 PARAMETERS = {
     "W_enc": Parameter(("d_in", "width"), Role.ENCODER),
@@ -43,6 +44,11 @@ def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict
     return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}
 
 
+def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
+    """What switches features on."""
+    return Encoder(params["W_enc"], params["b_dec"], params["b_enc"])
+
+
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
     # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
@@ -62,15 +68,16 @@ def loss(
     coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Config,
     shards: Shards = WHOLE,
+    features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus l1_coefficient * ||f||_1, averaged over the batch (`contract.Trainable.loss`)."""
     x_BxD = batch.inputs
-    pi = linalg.centred_product(x_BxD, params["b_dec"], params["W_enc"], config.dtype)
-    f = jax.nn.relu(pi + params["b_enc"][None])
+    features = features or AllFeatures.of(x_BxD, encoder(params, config), config.dtype)
+    f = jax.nn.relu(features.pre + features.each(params["b_enc"]))
     B = x_BxD.shape[0]
     decoded, l1, l0 = shards.sum(
-        (linalg.matmul(f, params["W_dec"], config.dtype), f.sum() / B, jnp.sum(f > 0, dtype=jnp.float32) / B)
+        (features.decode((f,), params["W_dec"], (True,)), f.sum() / B, jnp.sum(f > 0, dtype=jnp.float32) / B)
     )
-    means = linalg.error_statistics(x_BxD, decoded + params["b_dec"][None])
+    means = linalg.error_statistics(x_BxD, decoded[0] + params["b_dec"][None])
     total = means["mse"] + coefficients["l1_coefficient"] * l1
-    return total, Statistics(means | {"loss": total, "l1": l1, "l0": l0}, (f > 0).any(0), {})
+    return total, Statistics(means | {"loss": total, "l1": l1, "l0": l0}, features.any(f > 0), {})

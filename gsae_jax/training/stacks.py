@@ -13,7 +13,9 @@ from gsae_jax import errors
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.errors import UserError
 from gsae_jax.saes import checks, contract, parameters
-from gsae_jax.training import optimiser
+from gsae_jax.saes import features as features_lib
+from gsae_jax.saes.features import Features, Sparsity
+from gsae_jax.training import optimiser, sparsity
 
 P = PartitionSpec
 
@@ -44,16 +46,35 @@ class StackState:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """What does not change in training: a stack's name, sites, and architecture."""
+    """What does not change in training: a stack's name, sites, architecture, and how its loss is computed."""
 
     name: str
     config: config_lib.Stack
     architecture: contract.Trainable
     sae: Any
+    sparsity: Sparsity | None = None
 
     @classmethod
-    def build(cls, name: str, config: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> "Stack":
-        """`widths`: of the sites.
+    def build(
+        cls,
+        name: str,
+        config: config_lib.Stack,
+        widths: Mapping[str, int],
+        dtype: str,
+        step: str = "dense",
+        latent: int = 1,
+        platform: str = "cpu",
+    ) -> "Stack":
+        """A stack of an experiment.
+
+        Args:
+            name: the stack's.
+            config: its settings.
+            widths: of the sites.
+            dtype: of the products' operands.
+            step: `train.step`.
+            latent: shards of the dictionary.
+            platform: of the devices.
 
         Raises:
             UserError: an unknown architecture, option or combination, or an architecture that breaks the contract.
@@ -67,7 +88,9 @@ class Stack:
                     'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
                     f"options.{_that_freezes(architecture, sae)}",
                 )
-        return cls(name, config, architecture, sae)
+        return cls(
+            name, config, architecture, sae, sparsity.of_stack(step, config, architecture, sae, latent, platform)
+        )
 
     def batch(self, values: Mapping[str, Any]) -> tuple[contract.Activations, contract.Activations]:
         """What the architecture takes as inputs and as targets, of a value for each site."""
@@ -103,10 +126,14 @@ class Stack:
         step: jax.Array,
         l1_coefficient: jax.typing.ArrayLike,
         shards: contract.Shards = contract.WHOLE,
+        features: Features | None = None,
     ) -> tuple[jax.Array, contract.Statistics]:
         """The loss of one SAE (`contract.Trainable.loss`); `inputs` [B, D] of every site."""
         batch = contract.Batch(*self.batch(inputs), dead, step)
-        return self.architecture.loss(params, state, batch, {"l1_coefficient": l1_coefficient}, self.sae, shards)
+        more = {} if features is None else {"features": features}
+        return self.architecture.loss(
+            params, state, batch, {"l1_coefficient": l1_coefficient}, self.sae, shards, **more
+        )
 
     def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What gradients train, and state."""
@@ -162,23 +189,45 @@ class Stack:
         frozen = contract.frozen(self.architecture, self.sae)
         shards = contract.Shards("latent")
 
-        def loss(
+        def whole(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {name: gather(value, table[name].axis) for name, value in values.items()}
+
+        def gradients(
             part: dict[str, jax.Array], own: dict[str, jax.Array], l1_coefficient: jax.Array, dead_F: jax.Array
-        ) -> tuple[jax.Array, contract.Statistics]:
-            part = {name: jax.lax.stop_gradient(value) if name in frozen else value for name, value in part.items()}
-            params, kept = (
-                {name: gather(value, table[name].axis) for name, value in values.items()} for values in (part, own)
-            )
-            value, statistics = self.loss(params, kept, batch, lambda: gather(dead_F, 0), step, l1_coefficient, shards)
-            # The mean over `data` inside the differentiated function: its transpose sums the gradients, once, rightly
-            # weighted.
-            return jax.lax.pmean(value, "data"), statistics
+        ) -> tuple[dict[str, jax.Array], contract.Statistics]:
+            params, back = jax.vjp(whole, part)
+            kept = whole(own)
+
+            def loss(
+                params: dict[str, jax.Array], features: Features | None = None
+            ) -> tuple[jax.Array, contract.Statistics]:
+                params = {n: jax.lax.stop_gradient(value) if n in frozen else value for n, value in params.items()}
+                value, statistics = self.loss(
+                    params, kept, batch, lambda: gather(dead_F, 0), step, l1_coefficient, shards, features
+                )
+                # The mean over `data` inside the differentiated function: its transpose sums the gradients, once,
+                # rightly weighted.
+                return jax.lax.pmean(value, "data"), statistics
+
+            if self.sparsity:
+                inputs, _ = self.batch(batch)
+                grads, statistics = features_lib.gradients(
+                    loss,
+                    lambda params: contract.encoder(self.architecture, params, self.sae),
+                    params,
+                    inputs,
+                    self.sae.dtype,
+                    self.sparsity,
+                    ("data", "latent"),
+                )
+            else:
+                grads, statistics = jax.grad(loss, has_aux=True)(params)
+            return back(grads)[0], statistics
 
         # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what one
         # SAE needs in between can be used again by the next.
         trained, own = self.split(state.params)
         dead_NxF = state.steps_since_fired >= dead_after
-        gradients = jax.grad(loss, has_aux=True)
         of_each = [
             gradients(*jax.tree.map(lambda value, n=n: value[n], (trained, own, state.l1_coefficient, dead_NxF)))
             for n in range(len(self.config))

@@ -90,8 +90,10 @@ class Program:
                 for site in names:
                     check_site(site, widths, f"stacks.{name}.{field}")
         module = checkpoint.module(1 + max(map(layer_of, config.sites)), mesh)
+        latent, platform = mesh.shape["latent"], mesh_lib.platform(mesh)
         stacks = tuple(
-            Stack.build(name, stack, widths, config.train.compute_dtype) for name, stack in config.stacks.items()
+            Stack.build(name, stack, widths, config.train.compute_dtype, config.train.step, latent, platform)
+            for name, stack in config.stacks.items()
         )
         for stack in stacks if config.activations.center else ():
             if not parameters.can_center(stack.architecture):

@@ -1,0 +1,225 @@
+"""The features of a dictionary as a loss sees them: all of them, or the active ones of each token.
+
+A loss that takes pre-activations, parameters of features and decodes from an object of this file is the same function
+of both. With `ActiveFeatures` it costs as many multiplications as there are active features.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax.kernels import active
+from gsae_jax.saes import linalg
+
+
+class Encoder(NamedTuple):
+    """The weights that decide which features can be active: those with (x - b) @ W + bias > 0.
+
+    Attributes:
+        W: [D, F].
+        b: [D].
+        bias: [F].
+    """
+
+    W: jax.Array
+    b: jax.Array
+    bias: jax.Array
+
+
+class Features(Protocol):
+    """Arrays [B, _] of a loss lie over all features, or over slots for the active ones.
+
+    In a slot that stays empty `pre` and `each` are 0, and a loss must find 0 for the feature's activation and gradient.
+    """
+
+    @property
+    def pre(self) -> jax.Array:
+        """(x - b) @ W [B, _] of the encoder, without the bias."""
+
+    def each(self, value_F: jax.Array) -> jax.Array:
+        """A parameter of features as [B, _], or as [1, F] where that broadcasts."""
+
+    def decode(self, values: Sequence[jax.Array], W_FxD: jax.Array, trained: tuple[bool, ...]) -> jax.Array:
+        """values @ W [V, B, D] for V arrays of values; `trained` says of each whether it has a gradient by W."""
+
+    def any(self, on: jax.Array) -> jax.Array:
+        """[F], which features are on for a token of the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AllFeatures:
+    """`Features` by dense products, with operands in `dtype`."""
+
+    pre: jax.Array
+    dtype: str
+
+    @classmethod
+    def of(cls, x_BxD: jax.Array, encoder: Encoder, dtype: str) -> "AllFeatures":
+        """The features of a batch."""
+        return cls(linalg.centred_product(x_BxD, encoder.b, encoder.W, dtype), dtype)
+
+    def each(self, value_F: jax.Array) -> jax.Array:
+        """[1, F]."""
+        return value_F[None]
+
+    def decode(self, values: Sequence[jax.Array], W_FxD: jax.Array, trained: tuple[bool, ...]) -> jax.Array:
+        """`Features.decode`."""
+        weights = [W_FxD if has else jax.lax.stop_gradient(W_FxD) for has in trained]
+        return jnp.stack([linalg.matmul(v, W, self.dtype) for v, W in zip(values, weights, strict=True)])
+
+    def any(self, on: jax.Array) -> jax.Array:
+        """`Features.any`."""
+        return on.any(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActiveFeatures:
+    """`Features` by sums over active features (`kernels.active`).
+
+    Attributes:
+        pre: [B, K].
+        index: [B, K], the number of each feature.
+        width: the number of all features.
+        dtype: of the products' operands.
+        block: tokens of a block.
+    """
+
+    pre: jax.Array
+    index: jax.Array
+    width: int
+    dtype: str
+    block: int
+
+    def each(self, value_F: jax.Array) -> jax.Array:
+        """[B, K]."""
+        return active.varying(value_F, self.index).at[self.index].get(mode="fill", fill_value=0)
+
+    def decode(self, values: Sequence[jax.Array], W_FxD: jax.Array, trained: tuple[bool, ...]) -> jax.Array:
+        """`Features.decode`."""
+        return active.decode(
+            jnp.stack(values), self.index, active.varying(W_FxD, self.index), trained, self.dtype, self.block
+        )
+
+    def any(self, on: jax.Array) -> jax.Array:
+        """`Features.any`."""
+        start = active.varying(jnp.zeros(self.width, bool), self.index)
+        return start.at[self.index.reshape(-1)].max(on.reshape(-1), mode="drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """How a loss is computed by active features.
+
+    Attributes:
+        capacities: slots for the active features of a token, ascending. The smallest that suffices for every token of
+            a batch is used, and dense products where none does.
+        block: tokens of a block.
+    """
+
+    capacities: tuple[int, ...]
+    block: int
+
+
+def gradients(
+    loss: Callable[[Any, Features], tuple[jax.Array, Any]],
+    encoder: Callable[[Any], Encoder],
+    params: Any,
+    x_BxD: jax.Array,
+    dtype: str,
+    sparsity: Sparsity,
+    axes: tuple[str, ...] = (),
+) -> tuple[Any, Any]:
+    """(gradients, auxiliary output) of a loss: `jax.grad(loss, has_aux=True)`, by active features where they fit.
+
+    Which products are used depends on the data alone, and is the same on every device.
+
+    Args:
+        loss: of (params, features); it returns (value, auxiliary output).
+        encoder: of params.
+        params: what is differentiated.
+        x_BxD: what the features are of.
+        dtype: of the products' operands.
+        sparsity: which capacities to compile.
+        axes: of the mesh, over which the devices must agree.
+    """
+    weights = jax.lax.stop_gradient(encoder(params))
+    pre_BxF = linalg.centred_product(x_BxD, weights.b, weights.W, dtype)
+    # A pre-activation that is not a number counts as active, so that the loss shows it.
+    mask = active.pack(~(pre_BxF + weights.bias[None] <= 0))
+    most = jax.lax.pmax(mask.most, axes) if axes else mask.most
+    width = pre_BxF.shape[1]
+
+    def by_all(params: Any) -> tuple[Any, Any]:
+        def of_all(params: Any) -> tuple[jax.Array, Any]:
+            W, b, _ = active.varying(encoder(params), x_BxD, pre_BxF)
+            return loss(params, AllFeatures(_known_product(pre_BxF, x_BxD, b, W, dtype), dtype))
+
+        return jax.grad(of_all, has_aux=True)(params)
+
+    def by_active(K: int, params: Any) -> tuple[Any, Any]:
+        index = active.find(mask, K, width)
+        pre_BxK = active.take(pre_BxF, index)
+
+        def of_active(params: Any) -> tuple[jax.Array, Any]:
+            W, b, _ = active.varying(encoder(params), x_BxD, pre_BxF)
+            pre = _known_active_product(pre_BxK, index, x_BxD, b, W, dtype, sparsity.block)
+            return loss(params, ActiveFeatures(pre, index, width, dtype, sparsity.block))
+
+        return jax.grad(of_active, has_aux=True)(params)
+
+    branches = [partial(by_active, K) for K in sparsity.capacities] + [by_all]
+    return jax.lax.switch(sum((most > K).astype(jnp.int32) for K in sparsity.capacities), branches, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _known_product(pre_BxF: jax.Array, x_BxD: jax.Array, b_D: jax.Array, W_DxF: jax.Array, dtype: str) -> jax.Array:
+    """(x - b) @ W, which is known to be `pre`; its gradients are those of the product."""
+    return pre_BxF
+
+
+def _known_product_forward(pre, x, b, W, dtype):
+    return pre, (x, b, W)
+
+
+def _known_product_backward(dtype, saved, d_pre):
+    x, b, W = saved
+    _, pull = jax.vjp(lambda b, W: linalg.centred_product(x, b, W, dtype), b, W)
+    return None, None, *pull(d_pre)
+
+
+_known_product.defvjp(_known_product_forward, _known_product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _known_active_product(
+    pre_BxK: jax.Array,
+    index_BxK: jax.Array,
+    x_BxD: jax.Array,
+    b_D: jax.Array,
+    W_DxF: jax.Array,
+    dtype: str,
+    block: int,
+) -> jax.Array:
+    """The same of the active features."""
+    return pre_BxK
+
+
+def _known_active_product_forward(pre, index, x, b, W, dtype, block):
+    return pre, (index, x, b, W)
+
+
+def _known_active_product_backward(dtype, block, saved, d_pre):
+    index, x, b, W = saved
+    F = W.shape[1]
+    d_W_FxD = active.add_rows(index, d_pre[None], x[None], F, dtype, block)
+    start = active.varying(jnp.zeros(F, d_pre.dtype), index)
+    d_center_F = start.at[index.reshape(-1)].add(d_pre.reshape(-1), mode="drop")
+    d_b = -linalg.matmul(W, d_center_F, dtype)
+    return None, None, None, d_b, (d_W_FxD - d_center_F[:, None] * b[None]).T
+
+
+_known_active_product.defvjp(_known_active_product_forward, _known_active_product_backward)

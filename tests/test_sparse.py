@@ -1,0 +1,272 @@
+"""The step by active features only: its sums, its gradients, and training with it."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.data import rows as rows_lib
+from gsae_jax.kernels import active
+from gsae_jax.saes import contract, features
+from gsae_jax.saes.features import Sparsity
+from gsae_jax.training import loop, sparsity
+from gsae_jax.training.stacks import Stack
+from tests.refusals import refused
+from tests.training import Interrupting, assert_same, begin, begin_calls, metrics_without_time, params_of, with_
+
+B, D = 32, 12
+
+
+@pytest.mark.parametrize("F", [1, 31, 32, 33, 100, 1000])
+@pytest.mark.parametrize("density", [0, 0.05, 0.5, 1])
+def test_active_features_are_found(F, density):
+    on = np.random.default_rng(F).random((7, F)) < density
+    mask = active.pack(jnp.asarray(on))
+    assert mask.most == on.sum(1).max()
+    index = np.asarray(active.find(mask, int(mask.most) + 2, F))
+    for features_of_token, on_F in zip(index, on, strict=True):
+        np.testing.assert_array_equal(np.sort(features_of_token[features_of_token < F]), np.flatnonzero(on_F))
+    values = np.asarray(active.take(jnp.asarray(np.where(on, 2.0, 5.0)), jnp.asarray(index)))
+    np.testing.assert_array_equal(values, np.where(index < F, 2.0, 0.0))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("block", [1, 5, 64])
+@pytest.mark.parametrize("which", [(True,), (True, False), (True, True)])
+def test_sums_over_active_features(dtype, tolerance, block, which):
+    """Values and gradients against float64."""
+    random, F, K = np.random.default_rng(0), 40, 9
+    index = np.stack([random.permutation(F)[:K] for _ in range(B)])
+    index[:, 6:] = F
+    values, W, x = random.normal(size=(len(which), B, K)), random.normal(size=(F, D)), random.normal(size=(B, D))
+    values[:, index == F] = 0
+    d_out = random.normal(size=(len(which), B, D))
+    rows = np.concatenate([W, np.zeros((1, D))])[index]
+
+    def decode(values, W):
+        return active.decode(values, jnp.asarray(index), W, which, dtype, block)
+
+    out, pull = jax.vjp(decode, jnp.asarray(values, jnp.float32), jnp.asarray(W, jnp.float32))
+    np.testing.assert_allclose(out, np.einsum("vbk,bkd->vbd", values, rows), rtol=tolerance, atol=10 * tolerance)
+    d_values, d_W = pull(jnp.asarray(d_out, jnp.float32))
+    filled = np.where(index < F, np.einsum("vbd,bkd->vbk", d_out, rows), 0)
+    np.testing.assert_allclose(
+        jnp.where(jnp.asarray(index)[None] < F, d_values, 0), filled, rtol=tolerance, atol=10 * tolerance
+    )
+    expected = np.zeros((F + 1, D))
+    for v in np.flatnonzero(which):
+        np.add.at(expected, index, values[v][..., None] * d_out[v][:, None])
+    np.testing.assert_allclose(d_W, expected[:F], rtol=tolerance, atol=20 * tolerance)
+    sums = active.add_rows(
+        jnp.asarray(index), jnp.asarray(values[:1], jnp.float32), jnp.asarray(x[None], jnp.float32), F, dtype, block
+    )
+    expected = np.zeros((F + 1, D))
+    np.add.at(expected, index, values[0][..., None] * x[:, None])
+    np.testing.assert_allclose(sums, expected[:F], rtol=tolerance, atol=20 * tolerance)
+
+
+OPTIONS = [
+    ("gated", {}),
+    ("gated", {"use_r_mag": False}),
+    ("gated", {"freeze_aux_decoder": False}),
+    ("relu", {}),
+]
+every = pytest.mark.parametrize(("name", "options"), OPTIONS)
+
+
+def case(name, options, F, bias=-1.0, dtype="float32"):
+    """(architecture, its Config, parameters, inputs); a lower `bias` opens fewer features."""
+    architecture = contract.module_of(name)
+    config = contract.build_config(architecture, name, (D,), None, F, dtype, options)
+    params = architecture.init(jax.random.key(0), config)
+    keys = jax.random.split(jax.random.key(1), len(params))
+    params = {n: p + 0.3 * jax.random.normal(key, p.shape) for key, (n, p) in zip(keys, params.items(), strict=True)}
+    params |= {key: params[key] + bias for key in ("b_gate", "b_enc") if key in params}
+    return architecture, config, params, jax.random.normal(jax.random.key(2), (B, D)) + 0.3
+
+
+def loss_of(architecture, config, x, l1_coefficient=0.07):
+    def loss(params, features=None):
+        batch = contract.Batch(x, x, lambda: jnp.zeros(config.width, bool), jnp.int32(0))
+        more = {} if features is None else {"features": features}
+        return architecture.loss(params, {}, batch, {"l1_coefficient": l1_coefficient}, config, **more)
+
+    return loss
+
+
+def by_active(architecture, config, params, x, capacities, block=1):
+    return features.gradients(
+        loss_of(architecture, config, x),
+        lambda params: contract.encoder(architecture, params, config),
+        params,
+        x,
+        config.dtype,
+        Sparsity(capacities, block),
+    )
+
+
+def assert_equal(ours, theirs, tolerance):
+    """Gradients by norm, statistics by value."""
+    (grads, statistics), (expected, expected_statistics) = ours, theirs
+    for key, value in expected.items():
+        error = np.linalg.norm(np.asarray(grads[key], np.float64) - value)
+        assert error <= tolerance * max(np.linalg.norm(value), 1e-3), key
+    for key, value in expected_statistics.means.items():
+        np.testing.assert_allclose(statistics.means[key], value, rtol=10 * tolerance, atol=1e-6, err_msg=key)
+    np.testing.assert_array_equal(statistics.fired, expected_statistics.fired)
+
+
+@every
+@pytest.mark.parametrize(
+    ("F", "bias", "capacities"),
+    [
+        pytest.param(96, -2.0, (64,), id="some"),
+        pytest.param(33, -1.0, (1, 32), id="width that words do not divide"),
+        pytest.param(64, -1e3, (8,), id="no feature active"),
+        pytest.param(64, 1e3, (64,), id="all features active"),
+        pytest.param(1, 0.0, (1,), id="one feature"),
+    ],
+)
+@pytest.mark.parametrize("block", [1, pytest.param(8, marks=pytest.mark.variants)])
+def test_gradients_are_the_dense_ones(name, options, F, bias, capacities, block):
+    """Within 1e-6 of each other, and within 1e-5 of float64."""
+    architecture, config, params, x = case(name, options, F, bias)
+    encoder = contract.encoder(architecture, params, config)
+    most = int((np.asarray((x - encoder.b[None]) @ encoder.W + encoder.bias[None]) > 0).sum(1).max())
+    assert most <= capacities[-1]
+    ours = by_active(architecture, config, params, x, capacities, block)
+    dense = jax.grad(loss_of(architecture, config, x), has_aux=True)(params)
+    assert_equal(ours, dense, 1e-6)
+    with jax.enable_x64(True):
+        wide = dataclasses.replace(config, dtype="float64")
+        x_64 = jnp.asarray(np.asarray(x, np.float64))
+        params_64 = {key: jnp.asarray(np.asarray(value, np.float64)) for key, value in params.items()}
+        assert_equal(ours, jax.grad(loss_of(architecture, wide, x_64), has_aux=True)(params_64), 1e-5)
+
+
+@every
+def test_a_token_over_capacity_takes_the_dense_step(name, options):
+    """Bit for bit, and also where one token alone is over it."""
+    architecture, config, params, x = case(name, options, 96, -2.0)
+    x = x.at[0].multiply(4)
+    encoder = contract.encoder(architecture, params, config)
+    counts = np.sort((np.asarray((x - encoder.b[None]) @ encoder.W + encoder.bias[None]) > 0).sum(1))
+    assert counts[-1] > counts[-2]
+    dense = jax.jit(jax.grad(loss_of(architecture, config, x), has_aux=True))(params)
+    over = jax.jit(partial(by_active, architecture, config, x=x, capacities=(int(counts[-1]) - 1,)))(params)
+    jax.tree.map(np.testing.assert_array_equal, over, dense)
+
+
+@every
+def test_numbers_that_are_not_finite_show(name, options):
+    architecture, config, params, x = case(name, options, 64)
+    for key in ("W_gate", "W_enc", "W_dec"):
+        if key in params:
+            broken = params | {key: params[key].at[0, 0].set(jnp.nan)}
+            _, statistics = by_active(architecture, config, broken, x, (64,))
+            assert not jnp.isfinite(statistics.means["loss"])
+
+
+def trained_stack(how, steps, *, shape=(1, 1), name="gated", F=64, dtype="float32"):
+    """(state, statistics) of a stack of two SAEs after some steps on a mesh."""
+    config = config_lib.Stack(name, "site", F, (0.05,), (3e-3,), (0, 1), {})
+    stack = dataclasses.replace(Stack.build("a", config, {"site": D}, dtype), sparsity=how)
+    data, latent = shape
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data, latent), jax.devices()[: data * latent])
+    specs = stack.specs()
+    state = jax.jit(stack.init, out_shardings=jax.tree.map(partial(NamedSharding, mesh), specs))()
+    for key, bias in (("b_gate", -1.5), ("b_mag", -1.2), ("b_enc", -1.5)):
+        if key in state.params:
+            state.params[key] += bias
+
+    def update(state, x, step):
+        return stack.update(state, {"site": x}, step, jnp.float32(1))
+
+    everywhere = PartitionSpec()
+    step = jax.jit(
+        jax.shard_map(
+            update, mesh=mesh, in_specs=(specs, PartitionSpec("data"), everywhere), out_specs=(specs, everywhere)
+        )
+    )
+    for number in range(steps):
+        x = jax.random.normal(jax.random.key(number), (64, D)) + 0.3
+        state, statistics = step(state, x, jnp.int32(number))
+    return jax.device_get((state, statistics))
+
+
+@pytest.mark.parametrize("name", ["gated", "relu"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants), pytest.param((1, 2), marks=pytest.mark.variants)],
+)
+def test_a_mesh_trains_as_the_dense_step(name, shape):
+    dense, expected = trained_stack(None, 3, shape=shape, name=name)
+    for capacities in ((4, 16), (1,)):
+        state, statistics = trained_stack(Sparsity(capacities, 1), 3, shape=shape, name=name)
+        for key, value in dense.params.items():
+            np.testing.assert_allclose(state.params[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+        np.testing.assert_array_equal(state.steps_since_fired, dense.steps_since_fired)
+        for key, value in expected.items():
+            np.testing.assert_allclose(statistics[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_300_steps_end_within_the_noise_of_summation_order():
+    """Which is measured as what another order of the same dense sums, on two devices, comes to."""
+    (dense, _), (other_order, _) = trained_stack(None, 300), trained_stack(None, 300, shape=(2, 1))
+    sparse, _ = trained_stack(Sparsity((16, 64), 1), 300)
+    for key, value in dense.params.items():
+        noise = np.abs(other_order.params[key] - value).max()
+        assert np.abs(sparse.params[key] - value).max() <= 5 * noise + 1e-6, key
+
+
+def test_bfloat16_operands():
+    dense, expected = trained_stack(None, 3, dtype="bfloat16")
+    sparse, statistics = trained_stack(Sparsity((64,), 1), 3, dtype="bfloat16")
+    for key, value in expected.items():
+        np.testing.assert_allclose(statistics[key], value, rtol=2e-2, atol=1e-3, err_msg=key)
+    assert np.linalg.norm(sparse.params["W_dec"] - dense.params["W_dec"]) < 0.02 * np.linalg.norm(dense.params["W_dec"])
+
+
+def settings_of(step, options=None, width=2**15, latent=1, platform="cpu", name="gated"):
+    config = config_lib.Stack(name, "site", width, (0.01,), (3e-4,), (0,), options or {})
+    return Stack.build("a", config, {"site": 8}, "float32", step, latent, platform).sparsity
+
+
+def test_which_step_a_stack_gets():
+    assert settings_of("auto").capacities == sparsity.CAPACITIES
+    assert settings_of("auto", name="relu").capacities == sparsity.CAPACITIES
+    assert settings_of("dense") is None
+    assert settings_of("auto", width=1024) is None
+    assert settings_of("auto", width=1024 * 16, latent=16) is None
+    assert settings_of("auto", platform="gpu") is None
+    assert settings_of("auto", {"tie_encoder": False}) is None
+    assert settings_of("sparse", width=1024).capacities[0] < 1024
+    assert settings_of("sparse", platform="gpu").block > 1
+    with refused("train.step", "sparse", "tie_encoder=False", "dense"):
+        settings_of("sparse", {"tie_encoder": False})
+
+
+def test_a_killed_run_continues_bit_for_bit(experiment, tmp_path, monkeypatch):
+    sparse = with_(experiment, train={"step": "sparse"})
+    assert all(stack.sparsity for stack in begin(sparse)[0].stacks)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert loop.train(sparse, whole)
+    with monkeypatch.context() as patch:
+        real, after = rows_lib.batches, begin_calls(sparse) + 3
+        patch.setattr(rows_lib, "batches", lambda *args: Interrupting(real(*args), after))
+        assert not loop.train(sparse, parts)
+    assert loop.train(sparse, parts)
+    assert_same(params_of(parts), params_of(whole))
+    assert metrics_without_time(parts) == metrics_without_time(whole)
+    assert loop.train(with_(experiment, train={"step": "dense"}), tmp_path / "dense")
+    for name, params in params_of(tmp_path / "dense").items():
+        for key, value in params.items():
+            np.testing.assert_allclose(
+                params_of(whole)[name][key], value, rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}"
+            )
