@@ -61,7 +61,8 @@ def refusal(use, config, folder):
 @pytest.mark.parametrize(
     ("changes", "field", "facts"),
     [
-        ({"train__step": 3}, "train.step", ("'steps'", "steps, batch_size")),
+        ({"train__stps": 3}, "train.stps", ("'steps'", "steps, batch_size")),
+        ({"train__step": 3}, "train.step", ("3", "auto, dense, sparse")),
         ({"sed": 3}, "sed", ("'seed'",)),
         ({"train__steps": "many"}, "train.steps", ("'many'", "str", "int")),
         ({"train__steps": 1.5}, "train.steps", ("1.5", "float", "int")),
@@ -262,7 +263,7 @@ def command(*arguments):
     ("arguments", "field", "facts"),
     [
         (["--config.trin.steps=3"], "trin: ", ["'train'"]),
-        (["--config.train.step=3"], "train.step: ", ["'steps'"]),
+        (["--config.train.stps=3"], "train.stps: ", ["'steps'"]),
         (["--config.train.steps=0"], "train.steps: ", ["is 0;", "1 or more"]),
         (["--config.stacks.gated.site=nowhere"], "stacks.gated.site: ", ["'nowhere'", "known: blocks.0."]),
         (["--config.lm.path=nowhere"], "lm.path: ", ["'nowhere'", "directory"]),

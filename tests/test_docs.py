@@ -161,7 +161,7 @@ def test_commands_are_found_and_wrong_ones_noticed(monkeypatch):
         written = collections.Counter(re.findall(r"python -m gsae_jax\.(\w+) ", text_of(path)))
         assert written <= collections.Counter(module for module, _ in commands(path)), path
     run = ["--config=configs/quickstart.py", "--workdir=x"]
-    wrong = [("train", [*run, "--config.train.step=1"]), ("train", [*run, "--config.stacks.gate.width=8"])]
+    wrong = [("train", [*run, "--config.train.stps=1"]), ("train", [*run, "--config.stacks.gate.width=8"])]
     wrong += [("evaluate", ["--workdir=x", "--token=5"]), ("evaluate", ["--workdir=x", "--tokens=many"])]
     wrong += [("export", ["--workdir=x", "--out=y"]), ("convert_lm", ["one"]), ("sites", ["DIR"])]
     for module, arguments in wrong:

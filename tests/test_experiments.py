@@ -175,8 +175,8 @@ def test_a_config_of_what_differs_can_be_changed_in_every_field(returned, tmp_pa
     assert (c["width"], c["l1_coefficients"], c["options"]) == (32, (0.5,), {"tie": 0.25})
     with refused("stacks.c.width", "missing"):
         config_trees.from_dict(Experiment, given(f"--config={path}"))
-    with refused("train.step", "'steps'"):
-        given(f"--config={path}", "--config.train.step=3")
+    with refused("train.stps", "'steps'"):
+        given(f"--config={path}", "--config.train.stps=3")
 
 
 @pytest.mark.filterwarnings("ignore:the load_module.* method is deprecated:DeprecationWarning")  # of ml_collections
@@ -210,8 +210,8 @@ def test_an_experiment_in_python_is_what_differs(tmp_path):
     assert gsae_jax.experiment({"stacks": {"a": stack}}) == gsae_jax.experiment(stacks={"a": stack})
     with refused("stacks", "empty"):
         gsae_jax.experiment()
-    with refused("train.step", "'steps'"):
-        gsae_jax.experiment("quickstart", train={"step": 3})
+    with refused("train.stps", "'steps'"):
+        gsae_jax.experiment("quickstart", train={"stps": 3})
     with refused("base", "'quickstart'"):
         gsae_jax.experiment("quickstrat")
     with refused("base", "3"):
