@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--out benchmarks/results/step-NAME.json]
 
-For each shape (D site width, F features, B batch, N SAEs in a stack) one line: seconds of a step (the median of
-several), activations per second, and the share of the step that its matrix products would take at the rate of plain
+For each shape (D site width, F features, B batch, N SAEs in a stack) one line of the dense step: its seconds (the
+median of several), activations per second, and the share of it that its matrix products would take at the rate of plain
 products of the same sizes, run in turns with it. A gated SAE takes seven products of 2 B D F operations: the encoder,
 two decoders, the gradients of both decodes' features, of the decoder and of the encoder; a baseline takes five.
 """
@@ -35,21 +35,21 @@ SHAPES = {  # architecture, D, F, B, N
 }
 
 
-def build(architecture, D, F, B, N, dtype):
-    """(a stack of equal SAEs, the mesh of all devices, a batch on it)."""
+def build(architecture, D, F, B, N, dtype, step="dense"):
+    """(a stack of equal SAEs, the mesh of all devices, a batch on it); `step` as `train.step`."""
     settings = config_lib.Stack(architecture, "site", F, (1e-2,) * N, (3e-4,), tuple(range(N)), {})
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
     x = jax.device_put(jax.random.normal(jax.random.key(0), (B, D)), mesh_lib.sharding(mesh, "data"))
-    return Stack.build("benchmark", settings, {"site": D}, dtype), mesh, x
+    return Stack.build("benchmark", settings, {"site": D}, dtype, step, 1, mesh_lib.platform(mesh)), mesh, x
 
 
-def program(stack, mesh, x):
-    """(the compiled update (state, x) -> (state, statistics), the first state)."""
+def program(stack, mesh, x, rate=1.0):
+    """(the compiled update (state, x) -> (state, statistics), the first state); `rate`: factor on learning rates."""
     specs = stack.specs()
     shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), specs)
     state = jax.jit(stack.init, out_shardings=shardings)()
     update = jax.shard_map(
-        lambda state, x: stack.update(state, {"site": x}, jnp.int32(0), jnp.float32(1)),
+        lambda state, x: stack.update(state, {"site": x}, jnp.int32(0), jnp.float32(rate)),
         mesh=mesh,
         in_specs=(specs, PartitionSpec("data")),
         out_specs=(specs, PartitionSpec()),
@@ -57,9 +57,10 @@ def program(stack, mesh, x):
     return jax.jit(update, donate_argnums=0).lower(state, x).compile(), state
 
 
-def stepper(stack, mesh, x):
-    """(a function that makes one step, waiting for it; the compiler's account of its memory)."""
-    compiled, state = program(stack, mesh, x)
+def stepper(stack, mesh, x, rate=1.0, prepare=lambda state: state):
+    """(a function that makes one step from the `prepare`d state, waiting for it; the compiler's account of memory)."""
+    compiled, state = program(stack, mesh, x, rate)
+    state = prepare(state)
 
     def step():
         nonlocal state

@@ -29,10 +29,11 @@ def test_active_features_are_found(F, density):
     on = np.random.default_rng(F).random((7, F)) < density
     mask = active.pack(jnp.asarray(on))
     assert mask.most == on.sum(1).max()
-    index = np.asarray(active.find(mask, int(mask.most) + 2, F))
+    slots = active.Slots.of(mask, int(mask.most) + 2, F)
+    index = np.asarray(slots.features)
     for features_of_token, on_F in zip(index, on, strict=True):
         np.testing.assert_array_equal(np.sort(features_of_token[features_of_token < F]), np.flatnonzero(on_F))
-    values = np.asarray(active.take(jnp.asarray(np.where(on, 2.0, 5.0)), jnp.asarray(index)))
+    values = np.asarray(slots.take(jnp.asarray(np.where(on, 2.0, 5.0))))
     np.testing.assert_array_equal(values, np.where(index < F, 2.0, 0.0))
 
 
@@ -41,16 +42,19 @@ def test_active_features_are_found(F, density):
 @pytest.mark.parametrize("which", [(True,), (True, False), (True, True)])
 def test_sums_over_active_features(dtype, tolerance, block, which):
     """Values and gradients against float64."""
-    random, F, K = np.random.default_rng(0), 40, 9
-    index = np.stack([random.permutation(F)[:K] for _ in range(B)])
-    index[:, 6:] = F
+    random, F = np.random.default_rng(0), 40
+    mask = active.pack(jnp.asarray(random.random((B, F)) < np.linspace(0, 0.15, B)[:, None]))
+    K = -(-int(mask.most) // active.PARTS) * active.PARTS
+    slots = active.Slots.of(mask, K, F)
+    index = np.asarray(slots.features)
+    assert (np.diff(slots.ends) > 0).all()  # tokens of every kind
     values, W, x = random.normal(size=(len(which), B, K)), random.normal(size=(F, D)), random.normal(size=(B, D))
     values[:, index == F] = 0
     d_out = random.normal(size=(len(which), B, D))
     rows = np.concatenate([W, np.zeros((1, D))])[index]
 
     def decode(values, W):
-        return active.decode(values, jnp.asarray(index), W, which, dtype, block)
+        return active.decode(values, slots, W, which, dtype, block)
 
     out, pull = jax.vjp(decode, jnp.asarray(values, jnp.float32), jnp.asarray(W, jnp.float32))
     np.testing.assert_allclose(out, np.einsum("vbk,bkd->vbd", values, rows), rtol=tolerance, atol=10 * tolerance)
@@ -64,7 +68,7 @@ def test_sums_over_active_features(dtype, tolerance, block, which):
         np.add.at(expected, index, values[v][..., None] * d_out[v][:, None])
     np.testing.assert_allclose(d_W, expected[:F], rtol=tolerance, atol=20 * tolerance)
     sums = active.add_rows(
-        jnp.asarray(index), jnp.asarray(values[:1], jnp.float32), jnp.asarray(x[None], jnp.float32), F, dtype, block
+        slots, jnp.asarray(values[:1], jnp.float32), jnp.asarray(x[None], jnp.float32), F, dtype, block
     )
     expected = np.zeros((F + 1, D))
     np.add.at(expected, index, values[0][..., None] * x[:, None])

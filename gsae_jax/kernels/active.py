@@ -1,8 +1,7 @@
 """Products of a dictionary that visit only the active features of each token.
 
 A token of a trained SAE has 20 to 200 active features of 8,192 or more. A decode, and the gradients of encoder and
-decoder, are sums over these alone. The active features of a batch are `index` [B, K]: in each row the numbers of that
-token's features, and the number of all features F in slots that stay empty. Values in empty slots must be 0.
+decoder, are sums over these alone. The active features of a batch lie in `Slots`. Values in empty slots must be 0.
 
 Everything is plain `jax.numpy`: loops over blocks of tokens, in each of which the rows that it needs stay in a CPU's
 cache. `block` is the number of tokens of a block: 1 is best on a CPU, more on accelerators. Whether the sums over
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 BITS = 32
+PARTS = 4  # of the slots, in loops over single tokens
 
 
 class Mask(NamedTuple):
@@ -47,11 +47,37 @@ def pack(on_BxF: jax.Array) -> Mask:
     return Mask(words, jnp.cumsum(_count(words), 1))
 
 
-def find(mask: Mask, K: int, F: int) -> jax.Array:
-    """`index` [B, K] of the active features, whose k-th is found by bisection.
+class Slots(NamedTuple):
+    """Where the active features of a batch lie: in K slots for each token, of which the first are filled.
 
-    A token with more than K active features loses those beyond.
+    Attributes:
+        features: [B, K], the number of the feature in each slot; the number of all features in one that is empty.
+        order: [B], the tokens, those with fewer active features first.
+        ends: [J], how many tokens have at most j / J of their slots filled, for j from 1 to J. A loop over single
+            tokens takes no more slots of them than that.
     """
+
+    features: jax.Array
+    order: jax.Array
+    ends: jax.Array
+
+    @classmethod
+    def of(cls, mask: Mask, K: int, F: int) -> "Slots":
+        """The slots of a mask that opens at most K features of a token, of F in all."""
+        count = mask.upto[:, -1]
+        parts = PARTS if K % PARTS == 0 else 1
+        limits = jnp.arange(1, parts + 1) * (K // parts)
+        return cls(_find(mask, K, F), jnp.argsort(count), (count[:, None] <= limits[None]).sum(0))
+
+    def take(self, values_BxF: jax.Array) -> jax.Array:
+        """Values [B, K] of the active features; 0 in empty slots."""
+        F = values_BxF.shape[1]
+        picked = jnp.take_along_axis(values_BxF, jnp.minimum(self.features, F - 1), 1)
+        return jnp.where(self.features < F, picked, 0)
+
+
+def _find(mask: Mask, K: int, F: int) -> jax.Array:
+    """`Slots.features`: the k-th active feature is found by bisection, first its word and then its bit."""
     words, upto = mask
     B, W = words.shape
     rank = jnp.broadcast_to(jnp.arange(K)[None], (B, K))
@@ -74,72 +100,74 @@ def find(mask: Mask, K: int, F: int) -> jax.Array:
     return jnp.where(filled, bit.astype(jnp.int32) * W + word, F)
 
 
-def take(values_BxF: jax.Array, index_BxK: jax.Array) -> jax.Array:
-    """Values [B, K] of the active features; 0 in empty slots."""
-    F = values_BxF.shape[1]
-    picked = jnp.take_along_axis(values_BxF, jnp.minimum(index_BxK, F - 1), 1)
-    return jnp.where(index_BxK < F, picked, 0)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def decode(
-    values_VxBxK: jax.Array,
-    index_BxK: jax.Array,
-    W_FxD: jax.Array,
-    trained: tuple[bool, ...],
-    dtype: str,
-    block: int,
+    values_VxBxK: jax.Array, slots: Slots, W_FxD: jax.Array, trained: tuple[bool, ...], dtype: str, block: int
 ) -> jax.Array:
     """Sums [V, B, D] of rows of W, weighted with each of V values of the active features.
 
     Args:
         values_VxBxK: the weights.
-        index_BxK: the active features.
+        slots: the active features.
         W_FxD: a row for each feature.
         trained: for each of V whether its sum has a gradient with respect to W.
         dtype: of the products' operands.
         block: tokens of a block.
     """
-    out = _map(lambda i, v: _matmul(v, _rows(W_FxD, i, dtype), dtype), block, index_BxK, values_VxBxK.swapaxes(0, 1))
-    return out.swapaxes(0, 1)
+    V, B, _ = values_VxBxK.shape
+
+    def of_token(index_K: jax.Array, values_VxK: jax.Array) -> jax.Array:
+        return _matmul(values_VxK, _rows(W_FxD, index_K, dtype), dtype)
+
+    out = jnp.zeros((V, B, W_FxD.shape[1]), _sums(dtype))
+    return _each(slots, block, of_token, values_VxBxK, varying(out, values_VxBxK, slots.features, W_FxD))
 
 
-def _decode_forward(values, index, W, trained, dtype, block):
-    return decode(values, index, W, trained, dtype, block), (values, index, W)
+def _decode_forward(values, slots, W, trained, dtype, block):
+    return decode(values, slots, W, trained, dtype, block), (values, slots, W)
 
 
 def _decode_backward(trained, dtype, block, saved, d_out_VxBxD):
-    values, index, W = saved
-    d_values = _map(lambda i, e: _matmul(e, _rows(W, i, dtype).T, dtype), block, index, d_out_VxBxD.swapaxes(0, 1))
+    values, slots, W = saved
+
+    def of_token(index_K, d_out_VxD):
+        return _matmul(d_out_VxD, _rows(W, index_K, dtype).T, dtype)
+
+    d_values = varying(jnp.zeros(values.shape, _sums(dtype)), values, slots.features, W)
+    d_values = _each(slots, block, of_token, d_out_VxBxD, d_values)
     which = jnp.array([v for v, has in enumerate(trained) if has], jnp.int32)
-    d_W = add_rows(index, values[which], d_out_VxBxD[which], len(W), dtype, block)
-    return d_values.swapaxes(0, 1), None, d_W
+    return d_values, None, add_rows(slots, values[which], d_out_VxBxD[which], len(W), dtype, block)
 
 
 decode.defvjp(_decode_forward, _decode_backward)
 
 
-def add_rows(
-    index_BxK: jax.Array, values_VxBxK: jax.Array, rows_VxBxD: jax.Array, F: int, dtype: str, block: int
-) -> jax.Array:
+def add_rows(slots: Slots, values_VxBxK: jax.Array, rows_VxBxD: jax.Array, F: int, dtype: str, block: int) -> jax.Array:
     """Sums [F, D], over tokens and V, of a feature's value times the token's row."""
     V, B, D = rows_VxBxD.shape
-    block = _divisor(B, block)
 
-    def one(total_FxD: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        i_TxK, v_TxKxV, r_TxVxD = inputs
+    def add(total_FxD: jax.Array, index: jax.Array, values_TxKxV: jax.Array, rows_TxVxD: jax.Array) -> jax.Array:
         if V == 1:
-            update = v_TxKxV.astype(dtype).astype(jnp.float32) * r_TxVxD.astype(dtype).astype(jnp.float32)
+            update = values_TxKxV.astype(dtype).astype(_sums(dtype)) * rows_TxVxD.astype(dtype).astype(_sums(dtype))
         else:
-            update = _matmul(v_TxKxV, r_TxVxD, dtype)
-        return total_FxD.at[i_TxK.reshape(-1)].add(update.reshape(-1, D), mode="drop"), None
+            update = _matmul(values_TxKxV, rows_TxVxD, dtype)
+        return total_FxD.at[index.reshape(-1)].add(update.reshape(-1, D), mode="drop")
+
+    total = varying(jnp.zeros((F, D), _sums(dtype)), slots.features, values_VxBxK, rows_VxBxD)
+    if block == 1:
+
+        def of_token(total: jax.Array, token: jax.Array, K: int) -> jax.Array:
+            values = values_VxBxK[:, token, :K].T
+            return add(total, slots.features[token, :K], values[None], rows_VxBxD[None, :, token])
+
+        return _over_tokens(slots, of_token, total)
 
     def blocks(x: jax.Array) -> jax.Array:
-        return x.reshape(B // block, block, *x.shape[1:])
+        size = next(size for size in range(min(block, B), 0, -1) if B % size == 0)
+        return x.reshape(B // size, size, *x.shape[1:])
 
-    start = varying(jnp.zeros((F, D), _sums(dtype)), index_BxK, values_VxBxK, rows_VxBxD)
-    inputs = index_BxK, jnp.moveaxis(values_VxBxK, 0, 2), rows_VxBxD.swapaxes(0, 1)
-    return jax.lax.scan(one, start, jax.tree.map(blocks, inputs))[0]
+    inputs = slots.features, jnp.moveaxis(values_VxBxK, 0, 2), rows_VxBxD.swapaxes(0, 1)
+    return jax.lax.scan(lambda total, each: (add(total, *each), None), total, jax.tree.map(blocks, inputs))[0]
 
 
 def varying(tree: Any, *like: jax.Array) -> Any:
@@ -154,9 +182,37 @@ def varying(tree: Any, *like: jax.Array) -> Any:
     return jax.tree.map(lambda x: x | false if x.dtype == bool else x + false.astype(x.dtype), tree)
 
 
-def _map(function: Callable[..., jax.Array], block: int, index_BxK: jax.Array, values: jax.Array) -> jax.Array:
-    batch_size = block if block > 1 else None
-    return jax.lax.map(lambda inputs: function(*inputs), (index_BxK, values), batch_size=batch_size)
+def _each(
+    slots: Slots,
+    block: int,
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    values_VxBx_: jax.Array,
+    out_VxBx_: jax.Array,
+) -> jax.Array:
+    """A function of (slots [K], values [V, _]) for each token, in place of `out`."""
+    if block > 1:
+        inputs = slots.features, values_VxBx_.swapaxes(0, 1)
+        return jax.lax.map(lambda each: function(*each), inputs, batch_size=block).swapaxes(0, 1)
+    K = slots.features.shape[1]
+
+    def of_token(out: jax.Array, token: jax.Array, part: int) -> jax.Array:
+        values = values_VxBx_[:, token]
+        result = function(slots.features[token, :part], values[:, :part] if values.shape[1] == K else values)
+        return out.at[:, token, : result.shape[1]].set(result)
+
+    return _over_tokens(slots, of_token, out_VxBx_)
+
+
+def _over_tokens(slots: Slots, function: Callable[[Any, jax.Array, int], Any], carry: Any) -> Any:
+    """carry = function(carry, token, K) for every token, with K no larger than its part of the slots."""
+    parts, K = len(slots.ends), slots.features.shape[1]
+    for part in range(parts):
+        start = slots.ends[part - 1] if part else 0
+        size = K // parts * (part + 1)
+        carry = jax.lax.fori_loop(
+            start, slots.ends[part], lambda n, carry, size=size: function(carry, slots.order[n], size), carry
+        )
+    return carry
 
 
 def _rows(W_FxD: jax.Array, index: jax.Array, dtype: str) -> jax.Array:
@@ -173,7 +229,3 @@ def _sums(dtype: str) -> jnp.dtype:
 
 def _count(words: jax.Array) -> jax.Array:
     return jax.lax.population_count(words).astype(jnp.int32)
-
-
-def _divisor(number: int, most: int) -> int:
-    return next(divisor for divisor in range(min(most, number), 0, -1) if number % divisor == 0)

@@ -82,32 +82,32 @@ class ActiveFeatures:
 
     Attributes:
         pre: [B, K].
-        index: [B, K], the number of each feature.
+        slots: where they lie.
         width: the number of all features.
         dtype: of the products' operands.
         block: tokens of a block.
     """
 
     pre: jax.Array
-    index: jax.Array
+    slots: active.Slots
     width: int
     dtype: str
     block: int
 
     def each(self, value_F: jax.Array) -> jax.Array:
         """[B, K]."""
-        return active.varying(value_F, self.index).at[self.index].get(mode="fill", fill_value=0)
+        return active.varying(value_F, self.slots.features).at[self.slots.features].get(mode="fill", fill_value=0)
 
     def decode(self, values: Sequence[jax.Array], W_FxD: jax.Array, trained: tuple[bool, ...]) -> jax.Array:
         """`Features.decode`."""
         return active.decode(
-            jnp.stack(values), self.index, active.varying(W_FxD, self.index), trained, self.dtype, self.block
+            jnp.stack(values), self.slots, active.varying(W_FxD, self.slots.features), trained, self.dtype, self.block
         )
 
     def any(self, on: jax.Array) -> jax.Array:
         """`Features.any`."""
-        start = active.varying(jnp.zeros(self.width, bool), self.index)
-        return start.at[self.index.reshape(-1)].max(on.reshape(-1), mode="drop")
+        start = active.varying(jnp.zeros(self.width, bool), self.slots.features)
+        return start.at[self.slots.features.reshape(-1)].max(on.reshape(-1), mode="drop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +161,13 @@ def gradients(
         return jax.grad(of_all, has_aux=True)(params)
 
     def by_active(K: int, params: Any) -> tuple[Any, Any]:
-        index = active.find(mask, K, width)
-        pre_BxK = active.take(pre_BxF, index)
+        slots = active.Slots.of(mask, K, width)
+        pre_BxK = slots.take(pre_BxF)
 
         def of_active(params: Any) -> tuple[jax.Array, Any]:
             W, b, _ = active.varying(encoder(params), x_BxD, pre_BxF)
-            pre = _known_active_product(pre_BxK, index, x_BxD, b, W, dtype, sparsity.block)
-            return loss(params, ActiveFeatures(pre, index, width, dtype, sparsity.block))
+            pre = _known_active_product(pre_BxK, slots, x_BxD, b, W, dtype, sparsity.block)
+            return loss(params, ActiveFeatures(pre, slots, width, dtype, sparsity.block))
 
         return jax.grad(of_active, has_aux=True)(params)
 
@@ -197,7 +197,7 @@ _known_product.defvjp(_known_product_forward, _known_product_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _known_active_product(
     pre_BxK: jax.Array,
-    index_BxK: jax.Array,
+    slots: active.Slots,
     x_BxD: jax.Array,
     b_D: jax.Array,
     W_DxF: jax.Array,
@@ -208,16 +208,16 @@ def _known_active_product(
     return pre_BxK
 
 
-def _known_active_product_forward(pre, index, x, b, W, dtype, block):
-    return pre, (index, x, b, W)
+def _known_active_product_forward(pre, slots, x, b, W, dtype, block):
+    return pre, (slots, x, b, W)
 
 
 def _known_active_product_backward(dtype, block, saved, d_pre):
-    index, x, b, W = saved
+    slots, x, b, W = saved
     F = W.shape[1]
-    d_W_FxD = active.add_rows(index, d_pre[None], x[None], F, dtype, block)
-    start = active.varying(jnp.zeros(F, d_pre.dtype), index)
-    d_center_F = start.at[index.reshape(-1)].add(d_pre.reshape(-1), mode="drop")
+    d_W_FxD = active.add_rows(slots, d_pre[None], x[None], F, dtype, block)
+    start = active.varying(jnp.zeros(F, d_pre.dtype), slots.features)
+    d_center_F = start.at[slots.features.reshape(-1)].add(d_pre.reshape(-1), mode="drop")
     d_b = -linalg.matmul(W, d_center_F, dtype)
     return None, None, None, d_b, (d_W_FxD - d_center_F[:, None] * b[None]).T
 
