@@ -42,10 +42,9 @@ def test_active_features_are_found(F, density):
 @pytest.mark.parametrize("which", [(True,), (True, False), (True, True)])
 def test_sums_over_active_features(dtype, tolerance, block, which):
     """Values and gradients against float64."""
-    random, F = np.random.default_rng(0), 40
-    mask = active.pack(jnp.asarray(random.random((B, F)) < np.linspace(0, 0.15, B)[:, None]))
-    K = -(-int(mask.most) // active.PARTS) * active.PARTS
-    slots = active.Slots.of(mask, K, F)
+    random, F, K = np.random.default_rng(0), 40, D
+    rank = np.argsort(np.argsort(random.random((B, F)), 1), 1)
+    slots = active.Slots.of(active.pack(jnp.asarray(rank < np.arange(B)[:, None] % (K + 1))), K, F)
     index = np.asarray(slots.features)
     assert (np.diff(slots.ends) > 0).all()  # tokens of every kind
     values, W, x = random.normal(size=(len(which), B, K)), random.normal(size=(F, D)), random.normal(size=(B, D))

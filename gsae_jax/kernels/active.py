@@ -117,7 +117,7 @@ def decode(
     V, B, _ = values_VxBxK.shape
 
     def of_token(index_K: jax.Array, values_VxK: jax.Array) -> jax.Array:
-        return _matmul(values_VxK, _rows(W_FxD, index_K, dtype), dtype)
+        return _matmul(values_VxK[:, : len(index_K)], _rows(W_FxD, index_K, dtype), dtype)
 
     out = jnp.zeros((V, B, W_FxD.shape[1]), _sums(dtype))
     return _each(slots, block, of_token, values_VxBxK, varying(out, values_VxBxK, slots.features, W_FxD))
@@ -189,15 +189,13 @@ def _each(
     values_VxBx_: jax.Array,
     out_VxBx_: jax.Array,
 ) -> jax.Array:
-    """A function of (slots [K], values [V, _]) for each token, in place of `out`."""
+    """A function of (features [K], values [V, _]) for each token, in place of `out`."""
     if block > 1:
         inputs = slots.features, values_VxBx_.swapaxes(0, 1)
         return jax.lax.map(lambda each: function(*each), inputs, batch_size=block).swapaxes(0, 1)
-    K = slots.features.shape[1]
 
-    def of_token(out: jax.Array, token: jax.Array, part: int) -> jax.Array:
-        values = values_VxBx_[:, token]
-        result = function(slots.features[token, :part], values[:, :part] if values.shape[1] == K else values)
+    def of_token(out: jax.Array, token: jax.Array, K: int) -> jax.Array:
+        result = function(slots.features[token, :K], values_VxBx_[:, token])
         return out.at[:, token, : result.shape[1]].set(result)
 
     return _over_tokens(slots, of_token, out_VxBx_)
