@@ -147,25 +147,27 @@ def gradients(
         axes: of the mesh, over which the devices must agree.
     """
     weights = jax.lax.stop_gradient(encoder(params))
-    pre_BxF = linalg.centred_product(x_BxD, weights.b, weights.W, dtype)
+    product_BxF = linalg.matmul(x_BxD, weights.W, dtype)
+    center_F = linalg.matmul(weights.b, weights.W, dtype)
     # A pre-activation that is not a number counts as active, so that the loss shows it.
-    mask = active.pack(~(pre_BxF + weights.bias[None] <= 0))
+    mask = active.pack(~(product_BxF - center_F[None] + weights.bias[None] <= 0))
     most = jax.lax.pmax(mask.most, axes) if axes else mask.most
-    width = pre_BxF.shape[1]
+    width = len(center_F)
 
     def by_all(params: Any) -> tuple[Any, Any]:
         def of_all(params: Any) -> tuple[jax.Array, Any]:
-            W, b, _ = active.varying(encoder(params), x_BxD, pre_BxF)
-            return loss(params, AllFeatures(_known_product(pre_BxF, x_BxD, b, W, dtype), dtype))
+            W, b, _ = active.varying(encoder(params), x_BxD, product_BxF)
+            pre = _known_product(product_BxF - center_F[None], x_BxD, b, W, dtype)
+            return loss(params, AllFeatures(pre, dtype))
 
         return jax.grad(of_all, has_aux=True)(params)
 
     def by_active(K: int, params: Any) -> tuple[Any, Any]:
         slots = active.Slots.of(mask, K, width)
-        pre_BxK = slots.take(pre_BxF)
+        pre_BxK = slots.take(product_BxF) - center_F.at[slots.features].get(mode="fill", fill_value=0)
 
         def of_active(params: Any) -> tuple[jax.Array, Any]:
-            W, b, _ = active.varying(encoder(params), x_BxD, pre_BxF)
+            W, b, _ = active.varying(encoder(params), x_BxD, product_BxF)
             pre = _known_active_product(pre_BxK, slots, x_BxD, b, W, dtype, sparsity.block)
             return loss(params, ActiveFeatures(pre, slots, width, dtype, sparsity.block))
 
