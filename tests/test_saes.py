@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import re
 from functools import partial
 
 import jax
@@ -166,6 +167,28 @@ def test_folding_mean_and_scale_is_the_same_sae_in_other_units(module, mean):
         np.testing.assert_allclose(value, params[name], rtol=1e-5, atol=tolerance, err_msg=name)
     with refused("x", "[64, 13]", "12"):
         sae.encode(jnp.zeros((B, D + 1)))
+
+
+@pytest.mark.parametrize(("module", "products"), [(gated, 7), (relu, 5)])
+def test_every_product_of_a_bfloat16_step_has_bfloat16_operands(module, products):
+    """And float32 sums; the encoder's bias from the centre takes products of one row."""
+    B, D, F = 32, 8, 64
+    config = module.Config(D, F, dtype="bfloat16")
+    x = jax.random.normal(jax.random.key(1), (B, D))
+    batch = contract.Batch(x, x, lambda: jnp.zeros(F, bool), jnp.int32(0))
+
+    def loss(params):
+        return module.loss(params, {}, batch, {"l1_coefficient": 0.1}, config)[0]
+
+    params = module.init(jax.random.key(0), config)
+    lowered = jax.jit(jax.grad(loss)).lower(params).as_text()
+    dots = re.findall(r"dot_general.*: \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\) -> tensor<\S*x(\w+)>", lowered)
+    assert set(dots) == {("bf16", "bf16", "f32")}
+    assert len(dots) >= products
+    exact = jax.grad(lambda p: module.loss(p, {}, batch, {"l1_coefficient": 0.1}, module.Config(D, F))[0])(params)
+    for key, value in jax.grad(loss)(params).items():
+        assert value.dtype == jnp.float32
+        assert np.linalg.norm(value - exact[key]) <= 0.02 * np.linalg.norm(exact[key]) + 1e-6, key
 
 
 @pytest.mark.parametrize("module", [gated, relu])

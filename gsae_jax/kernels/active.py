@@ -178,7 +178,7 @@ def varying(tree: Any, *like: jax.Array) -> Any:
     """
     # A false that depends on them, as `jax.lax.pcast` would have to be told the axes that are missing.
     false = jnp.zeros((), bool)
-    for x in like:
+    for x in (x for x in like if x.size):
         false |= (x.reshape(-1)[0] != 0) & False
     return jax.tree.map(lambda x: x | false if x.dtype == bool else x + false.astype(x.dtype), tree)
 

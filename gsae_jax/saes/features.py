@@ -220,7 +220,7 @@ def _known_active_product_backward(dtype, block, saved, d_pre):
     d_W_FxD = active.add_rows(slots, d_pre[None], x[None], F, dtype, block)
     start = active.varying(jnp.zeros(F, d_pre.dtype), slots.features)
     d_center_F = start.at[slots.features.reshape(-1)].add(d_pre.reshape(-1), mode="drop")
-    d_b = -linalg.matmul(W, d_center_F, dtype)
+    d_b = -linalg.matmul(d_center_F, W.T, dtype)
     return None, None, None, d_b, (d_W_FxD - d_center_F[:, None] * b[None]).T
 
 

@@ -1,14 +1,43 @@
 """What every architecture shares: the matrix product and the initial dictionary."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax.kernels import active
+
 
 def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
-    """x @ W with operands in `dtype` and the sum in float32, or in float64 where `dtype` is."""
-    sums = jnp.promote_types(dtype, jnp.float32)
-    return jnp.matmul(x.astype(dtype), W.astype(dtype), preferred_element_type=sums)
+    """x @ W [D, F], of x [B, D] or [D]: operands in `dtype`, and the sum in float32, or in float64 where `dtype` is.
+
+    The products of its gradients have operands in `dtype` as well.
+    """
+    if jnp.finfo(dtype).bits >= 32:
+        return jnp.matmul(x.astype(dtype), W.astype(dtype), preferred_element_type=jnp.dtype(dtype))
+    if x.ndim == 1:
+        return matmul(x[None], W, dtype)[0]
+    return _narrow_matmul(active.varying(x, W), active.varying(W, x), dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_matmul(x_BxD: jax.Array, W_DxF: jax.Array, dtype: str) -> jax.Array:
+    # JAX's own derivative would multiply the float32 cotangent with float32 copies of the operands.
+    return jnp.matmul(x_BxD.astype(dtype), W_DxF.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _narrow_matmul_forward(x, W, dtype):
+    return _narrow_matmul(x, W, dtype), (x, W)
+
+
+def _narrow_matmul_backward(dtype, saved, d_out):
+    x, W = saved
+    d_x, d_W = _narrow_matmul(d_out, W.T, dtype), _narrow_matmul(x.T, d_out, dtype)
+    return d_x.astype(x.dtype), d_W.astype(W.dtype)
+
+
+_narrow_matmul.defvjp(_narrow_matmul_forward, _narrow_matmul_backward)
 
 
 def centred_product(x_BxD: jax.Array, b_D: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
