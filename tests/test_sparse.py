@@ -74,13 +74,11 @@ def test_sums_over_active_features(dtype, tolerance, block, which):
     np.testing.assert_allclose(sums, expected[:F], rtol=tolerance, atol=20 * tolerance)
 
 
-OPTIONS = [
-    ("gated", {}),
-    ("gated", {"use_r_mag": False}),
-    ("gated", {"freeze_aux_decoder": False}),
-    ("relu", {}),
-]
-every = pytest.mark.parametrize(("name", "options"), OPTIONS)
+GATED, RELU = ("gated", {}), ("relu", {})
+OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False})]
+every = pytest.mark.parametrize(
+    ("name", "options"), [GATED, RELU, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)]
+)
 
 
 def case(name, options, F, bias=-1.0, dtype="float32"):
