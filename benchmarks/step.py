@@ -43,23 +43,28 @@ def build(architecture, D, F, B, N, dtype, step="dense"):
     return Stack.build("benchmark", settings, {"site": D}, dtype, step, 1, mesh_lib.platform(mesh)), mesh, x
 
 
-def program(stack, mesh, x, rate=1.0):
-    """(the compiled update (state, x) -> (state, statistics), the first state); `rate`: factor on learning rates."""
+def program(stack, mesh, x, rate=1.0, updates=1):
+    """(the compiled updates (state, x) -> (state, statistics), the first state); `rate`: factor on learning rates."""
     specs = stack.specs()
     shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), specs)
     state = jax.jit(stack.init, out_shardings=shardings)()
-    update = jax.shard_map(
-        lambda state, x: stack.update(state, {"site": x}, jnp.int32(0), jnp.float32(rate)),
-        mesh=mesh,
-        in_specs=(specs, PartitionSpec("data")),
-        out_specs=(specs, PartitionSpec()),
+
+    def on_device(state, x):
+        def update(state, number):
+            return stack.update(state, {"site": x}, number, jnp.float32(rate))
+
+        state, statistics = jax.lax.scan(update, stack.transpose(state), jnp.arange(updates))
+        return stack.transpose(state), statistics
+
+    mapped = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(specs, PartitionSpec("data")), out_specs=(specs, PartitionSpec())
     )
-    return jax.jit(update, donate_argnums=0).lower(state, x).compile(), state
+    return jax.jit(mapped, donate_argnums=0).lower(state, x).compile(), state
 
 
-def stepper(stack, mesh, x, rate=1.0, prepare=lambda state: state):
-    """(a function that makes one step from the `prepare`d state, waiting for it; the compiler's account of memory)."""
-    compiled, state = program(stack, mesh, x, rate)
+def stepper(stack, mesh, x, rate=1.0, updates=1, prepare=lambda state: state):
+    """(a function that makes `updates` from the `prepare`d state, waiting for them; the account of memory)."""
+    compiled, state = program(stack, mesh, x, rate, updates)
     state = prepare(state)
 
     def step():

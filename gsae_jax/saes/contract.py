@@ -12,7 +12,8 @@ A file may also define these functions, for which the functions of the same name
     normal_form(params, config)       the same function by parameters that mean the same in another library
     shifted(params, shift_D)          parameters whose pre-activations are larger by shift @ encoder
     encoder(params, config)           the weights that decide which features can be active (`features.Encoder`), or
-                                      None; with it `loss` takes `features` and may be shown the active ones only
+                                      None; with it `loss` takes `features`, may be shown the active ones only, and
+                                      is a mean over tokens, as its statistics are
     feature_facts(params, config)     numbers [F] that describe features, by name, in the inputs' units
     from_X(params, config)            parameters of the same function as those of the architecture X
 """

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from gsae_jax.kernels import active
 from gsae_jax.saes import linalg
+from gsae_jax.saes.contract import Statistics
+
+DENSE_PARTS = 4  # of a batch, where the sparse step takes dense products
 
 
 class Encoder(NamedTuple):
@@ -125,51 +128,64 @@ class Sparsity:
 
 
 def gradients(
-    loss: Callable[[Any, Features], tuple[jax.Array, Any]],
+    loss: Callable[[Any, Any, Features], tuple[jax.Array, Statistics]],
     encoder: Callable[[Any], Encoder],
     params: Any,
+    batch: Any,
     x_BxD: jax.Array,
     dtype: str,
     sparsity: Sparsity,
     axes: tuple[str, ...] = (),
-) -> tuple[Any, Any]:
-    """(gradients, auxiliary output) of a loss: `jax.grad(loss, has_aux=True)`, by active features where they fit.
+) -> tuple[Any, Statistics]:
+    """(gradients, statistics) of a loss: `jax.grad(loss, has_aux=True)`, by active features where they fit.
 
     Which products are used depends on the data alone, and is the same on every device.
 
     Args:
-        loss: of (params, features); it returns (value, auxiliary output).
+        loss: of (params, batch, features); the value and the statistics must be means over tokens.
         encoder: of params.
         params: what is differentiated.
+        batch: arrays [B, ...].
         x_BxD: what the features are of.
         dtype: of the products' operands.
         sparsity: which capacities to compile.
         axes: of the mesh, over which the devices must agree.
     """
     weights = jax.lax.stop_gradient(encoder(params))
-    product_BxF = linalg.matmul(x_BxD, weights.W, dtype)
-    center_F = linalg.matmul(weights.b, weights.W, dtype)
+    pre_BxF = linalg.matmul(x_BxD - weights.b[None], weights.W, dtype)
     # A pre-activation that is not a number counts as active, so that the loss shows it.
-    mask = active.pack(~(product_BxF - center_F[None] + weights.bias[None] <= 0))
+    mask = active.pack(~(pre_BxF + weights.bias[None] <= 0))
     most = jax.lax.pmax(mask.most, axes) if axes else mask.most
-    width = len(center_F)
+    B, width = pre_BxF.shape
 
-    def by_all(params: Any) -> tuple[Any, Any]:
-        def of_all(params: Any) -> tuple[jax.Array, Any]:
-            W, b, _ = active.varying(encoder(params), x_BxD, product_BxF)
-            pre = _known_product(product_BxF - center_F[None], x_BxD, b, W, dtype)
-            return loss(params, AllFeatures(pre, dtype))
+    def by_all(params: Any) -> tuple[Any, Statistics]:
+        # In parts, so that what the gradient keeps [B, F] is not larger than what the sparse step needs.
+        parts = next(parts for parts in range(DENSE_PARTS, 0, -1) if B % parts == 0)
 
-        return jax.grad(of_all, has_aux=True)(params)
+        def add_part(total: Any, inputs: Any) -> tuple[Any, Statistics]:
+            batch, x_BxD, pre_BxF = inputs
 
-    def by_active(K: int, params: Any) -> tuple[Any, Any]:
+            def of_part(params: Any) -> tuple[jax.Array, Statistics]:
+                W, b, _ = active.varying(encoder(params), x_BxD, pre_BxF)
+                return loss(params, batch, AllFeatures(_known_product(pre_BxF, x_BxD, b, W, dtype), dtype))
+
+            grads, statistics = jax.grad(of_part, has_aux=True)(params)
+            return jax.tree.map(lambda total, grad: total + grad / parts, total, grads), statistics
+
+        total = jax.tree.map(lambda value: active.varying(jnp.zeros_like(value), value), params)
+        split = jax.tree.map(lambda x: x.reshape(parts, B // parts, *x.shape[1:]), (batch, x_BxD, pre_BxF))
+        grads, (means, fired, state) = jax.lax.scan(add_part, total, split)
+        mean = partial(jax.tree.map, lambda x: x.mean(0))
+        return grads, Statistics(mean(means), fired.any(0), mean(state))
+
+    def by_active(K: int, params: Any) -> tuple[Any, Statistics]:
         slots = active.Slots.of(mask, K, width)
-        pre_BxK = slots.take(product_BxF) - center_F.at[slots.features].get(mode="fill", fill_value=0)
+        pre_BxK = slots.take(pre_BxF)
 
-        def of_active(params: Any) -> tuple[jax.Array, Any]:
-            W, b, _ = active.varying(encoder(params), x_BxD, product_BxF)
+        def of_active(params: Any) -> tuple[jax.Array, Statistics]:
+            W, b, _ = active.varying(encoder(params), x_BxD, pre_BxF)
             pre = _known_active_product(pre_BxK, slots, x_BxD, b, W, dtype, sparsity.block)
-            return loss(params, ActiveFeatures(pre, slots, width, dtype, sparsity.block))
+            return loss(params, batch, ActiveFeatures(pre, slots, width, dtype, sparsity.block))
 
         return jax.grad(of_active, has_aux=True)(params)
 

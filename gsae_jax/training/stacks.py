@@ -160,6 +160,21 @@ class Stack:
             skipped_in_row=everywhere,
         )
 
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Parameters [D, F] that the sparse step trains as [F, D], as it reads and adds rows of features."""
+        table = self.architecture.PARAMETERS if self.sparsity else {}
+        return frozenset(name for name, parameter in table.items() if parameter.axis == 1 and parameter.trained)
+
+    def transpose(self, state: StackState) -> StackState:
+        """The state in the layout of `update`, or back from it."""
+
+        def swapped(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {name: value.swapaxes(1, 2) if name in self.transposed else value for name, value in values.items()}
+
+        moments = state.second_moments._replace(nu=swapped(state.second_moments.nu))
+        return dataclasses.replace(state, params=swapped(state.params), second_moments=moments)
+
     def update(
         self,
         state: StackState,
@@ -178,7 +193,7 @@ class Stack:
         gradients back to the parts.
 
         Args:
-            state: of the stack.
+            state: of the stack, as `transpose` gives it.
             batch: inputs [B, D] of every site, of this shard of the data.
             step: updates so far.
             rate: the schedule's factor on learning rates.
@@ -190,7 +205,13 @@ class Stack:
         shards = contract.Shards("latent")
 
         def whole(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return {name: gather(value, table[name].axis) for name, value in values.items()}
+            return {
+                name: gather(value, 0 if name in self.transposed else table[name].axis)
+                for name, value in values.items()
+            }
+
+        def as_declared(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {name: value.T if name in self.transposed else value for name, value in params.items()}
 
         def gradients(
             part: dict[str, jax.Array], own: dict[str, jax.Array], l1_coefficient: jax.Array, dead_F: jax.Array
@@ -199,9 +220,12 @@ class Stack:
             kept = whole(own)
 
             def loss(
-                params: dict[str, jax.Array], features: Features | None = None
+                params: dict[str, jax.Array], batch: dict[str, jax.Array], features: Features | None = None
             ) -> tuple[jax.Array, contract.Statistics]:
-                params = {n: jax.lax.stop_gradient(value) if n in frozen else value for n, value in params.items()}
+                params = {
+                    name: jax.lax.stop_gradient(value) if name in frozen else value
+                    for name, value in as_declared(params).items()
+                }
                 value, statistics = self.loss(
                     params, kept, batch, lambda: gather(dead_F, 0), step, l1_coefficient, shards, features
                 )
@@ -213,15 +237,16 @@ class Stack:
                 inputs, _ = self.batch(batch)
                 grads, statistics = features_lib.gradients(
                     loss,
-                    lambda params: contract.encoder(self.architecture, params, self.sae),
+                    lambda params: contract.encoder(self.architecture, as_declared(params), self.sae),
                     params,
+                    batch,
                     inputs,
                     self.sae.dtype,
                     self.sparsity,
                     ("data", "latent"),
                 )
             else:
-                grads, statistics = jax.grad(loss, has_aux=True)(params)
+                grads, statistics = jax.grad(loss, has_aux=True)(params, batch)
             return back(grads)[0], statistics
 
         # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what one

@@ -258,7 +258,9 @@ class Program:
                 }
 
             inputs = (jax.tree.map(arrange, fresh), arrange(valid), slots_UxB, jnp.arange(updates))
+            stacks = {stack.name: stack.transpose(stacks[stack.name]) for stack in self.stacks}
             (stacks, store), metrics = jax.lax.scan(one_update, (stacks, store), inputs)
+            stacks = {stack.name: stack.transpose(stacks[stack.name]) for stack in self.stacks}
             for name, of_stack in metrics.items():
                 made = of_stack.pop("updates").sum(0)
                 # An SAE that made no update has no mean. NaN says so; 0 would be the best loss of all.
