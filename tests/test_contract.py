@@ -3,6 +3,7 @@
 Each file of `saes/` is tested with its default options, and with each switch the other way.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -487,6 +488,29 @@ def test_an_architecture_that_breaks_the_contract(old, new, facts, own_file):
     stack = config_trees.convert(config_lib.Stack, Case.make("relu").stack(architecture="topk.py"))
     with refused("stacks.a.architecture", str(own_file), *facts):
         Stack.build("a", stack, {"blocks.0.hook_mlp_out": 32}, "float32")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "facts"),
+    [
+        pytest.param(
+            "f = encode(params, batch.inputs, config)",
+            "f = encode(params, batch.inputs, config); f = jnp.where(f >= jnp.sort(f, 1)[:, -4:-3], f, 0)",
+            ("l0 is", "instead of 4"),
+            id="top-k",
+        ),
+        pytest.param("shards.sum(", "(", ("l0 is",), id="no sum"),
+        pytest.param("", "", (), id="right"),
+    ],
+)
+def test_a_loss_that_is_another_one_on_shards(old, new, facts, own_file):
+    own_file.write_text(own_file.read_text().replace(old, new))
+    plugins.reread()
+    stack = config_trees.convert(config_lib.Stack, Case.make("relu").stack(architecture="topk.py"))
+    sites = {"blocks.0.hook_mlp_out": 32}
+    Stack.build("a", stack, sites, "float32", latent=1)
+    with refused("mesh.latent", str(own_file), *facts) if facts else contextlib.nullcontext():
+        Stack.build("a", stack, sites, "float32", latent=4)
 
 
 def test_modules_that_are_not_there():

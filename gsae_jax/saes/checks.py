@@ -1,5 +1,7 @@
-"""Checks that an architecture keeps the contract. Its functions are traced, not run."""
+"""Checks that an architecture keeps the contract."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +13,12 @@ from gsae_jax.errors import UserError
 from gsae_jax.saes import contract, parameters
 
 BATCH = 16  # tokens in the batch that is traced
+WIDTH = 256  # features of the dictionary that is run in shards
 MEANS = ("loss", "mse", "l0", "x_hat_sq", "x_hat_dot_x")  # of Statistics.means
 
 
 def check(architecture: contract.Trainable, config: Any) -> None:
-    """Compare the shapes of what an architecture returns with the contract.
+    """Compare the shapes of what an architecture returns with the contract; its functions are traced, not run.
 
     Raises:
         UserError: a function that fails, or returns something else; with the file and the function.
@@ -89,6 +92,65 @@ def check(architecture: contract.Trainable, config: Any) -> None:
         compare(f"means[{name!r}] of Statistics", mean, _array())
     compare("fired of Statistics", fired, _array(config.width))
     compare("state of Statistics", after, state)
+
+
+def check_shards(architecture: contract.Trainable, config: Any, shards: int) -> None:
+    """Compare the loss of shards of a small dictionary with that of the whole; both are run.
+
+    Raises:
+        UserError: they differ, as where the loss compares features with each other, or adds them up by itself.
+    """
+    small = _small(config, shards)
+    params = architecture.init(jax.random.key(0), small)
+    keys = jax.random.split(jax.random.key(1), len(params))
+    params = {
+        name: value + 0.1 * jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, params.items(), strict=True)
+    }
+    inputs, targets = (
+        jax.tree.map(lambda array: jax.random.normal(jax.random.key(2), array.shape), _activations(sizes))
+        for sizes in (small.d_in, getattr(small, "d_out", small.d_in))
+    )
+
+    def loss(params: contract.Params, shards: contract.Shards, width: int) -> tuple[Any, jax.Array]:
+        batch = contract.Batch(inputs, targets, lambda: jnp.zeros(width, bool), jnp.int32(0))
+        parts = parameters.split(architecture, params)
+        _, statistics = architecture.loss(*parts, batch, {"l1_coefficient": 0.1}, small, shards)
+        return dict(statistics.means), statistics.fired
+
+    axes = {name: architecture.PARAMETERS[name].axis for name in params}
+    split = {
+        name: value if (axis := axes[name]) is None else jnp.stack(jnp.split(value, shards, axis))
+        for name, value in params.items()
+    }
+    on_shard = functools.partial(loss, shards=contract.Shards("latent"), width=small.width // shards)
+    in_axes = ({name: None if axis is None else 0 for name, axis in axes.items()},)
+    means, fired = jax.vmap(on_shard, in_axes, axis_name="latent")(split)
+    whole, whole_fired = loss(params, contract.WHOLE, small.width)
+    names = sorted(whole, key=lambda name: name != "l0")  # which says most
+    pairs = [(name, whole[name], mean) for name in names for mean in means[name]]
+    pairs.append(("the number of features that fired", whole_fired.sum(), fired.sum()))
+    for name, value, mean in pairs:
+        if not jnp.allclose(mean, value, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise UserError(
+                f"is {shards}, but the loss of {plugins.source(architecture)} is another one on {shards} parts of a "
+                f"dictionary: {name} is {mean:.4g} instead of {value:.4g}. Add up features by shards.sum; a loss that "
+                "compares features, such as top-k, needs mesh.latent=1",
+                "mesh.latent",
+            )
+
+
+def _small(config: Any, shards: int) -> Any:
+    """The same options on few inputs and, if the options allow it, few features."""
+    sizes: dict[str, Any] = {"dtype": "float32"}
+    for name in ("d_in", "d_out"):
+        if hasattr(config, name):
+            value = getattr(config, name)
+            sizes[name] = (BATCH,) * len(value) if isinstance(value, tuple) else BATCH
+    try:
+        return dataclasses.replace(config, **sizes, width=shards * -(-min(config.width, WIDTH) // shards))
+    except UserError:
+        return dataclasses.replace(config, **sizes)
 
 
 def _array(*shape: int) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gsae_jax import config as config_lib
-from gsae_jax import errors
+from gsae_jax import errors, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.errors import UserError
 from gsae_jax.saes import checks, contract, parameters
@@ -88,9 +88,10 @@ class Stack:
                     'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
                     f"options.{_that_freezes(architecture, sae)}",
                 )
-        return cls(
-            name, config, architecture, sae, sparsity.of_stack(step, config, architecture, sae, latent, platform)
-        )
+        if latent > 1 and plugins.is_own(config.architecture):
+            checks.check_shards(architecture, sae, latent)
+        how = sparsity.of_stack(step, config, architecture, sae, latent, platform)
+        return cls(name, config, architecture, sae, how)
 
     def batch(self, values: Mapping[str, Any]) -> tuple[contract.Activations, contract.Activations]:
         """What the architecture takes as inputs and as targets, of a value for each site."""
