@@ -278,18 +278,19 @@ def _source(name: str, mesh: jax.sharding.Mesh) -> _Source:
 
 
 def _told_apart(sources: Sequence[_Source]) -> list[_Source]:
-    """The sources with labels. Where SAEs or stacks of two sources are called alike, the label precedes their names.
+    """The sources with labels. If SAEs or stacks of two sources are called alike, labels precede the names of all SAEs.
 
     Raises:
         UserError: two SAEs of one path are called alike.
     """
     labels = _labels({source.path for source in sources})
-    by_name, by_stack = defaultdict(set), defaultdict(set)
+    by_name, by_stack, places = defaultdict(set), defaultdict(set), defaultdict(set)
     for number, source in enumerate(sources):
         for name, sae in source.saes.items():
             by_name[name].add(number)
             # SAEs from elsewhere that do not name their run are a stack if their names say so, wherever they lie.
             by_stack[sae.stack].add(sae.run if source.run is None else source.path)
+            places[sae.stack].add(source.path)
     alike = {
         (source.path, sae.stack)
         for source in sources
@@ -301,8 +302,11 @@ def _told_apart(sources: Sequence[_Source]) -> list[_Source]:
     for source in sources:
         label, saes = labels[source.path], {}
         for name, sae in source.saes.items():
-            if (source.path, sae.stack) in alike:
-                sae = dataclasses.replace(sae, name=f"{label}/{name}", stack=f"{label}/{sae.stack or name}")
+            if alike:
+                # A stack that lies in several places and is one all the same would fall apart.
+                is_apart = (source.path, sae.stack) in alike or len(places[sae.stack]) == 1
+                stack = f"{label}/{sae.stack or name}" if is_apart else sae.stack
+                sae = dataclasses.replace(sae, name=f"{label}/{name}", stack=stack)
             if source.run is not None:
                 sae = dataclasses.replace(sae, run=label)
             if sae.name in seen:
@@ -513,11 +517,11 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
         if wanted.set_aside and (kept := wanted.set_aside()):
             logger.info(f"the earlier report is kept in {kept}")
         try:
-            report.write(folder, known.step, records, sums, list(known.training), gates, wanted.points, about)
+            found = report.write(folder, known.step, records, sums, list(known.training), gates, wanted.points, about)
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"
             ) from error
-    for note in report.notes(records):
-        logger.warning(note)
+        for note in found:
+            logger.warning(note)
     return f"{report.table(records)}\n\nreport: {folder / 'report.md'}"

@@ -14,8 +14,11 @@ from gsae_jax.saes import trained
 
 SITE = "blocks.0.hook_mlp_out"
 
-
+# What sums have that a test does not look at.
 UNUSED = ["predictions", "kl", "squared_error", "variance", "x_hat_sq", "x_hat_dot_x", "cosine", "l1", "gate_only"]
+UNUSED += ["squared_error_all", "variance_all", "x_hat_sq_all", "x_hat_dot_x_all", "typical"]
+UNUSED += ["x_sq", "c_hat_sq", "c_hat_dot_c"]
+UNUSED += ["tokens", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean"]
 
 
 def as_sae(name, module, params, config, site=SITE):

@@ -57,6 +57,15 @@ def test_the_report_is_readable_on_a_screen_and_on_a_phone(browser, report):
             scrolls = table.evaluate("box => box.scrollWidth > box.clientWidth")
             assert not scrolls or viewport is PHONE or table.locator("th").count() > 10
 
+        # Definitions are a touch away, below the tables of the sites.
+        meanings = page.locator("details")
+        assert meanings.count() == 1
+        assert not meanings.locator("dl").is_visible()
+        meanings.locator("summary").click()
+        assert meanings.locator("dl").is_visible()
+        assert meanings.bounding_box()["y"] > wide.first.bounding_box()["y"]
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
         figures = page.locator("img")
         assert figures.count() >= 4
         for figure in figures.all():

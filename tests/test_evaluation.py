@@ -18,14 +18,6 @@ from tests.measuring import SITE, UNUSED, as_sae, batches, identity, on_mesh, re
 from tests.refusals import refused
 from tests.test_lms import checkpoint
 
-UNUSED += ["squared_error_all", "variance_all", "x_hat_sq_all", "x_hat_dot_x_all", "typical"]
-
-
-UNUSED += ["x_sq", "c_hat_sq", "c_hat_dot_c"]
-
-
-UNUSED += ["tokens", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean"]
-
 
 @pytest.mark.parametrize("mesh", [None, pytest.param((8, 1), marks=pytest.mark.variants), (2, 4)])
 def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import measuring
-from gsae_jax.evaluation import frontiers, measure, plots, provenance, report
+from gsae_jax.evaluation import frontiers, measure, plots, provenance, report, tables
 from gsae_jax.saes import gated, relu, trained
 from gsae_jax.storage import paths
 from gsae_jax.training import loop
@@ -64,6 +64,68 @@ def test_l0_at_equal_loss_recovered():
     add("relu", 1e-2, 0, 0.1, (0.1, 0.2))
     assert frontiers.ratios(records, sums) == found
     assert np.isnan(frontiers.log_l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
+
+
+def compared(first, second, rows=None):
+    """Records and sums of a gated SAE's frontier of one run, and of a baseline's of another."""
+    records, sums = [], {}
+    ones = np.full(50, 1.0) if rows is None else rows
+    for run, variant in ((first, "gated"), (second, "relu")):
+        for index, recovered in enumerate((0.79, 0.96)):
+            name = f"{run}/{variant}_{index}"
+            ce = {
+                "ce_clean": 0 * ones,
+                "ce_zero": 1 + 0 * ones,
+                "ce_mean": 1 + 0 * ones,
+                "ce_sae": (1 - recovered) * ones,
+            }
+            sums[name] = dict.fromkeys(UNUSED, 1 + 0 * ones) | ce
+            sums[name] |= {"tokens": 1 + 0 * ones, "l0": np.exp(5 * recovered) * (1 + 0 * ones), "fired": np.ones(3)}
+            config = {"gated": gated, "relu": relu}[variant].Config(8, 64)
+            stack = f"{run}/{variant}"
+            sae = trained.SAE(name, variant, config, SITE, {}, 0.1, 1e-3, 0, run=run, stack=stack, index=index)
+            records.extend(report.rows("small", {name: sae}, {name: sums[name]}))
+    return records, sums
+
+
+def test_a_comparison_of_runs_with_different_training_is_noted(tmp_path):
+    records, sums = compared("long", "short")
+
+    def notes(folder, **steps):
+        runs = {run: {"steps": n, "activations_trained_on": 10 * n} for run, n in steps.items()}
+        said = report.write(tmp_path / folder, None, records, sums, [], {}, about=report.About(runs=runs))
+        assert json.loads((tmp_path / folder / "report.json").read_text())["notes"] == said
+        assert all(note in (tmp_path / folder / "report.md").read_text() for note in said)
+        return said
+
+    (note,) = notes("different", long=2400, short=800, unused=1)
+    for fact in ("long: 2,400 steps", "short: 800 steps", "L0 at equal loss recovered"):
+        assert fact in note
+    assert "unused" not in note
+    assert notes("equal", long=800, short=800, unused=1) == []
+    assert notes("unknown", long=800) == []
+    records, sums = compared("long", "long")
+    assert notes("one", long=800, short=80) == []
+
+
+def test_an_interval_that_is_unknown_is_explained(tmp_path):
+    """Rows differ so much that in some of the bootstrap's samples a frontier does not reach the level."""
+    records, sums = compared("a", "a", np.linspace(0, 2, 50))
+    assert all(np.isnan(ratio["low"]) for ratio in frontiers.ratios(records, sums) if ratio["level"] == 0.8)
+    report.write(tmp_path / "report", None, records, sums, [], {})
+    found = {r["level"]: r["low"] for r in json.loads((tmp_path / "report" / "report.json").read_text())["l0_ratios"]}
+    assert found[0.8] is None
+    assert found[0.9] is not None
+    table, below = (
+        (tmp_path / "report" / "report.md").read_text().split("## L0 at equal loss recovered")[1].split("L0: ")
+    )
+    assert "| unknown |" in table
+    assert "unknown" in below
+
+
+def test_fractions_are_shown_in_per_cent():
+    known = {"held_out": 0.0576, "too_short_for_a_row": 0.0006, "decay_fraction": 0.2}
+    assert [row[1] for row in tables.facts({"run": known}).rows] == ["5.8%", "0.1%", "0.2"]
 
 
 def test_saes_that_came_together_are_told_apart(tmp_path):
@@ -264,15 +326,25 @@ def test_saes_of_several_places_are_told_apart(lm):
         return [{name: sae.stack for name, sae in each.saes.items()} for each in named]
 
     run = object()
-    # Other names stay. One stack of another run gets its run's name as a whole.
-    found = names(source("/a/x", "gated_0", "other_0", run=run), source("/a/y", "gated_1", "mine_0", run=run))
-    assert found == [{"x/gated_0": "x/gated", "other_0": "other"}, {"y/gated_1": "y/gated", "mine_0": "mine"}]
+    found = names(source("/a/x", "gated_0", run=run), source("/a/y", "mine_0", run=run))
+    assert found == [{"gated_0": "gated"}, {"mine_0": "mine"}]
+    # All names say their run or folder as soon as two stacks are called alike.
+    found = names(
+        source("/a/x", "gated_0", "relu_0", run=run), source("/a/y", "gated_1", "mine_0", run=run), source("/b", "z_0")
+    )
+    assert found == [
+        {"x/gated_0": "x/gated", "x/relu_0": "x/relu"},
+        {"y/gated_1": "y/gated", "y/mine_0": "y/mine"},
+        {"b/z_0": "b/z"},
+    ]
     # Runs of one name get as much of their paths as they need.
     found = names(source("/a/x", "gated_0", run=run), source("/b/x", "gated_0", run=run))
     assert found == [{"a/x/gated_0": "a/x/gated"}, {"b/x/gated_0": "b/x/gated"}]
     # SAEs from elsewhere that lie apart are one stack where their names say so.
     found = names(source("/a", "trainer_0"), source("/b", "trainer_1"))
     assert found == [{"trainer_0": "trainer"}, {"trainer_1": "trainer"}]
+    found = names(source("/a", "trainer_0", "z_0"), source("/b", "trainer_1", "z_0"))
+    assert found == [{"a/trainer_0": "trainer", "a/z_0": "a/z"}, {"b/trainer_1": "trainer", "b/z_0": "b/z"}]
     with refused("", "/a", "'gated_0'"):
         names(source("/a", "gated_0"), source("/b", "gated_0"), source("/a", "gated_0"))
 

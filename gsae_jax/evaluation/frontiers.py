@@ -59,17 +59,18 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
     Returns:
         For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates, `ratio` of the
         geometric means over seeds, `low` and `high` (95% bootstrap over the rows of text, the same rows for all SAEs;
-        NaN where a frontier passes the level on some rows only), and how many `seeds` each has.
+        NaN where a frontier passes the level on some rows only), how many `seeds` each has, and the `runs` of both.
     """
     frontiers: dict[tuple[str, str], dict[float, dict[int, list[str]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
-    points, about = {}, {}
+    points, about, run_of = {}, {}, {}
     measured = [r for r in records if math.isfinite(r["loss_recovered"]) and math.isfinite(r["l0"]) and not r["ito"]]
     for (site, stack), members in stacks(measured).items():
         about[site, stack] = {"stack": stack, "variant": members[0]["variant"], "width": members[0]["width"]}
         for record in members:
             frontiers[site, stack][record["learning_rate"]][record["seed"]].append(record["name"])
+            run_of[record["name"]] = identity(record)[0]
             rows = {name: value for name, value in sums[record["name"]].items() if name != "fired"}
             again = metrics.resampled(rows)
             points[record["name"]] = {
@@ -128,6 +129,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
                     "low": low,
                     "high": high,
                     "seeds": [len(side) for side in sides],
+                    "runs": sorted({run_of[name] for side in sides for names in side for name in names}),
                 }
             )
     return compared

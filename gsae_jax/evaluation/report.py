@@ -104,7 +104,7 @@ def write(
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]] = (),
     about: About = NOTHING,
-) -> None:
+) -> list[str]:
     """Write the report; an earlier one is replaced when the new one is whole.
 
     Args:
@@ -115,10 +115,13 @@ def write(
         gates_of: of `gates`.
         published: points to draw beside ours.
         about: how they were measured and trained.
+
+    Returns:
+        What `notes` says.
     """
     # report.json, which says that a run is finished, comes last.
     with writing.whole_folder(folder, last="report.json") as scratch:
-        _write_files(scratch, step, records, sums, training, gates_of, published, about)
+        return _write_files(scratch, step, records, sums, training, gates_of, published, about)
 
 
 def _write_files(
@@ -130,10 +133,11 @@ def _write_files(
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]],
     about: About,
-) -> None:
+) -> list[str]:
     ratios = frontiers.ratios(records, sums)
+    found = notes(records, ratios, about.runs)
     head = {"step": step, "settings": about.settings, "measured": about.measured, "runs": about.runs}
-    (folder / "report.json").write_text(_json(head | {"notes": notes(records)}, saes=records, l0_ratios=ratios))
+    (folder / "report.json").write_text(_json(head | {"notes": found}, saes=records, l0_ratios=ratios))
     tables.write_csv(folder / "frontier.csv", records)
     encoders = [record for record in records if not record["ito"]]
     densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
@@ -151,6 +155,7 @@ def _write_files(
     pictures = {name: plots.panels(figure) for name, figure in figures.items()}
     for page, text in pages(records, ratios, pictures, about).items():
         (folder / page).write_text(text, "utf-8")
+    return found
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
@@ -181,8 +186,18 @@ def read_published(path: str) -> list[dict[str, Any]]:
         raise UserError(f"{path} has a cell that is no number: {error}", "--published") from error
 
 
-def notes(records: list[dict[str, Any]]) -> list[str]:
-    """A sentence for each thing that is wrong with the records of `rows` or of a report; readers need them first."""
+def notes(
+    records: list[dict[str, Any]],
+    ratios: Sequence[Mapping[str, Any]] = (),
+    runs: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> list[str]:
+    """A sentence for each thing that is wrong; readers need them first.
+
+    Args:
+        records: of `rows` or of a report.
+        ratios: of `frontiers.ratios`.
+        runs: as in `About`.
+    """
     encoders = [record for record in records if not record["ito"]]
     sentences = []
     for site in sorted({record["site"] for record in encoders}):
@@ -192,7 +207,7 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
         measured = [record for record in here if math.isfinite(record["ce_sae"])]
         if measured and not any(math.isfinite(record["loss_recovered"]) for record in measured):
             sentences.append(
-                f"At {site} loss recovered has no meaning and is left blank: activations of zero do not certainly "
+                f"At {site} loss recovered has no meaning and is left blank: activations of zero do not clearly "
                 f"raise the language model's loss (CE zero {r['ce_zero']:.3f}, CE clean {r['ce_clean']:.3f} nats). "
                 "Check that the language model was trained on text of this kind, and that rows are longer than 2 "
                 "tokens."
@@ -218,8 +233,8 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
         (diverged, "reconstructions that are not finite: training diverged. Metrics without a value are left blank"),
         (
             [r for r in sound if r["fvu"] > 1],
-            "an FVU above 1, which is worse than the mean activation as the reconstruction. Training diverged, or this "
-            "is another site or language model than that of training",
+            "an FVU above 1, which is worse than the mean activation as the reconstruction. Training diverged or "
+            "had too few steps, or this is another site or language model than that of training",
         ),
         ([r for r in sound if r["l0"] == 0], "an L0 of 0: no feature fires. Lower the l1 coefficient or learning rate"),
     ):
@@ -236,7 +251,24 @@ def notes(records: list[dict[str, Any]]) -> list[str]:
         for r in sound
         if tables.has_target(r) and abs(r["l0"] - r["target_l0"]) > MISSED * r["target_l0"]
     ]
-    return sentences
+    return sentences + _unequal_training(ratios, runs)
+
+
+def _unequal_training(ratios: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence if the table of `ratios` compares SAEs of runs with different numbers of steps or activations."""
+    compared = sorted({label for ratio in ratios for label in ratio["runs"]})
+    # Files of SAEs from elsewhere do not say how long they were trained.
+    known = {label: runs[label] for label in compared if "steps" in runs.get(label, {})}
+    if len({(about["steps"], about["activations_trained_on"]) for about in known.values()}) < 2:
+        return []
+    each = "; ".join(
+        f"{label}: {tables.fact(about['steps'])} steps, {tables.fact(about['activations_trained_on'])} activations"
+        for label, about in known.items()
+    )
+    return [
+        f"The table “L0 at equal loss recovered” compares SAEs of runs with different training ({each}). Differences "
+        "in that table can come from the training, not from the architecture. Compare runs of equal training."
+    ]
 
 
 def _names(records: list[dict[str, Any]]) -> str:
@@ -283,6 +315,7 @@ def pages(
         if name in pictures
     }
     values = contents(records) | {
+        "notes": notes(records, ratios, about.runs),
         "ratios": tables.ratios(ratios),
         "figures": figures,
         "measured": tables.facts({"": about.measured}),

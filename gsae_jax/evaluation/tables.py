@@ -41,6 +41,7 @@ COLUMNS = {
     "name": "name",
 }
 WITH_INTERVAL = ("l0", "loss_recovered", "gamma")
+FRACTIONS = ("held_out", "too_short_for_a_row")  # facts of `provenance` that are shown in per cent, as the log does
 
 
 class Table(NamedTuple):
@@ -108,19 +109,25 @@ def facts(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each fact of `provenance`, a column for each of the things that the facts are of."""
     names = list(dict.fromkeys(name for of_one in columns.values() for name in of_one))
     rows = [
-        [name[:1].upper() + name[1:].replace("_", " "), *(_fact(of_one.get(name)) for of_one in columns.values())]
+        [
+            name[:1].upper() + name[1:].replace("_", " "),
+            *(fact(of_one.get(name), name in FRACTIONS) for of_one in columns.values()),
+        ]
         for name in names
     ]
     return Table(["", *columns], rows)
 
 
-def _fact(value: Any) -> str:
+def fact(value: Any, is_fraction: bool = False) -> str:
+    """The text of a value of `provenance`, in per cent if it is a fraction."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(_fact, value)) or "none"
+        return ", ".join(map(fact, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or value == "":
         return "–"
+    if is_fraction:
+        return f"{value:.1%}"
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
