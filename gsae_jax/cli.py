@@ -17,7 +17,7 @@ from ml_collections.config_flags import config_flags
 
 from gsae_jax import config_trees, errors, experiments, processes
 from gsae_jax.config import Experiment
-from gsae_jax.errors import TrainingError, UserError, known_names
+from gsae_jax.errors import TrainingError, UserError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 
@@ -77,7 +77,8 @@ class _ConfigParser(config_flags.ConfigFileFlagParser):
                 stated = stated[name]
                 known = list(group.keys()) if hasattr(group, "keys") else []
                 if name not in known:
-                    how = known_names(name, known) if known else "set it in the config file"
+                    cls = self._cls if depth == 1 else None
+                    how = config_trees.known_fields(name, known, cls) if known else "set it in the config file"
                     raise UserError(f"is not a field of the config; {how}", ".".join(path.split(".")[:depth]))
                 group = group[name]
         return config

@@ -266,6 +266,17 @@ def test_what_a_config_file_and_the_command_line_state(returned, tmp_path):
     assert cli.stated(config, values) == {"lm": {"path": "x"}, "evaluation": {"tokens": 7}}
 
 
+def test_a_misspelled_field_of_a_stack_is_refused_at_once():
+    """But an option is not, nor what may be one of a user's own architecture, whose file is not run for it."""
+    site = "blocks.0.hook_mlp_out"
+    for name, field in (("learning_rate", "learning_rates"), ("l1_coefficient", "l1_coefficients"), ("seed", "seeds")):
+        for architecture in ("gated", "relu"):
+            with refused(name, f"did you mean {field}?"):
+                gsae_jax.stack_config(architecture, site, 64, 0.1, **{name: 1})
+    assert gsae_jax.stack_config("gated", site, 64, 0.1, use_r_mag=False).options.use_r_mag is False
+    assert gsae_jax.stack_config("nowhere/own.py", site, 64, 0.1, seed=1).options.seed == 1
+
+
 def test_stacks_are_replaced_and_left_out():
     changed = gsae_jax.experiment("quickstart", stacks={"gated": None, "baseline": {"width": 512}})
     assert {name: stack.width for name, stack in changed.stacks.items()} == {"baseline": 512}

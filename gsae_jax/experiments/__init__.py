@@ -73,8 +73,15 @@ def stack_config(
             loops. The config then lists the numbers of every SAE. `target_l0` goes with `l1_coefficients`.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`; every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
+
+    Raises:
+        UserError: a name that is no field and no option, and that is spelled like a field.
     """
     config = _defaults(config_lib.Stack)
+    for name in settings:
+        near = config_trees.nearest(name, config)
+        if name not in config and near and name not in _options(architecture, otherwise=settings):
+            raise UserError(f"is not a setting of a stack; did you mean {near}? known: {', '.join(config)}", name)
     given = {"architecture": architecture, "site": site, "width": width, "l1_coefficients": l1_coefficients}
     for name, value in (given | settings).items():
         if name not in config:
@@ -84,6 +91,14 @@ def stack_config(
         else:
             config[name] = value
     return ConfigDict(config | _combinations(config) if grid else config)
+
+
+def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
+    """The options of an architecture of the package; of a user's own, whose file is not run here, `otherwise`."""
+    if plugins.is_own(architecture):
+        return otherwise
+    module = plugins.known("saes", having="PARAMETERS").get(architecture)
+    return [field.name for field in dataclasses.fields(module.Config)] if module else []
 
 
 def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
