@@ -115,26 +115,24 @@ def known_fields(name: str, known: Iterable[str], cls: Any = None) -> str:
     `cls`: the dataclass that was meant to have it; its groups are searched, too.
     """
     known = list(known)
-    below = _paths_below(cls) if cls else []
-    near: Any = [path for path in below if path.rpartition(".")[2] == name]
-    near = near or nearest(name, known)
-    if not near and (field := nearest(name, [path.rpartition(".")[2] for path in below])):
-        near = [path for path in below if path.rpartition(".")[2] == field]
-    if not near:
+    below = fields_below(cls) if cls else {}
+    field = nearest(name, known)
+    meant = below.get(name) or ([field] if field else below.get(nearest(name, below) or "", []))
+    if not meant:
         return known_names(name, known)
-    meant = [near] if isinstance(near, str) else near
     return f"did you mean {' or '.join(map(repr, meant))}? known: {', '.join(known)}"
 
 
-def _paths_below(cls: Any) -> list[str]:
-    """The fields of a dataclass' groups, as `train.steps`, and as `stacks.NAME.width`."""
-    paths = []
+def fields_below(cls: Any) -> dict[str, list[str]]:
+    """By the name of a field, where a dataclass' groups have it: as `train.steps`, or as `stacks.NAME.width`."""
+    paths: dict[str, list[str]] = {}
     for field in dataclasses.fields(cls):
         several = typing.get_origin(field.type) is dict
         group = typing.get_args(field.type)[1] if several else field.type
         if isinstance(group, type) and dataclasses.is_dataclass(group):
             prefix = f"{field.name}.NAME" if several else field.name
-            paths += [f"{prefix}.{below.name}" for below in dataclasses.fields(group)]
+            for below in dataclasses.fields(group):
+                paths.setdefault(below.name, []).append(f"{prefix}.{below.name}")
     return paths
 
 

@@ -276,7 +276,7 @@ def command(*arguments):
         (["--config.train.steps=0"], "train.steps: ", ["is 0;", "1 or more"]),
         (["--config.stacks.gated.site=nowhere"], "stacks.gated.site: ", ["'nowhere'", "known: blocks.0."]),
         (["--config.lm.path=nowhere"], "lm.path: ", ["'nowhere'", "directory"]),
-        (["--config=configs/quickstrt.py"], "--config: ", ["cannot be read", "configs/quickstrt.py"]),
+        (["--config=configs/quickstrt.py"], "--config: ", ["configs/quickstrt.py does not exist", "--config quickst"]),
         (["steps=3"], "", ["'steps=3'", "--name=value"]),
     ],
 )

@@ -76,6 +76,32 @@ def test_an_experiment_is_given_by_name_or_path(form, tmp_path, monkeypatch):
             config(name)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module.* method is deprecated:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize(
+    ("arguments", "field", "facts"),
+    [
+        (["--config.stacks.gated.width=1e3"], "stacks.gated.width", ["'1e3'", "int", "write 1000"]),
+        (["--config.train.steps=many"], "train.steps", ["'many'", "int", "an integer"]),
+        (["--config.train.decay_fraction=x"], "train.decay_fraction", ["'x'", "float"]),
+        (["--config.data.prepend_bos=maybe"], "data.prepend_bos", ["'maybe'", "True or False"]),
+        (["--config.steps=5"], "steps", ["'train.steps'"]),
+        (["--config.data.sep=x"], "data.sep", ["'separator'"]),
+        (["--steps", "5"], "command line", ["'steps'", "--config.train.steps=5"]),
+        (["--seed=5"], "command line", ["--config.seed=5"]),
+        (["--nothing=5"], "command line", ["'nothing'"]),
+        (["--config=nofile.py"], "--config", ["nofile.py does not exist"]),
+        (["--config=configs/none/quickstart.py"], "--config", ["does not exist", "`--config quickstart`"]),
+        ([], "--workdir", ["is missing", "--workdir=DIRECTORY"]),
+    ],
+)
+def test_what_the_command_line_cannot_have(arguments, field, facts):
+    values, argv = flags.FlagValues(), ["train", "--config=quickstart", *arguments]
+    cli.define_config(values, argv)
+    flags.DEFINE_string("workdir", None, "Directory.", flag_values=values, required=True)
+    with refused(field, *facts):
+        cli.parse(argv + ["--workdir=x"] * bool(arguments), values)
+
+
 @pytest.mark.parametrize("experiment", [pythia_2_8b, gemma_7b])
 def test_the_papers_sites_can_be_chosen(experiment):
     for layer in experiment.LAYERS:

@@ -9,6 +9,7 @@ import itertools
 import os
 import typing
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
@@ -147,8 +148,12 @@ def completed(config: Any, cls: Any, wanted: Collection[str] = ()) -> Any:
     return config
 
 
-def located(given: str) -> str:
+def located(given: str, flag: str = "") -> str:
     """The path of a config file that was given as a path or by name, both with `:ARGUMENT` or without.
+
+    Args:
+        given: what the user wrote.
+        flag: what stands before a name that an error suggests.
 
     Raises:
         UserError: neither a file nor the name of an experiment.
@@ -160,7 +165,13 @@ def located(given: str) -> str:
     if name and os.sep not in name and not name.endswith(".py") and not os.path.exists(name):
         what = f"{name!r} is not the name of an experiment; {known_names(name, experiments)}"
         raise UserError(f"{what}; or write the path of a file, such as my_experiment.py")
-    return os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
+    path = os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
+    if not os.path.exists(path.partition(":")[0]):
+        near = config_trees.nearest(Path(name).stem, experiments)
+        near = Path(name).stem if Path(name).stem in experiments else near
+        hint = f"did you mean `{flag}{near}`, an experiment of the package?" if near else "write the path of one"
+        raise UserError(f"the file {name} does not exist; {hint}")
+    return path
 
 
 def _defaults(cls: Any) -> dict[str, Any]:
