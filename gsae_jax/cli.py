@@ -1,5 +1,7 @@
 """What every command shares: a config flag, and errors as one sentence with exit code 2."""
 
+import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -17,7 +19,7 @@ from ml_collections.config_flags import config_flags
 
 from gsae_jax import config_trees, errors, experiments, processes
 from gsae_jax.config import Experiment
-from gsae_jax.errors import TrainingError, UserError, known_names
+from gsae_jax.errors import TrainingError, UserError
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 
@@ -56,19 +58,19 @@ class _ConfigParser(config_flags.ConfigFileFlagParser):
 
     def __init__(self, argv: list[str], cls: Any):
         super().__init__("config")
-        self._cls = cls
+        self.cls = cls
         self.stated: dict[str, Any] = {}  # the names of the fields that the file or the command line states
         self._overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.-]+)", arg))]
 
     def parse(self, argument: str) -> Any:
         """The config of the file, which has every field that the command line may change."""
         with errors.about("--config"):
-            path = experiments.located(argument)
+            path = experiments.located(argument, "--config ")
         config = super().parse(path)
         if config is None:
             raise UserError(f"get_config() of {argument} returns nothing; end it with `return config`", "--config")
         self.stated = _names(config) or {}
-        config = experiments.completed(config, self._cls, self._overrides)
+        config = experiments.completed(config, self.cls, self._overrides)
         for path in self._overrides:
             group, stated = config, self.stated
             for depth, name in enumerate(path.split("."), 1):
@@ -77,7 +79,8 @@ class _ConfigParser(config_flags.ConfigFileFlagParser):
                 stated = stated[name]
                 known = list(group.keys()) if hasattr(group, "keys") else []
                 if name not in known:
-                    how = known_names(name, known) if known else "set it in the config file"
+                    cls = self.cls if depth == 1 else None
+                    how = config_trees.known_fields(name, known, cls) if known else "set it in the config file"
                     raise UserError(f"is not a field of the config; {how}", ".".join(path.split(".")[:depth]))
                 group = group[name]
         return config
@@ -104,8 +107,44 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
     """
     try:
         return flag_values(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{error}{_meant(error.flagname, argv, flag_values)}", "command line") from error
+    except flags.IllegalFlagValueError as error:
+        raise _unusable(error, flag_values) from error
     except Exception as error:
         raise _refusal(error) from error
+
+
+def _meant(name: str, argv: list[str], flag_values: flags.FlagValues) -> str:
+    """What to write for a flag that does not exist, if it has the name of a setting."""
+    parser: Any = flag_values["config"].parser if "config" in flag_values else None
+    if not isinstance(parser, _ConfigParser):
+        return ""
+    paths = [name] * (name in {field.name for field in dataclasses.fields(parser.cls)})
+    paths += config_trees.fields_below(parser.cls).get(name, [])
+    line = " ".join(argv)
+    value = match[1] if (match := re.search(rf"--?{re.escape(name)}[= ]([^\s-]\S*)", line)) else "VALUE"
+    return f"; write {' or '.join(f'--config.{path}={value}' for path in paths)}" if paths else ""
+
+
+def _unusable(error: flags.IllegalFlagValueError, flag_values: flags.FlagValues) -> UserError:
+    """A value that is not of its flag's type, or that is missing, in one sentence."""
+    match = re.match(r"flag --([\w.-]+)=(.*?): ", str(error), re.DOTALL)
+    if not match or match[1] not in flag_values:
+        return _refusal(error)
+    name, value = match.groups()
+    if "must have a value other than None" in str(error):
+        what = {"workdir": "DIRECTORY", "out": "FOLDER"}.get(name, name.upper())
+        return UserError(f"is missing; write --{name}={what}", f"--{name}")
+    kind = flag_values[name].flag_type()
+    wanted = {"int": "an integer such as 1000", "float": "a number such as 0.001", "bool": "True or False"}.get(kind)
+    if wanted is None:
+        return _refusal(error)
+    if kind == "int":
+        with contextlib.suppress(ValueError, OverflowError):
+            wanted = f"{int(float(value))}" if float(value).is_integer() else wanted
+    field = name.removeprefix("config.") if name.startswith("config.") else f"--{name}"
+    return UserError(f"is {value!r}, which is no value of type {kind}; write {wanted}", field)
 
 
 def given(config: Any) -> Any:

@@ -168,9 +168,10 @@ class Stack(Sites):
                     field,
                 )
         _seed("seeds", *self.seeds)
-        for field in ("l1_coefficients", "learning_rates"):
-            if min(getattr(self, field)) < 0:
-                raise UserError(f"has a negative value: {getattr(self, field)}; write numbers >= 0", field)
+        if min(self.l1_coefficients) < 0:
+            raise UserError(f"has a negative value: {self.l1_coefficients}; write numbers >= 0", "l1_coefficients")
+        if min(self.learning_rates) <= 0:
+            raise UserError(f"is {self.learning_rates}; write numbers above 0", "learning_rates")
         if self.target_l0 and (min(self.target_l0) <= 0 or max(self.target_l0) >= self.width):
             raise UserError(
                 f"is {self.target_l0}; write active features per token, above 0 and below the width",
@@ -193,20 +194,23 @@ class Train:
     steps: int = setting(10_000, "SAE updates.")
     batch_size: int = setting(4096, "Activations in one SAE update, on all devices together.")
     warmup_steps: int = setting(1000, "Steps in which the learning rate rises to its value.")
-    decay_fraction: float = setting(0.0, "Last part of training, in which the rate falls to 0 as a cosine; 0 = none.")
+    decay_fraction: float = setting(
+        0.0,
+        "Fraction of the steps, at the end of training, in which the learning rate falls to 0 as a cosine; 0 = none.",
+    )
     compute_dtype: Dtype = setting("float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators.")
     step: Literal["auto", "dense", "sparse"] = setting(
         "auto",
         "sparse: gradients of active features only; dense: of all; auto: the faster of the two for each stack.",
         earlier="dense",
     )
-    log_every: int = setting(50, "Steps between lines of metrics.")
+    log_every: int = setting(50, "Steps between lines of metrics, rounded to the updates of one forward pass.")
     resample_steps: tuple[int, ...] = setting(
         (), "Steps after which dead features are re-initialised; () = never.", SAME
     )
     resample_warmup_steps: int = setting(1000, "Steps in which the learning rate then rises from a tenth.", SAME)
     dead_after: int = setting(1000, "A feature is dead if it has not fired for so many steps.", SAME)
-    max_skipped: int = setting(100, "Updates in a row that an SAE may skip, as not finite, before training ends.", SAME)
+    max_skipped: int = setting(100, "Training stops after so many non-finite updates of one SAE in a row.", SAME)
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after", "max_skipped"):

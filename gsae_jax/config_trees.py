@@ -1,10 +1,11 @@
 """Configs as nested dicts: from what a user wrote or a run recorded to the dataclasses of `config.py`, and back."""
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from gsae_jax import errors
@@ -12,6 +13,8 @@ from gsae_jax.config import FLOAT32, Experiment, HeldOut
 from gsae_jax.errors import UserError, known_names
 
 T = typing.TypeVar("T")
+
+SYNONYMS = {"model": "lm", "lr": "learning_rates", "lambda": "l1_coefficients", "sparsity": "l1_coefficients"}
 
 
 class _WrongTypeError(UserError):
@@ -97,6 +100,42 @@ def check_text(text: str) -> None:
         raise UserError(f"is {text!r}, which has a character that no path or text can have; write it anew")
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant by another: a synonym, one that is spelled alike, or one that begins so."""
+    names = [known for known in names if known != name]
+    if SYNONYMS.get(name) in names:
+        return SYNONYMS[name]
+    alike = difflib.get_close_matches(name, names, n=1) or [known for known in names if known.startswith(name)]
+    return alike[0] if alike and len(name) > 1 else None
+
+
+def known_fields(name: str, known: Iterable[str], cls: Any = None) -> str:
+    """`did you mean 'x'? known: x, y, z` for the name of a field that does not exist.
+
+    `cls`: the dataclass that was meant to have it; its groups are searched, too.
+    """
+    known = list(known)
+    below = fields_below(cls) if cls else {}
+    field = nearest(name, known)
+    meant = below.get(name) or ([field] if field else below.get(nearest(name, below) or "", []))
+    if not meant:
+        return known_names(name, known)
+    return f"did you mean {' or '.join(map(repr, meant))}? known: {', '.join(known)}"
+
+
+def fields_below(cls: Any) -> dict[str, list[str]]:
+    """By the name of a field, where a dataclass' groups have it: as `train.steps`, or as `stacks.NAME.width`."""
+    paths: dict[str, list[str]] = {}
+    for field in dataclasses.fields(cls):
+        several = typing.get_origin(field.type) is dict
+        group = typing.get_args(field.type)[1] if several else field.type
+        if isinstance(group, type) and dataclasses.is_dataclass(group):
+            prefix = f"{field.name}.NAME" if several else field.name
+            for below in dataclasses.fields(group):
+                paths.setdefault(below.name, []).append(f"{prefix}.{below.name}")
+    return paths
+
+
 def _fields(cls: Any, tree: Any, recorded: bool = False) -> dict[str, Any]:
     """The values of all fields of a dataclass, from a tree that may lack some."""
     known = {field.name: field for field in dataclasses.fields(cls)}
@@ -104,7 +143,7 @@ def _fields(cls: Any, tree: Any, recorded: bool = False) -> dict[str, Any]:
         raise UserError(f"is {tree!r}; write a group with the fields {', '.join(known)}")
     for name in tree:
         if name not in known:
-            raise UserError(f"is not a field; {known_names(str(name), known)}", str(name))
+            raise UserError(f"is not a field; {known_fields(str(name), known, cls)}", str(name))
     values = {}
     for name, field in known.items():
         if name in tree:

@@ -44,6 +44,13 @@ def run(config: Any, path: epath.PathLike) -> int:
             f"train.dead_after is {config.train.dead_after:,}, more than the {config.train.steps:,} steps of this run: "
             "no feature will count as dead in the metrics; lower it to count them"
         )
+    trained_on = config.train.steps * config.train.batch_size
+    if config.activations.buffer_size > trained_on:
+        logger.warning(
+            f"activations.buffer_size is {config.activations.buffer_size:,}, more than the {trained_on:,} activations "
+            "that this run trains on (train.steps x train.batch_size), and the buffer is filled first; lower "
+            "activations.buffer_size"
+        )
     starts = sae_loading.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED
@@ -59,8 +66,19 @@ def main() -> int:
     except KeyboardInterrupt as interruption:  # outside of the loop, which has a handler of its own
         if jax.distributed.is_initialized():  # the other processes have to hear of it
             raise
-        logger.info(f"{interruption}: the same command continues from what is saved")
+        if _is_saved(WORKDIR.value):
+            logger.info(f"{interruption}: the same command continues from what is saved")
+        else:
+            logger.info(f"{interruption}: nothing is saved yet; the same command begins again")
         return INTERRUPTED
+
+
+def _is_saved(path: epath.PathLike) -> bool:
+    """Whether the run has a checkpoint; also where its directory cannot be read, as this must not hide the end."""
+    try:
+        return run_directory.Workdir(path).latest_step() is not None
+    except Exception:
+        return True
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

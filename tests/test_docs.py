@@ -75,7 +75,7 @@ def test_too_little_held_out_text_is_said_as_the_guide_has_it(experiment, capsys
     assert not capsys.readouterr().err
     measured = sum(batch.size for batch in rows.held_out(experiment, tokenizer, 10**6))
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: evaluation.tokens: 1,000,000 are asked for, but")
+    assert warning.startswith("warning: evaluation.tokens: you asked for 1,000,000 tokens.")
     assert f" {measured:,} " in warning
 
 

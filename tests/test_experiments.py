@@ -76,6 +76,32 @@ def test_an_experiment_is_given_by_name_or_path(form, tmp_path, monkeypatch):
             config(name)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module.* method is deprecated:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize(
+    ("arguments", "field", "facts"),
+    [
+        (["--config.stacks.gated.width=1e3"], "stacks.gated.width", ["'1e3'", "int", "write 1000"]),
+        (["--config.train.steps=many"], "train.steps", ["'many'", "int", "an integer"]),
+        (["--config.train.decay_fraction=x"], "train.decay_fraction", ["'x'", "float"]),
+        (["--config.data.prepend_bos=maybe"], "data.prepend_bos", ["'maybe'", "True or False"]),
+        (["--config.steps=5"], "steps", ["'train.steps'"]),
+        (["--config.data.sep=x"], "data.sep", ["'separator'"]),
+        (["--steps", "5"], "command line", ["'steps'", "--config.train.steps=5"]),
+        (["--seed=5"], "command line", ["--config.seed=5"]),
+        (["--nothing=5"], "command line", ["'nothing'"]),
+        (["--config=nofile.py"], "--config", ["nofile.py does not exist"]),
+        (["--config=configs/none/quickstart.py"], "--config", ["does not exist", "`--config quickstart`"]),
+        ([], "--workdir", ["is missing", "--workdir=DIRECTORY"]),
+    ],
+)
+def test_what_the_command_line_cannot_have(arguments, field, facts):
+    values, argv = flags.FlagValues(), ["train", "--config=quickstart", *arguments]
+    cli.define_config(values, argv)
+    flags.DEFINE_string("workdir", None, "Directory.", flag_values=values, required=True)
+    with refused(field, *facts):
+        cli.parse(argv + ["--workdir=x"] * bool(arguments), values)
+
+
 @pytest.mark.parametrize("experiment", [pythia_2_8b, gemma_7b])
 def test_the_papers_sites_can_be_chosen(experiment):
     for layer in experiment.LAYERS:
@@ -264,6 +290,17 @@ def test_what_a_config_file_and_the_command_line_state(returned, tmp_path):
     config = cli.define_config(values, argv)
     cli.parse(argv, values)
     assert cli.stated(config, values) == {"lm": {"path": "x"}, "evaluation": {"tokens": 7}}
+
+
+def test_a_misspelled_field_of_a_stack_is_refused_at_once():
+    """But an option is not, nor what may be one of a user's own architecture, whose file is not run for it."""
+    site = "blocks.0.hook_mlp_out"
+    for name, field in (("learning_rate", "learning_rates"), ("l1_coefficient", "l1_coefficients"), ("seed", "seeds")):
+        for architecture in ("gated", "relu"):
+            with refused(name, f"did you mean {field}?"):
+                gsae_jax.stack_config(architecture, site, 64, 0.1, **{name: 1})
+    assert gsae_jax.stack_config("gated", site, 64, 0.1, use_r_mag=False).options.use_r_mag is False
+    assert gsae_jax.stack_config("nowhere/own.py", site, 64, 0.1, seed=1).options.seed == 1
 
 
 def test_stacks_are_replaced_and_left_out():

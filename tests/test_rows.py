@@ -301,6 +301,20 @@ def test_rows_that_begin_with_documents(tmp_path, tokenizer):
         rows_lib.open_rows(too_long, "train", tokenizer, ALL)
 
 
+def test_documents_that_are_too_short_for_rows_are_counted(tmp_path, tokenizer):
+    documents = [f"document {number}: {'word ' * 40 * (number % 10 == 0)}end" for number in range(100)]
+    file = write(tmp_path / "a.jsonl", documents)
+    config = data_config(tmp_path, path=str(file), field="body", pack="documents", context_length=32)
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    texts = len(texts_of(config, "train"))
+    facts = (f"{texts - len(rows)} of {texts} documents", "context_length=32", "lower data.context_length")
+    with refused("data", f"{len(rows)} rows", "one batch of 32", *facts):
+        rows_lib.batches(rows, 32, seed=0)
+    stream = data_config(tmp_path, path=str(file), field="body", context_length=1024)
+    with refused("data", "one batch of 32", "add text"):
+        rows_lib.batches(rows_lib.open_rows(stream, "train", tokenizer, ALL), 32, seed=0)
+
+
 def test_a_token_without_an_embedding_in_rows_of_documents(tmp_path, tokenizer, documents):
     """It is refused if a row has it, also in tokens that were kept for another model, but not in what is left out."""
     tokenizer, d_vocab = with_token(tokenizer)

@@ -70,7 +70,7 @@ def test_what_was_read_is_said(tmp_path, tokenizer, capsys):
         rows_lib.open_texts(config, "train")
         files, counts = capsys.readouterr().out.splitlines()[-2:]
         assert files == "text: 1 of 5 files are read; left out: 2 .csv, 1 .tar.gz, 1 without an ending"
-        assert "100 documents, of which 10 are copies of others; 2 blank ones were left out; 1 rows" in counts
+        assert "100 documents (10 copies). Left out: 2 blank documents, 1 bad row (the first: " in counts
         assert "line 103 has the number 3 under 'body'" in counts
     rows_lib.open_texts(config, "test")
     assert not capsys.readouterr().out
@@ -290,8 +290,11 @@ def test_changed_files_are_another_data_set(tmp_path):
         ("a.txt", b"x y z", {"separator": " "}, "data.path", ("3 pieces of text;", "add text", "20 are needed")),
         ("a.jsonl", b'{"body": "x"}', {}, "data.field", ("{file} line 1", "no text under 'text'", "fields: body")),
         ("a.jsonl", b'{"text": "x"}\n[1]', {}, "data.path", ("{file} line 2", "not a JSON object")),
-        ("a.jsonl", b'{"text": "x"', {}, "data.path", ("{file}", "cannot be read as .jsonl", "line 1")),
-        ("a.txt", b"\xff\xfe\x00", {}, "data.path", ("{file}", "cannot be read as .txt:")),
+        ("a.jsonl", b'{"text": "x"', {}, "data.path", ("{file}", "line 1", "column 13", "data.on_bad_row=")),
+        ("a.jsonl", b"[1" * 20_000, {}, "data.path", ("{file}", "line 1 is not JSON", "data.on_bad_row=")),
+        ("a.txt", "a\n".encode("utf-16"), {}, "data.path", ("{file}", "iconv -f UTF-16 -t UTF-8 {file}")),
+        ("a.txt", "caf\u00e9 \u00e0".encode("latin-1"), {}, "data.path", ("{file}", "iconv -f LATIN1 -t UTF-8 {file}")),
+        ("a.md", b"\x89PNG\r\n\x1a\n\x00\x00", {}, "data.path", ("{file}", "no text file", "leave it out")),
         ("a.parquet", b"PAR1", {}, "data.path", ("{file}", "cannot be read as .parquet:")),
     ],
 )

@@ -16,6 +16,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import stat
 import tempfile
 import unicodedata
@@ -287,10 +288,10 @@ class Reader:
             raise
         except (OSError, ValueError, NotImplementedError, MemoryError, EOFError, zlib.error, lzma.LZMAError) as error:
             # Not UTF-8, not JSON, not Parquet, not packed: errors of pyarrow and of unpacking are of all these kinds.
-            raise UserError(
-                f"{file} cannot be read as {kind}{packing}: {error}; write it again in UTF-8, or leave it out",
-                "data.path",
-            ) from error
+            how = f"{error}; write it again, or leave it out"
+            if isinstance(error, UnicodeDecodeError):
+                how = _not_utf8(error, file, packing)
+            raise UserError(f"{file} cannot be read as {kind}{packing}: {how}", "data.path") from error
 
     def _text_of(self, row: Any, where: str) -> str:
         if isinstance(row, _BadRowError):
@@ -340,6 +341,18 @@ class Reader:
                 yield f"{file} row {number}", row
 
 
+def _not_utf8(error: UnicodeDecodeError, file: str, packing: str) -> str:
+    """What a file is that is not UTF-8, as far as the bytes around the error tell, and what to do with it."""
+    part, encoding = error.object, "LATIN1"
+    if error.start == 0 and part.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "UTF-16"
+    elif re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", part):
+        return "it seems to be no text file; leave it out"
+    unpack = "unpack it and " if packing else ""
+    name = shlex.quote(file.removesuffix(packing))
+    return f"{error}; {unpack}write it again in UTF-8 (`iconv -f {encoding} -t UTF-8 {name}`), or leave it out"
+
+
 def is_blank(text: str) -> bool:
     """Whether a text has only spaces, of all kinds, and characters without a width, such as U+200B."""
     return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
@@ -368,8 +381,10 @@ def _lines(file: str, kind: str, text: TextIO) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            why = f"{file} cannot be read as {kind}: line {number} is not JSON ({error})"
-            row = _BadRowError(why, "write the line again, or leave it out", "data.path")
+            # The parser counts lines as well, from 1 in each line of the file.
+            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            why = f"{file} cannot be read as {kind}: line {number} is not JSON ({what})"
+            row = _BadRowError(why, f"write the line again; {SKIP}", "data.path")
         yield f"{file} line {number}", row
 
 
@@ -412,7 +427,7 @@ def _items(file: str, text: TextIO) -> Iterator[tuple[str, Any]]:
                     break
             except (ValueError, RecursionError) as error:
                 if not read_on():
-                    raise ValueError(f"item {number + 1} is not JSON ({error})") from error
+                    raise ValueError(f"item {number + 1} is not JSON ({getattr(error, 'msg', error)})") from error
         at, number = min(end, len(buffer)), number + 1  # at the end, read_on has dropped what is before the item
         yield f"{file} item {number}", value
     if is_array and not first:

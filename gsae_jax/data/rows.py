@@ -116,9 +116,20 @@ class TokenRows:
     """A random-access source of rows [T] of int32 over a flat array of tokens."""
 
     def __init__(
-        self, tokens: _TokenFile, context_length: int, bos: int | None, limit: int | None, source: Any, split: str
+        self,
+        tokens: _TokenFile,
+        context_length: int,
+        bos: int | None,
+        limit: int | None,
+        source: Any,
+        split: str,
+        are_documents: bool = False,
     ):
-        """Rows of the first `limit` tokens, which are from the texts of `source`, a TFDS split of this name."""
+        """Rows of the first `limit` tokens, which are from the texts of `source`, a TFDS split of this name.
+
+        `are_documents`: each row begins a document, and documents that are shorter than a row are left out.
+        """
+        self._are_documents = are_documents
         self._tokens, self._bos, self._source, self._split = tokens, bos, source, split
         self._stride = context_length - (bos is not None)
         self._rows = (len(tokens) if limit is None else min(limit, len(tokens))) // self._stride
@@ -131,6 +142,18 @@ class TokenRows:
 
     def __len__(self) -> int:
         return self._rows
+
+    @property
+    def why_few(self) -> str:
+        """`: N of M documents are shorter than a row ...`, where this is why there are few rows; else empty."""
+        texts, rows = len(self._source), len(self._tokens) // self._stride
+        if not self._are_documents or not self._tokens.known["complete"] or rows >= texts:
+            return ""
+        length = self._stride + (self._bos is not None)
+        return (
+            f": with data.pack='documents', {texts - rows:,} of {texts:,} documents are too short for a row of "
+            f"data.context_length={length}; lower data.context_length"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -222,7 +245,7 @@ def _prepare(builder: Any, folder: Path) -> None:
     """Write the data set, with a bar if that takes long."""
     size = getattr(builder, "file_bytes", None)
     what = f"preparing the text{f' ({_megabytes(size)} of files)' if size else ''} in {folder}"
-    logger.info(f"{what}; other runs on the same text will read it from there")
+    logger.info(f"{what}. Later runs on this text reuse it.")
     with progress.bar("preparing the text", getattr(builder, "bytes_to_read", None), "B") as bar:
         if hasattr(builder, "on_bytes_read"):
             builder.on_bytes_read = bar.update
@@ -270,7 +293,7 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
             "data.context_length",
         )
     bos = tokenizer.bos_token_id if config.prepend_bos else None
-    return TokenRows(tokens, config.context_length, bos, limit, source, name)
+    return TokenRows(tokens, config.context_length, bos, limit, source, name, width is not None)
 
 
 def batches(
@@ -292,8 +315,8 @@ def batches(
     """
     if len(rows) < rows_per_batch:
         raise UserError(
-            f"the corpus gives {len(rows)} rows of tokens, fewer than one batch of {rows_per_batch}; "
-            "add text, or take fewer rows at once",
+            f"the corpus gives {len(rows)} rows of tokens, fewer than one batch of {rows_per_batch}"
+            f"{rows.why_few or '; add text'}, or take fewer rows at once",
             "data",
         )
     ends = sorted({*parts, len(rows)} - {0})
@@ -367,14 +390,14 @@ def held_out_rows(
     rows = open_rows(config.data, "test", tokenizer, limit, d_vocab)
     if len(rows) < per_batch:
         raise UserError(
-            f"is {per_batch}, but the held-out text has {len(rows)} rows; lower it, or add text",
+            f"is {per_batch}, but the held-out text has {len(rows)} rows{rows.why_few or '; add text'}, or lower it",
             "evaluation.rows_per_forward",
         )
     if len(rows) * T < limit:
         measured = len(rows) // per_batch * per_batch * T
         logger.warning(
-            f"evaluation.tokens: {tokens:,} are asked for, but the held-out text has {measured:,} in whole batches; "
-            "add text for more"
+            f"evaluation.tokens: you asked for {tokens:,} tokens. The held-out text gives {measured:,} in whole "
+            "batches."
         )
     return rows
 

@@ -9,6 +9,7 @@ import itertools
 import os
 import typing
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
@@ -73,8 +74,15 @@ def stack_config(
             loops. The config then lists the numbers of every SAE. `target_l0` goes with `l1_coefficients`.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`; every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
+
+    Raises:
+        UserError: a name that is no field and no option, and that is spelled like a field.
     """
     config = _defaults(config_lib.Stack)
+    for name in settings:
+        near = config_trees.nearest(name, config)
+        if name not in config and near and name not in _options(architecture, otherwise=settings):
+            raise UserError(f"is not a setting of a stack; did you mean {near}? known: {', '.join(config)}", name)
     given = {"architecture": architecture, "site": site, "width": width, "l1_coefficients": l1_coefficients}
     for name, value in (given | settings).items():
         if name not in config:
@@ -84,6 +92,14 @@ def stack_config(
         else:
             config[name] = value
     return ConfigDict(config | _combinations(config) if grid else config)
+
+
+def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
+    """The options of an architecture of the package; of a user's own, whose file is not run here, `otherwise`."""
+    if plugins.is_own(architecture):
+        return otherwise
+    module = plugins.known("saes", having="PARAMETERS").get(architecture)
+    return [field.name for field in dataclasses.fields(module.Config)] if module else []
 
 
 def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +148,12 @@ def completed(config: Any, cls: Any, wanted: Collection[str] = ()) -> Any:
     return config
 
 
-def located(given: str) -> str:
+def located(given: str, flag: str = "") -> str:
     """The path of a config file that was given as a path or by name, both with `:ARGUMENT` or without.
+
+    Args:
+        given: what the user wrote.
+        flag: what stands before a name that an error suggests.
 
     Raises:
         UserError: neither a file nor the name of an experiment.
@@ -145,7 +165,13 @@ def located(given: str) -> str:
     if name and os.sep not in name and not name.endswith(".py") and not os.path.exists(name):
         what = f"{name!r} is not the name of an experiment; {known_names(name, experiments)}"
         raise UserError(f"{what}; or write the path of a file, such as my_experiment.py")
-    return os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
+    path = os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
+    if not os.path.exists(path.partition(":")[0]):
+        near = config_trees.nearest(Path(name).stem, experiments)
+        near = Path(name).stem if Path(name).stem in experiments else near
+        hint = f"did you mean `{flag}{near}`, an experiment of the package?" if near else "write the path of one"
+        raise UserError(f"the file {name} does not exist; {hint}")
+    return path
 
 
 def _defaults(cls: Any) -> dict[str, Any]:

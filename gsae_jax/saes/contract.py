@@ -21,7 +21,7 @@ A file may also define these functions, for which the functions of the same name
 import dataclasses
 import enum
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -281,13 +281,20 @@ def build_config(
         for option, value in options.items():
             with errors.within(option):
                 if option not in known:
-                    raise UserError(f"is not an option of {name!r}; {known_names(option, known)}")
+                    raise UserError(f"is not an option of {name!r}{_instead(option, known)}")
                 values[option] = config_trees.convert(kinds[option], value)
         for setting in dataclasses.fields(architecture.Config):
             required = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
             if required and setting.name not in sizes | values:
                 raise UserError(f"is missing; {name!r} needs a value for it", setting.name)
         return architecture.Config(**sizes, **values)
+
+
+def _instead(option: str, known: Sequence[str]) -> str:
+    """What to write for an option that does not exist: another option, or a field of the stack."""
+    near = config_trees.nearest(option, [field.name for field in dataclasses.fields(config_lib.Stack)])
+    field = f"; did you mean the stack's {near!r}?" if near and not config_trees.nearest(option, known) else ""
+    return f"{field}; {known_names(option, known)}" if known else f", which has no options{field or '; leave it out'}"
 
 
 def options(config: Any) -> dict[str, Any]:

@@ -140,12 +140,17 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
 
 def _about(counts: dict[str, Any]) -> str:
-    parts = [f"{counts['documents']:,} documents, of which {counts['copies']:,} are copies of others"]
+    text = f"{_number(counts['documents'], 'document')} ({_number(counts['copies'], 'copy', 'copies')})"
+    left_out = []
     if counts["blank"]:
-        parts.append(f"{counts['blank']:,} blank ones were left out")
+        left_out.append(_number(counts["blank"], "blank document"))
     if counts["bad_rows"]:
-        parts.append(f"{counts['bad_rows']:,} rows without text were skipped, the first: {counts['first_bad_row']}")
-    return "; ".join(parts)
+        left_out.append(f"{_number(counts['bad_rows'], 'bad row')} (the first: {counts['first_bad_row']})")
+    return f"{text}. Left out: {', '.join(left_out)}" if left_out else text
+
+
+def _number(count: int, one: str, several: str = "") -> str:
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"
 
 
 def _pieces(document: str, characters: int | None) -> Iterator[str]:
