@@ -517,11 +517,11 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
         if wanted.set_aside and (kept := wanted.set_aside()):
             logger.info(f"the earlier report is kept in {kept}")
         try:
-            found = report.write(folder, known.step, records, sums, list(known.training), gates, wanted.points, about)
+            sentences = report.write(folder, known.step, records, sums, list(known.training), gates, wanted.points, about)
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"
             ) from error
-        for note in found:
+        for note in sentences:
             logger.warning(note)
     return f"{report.table(records)}\n\nreport: {folder / 'report.md'}"

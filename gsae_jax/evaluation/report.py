@@ -135,9 +135,9 @@ def _write_files(
     about: About,
 ) -> list[str]:
     ratios = frontiers.ratios(records, sums)
-    found = notes(records, ratios, about.runs)
+    sentences = notes(records, ratios, about.runs)
     head = {"step": step, "settings": about.settings, "measured": about.measured, "runs": about.runs}
-    (folder / "report.json").write_text(_json(head | {"notes": found}, saes=records, l0_ratios=ratios))
+    (folder / "report.json").write_text(_json(head | {"notes": sentences}, saes=records, l0_ratios=ratios))
     tables.write_csv(folder / "frontier.csv", records)
     encoders = [record for record in records if not record["ito"]]
     densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
@@ -155,7 +155,7 @@ def _write_files(
     pictures = {name: plots.panels(figure) for name, figure in figures.items()}
     for page, text in pages(records, ratios, pictures, about).items():
         (folder / page).write_text(text, "utf-8")
-    return found
+    return sentences
 
 
 def read_published(path: str) -> list[dict[str, Any]]:
