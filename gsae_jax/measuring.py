@@ -517,7 +517,9 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
         if wanted.set_aside and (kept := wanted.set_aside()):
             logger.info(f"the earlier report is kept in {kept}")
         try:
-            sentences = report.write(folder, known.step, records, sums, list(known.training), gates, wanted.points, about)
+            sentences = report.write(
+                folder, known.step, records, sums, list(known.training), gates, wanted.points, about
+            )
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"
