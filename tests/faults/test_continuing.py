@@ -190,6 +190,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict, tmp_path, monkeypatch, capsys, number):
     """Here while the run reports."""
+    config_dict.activations.buffer_size = 2048
     monkeypatch.setattr(train_command, "CONFIG", SimpleNamespace(value=config_dict), raising=False)
     monkeypatch.setattr(train_command, "WORKDIR", SimpleNamespace(value=str(tmp_path)), raising=False)
     monkeypatch.setattr(train_command.loop, "train", lambda *_: True)
