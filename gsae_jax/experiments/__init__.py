@@ -167,9 +167,14 @@ def located(given: str, flag: str = "") -> str:
         raise UserError(f"{what}; or write the path of a file, such as my_experiment.py")
     path = os.path.expanduser(given)  # shells leave the ~ of --config=~/x.py to programs
     if not os.path.exists(path.partition(":")[0]):
+        known = " or ".join(experiments)
         near = config_trees.nearest(Path(name).stem, experiments)
         near = Path(name).stem if Path(name).stem in experiments else near
-        hint = f"did you mean `{flag}{near}`, an experiment of the package?" if near else "write the path of one"
+        hint = (
+            f"did you mean `{flag}{near}`, an experiment of the package?"
+            if near
+            else f"write the path of a config file, or {known}"
+        )
         raise UserError(f"the file {name} does not exist; {hint}")
     return path
 
