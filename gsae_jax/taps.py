@@ -23,7 +23,7 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
         sae: it must write one site.
         feature: its number.
         strength: in units of the feature's activation; negative steers away from it. Compare it with the feature's
-            maximum on text: one to a few times that is strong.
+            maximum on text: that is strong, and a few times that often makes the model repeat one token.
 
     Raises:
         UserError: an SAE that writes several sites or does not say its site, or a feature that it does not have.
