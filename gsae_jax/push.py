@@ -29,7 +29,8 @@ def main() -> None:
         missing = model_card.write(WORKDIR.value, REPO.value, FORMAT.value, folder, labels)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"{file.stat().st_size:12,}  {file.relative_to(folder)}")
-        print(f"\nwould be {REPO.value}; nothing was sent. Its README.md:\n\n{(folder / 'README.md').read_text()}")
+        card = (folder / "README.md").read_text("utf-8")
+        print(f"\nDry run: nothing was sent. The repository would be {REPO.value}. Its README.md:\n\n{card}")
     tell_missing(missing)
 
 

@@ -1,6 +1,7 @@
 """Trained SAEs from a run directory, or from a folder of another library's format; and a run's held-out text."""
 
 import dataclasses
+import glob
 import logging
 import os
 import re
@@ -165,13 +166,21 @@ def _nothing(path: str) -> str:
 
 
 def names(lm: config_lib.LM, data: config_lib.Data) -> dict[str, str]:
-    """What an SAE's metadata calls its language model and its text: hub names in full, of directories the last part."""
+    """What an SAE's metadata calls its language model and its text: names in full, paths by `without_folders`."""
     folder = os.path.abspath(os.path.expanduser(lm.path)) if lm.path else str(checkpoints.EMBEDDED)
     name = EMBEDDED if folder == str(checkpoints.EMBEDDED) else os.path.basename(folder)
     return {
         "model_name": lm.path if lm.revision else name,  # a run of a hub's model has its commit
-        "dataset_path": data.name or Path(data.path).name or data.corpus,
+        "dataset_path": data.name or without_folders(data.path) or data.corpus,
     }
+
+
+def without_folders(path: str) -> str:
+    """A path as other people may see it: its last part; of a glob, the pattern and the folder that it is in."""
+    parts = Path(path).parts
+    first = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    shown = parts[max(0, first - 1) :]
+    return "/".join(part for part in shown if part != Path(path).anchor)
 
 
 def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:

@@ -22,7 +22,8 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
     Args:
         sae: it must write one site.
         feature: its number.
-        strength: in units of the feature's activation; negative steers away from it.
+        strength: in units of the feature's activation; negative steers away from it. Compare it with the feature's
+            maximum on text: that is strong, and a few times that often makes the model repeat one token.
 
     Raises:
         UserError: an SAE that writes several sites or does not say its site, or a feature that it does not have.

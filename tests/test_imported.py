@@ -88,6 +88,26 @@ def test_what_metadata_calls_a_model(tmp_path, monkeypatch):
         assert sae_loading.names(lm, data) == {"model_name": name, "dataset_path": "texts"}
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/me/tinystories/*.txt", "tinystories/*.txt"),
+        ("/home/me/tinystories/**/*.jsonl", "tinystories/**/*.jsonl"),
+        ("tinystories/part?/a.txt", "tinystories/part?/a.txt"),
+        ("gs://bucket/stories/*.txt", "stories/*.txt"),
+        ("/*.txt", "*.txt"),
+        ("*.txt", "*.txt"),
+        ("/home/me/tinystories/", "tinystories"),
+        ("/home/me/tinystories/a.txt", "a.txt"),
+        ("gs://bucket/stories", "stories"),
+        ("", "stdlib"),
+    ],
+)
+def test_what_metadata_calls_a_text(path, name):
+    data = config_lib.Data(corpus="text" if path else "stdlib", path=path)
+    assert sae_loading.names(config_lib.LM(), data)["dataset_path"] == name
+
+
 def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_path):
     """Its decoder rows made unit; a JumpReLU one as the gated SAE that it is."""
     stack, site = experiment.stacks["baseline"], experiment.stacks["baseline"].site

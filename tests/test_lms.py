@@ -350,8 +350,15 @@ def test_texts_are_taken_for_tokens(lm_dir):
         np.testing.assert_allclose(seen[site][row, kept], x[row, kept], atol=1e-5)
     np.testing.assert_array_equal(lm.logits(texts[0]), lm.logits([texts[0]]))
     np.testing.assert_array_equal(lm.logits(np.array(texts)), lm.logits(tuple(texts)))
-    with refused("mask", "leave it out"):
-        lm.logits(texts, mask)
+    tokenized = lm.tokenize(texts)
+    np.testing.assert_array_equal(lm.activations(tokenized, site)[site], x)
+    np.testing.assert_array_equal(lm.logits(tokenized), logits)
+    np.testing.assert_array_equal(lm.run(tokenized, lambda site, x: None), tapped)
+    np.testing.assert_allclose(jax.jit(lm.logits)(tokenized), logits, atol=1e-4)
+    np.testing.assert_array_equal(lm.logits(lm.tokenize(texts[0])), lm.logits(texts[0]))
+    for given in (texts, tokenized):
+        with refused("mask", "leave it out"):
+            lm.logits(given, mask)
     with refused("tokens", "have 82 positions", "32"):
         lm.logits("self " * 80)
     with refused("texts", "ndarray"):

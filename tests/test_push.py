@@ -1,9 +1,12 @@
 """What is published of a run: its folder and card, and an upload to a stand-in for the hub."""
 
+import ast
 import base64
+import dataclasses
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +22,10 @@ from gsae_jax import config as config_lib
 from gsae_jax import config_trees, measuring
 from gsae_jax.publishing import model_card
 from gsae_jax.publishing.upload import push
+from gsae_jax.saes import gated
+from gsae_jax.storage import run_directory
 from gsae_jax.training import loop
+from tests import sae_files, test_rendering
 from tests.refusals import refused
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +42,8 @@ def run(text_dir, lm_dir, tmp_path_factory):
     return path
 
 
-def test_the_folder_has_every_sae_the_report_and_a_card_that_loads_them(run, tmp_path):
+def test_the_folder_has_every_sae_the_report_and_a_card_that_loads_them(run, lm_dir, tmp_path):
+    lm_dir = Path(lm_dir)
     model_card.write(str(run), "user/name", ["saelens", "gemma_scope"], tmp_path / "repo")
     ours = gsae_jax.load(run)
     for format in ("saelens", "gemma_scope"):
@@ -50,9 +57,11 @@ def test_the_folder_has_every_sae_the_report_and_a_card_that_loads_them(run, tmp
     # The card's own lines, with the download in place of the hub's.
     code = card.partition("In gsae_jax:\n\n```python\n")[2].partition("```")[0]
     code = code.replace("from huggingface_hub import snapshot_download", "")
-    names = {"snapshot_download": lambda repo: str(tmp_path / "repo"), "activations": np.ones((2, 32), np.float32)}
+    assert f"load_lm({lm_dir.name!r})".replace("'", '"') in code  # only the folder's name is published
+    code = code.replace(f'load_lm("{lm_dir.name}")', f"load_lm({str(lm_dir)!r})")
+    names = {"snapshot_download": lambda repo: str(tmp_path / "repo")}
     exec(code, names)
-    assert names["features"].shape == (2, 64)
+    assert names["features"].shape == (*names["x"].shape[:2], 64)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +174,7 @@ def test_an_upload_is_the_folder_private_by_default_and_takes_the_place_of_an_ea
     dry = command(run, endpoint, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert "created" not in hub.seen
+    assert "nothing was sent. The repository would be user/name." in dry.stdout
     done = command(run, endpoint)
     assert (done.returncode, done.stdout) == (0, f"{endpoint}/user/name\n"), done.stderr
     assert hub.seen["created"]["private"] is True
@@ -225,10 +235,14 @@ def test_the_card_says_how_the_saes_were_trained_and_from_what(run, tmp_path):
     expected = {"library_name": "saelens", "license": "cc-by-4.0", "base_model": "openai-community/gpt2"}
     assert fields == expected | {"datasets": ["user/stories"], "tags": ["sparse-autoencoder", "gated", "relu"]}
     config = json.loads((run / "config.json").read_text())
-    tokens = config["train"]["steps"] * config["train"]["batch_size"]
+    trained_on = config["train"]["steps"] * config["train"]["batch_size"]
+    read = run_directory.Workdir(run).facts(config["train"]["steps"]).text.tokens_read
+    assert read > trained_on
     for row in (
         f"| SAE updates | {config['train']['steps']} |",
-        f"| Tokens in training | {tokens:,} |",
+        f"| Activations trained on | {trained_on:,} |",
+        f"| Tokens read | {read:,} |",
+        "| Rows of text | cut from one stream of documents |",
         "jax ",
         "python ",
     ):
@@ -241,6 +255,39 @@ def test_the_card_says_how_the_saes_were_trained_and_from_what(run, tmp_path):
     assert published["lm"]["path"] == Path(config["lm"]["path"]).name
     assert str(tmp_path.parent) not in card + json.dumps(published)
     assert config_trees.from_dict(config_lib.Experiment, published).train.steps == config["train"]["steps"]
+
+
+def test_the_card_says_how_documents_became_rows(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= {"pack": "documents", "path": "/somewhere/of/mine/stories/*.txt"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    model_card.write(str(tmp_path / "run"), "user/name", ["saelens"], tmp_path / "repo")
+    card = (tmp_path / "repo" / "README.md").read_text()
+    assert "| Rows of text | each is the first part of one document |" in card
+    assert "trained by gsae_jax on stories/&#42;.txt in rows" in card
+    published = json.loads((tmp_path / "repo" / "experiment.json").read_text())
+    assert published["data"]["path"] == "stories/*.txt"
+
+
+@pytest.mark.parametrize("base_model", ["", "user/model"])
+@pytest.mark.parametrize("formats", [["saelens", "dictionary_learning"], ["gemma_scope"]])
+def test_each_code_sample_of_the_card_is_complete(base_model, formats):
+    """Every name that one uses is its own or Python's."""
+    sae = sae_files.make(gated)
+    sae = dataclasses.replace(sae, site="blocks.0.hook_mlp_out")
+    labels = model_card.Labels(base_model)
+    card = model_card.card("user/name", formats, {sae.name: sae}, [test_rendering.record(sae.name)], {"a": "b"}, labels)
+    samples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(samples) == 3
+    for sample in samples:
+        nodes = list(ast.walk(ast.parse(sample)))
+        given = {alias.asname or alias.name for node in nodes for alias in getattr(node, "names", [])}
+        written = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        assert used <= given | written, sample
+        assert {"x", "features"} <= written
+        assert sample.count("import gsae_jax") <= 1
 
 
 def test_a_card_without_labels_says_which_are_missing(run, tmp_path):

@@ -140,6 +140,29 @@ def test_the_readmes_python_example(run):
     assert names["logits"].shape == (*names["x"].shape[:2], 4096)
 
 
+API_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text("utf-8"), re.DOTALL)
+
+
+def test_the_references_examples(config_dict, lm_dir, tmp_path, capsys):
+    """Those of docs/api.md, with a small run and its language model."""
+    run, names = tmp_path / "run", {}
+    gsae_jax.fit(config_dict, run)
+    capsys.readouterr()
+    for block in API_BLOCKS:
+        block = block.replace('"runs/quickstart"', repr(str(run))).replace("load_lm()", f"load_lm({str(lm_dir)!r})")
+        exec(block.replace('"gated_1"', repr(next(iter(gsae_jax.load(run))))).replace("20_000", "1024"), names)
+    x, several = names["x"], names["several"]
+    saes = [sae for sae in gsae_jax.load(run).values() if sae.stack == "gated"]
+    assert len(several) == len(saes) > 1
+    for f, sae in zip(several, saes, strict=True):
+        np.testing.assert_allclose(f, sae.encode(x), rtol=1e-4, atol=1e-4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    strongest = names["f"][:, :, names["feature"]].max()
+    assert float(lines[0].split()[0]) == pytest.approx(strongest, abs=0.01)
+    assert not names["f"][:, 0].any()  # BOS
+
+
 @pytest.mark.quickstart
 def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_out):
     """Values to 1e-5 of their own size, or of the feature's mean where a value is a small difference of large ones."""

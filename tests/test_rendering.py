@@ -105,7 +105,19 @@ def test_text_in_the_card_of_an_exported_sae_is_text(tmp_path):
 def values():
     """What every page needs, and no more."""
     measured = report.contents([record("a")])
-    names = ("repo", "for_saelens", "name", "model", "dataset", "context_length", "count", "config")
+    names = (
+        "repo",
+        "for_saelens",
+        "name",
+        "site",
+        "lm",
+        "lm_revision",
+        "model",
+        "dataset",
+        "context_length",
+        "count",
+        "config",
+    )
     lists = {name: ["a"] for name in ("formats", "architectures", "sites")}
     facts = tables.facts({"a": {"steps": 1}})
     page = {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": []}, "measured": facts, "runs": facts}

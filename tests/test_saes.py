@@ -3,6 +3,7 @@ import dataclasses
 import math
 import pickle
 import re
+import types
 from functools import partial
 
 import jax
@@ -289,6 +290,27 @@ def test_activations_of_any_number_type():
 def test_what_is_no_array_of_activations_is_refused(x):
     with refused("x"):
         an_sae().encode(x)
+
+
+def test_a_forgotten_site_or_model_is_told():
+    """Also by an SAE of several sites, and where the reconstruction is asked for."""
+    one, sites = an_sae(), ("a", "b")
+    two = dataclasses.replace(one, site=sites, config=config_of_two_sites())
+    for wrong, alone, both in (
+        (dict.fromkeys(sites, inputs()), "activations[sae.site]", "[activations[site] for site in sae.site]"),
+        ("import numpy", "lm.activations(text, [sae.site])[sae.site]", "lm.activations(text, sae.site)"),
+        (["import numpy", "x"], "lm.activations(text, [sae.site])[sae.site]", "lm.activations(text, sae.site)"),
+    ):
+        what = "is a dict of sites" if isinstance(wrong, dict) else "is text"
+        for sae, how in ((one, alone), (two, both)):
+            for function in (sae.encode, sae):
+                with refused("x", what, how):
+                    function(wrong)
+
+
+def config_of_two_sites():
+    """A Config of an SAE that reads two sites."""
+    return types.SimpleNamespace(d_in=(D, D), width=F)
 
 
 @pytest.mark.torch

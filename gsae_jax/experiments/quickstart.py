@@ -6,7 +6,7 @@ from gsae_jax.experiments import experiment_config, stack_config
 
 
 def get_config() -> ConfigDict:
-    """Six minutes of training on two CPU cores."""
+    """About five minutes of training on two CPU cores."""
     config = experiment_config()
     site = "blocks.0.hook_mlp_out"
     config.stacks.gated = stack_config("gated", site, 1024, l1_coefficients=(4e-3, 1e-2, 2e-2), learning_rates=(3e-3,))

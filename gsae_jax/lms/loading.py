@@ -21,13 +21,15 @@ from gsae_jax.lms.checkpoints import Checkpoint
 
 TOKENS_PER_FORWARD = 2**14  # rows of more tokens than this are computed in several batches
 SHORTEST = 16  # shorter rows are padded to this length
+Inputs = jax.typing.ArrayLike | str | Iterable[str] | tokenizer_lib.Tokens  # token ids, or texts, or as tokenized
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A language model: its Linen module, parameters and tokenizer.
 
-    Tokens are integers [B, T], or texts: one string or several. `tokenize` says which tokens texts become.
+    Tokens are integers [B, T], or texts: one string or several, or what `tokenize` returns. `tokenize` says which
+    tokens texts become.
 
     Attributes:
         path: the checkpoint directory.
@@ -89,7 +91,7 @@ class LM:
 
     def logits(
         self,
-        tokens_BxT: jax.typing.ArrayLike | str | Iterable[str],
+        tokens_BxT: Inputs,
         mask_BxT: jax.typing.ArrayLike | None = None,
         *,
         rows_per_forward: int | None = None,
@@ -97,8 +99,8 @@ class LM:
         """Logits [B, T, V], float32; 0 at padding.
 
         Args:
-            tokens_BxT: token ids, or texts.
-            mask_BxT: False (or 0) at padding, on whichever side. Texts need none.
+            tokens_BxT: token ids, or texts, or what `tokenize` returns.
+            mask_BxT: False (or 0) at padding, on whichever side. Texts, and what `tokenize` returns, need none.
             rows_per_forward: rows in one forward pass; by default as many as give about 16,000 tokens.
         """
         self._check_head()
@@ -106,7 +108,7 @@ class LM:
 
     def activations(
         self,
-        tokens_BxT: jax.typing.ArrayLike | str | Iterable[str],
+        tokens_BxT: Inputs,
         sites: Iterable[str],
         mask_BxT: jax.typing.ArrayLike | None = None,
         *,
@@ -117,9 +119,9 @@ class LM:
         The features that an SAE gives for these zeros are not 0. `lm.tokenize(texts).mask_BxT` says where padding is.
 
         Args:
-            tokens_BxT: token ids, or texts.
+            tokens_BxT: token ids, or texts, or what `tokenize` returns.
             sites: names of one or several of `lm.sites`.
-            mask_BxT: False (or 0) at padding, on whichever side. Texts need none.
+            mask_BxT: False (or 0) at padding, on whichever side. Texts, and what `tokenize` returns, need none.
             rows_per_forward: rows in one forward pass; by default as many as give about 16,000 tokens.
         """
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
@@ -131,7 +133,7 @@ class LM:
 
     def run(
         self,
-        tokens_BxT: jax.typing.ArrayLike | str | Iterable[str],
+        tokens_BxT: Inputs,
         tap: sites_lib.Tap | sites_lib.Edit,
         mask_BxT: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
@@ -146,7 +148,7 @@ class LM:
         trained. A loss that is measured so differs from the report's.
 
         Args:
-            tokens_BxT: token ids, or texts.
+            tokens_BxT: token ids, or texts, or what `tokenize` returns.
             tap: returns an array of the same shape, or None to leave the activations as they are; or a trained SAE,
                 whose reconstructions take the place of the activations at its own site.
             mask_BxT: False (or 0) at padding.
@@ -280,8 +282,14 @@ class LM:
         if texts is not None:
             if mask is not None:
                 raise UserError("is given, but the padding of texts is known; leave it out", "mask")
-            tokens, mask = self.tokenize(texts)
-            mask = None if mask.all() else mask
+            tokens = self.tokenize(texts)
+        if isinstance(tokens, tokenizer_lib.Tokens):
+            if mask is not None:
+                why = "is given, but `tokenize` returns the tokens with their mask"
+                raise UserError(f"{why}; leave it out, or give `.tokens_BxT` and this mask", "mask")
+            tokens, mask = tokens
+            # Without padding, no mask goes into the forward pass. Under `jax.jit` it is not known whether there is any.
+            mask = None if not isinstance(mask, jax.core.Tracer) and np.all(mask) else mask
         tokens = self._tokens(tokens)
         if mask is None:
             return tokens, None

@@ -17,6 +17,7 @@ from gsae_jax.saes import contract, trained
 from gsae_jax.storage import reading, run_directory, writing
 
 CONFIG = "experiment.json"  # the run's config, beside the card
+REVISION = "Revision of the language model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,27 +99,32 @@ def _on_the_hub(model: str) -> str:
 
 
 def _shareable(tree: Any) -> Any:
-    """A recorded config without the folders of this machine: of absolute paths the last part."""
+    """A recorded config without the folders of this machine: of absolute paths what `without_folders` leaves."""
     if isinstance(tree, dict):
         return {name: _shareable(value) for name, value in tree.items()}
     if isinstance(tree, list):
         return [_shareable(value) for value in tree]
     is_path = isinstance(tree, str) and (tree.startswith(("/", "~")) or "://" in tree)
-    return tree.rstrip("/").rpartition("/")[2] if is_path else tree
+    return sae_loading.without_folders(tree) if is_path else tree
 
 
 def _training(place: run_directory.Workdir, step: int | None) -> dict[str, Any]:
     """How a run was trained until a step, by the names in the card."""
     config = place.experiment()
     step = config.train.steps if step is None else step
-    machine = place.facts(step).machine
+    facts = place.facts(step)
+    machine, whole = facts.machine, step == config.train.steps
+    by_document = config.data.pack == "documents"
     return {
-        "SAE updates": f"{step:,} of {config.train.steps:,}" if step != config.train.steps else f"{step:,}",
-        "Tokens in training": f"{step * config.train.batch_size:,}",
+        "SAE updates": f"{step:,}" if whole else f"{step:,} of {config.train.steps:,}",
+        "Activations trained on": f"{step * config.train.batch_size:,}",
+        # Of an earlier checkpoint it is not known.
+        "Tokens read": f"{facts.text.tokens_read:,}" if facts.text is not None and whole else "",
+        "Rows of text": "each is the first part of one document" if by_document else "cut from one stream of documents",
         "Devices": machine.get("devices", ""),
         "Versions of training": ", ".join(f"{name} {machine[name]}" for name in ("jax", "python") if name in machine),
         "Version of this export": f"gsae_jax {gsae_jax.__version__}",
-        "Revision of the language model": config.lm.revision,
+        REVISION: config.lm.revision,
     }
 
 
@@ -161,6 +167,7 @@ def card(
     """
     example = next((sae for sae in saes.values() if sae.architecture != contract.BASELINE), next(iter(saes.values())))
     model = example.metadata["model_name"]
+    embedded = model == sae_loading.EMBEDDED
     return rendering.render(
         "model_card.md",
         **report.contents(records)
@@ -170,6 +177,10 @@ def card(
             "for_saelens": next((format for format in ("saelens", "jumprelu") if format in formats), ""),
             "count": len(saes),
             "name": example.name,
+            "site": example.sites[0],
+            "lm": "" if embedded else labels.base_model or model,
+            # A revision is known of the run's own name on the hub, and not of another that stands in a label.
+            "lm_revision": training.get(REVISION, "") if labels.base_model == model else "",
             "architectures": sorted({plugins.label(sae.architecture) for sae in saes.values()}),
             "sites": sorted({site for sae in saes.values() for site in sae.sites}),
             "model": model,

@@ -8,7 +8,7 @@ use `jax.vmap`, stack their parameters, and put them into one: `dataclasses.repl
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,7 @@ class SAE(Sites):
         An SAE that reads several sites takes a tuple of arrays, in the order of `site`.
 
         Raises:
-            UserError: the last axis is not D, or `x` is not an array of real numbers.
+            UserError: the last axis is not D, or `x` is not an array of real numbers, such as text or a dict of sites.
         """
         inputs, leading = self._inputs(x)
         encode = partial(_encode, self.architecture, self.config, self.params)
@@ -131,8 +131,9 @@ class SAE(Sites):
 
     def __call__(self, x: Any) -> Any:
         """The reconstruction [..., D] of activations [..., D], in their dtype; `lm.run(tokens, sae)` splices it in."""
+        x_hats = self.decode(self.encode(x))
         dtype = as_floats(x[0] if isinstance(self.config.d_in, tuple) else x, "x").dtype
-        return jax.tree.map(lambda x_hat: x_hat.astype(dtype), self.decode(self.encode(x)))
+        return jax.tree.map(lambda x_hat: x_hat.astype(dtype), x_hats)
 
     def save(self, path: str | os.PathLike[str], format: str = "saelens") -> None:
         """Write it as a new folder that another library reads, and `gsae_jax.load` too.
@@ -151,6 +152,14 @@ class SAE(Sites):
     def _inputs(self, x: Any) -> tuple[contract.Activations, tuple[int, ...]]:
         """Activations [B, D] as the architecture takes them, and the leading axes of `x`."""
         sizes = self.config.d_in
+        several = isinstance(sizes, tuple)
+        if isinstance(x, Mapping):
+            how = "[activations[site] for site in sae.site]" if several else "activations[sae.site]"
+            raise UserError(f"is a dict of sites; write {how}", "x")
+        if isinstance(x, str) or (isinstance(x, tuple | list) and x and all(isinstance(part, str) for part in x)):
+            how = "lm.activations(text, sae.site)" if several else "lm.activations(text, [sae.site])[sae.site]"
+            then = ", and give its arrays in the order of sae.site" if several else ""
+            raise UserError(f"is text; write {how}{then}", "x")
         if not isinstance(sizes, tuple):
             array = self._checked(x, sizes, "x")
             return array.reshape(-1, sizes), array.shape[:-1]
