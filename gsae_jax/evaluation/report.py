@@ -256,7 +256,7 @@ def notes(
 
 def _unequal_training(ratios: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence if the table of `ratios` compares SAEs of runs with different numbers of steps or activations."""
-    compared = sorted({label for ratio in ratios for label in ratio["runs"]})
+    compared = sorted({label for ratio in ratios for label in ratio.get("runs", ())})
     # Files of SAEs from elsewhere do not say how long they were trained.
     known = {label: runs[label] for label in compared if "steps" in runs.get(label, {})}
     if len({(about["steps"], about["activations_trained_on"]) for about in known.values()}) < 2:
