@@ -14,7 +14,7 @@ from etils import epath
 from gsae_jax import cli, config_trees, experiments, plugins, processes, reporting, sae_loading
 from gsae_jax.config import Experiment
 from gsae_jax.storage import run_directory
-from gsae_jax.training import loop
+from gsae_jax.training import loop, preparation
 
 logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 
@@ -39,18 +39,8 @@ def run(config: Any, path: epath.PathLike) -> int:
             return 0
         reporting.measure_again(workdir, config)
         return 0
-    if config.train.dead_after > config.train.steps:
-        logger.warning(
-            f"train.dead_after is {config.train.dead_after:,}, more than the {config.train.steps:,} steps of this run: "
-            "no feature will count as dead in the metrics; lower it to count them"
-        )
-    trained_on = config.train.steps * config.train.batch_size
-    if config.activations.buffer_size > trained_on:
-        logger.warning(
-            f"activations.buffer_size is {config.activations.buffer_size:,}, more than the {trained_on:,} activations "
-            "that this run trains on (train.steps x train.batch_size), and the buffer is filled first; lower "
-            "activations.buffer_size"
-        )
+    for warning in preparation.warnings(config):
+        logger.warning(warning)
     starts = sae_loading.starts(config) if workdir.latest_step() is None else {}
     if not loop.train(config, path, starts):
         return INTERRUPTED
@@ -66,19 +56,11 @@ def main() -> int:
     except KeyboardInterrupt as interruption:  # outside of the loop, which has a handler of its own
         if jax.distributed.is_initialized():  # the other processes have to hear of it
             raise
-        if _is_saved(WORKDIR.value):
+        if run_directory.is_saved(WORKDIR.value):
             logger.info(f"{interruption}: the same command continues from what is saved")
         else:
             logger.info(f"{interruption}: nothing is saved yet; the same command begins again")
         return INTERRUPTED
-
-
-def _is_saved(path: epath.PathLike) -> bool:
-    """Whether the run has a checkpoint; also where its directory cannot be read, as this must not hide the end."""
-    try:
-        return run_directory.Workdir(path).latest_step() is not None
-    except Exception:
-        return True
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

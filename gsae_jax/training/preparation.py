@@ -53,6 +53,23 @@ class Prepared:
     starts: Mapping[str, dict[str, Any]]
 
 
+def warnings(config: Experiment) -> list[str]:
+    """Sentences about settings that work, but hardly as they are meant."""
+    train, sentences = config.train, []
+    if train.dead_after > train.steps:
+        sentences.append(
+            f"train.dead_after is {train.dead_after:,}, more than the {train.steps:,} steps of this run: "
+            "no feature will count as dead in the metrics; lower it to count them"
+        )
+    trained_on, buffer_size = train.steps * train.batch_size, config.activations.buffer_size
+    if buffer_size > trained_on:
+        sentences.append(
+            f"activations.buffer_size is {buffer_size:,}, more than the {trained_on:,} activations that this run "
+            "trains on (train.steps x train.batch_size), and the buffer is filled first; lower activations.buffer_size"
+        )
+    return sentences
+
+
 def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[str, dict[str, Any]]) -> Prepared:
     """Check the config and the directory, and open the language model and the text.
 
