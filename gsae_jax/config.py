@@ -201,7 +201,7 @@ class Train:
     compute_dtype: Dtype = setting("float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators.")
     step: Literal["auto", "dense", "sparse"] = setting(
         "auto",
-        "sparse: gradients of active features only; dense: of all; auto: the faster of the two for each stack.",
+        "sparse: gradients of active features only; dense: of all; auto: sparse for wide stacks on CPUs.",
         earlier="dense",
     )
     log_every: int = setting(50, "Steps between lines of metrics, rounded to the updates of one forward pass.")

@@ -56,10 +56,7 @@ def main() -> int:
     except KeyboardInterrupt as interruption:  # outside of the loop, which has a handler of its own
         if jax.distributed.is_initialized():  # the other processes have to hear of it
             raise
-        if run_directory.is_saved(WORKDIR.value):
-            logger.info(f"{interruption}: the same command continues from what is saved")
-        else:
-            logger.info(f"{interruption}: nothing is saved yet; the same command begins again")
+        logger.info(f"{interruption}: the same command continues from the last checkpoint, or begins if there is none")
         return INTERRUPTED
 
 

@@ -228,14 +228,6 @@ def _check_own_parts(recorded: dict[str, Any]) -> None:
             raise UserError(f"it names the file {name!r} by a relative path; write its absolute path there")
 
 
-def is_saved(path: epath.PathLike) -> bool:
-    """Whether a run has a checkpoint; True also if its directory cannot be read, for which callers have no error."""
-    try:
-        return Workdir(path).latest_step() is not None
-    except Exception:
-        return True
-
-
 def reported_step(workdir: Workdir) -> int | None:
     """The step that the report is about; reports of earlier versions do not say, and were written at the end."""
     path = workdir.report / "report.json"

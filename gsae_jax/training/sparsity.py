@@ -7,9 +7,9 @@ from gsae_jax.errors import UserError
 from gsae_jax.saes import contract
 from gsae_jax.saes.features import Sparsity
 
-CAPACITIES = (128, 512)  # slots for the active features of a token; larger ones cost more
-# A slot costs as much as the multiplications by so many features of a dense step: measured on CPUs with
-# `benchmarks/step.py` from D 256 and F 1,024 to D 2,304 and F 131,072. On accelerators no size was faster.
+CAPACITIES = (128, 256, 512)  # slots for the active features of a token
+# A dictionary has room for a capacity from so many features a slot on. With fewer, dense products are faster on a CPU
+# (`benchmarks/sparse.py`, D 256 and 512). Accelerators have not been measured.
 FEATURES_PER_SLOT = 16
 BLOCK = {"cpu": 1}  # tokens of a block (`kernels.active`)
 BLOCK_ELSEWHERE = 64

@@ -253,12 +253,13 @@ class Stack:
         # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what one
         # SAE needs in between can be used again by the next.
         trained, own = self.split(state.params)
-        dead_NxF = state.steps_since_fired >= dead_after
-        of_each = [
-            gradients(*jax.tree.map(lambda value, n=n: value[n], (trained, own, state.l1_coefficient, dead_NxF)))
-            for n in range(len(self.config))
-        ]
-        grads, (statistics, fired, new_own) = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_each)
+        each = trained, own, state.l1_coefficient, state.steps_since_fired >= dead_after
+        if self.sparsity and len(self.config) > 1:
+            # The sparse step takes seconds to compile, so it is compiled once for all.
+            grads, (statistics, fired, new_own) = jax.lax.map(lambda one: gradients(*one), each)
+        else:
+            of_each = [gradients(*jax.tree.map(lambda value, n=n: value[n], each)) for n in range(len(self.config))]
+            grads, (statistics, fired, new_own) = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_each)
         fired = fired.astype(jnp.int32)
         if jax.lax.axis_size("data") > 1:
             fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)

@@ -203,24 +203,9 @@ def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict,
         for other, handler in before.items():
             signal.signal(other, handler)
     out, err = capsys.readouterr()
-    assert f"{number.name}: nothing is saved yet" in out
+    assert f"{number.name}: the same command continues from the last checkpoint, or begins" in out
     assert "train.dead_after is 1,000, more than the 16 steps" in err
     assert "activations.buffer_size is 2,048, more than the 1,024 activations" in err
-
-
-def test_a_command_that_ends_after_a_checkpoint_says_that_it_continues(experiment, tmp_path, monkeypatch, capsys):
-    loop.train(experiment, tmp_path)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt("SIGTERM")
-
-    monkeypatch.setattr(train_command, "CONFIG", SimpleNamespace(value=config_trees.to_dict(experiment)), raising=False)
-    monkeypatch.setattr(train_command, "WORKDIR", SimpleNamespace(value=str(tmp_path)), raising=False)
-    monkeypatch.setattr(train_command, "run", interrupted)
-    monkeypatch.setattr(train_command.processes, "on_interruption", lambda _: {})
-    capsys.readouterr()
-    assert train_command.main() == train_command.INTERRUPTED
-    assert "SIGTERM: the same command continues from what is saved" in capsys.readouterr().out
 
 
 def test_a_run_of_an_earlier_version_is_read(experiment, tmp_path, capsys):
