@@ -41,6 +41,28 @@ def in_batches(function: Callable[[Any], Any], inputs: Any, at_once: int, descri
     return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
 
 
+def in_chunks(function: Callable[[Any], tuple[Any, Any]], inputs: Any, at_once: int) -> tuple[Any, Any]:
+    """`function(inputs)` inside `jit`, computed for about `at_once` tokens at a time, one part after the other.
+
+    Args:
+        function: of a tree of arrays [R, T, ...], to (a tree of such arrays, sums over tokens). Each token is computed
+            by itself, and one of zeros adds 0 to the sums.
+        inputs: the tree of arrays. Parts are cut from T, as rows may lie on several devices.
+        at_once: tokens of a part; a part is no smaller than one token of each row.
+    """
+    R, T = jax.tree.leaves(inputs)[0].shape[:2]
+    parts = -(-T // max(1, at_once // R))
+    if parts == 1:
+        return function(inputs)
+    size = -(-T // parts)
+    split = jax.tree.map(
+        lambda x: pad(x, 0, parts * size - T).reshape(R, parts, size, *x.shape[2:]).swapaxes(0, 1), inputs
+    )
+    per_token, sums = jax.lax.map(function, split)
+    joined = jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(R, parts * size, *y.shape[3:])[:, :T], per_token)
+    return joined, jax.tree.map(lambda y: y.sum(0), sums)
+
+
 def pad(x: Any, *widths: int) -> Any:
     """An array with so many zeros after the end of its first axes; NumPy's stay NumPy's."""
     if not any(widths):

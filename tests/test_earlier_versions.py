@@ -88,6 +88,7 @@ def test_the_run_continues(version, run, text, tmp_path_factory, monkeypatch):
     """On one device, as it began; it ends where it did without the interruption."""
     config = moved(run, text, tmp_path_factory) | {"mesh": {"data": 1, "latent": 1}}
     config = config_trees.from_record(Experiment, config)
+    assert config.train.step == "dense"  # the only one that there was
     one_device = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
     monkeypatch.setattr(mesh_lib, "make_mesh", lambda *_: one_device)
     assert loop.train(config, run)

@@ -28,7 +28,8 @@ def reference(W_dec, x_BxD, k):
 
 
 def dense(W_dec, x_BxD, k):
-    index, alpha = pursuit.pursue(W_dec, x_BxD, k)
+    [(index, alpha, x_hat)] = pursuit.pursue(W_dec, x_BxD, (k,))
+    np.testing.assert_allclose(x_hat, np.einsum("bk,bkd->bd", alpha, np.asarray(W_dec)[index]), rtol=1e-5, atol=1e-5)
     rows = jnp.arange(len(x_BxD))[:, None]
     return np.asarray(jnp.zeros((len(x_BxD), len(W_dec))).at[rows, index].add(alpha))
 
@@ -36,8 +37,11 @@ def dense(W_dec, x_BxD, k):
 def test_equals_numpy():
     W_dec = linalg.unit_rows(jax.random.key(0), 96, 24)
     x = jax.random.normal(jax.random.key(1), (50, 24))
-    for k in (1, 3, 8):
-        np.testing.assert_allclose(dense(W_dec, x, k), reference(np.asarray(W_dec, np.float64), x, k), atol=1e-5)
+    ks = (1, 3, 8)
+    for k, several in zip(ks, pursuit.pursue(W_dec, x, ks), strict=True):
+        codes = dense(W_dec, x, k)
+        np.testing.assert_allclose(codes, reference(np.asarray(W_dec, np.float64), x, k), atol=1e-5)
+        np.testing.assert_allclose(np.take_along_axis(codes, np.asarray(several.indices), 1), several.alpha, atol=1e-6)
 
 
 def test_recovers_a_known_support():
@@ -64,7 +68,11 @@ def test_nan_is_never_hidden():
     """Of an input it is in that input's codes, of an atom in all codes."""
     W_dec = linalg.unit_rows(jax.random.key(0), 96, 24)
     x = jax.random.normal(jax.random.key(1), (5, 24))
-    codes = pursuit.pursue(W_dec, x.at[2, 3].set(jnp.nan), 4)[1]
-    assert np.isnan(codes[2]).all()
-    np.testing.assert_array_equal(np.delete(codes, 2, 0), np.delete(pursuit.pursue(W_dec, x, 4)[1], 2, 0))
-    assert np.isnan(pursuit.pursue(W_dec.at[7, 0].set(jnp.nan), x, 4)[1]).any(-1).all()
+
+    def codes(W_dec, x):
+        return pursuit.pursue(W_dec, x, (4,))[0].alpha
+
+    broken = codes(W_dec, x.at[2, 3].set(jnp.nan))
+    assert np.isnan(broken[2]).all()
+    np.testing.assert_array_equal(np.delete(broken, 2, 0), np.delete(codes(W_dec, x), 2, 0))
+    assert np.isnan(codes(W_dec.at[7, 0].set(jnp.nan), x)).any(-1).all()

@@ -15,7 +15,7 @@ from gsae_jax.data import rows as rows_lib
 from gsae_jax.kernels import active
 from gsae_jax.saes import contract, features
 from gsae_jax.saes.features import Sparsity
-from gsae_jax.training import loop, sparsity
+from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
 from tests.refusals import refused
 from tests.training import Interrupting, assert_same, begin, begin_calls, metrics_without_time, params_of, with_
@@ -241,8 +241,8 @@ def settings_of(step, options=None, width=2**15, latent=1, platform="cpu", name=
 
 
 def test_which_step_a_stack_gets():
-    assert settings_of("auto").capacities == sparsity.CAPACITIES
-    assert settings_of("auto", name="relu").capacities == sparsity.CAPACITIES
+    assert settings_of("auto").capacities == features.CAPACITIES
+    assert settings_of("auto", name="relu").capacities == features.CAPACITIES
     assert settings_of("dense") is None
     assert settings_of("auto", width=1024) is None
     assert settings_of("auto", width=1024 * 16, latent=16) is None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax import batching
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import masking
 from gsae_jax.errors import UserError
@@ -15,7 +16,7 @@ from gsae_jax.evaluation import metrics
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.loading import LM, check_tokens
 from gsae_jax.lms.loss import cross_entropy_and_divergence
-from gsae_jax.saes import contract, linalg, parameters, pursuit, trained
+from gsae_jax.saes import contract, inference, linalg, parameters, pursuit, trained
 
 AT_ONCE = 12  # interventions whose activations are held at once
 MEDIAN_TOKENS = 4096  # how many tokens a site's median norm is taken over
@@ -45,11 +46,11 @@ def measure(
     """
     mesh = lm.module.mesh
     splits = mesh.shape["data"] if mesh else 1
-    runs = []  # (name, SAE, its parameters, features to choose by pursuit)
     for sae in saes:
         check_sites(sae, lm.sites)
-        params = spread(mesh, sae)
-        runs += [(name_of(sae.name, k), sae, params, k) for k in (0, *ito)]
+    params_of = {sae.name: spread(mesh, sae) for sae in saes}
+    ks = tuple(sorted(set(ito)))
+    names = {sae.name: [name_of(sae.name, k) for k in (0, *ks)] for sae in saes}
     others: dict[tuple[str, float], set[str]] = {}
     for sae in saes:
         others.setdefault((sae.targets[0], sae.norm_limit), set()).update({*sae.sites} - {*sae.targets})
@@ -89,33 +90,36 @@ def measure(
             ]
         )
 
-    totals: dict[str, metrics.Sums] = {name: {} for name, *_ in runs}
+    totals: dict[str, metrics.Sums] = {name: {} for of_sae in names.values() for name in of_sae}
     for tokens in batches:
         tokens_RxT, allowed_RxT = placed(tokens)
         means_of = [mean_D for mean_D, _ in means]
         hidden_RxTxD, contexts = _clean(lm.module, places, lm.params, means_of, limits, tokens_RxT, allowed_RxT)
         sums: dict[str, metrics.Sums] = {}
         for place, means_here, context in zip(places, means, contexts, strict=True):
-            mine = [run for run in runs if (run[1].targets[0], run[1].norm_limit) == place[:2]]
+            mine = [sae for sae in saes if (sae.targets[0], sae.norm_limit) == place[:2]]
             of_place = dict(zip(("mean", "typical_mean"), means_here, strict=True)) | {
                 name: context[name] for name in ("valid", "typical")
             }
+            last = names[mine[-1].name][-1]
             losses: dict[str, tuple[jax.Array, jax.Array]] = {}
             waiting = {kind: context[kind] for kind in ("x", "zero", "mean")}
-            for number, (name, sae, params, k) in enumerate(mine):
+            for sae in mine:
                 reads = tuple(context["others"].get(site, context["x"]) for site in sae.sites)
                 inputs = reads if isinstance(sae.config.d_in, tuple) else reads[0]
-                waiting[name], sums[name] = _reconstruct(
-                    mesh, sae.architecture, sae.config, k, params, inputs, context["x"], of_place
-                )
-                if len(waiting) >= AT_ONCE or number == len(mine) - 1:
-                    found_here = _losses(
-                        lm.module, place[0], lm.params, context["before"], hidden_RxTxD, tokens_RxT, [*waiting.values()]
-                    )
-                    losses |= dict(zip(waiting, found_here, strict=True))
-                    waiting = {}
+                settings = mesh, sae.architecture, sae.config
+                arrays = params_of[sae.name], context["x"], of_place
+                by_encoder = _reconstruct(*settings, *arrays, inputs)
+                by_pursuit = _pursue(*settings, ks, *arrays) if ks else []
+                for name, (replacement, of_sae) in zip(names[sae.name], [by_encoder, *by_pursuit], strict=True):
+                    waiting[name], sums[name] = replacement, of_sae
+                    if len(waiting) >= AT_ONCE or name == last:
+                        arrays_of_lm = lm.params, context["before"], hidden_RxTxD, tokens_RxT
+                        some = _losses(lm.module, place[0], *arrays_of_lm, [*waiting.values()])
+                        losses |= dict(zip(waiting, some, strict=True))
+                        waiting = {}
             shared = {f"ce_{kind}": losses[of][0] for kind, of in (("clean", "x"), ("zero", "zero"), ("mean", "mean"))}
-            for name, *_ in mine:
+            for name in (name for sae in mine for name in names[sae.name]):
                 sums[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
         for name, batch in mesh_lib.fetch(sums).items():
             batch = {key: value if key == "fired" else value[: len(tokens)] for key, value in batch.items()}
@@ -276,47 +280,103 @@ def _losses(
     return list(zip(*(value.sum(-1) for value in losses), strict=True))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _reconstruct(
     mesh: jax.sharding.Mesh | None,
     architecture: str,
     config: Any,
-    k: int,
     params: dict[str, jax.Array],
-    inputs: Any,
     x_RxTxD: jax.Array,
     place: dict[str, jax.Array],
+    inputs: Any,
 ) -> tuple[jax.Array, metrics.Sums]:
-    """Activations with the valid ones reconstructed, and the sums of `metrics.reconstruction_sums`.
+    """Activations with the valid ones reconstructed, and the sums that `metrics` need.
 
-    `k` features are chosen by gradient pursuit; 0: the encoder chooses, from the `inputs` of the sites that it reads.
     Of the `place` there are the masks `valid` and `typical` [R, T], and the means over them, `mean` and `typical_mean`.
+    The SAE reads the `inputs`.
     """
     functions = contract.module_of(architecture)
-    if mesh and config.width % mesh.shape["latent"] == 0:
-        # Gathered along `data`, as the rows lie there, when this SAE's turn comes.
-        axes = {name: functions.PARAMETERS[name].axis for name in params}
-        params = {
-            name: value
-            if (axis := axes[name]) is None
-            else jax.lax.with_sharding_constraint(value, mesh_lib.sharding(mesh, *[None] * axis, "latent"))
-            for name, value in params.items()
-        }
-    x_BxD = x_RxTxD.reshape(-1, x_RxTxD.shape[-1]).astype(jnp.float32)
-    if k:
-        # Atoms are unit; an imported dictionary may not be.
-        decoder, bias = parameters.decoder(functions), parameters.output_bias(functions)
-        params = params | {decoder: linalg.unit(params[decoder])}
-        index_BxK, alpha_BxK = pursuit.pursue(params[decoder], x_BxD - params[bias][None] if bias else x_BxD, k)
-        rows = jnp.arange(len(x_BxD))[:, None]
-        f_BxF = jnp.zeros((len(x_BxD), config.width)).at[rows, index_BxK].add(alpha_BxK)
-        gate_BxF = f_BxF != 0
-    else:
-        inputs = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]).astype(jnp.float32), inputs)
+    params, shards = _gathered(mesh, functions, config, params)
+
+    def part(part: Any) -> tuple[Any, jax.Array]:
+        inputs, valid_RxT = part
+        inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inference.flat(inputs))
         f_BxF = functions.encode(params, inputs, config)
         gate_BxF = contract.gate(functions, params, inputs, config)
-    x_hat_RxTxD = functions.decode(params, f_BxF).reshape(x_RxTxD.shape)
-    f, gate = (value.reshape(*x_RxTxD.shape[:2], -1) for value in (f_BxF, gate_BxF))
+        if mesh is None or mesh.size == 1:
+            x_hat_BxD = inference.decode(functions, config, params, f_BxF)
+        else:
+            x_hat_BxD = functions.decode(params, f_BxF)
+        per_token = x_hat_BxD, metrics.feature_statistics(f_BxF, gate_BxF)
+        fired_F = (metrics.fired(f_BxF) & valid_RxT.reshape(-1, 1)).sum(0)
+        return jax.tree.map(lambda value: value.reshape(*valid_RxT.shape, *value.shape[1:]), per_token), fired_F
+
+    at_once = inference.tokens_at_once(config.width // shards, mesh.shape["data"] if mesh else 1)
+    (x_hat_RxTxD, features), fired_F = batching.in_chunks(part, (inputs, place["valid"]), at_once)
+    return _measured(x_RxTxD, x_hat_RxTxD, features, fired_F, place)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _pursue(
+    mesh: jax.sharding.Mesh | None,
+    architecture: str,
+    config: Any,
+    ks: tuple[int, ...],
+    params: dict[str, jax.Array],
+    x_RxTxD: jax.Array,
+    place: dict[str, jax.Array],
+) -> list[tuple[jax.Array, metrics.Sums]]:
+    """What `_reconstruct` gives, with each number of features in `ks`, which gradient pursuit chooses."""
+    functions = contract.module_of(architecture)
+    params, _ = _gathered(mesh, functions, config, params)
+    bias = params.get(parameters.output_bias(functions) or "", jnp.zeros(x_RxTxD.shape[-1]))
+    W_dec_FxD = linalg.unit(params[parameters.decoder(functions)])  # that of an imported SAE may not have unit rows
+
+    def part(part: Any) -> tuple[Any, list[jax.Array]]:
+        x_RxtxD, valid_RxT = part
+        x_BxD = x_RxtxD.reshape(-1, x_RxtxD.shape[-1]).astype(jnp.float32)
+        per_token, fired = [], []
+        for codes in pursuit.pursue(W_dec_FxD, x_BxD - bias[None], ks):
+            on_BxK = metrics.fired(codes.alpha)
+            per_token.append((codes.x_hat + bias[None], metrics.feature_statistics(codes.alpha, on_BxK)))
+            on_BxK &= valid_RxT.reshape(-1, 1)
+            fired.append(jnp.zeros(config.width, jnp.int32).at[codes.indices].add(on_BxK))
+        return jax.tree.map(lambda value: value.reshape(*valid_RxT.shape, *value.shape[1:]), per_token), fired
+
+    at_once = pursuit.tokens_at_once(jax.default_backend()) * (mesh.shape["data"] if mesh else 1)
+    per_token, fired = batching.in_chunks(part, (x_RxTxD, place["valid"]), at_once)
+    return [
+        _measured(x_RxTxD, x_hat_RxTxD, features, fired_F, place)
+        for (x_hat_RxTxD, features), fired_F in zip(per_token, fired, strict=True)
+    ]
+
+
+def _gathered(
+    mesh: jax.sharding.Mesh | None, functions: contract.Architecture, config: Any, params: dict[str, jax.Array]
+) -> tuple[dict[str, jax.Array], int]:
+    """(Parameters with features along `latent` alone, where they divide; the number of their shards).
+
+    So they are gathered along `data`, as the rows lie there, when this SAE's turn comes.
+    """
+    if not mesh or config.width % mesh.shape["latent"]:
+        return params, 1
+    axes = {name: functions.PARAMETERS[name].axis for name in params}
+    gathered = {
+        name: value
+        if (axis := axes[name]) is None
+        else jax.lax.with_sharding_constraint(value, mesh_lib.sharding(mesh, *[None] * axis, "latent"))
+        for name, value in params.items()
+    }
+    return gathered, mesh.shape["latent"]
+
+
+def _measured(
+    x_RxTxD: jax.Array,
+    x_hat_RxTxD: jax.Array,
+    features: dict[str, jax.Array],
+    fired_F: jax.Array,
+    place: dict[str, jax.Array],
+) -> tuple[jax.Array, metrics.Sums]:
     about = [place[name] for name in ("mean", "typical_mean", "valid", "typical")]
-    sums = metrics.reconstruction_sums(x_RxTxD, x_hat_RxTxD, f, gate, *about)
+    sums = metrics.reconstruction_sums(x_RxTxD, x_hat_RxTxD, features, *about) | {"fired": fired_F}
     return jnp.where(place["valid"][..., None], x_hat_RxTxD, x_RxTxD).astype(x_RxTxD.dtype), sums

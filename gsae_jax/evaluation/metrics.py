@@ -34,32 +34,46 @@ DENSE = 0.1  # a feature that fires on more than this fraction of tokens
 DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
 
 
+def feature_statistics(f_BxF: jax.Array, gate_BxF: jax.Array) -> dict[str, jax.Array]:
+    """What `RATIOS` need of the features of each token [B]: `l0`, `l1` and `gate_only`.
+
+    Args:
+        f_BxF: feature activations.
+        gate_BxF: whether each feature's gate is open (for a baseline: whether it fires).
+    """
+    broken_B = jnp.isnan(f_BxF).any(-1)  # a NaN feature is neither active nor inactive, so none are counted
+    fires = fired(f_BxF)
+
+    def number(of_BxF: jax.Array) -> jax.Array:
+        return jnp.where(broken_B, jnp.nan, of_BxF.sum(-1).astype(jnp.float32))
+
+    return {"l0": number(fires), "l1": f_BxF.sum(-1), "gate_only": number(gate_BxF & ~fires)}
+
+
+def fired(f: jax.Array) -> jax.Array:
+    """Which feature activations are of active features."""
+    return (f != 0) & ~jnp.isnan(f)
+
+
 def reconstruction_sums(
     x_RxTxD: jax.Array,
     x_hat_RxTxD: jax.Array,
-    f_RxTxF: jax.Array,
-    gate_RxTxF: jax.Array,
+    features: dict[str, jax.Array],
     mean_D: jax.Array,
     typical_mean_D: jax.Array,
     valid_RxT: jax.Array,
     typical_RxT: jax.Array,
 ) -> Sums:
-    """Over valid tokens: per row [R] what `RATIOS` need of the reconstruction, and `fired` [F] of all rows.
+    """Over valid tokens: per row [R] what `RATIOS` need of the reconstruction.
 
     Args:
-        gate_RxTxF: whether each feature's gate is open (for a baseline: whether it fires).
+        features: `feature_statistics` [R, T].
         mean_D: the site's mean over valid tokens, about which `variance_all` is taken.
         typical_mean_D: the mean over typical tokens, about which the other variance is taken.
         typical_RxT: which tokens are valid and of no extreme norm. Squares are summed over these, and in sums whose
             names end in `_all` over all valid tokens.
     """
     x, x_hat = x_RxTxD.astype(jnp.float32), x_hat_RxTxD.astype(jnp.float32)
-    broken_RxT = jnp.isnan(f_RxTxF).any(-1)  # a NaN feature is neither active nor inactive, so none are counted
-    fires = (f_RxTxF != 0) & ~jnp.isnan(f_RxTxF)
-
-    def number(of_RxTxF: jax.Array) -> jax.Array:
-        return jnp.where(broken_RxT, jnp.nan, of_RxTxF.sum(-1).astype(jnp.float32))
-
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(x_hat, axis=-1)
     dot = (x_hat * x).sum(-1)
     squares = {
@@ -67,14 +81,15 @@ def reconstruction_sums(
         "x_hat_sq": jnp.square(x_hat).sum(-1),
         "x_hat_dot_x": dot,
     }
-    per_token = {
-        "tokens": jnp.ones(valid_RxT.shape, jnp.float32),
-        "l0": number(fires),
-        "l1": f_RxTxF.sum(-1),
-        "gate_only": number(gate_RxTxF & ~fires),
-        "cosine": jnp.where(norms == 0, 0, dot / jnp.where(norms == 0, 1, norms)),
-        "variance_all": jnp.square(x - mean_D[None, None]).sum(-1),
-    } | {f"{name}_all": value for name, value in squares.items()}
+    per_token = (
+        features
+        | {
+            "tokens": jnp.ones(valid_RxT.shape, jnp.float32),
+            "cosine": jnp.where(norms == 0, 0, dot / jnp.where(norms == 0, 1, norms)),
+            "variance_all": jnp.square(x - mean_D[None, None]).sum(-1),
+        }
+        | {f"{name}_all": value for name, value in squares.items()}
+    )
     c, c_hat = x - typical_mean_D[None, None], x_hat - typical_mean_D[None, None]
     per_typical = squares | {
         "typical": jnp.ones(valid_RxT.shape, jnp.float32),
@@ -83,12 +98,11 @@ def reconstruction_sums(
         "c_hat_sq": jnp.square(c_hat).sum(-1),
         "c_hat_dot_c": (c_hat * c).sum(-1),
     }
-    sums = {
+    return {
         name: jnp.where(where_RxT, value, 0).sum(1)
         for where_RxT, values in ((valid_RxT, per_token), (typical_RxT, per_typical))
         for name, value in values.items()
     }
-    return sums | {"fired": (fires & valid_RxT[..., None]).sum((0, 1))}
 
 
 def add(total: Sums, batch: Sums) -> Sums:

@@ -81,12 +81,12 @@ def _find(mask: Mask, K: int, F: int) -> jax.Array:
     words, upto = mask
     B, W = words.shape
     rank = jnp.broadcast_to(jnp.arange(K)[None], (B, K))
-    word = jnp.zeros((B, K), jnp.int32)  # how many words end before the k-th bit
+    word = jnp.zeros((B, K), jnp.int32)  # how many words end before the k-th bit; at least W where there is none
     step = 1 << (W.bit_length() - 1)
     while step:
         end = word + step
         before = jnp.take_along_axis(upto, jnp.minimum(end, W) - 1, 1) <= rank
-        word = jnp.where(before & (end <= W), end, word)
+        word = jnp.where(before, end, word)
         step //= 2
     filled = word < W
     word = jnp.minimum(word, W - 1)

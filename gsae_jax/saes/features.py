@@ -16,7 +16,21 @@ from gsae_jax.kernels import active
 from gsae_jax.saes import linalg
 from gsae_jax.saes.contract import Statistics
 
+CAPACITIES = (128, 256, 512)  # slots for the active features of a token
+# With fewer features for each slot, dense products are faster on a CPU (`benchmarks/sparse.py`). A train step needs
+# fewer of them than a decode, as its slots serve more products. Accelerators have not been measured.
+TRAINED_PER_SLOT, DECODED_PER_SLOT = 16, 64
 DENSE_PARTS = 4  # of a batch, where the sparse step takes dense products
+
+
+def capacities(width: int, per_slot: int) -> tuple[int, ...]:
+    """Those of `CAPACITIES` for which a dictionary has so many features for each slot."""
+    return tuple(K for K in CAPACITIES if width >= K * per_slot)
+
+
+def block(platform: str) -> int:
+    """Tokens of a block (`kernels.active`) on "cpu", "gpu" or "tpu"."""
+    return 1 if platform == "cpu" else 64
 
 
 class Encoder(NamedTuple):

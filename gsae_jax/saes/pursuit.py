@@ -1,54 +1,78 @@
 """Inference-time optimisation: gradient pursuit on a trained dictionary (Appendix A; Blumensath & Davies 2008)."""
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-@partial(jax.jit, static_argnames="k")
-def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Non-negative codes of at most `k` atoms with small ||x - alpha @ W_dec||^2.
+def tokens_at_once(platform: str) -> int:
+    """How many inputs a caller should give `pursue`: on a CPU, as many as have room for their atoms in its cache."""
+    return 256 if platform == "cpu" else 4096
 
-    Each of `k` rounds adds the atom of largest positive correlation with the residual, then takes one step along the
-    gradient of the chosen atoms' coefficients, of the length that minimises the error, and clips them at 0.
+
+class Codes(NamedTuple):
+    """Non-negative codes of at most K atoms.
+
+    Attributes:
+        indices: [B, K], which atoms.
+        alpha: [B, K], their coefficients; 0 where a round found nothing that helps, NaN where an input or an atom is
+            not finite.
+        x_hat: [B, D], alpha @ atoms.
+    """
+
+    indices: jax.Array
+    alpha: jax.Array
+    x_hat: jax.Array
+
+
+@partial(jax.jit, static_argnames="ks")
+def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int]) -> list[Codes]:
+    """Codes with small ||x - alpha @ W_dec||^2, for each number of atoms in `ks`.
+
+    Each round adds the atom of largest positive correlation with the residual, then takes one step along the gradient
+    of the chosen atoms' coefficients, of the length that minimises the error, and clips them at 0. So the first rounds
+    are the same for all `ks`, and are made once.
 
     Args:
         W_dec_FxD: unit atoms.
-        x_BxD: inputs, less the decoder's bias.
-        k: the L0 allowed, at most F.
-
-    Returns:
-        Which atoms [B, k], and their coefficients [B, k]; 0 where a round found nothing that helps, NaN where an
-        input or an atom is not finite.
+        x_BxD: inputs, less the decoder's bias. Of many, give `tokens_at_once` at a time.
+        ks: the L0 allowed, ascending, at most F.
     """
-    B, D = x_BxD.shape
-    rows = jnp.arange(B)
+    (B, D), F = x_BxD.shape, len(W_dec_FxD)
+    rows_Bx1, W_dec_DxF = jnp.arange(B)[:, None], W_dec_FxD.T
 
-    def round_(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        chosen_BxF, index_BxK, atoms_BxKxD, alpha_BxK, residual_BxD = carry
-        correlation = jnp.where(chosen_BxF, -jnp.inf, residual_BxD @ W_dec_FxD.T)
-        best_B = correlation.argmax(-1)
-        helps_B = ~(correlation[rows, best_B] <= 0)  # NaN is chosen, so that the codes are NaN as well
-        chosen_BxF = chosen_BxF.at[rows, best_B].set(helps_B)
-        index_BxK = index_BxK.at[:, i].set(best_B)
-        atoms_BxKxD = atoms_BxKxD.at[:, i].set(jnp.where(helps_B[:, None], W_dec_FxD[best_B], 0))
-
-        # Atoms that are not chosen yet are rows of zeros here, and so are their gradients.
-        gradient = jnp.einsum("bkd,bd->bk", atoms_BxKxD, residual_BxD)
-        direction = jnp.einsum("bk,bkd->bd", gradient, atoms_BxKxD)
+    def round_(i: jax.Array, so_far: tuple[Codes, jax.Array]) -> tuple[Codes, jax.Array]:
+        (index, alpha, x_hat), atoms = so_far
+        correlation = (x_BxD - x_hat) @ W_dec_DxF
+        # The gradient of a chosen atom's coefficient is its correlation.
+        gradient = correlation.at[rows_Bx1, index].get(mode="fill", fill_value=0)
+        correlation = correlation.at[rows_Bx1, index].set(-jnp.inf, mode="drop")
+        largest = correlation.max(-1)
+        # The first of the largest. XLA's argmax takes as long as the product on a CPU.
+        best = jnp.where(correlation == largest[:, None], jnp.arange(F)[None], F - 1).min(-1)
+        helps = ~(largest <= 0)  # NaN is chosen, so that the codes are NaN as well
+        best = jnp.where(helps, best, F)
+        index, gradient = index.at[:, i].set(best), gradient.at[:, i].set(jnp.where(helps, largest, 0))
+        atoms = atoms.at[:, i].set(W_dec_FxD.at[best].get(mode="fill", fill_value=0))
+        # Products and sums that the compiler joins into one loop; an einsum would be a slow product for each token.
+        direction = (gradient[..., None] * atoms).sum(1)
         square = jnp.square(direction).sum(-1)
-        length = jnp.where(square > 0, (direction * residual_BxD).sum(-1) / jnp.where(square > 0, square, 1), 0)
-        alpha_BxK = jax.nn.relu(alpha_BxK + length[:, None] * gradient)
-        residual_BxD = x_BxD - jnp.einsum("bk,bkd->bd", alpha_BxK, atoms_BxKxD)
-        return chosen_BxF, index_BxK, atoms_BxKxD, alpha_BxK, residual_BxD
+        length = jnp.where(square > 0, jnp.square(gradient).sum(-1) / jnp.where(square > 0, square, 1), 0)
+        alpha = jax.nn.relu(alpha + length[:, None] * gradient)
+        return Codes(index, alpha, (alpha[..., None] * atoms).sum(1)), atoms
 
-    carry = (
-        jnp.zeros((B, W_dec_FxD.shape[0]), bool),
-        jnp.zeros((B, k), jnp.int32),
-        jnp.zeros((B, k, D), x_BxD.dtype),
-        jnp.zeros((B, k), x_BxD.dtype),
-        x_BxD,
-    )
-    _, index_BxK, _, alpha_BxK, _ = jax.lax.fori_loop(0, k, round_, carry)
-    return index_BxK, alpha_BxK
+    # Places for more atoms have an index of F, which no atom has, and atoms of zeros.
+    codes = Codes(jnp.zeros((B, 0), jnp.int32), jnp.zeros((B, 0), x_BxD.dtype), jnp.zeros_like(x_BxD))
+    atoms = jnp.zeros((B, 0, D), x_BxD.dtype)
+    found = []
+    for before, k in itertools.pairwise((0, *ks)):
+        room = (0, 0), (0, k - before)
+        index, alpha = jnp.pad(codes.indices, room, constant_values=F), jnp.pad(codes.alpha, room)
+        start = Codes(index, alpha, codes.x_hat), jnp.pad(atoms, (*room, (0, 0)))
+        codes, atoms = jax.lax.fori_loop(before, k, round_, start)
+        found.append(codes._replace(indices=jnp.minimum(codes.indices, F - 1)))
+    return found

@@ -8,7 +8,7 @@ use `jax.vmap`, stack their parameters, and put them into one: `dataclasses.repl
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from gsae_jax import batching, errors, plugins
 from gsae_jax.config import Sites
 from gsae_jax.errors import UserError
-from gsae_jax.saes import contract
+from gsae_jax.saes import contract, inference
 
 ROWS_AT_ONCE = 2**15  # more activations than this are encoded in several batches
+SLOTS = 128  # for the active features of a token, at first
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -104,35 +105,56 @@ class SAE(Sites):
         sizes = f"{self.architecture}, {self.width} features of {place}{written}, d_in {self.d_in}"
         return f"<SAE {self.name}: {', '.join([sizes, *known])}>"
 
-    def encode(self, x: Any) -> jax.Array:
+    def encode(self, x: Any, sparse: bool = False) -> Any:
         """Feature activations [..., F] of activations [..., D], which may also be a torch tensor.
 
         An SAE that reads several sites takes a tuple of arrays, in the order of `site`.
 
+        Args:
+            x: the activations.
+            sparse: return `SparseFeatures` instead, (indices [..., K], values [..., K]) of the active features. K is
+                the largest number of active features of a token. They take far less memory than all F.
+
         Raises:
-            UserError: the last axis is not D, or `x` is not an array of real numbers, such as text or a dict of sites.
+            UserError: the last axis is not D, or `x` is not an array of real numbers, such as text or a dict of sites;
+                or `sparse` inside `jit`, where K cannot depend on the activations.
         """
         inputs, leading = self._inputs(x)
-        encode = partial(_encode, self.architecture, self.config, self.params)
-        if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((inputs, self.params))):
-            f_BxF = encode(inputs)
-        else:
-            count = len(jax.tree.leaves(inputs)[0])
-            extra = max(0, min(ROWS_AT_ONCE, batching.padded_size(count)) - count)
-            padded = jax.tree.map(lambda x: batching.pad(x, extra), inputs)
-            f_BxF = batching.in_batches(encode, padded, ROWS_AT_ONCE, "encode")[:count]
-        return f_BxF.reshape(*leading, self.config.width)
+        if not sparse:
+            return self._over_tokens(inference.encode, inputs, leading)
+        if self._is_traced(inputs):
+            raise UserError("is True inside `jit`, where shapes cannot depend on activations; leave it out", "sparse")
+        K = min(SLOTS, self.width)
+        while True:
+            f, counts = self._over_tokens(inference.encode_sparse, inputs, leading, K)
+            most = max(1, int(counts.max(initial=0)))
+            if most <= K:
+                return inference.SparseFeatures(f.indices[..., :most], f.values[..., :most])
+            K = min(batching.padded_size(most), self.width)
 
-    def decode(self, f: jax.typing.ArrayLike) -> Any:
-        """Reconstructions [..., D] of feature activations [..., F]; a tuple of them if it writes several sites."""
-        f = self._checked(f, self.config.width, "f")
-        x_BxD = self.functions.decode(self.params, f.reshape(-1, self.config.width))
+    def decode(self, f: Any) -> Any:
+        """Reconstructions [..., D] of feature activations; a tuple of them if the SAE writes several sites.
+
+        Args:
+            f: an array [..., F]; or `SparseFeatures`, or another tuple (indices [..., K], values [..., K]). An index of
+                F stands for no feature.
+
+        Raises:
+            UserError: another shape, or indices that are no numbers of features.
+        """
+        if isinstance(f, tuple):
+            indices, values = self._checked_slots(f)
+            slots = inference.SparseFeatures(*(part.reshape(-1, part.shape[-1]) for part in (indices, values)))
+            return self._over_tokens(inference.decode_sparse, slots, values.shape[:-1])
+        f = self._checked(f, self.width, "f")
+        x_BxD = self.functions.decode(self.params, f.reshape(-1, self.width))
         return jax.tree.map(lambda x: x.reshape(*f.shape[:-1], x.shape[-1]), x_BxD)
 
     def __call__(self, x: Any) -> Any:
         """The reconstruction [..., D] of activations [..., D], in their dtype; `lm.run(tokens, sae)` splices it in."""
-        x_hats = self.decode(self.encode(x))
-        dtype = as_floats(x[0] if isinstance(self.config.d_in, tuple) else x, "x").dtype
+        inputs, leading = self._inputs(x)
+        x_hats = self._over_tokens(inference.reconstruct, inputs, leading)
+        dtype = jax.tree.leaves(inputs)[0].dtype
         return jax.tree.map(lambda x_hat: x_hat.astype(dtype), x_hats)
 
     def save(self, path: str | os.PathLike[str], format: str = "saelens") -> None:
@@ -148,6 +170,26 @@ class SAE(Sites):
         with errors.about("format"):
             module = plugins.load("formats", format, having="write")
         module.write(self, path)
+
+    def _is_traced(self, inputs: Any) -> bool:
+        return any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((inputs, self.params)))
+
+    def _over_tokens(self, function: Callable[..., Any], inputs: Any, leading: tuple[int, ...], *more: int) -> Any:
+        """A function of `inference`, of inputs [B, _]; its results have the leading axes that the user gave."""
+
+        def apply(inputs: Any, rows: tuple[int, int] = (1, -1)) -> Any:
+            return _apply(function, self.architecture, self.config, more, rows, self.params, inputs)
+
+        if self._is_traced(inputs):
+            # As rows of tokens, which may lie on several devices.
+            results = apply(inputs, (math.prod(leading[:-1]), leading[-1] if leading else 1))
+        else:
+            count = len(jax.tree.leaves(inputs)[0])
+            extra = max(0, min(ROWS_AT_ONCE, batching.padded_size(count)) - count)
+            padded = jax.tree.map(lambda x: batching.pad(x, extra), inputs)
+            results = batching.in_batches(apply, padded, ROWS_AT_ONCE, function.__name__)
+            results = jax.tree.map(lambda y: y[:count], results)
+        return jax.tree.map(lambda y: y.reshape(*leading, *y.shape[1:]), results)
 
     def _inputs(self, x: Any) -> tuple[contract.Activations, tuple[int, ...]]:
         """Activations [B, D] as the architecture takes them, and the leading axes of `x`."""
@@ -176,6 +218,18 @@ class SAE(Sites):
         if value.ndim == 0 or value.shape[-1] != size:
             raise UserError(f"has shape {list(value.shape)}; the last axis of this SAE's {name} is {size}", name)
         return value
+
+    def _checked_slots(self, f: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        """(indices, values) of active features."""
+        if len(f) != 2:
+            raise UserError(f"is a tuple of {len(f)}; give (indices, values) or an array [..., {self.width}]", "f")
+        indices, values = jnp.asarray(f[0]), as_floats(f[1], "f")
+        if indices.shape != values.shape or not indices.ndim or not jnp.issubdtype(indices.dtype, jnp.integer):
+            kinds = f"indices of {indices.dtype} {list(indices.shape)} and values {list(values.shape)}"
+            raise UserError(f"has {kinds}; give integers and values of one shape", "f")
+        if not isinstance(indices, jax.core.Tracer) and ((indices < 0) | (indices > self.width)).any():
+            raise UserError(f"has indices outside 0 to {self.width}, the width, which stands for no feature", "f")
+        return indices, values
 
 
 class _Static:
@@ -232,6 +286,16 @@ def as_floats(value: Any, name: str) -> jax.Array:
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _encode(architecture: str, config: Any, params: dict[str, jax.Array], inputs: Any) -> jax.Array:
-    return contract.module_of(architecture).encode(params, inputs, config)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _apply(
+    function: Callable[..., Any],
+    architecture: str,
+    config: Any,
+    more: tuple[int, ...],
+    rows: tuple[int, int],
+    params: dict[str, jax.Array],
+    inputs: Any,
+) -> Any:
+    inputs = jax.tree.map(lambda x: x.reshape(*rows, x.shape[-1]), inputs)
+    results = function(contract.module_of(architecture), config, params, inputs, *more)
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), results)

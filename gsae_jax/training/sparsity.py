@@ -4,15 +4,8 @@ from typing import Any
 
 from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
-from gsae_jax.saes import contract
+from gsae_jax.saes import contract, features
 from gsae_jax.saes.features import Sparsity
-
-CAPACITIES = (128, 256, 512)  # slots for the active features of a token
-# A dictionary has room for a capacity from so many features a slot on. With fewer, dense products are faster on a CPU
-# (`benchmarks/sparse.py`, D 256 and 512). Accelerators have not been measured.
-FEATURES_PER_SLOT = 16
-BLOCK = {"cpu": 1}  # tokens of a block (`kernels.active`)
-BLOCK_ELSEWHERE = 64
 
 
 def of_stack(
@@ -34,12 +27,12 @@ def of_stack(
     if step == "dense":
         return None
     able = contract.has_encoder(architecture, sae)
-    capacities = tuple(K for K in CAPACITIES if sae.width // latent >= K * FEATURES_PER_SLOT)
+    capacities = features.capacities(sae.width // latent, features.TRAINED_PER_SLOT)
     if step == "sparse":
         if not able:
             variant = contract.variant(config.architecture, sae)
             raise UserError(f"is 'sparse', but {variant!r} has no sparse step; write 'auto' or 'dense'", "train.step")
-        capacities = capacities or (min(CAPACITIES[0], max(1, sae.width // latent - 1)),)
+        capacities = capacities or (min(features.CAPACITIES[0], max(1, sae.width // latent - 1)),)
     elif not able or not contract.trains_features(architecture, sae) or platform != "cpu":
         return None
-    return Sparsity(capacities, BLOCK.get(platform, BLOCK_ELSEWHERE)) if capacities else None
+    return Sparsity(capacities, features.block(platform)) if capacities else None

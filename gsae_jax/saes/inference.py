@@ -1,0 +1,149 @@
+"""Features and reconstructions of trained SAEs: in parts of bounded memory, and by active features where they pay.
+
+All functions are for use inside `jit`.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax import batching
+from gsae_jax.kernels import active
+from gsae_jax.saes import contract, features, parameters
+
+# Of one array [tokens, features] on a device. Larger products are no faster, and a CPU's caches hold no more.
+FLOATS = {"cpu": 2**22}
+FLOATS_ELSEWHERE = 2**26
+
+
+class SparseFeatures(NamedTuple):
+    """The active features of each token.
+
+    Attributes:
+        indices: [..., K], their numbers, ascending; the SAE's width in slots that a token does not need.
+        values: [..., K], their activations; 0 in those slots.
+    """
+
+    indices: jax.Array
+    values: jax.Array
+
+
+def tokens_at_once(width: int, splits: int = 1) -> int:
+    """How many tokens `batching.in_chunks` should give a function that makes arrays [tokens, features].
+
+    Args:
+        width: features on one device.
+        splits: how many devices the tokens lie on.
+    """
+    return splits * max(1, FLOATS.get(jax.default_backend(), FLOATS_ELSEWHERE) // width)
+
+
+def encode(
+    architecture: contract.Architecture, config: Any, params: contract.Params, inputs: contract.Activations
+) -> jax.Array:
+    """Feature activations [R, T, F] of inputs [R, T, D]."""
+
+    def part(inputs: contract.Activations) -> tuple[jax.Array, tuple[()]]:
+        return _rows_of(inputs, architecture.encode(params, flat(inputs), config)), ()
+
+    return batching.in_chunks(part, inputs, tokens_at_once(config.width))[0]
+
+
+def encode_sparse(
+    architecture: contract.Architecture, config: Any, params: contract.Params, inputs: contract.Activations, K: int
+) -> tuple[SparseFeatures, jax.Array]:
+    """(At most K active features of each token, how many [R, T] it has)."""
+
+    def part(inputs: contract.Activations) -> tuple[tuple[SparseFeatures, jax.Array], tuple[()]]:
+        f_BxF = architecture.encode(params, flat(inputs), config)
+        mask = active.pack(f_BxF != 0)  # also where it is not a number
+        slots = active.Slots.of(mask, K, config.width)
+        indices, values = jax.lax.sort((slots.features, slots.take(f_BxF)), num_keys=1)
+        features, count = (SparseFeatures(indices, values), mask.upto[:, -1])
+        return jax.tree.map(lambda value: _rows_of(inputs, value), (features, count)), ()
+
+    return batching.in_chunks(part, inputs, tokens_at_once(config.width))[0]
+
+
+def reconstruct(
+    architecture: contract.Architecture, config: Any, params: contract.Params, inputs: contract.Activations
+) -> contract.Activations:
+    """Reconstructions of inputs [R, T, D]."""
+
+    def part(inputs: contract.Activations) -> tuple[contract.Activations, tuple[()]]:
+        x_hats = decode(architecture, config, params, architecture.encode(params, flat(inputs), config))
+        return jax.tree.map(lambda x_hat: _rows_of(inputs, x_hat), x_hats), ()
+
+    return batching.in_chunks(part, inputs, tokens_at_once(config.width))[0]
+
+
+def flat(inputs: contract.Activations) -> contract.Activations:
+    """Activations [R, T, D] as [B, D]."""
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), inputs)
+
+
+def _rows_of(inputs: contract.Activations, value: jax.Array) -> jax.Array:
+    """A value [B, ...] as [R, T, ...] like the inputs."""
+    return value.reshape(*jax.tree.leaves(inputs)[0].shape[:2], *value.shape[1:])
+
+
+def decode_sparse(
+    architecture: contract.Architecture, config: Any, params: contract.Params, f: SparseFeatures
+) -> contract.Activations:
+    """Reconstructions [R, T, D] of features [R, T, K]: what `decode` gives of them as an array [B, F]."""
+    indices, values = flat(f)
+    values = jnp.where((indices >= 0) & (indices < config.width), values, 0)
+    slots = active.Slots(indices, jnp.arange(len(indices)), jnp.array([len(indices)]))
+    x_hats = _decode_slots(architecture, config, params, slots, values)
+    return jax.tree.map(lambda x_hat: _rows_of(f, x_hat), x_hats)
+
+
+def _decode_slots(
+    architecture: contract.Architecture, config: Any, params: contract.Params, slots: active.Slots, values: jax.Array
+) -> contract.Activations:
+    """f @ decoder + bias, as the contract has it, of values [B, K]."""
+    block = features.block(jax.default_backend())
+
+    def of_site(site: int) -> jax.Array:
+        W, bias = params[parameters.decoder(architecture, site)], parameters.output_bias(architecture, site)
+        dtype = jnp.result_type(values, W).name
+        (x_hat_BxD,) = active.decode(values[None], slots, W, (True,), dtype, block)
+        return x_hat_BxD if bias is None else x_hat_BxD + params[bias][None]
+
+    written = getattr(config, "d_out", config.d_in)
+    return tuple(map(of_site, range(len(written)))) if isinstance(written, tuple) else of_site(0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def decode(
+    architecture: contract.Architecture, config: Any, params: contract.Params, f_BxF: jax.Array
+) -> contract.Activations:
+    """The architecture's `decode`, by active features where all tokens have few. Its gradients are the dense ones."""
+    F = config.width
+    Ks = features.capacities(F, features.DECODED_PER_SLOT) if jax.default_backend() == "cpu" else ()
+    if not Ks:
+        return architecture.decode(params, f_BxF)
+    mask = active.pack(f_BxF != 0)
+
+    def by_active(K: int) -> contract.Activations:
+        slots = active.Slots.of(mask, K, F)
+        return _decode_slots(architecture, config, params, slots, slots.take(f_BxF))
+
+    def by_all() -> contract.Activations:
+        return architecture.decode(params, f_BxF)
+
+    branches: list[Any] = [*(partial(by_active, K) for K in Ks), by_all]
+    return jax.lax.switch(sum((mask.most > K).astype(jnp.int32) for K in Ks), branches)
+
+
+def _decode_forward(architecture, config, params, f_BxF):
+    return decode(architecture, config, params, f_BxF), (params, f_BxF)
+
+
+def _decode_backward(architecture, config, saved, d_out):
+    return jax.vjp(architecture.decode, *saved)[1](d_out)
+
+
+decode.defvjp(_decode_forward, _decode_backward)

@@ -1,0 +1,164 @@
+"""Encoding and decoding with trained SAEs: in parts, and by active features."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsae_jax import batching
+from gsae_jax.evaluation import measure
+from gsae_jax.saes import contract, features, trained
+from tests.measuring import SITE, as_sae, batches
+from tests.refusals import refused
+
+D, WIDE = 8, 64 * 512  # with room for every capacity
+every = pytest.mark.parametrize("name", ["gated", "relu", "jumprelu"])
+
+
+def sae_of(name, F, L0):
+    """With random weights, and about so many active features of a token; one feature is active on no token."""
+    architecture = contract.module_of(name)
+    config = contract.build_config(architecture, name, (D,), None, F, "float32", {})
+    keys = jax.random.split(jax.random.key(1), 3)
+    # Of another SAE, as some architectures have no `init`.
+    gated = contract.module_of("gated")
+    W_dec = gated.init(keys[0], gated.Config(D, F))["W_dec"]
+    x = activations()
+    params = {"W_dec": W_dec, "b_dec": 0.3 * jax.random.normal(keys[1], (D,))}
+    bias = -jnp.quantile((x.reshape(-1, D) - params["b_dec"][None]) @ W_dec.T, 1 - L0 / F)
+    biases = (jnp.zeros(F) + bias).at[3].set(-1e6)
+    if name == "gated":
+        params |= {"W_gate": W_dec.T, "r_mag": 0.1 * jax.random.normal(keys[2], (F,))}
+        params |= {"b_gate": biases, "b_mag": biases + 0.2}
+    else:
+        params |= {"W_enc": W_dec.T, "b_enc": biases}
+    if name == "jumprelu":
+        params["threshold"] = jnp.full(F, 0.1)
+    return trained.SAE("a_0", name, config, "blocks.0.hook_mlp_out", params)
+
+
+def activations(R=3, T=7):
+    return jax.random.normal(jax.random.key(0), (R, T, D))
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8, 20, 100])
+def test_parts_are_joined(at_once):
+    """Whatever the number of tokens, which may be a prime."""
+    x, most = activations(3, 7), []
+
+    def function(x):
+        most.append(x.shape[0] * x.shape[1])
+        return {"double": 2 * x, "norm": jnp.square(x).sum(-1)}, (x != 0).sum((0, 1))
+
+    per_token, count = jax.jit(lambda x: batching.in_chunks(function, x, at_once))(x)
+    np.testing.assert_array_equal(per_token["double"], 2 * x)
+    np.testing.assert_allclose(per_token["norm"], jnp.square(x).sum(-1), rtol=1e-6)
+    np.testing.assert_array_equal(count, [21] * D)
+    assert max(most) <= max(at_once, 3)
+
+
+@every
+@pytest.mark.parametrize("L0", [5, 200])
+def test_active_features_are_those_of_the_dense_array(name, L0):
+    """More of them than there are slots at first, too."""
+    sae, x = sae_of(name, 2048, L0), activations()
+    dense = np.asarray(sae.encode(x))
+    indices, values = sae.encode(x, sparse=True)
+    assert values.shape == (*x.shape[:-1], (dense != 0).sum(-1).max())
+    assert (np.diff(indices, axis=-1) >= 0).all()
+    scattered = np.zeros((*x.shape[:-1], sae.width + 1), np.float32)
+    np.put_along_axis(scattered, np.asarray(indices), np.asarray(values), -1)
+    np.testing.assert_array_equal(scattered[..., :-1], dense)
+    np.testing.assert_array_equal(scattered[..., -1], 0)
+    np.testing.assert_allclose(sae.decode((indices, values)), sae.decode(dense), rtol=1e-5, atol=1e-5)
+    on_one = jax.tree.map(lambda slots: slots[0, 0], (indices, values))
+    np.testing.assert_allclose(sae.decode(on_one), sae.decode(dense[0, 0]), rtol=1e-5, atol=1e-5)
+
+
+def test_no_feature_is_active_and_no_token_is_there():
+    sae = sae_of("gated", 64, 5)
+    sae = dataclasses.replace(sae, params=sae.params | {"b_gate": jnp.full(64, -1e6)})
+    f = sae.encode(activations(), sparse=True)
+    np.testing.assert_array_equal(f.indices, 64)
+    np.testing.assert_array_equal(sae.decode(f), jnp.broadcast_to(sae.b_dec, (3, 7, D)))
+    assert sae.encode(activations()[:0], sparse=True).values.shape == (0, 7, 1)
+
+
+def test_a_feature_that_is_not_a_number_is_active():
+    sae, x = sae_of("gated", 64, 5), activations()
+    f = sae.encode(x.at[1, 2, 0].set(jnp.nan), sparse=True)
+    assert np.isnan(np.asarray(f.values)[1, 2]).all()
+    assert np.isfinite(np.asarray(sae.decode(f))).all(-1).sum() == 20
+
+
+@pytest.mark.parametrize("slots", [*features.CAPACITIES, WIDE])
+@pytest.mark.parametrize(
+    ("name", "L0s"),
+    [
+        ("gated", (5, 20, 40, 200)),
+        pytest.param("relu", (5, 20, 40, 200), marks=pytest.mark.variants),
+        pytest.param("jumprelu", (20, 60, 100, 2000), marks=pytest.mark.variants),
+    ],
+)
+def test_wide_reconstructions_are_the_dense_ones(name, L0s, slots):
+    """By every number of slots, and by dense products; the gradients, too."""
+    capacities = features.capacities(WIDE, features.DECODED_PER_SLOT)
+    assert capacities == features.CAPACITIES
+    sae, x = sae_of(name, WIDE, L0s[[*capacities, WIDE].index(slots)]), activations()
+    most = (sae.encode(x) != 0).sum(-1).max()
+    assert slots == next(size for size in (*capacities, WIDE) if most <= size)
+
+    def dense(sae, x):
+        return sae.functions.decode(sae.params, sae.functions.encode(sae.params, x.reshape(-1, D), sae.config))
+
+    np.testing.assert_allclose(sae(x).reshape(-1, D), dense(sae, x), rtol=1e-4, atol=1e-4)
+
+    def loss(of):
+        return lambda sae, x: jnp.square(of(sae, x).reshape(-1, D)).sum()
+
+    ours, theirs = (jax.grad(loss(of), (0, 1))(sae, x) for of in (lambda sae, x: sae(x), dense))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * float(jnp.abs(other).max()) + 1e-6)
+
+
+def test_pairs_that_are_no_features_are_refused():
+    sae = sae_of("gated", 64, 5)
+    indices, values = sae.encode(activations(), sparse=True)
+    for wrong in ((indices, values, values), (values, values), (indices[..., :1], values), (indices + 64, values)):
+        with refused("f"):
+            sae.decode(wrong)
+    with refused("sparse", "jit"):
+        jax.jit(lambda x: sae.encode(x, sparse=True))(activations())
+
+
+@pytest.mark.parametrize("ks", [(), (4, 16)])
+def test_memory_of_measuring_does_not_grow_with_tokens_times_features(ks):
+    """Eight times the tokens take less than one more array [tokens, features] would."""
+    F = 2**15
+    sae = sae_of("gated", F, 20)
+
+    def bytes_for(T):
+        x = jax.ShapeDtypeStruct((4, T, D), jnp.float32)
+        mask, mean = jax.ShapeDtypeStruct((4, T), bool), jax.ShapeDtypeStruct((D,), jnp.float32)
+        place = {"valid": mask, "typical": mask, "mean": mean, "typical_mean": mean}
+        settings = None, sae.architecture, sae.config
+        step, args = (measure._pursue, (*settings, ks)) if ks else (measure._reconstruct, settings)
+        inputs = () if ks else (x,)
+        lowered = step.lower(*args, sae.params, x, place, *inputs)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    few, many = bytes_for(256), bytes_for(2048)
+    assert many - few < 4 * 4 * 2048 * F / 8
+
+
+def test_a_language_model_takes_a_wide_sae(lm):
+    """In place of activations, inside compiled code."""
+    width = lm.sites[SITE]
+    gated = contract.module_of("gated")
+    config = gated.Config(width, 64 * 128)
+    params = gated.init(jax.random.key(0), config) | {"b_gate": jnp.full(64 * 128, -0.3)}
+    sae, tokens = as_sae("a_0", gated, params, config, SITE), batches(lm)[0]
+    expected = lm.run(tokens, lambda site, x: sae.decode(sae.encode(x)) if site == SITE else x)
+    np.testing.assert_allclose(lm.run(tokens, sae), expected, rtol=1e-4, atol=1e-4)
