@@ -32,7 +32,9 @@ def test_decoder_rows_stay_unit_and_learning_rates_belong_to_their_sae():
     state = optimiser.scale_by_second_moment.init(params)
     for step in range(10):
         grads = {"W_dec": jax.random.normal(jax.random.key(step), start.shape), "b_dec": jnp.ones((2, 5))}
-        params, state = optimiser.update(params, grads, state, jnp.array([0.1, 0.0]), {"W_dec"})
+        params, state = optimiser.update(
+            params, grads, state, jnp.array([0.1, 0.0]), {"W_dec"}, jnp.array([True, True])
+        )
         np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=-1), 1, atol=1e-6)
     assert np.abs(params["W_dec"][0] - start[0]).min() > 0
     np.testing.assert_allclose(params["W_dec"][1], start[1], atol=1e-6)
@@ -47,8 +49,27 @@ def test_the_first_update_ignores_the_length_of_the_gradient_along_a_row():
     params = {"W_dec": jnp.array(row).reshape(1, 1, 2)}
     state = optimiser.scale_by_second_moment.init(params)
     grads = {"W_dec": jnp.array(gradient).reshape(1, 1, 2)}
-    params, _ = optimiser.update(params, grads, state, jnp.array([rate]), {"W_dec"})
+    params, _ = optimiser.update(params, grads, state, jnp.array([rate]), {"W_dec"}, jnp.array([True]))
     np.testing.assert_allclose(params["W_dec"][0, 0], moved / np.linalg.norm(moved), rtol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e30])
+def test_an_sae_whose_gradients_are_not_finite_stays_as_it_is(broken):
+    """To the last bit, while the other one moves as it would alone; 1e30 has no finite square."""
+    params = {"W_dec": jax.random.normal(jax.random.key(0), (2, 9, 5)), "b_dec": jnp.ones((2, 5))}
+    grads = {name: jax.random.normal(jax.random.key(1), value.shape) for name, value in params.items()}
+    state = optimiser.scale_by_second_moment.init(params)
+    rates = jnp.array([0.1, 0.2])
+    moved, after = optimiser.update(params, grads, state, rates, {"W_dec"}, optimiser.finite(grads))
+    for name, place in (("W_dec", (1, 8, 4)), ("b_dec", (1, 0))):
+        wrong = grads | {name: grads[name].at[place].set(broken)}
+        np.testing.assert_array_equal(optimiser.finite(wrong), [True, False])
+        ours, ours_after = optimiser.update(params, wrong, state, rates, {"W_dec"}, optimiser.finite(wrong))
+        for key in params:
+            np.testing.assert_array_equal(ours[key][1], params[key][1])
+            np.testing.assert_array_equal(ours_after.nu[key][1], 0)
+            np.testing.assert_array_equal(ours[key][0], moved[key][0])
+            np.testing.assert_array_equal(ours_after.nu[key][0], after.nu[key][0])
 
 
 @pytest.mark.parametrize(

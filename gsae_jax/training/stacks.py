@@ -264,16 +264,18 @@ class Stack:
         if jax.lax.axis_size("data") > 1:
             fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)
         statistics = jax.lax.pmean(statistics, "data")
-        finite_N = _finite(grads) & jnp.isfinite(statistics["loss"])
+        broken_N = jax.lax.psum((~optimiser.finite(grads)).astype(jnp.int32), mesh_lib.FEATURES)
+        finite_N = (broken_N == 0) & jnp.isfinite(statistics["loss"])
 
         def where_finite(new: jax.Array, old: jax.typing.ArrayLike) -> jax.Array:
             return jnp.where(jnp.expand_dims(finite_N, range(1, new.ndim)), new, old)
 
         unit_rows = frozenset(name for name in trained if table[name].unit_rows)
         params, second_moments = optimiser.update(
-            trained, grads, state.second_moments, rate * state.learning_rate, unit_rows
+            trained, grads, state.second_moments, rate * state.learning_rate, unit_rows, finite_N
         )
-        params |= {name: scattered_mean(value, table[name].axis) for name, value in new_own.items()}
+        for name, value in new_own.items():
+            params[name] = where_finite(scattered_mean(value, table[name].axis), own[name])
         l1_coefficient = state.l1_coefficient
         if self.config.target_l0:
             excess = jnp.log(statistics["l0"] / jnp.array(self.config.target_l0))
@@ -281,10 +283,8 @@ class Stack:
         statistics["l1_coefficient"] = state.l1_coefficient
         return dataclasses.replace(
             state,
-            params=jax.tree.map(where_finite, params, state.params),
-            second_moments=second_moments._replace(
-                nu=jax.tree.map(where_finite, second_moments.nu, state.second_moments.nu)
-            ),
+            params=params,
+            second_moments=second_moments,
             l1_coefficient=where_finite(l1_coefficient, state.l1_coefficient),
             steps_since_fired=jnp.where(finite_N[:, None] & (fired > 0), 0, state.steps_since_fired + 1),
             skipped=state.skipped + ~finite_N,
@@ -298,12 +298,6 @@ def _that_freezes(architecture: contract.Architecture, sae: Any) -> str:
     options = contract.options(sae)
     others = {name: dataclasses.replace(sae, **{name: defaults[name]}) for name in options}
     return next(name for name, other in others.items() if contract.trains_features(architecture, other))
-
-
-def _finite(grads: dict[str, jax.Array]) -> jax.Array:
-    """Whether all of an SAE's gradients [N, ...] are, and their squares, on every device."""
-    squares_N = sum(jnp.square(value).sum(range(1, value.ndim)) for value in grads.values())
-    return jax.lax.psum((~jnp.isfinite(squares_N)).astype(jnp.int32), mesh_lib.FEATURES) == 0
 
 
 def gather(part: jax.Array, axis: int | None) -> jax.Array:
