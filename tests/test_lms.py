@@ -87,7 +87,9 @@ def test_cross_entropy_in_chunks_is_that_of_the_logits(lm_dir, monkeypatch):
     picked = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], -1)[..., 0]
     expected = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1) - picked
     np.testing.assert_allclose(cross_entropy(lm.module, lm.params, hidden, tokens), expected, rtol=1e-5)
-    monkeypatch.setattr("gsae_jax.lms.loss.logits_per_chunk", lambda: 3 * 20 * lm.config.d_vocab)  # 7 = 3 + 3 + 1
+    monkeypatch.setattr(
+        "gsae_jax.lms.loss.logits_per_chunk", lambda platform: 3 * 20 * lm.config.d_vocab
+    )  # 7 = 3 + 3 + 1
     np.testing.assert_allclose(cross_entropy(lm.module, lm.params, hidden, tokens), expected, rtol=1e-5)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from gsae_jax.config import Experiment, Mesh
 from gsae_jax.config_trees import from_dict
+from gsae_jax.evaluation import measure
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.planning import collectives, hardware, planner
 from gsae_jax.planning.hardware import CHIPS, Topology
@@ -71,6 +72,55 @@ def test_a_plan_has_the_bytes_that_a_run_allocates(experiment):
     arguments = sum(planned[name] for name in ("language model", "SAEs", "optimiser", "buffer", "rest"))
     tokens = experiment.rows_per_call // 4 * experiment.data.context_length * 4
     assert arguments == pytest.approx(here(lm_params) + here(state) + tokens, rel=0.02)
+
+
+def test_what_measuring_takes_against_the_compiler():
+    """Of the programs that measure SAEs, with all arrays that are there beside them."""
+    case = planner.Case.build(configured("configs/quickstart.py"), Topology.parse("cpu:1"))
+    config, widths = case.program.config, case.program.widths
+    module = Checkpoint.open(config.lm.path).module()
+    lm_params = abstract_params(module, config.lm.dtype)
+    (site,), (D,) = widths, widths.values()
+    R, T = config.evaluation.rows_per_forward, config.data.context_length
+    stream, mean = jax.ShapeDtypeStruct((R, T, D), config.lm.dtype), jax.ShapeDtypeStruct((D,), "float32")
+    last = jax.ShapeDtypeStruct((R, T, module.config.d_model), config.lm.dtype)
+    tokens, mask = jax.ShapeDtypeStruct((R, T), "int32"), jax.ShapeDtypeStruct((R, T), bool)
+    limit = jax.ShapeDtypeStruct((), "float32")
+
+    def account(step, *args):
+        return step.lower(*args).compile().memory_analysis()
+
+    clean = account(measure._clean, module, ((site, 1e9, ()),), lm_params, [mean], [limit], tokens, mask)
+    waiting = [stream] * measure.AT_ONCE
+    losses = account(measure._losses, module, site, lm_params, last, last, tokens, waiting).temp_size_in_bytes
+    place = {"valid": mask, "typical": mask, "mean": mean, "typical_mean": mean}
+    encoding = []
+    for stack in case.program.stacks:
+        params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
+        settings = None, stack.config.architecture, stack.sae
+        encoding.append(account(measure._reconstruct, *settings, params, stream, place, stream).temp_size_in_bytes)
+    beside = clean.output_size_in_bytes + len(waiting) * stream.size * stream.dtype.itemsize
+    compiled = max(clean.temp_size_in_bytes, beside + max(losses, *encoding))
+    parts = case.measuring("cpu")
+    assert parts["language model"] == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lm_params))
+    assert compiled < parts["temporaries"] < 2 * compiled
+
+
+def test_a_run_that_cannot_be_measured_does_not_fit(experiment, monkeypatch):
+    """Though it could be trained; fewer rows in a forward pass of the evaluation are the advice."""
+    config = on(experiment, 4, 2)
+    large = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, rows_per_forward=2**13))
+    before, after = (planner.plan(each, "gpu:h100x8") for each in (config, large))
+    assert before["bytes_per_device"] == after["bytes_per_device"]
+    needed = after["bytes_per_device_measuring"]["total"]
+    assert before["bytes_per_device_measuring"]["total"] < 0.8 * needed
+    assert f"{needed / 2**30:.3f} GiB" in planner.describe(after)
+    assert after["bytes_per_device"]["total"] < 0.8 * needed
+    monkeypatch.setitem(CHIPS, "gpu:h100", dataclasses.replace(CHIPS["gpu:h100"], memory=int(0.8 * needed)))
+    assert planner.plan(config, "gpu:h100x8")["fits"]
+    report = planner.plan(large, "gpu:h100x8")
+    assert not report["fits"]
+    assert any("--config.evaluation.rows_per_forward=" in change["change"] for change in report["advice"])
 
 
 @pytest.mark.parametrize("topology", ["cpu:8", "gpu:h100x8"])

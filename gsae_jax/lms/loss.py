@@ -11,9 +11,9 @@ from gsae_jax.lms import partition
 Logits = Callable[[jax.Array], jax.Array]  # [B, V] of residual streams [B, D]
 
 
-def logits_per_chunk() -> int:
+def logits_per_chunk(platform: str) -> int:
     """On a CPU a chunk's logits should stay in the cache; an accelerator wants large products."""
-    return 2**21 if jax.default_backend() == "cpu" else 2**27
+    return 2**21 if platform == "cpu" else 2**27
 
 
 def cross_entropy(module: Any, params: Any, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
@@ -63,7 +63,9 @@ def _by_position(
     """
     B, T = tokens_BxT.shape
     params = partition.gather_head(params, module.mesh)
-    positions = min(T - 1, max(1, logits_per_chunk() // (len(streams) * B * module.config.d_vocab)))
+    positions = min(
+        T - 1, max(1, logits_per_chunk(jax.default_backend()) // (len(streams) * B * module.config.d_vocab))
+    )
 
     def logits(x_BxD: jax.Array) -> jax.Array:
         return module.apply({"params": params}, x_BxD[None], method="logits")[0]

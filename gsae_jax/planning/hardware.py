@@ -75,6 +75,11 @@ class Topology(NamedTuple):
             raise UserError(f"is {text!r}; {what}", "--topology")
         return cls(chip, sides)
 
+    @property
+    def platform(self) -> str:
+        """JAX's name of the kind: "cpu", "gpu" or "tpu"."""
+        return self.chip.partition(":")[0] if self.chip.startswith(("cpu", "gpu")) else "tpu"
+
     def __str__(self) -> str:
         return f"{self.chip}{'x' if self.chip.startswith('gpu') else ':'}{'x'.join(map(str, self.sides))}"
 

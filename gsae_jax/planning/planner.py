@@ -2,10 +2,10 @@
 
 Where a compiler for the machine is installed, the train step is compiled for it and its memory and its collectives are
 read from the result. Elsewhere they are estimated: arguments from their placement (exact), the SAEs' collectives from
-the step as it is written, and the rest by the rules of `temporaries` and `collectives.expected`.
+the step as it is written, and the rest by the rules of `memory` and `collectives.expected`. What measuring takes is
+always estimated.
 """
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -22,15 +22,14 @@ from gsae_jax import errors
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.errors import UserError
-from gsae_jax.lms import attention, loading
+from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
-from gsae_jax.planning import collectives
+from gsae_jax.planning import collectives, memory
 from gsae_jax.planning.hardware import CHIPS, GIB, NODE, Topology, bandwidth
 from gsae_jax.training.step import Program, TrainState
 
 UTILISATION = 0.4  # of the chip's rate, assumed for the estimate of time
 NO_ADVICE = "no one setting is enough: change several, train fewer SAEs at once, or take more or larger devices"
-KEPT = 6  # float32 arrays [batch, features] that one SAE's loss keeps for its gradient, in `temporaries`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Case:
     program: Program
     state: TrainState
     lm_params: Any
+    whole_lm_params: Any
     tokens: jax.ShapeDtypeStruct
 
     @classmethod
@@ -51,7 +51,8 @@ class Case:
         program = Program.build(config, mesh, checkpoint, special_tokens=(0,))
         shape = (config.rows_per_call, config.data.context_length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(mesh, "data"))
-        return cls(program, program.abstract_state(), abstract_params(program.module, config.lm.dtype), tokens)
+        read, whole = (abstract_params(m, config.lm.dtype) for m in (program.module, checkpoint.module(mesh=mesh)))
+        return cls(program, program.abstract_state(), read, whole, tokens)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -70,7 +71,12 @@ class Case:
 
     def estimate(self) -> dict[str, int]:
         """Bytes on each device, by part and in total, without a compiler."""
-        return self._parts(temporaries(self), mesh_lib.device_bytes(self.arguments))
+        beside = memory.training(self.program, self.state, self.lm_params)
+        return self._parts(beside, mesh_lib.device_bytes(self.arguments))
+
+    def measuring(self, platform: str) -> dict[str, int]:
+        """Bytes on each device, by part and in total, while the SAEs are measured; always an estimate."""
+        return memory.measuring(self.program, self.state, self.whole_lm_params, platform)
 
     def measure(self) -> tuple[dict[str, int], collectives.Exchanges, dict[str, str]]:
         """Bytes and exchanges, compiled where that can be done; and, of each, "compiled" or "estimated"."""
@@ -131,6 +137,7 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
         "devices": devices,
         "mesh": mesh,
         "bytes_per_device": parts,
+        "bytes_per_device_measuring": case.measuring(where.platform),
         "flops_per_step": flops,
         "flops_per_device_and_step": flops / devices,
         "exchanges_per_step": [
@@ -146,7 +153,8 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
     waiting = sum(exchange["seconds"] for exchange in report["exchanges_per_step"])
     step = {"overlapped": max(computation, waiting), "in_turn": computation + waiting}
     hours = {name: seconds * config.train.steps / 3600 for name, seconds in step.items()}
-    fits = parts["total"] <= chip.memory
+    largest = max(parts["total"], report["bytes_per_device_measuring"]["total"])
+    fits = largest <= chip.memory
     return report | {
         "memory_of_a_device": chip.memory,
         "fits": fits,
@@ -168,6 +176,9 @@ def describe(report: dict[str, Any]) -> str:
     how = {part: how[method] for part, method in report["method"].items()}
     lines = [f"{report['topology']}: {report['devices']} devices, {mesh}", "", f"bytes on each device ({how['bytes']})"]
     lines += [f"  {name:<15}{size / 2**30:>9.3f} GiB" for name, size in sizes.items()]
+    measuring = report["bytes_per_device_measuring"]
+    parts = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in measuring.items() if name != "total")
+    lines += [f"  and while SAEs are measured {measuring['total'] / 2**30:.3f} GiB ({parts}; ESTIMATED)"]
     lines += ["", f"what each device sends in one step, an SAE update ({how['exchanges']})"]
     lines += [
         f"  {exchange['kind']:<19}{' + '.join(exchange['axes']):<15}{exchange['count']:>8.2f} times"
@@ -190,12 +201,13 @@ def describe(report: dict[str, Any]) -> str:
         f"  {_range(report['tokens_per_second'], ',.0f')} tokens/s",
         f"  {_range(report['hours'], ',.1f')} hours, {_range(report['chip_hours'], ',.0f')} chip-hours",
     ]
-    memory = f"{sizes['total'] / 2**30:.1f} of {report['memory_of_a_device'] / 2**30:.1f} GiB"
+    largest = max(sizes["total"], measuring["total"])
+    used = f"{largest / 2**30:.1f} of {report['memory_of_a_device'] / 2**30:.1f} GiB"
     if report["fits"]:
         # JAX takes three quarters of a GPU's memory by itself.
-        more = report["topology"].startswith("gpu") and sizes["total"] > 0.75 * report["memory_of_a_device"]
-        return "\n".join([*lines, f"it fits: {memory}" + ", with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" * more])
-    lines.append(f"it does not fit: {memory}")
+        more = report["topology"].startswith("gpu") and largest > 0.75 * report["memory_of_a_device"]
+        return "\n".join([*lines, f"it fits: {used}" + ", with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" * more])
+    lines.append(f"it does not fit: {used}")
     changes = [f"  {change['change']}  ({change['total'] / 2**30:.1f} GiB)" for change in report["advice"]]
     lines += ["any one of these would do, by the estimate:", *changes] if changes else [NO_ADVICE]
     return "\n".join(lines)
@@ -238,42 +250,13 @@ def _flops(function: Any, *args: Any) -> float:
     return float(analysis["flops"])
 
 
-def temporaries(case: Case) -> int:
-    """A rule for the bytes that an accelerator's compiler needs on a device beside the arguments.
-
-    The SAEs' update holds every SAE's parameters as it uses them, gathered along `data` in the type of its products,
-    one SAE's gradients in float32, every device's own part of all gradients, and what one SAE's loss keeps. The
-    language model's forward pass holds two blocks' parameters, gathered, and a few arrays of activations. Beside either
-    are the fresh activations, twice. In six cases of 4 to 512 TPUs it was 0.87 to 1.9 times what libtpu takes, which
-    gathers as many SAEs ahead as it sees fit; no GPU was compared. XLA for CPUs takes over twice as much.
-    """
-    config, lm, shape = case.program.config, case.program.module.config, case.program.mesh.shape
-    data, latent, T = shape["data"], shape["latent"], config.data.context_length
-    compute, item = (jnp.dtype(name).itemsize for name in (config.train.compute_dtype, config.lm.dtype))
-    sizes = [sum(x.size for x in jax.tree.leaves(stack.params)) for stack in case.state.stacks.values()]
-    one = max(size / len(stack.config) for size, stack in zip(sizes, case.program.stacks, strict=True)) / latent
-    kept = max(KEPT * 4 * config.train.batch_size / data * stack.sae.width / latent for stack in case.program.stacks)
-    saes = sum(sizes) / latent * compute + 4 * one + 4 * sum(sizes) / latent / data + kept
-
-    blocks: collections.Counter[str] = collections.Counter()
-    for path, _, _, size in collectives.gathered(case.lm_params, shape):
-        blocks[path.partition("/")[0]] += size
-    rows = config.activations.rows_per_forward / data
-    scores = 2 * 4 * rows * lm.n_heads / latent * min(T, attention.QUERIES) * T
-    active = rows * T * (4 * 4 * lm.d_model + 3 * item * lm.d_mlp / latent)
-    forward = 2 * max(blocks.values()) + scores + active
-
-    fresh = 2 * item * config.rows_per_call / data * T * sum(case.program.widths.values())
-    return round(fresh + max(saes, forward))
-
-
 def advice(case: Case, topology: Topology, total: int) -> Iterator[dict[str, Any]]:
-    """Changes that would make it fit, the least of each kind, by what the estimate says that they save.
+    """Changes that would make training and measuring fit, the least of each kind, by what the estimate says they save.
 
     Yields:
         `change`, as flags, and `total`, the bytes on each device with it.
     """
-    config, memory = case.program.config, CHIPS[topology.chip].memory
+    config, capacity = case.program.config, CHIPS[topology.chip].memory
     slack = max(0, total - case.estimate()["total"])  # what the compiler takes beyond the estimate
     batch, act, latent = config.train.batch_size, config.activations, config.mesh.latent
     larger = list(itertools.accumulate(range(4), lambda machine, _: machine.doubled(), initial=topology))[1:]
@@ -284,6 +267,7 @@ def advice(case: Case, topology: Topology, total: int) -> Iterator[dict[str, Any
         [{"activations.buffer_size": act.buffer_size // n // batch * batch} for n in (2, 4, 8)],
         [{"activations.rows_per_forward": act.rows_per_forward // n} for n in (2, 4, 8)],
         [{"train.batch_size": batch // n} for n in (2, 4, 8)],
+        [{"evaluation.rows_per_forward": config.evaluation.rows_per_forward // n} for n in (2, 4, 8)],
         [{"topology": machine} | more for machine in larger for more in ({}, {"mesh.latent": NODE})],
     ]
     for kind in kinds:
@@ -294,7 +278,8 @@ def advice(case: Case, topology: Topology, total: int) -> Iterator[dict[str, Any
                 other = Case.build(changed(config, change), change.get("topology", topology))
             except UserError:  # the config or the mesh does not allow it
                 continue
-            if (total := other.estimate()["total"] + slack) <= memory:
+            sizes = other.estimate()["total"] + slack, other.measuring(topology.platform)["total"]
+            if (total := max(sizes)) <= capacity:
                 flags = [
                     f"--topology={value}" if field == "topology" else f"--config.{field}={value}"
                     for field, value in change.items()

@@ -13,9 +13,10 @@ from gsae_jax import batching
 from gsae_jax.kernels import active
 from gsae_jax.saes import contract, features, parameters
 
-# Of one array [tokens, features] on a device. Larger products are no faster, and a CPU's caches hold no more.
-FLOATS = {"cpu": 2**22}
-FLOATS_ELSEWHERE = 2**26
+
+def floats_at_once(platform: str) -> int:
+    """Of one array [tokens, features] on a device. More are no faster, and do not fit a CPU's caches."""
+    return 2**22 if platform == "cpu" else 2**26
 
 
 class SparseFeatures(NamedTuple):
@@ -37,7 +38,7 @@ def tokens_at_once(width: int, splits: int = 1) -> int:
         width: features on one device.
         splits: how many devices the tokens lie on.
     """
-    return splits * max(1, FLOATS.get(jax.default_backend(), FLOATS_ELSEWHERE) // width)
+    return splits * max(1, floats_at_once(jax.default_backend()) // width)
 
 
 def encode(

@@ -1,0 +1,93 @@
+"""Rules for the bytes that an accelerator's compiler needs on a device beside the arguments."""
+
+import collections
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.evaluation.measure import AT_ONCE
+from gsae_jax.lms import attention
+from gsae_jax.lms.loss import logits_per_chunk
+from gsae_jax.planning import collectives
+from gsae_jax.saes.inference import floats_at_once
+from gsae_jax.training.step import Program, TrainState
+
+KEPT = 6  # float32 arrays [tokens, features] that one SAE's loss keeps for its gradient, and that measuring makes
+LOGITS = 4  # float32 arrays [tokens, vocabulary] that losses of next tokens make
+
+
+def training(program: Program, state: TrainState, lm_params: Any) -> int:
+    """Beside the arguments of the train step.
+
+    The SAEs' update holds every SAE's parameters as it uses them, gathered along `data` in the type of its products,
+    one SAE's gradients in float32, every device's own part of all gradients, and what one SAE's loss keeps. The
+    language model's forward pass holds two blocks' parameters, gathered, and a few arrays of activations. Beside either
+    are the fresh activations, twice. In six cases of 4 to 512 TPUs it was 0.87 to 1.9 times what libtpu takes, which
+    gathers as many SAEs ahead as it sees fit; no GPU was compared. XLA for CPUs takes over twice as much.
+    """
+    config, shape = program.config, program.mesh.shape
+    data, latent, T = shape["data"], shape["latent"], config.data.context_length
+    compute, item = (jnp.dtype(name).itemsize for name in (config.train.compute_dtype, config.lm.dtype))
+    sizes = _sizes(state)
+    one = max(size / len(stack.config) for size, stack in zip(sizes, program.stacks, strict=True)) / latent
+    kept = max(KEPT * 4 * config.train.batch_size / data * stack.sae.width / latent for stack in program.stacks)
+    saes = sum(sizes) / latent * compute + 4 * one + 4 * sum(sizes) / latent / data + kept
+    forward = _forward(program, lm_params, config.activations.rows_per_forward / data)
+    fresh = 2 * item * config.rows_per_call / data * T * sum(program.widths.values())
+    return round(fresh + max(saes, forward))
+
+
+def measuring(program: Program, state: TrainState, lm_params: Any, platform: str) -> dict[str, int]:
+    """All bytes on each device while SAEs are measured (`evaluation.measure`), by part and in total.
+
+    The activations of a batch stay, and so do those that wait in their place for their losses, with their last
+    residual streams. Beside these is either one SAE with the features of the tokens that are encoded at once, or a
+    forward pass with the logits of as many tokens as their losses take at once.
+
+    Args:
+        program: of the run.
+        state: its arrays, abstract.
+        lm_params: of the whole language model; abstract.
+        platform: "cpu", "gpu" or "tpu".
+    """
+    config, lm, shape = program.config, program.module.config, program.mesh.shape
+    item, latent = jnp.dtype(config.lm.dtype).itemsize, shape["latent"]
+    rows = -(-config.evaluation.rows_per_forward // shape["data"])
+    tokens = rows * config.data.context_length
+    stream = item * tokens * max(lm.d_model, *program.widths.values())
+    # Of a site: as it is, zero and at its mean, and the stream before it. Waiting ones are there twice, as a list and
+    # as one array.
+    kept = stream * (1 + 4 * len(program.widths) + 3 * AT_ONCE)
+    sizes = _sizes(state)
+    one = max(size / len(stack.config) for size, stack in zip(sizes, program.stacks, strict=True)) / latent
+    # One token of each row at least, and no more tokens than there are.
+    F = max(stack.sae.width for stack in program.stacks) / latent
+    features = min(tokens * F, max(floats_at_once(platform), rows * F))
+    logits = min(tokens * lm.d_vocab, max(logits_per_chunk(platform), rows * lm.d_vocab))
+    encoding = 4 * one + 4 * KEPT * features
+    losses = _forward(program, lm_params, rows) + 4 * LOGITS * logits
+    parts = {
+        "language model": mesh_lib.device_bytes(lm_params),
+        "SAEs": mesh_lib.device_bytes([stack.params for stack in state.stacks.values()]),
+        "temporaries": round(kept + max(encoding, losses)),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _sizes(state: TrainState) -> list[int]:
+    """How many numbers the parameters of each stack have."""
+    return [sum(x.size for x in jax.tree.leaves(stack.params)) for stack in state.stacks.values()]
+
+
+def _forward(program: Program, lm_params: Any, rows: float) -> float:
+    """Of a forward pass of so many rows on a device."""
+    config, lm, shape = program.config, program.module.config, program.mesh.shape
+    latent, T, item = shape["latent"], config.data.context_length, jnp.dtype(config.lm.dtype).itemsize
+    blocks: collections.Counter[str] = collections.Counter()
+    for path, _, _, size in collectives.gathered(lm_params, shape):
+        blocks[path.partition("/")[0]] += size
+    scores = 2 * 4 * rows * lm.n_heads / latent * min(T, attention.QUERIES) * T
+    active = rows * T * (4 * 4 * lm.d_model + 3 * item * lm.d_mlp / latent)
+    return 2 * max(blocks.values()) + scores + active
