@@ -12,6 +12,9 @@ Before that, dictionary_learning, which has the paper's loss as we have, takes f
 batches. It differs in form only: its loss is ours times D, so it gets D times the l1 coefficient and D times Adam's
 eps. SAELens' loss is another: its auxiliary term trains the decoder, its L1 term weighs features by decoder norms.
 (By torch's FlopCounterMode a step of SAELens takes thirteen such products, one of dictionary_learning eight.)
+
+With `--active 49` biases open about as many features of a token, as in a trained SAE, and our sparse step takes part.
+The peers' steps take as long with few active features as with many.
 """
 
 import argparse
@@ -30,9 +33,11 @@ import common
 import jax
 import numpy as np
 from peers_environment import environment
+from sparse import UPDATES, opened
 from step import PRODUCTS, build, products, program, stepper
 
 WARMUP = 3  # rounds
+OURS = "gsae_jax", "gsae_jax, sparse step"
 
 
 class Peer:
@@ -80,13 +85,13 @@ def size(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def timed(function):
-    """The function, answering how long it took."""
+def timed(function, steps=1):
+    """The function, which makes so many steps, answering how long one took."""
 
     def call():
         start = time.perf_counter()
         function()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / steps
 
     return call
 
@@ -99,6 +104,7 @@ def main():
     parser.add_argument(
         "--compiled", action="store_true", help="SAELens with its compile_sae too; wants a C++ compiler"
     )
+    parser.add_argument("--active", type=int, default=0, help="active features of a token, for the sparse step")
     for name, default in (("D", 512), ("F", 8192), ("B", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
@@ -123,7 +129,15 @@ def main():
     )
     print(note)
 
-    makers = {"gsae_jax": timed(stepper(stack, mesh, x)[0]), "products": timed(products(D, F, B, 1, "float32"))}
+    # With a learning rate of 0 as many features stay active.
+    prepare = partial(opened, x=x, active=arguments.active) if arguments.active else lambda state: state
+    rate = 0.0 if arguments.active else 1.0
+    ours = {OURS[0]: timed(stepper(stack, mesh, x, rate, prepare=prepare)[0])}
+    if arguments.active:
+        sparse_stack, *_ = build("gated", D, F, B, 1, "float32", "sparse")
+        step, _ = stepper(sparse_stack, mesh, x, rate, UPDATES, prepare)
+        ours[OURS[1]] = timed(step, UPDATES)
+    makers = ours | {"products": timed(products(D, F, B, 1, "float32"))}
     makers |= {name: partial(peer.ask, "step") for name, peer in peers.items()}
     taken: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(WARMUP + arguments.rounds):
@@ -133,6 +147,7 @@ def main():
     needed = PRODUCTS["gated"] * seconds.pop("products") / 3
 
     accounts = {name: peer.ask("account") for name, peer in peers.items()}
+    our_seconds = seconds[list(ours)[-1]]
     results = []
     for name, step_seconds in seconds.items():
         account = accounts.get(name, {"version": "", "bytes_per_parameter": bytes_per_parameter})
@@ -141,8 +156,9 @@ def main():
             "D": D,
             "F": F,
             "B": B,
+            **({"active": arguments.active} if arguments.active else {}),
             "step_seconds": step_seconds,
-            "times_ours": step_seconds / seconds["gsae_jax"],
+            "times_ours": step_seconds / our_seconds,
             "activations_per_second": B / step_seconds,
             "of_product_rate": needed / step_seconds,
             "bytes_per_parameter": account["bytes_per_parameter"],
