@@ -144,7 +144,7 @@ def _unusable(error: flags.IllegalFlagValueError, flag_values: flags.FlagValues)
         with contextlib.suppress(ValueError, OverflowError):
             wanted = f"{int(float(value))}" if float(value).is_integer() else wanted
     field = name.removeprefix("config.") if name.startswith("config.") else f"--{name}"
-    return UserError(f"is {value!r}, which is no value of type {kind}; write {wanted}", field)
+    return UserError(f"is {value!r}, which is not a value of type {kind}; write {wanted}", field)
 
 
 def given(config: Any) -> Any:
@@ -200,9 +200,9 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
     """
     sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))
     if several:
-        flags.DEFINE_string("coordinator", None, "host:port of process 0; clusters that JAX knows say so themselves.")
-        flags.DEFINE_integer("num_processes", None, "How many processes run this command together.")
-        flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+        flags.DEFINE_string("coordinator", None, "host:port of process 0. Not needed on a cluster that JAX detects.")
+        flags.DEFINE_integer("num_processes", None, "Number of processes that run this command together.")
+        flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 
     # --help shows the flags of the command's own file only, so the flags of this file are made its own.
     for flag in flags.FLAGS.get_flags_for_module(__name__):
@@ -255,7 +255,9 @@ def _refusal(error: BaseException) -> UserError:
             return UserError(f"{where}: {type(root).__name__}: {root}", "--config")
         if isinstance(root, OSError | SyntaxError):
             return UserError(f"the file cannot be read: {root}", "--config")
-        return UserError(f"the file cannot be used: {root}; write one whose get_config() gives a config", "--config")
+        return UserError(
+            f"the file cannot be used: {root}; write a file whose get_config() returns a config", "--config"
+        )
     if isinstance(error, flags.Error):
         return UserError(str(error), "command line")
     return UserError(f"cannot be used: {type(error).__name__}: {error}", "--config")
@@ -276,7 +278,7 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     what = f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     lost = isinstance(error, jax.errors.JaxRuntimeError)  # of a collective, most often
-    return what + " (another process may have ended before; look at its output)" * lost, 1
+    return what + " (another process may have failed first; look at its output)" * lost, 1
 
 
 def _refuse(message: str, code: int = 2) -> None:

@@ -54,7 +54,7 @@ class Data:
     corpus: str = setting("stdlib", "stdlib (the library of this Python), text (your files), or tfds (a data set).")
     path: str = setting("", "text: a file, folder or glob of .txt, .md, .json, .jsonl or .parquet, compressed or not.")
     field: str = setting("text", "Field of a JSON object, column of a .parquet, feature of a TFDS set; a.b is nested.")
-    separator: str = setting("", "text: what divides a .txt or .md file into documents; '' = a file is a document.")
+    separator: str = setting("", "text: separator of the documents in a .txt or .md file; '' = a file is one document.")
     name: str = setting("", "tfds: name of the data set, such as wiki40b/en.")
     train_split: str = setting("train", "Split to train on, in the notation of TFDS, such as train[:90%].")
     test_split: str = setting("test", "Split to measure on.")
@@ -62,13 +62,13 @@ class Data:
     context_length: int = setting(128, "Tokens in a row, BOS included.")
     prepend_bos: bool = setting(True, "Whether every row begins with BOS.")
     pack: Literal["stream", "documents"] = setting(
-        "stream", "stream: rows are cut from one stream of all text; documents: each row begins a document.", SAME
+        "stream", "stream: rows are cut from one stream of all text; documents: each row begins with a document.", SAME
     )
     held_out: Literal["hash", "position"] = setting(
-        "hash", "text: a hash of the text decides what is held out, or its position.", earlier="position"
+        "hash", "text: text is held out by its hash, or by its position.", earlier="position"
     )
     on_bad_row: Literal["error", "skip"] = setting(
-        "error", "text: a row without text is an error, or is skipped.", SAME
+        "error", "text: whether a row without text is an error or is skipped.", SAME
     )
 
     def __post_init__(self) -> None:
@@ -76,7 +76,8 @@ class Data:
         _at_least("context_length", self.context_length, 2)
         if self.pack == "documents" and self.corpus == "text" and self.held_out == "position":
             raise UserError(
-                "is 'documents', but data.held_out='position' cuts them; write data.held_out='hash', or 'stream'",
+                "is 'documents', but data.held_out='position' cuts documents in two; write data.held_out='hash', or "
+                "'stream'",
                 "pack",
             )
 
@@ -87,7 +88,9 @@ class Activations:
 
     rows_per_forward: int = setting(32, "Rows of tokens in one forward pass of the language model.")
     buffer_size: int = setting(2**20, "Activations in the exchange buffer, on all devices together.")
-    scale_tokens: int = setting(2**16, "Tokens that measure each site's mean, scale and median norm before training.")
+    scale_tokens: int = setting(
+        2**16, "Tokens used before training to measure each site's mean, scale and median norm."
+    )
     drop_special_tokens: bool = setting(
         True, "Exclude BOS, EOS, padding and other special tokens from training and metrics."
     )
@@ -131,18 +134,20 @@ class Stack(Sites):
     serves every SAE. `stack_config(..., grid=True)` writes every combination.
     """
 
-    architecture: str = setting(REQUIRED, "gated or relu; or your own, as my_package.topk or topk.py.")
-    site: str | tuple[str, ...] = setting(REQUIRED, "What is read: a TransformerLens hook name, or a tuple of several.")
+    architecture: str = setting(REQUIRED, "gated, relu, or your own architecture, such as my_package.topk or topk.py.")
+    site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")
     l1_coefficients: tuple[float, ...] = setting(REQUIRED, "Weight of the sparsity penalty (the paper's λ).")
     learning_rates: tuple[float, ...] = setting((3e-4,), "Learning rates after warm-up.")
-    seeds: tuple[int, ...] = setting((0,), "Seeds of the first parameters.")
+    seeds: tuple[int, ...] = setting((0,), "Seeds of the initial parameters.")
     options: dict[str, Any] = setting(dict, "Fields of the architecture's Config, such as tie_encoder=False.")
     target_l0: tuple[float, ...] = setting(
-        (), "L0 to reach: training adjusts l1_coefficients until each SAE has it; () = it does not.", SAME
+        (), "Target L0: training adjusts l1_coefficients until each SAE reaches it; () = no target.", SAME
     )
     start_from: str = setting("", "RUN:STACK or a folder of SAEs to start from; '' = random parameters.", SAME)
-    target: str | tuple[str, ...] = setting("", "What is reconstructed, named as `site` is; '' = what is read.", SAME)
+    target: str | tuple[str, ...] = setting(
+        "", "Site to reconstruct, named like `site`; '' = the site that is read.", SAME
+    )
 
     def __len__(self) -> int:
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
@@ -182,7 +187,7 @@ class Stack(Sites):
                 raise UserError(f"is {names}; write one site, or several that differ", field)
         if self.target_l0 and min(self.l1_coefficients) == 0:
             raise UserError(
-                "has a 0, from which target_l0 cannot start; write a first guess such as 0.01",
+                "has a 0, but target_l0 needs a positive value to start from; write a first guess such as 0.01",
                 "l1_coefficients",
             )
 
@@ -193,10 +198,10 @@ class Train:
 
     steps: int = setting(10_000, "SAE updates.")
     batch_size: int = setting(4096, "Activations in one SAE update, on all devices together.")
-    warmup_steps: int = setting(1000, "Steps in which the learning rate rises to its value.")
+    warmup_steps: int = setting(1000, "Warm-up steps, in which the learning rate rises to its full value.")
     decay_fraction: float = setting(
         0.0,
-        "Fraction of the steps, at the end of training, in which the learning rate falls to 0 as a cosine; 0 = none.",
+        "Fraction of training, at its end, in which the learning rate decays to 0 along a cosine; 0 = none.",
     )
     compute_dtype: Dtype = setting("float32", "Type of the SAEs' matrix products; bfloat16 suits accelerators.")
     step: Literal["auto", "dense", "sparse"] = setting(
@@ -204,13 +209,17 @@ class Train:
         "sparse: gradients of active features only; dense: of all; auto: sparse for wide stacks on CPUs.",
         earlier="dense",
     )
-    log_every: int = setting(50, "Steps between lines of metrics, rounded to the updates of one forward pass.")
+    log_every: int = setting(
+        50, "Steps between lines of metrics, rounded to a multiple of the updates per forward pass."
+    )
     resample_steps: tuple[int, ...] = setting(
         (), "Steps after which dead features are re-initialised; () = never.", SAME
     )
-    resample_warmup_steps: int = setting(1000, "Steps in which the learning rate then rises from a tenth.", SAME)
-    dead_after: int = setting(1000, "A feature is dead if it has not fired for so many steps.", SAME)
-    max_skipped: int = setting(100, "Training stops after so many non-finite updates of one SAE in a row.", SAME)
+    resample_warmup_steps: int = setting(
+        1000, "Steps after resampling in which the learning rate rises from a tenth to its full value.", SAME
+    )
+    dead_after: int = setting(1000, "A feature is dead if it has not fired for this many steps.", SAME)
+    max_skipped: int = setting(100, "Training stops after this many consecutive non-finite updates of one SAE.", SAME)
 
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "log_every", "resample_warmup_steps", "dead_after", "max_skipped"):
@@ -229,8 +238,8 @@ class Train:
 class Mesh:
     """How devices share the work."""
 
-    data: int = setting(0, "Devices along the batch; 0 = all that `latent` leaves.")
-    latent: int = setting(1, "Devices along the dictionary.")
+    data: int = setting(0, "Devices along the batch axis; 0 = all devices, divided by `latent`.")
+    latent: int = setting(1, "Devices along the axis of features.")
 
     def __post_init__(self) -> None:
         _at_least("data", self.data, 0)
@@ -242,10 +251,10 @@ class Checkpoint:
     """When to save, what, and which to keep."""
 
     every: int = setting(1000, "Steps between checkpoints.")
-    keep: int = setting(2, "How many of the last checkpoints are kept.")
-    keep_every: int = setting(0, "Also keep checkpoints that are at least so many steps apart; 0 = none.", SAME)
-    keep_best: str = setting("", "Also keep the one of the lowest STACK/loss or STACK/mse; '' = none.", SAME)
-    buffer: bool = setting(True, "Save the exchange buffer; else a resumed run fills it with other text.", SAME)
+    keep: int = setting(2, "Number of latest checkpoints to keep.")
+    keep_every: int = setting(0, "Also keep checkpoints at least this many steps apart; 0 = none.", SAME)
+    keep_best: str = setting("", "Also keep the checkpoint with the lowest STACK/loss or STACK/mse; '' = none.", SAME)
+    buffer: bool = setting(True, "Save the exchange buffer; if False, a resumed run fills it with new text.", SAME)
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 1)
@@ -279,7 +288,7 @@ class HeldOut:
 class Experiment:
     """One run: a language model, text, stacks of SAEs, and how they are trained and measured."""
 
-    seed: int = setting(0, "Seed of the data order and the exchange buffer; SAEs have their own.")
+    seed: int = setting(0, "Seed of the data order and the exchange buffer; SAEs have their own seeds.")
     lm: LM = setting(LM)
     data: Data = setting(Data)
     activations: Activations = setting(Activations)
@@ -288,7 +297,9 @@ class Experiment:
     mesh: Mesh = setting(Mesh)
     checkpoint: Checkpoint = setting(Checkpoint)
     evaluation: Evaluation = setting(Evaluation)
-    loggers: tuple[str, ...] = setting(("tensorboard",), "Where metrics go too: tensorboard, wandb.", SAME)
+    loggers: tuple[str, ...] = setting(
+        ("tensorboard",), "Further places that metrics are sent to: tensorboard, wandb.", SAME
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loggers", tuple(map(plugins.absolute, self.loggers)))
@@ -325,9 +336,9 @@ class Experiment:
         earliest, last = self.train.dead_after, self.train.steps - self.updates_per_call
         if self.train.resample_steps and last < earliest:
             raise UserError(
-                f"is {self.train.resample_steps}, but this run has no step for it: features count as dead after "
-                f"{earliest} steps at the earliest (train.dead_after), and resampling is possible until step {last}; "
-                "lower train.dead_after, raise train.steps, or write ()",
+                f"is {self.train.resample_steps}, but this run has no step to resample at: no feature counts as "
+                f"dead before step {earliest} (train.dead_after), and step {last} is the last to resample at; lower"
+                " train.dead_after, raise train.steps, or write ()",
                 "train.resample_steps",
             )
         if any(not earliest <= step <= last for step in self.train.resample_steps):
@@ -344,11 +355,11 @@ class Experiment:
             )
         for name, stack in self.stacks.items():
             if stack.target_l0 and self.train.steps < 2:
-                raise UserError(f"is 1, in which stacks.{name}.target_l0 cannot be met; write more", "train.steps")
+                raise UserError(f"is 1, too few to reach stacks.{name}.target_l0; write more", "train.steps")
             if stack.target_l0 and self.train.warmup_steps >= 2 * self.train.steps // 3:
                 raise UserError(
-                    f"is {self.train.warmup_steps}; stacks.{name}.target_l0 is met between warm-up and two thirds of "
-                    f"training; write less than {2 * self.train.steps // 3}",
+                    f"is {self.train.warmup_steps}, but stacks.{name}.target_l0 is reached between warm-up and "
+                    f"two thirds of training; write less than {2 * self.train.steps // 3}",
                     "train.warmup_steps",
                 )
 
@@ -398,17 +409,17 @@ class PretrainModel:
 class Pretrain:
     """Training a small language model and its tokenizer from text. The embedded model was made with the defaults."""
 
-    seed: int = setting(0, "Seed of the first parameters and the data order.")
+    seed: int = setting(0, "Seed of the initial parameters and the data order.")
     data: Data = setting(Data)
     vocab_size: int = setting(4096, "Tokens of the tokenizer.")
     model: PretrainModel = setting(PretrainModel)
-    epochs: float = setting(3.0, "How often the text is read.")
+    epochs: float = setting(3.0, "Number of passes over the text.")
     batch_size: int = setting(64, "Rows of data.context_length tokens in one update.")
     learning_rate: float = setting(3e-3, "Learning rate after warm-up; it then falls to zero as a cosine.")
-    b2: float = setting(0.95, "Adam's decay of second moments.")
+    b2: float = setting(0.95, "Adam's decay rate of second moments (beta2).")
     weight_decay: float = setting(0.05, "Weight decay of matrices.")
-    warmup_steps: int = setting(200, "Steps in which the learning rate rises to its value.")
-    test_tokens: int = setting(2**18, "Held-out tokens that the cross-entropy is measured on.")
+    warmup_steps: int = setting(200, "Warm-up steps, in which the learning rate rises to its full value.")
+    test_tokens: int = setting(2**18, "Held-out tokens to measure the cross-entropy on.")
 
     def __post_init__(self) -> None:
         _seed("seed", self.seed)

@@ -97,7 +97,9 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = 
 def check_text(text: str) -> None:
     """Raises `UserError` for text that cannot be written in UTF-8, or that has a NUL, which no path can have."""
     if "\0" in text or text.encode("utf-8", "replace").decode() != text:
-        raise UserError(f"is {text!r}, which has a character that no path or text can have; write it anew")
+        raise UserError(
+            f"is {text!r}, which has a character that UTF-8 or a path cannot have; write it without that character"
+        )
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

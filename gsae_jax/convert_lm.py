@@ -22,6 +22,6 @@ def main(source: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of a SRC without one: a directory or a hub name.")
+    TOKENIZER = flags.DEFINE_string("tokenizer", "", "Tokenizer for a SRC that has none: a directory or a hub name.")
     REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub name.")
     cli.run(main, "SRC", "OUT")

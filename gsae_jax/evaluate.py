@@ -57,9 +57,13 @@ if __name__ == "__main__":
     ITO = flags.DEFINE_list(
         "ito", [], "Also measure the dictionaries by gradient pursuit: 5,10,20,40 features a token."
     )
-    STEP = flags.DEFINE_integer("step", None, "With --workdir: which checkpoint; by default the newest that is whole.")
-    PUBLISHED = flags.DEFINE_string("published", "", "A CSV file of points to draw beside ours.")
-    OVERWRITE = flags.DEFINE_bool("overwrite", False, "With --workdir: replace a report of other settings.")
+    STEP = flags.DEFINE_integer(
+        "step", None, "With --workdir: step of the checkpoint; by default the newest that is whole."
+    )
+    PUBLISHED = flags.DEFINE_string("published", "", "CSV file of published points, drawn in the figures too.")
+    OVERWRITE = flags.DEFINE_bool(
+        "overwrite", False, "With --workdir: replace a report that was made with other settings."
+    )
     SAE = flags.DEFINE_multi_string(
         "sae", [], "A run, RUN:STACK, or a folder of SAEs in any known format; may be repeated."
     )
@@ -73,6 +77,6 @@ if __name__ == "__main__":
     TEXT = flags.DEFINE_string(
         "text", "", "With --sae: files of text to measure on; default: the first run's, or this Python's library."
     )
-    SITE = flags.DEFINE_string("site", "", "With --sae: the site that the SAEs read, whatever their files say.")
+    SITE = flags.DEFINE_string("site", "", "With --sae: site that the SAEs read; overrides what their files say.")
     CONFIG = cli.define_config()  # its language model, its text and how much of it; with --workdir, the run's own
     cli.run(main, several=True)

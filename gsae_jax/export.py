@@ -55,7 +55,7 @@ def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]
         if len(diverged) == len(saes):
             raise next(iter(diverged.values()))
     for why in diverged.values():
-        logger.warning(f"{why}. It is left out")
+        logger.warning(f"{why}. This SAE is not exported")
     return [name for name in saes if name not in diverged]
 
 
@@ -74,5 +74,5 @@ if __name__ == "__main__":
     )
     OUT = flags.DEFINE_string("out", None, "The new folder.", required=True)
     SAE = flags.DEFINE_string("sae", "", "The name of one SAE; all of them by default.")
-    STEP = flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
+    STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
     cli.run(main)

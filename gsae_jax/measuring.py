@@ -130,7 +130,7 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
             for each in (value, getattr(elsewhere, group))
         )
         if differing := config_trees.differences(there, here, f"{group}."):
-            why = f"is not the config of this run; undo (there != here): {'; '.join(differing)}"
+            why = f"is not the config of this run; change these back (the run's value != yours): {'; '.join(differing)}"
             raise UserError(f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT", "--config")
     return dataclasses.replace(settings, evaluation=elsewhere.evaluation, **moved)
 
@@ -363,7 +363,9 @@ def _check_run(source: _Source, settings: HeldOut, given: bool) -> None:
         theirs, ours = (lm.path or "the embedded model" for lm in (source.run.lm, settings.lm))
         why = f"{source.name} was trained on another language model than {ours}: {theirs} differs in {differing}"
         if not given:
-            raise UserError(f"{why}; leave it out, or write --model with the model to measure all SAEs on", "--sae")
+            raise UserError(
+                f"{why}; leave this SAE out, or write --model with the model to measure all SAEs on", "--sae"
+            )
         logger.warning(f"{why}; it is measured on {ours}")
     text = {"drop_special_tokens": source.run.activations.drop_special_tokens} | vars(source.run.data)
     here = {"drop_special_tokens": settings.drop_special_tokens} | vars(settings.data)
@@ -486,7 +488,9 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
     ito, saes = wanted.ito, known.saes
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
-        raise UserError(f"is {max(ito)} at most; there are SAEs of {narrowest} features, write no more", "--ito")
+        raise UserError(
+            f"goes up to {max(ito)} features, but the narrowest SAE has {narrowest}; write at most {narrowest}", "--ito"
+        )
     where = "--model" if wanted.model else "lm.path"
     with errors.about(where, path=where, revision="lm.revision"):
         lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)

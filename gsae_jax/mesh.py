@@ -78,8 +78,9 @@ def check_memory(mesh: Mesh, needed: Mapping[str, int]) -> None:
     if sum(needed.values()) > available:
         field = max(needed, key=lambda field: needed[field])
         raise UserError(
-            f"takes {needed[field] / 2**30:,.1f} GiB on each device, of {sum(needed.values()) / 2**30:,.1f} in all; "
-            f"there are {available / 2**30:,.1f}: write less (python -m gsae_jax.plan says what a run takes)",
+            f"needs {needed[field] / 2**30:,.1f} GiB on each device. The run needs {sum(needed.values()) / 2**30:,.1f} "
+            f"GiB there in all, and {available / 2**30:,.1f} GiB are available. Write less (python -m gsae_jax.plan "
+            "estimates the memory of a run)",
             field,
         )
 

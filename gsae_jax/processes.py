@@ -52,13 +52,15 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [flag for flag, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise UserError(f"is missing; write all of {', '.join(given)}, or none where the cluster says so", missing[0])
+        raise UserError(
+            f"is missing; write all of {', '.join(given)}, or none on a cluster that JAX detects", missing[0]
+        )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"is {coordinator!r}; write host:port of process 0, such as 10.0.0.1:8476", "--coordinator")
     if count is not None and count < 1:
         raise UserError(f"is {count}; write 1 or more", "--num_processes")
     if count is not None and index is not None and not 0 <= index < count:
-        raise UserError(f"is {index}; write 0 to {count - 1}, another one in each process", "--process_id")
+        raise UserError(f"is {index}; write 0 to {count - 1}, a different one in each process", "--process_id")
     # A Slurm job of one task needs nobody, and JAX would see one of its GPUs only.
     if missing and os.environ.get("SLURM_NTASKS") == "1":
         return
@@ -81,14 +83,14 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
         for variable, several in LAUNCHERS.items():
             if several(os.environ.get(variable, "")):
                 raise UserError(
-                    f"is missing, and {variable} is set: this process was started beside others, whom JAX does not "
-                    f"find; write {', '.join(given)}, or --num_processes=1 if it is to be alone",
+                    f"is missing, but {variable} says that this process is one of several, and JAX cannot find the "
+                    f"others; write {', '.join(given)}, or --num_processes=1 to run it alone",
                     "--coordinator",
                 ) from error
     except RuntimeError as error:
         where = f"{coordinator} " if coordinator else "the coordinator "
         raise UserError(
-            f"process {index} of {count} cannot work with {where}({' '.join(str(error).split())})", "--coordinator"
+            f"process {index} of {count} cannot connect to {where}({' '.join(str(error).split())})", "--coordinator"
         ) from error
 
 
@@ -169,7 +171,7 @@ def guarded(main: Callable[[], int | None], describe: Callable[[BaseException], 
             except jax.errors.JaxRuntimeError:
                 continue  # nobody failed
             if reason["process"] != jax.process_index():
-                _end(f"stopped with process {reason['process']}, which failed: {reason['message']}", reason["code"])
+                _end(f"stopped because process {reason['process']} failed: {reason['message']}", reason["code"])
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

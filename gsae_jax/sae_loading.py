@@ -61,7 +61,7 @@ def load(
         facts.check(config)
     except ValueError as error:
         why = f"the facts of checkpoint {step} in {workdir.path} do not fit its config ({error})"
-        raise UserError(f"{why}; put its own back") from error
+        raise UserError(f"{why}; restore the original file") from error
     built = {name: _built(name, config, facts.widths, workdir) for name in config.stacks}
     like = {
         name: jax.eval_shape(
@@ -290,7 +290,9 @@ def _as_begun(config: Experiment, workdir: run_directory.Workdir) -> Experiment:
 
     keep_earlier("", now, earlier, recorded)
     if left_out:
-        logger.warning(f"{workdir.path} began before some settings existed and continues with {', '.join(left_out)}")
+        logger.warning(
+            f"{workdir.path} is older than some settings; it keeps their earlier behaviour: {', '.join(left_out)}"
+        )
     return config_trees.from_dict(Experiment, now)
 
 

@@ -57,7 +57,7 @@ def listing(cls: Any) -> str:
 
 def markdown(cls: Any) -> str:
     """`settings` as tables, one for each group."""
-    lines = ["| setting | default | what it is |", "| --- | --- | --- |"]
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for name, default, about in settings(cls):
         if name.endswith("."):
             lines += ["", f"## {name[:-1]}", "", about, "", *lines[:2]]

@@ -95,7 +95,10 @@ def as_pickle(folder):
         (truncate, ("model-00002-of-00003.safetensors cannot be read", "truncated")),
         (lambda folder: shards(folder)[0].unlink(), (INDEX, "model-00001-of-00003.safetensors", "not there")),
         (edit_index(forget_a_shard), ("model-00003-of-00003.safetensors", "not in the index", "missing")),
-        (edit_index(misplace), ("model.norm.weight is in model-00003-of-00003.safetensors", "not so in the index")),
+        (
+            edit_index(misplace),
+            ("model.norm.weight is in model-00003-of-00003.safetensors", "but the index says otherwise"),
+        ),
         (lambda folder: (folder / INDEX).write_text("["), (INDEX, "not a JSON object")),
         (lambda folder: (folder / INDEX).write_text("[]"), (INDEX, "not a JSON object", "list")),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": []}'), (INDEX, "weight_map")),

@@ -77,7 +77,7 @@ def refusal(use, config, folder):
         (
             {"train__resample_steps": (12,), "train__dead_after": 13},
             "train.resample_steps",
-            ("(12,)", "13", "until step 12", "lower train.dead_after"),
+            ("(12,)", "13", "step 12 is the last", "lower train.dead_after"),
         ),
         (
             {"train__resample_steps": (14,), "train__dead_after": 4},
@@ -94,7 +94,7 @@ def refusal(use, config, folder):
         (
             {"stacks__gated__target_l0": (9.0,), "train__warmup_steps": 10},
             "train.warmup_steps",
-            ("is 10;", "stacks.gated.target_l0", "two thirds", "less than 10"),
+            ("is 10,", "stacks.gated.target_l0", "two thirds", "less than 10"),
         ),
         (
             {"stacks__gated__options": {"only_magnitude": True}},

@@ -42,7 +42,7 @@ def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
 def test_an_sae_that_no_activation_is_for_is_refused(lm):
     D = lm.sites[SITE]
     sae = dataclasses.replace(as_sae("identity", relu, identity(D), relu.Config(D, 2 * D)), norm_limit=1e-9)
-    with refused("identity", "no activation", "norm_limit, 1e-09"):
+    with refused("identity", "every activation", "norm_limit (1e-09)"):
         measure.measure(lm, [sae], batches(lm), lm.special_tokens)
 
 

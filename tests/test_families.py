@@ -214,7 +214,7 @@ def with_rope(kind, **more):
         ("gpt2", lambda s: {k: v for k, v in s.items() if k not in ("n_head", "n_embd")}, ("lacks n_embd, n_head",)),
         ("llama_2", lambda s: s | {"num_attention_heads": 0}, ("num_attention_heads = 0",)),
         ("llama_2", lambda s: s | {"num_hidden_layers": 0}, ("num_hidden_layers = 0", "from 1 to 1000")),
-        ("llama_3", lambda s: s | {"num_key_value_heads": 4}, ("6 heads", "4 key-value heads")),
+        ("llama_3", lambda s: s | {"num_key_value_heads": 4}, ("6 attention heads", "4 key-value heads")),
         ("llama_2", lambda s: s | {"head_dim": 7}, ("not valid", "even rotary dimension")),
         ("llama_2", lambda s: s | {"is_causal": False}, ("is_causal = False", "not supported")),
         ("llama_2", with_rope("default", partial_rotary_factor=0.5), ("partial_rotary_factor = 0.5", "not supported")),

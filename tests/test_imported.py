@@ -50,7 +50,7 @@ def test_what_is_no_sae_among_several_is_named(tmp_path, capsys):
     (tmp_path / "b" / "cfg.json").unlink()
     assert list(gsae_jax.load(tmp_path)) == ["a"]
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path} also has what is no SAE in a known format, and is left out: b\n"
+        f"warning: {tmp_path} also has entries that are not SAEs in a known format; they are left out: b\n"
     )
 
 
@@ -141,7 +141,7 @@ def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_p
         starts("google/x:gated")
     dead = dataclasses.replace(sae, params=sae.params | {"W_dec": sae.params["W_dec"].at[3:5].set(0)})
     dead.save(tmp_path / "dead")
-    with refused(field, "2 features", "decoder is zero"):
+    with refused(field, "2 features", "decoder row is zero"):
         starts(tmp_path / "dead")
 
 

@@ -164,7 +164,7 @@ def test_an_error_in_one_process_ends_the_other_with_the_reason(tmp_path):
     started = start(tmp_path / "run", 2, last={"TFDS_DATA_DIR": str(tmp_path / "file" / "data")})
     assert end(started, within=90) == [2, 2]
     reason = f"error: data.data_dir: {tmp_path}/file/data cannot hold prepared data"
-    assert f"stopped with process 1, which failed: {reason}" in log(tmp_path / "run", 0)
+    assert f"stopped because process 1 failed: {reason}" in log(tmp_path / "run", 0)
     assert reason in log(tmp_path / "run", 1)
     assert not (tmp_path / "run").exists()
 

@@ -162,7 +162,7 @@ def test_globs(tmp_path, monkeypatch):
         assert list(files_lib.find(pattern).stamps) == sorted(expected), pattern
         assert list(files_lib.find(str(tmp_path / pattern)).stamps) == sorted(expected), pattern
     for wrong in ("**/a**/x", "b/**/**a/*.txt"):
-        with refused("data.path", repr(wrong), "no glob"):
+        with refused("data.path", repr(wrong), "not a valid glob"):
             files_lib.find(wrong)
 
 
@@ -294,7 +294,13 @@ def test_changed_files_are_another_data_set(tmp_path):
         ("a.jsonl", b"[1" * 20_000, {}, "data.path", ("{file}", "line 1 is not JSON", "data.on_bad_row=")),
         ("a.txt", "a\n".encode("utf-16"), {}, "data.path", ("{file}", "iconv -f UTF-16 -t UTF-8 {file}")),
         ("a.txt", "caf\u00e9 \u00e0".encode("latin-1"), {}, "data.path", ("{file}", "iconv -f LATIN1 -t UTF-8 {file}")),
-        ("a.md", b"\x89PNG\r\n\x1a\n\x00\x00", {}, "data.path", ("{file}", "no text file", "leave it out")),
+        (
+            "a.md",
+            b"\x89PNG\r\n\x1a\n\x00\x00",
+            {},
+            "data.path",
+            ("{file}", "not seem to be a text file", "leave it out"),
+        ),
         ("a.parquet", b"PAR1", {}, "data.path", ("{file}", "cannot be read as .parquet:")),
     ],
 )

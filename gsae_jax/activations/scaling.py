@@ -116,8 +116,8 @@ def combine(batches: list[dict[str, Any]], center: bool) -> tuple[Site, list[str
         return Site(variance, median_norm, mean_D.astype(np.float32)), [text for text in warnings if text]
     if mean_square > 0 and (share := 1 - variance / mean_square) > LARGE_MEAN:
         warnings.append(
-            f"the mean is {share:.1%} of E||x||^2, so it decides the scale, and l1 coefficients weigh too much against "
-            "what is left; activations.center=True subtracts it"
+            f"the mean is {share:.1%} of E||x||^2, so it dominates the scale, and the sparsity penalty is too strong "
+            "for the rest of the activation; activations.center=True subtracts the mean"
         )
     return Site(mean_square, median_norm), [text for text in warnings if text]
 
@@ -129,7 +129,7 @@ def heavy_tail(whole: dict[str, np.ndarray], median_square: float, variance: flo
     count, above = whole["count"].sum(), whole["above"].sum(0)
     square_below = whole["square_below"].sum(0) / np.maximum(count - above, 1)
     helps = [index for index, square in enumerate(square_below) if square <= HEAVY_TAILED * median_square]
-    advice = "no max_norm_multiple separates them from the others"
+    advice = "no value of activations.max_norm_multiple separates these tokens from the others"
     if helps:
         chosen = max(helps)
         advice = (
@@ -137,6 +137,6 @@ def heavy_tail(whole: dict[str, np.ndarray], median_square: float, variance: flo
             f"and lower that ratio to {square_below[chosen] / median_square:.1f}"
         )
     return (
-        f"the variance of its activations is {variance / median_square:,.1f} times the median square of their distance "
-        f"to the mean, so a few tokens of extreme norm decide its scale and the loss; {advice}"
+        f"the variance of its activations is {variance / median_square:,.1f} times the median squared distance to "
+        f"their mean, so a few tokens of extreme norm dominate the scale and the loss; {advice}"
     )

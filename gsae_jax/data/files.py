@@ -103,8 +103,8 @@ def find(path: str, every_link: bool = False) -> Listing:
     if not stamps:
         listing = f"the files there are of other kinds: {counted(left_out)}" if left_out else "nothing is there"
         raise UserError(
-            f"no {READABLE} file matches {path!r}, and none that is packed as {', '.join(PACKED)}; {listing}; write a "
-            "file, a folder or a glob with such files",
+            f"no {READABLE} file matches {path!r}, with or without compression ({', '.join(PACKED)}); {listing}; write "
+            "a file, a folder or a glob with such files",
             "data.path",
         )
     return Listing(dict(sorted(stamps.items())), dict(left_out))
@@ -179,7 +179,7 @@ def _matching(pattern: str, is_new: Callable[[os.stat_result], bool]) -> Iterato
         matches = re.compile(glob_translate("/".join(parts[at:]))).fullmatch
     except (ValueError, re.error) as error:
         raise UserError(
-            f"is {pattern!r}, which is no glob ({error}); write one like 'a/**/*.txt'", "data.path"
+            f"is {pattern!r}, which is not a valid glob ({error}); write one like 'a/**/*.txt'", "data.path"
         ) from error
     for root in glob.glob(os.sep.join(parts[:at]) + os.sep) if at else ["."]:
         for name in _below(root, is_new, bool(asked)):
@@ -317,7 +317,7 @@ class Reader:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can write half of a pair
-            what = f"{where} has a character that UTF-8 lacks ({error})"
+            what = f"{where} has a character that UTF-8 cannot encode ({error})"
             raise _BadRowError(what, f"take it out; {SKIP}", "data.path") from error
         return text
 
@@ -347,7 +347,7 @@ def _not_utf8(error: UnicodeDecodeError, file: str, packing: str) -> str:
     if error.start == 0 and part.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "UTF-16"
     elif re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", part):
-        return "it seems to be no text file; leave it out"
+        return "it does not seem to be a text file; leave it out"
     unpack = "unpack it and " if packing else ""
     name = shlex.quote(file.removesuffix(packing))
     return f"{error}; {unpack}write it again in UTF-8 (`iconv -f {encoding} -t UTF-8 {name}`), or leave it out"

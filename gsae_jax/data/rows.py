@@ -86,8 +86,8 @@ class _TokenFile:
             except OSError as error:
                 reason = error
         raise TrainingError(
-            f"{self._path} cannot be read any more ({reason}); remove its folder to have it made again, and the same "
-            "command continues"
+            f"{self._path} cannot be read any more ({reason}); remove its folder and run the same command, which "
+            "prepares the text again and continues"
         ) from reason
 
 
@@ -288,7 +288,7 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
         tokens = _cached_tokens(folder / f"tokens-{key}", text, limit)
     if width and not len(tokens):
         raise UserError(
-            f"is {config.context_length}, but no document of {name!r} has as many tokens; lower it, or write "
+            f"is {config.context_length}, but no document of {name!r} has that many tokens; lower it, or write "
             "data.pack='stream'",
             "data.context_length",
         )
@@ -416,8 +416,8 @@ def _writable(config: config_lib.Data) -> Iterator[None]:
     except OSError as error:
         where = config.data_dir or tfds.core.constants.DATA_DIR
         raise UserError(
-            f"{where} cannot hold prepared data ({error}); write a directory that can be written, or set TFDS_DATA_DIR "
-            "to one, where tokens are kept if data.data_dir can only be read",
+            f"{where} cannot hold prepared data ({error}); write a writable directory. If data.data_dir is read-only, "
+            "set TFDS_DATA_DIR to a writable directory, where tokens are then kept",
             "data.data_dir",
         ) from error
 

@@ -81,8 +81,8 @@ def measure(
         numbers = [sum(part[which][1] for part in parts) for which in (0, 1)]
         if not all(numbers):
             name = next(sae.name for sae in saes if (sae.targets[0], sae.norm_limit) == place[:2])
-            why = f"their norms are above its norm_limit, {place[1]:g}, or they are not finite or of special tokens"
-            raise UserError(f"has no activation to be measured on: {why}; write its own model and text", name)
+            why = f"has a norm above its norm_limit ({place[1]:g}), is not finite, or belongs to a special token"
+            raise UserError(f"cannot be measured: every activation {why}; write its own model and text", name)
         means.append(
             [
                 np.asarray(sum(np.float64(part[which][0]) for part in parts) / numbers[which], np.float32)

@@ -66,7 +66,7 @@ def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -
     logs = {name: np.log10(np.maximum(fraction, 10**lowest)) for name, fraction in fractions.items()}
     figure, panels = _panels(records)
     for axis in panels.values():
-        axis.set_xlabel("log10 of the fraction of tokens a feature fires on")
+        axis.set_xlabel("log10 of the fraction of tokens on which a feature fires")
     _histograms(panels, records, logs, one_scale=True)
     return figure
 

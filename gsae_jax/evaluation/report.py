@@ -173,7 +173,9 @@ def read_published(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); write a CSV file in UTF-8", "--published") from error
     if missing := needed - set(rows[0] if rows else ()):
-        raise UserError(f"{path} has no column {', '.join(sorted(missing))}; write one with a header", "--published")
+        raise UserError(
+            f"{path} has no column {', '.join(sorted(missing))}; write a file with a header line", "--published"
+        )
     try:
         numbers = ("l0", "loss_recovered", "gamma")
         return [
@@ -183,7 +185,7 @@ def read_published(path: str) -> list[dict[str, Any]]:
             for row in rows
         ]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} has a cell that is no number: {error}", "--published") from error
+        raise UserError(f"{path} has a cell that is not a number: {error}", "--published") from error
 
 
 def notes(

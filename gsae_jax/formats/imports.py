@@ -39,5 +39,7 @@ def read(path: Path) -> dict[str, trained.SAE]:
             raise UserError(f"has the second SAE called {sae.name!r}; load them one by one", str(folder))
         saes[sae.name] = sae
     if saes and others:
-        logger.warning(f"{path} also has what is no SAE in a known format, and is left out: {', '.join(others)}")
+        logger.warning(
+            f"{path} also has entries that are not SAEs in a known format; they are left out: {', '.join(others)}"
+        )
     return saes

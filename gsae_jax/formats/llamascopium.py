@@ -71,7 +71,7 @@ def read(path: Path) -> trained.SAE:
     tensors = files.read_tensors(path / WEIGHTS, (about, reader), wanted)
     average = float(tensors[norm]) if norm in wanted else math.sqrt(D)
     if average <= 0:
-        files.refuse(path / WEIGHTS, [f"the tensor {norm} is {average}, which no norm is"])
+        files.refuse(path / WEIGHTS, [f"the tensor {norm} is {average}, which is not a possible norm"])
     params: dict[str, Any] = {"W_enc": tensors["W_E"], "b_enc": tensors["b_E"], "W_dec": tensors["W_D"]}
     params["b_dec"] = tensors.get("b_D", np.zeros(D, np.float32))
     if architecture == "jumprelu":

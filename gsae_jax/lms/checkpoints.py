@@ -198,7 +198,7 @@ def find(path: str | os.PathLike[str], revision: str) -> tuple[Path, str]:
     try:
         from_hub = not folder.is_dir()
     except OSError as error:  # a name that is too long, for one
-        raise UserError(f"{str(path)!r} cannot be looked at ({error}); write a directory that can") from error
+        raise UserError(f"{str(path)!r} cannot be opened ({error}); write a directory that can") from error
     if not from_hub:
         if revision:
             why = f"is {revision!r}, but {str(path)!r} is not a hub name; write '' for a directory"
@@ -264,7 +264,9 @@ def understand(settings: dict[str, Any], folder: Path) -> tuple[Any, Config]:
         inner = settings.get("text_config")
         text = inner.get("model_type", f"{model_type}_text") if isinstance(inner, dict) else None
         if text in known:
-            advice = f"its language model alone, of type {text!r}, is: save that, and write its directory"
+            advice = (
+                f"its language model alone, of type {text!r}, is supported: save that model, and write its directory"
+            )
         elif model_type in transformers.CONFIG_MAPPING:  # another model, not a misspelt name
             advice = f"known: {', '.join(known)}"
         else:

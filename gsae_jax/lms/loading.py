@@ -204,7 +204,7 @@ class LM:
         rows = batching.padded_size(len(ids))
         tokens, mask = tokenizer_lib.padded(ids + ids[-1:] * (rows - len(ids)), length, left=True)
         if not isinstance(tap, Hashable):
-            raise UserError(f"is a {type(tap).__name__}, which has no hash; give a function", "tap")
+            raise UserError(f"is a {type(tap).__name__}, which is not hashable; give a function", "tap")
         eos = self.tokenizer.eos_token_id
         function = generation.compiled(self.module, tap, tuple(self.sites), max_new_tokens)
         sampling = jnp.float32(temperature), jax.random.key(seed)
@@ -281,7 +281,7 @@ class LM:
         texts = tokenizer_lib.as_texts(tokens)
         if texts is not None:
             if mask is not None:
-                raise UserError("is given, but the padding of texts is known; leave it out", "mask")
+                raise UserError("is given together with texts, whose padding is known; leave it out", "mask")
             tokens = self.tokenize(texts)
         if isinstance(tokens, tokenizer_lib.Tokens):
             if mask is not None:

@@ -113,9 +113,11 @@ class Config:
         for name in ("d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "n_layers"):
             check_size(name, getattr(self, name))
         if not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"gives {self.norm_eps} to add under the norms' root; it must be positive")
+            raise ValueError(f"gives {self.norm_eps} as the epsilon of its norms; it must be positive")
         if self.n_heads % self.n_key_value_heads:
-            raise ValueError(f"gives {self.n_heads} heads, which {self.n_key_value_heads} key-value heads cannot share")
+            raise ValueError(
+                f"gives {self.n_heads} attention heads, not a multiple of its {self.n_key_value_heads} key-value heads"
+            )
 
     @property
     def n_layers(self) -> int:

@@ -60,7 +60,7 @@ class Tensors:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 self._files[name], self._paths[name] = opened, folder / file
                 if index and index.get(name) != file:
-                    self.faults.append(f"{name} is in {file}, but not so in the index")
+                    self.faults.append(f"{name} is in {file}, but the index says otherwise")
 
     def _unreadable(self, file: Path, error: Exception) -> UserError:
         reading.check_fetched(file)
@@ -246,5 +246,5 @@ def read_index(file: Path) -> dict[str, str]:
         raise UserError(f"{file} has no weight_map from tensors to files; copy it again")
     for name in index.values():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}", name, re.ASCII):
-            raise UserError(f"{file} names {name!r}, which is no file beside it; copy it again")
+            raise UserError(f"{file} names {name!r}, which is not a file in the same directory; copy it again")
     return index

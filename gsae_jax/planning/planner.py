@@ -197,7 +197,7 @@ def describe(report: dict[str, Any]) -> str:
     lines += [
         f"  {1e3 * seconds['computation']:,.1f} ms of computation, at {report['utilisation']:.0%} of the chip's rate",
         f"  {1e3 * seconds['exchanges']:,.1f} ms of exchanges, at the full rate of its links",
-        f"{report['steps']:,} steps, exchanges hidden behind computation .. after it:",
+        f"{report['steps']:,} steps, from exchanges overlapped with computation .. to exchanges after computation:",
         f"  {_range(report['tokens_per_second'], ',.0f')} tokens/s",
         f"  {_range(report['hours'], ',.1f')} hours, {_range(report['chip_hours'], ',.0f')} chip-hours",
     ]
@@ -209,7 +209,7 @@ def describe(report: dict[str, Any]) -> str:
         return "\n".join([*lines, f"it fits: {used}" + ", with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" * more])
     lines.append(f"it does not fit: {used}")
     changes = [f"  {change['change']}  ({change['total'] / 2**30:.1f} GiB)" for change in report["advice"]]
-    lines += ["any one of these would do, by the estimate:", *changes] if changes else [NO_ADVICE]
+    lines += ["by the estimate, each of these changes is enough on its own:", *changes] if changes else [NO_ADVICE]
     return "\n".join(lines)
 
 

@@ -130,7 +130,7 @@ def with_unit_rows(architecture: Architecture, params: Params) -> Params:
     norms_F = jnp.linalg.norm(params[decoder(architecture)], axis=-1)
     if not norms_F.all():
         dead = int((norms_F == 0).sum())
-        raise UserError(f"has {dead} features whose row of the decoder is zero; write SAEs without such")
+        raise UserError(f"has {dead} features whose decoder row is zero; write SAEs without such features")
     if jnp.abs(norms_F - 1).max() < 1e-5:
         return params
     scaled = dict(params)

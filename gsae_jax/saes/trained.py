@@ -206,7 +206,7 @@ class SAE(Sites):
             array = self._checked(x, sizes, "x")
             return array.reshape(-1, sizes), array.shape[:-1]
         if not isinstance(x, tuple | list) or len(x) != len(sizes):
-            raise UserError(f"is no tuple of {len(sizes)} arrays; give activations of {', '.join(self.sites)}", "x")
+            raise UserError(f"is not a tuple of {len(sizes)} arrays; give activations of {', '.join(self.sites)}", "x")
         arrays = [self._checked(part, size, f"x[{n}]") for n, (part, size) in enumerate(zip(x, sizes, strict=True))]
         shapes = [array.shape[:-1] for array in arrays]
         if len(set(shapes)) > 1:
@@ -280,7 +280,7 @@ def as_floats(value: Any, name: str) -> jax.Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:  # NumPy refuses ragged lists, JAX text
         why = str(error).partition("\n")[0]
-        raise UserError(f"is no array of numbers ({why}); give one whose rows have equal lengths", name) from error
+        raise UserError(f"is not an array of numbers ({why}); give one whose rows have equal lengths", name) from error
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise UserError(f"is of type {array.dtype}; give real numbers", name)
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)

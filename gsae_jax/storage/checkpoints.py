@@ -106,7 +106,7 @@ class SavedCheckpoints:
             return Facts.from_json(tree)
         except ValueError as error:
             why = f"the facts of checkpoint {step} in {self.path} are not as they were written ({error})"
-            raise UserError(f"{why}; put its own back", self.field) from error
+            raise UserError(f"{why}; restore the original file", self.field) from error
 
     def _item(self, step: int, name: str) -> paths.Path:
         return (self._folder / str(step) / name).absolute()

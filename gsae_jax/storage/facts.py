@@ -129,7 +129,7 @@ class Facts:
                 if config.activations.center and len(self.means.get(site, ())) != self.widths[site]:
                     raise ValueError(f"means has no mean of width {self.widths[site]} for {site}")
             if len(self.l1_coefficients.get(name, stack.numbers())) != len(stack):
-                raise ValueError(f"l1_coefficients has not one for each SAE of {name}")
+                raise ValueError(f"l1_coefficients does not have one value for each SAE of {name}")
 
 
 def _checked(name: str, value: Any) -> Any:

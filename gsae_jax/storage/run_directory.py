@@ -60,7 +60,7 @@ class Workdir(SavedCheckpoints):
                 f"{self.path} holds no run (no config.json); write the directory of a training run", self.field
             ) from error
         except ValueError as error:
-            raise UserError(f"{path} is not a JSON object ({error}); put the run's own back", self.field) from error
+            raise UserError(f"{path} is not a JSON object ({error}); restore the original file", self.field) from error
         except Exception as error:  # gcsfs, aiohttp and google.auth have errors of their own
             raise UserError(path.unreadable(error), self.field) from error
 
@@ -94,7 +94,8 @@ class Workdir(SavedCheckpoints):
                     self.field,
                 ) from error
             raise UserError(
-                f"{self.path / 'config.json'} is not a config of this version ({error}); put its own back", self.field
+                f"{self.path / 'config.json'} is not a config of this version ({error}); restore the original file",
+                self.field,
             ) from error
 
     def check(self, config: dict[str, Any]) -> None:

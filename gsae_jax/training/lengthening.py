@@ -25,7 +25,7 @@ def consequences(config: Experiment, steps_before: int, step: int, parts: Sequen
         )
         if abs(before - now) > 1e-3:
             sentences.append(
-                f"the learning rate was at {before:.0%} of its value and goes on at {now:.0%} (train.decay_fraction="
+                f"the learning rate was at {before:.0%} of its value and continues at {now:.0%} (train.decay_fraction="
                 f"{train.decay_fraction:g} of {train.steps:,} steps). The SAEs will differ from those of a run "
                 f"that had {train.steps:,} steps from the start"
             )

@@ -98,8 +98,8 @@ class Program:
         for stack in stacks if config.activations.center else ():
             if not parameters.can_center(stack.architecture):
                 raise UserError(
-                    f"is True, but nothing of the architecture {stack.config.architecture!r} (stacks.{stack.name}) can "
-                    "take the mean; write False, or give it a parameter of role CENTER or a function `shifted`",
+                    f"is True, but no parameter of {stack.config.architecture!r} (stacks.{stack.name}) can "
+                    "absorb the mean; write False, or give it a parameter of role CENTER or a function `shifted`",
                     "activations.center",
                 )
         return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)

@@ -143,7 +143,7 @@ def test_text_that_turns_unreadable_is_named_and_the_run_saved(experiment, tmp_p
         return placed(program, rows)
 
     monkeypatch.setattr(sources.LanguageModel, "place", breaking)
-    with pytest.raises(TrainingError, match=r"tokens.bin cannot be read any more .*the same command continues"):
+    with pytest.raises(TrainingError, match=r"tokens.bin cannot be read any more .*run the same command"):
         loop.train(experiment, tmp_path / "run")
     assert run_directory.Workdir(tmp_path / "run").sound_step() in range(4, 96)
     monkeypatch.undo()

@@ -105,7 +105,7 @@ def test_a_data_set_imports_no_module(tmp_path, monkeypatch):
     assert len(rows_lib.open_texts(config, "train")[0]) == 30
     features = tmp_path / "tfds" / "stranger" / "1.0.0" / "features.json"
     features.write_text(features.read_text().replace("tensorflow_datasets.core.features.text_feature", "foreign"))
-    with refused("data.name", "features.json", "'foreign.Text'", "no feature of TFDS"):
+    with refused("data.name", "features.json", "'foreign.Text'", "not a feature of TFDS"):
         rows_lib.open_texts(config, "train")
     assert not (tmp_path / "ran").exists()
 
@@ -124,7 +124,7 @@ def test_files_that_have_no_end_are_not_waited_for(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     for elsewhere in ("/dev/zero", "../model.safetensors", 3, None):
         (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": elsewhere}}))
-        with refused("path", INDEX, repr(elsewhere), "no file beside it"):
+        with refused("path", INDEX, repr(elsewhere), "not a file in the same directory"):
             gsae_jax.load_lm(folder)
     texts = tmp_path / "texts"
     texts.mkdir()

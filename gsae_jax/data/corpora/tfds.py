@@ -72,4 +72,6 @@ def _check_features(folder: paths.Path) -> None:
             tree = reading.read_json(file, advice="prepare the data set again")
         foreign = [name for name in classes(tree) if not name.startswith(OWN)]
         if foreign:
-            raise UserError(f"{file} names {foreign[0]!r}, which is no feature of TFDS; prepare it again", "data.name")
+            raise UserError(
+                f"{file} names {foreign[0]!r}, which is not a feature of TFDS; prepare it again", "data.name"
+            )
