@@ -88,7 +88,7 @@ def evaluate(
     assert step is not None  # or there would be nothing to load
     facts, training = workdir.facts(step), metrics_log.read_metrics(workdir)
     with errors.about("--model" if model else "lm.path", revision="lm.revision"):
-        _check_inputs(workdir, facts, run, settings)
+        _check_inputs(workdir, facts, run, settings, saes)
     runs = {workdir.path.name: provenance.of_run(run, facts, step, next(iter(saes.values())).metadata)}
     known = _Known(saes, _targets(run, saes), runs, step, training)
     set_aside = workdir.set_report_aside if earlier == "aside" else None
@@ -135,7 +135,13 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
     return dataclasses.replace(settings, evaluation=elsewhere.evaluation, **moved)
 
 
-def _check_inputs(workdir: run_directory.Workdir, facts: Facts, run: config_lib.Experiment, settings: HeldOut) -> None:
+def _check_inputs(
+    workdir: run_directory.Workdir,
+    facts: Facts,
+    run: config_lib.Experiment,
+    settings: HeldOut,
+    saes: Mapping[str, trained.SAE],
+) -> None:
     """Compare the language model and the held-out text with those of training, by a checkpoint's fingerprints.
 
     Other text at the recorded path is only a warning: the corpus `stdlib`, for one, changes with the version of Python.
@@ -145,9 +151,10 @@ def _check_inputs(workdir: run_directory.Workdir, facts: Facts, run: config_lib.
         facts: of the checkpoint.
         run: the run's own config.
         settings: what is measured on.
+        saes: of the checkpoint.
 
     Raises:
-        UserError: they are not the same.
+        UserError: they are not the same, or the language model lacks a site of the SAEs.
     """
     try:
         checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision)
@@ -162,6 +169,9 @@ def _check_inputs(workdir: run_directory.Workdir, facts: Facts, run: config_lib.
         logger.warning(
             f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
         )
+    widths = loading.site_widths(checkpoint.module())
+    for sae in saes.values():
+        measure.check_sites(sae, widths)
     if not facts.held_out:  # of an earlier version
         return
     limit = facts.held_out_tokens or rows.held_out_tokens(run, run.evaluation.tokens)
@@ -399,7 +409,7 @@ def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> 
         site: the site of all of them; "" where each one's file says its own.
 
     Raises:
-        UserError: the language model has no such site.
+        UserError: the language model has no such site, or the site has another width than the SAE.
     """
     checkpoint = Checkpoint.open(lm.path, lm.revision)
     widths = loading.site_widths(checkpoint.module())
@@ -420,6 +430,7 @@ def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> 
             sites.check(ours(its_site), widths, "--site")
         reads, writes = tuple(map(ours, sae.sites)), tuple(map(ours, sae.targets)) if sae.target else ""
         placed[name] = dataclasses.replace(sae, site=reads[0] if len(reads) == 1 else reads, target=writes)
+        measure.check_sites(placed[name], widths)  # now, as `measure` would only find it when the text is prepared
     return placed
 
 

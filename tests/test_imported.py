@@ -63,12 +63,22 @@ def test_what_is_no_sae_among_several_is_named(tmp_path, capsys):
         (None, None),
     ],
 )
-def test_an_sae_of_another_model_is_not_measured_on_the_embedded_one(tmp_path, name, wanted):
+def test_an_sae_of_another_model_is_not_measured_on_the_embedded_one(tmp_path, monkeypatch, name, wanted):
+    """It is refused before the language model is loaded and the text is read."""
+
+    def too_late(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr("gsae_jax.data.rows.open_rows", too_late)
+    monkeypatch.setattr("gsae_jax.lms.loading.load_lm", too_late)
     sae = dataclasses.replace(make(relu), site="blocks.0.hook_mlp_out", metadata={"model_name": name})
     sae.save(tmp_path / "a")
     expected = ("--model", "stack_2", f"'{name}'", wanted) if wanted else ("stack_2", "width 12", "width 256")
     with refused(*expected):
         evaluate_saes([str(tmp_path / "a")], str(tmp_path / "report"), tokens=128)
+    with refused("--site", "'blocks.1.hook_mlp_out'"):
+        given = {"lm": {"path": ""}}
+        evaluate_saes([str(tmp_path / "a")], str(tmp_path / "report"), given, site="blocks.1.hook_mlp_out")
     assert not (tmp_path / "report").exists()
 
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees, sae_loading, train
+from gsae_jax.lms import checkpoints as lm_checkpoints
 from gsae_jax.measuring import evaluate
 from gsae_jax.saes import parameters
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -147,6 +148,9 @@ def test_runs_of_earlier_versions_have_no_fingerprints(moved, capsys):
     seal(manifest.parent, files)
     with refused("lm.path", str(new / "lm"), "no fingerprint"):
         loop.train(experiment, new / "run")
+    with refused("baseline_0", "width 64", "width 1024"):
+        evaluate(new / "run", tokens=512, model=str(lm_checkpoints.EMBEDDED))
+    capsys.readouterr()
     assert "gated_0" in evaluate(new / "run", tokens=512, model=str(new / "lm"))
     assert "recorded no fingerprint of its language model; measured on" in capsys.readouterr().err
     recorded = json.loads((new / "run" / "config.json").read_text())

@@ -82,7 +82,10 @@ def measure(
         if not all(numbers):
             name = next(sae.name for sae in saes if (sae.targets[0], sae.norm_limit) == place[:2])
             why = f"has a norm above its norm_limit ({place[1]:g}), is not finite, or belongs to a special token"
-            raise UserError(f"cannot be measured: every activation {why}; write its own model and text", name)
+            raise UserError(
+                f"cannot be measured: every activation {why}; write the language model and the text of its training",
+                name,
+            )
         means.append(
             [
                 np.asarray(sum(np.float64(part[which][0]) for part in parts) / numbers[which], np.float32)
@@ -164,7 +167,8 @@ def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
             sites.check(site, widths, f"site of {sae.name}")
             if widths[site] != size:
                 site_width = f"{site} has width {widths[site]} in this language model"
-                raise UserError(f"{field} activations of width {size}, but {site_width}; write its own model", sae.name)
+                what = f"{field} activations of width {size}, but {site_width}"
+                raise UserError(f"{what}; write the language model that it was trained on", sae.name)
 
 
 def _valid(site: str, x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:
