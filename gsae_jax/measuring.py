@@ -236,11 +236,14 @@ def evaluate_saes(
                 _check_run(source, settings, given)
         _check_told({name: sae for s in sources if s.run is None for name, sae in s.saes.items()}, settings, given)
         saes = _at_sites(saes, settings.lm, site)
-    known = _Known(saes, {}, {})
+    texts = _text_names({settings.data, *(source.run.data for source in sources if source.run is not None)})
+    known = _Known(saes, {}, {}, text=texts[settings.data])
     for source in sources:
+        described = source.described()
         if source.run is not None:
             known.targets.update(_targets(source.run, source.saes))
-        if (described := source.described()) and known.runs.setdefault(source.label, described) != described:
+            described["text"] = texts[source.run.data]
+        if described and known.runs.setdefault(source.label, described) != described:
             known.runs[next(iter(source.saes))] = described
     return _write(paths.of(out), known, settings, mesh, _Wanted(tokens, ito, published, points, model))
 
@@ -337,6 +340,18 @@ def _labels(places: Collection[str]) -> dict[str, str]:
             if not any(Path(other).parts[-length:] == parts[-length:] for other in places if other != place):
                 break
     return labels
+
+
+def _text_names(texts: Collection[config_lib.Data]) -> dict[config_lib.Data, str]:
+    """What the report calls each text; files of one name get as much of their paths as they need."""
+    by_name = defaultdict(set)
+    usual = {text: sae_loading.names(config_lib.LM("", "float32", ""), text)["dataset_path"] for text in texts}
+    for text, name in usual.items():
+        by_name[name].add(paths.absolute(text.path) if text.path else "")
+    return {
+        text: name if len(by_name[name]) == 1 or not text.path else _labels(by_name[name])[paths.absolute(text.path)]
+        for text, name in usual.items()
+    }
 
 
 def _settings(sources: Sequence[_Source], config: Any) -> HeldOut:
@@ -443,9 +458,11 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
     for field, used in sae_loading.names(settings.lm, settings.data).items():
         named: dict[str, list[str]] = {}
         for name, sae in saes.items():
-            # Libraries write the owner, or the directory's path, or leave it out.
             other = (sae.metadata.get(field) or "").rstrip("/")
-            if other and other.rpartition("/")[2].lower() != used.rpartition("/")[2].lower():
+            # Libraries write the owner or the path, or leave it out. A mirror of a model has another owner.
+            theirs, ours = (whole.lower().split("/") for whole in (other, used))
+            compared = 1 if field == "model_name" else min(len(theirs), len(ours))
+            if other and theirs[-compared:] != ours[-compared:]:
                 named.setdefault(other, []).append(name)
         for other, names in named.items():
             whose = f"{names[0]} and {len(names) - 1} more say" if len(names) > 1 else f"{names[0]} says"
@@ -485,6 +502,7 @@ class _Known:
         runs: of `provenance.of_run` and `of_imported`, by what the report calls them.
         step: the checkpoint's, of SAEs of one run.
         training: the lines of metrics of that run.
+        text: what the report calls the text that is measured; "" for the name that files of SAEs have for it.
     """
 
     saes: dict[str, trained.SAE]
@@ -492,6 +510,7 @@ class _Known:
     runs: dict[str, dict[str, Any]]
     step: int | None = None
     training: Sequence[dict[str, Any]] = ()
+    text: str = ""
 
 
 def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.sharding.Mesh, wanted: "_Wanted") -> str:
@@ -526,6 +545,7 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
     records = report.rows(Path(model).name, saes, sums, known.targets, ito)
     gates = report.gates(saes)
     names = sae_loading.names(settings.lm, settings.data)
+    names["dataset_path"] = known.text or names["dataset_path"]
     measured = provenance.of_report(made_with, Path(model).name, names, settings)
     about = report.About(dataclasses.asdict(made_with), measured, known.runs)
     if processes.first():

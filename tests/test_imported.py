@@ -13,7 +13,7 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import export as export_lib
-from gsae_jax import sae_loading
+from gsae_jax import measuring, sae_loading
 from gsae_jax.lms import checkpoints
 from gsae_jax.measuring import evaluate, evaluate_saes
 from gsae_jax.saes import gated, relu
@@ -116,6 +116,17 @@ def test_what_metadata_calls_a_model(tmp_path, monkeypatch):
 def test_what_metadata_calls_a_text(path, name):
     data = config_lib.Data(corpus="text" if path else "stdlib", path=path)
     assert sae_loading.names(config_lib.LM(), data)["dataset_path"] == name
+
+
+@pytest.mark.parametrize(
+    ("theirs", "warns"),
+    [("NeelNanda/pile-10k", False), ("pile-10k", False), ("/data/NeelNanda/pile-10k/", False), ("me/pile-10k", True)],
+)
+def test_a_text_of_the_same_name_and_another_owner_is_another_text(experiment, capsys, theirs, warns):
+    data = dataclasses.replace(experiment.data, corpus="tfds", name="NeelNanda/pile-10k")
+    settings = config_lib.HeldOut(experiment.lm, data, experiment.evaluation, True)
+    measuring._check_told({"a": dataclasses.replace(make(relu), metadata={"dataset_path": theirs})}, settings, False)
+    assert (f"'{theirs}' was the text of training" in capsys.readouterr().err) == warns
 
 
 def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_path):

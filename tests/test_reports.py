@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -349,6 +350,20 @@ def test_saes_of_several_places_are_told_apart(lm):
         names(source("/a", "gated_0"), source("/b", "gated_0"), source("/a", "gated_0"))
 
 
+def test_texts_of_one_name_are_told_apart(experiment):
+    def text(path, **changes):
+        return dataclasses.replace(experiment.data, path=path, **changes)
+
+    a, b, c = text("/a/stories"), text("/b/stories/"), text("/a/code")
+    stdlib = text("", corpus="stdlib")
+    assert measuring._text_names({a, c, stdlib}) == {a: "stories", c: "code", stdlib: "stdlib"}
+    assert measuring._text_names({a, b, c}) == {a: "a/stories", b: "b/stories", c: "code"}
+    rows = text("/a/stories", context_length=8)
+    assert measuring._text_names({a, rows}) == {a: "stories", rows: "stories"}
+    a, b = text("gs://a/text/*.txt"), text("gs://b/text/*.txt")
+    assert measuring._text_names({a, b}) == {a: "a/text/*.txt", b: "b/text/*.txt"}
+
+
 @pytest.mark.variants
 def test_runs_and_exports_in_one_report(experiment, lm_dir, tmp_path, capsys):
     """They are measured as in their run, and one that was trained on another model is refused."""
@@ -380,6 +395,17 @@ def test_runs_and_exports_in_one_report(experiment, lm_dir, tmp_path, capsys):
     assert alone["settings"]["step"] == experiment.train.steps
     page = (tmp_path / "out" / "report.html").read_text()
     assert "How they were trained" in page
+    # The other run's text has the same name and lies elsewhere.
+    moved = tmp_path / "b" / Path(experiment.data.path).name
+    shutil.copytree(experiment.data.path, moved)
+    config = json.loads((tmp_path / "b" / "run" / "config.json").read_text())
+    config["data"]["path"] = str(moved)
+    (tmp_path / "b" / "run" / "config.json").write_text(json.dumps(config))
+    measuring.evaluate_saes(names, str(tmp_path / "named"), tokens=256)
+    assert f"path ({moved} there" in capsys.readouterr().err
+    named = json.loads((tmp_path / "named" / "report.json").read_text())
+    theirs, ours = named["runs"]["b/run"]["text"], named["measured"]["text"]
+    assert theirs == f"b/{moved.name}" != ours == named["runs"]["a/run"]["text"]
     with refused("--sae", "no stack 'gatde'", "gated"):
         measuring.evaluate_saes([f"{tmp_path / 'a' / 'run'}:gatde"], str(tmp_path / "third"))
     before = (tmp_path / "a" / "run" / "report" / "report.json").read_bytes()
