@@ -57,13 +57,9 @@ if __name__ == "__main__":
     ITO = flags.DEFINE_list(
         "ito", [], "Also measure the dictionaries by gradient pursuit: 5,10,20,40 features a token."
     )
-    STEP = flags.DEFINE_integer(
-        "step", None, "With --workdir: step of the checkpoint; by default the newest that is whole."
-    )
-    PUBLISHED = flags.DEFINE_string("published", "", "CSV file of published points, drawn in the figures too.")
-    OVERWRITE = flags.DEFINE_bool(
-        "overwrite", False, "With --workdir: replace a report that was made with other settings."
-    )
+    STEP = flags.DEFINE_integer("step", None, "With --workdir: the checkpoint's step; the newest whole one by default.")
+    PUBLISHED = flags.DEFINE_string("published", "", "CSV file of published points to draw too.")
+    OVERWRITE = flags.DEFINE_bool("overwrite", False, "With --workdir: replace a report made with other settings.")
     SAE = flags.DEFINE_multi_string(
         "sae", [], "A run, RUN:STACK, or a folder of SAEs in any known format; may be repeated."
     )
@@ -77,6 +73,6 @@ if __name__ == "__main__":
     TEXT = flags.DEFINE_string(
         "text", "", "With --sae: files of text to measure on; default: the first run's, or this Python's library."
     )
-    SITE = flags.DEFINE_string("site", "", "With --sae: site that the SAEs read; overrides what their files say.")
+    SITE = flags.DEFINE_string("site", "", "With --sae: the site that the SAEs read, whatever their files say.")
     CONFIG = cli.define_config()  # its language model, its text and how much of it; with --workdir, the run's own
     cli.run(main, several=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -122,6 +123,23 @@ def test_an_interval_that_is_unknown_is_explained(tmp_path):
     )
     assert "| unknown |" in table
     assert "unknown" in below
+
+
+def test_rows_have_the_order_of_the_grid(lm, tmp_path):
+    """Twelve SAEs of one stack, whatever their L0 and the order in which they were loaded."""
+    D = lm.sites[SITE]
+    config = relu.Config(D, 2 * D)
+    saes = {name: as_sae(name, relu, identity(D), config) for name in (f"grid_{n}" for n in (10, 0, 2, 11, 1, 3))}
+    sums = measure.measure(lm, list(saes.values())[:1], batches(lm, 1), lm.special_tokens)
+    records = report.rows("small", saes, dict.fromkeys(saes, sums["grid_10"]))
+    for record in records:
+        record["l0"] = {2: math.nan}.get(record["index"], 5.0 * (record["index"] % 3))
+    (site,) = tables.measured(records)
+    assert [row[0] for row in site.table.rows] == [f"grid_{n}" for n in (0, 1, 2, 3, 10, 11)]
+    for record in records:  # as reports of early versions are
+        del record["stack"], record["index"]
+    (site,) = tables.measured(records)
+    assert [row[0] for row in site.table.rows] == [f"grid_{n}" for n in (0, 1, 2, 3, 10, 11)]
 
 
 def test_fractions_are_shown_in_per_cent():

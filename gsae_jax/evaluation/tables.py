@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gsae_jax.evaluation import frontiers
+
 # frontier.csv: the columns of the paper's tables first, then ours.
 COLUMNS = {
     "model": "model",
@@ -60,13 +62,23 @@ class Site(NamedTuple):
 
 
 def measured(records: list[dict[str, Any]]) -> list[Site]:
-    """The paper's tables (Tables 1-8), one for each site: a row for each SAE, by architecture, width and falling L0.
+    """The paper's tables (Tables 1-8), one for each site: a row for each SAE, by architecture and width.
 
-    Cross-entropies that all SAEs of a site share stand above its table.
+    The SAEs of a stack have the order of its settings, so that a grid reads as it was written. Cross-entropies that
+    all SAEs of a site share stand above its table.
     """
+    stacks = list(dict.fromkeys(frontiers.identity(r)[:2] for r in records))
 
     def place(r: dict[str, Any]) -> tuple[Any, ...]:
-        return r["site"], r["ito"] > 0, r["architecture"], r["width"], math.isnan(r["l0"]), -r["l0"]
+        *stack, index = frontiers.identity(r)
+        return (
+            r["site"],
+            r["ito"] > 0,
+            r["architecture"],
+            r["width"],
+            stacks.index(tuple(stack)),
+            int(index) if f"{index}".isdecimal() else 0,
+        )
 
     by_site = itertools.groupby(sorted(records, key=place), key=lambda r: r["site"])
     return [_site(name, list(members)) for name, members in by_site]
