@@ -456,6 +456,24 @@ def test_panels_are_pictures_of_their_own_on_one_scale():
     assert pictures == plots.panels(plots.frontier(records))
 
 
+def test_legends_are_legible_on_a_phone():
+    """Text of 10 points is at least 11 pixels high where a panel is 358 pixels wide, whatever SAEs are called."""
+    run = "runs/of_several/of_a_long_name/gated"
+    record = {"ito": 0, "seed": 0, "variant": "gated (tie_encoder=False)", "width": 65536, "fvu": 0.5, "site": SITE}
+    records = [
+        record | {"stack": stack, "name": f"{stack}_{n}", "learning_rate": rate, "l0": 10.0**n, "loss_recovered": 0.9}
+        for n, (stack, rate) in enumerate([(run, 3e-4), (run, 1e-3), ("baseline", 1e-3)])
+    ]
+    values = {r["name"]: np.linspace(0.01, 0.5, 50) for r in records}
+    for figure in (plots.frontier(records), plots.densities(records, values)):
+        (axis,) = figure.axes
+        assert {text.get_fontsize() for text in axis.get_legend().get_texts()} == {10}
+        ((_, svg),) = plots.panels(figure)
+        points = float(re.search(rb'<svg [^>]*?width="([\d.]+)pt"', svg).group(1))
+        assert 10 * 358 / points >= 11
+        assert axis.get_window_extent().height > 2 * figure.dpi  # legends make the figure higher, not the axes smaller
+
+
 def test_a_config_changes_only_what_it_names(experiment):
     """The rest is of the first run, or as SAEs from elsewhere say that they were trained."""
     sae = dataclasses.replace(as_sae("a_0", relu, {}, relu.Config(8, 16)), metadata={"context_size": 16})

@@ -1,6 +1,7 @@
 """The report's figures. A stack has one colour and one marker in all of them."""
 
 import io
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from gsae_jax.evaluation import frontiers
 
 COLOURS = ("#d9730d", "#0b6e99", "#448361", "#9065b0", "#c14c8a", "#787774")
 MARKERS = "os^DvP*X"
+PANEL = 4.2  # inches: at the width of a phone, text of 10 points is 11 pixels high and more
 LEGEND = 12  # with more SAEs than this in a panel, the legend names stacks
 
 
@@ -68,6 +71,7 @@ def densities(records: list[dict[str, Any]], fractions: dict[str, np.ndarray]) -
     for axis in panels.values():
         axis.set_xlabel("log10 of the fraction of tokens on which a feature fires")
     _histograms(panels, records, logs, one_scale=True)
+    _legends(figure)
     return figure
 
 
@@ -78,6 +82,7 @@ def gates(records: list[dict[str, Any]], values: dict[str, dict[str, np.ndarray]
         _histograms(panels, records, {name: of[field] for name, of in values.items()})
         for axis in panels.values():
             axis.set_xlabel({"r_mag": "r_mag", "threshold": "threshold θ, in the language model's units"}[field])
+    _legends(figure, rows=2)
     return figure
 
 
@@ -118,7 +123,6 @@ def _histograms(
                     linewidth=1.4 if each else 0.7,
                 )
         axis.set_ylabel("features")
-        axis.legend(fontsize=7)
 
 
 def training(lines: list[dict[str, Any]]) -> Figure:
@@ -141,20 +145,34 @@ def training(lines: list[dict[str, Any]]) -> Figure:
             _focus(axis, 0, 3)
         _plain_numbers(axis.yaxis)
         axis.grid(alpha=0.25)
-        if stacks:
-            axis.legend(fontsize=8)
+    _legends(figure)
     return figure
 
 
 def _panels(records: list[dict[str, Any]], rows: int = 1) -> Any:
     """A figure, and for each of its rows a panel per site, side by side."""
     sites = sorted({record["site"] for record in records})
-    figure = Figure(figsize=(4.6 * len(sites), 3.8 * rows), layout="constrained")
+    figure = Figure(figsize=(PANEL * len(sites), 3.8 * rows), layout="constrained")
     grid = figure.subplots(rows, len(sites), squeeze=False)
     for axis, site in zip(grid.flat, sites * rows, strict=True):
         axis.set_title(site, fontsize=10)
         axis.grid(alpha=0.25)
     return figure, *(dict(zip(sites, axes, strict=True)) for axes in grid)
+
+
+def _legends(figure: Figure, rows: int = 1) -> None:
+    """A legend below each panel, which covers no points; the figure, of so many rows of panels, grows accordingly."""
+    lines = 0
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        if labels:
+            labels = [textwrap.fill(label, 42, subsequent_indent="  ") for label in labels]
+            columns = 2 if max(map(len, labels)) <= 18 else 1
+            below = axis.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # the ticks and their label
+            anchor: dict[str, Any] = dict(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below)
+            axis.legend(handles, labels, fontsize=10, frameon=False, ncols=columns, **anchor)
+            lines = max(lines, -(-sum(1 + label.count("\n") for label in labels) // columns))
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows * lines)
 
 
 def _shade(index: int, count: int) -> float:
@@ -198,7 +216,7 @@ def _focus(axis: Axes, low: float, high: float) -> None:
     if beyond and inside.size:
         margin = 0.05 * (np.ptp(inside) or 1)
         axis.set_ylim(inside.min() - margin, inside.max() + margin)
-        axis.text(0.02, 0.02, f"points beyond this axis: {beyond}", transform=axis.transAxes, fontsize=8)
+        axis.text(0.02, 0.02, f"points beyond this axis: {beyond}", transform=axis.transAxes, fontsize=10)
 
 
 def _against_l0(
@@ -251,6 +269,5 @@ def _against_l0(
             axis.plot([], [], "k--", linewidth=0.8, label="by gradient pursuit")
         axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=label)
         _plain_numbers(axis.xaxis)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+    _legends(figure)
     return figure, panels

@@ -70,13 +70,13 @@ def measured(records: list[dict[str, Any]]) -> list[Site]:
     stacks = list(dict.fromkeys(frontiers.identity(r)[:2] for r in records))
 
     def place(r: dict[str, Any]) -> tuple[Any, ...]:
-        *stack, index = frontiers.identity(r)
+        run, stack, index = frontiers.identity(r)
         return (
             r["site"],
             r["ito"] > 0,
             r["architecture"],
             r["width"],
-            stacks.index(tuple(stack)),
+            stacks.index((run, stack)),
             int(index) if f"{index}".isdecimal() else 0,
         )
 
