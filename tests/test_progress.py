@@ -44,10 +44,25 @@ def test_a_log_file_gets_one_line_for_each_step_that_is_logged(monkeypatch, caps
     assert err == "step 30: something\n"
 
 
-def test_a_terminal_gets_a_bar_with_a_line_for_each_stack(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_pipe_on_a_terminal_gets_the_lines(monkeypatch, capsys):
+    """`python -m gsae_jax.train ... | tee log`: standard error still is the terminal."""
+    terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    with run_of_calls(monkeypatch, [60.0, 0.5, 0.5], 1030) as shown:
+        shown.show(30, VALUES)
+    assert capsys.readouterr().out.startswith("step 30 of 1,030 | 12,346 tokens/s")
+    assert terminal.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_with_a_line_for_each_stack(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
     shown = run_of_calls(monkeypatch, [60.0, 0.5, 0.5], 1030)
     with shown:
         shown.show(30, VALUES)

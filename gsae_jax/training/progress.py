@@ -22,12 +22,13 @@ CALLS = 200  # the last ones, by which the remaining time is estimated
 class Progress:
     """L0, loss, gamma and dead features of every stack, tokens/s and the time that remains.
 
-    On a terminal they stand in a bar and in a line for each stack below it. Elsewhere each step that is logged is one
-    line. Only the first process shows anything.
+    On a terminal they stand in a bar and in a line for each stack below it. Elsewhere, and where standard output goes
+    into a file or a pipe such as `| tee log`, each step that is logged is one line. Only the first process shows
+    anything.
     """
 
     def __init__(self, total: int, step: int, stacks: list[str]):
-        self._on_terminal = processes.first() and sys.stderr.isatty()
+        self._on_terminal = processes.first() and sys.stdout.isatty() and sys.stderr.isatty()
         self._total, self._calls = total, 0
         # When calls ended, and their steps.
         self._ended: collections.deque[tuple[float, int]] = collections.deque(maxlen=CALLS)
