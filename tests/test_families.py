@@ -12,9 +12,11 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
-from gsae_jax import plugins
+from gsae_jax import plugins, processes
+from gsae_jax.lms import generation
 from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
+from tests.measuring import on_mesh
 from tests.refusals import refused
 
 FIXTURES = Path(make.__file__).parent
@@ -389,3 +391,17 @@ def test_generation_takes_one_text_or_several():
     ):
         with refused(field):
             lm.generate(texts, **numbers)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_long_generation_has_a_bar(monkeypatch, capsys, devices):
+    """On a terminal; the text is the same."""
+    lm = gsae_jax.load_lm(FIXTURES / "gpt2", mesh=on_mesh(devices // 2, 2) if devices > 1 else None)
+    written, bars, make = lm.generate("w4 w5", max_new_tokens=40), [], generation.tqdm.tqdm
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(processes, "shows_bars", lambda: True)
+    at_once = {"delay": 0, "mininterval": 0}
+    monkeypatch.setattr(generation.tqdm, "tqdm", lambda **options: bars.append(make(**options | at_once)) or bars[-1])
+    assert lm.generate("w4 w5", max_new_tokens=40) == written
+    assert [(bar.n, bar.total) for bar in bars] == [(32, 40)]
+    assert "generate:" in capsys.readouterr().err

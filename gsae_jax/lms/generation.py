@@ -1,31 +1,53 @@
 """Text that a language model writes: keys and values are kept, so that each new token costs one token's computation."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tqdm
 
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms.transformer import Cache
 
+EVERY = 16  # tokens between two reports to the bar, which leave the device
+_bars: list[Any] = []  # those of the calls that are running
+
 
 @lru_cache(maxsize=8)
 def compiled(
-    module: Any, tap: sites_lib.Tap | sites_lib.Edit, sites: tuple[str, ...], count: int
+    module: Any, tap: sites_lib.Tap | sites_lib.Edit, sites: tuple[str, ...], count: int, with_bar: bool
 ) -> Callable[..., Any]:
     """`new_tokens` for one tap. The newest few are kept, and not all, as a tap may hold the weights of an SAE."""
-    return jax.jit(partial(new_tokens, module, sites_lib.as_tap(tap, sites), count))
+    return jax.jit(partial(new_tokens, module, sites_lib.as_tap(tap, sites), count, with_bar))
+
+
+@contextlib.contextmanager
+def bar(count: int, shown: bool) -> Iterator[None]:
+    """A bar that shows how many of `count` tokens are written inside, if it takes longer than a second."""
+    with tqdm.tqdm(total=count, desc="generate", unit="token", delay=1, leave=False, disable=not shown) as shown_bar:
+        _bars.append(shown_bar)
+        try:
+            yield
+        finally:
+            jax.effects_barrier()  # reports may come later than the result
+            _bars.remove(shown_bar)
+
+
+def _report(step: jax.Array) -> None:
+    for shown_bar in _bars:
+        shown_bar.update(max(0, int(step) - shown_bar.n))
 
 
 def new_tokens(
     module: Any,
     tap: sites_lib.Tap,
     count: int,
+    with_bar: bool,
     params: Any,
-    tokens_BxP: jax.Array,
-    mask_BxP: jax.Array,
+    prompts: tuple[jax.Array, jax.Array],
     sampling: tuple[jax.Array, jax.Array],
     stop: jax.Array,
 ) -> jax.Array:
@@ -35,13 +57,14 @@ def new_tokens(
         module: the language model.
         tap: it sees the prompts [B, P, D] first, and then one new token [B, 1, D] at a time.
         count: how many tokens.
+        with_bar: whether it reports to `bar` how many are written.
         params: of the language model.
-        tokens_BxP: prompts, padded on the left.
-        mask_BxP: False at padding.
+        prompts: token ids [B, P], padded on the left, and a mask [B, P] that is False at padding.
         sampling: the temperature, where 0 takes the most likely token, and a random key.
         stop: a token after which all others of a row are this token; -1 for none.
     """
-    P, (temperature, key) = tokens_BxP.shape[1], sampling
+    (tokens_BxP, mask_BxP), (temperature, key) = prompts, sampling
+    P = tokens_BxP.shape[1]
     mask_BxS = jnp.pad(mask_BxP, ((0, 0), (0, count)), constant_values=True)
 
     def following(variables: Any, tokens_BxT: jax.Array, first: Any, step: Any) -> tuple[jax.Array, Any]:
@@ -61,6 +84,8 @@ def new_tokens(
 
     def write(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, written_BxN, cache = carry
+        if with_bar:
+            jax.lax.cond(step % EVERY == 0, partial(jax.debug.callback, _report), lambda step: None, step)
         last_Bx1 = jax.lax.dynamic_slice_in_dim(written_BxN, step - 1, 1, axis=1)
         token_B, cache = following({"params": params, "cache": cache}, last_Bx1, P + step - 1, step)
         token_B = jnp.where(last_Bx1[:, 0] == stop, stop, token_B)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsae_jax import batching, errors
+from gsae_jax import batching, errors, processes
 from gsae_jax.errors import UserError
 from gsae_jax.lms import generation, partition, readout
 from gsae_jax.lms import sites as sites_lib
@@ -206,10 +206,12 @@ class LM:
         if not isinstance(tap, Hashable):
             raise UserError(f"is a {type(tap).__name__}, which is not hashable; give a function", "tap")
         eos = self.tokenizer.eos_token_id
-        function = generation.compiled(self.module, tap, tuple(self.sites), max_new_tokens)
+        with_bar = processes.shows_bars()
+        function = generation.compiled(self.module, tap, tuple(self.sites), max_new_tokens, with_bar)
         sampling = jnp.float32(temperature), jax.random.key(seed)
         stop = jnp.int32(-1 if eos is None else eos)
-        new = function(self.params, self._tokens(tokens), mask, sampling, stop)[: len(ids)].tolist()
+        with generation.bar(max_new_tokens, with_bar):
+            new = function(self.params, (self._tokens(tokens), mask), sampling, stop)[: len(ids)].tolist()
         written = [own + (row[: row.index(eos)] if eos in row else row) for own, row in zip(ids, new, strict=True)]
         # Some tokenizers drop the space before the first word, so that new tokens are decoded behind the prompt's.
         decode = self.tokenizer.decode
