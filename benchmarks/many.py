@@ -55,7 +55,7 @@ class Sizes:
 
 
 FULL = Sizes(GPT2, rows=8, context=128, saes=8, narrow=1024, wide=24_576, unit=256)
-SMALL = Sizes({"vocab_size": 64, "n_embd": 16, "n_layer": 4, "n_head": 2}, 2, 16, saes=2, narrow=64, wide=128, unit=64)
+SMALL = Sizes({"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}, 2, 16, saes=2, narrow=64, wide=128, unit=64)
 MODES = ("sparsities", "sites", "widths", "wide", "wide-dense")
 
 
