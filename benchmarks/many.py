@@ -81,7 +81,10 @@ def experiment(mode, sizes):
     tokens = sizes.rows * sizes.context
     return config_lib.Experiment(
         data=config_lib.Data(context_length=sizes.context),
-        activations=config_lib.Activations(sizes.rows, buffer_size=4 * tokens, scale_tokens=tokens),
+        # First positions have larger norms in a random model. Their many active features would leave no room.
+        activations=config_lib.Activations(
+            sizes.rows, buffer_size=4 * tokens, scale_tokens=tokens, max_norm_multiple=1.2
+        ),
         stacks=stacks(mode, sizes),
         train=config_lib.Train(batch_size=tokens, step="dense" if mode == "wide-dense" else "auto"),
     )
@@ -97,7 +100,9 @@ def token_rows(sizes):
 def first_state(program, lm_params, stream):
     """The state that training begins with, but with biases that open about `ACTIVE` features of a token."""
     state = starting.start(program, lm_params, stream)
-    inputs = scaling.all_inputs({site: x[:, 0] for site, x in state.store.items()}, state.scales, state.means)
+    # `opened` looks at 64 tokens; neighbours in the buffer are not a sample.
+    sample = {site: x[:: max(1, len(x) // 64), 0] for site, x in state.store.items()}
+    inputs = scaling.all_inputs(sample, state.scales, state.means)
     opened_stacks = {
         stack.name: opened(state.stacks[stack.name], inputs[stack.config.site], ACTIVE) for stack in program.stacks
     }
