@@ -9,7 +9,7 @@ kinds (MODE):
     sparsities        one stack of eight l1 coefficients, at the residual stream after the last block
     sites             eight stacks, at two sites of each of the last four blocks
     widths            eight stacks of different widths, at the site of `sparsities`
-    wide              as sparsities, with wide dictionaries, about 48 of whose features are active (the sparse step)
+    wide              as sparsities, with wide dictionaries, few of whose features are active (the sparse step)
     wide-dense        the same by the dense step, as at the beginning of training, where most features are active
 
 In the first three the forward pass is most of a step of one SAE, in the others it is not. A run of one SAE starts from
@@ -37,7 +37,9 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.training import starting
 from gsae_jax.training.step import Program
 
-ACTIVE = 48  # features of a token, in the mean
+# Features of a token in a sample. Norms differ more in a random model than in a trained one: the busiest of 1,024
+# tokens has twenty times as many, and the sparse step has room for 512.
+ACTIVE = 16
 GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12}
 
 
@@ -81,10 +83,7 @@ def experiment(mode, sizes):
     tokens = sizes.rows * sizes.context
     return config_lib.Experiment(
         data=config_lib.Data(context_length=sizes.context),
-        # First positions have larger norms in a random model. Their many active features would leave no room.
-        activations=config_lib.Activations(
-            sizes.rows, buffer_size=4 * tokens, scale_tokens=tokens, max_norm_multiple=1.2
-        ),
+        activations=config_lib.Activations(sizes.rows, buffer_size=4 * tokens, scale_tokens=tokens),
         stacks=stacks(mode, sizes),
         train=config_lib.Train(batch_size=tokens, step="dense" if mode == "wide-dense" else "auto"),
     )
