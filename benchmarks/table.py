@@ -34,6 +34,12 @@ COLUMNS = {  # key of a result -> title, form, factor; others stand as they are
     "cost_seconds": ("a save costs", *MILLISECONDS),
     "wait_seconds": ("the loop waits", *MILLISECONDS),
     "whole_seconds": ("whole after", *MILLISECONDS),
+    "active": ("active", "{:.0f}", 1),
+    "forward_share": ("the forward pass of runs of one", "{:.0%}", 1),
+    "apart_seconds": ("runs of one", *MILLISECONDS),
+    "together_seconds": ("one run", *MILLISECONDS),
+    "seconds_per_sae_and_activation": ("an SAE and activation", "{:.2f} us", 1e6),
+    "times_cheaper": ("times cheaper", "{:.2f}", 1),
     "steps_meanwhile": ("steps meanwhile", "{:.0f}", 1),
 }
 
