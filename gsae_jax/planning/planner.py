@@ -177,8 +177,8 @@ def describe(report: dict[str, Any]) -> str:
     lines = [f"{report['topology']}: {report['devices']} devices, {mesh}", "", f"bytes on each device ({how['bytes']})"]
     lines += [f"  {name:<15}{size / 2**30:>9.3f} GiB" for name, size in sizes.items()]
     measuring = report["bytes_per_device_measuring"]
-    parts = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in measuring.items() if name != "total")
-    lines += [f"  and while SAEs are measured {measuring['total'] / 2**30:.3f} GiB ({parts}; ESTIMATED)"]
+    lines += ["", "bytes on each device while SAEs are measured (ESTIMATED)"]
+    lines += [f"  {name:<15}{size / 2**30:>9.3f} GiB" for name, size in measuring.items()]
     lines += ["", f"what each device sends in one step, an SAE update ({how['exchanges']})"]
     lines += [
         f"  {exchange['kind']:<19}{' + '.join(exchange['axes']):<15}{exchange['count']:>8.2f} times"
