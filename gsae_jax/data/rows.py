@@ -33,16 +33,19 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import grain
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging as absl_logging
+from etils import epy
 
 from gsae_jax import config as config_lib
 from gsae_jax import errors, plugins
 from gsae_jax.data import progress
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import paths, reading, writing
+
+with epy.lazy_imports():  # who trains on tokens of their own needs neither
+    import grain
+    import tensorflow_datasets as tfds
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +305,7 @@ def batches(
     seed: int,
     local: Sequence[int] | np.ndarray | None = None,
     parts: Sequence[int] = (),
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Endless batches [rows_per_batch, T]; or of each only the rows numbered `local`, and only those are read.
 
     Every epoch has its own order. A run that was given more steps may take rows beyond those that it began with.

@@ -12,11 +12,14 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict, config_dict
+from etils import epy
 
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, plugins
 from gsae_jax.errors import UserError, known_names
+
+with epy.lazy_imports():  # who writes nested dicts does not need it
+    import ml_collections
 
 
 def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
@@ -49,9 +52,9 @@ def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
     return config_trees.from_dict(config_lib.Experiment, config_trees.merged(tree, config_trees.plain(changes)))
 
 
-def experiment_config() -> ConfigDict:
+def experiment_config() -> "ml_collections.ConfigDict":
     """Every setting of an experiment with its default, and no stacks: what a config file changes and returns."""
-    return ConfigDict(_defaults(config_lib.Experiment))
+    return ml_collections.ConfigDict(_defaults(config_lib.Experiment))
 
 
 def stack_config(
@@ -62,7 +65,7 @@ def stack_config(
     *,
     grid: bool = False,
     **settings: Any,
-) -> ConfigDict:
+) -> "ml_collections.ConfigDict":
     """A stack of an experiment: SAEs that differ in l1 coefficient, learning rate, seed and target L0 only.
 
     Args:
@@ -91,7 +94,7 @@ def stack_config(
             config[name] = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
         else:
             config[name] = value
-    return ConfigDict(config | _combinations(config) if grid else config)
+    return ml_collections.ConfigDict(config | _combinations(config) if grid else config)
 
 
 def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
@@ -123,9 +126,9 @@ def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
     return columns | {"l1_coefficients": l1_coefficients, "target_l0": targets}
 
 
-def pretrain_config() -> ConfigDict:
+def pretrain_config() -> "ml_collections.ConfigDict":
     """Every setting of `python -m gsae_jax.pretrain` with its default, those of the embedded language model."""
-    return ConfigDict(_defaults(config_lib.Pretrain))
+    return ml_collections.ConfigDict(_defaults(config_lib.Pretrain))
 
 
 def completed(config: Any, cls: Any, wanted: Collection[str] = ()) -> Any:
@@ -138,11 +141,11 @@ def completed(config: Any, cls: Any, wanted: Collection[str] = ()) -> Any:
         wanted: the paths of the fields that the command line changes. Of the fields without a default, a stack gets
             only these.
     """
-    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+    if not isinstance(config, ml_collections.ConfigDict) or isinstance(config, ml_collections.FrozenConfigDict):
         tree = config_trees.plain(config)
         if not isinstance(tree, dict):
             return config
-        config = ConfigDict(tree).lock()
+        config = ml_collections.ConfigDict(tree).lock()
     with config.unlocked():
         _complete(config, cls, wanted)
     return config
@@ -211,7 +214,7 @@ def _returned(path: str, *arguments: str) -> Any:
     return config
 
 
-def _complete(config: ConfigDict, cls: Any, wanted: Collection[str], path: str = "") -> None:
+def _complete(config: "ml_collections.ConfigDict", cls: Any, wanted: Collection[str], path: str = "") -> None:
     for field in dataclasses.fields(cls):
         name, kind = field.name, field.type
         if name not in config:
@@ -224,9 +227,9 @@ def _complete(config: ConfigDict, cls: Any, wanted: Collection[str], path: str =
             continue
         try:
             value = config[name]
-        except config_dict.RequiredValueError:  # the command line has to give it
+        except ml_collections.config_dict.RequiredValueError:  # the command line has to give it
             continue
-        if not isinstance(value, ConfigDict):
+        if not isinstance(value, ml_collections.ConfigDict):
             # The command line parses text as the type that the field has: a list as a list, 1 as an integer.
             with contextlib.suppress(UserError):  # another door refuses it, with all that is wrong
                 converted = config_trees.convert(kind, value)
@@ -241,8 +244,9 @@ def _complete(config: ConfigDict, cls: Any, wanted: Collection[str], path: str =
                 if group == f"{path}{name}" and not isinstance(value.get(option), str):
                     if option in value:
                         del value[option]
-                    value[option] = config_dict.placeholder(object)  # takes any literal: its type is not known here
+                    # It takes any literal, as its type is not known here.
+                    value[option] = ml_collections.config_dict.placeholder(object)
         else:
             for key, item in value.items():
-                if isinstance(item, ConfigDict):
+                if isinstance(item, ml_collections.ConfigDict):
                     _complete(item, typing.get_args(kind)[1], wanted, f"{path}{name}.{key}.")

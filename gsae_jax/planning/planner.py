@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType
 from gsae_jax import errors
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
+from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
@@ -46,6 +47,7 @@ class Case:
     def build(cls, config: Experiment, topology: Topology) -> "Case":
         """Raises `UserError` for a config that cannot run on the topology."""
         mesh = mesh_of(config, topology)
+        rows_lib.corpus(config.data)  # a run would refuse one that does not exist
         with errors.about("lm.path", revision="lm.revision"):
             checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         program = Program.build(config, mesh, checkpoint, special_tokens=(0,))

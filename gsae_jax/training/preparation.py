@@ -209,8 +209,9 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     """The train program and the tokenizer, from the language model's settings alone.
 
     Raises:
-        UserError: as `Program.build`, or sizes that the devices have no room for.
+        UserError: as `Program.build`, a corpus that does not exist, or sizes that the devices have no room for.
     """
+    rows_lib.corpus(config.data)
     tokenizer = checkpoint.tokenizer()
     program = Program.build(config, mesh, checkpoint, loading.special_tokens(tokenizer))
     state = program.abstract_state()

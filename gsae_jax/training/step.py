@@ -19,7 +19,6 @@ from gsae_jax import config as config_lib
 from gsae_jax import loggers
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import buffer, masking, scaling, sources
-from gsae_jax.data import rows
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -76,11 +75,10 @@ class Program:
         """The program of an experiment, from the settings of its language model alone; the trainer's and the planner's.
 
         Raises:
-            UserError: a size that the mesh does not divide; a corpus, logger or architecture that does not exist; a
-                site or context that the language model does not have; or a stack that cannot be built.
+            UserError: a size that the mesh does not divide; a logger or architecture that does not exist; a site or
+                context that the language model does not have; or a stack that cannot be built.
         """
         mesh_lib.check(config, mesh)
-        rows.corpus(config.data)
         loggers.check_names(config.loggers)
         whole = checkpoint.module()
         loading.check_context(whole, config.data.context_length)
