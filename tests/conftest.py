@@ -1,4 +1,7 @@
-"""Eight CPU devices, strict promotion of ranks, and the small things that many tests start from."""
+"""Eight CPU devices, strict promotion of ranks, and the small things that many tests start from.
+
+With `-m gpu` the device is the machine's own.
+"""
 
 import os
 import subprocess
@@ -24,13 +27,16 @@ from gsae_jax import config_trees, experiment_config, stack_config
 from gsae_jax.lms import checkpoints, gelu, loading
 from gsae_jax.lms.transformer import Model
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
 def pytest_configure(config):
+    if config.option.markexpr == "gpu":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a test starts a second process
+        return
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
     # To optimise programs that run for a moment is a third of the quick tests' work; the long ones gain from it.
     if "not quickstart" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
