@@ -1,5 +1,6 @@
 """The peers' environment: SAELens and dictionary_learning, PyTorch libraries, apart from ours."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,25 @@ LIBRARIES = ("sae-lens==6.54.12", "dictionary-learning==0.1.0", "torch==2.13.0")
 ENVIRONMENT = ROOT / "build" / "peers"
 
 
+def existing():
+    """The interpreter that has the peers: this one, or that of their environment; None where neither has them."""
+    if all(importlib.util.find_spec(name) for name in ("sae_lens", "dictionary_learning")):
+        return Path(sys.executable)
+    installed = ENVIRONMENT / "installed.txt"
+    same = installed.exists() and installed.read_text().split() == list(LIBRARIES)
+    return ENVIRONMENT / "bin" / "python" if same else None
+
+
 def environment():
-    """The interpreter of the peers' environment, made where there is none with these libraries."""
-    python, installed = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed.txt"
-    if not installed.exists() or installed.read_text().split() != list(LIBRARIES):
+    """The interpreter that has the peers; where none does, they are installed in an environment of their own."""
+    python = existing()
+    if python is None:
+        python = ENVIRONMENT / "bin" / "python"
         print(f"installing {', '.join(LIBRARIES)} in {ENVIRONMENT.relative_to(ROOT)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
         pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--quiet", *LIBRARIES], check=True)
         # Nothing here uses it, and where it is made for another build of torch, transformers cannot be imported.
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision"], check=True)
-        installed.write_text("\n".join(LIBRARIES))
+        (ENVIRONMENT / "installed.txt").write_text("\n".join(LIBRARIES))
     return python

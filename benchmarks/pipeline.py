@@ -15,25 +15,21 @@ too: the most that input can cost, as the devices work meanwhile.
 """
 
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import common
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import PartitionSpec
 from step import seconds
 
-from gsae_jax import cli, config_trees
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.training import preparation, starting
-
-sys.path.append(str(common.ROOT))  # configs import each other
 
 
 def experiment(config):
@@ -60,19 +56,23 @@ def sae_updates(program):
         }
         return {name: state for name, (state, _) in stepped.items()}, {name: m for name, (_, m) in stepped.items()}
 
+    def transposed(stacks):
+        return {stack.name: stack.transpose(stacks[stack.name]) for stack in program.stacks}
+
     def on_device(stacks, batch):
-        return jax.lax.scan(lambda stacks, _: update(stacks, batch), stacks, length=program.config.updates_per_call)
+        stacks, statistics = jax.lax.scan(
+            lambda stacks, _: update(stacks, batch), transposed(stacks), length=program.config.updates_per_call
+        )
+        return transposed(stacks), statistics
 
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     mapped = jax.shard_map(on_device, mesh=program.mesh, in_specs=(specs, rows), out_specs=(specs, everywhere))
     return jax.jit(mapped, donate_argnums=0)
 
 
-def main():
-    """Print a line for each part, and write them."""
-    config = config_trees.from_dict(config_lib.Experiment, cli.given(CONFIG))
-    program, lm_params, stream, state = experiment(config)
-    placed, reads = program.source.place(next(stream)), []
+def measure(program, lm_params, stream, state, rounds, calls):
+    """(a line for each part, a sentence about the input), each the median of `rounds` of so many `calls`."""
+    config, placed, reads = program.config, program.source.place(next(stream)), []
 
     def read():
         start = time.perf_counter()
@@ -83,7 +83,7 @@ def main():
     def train(tokens):
         nonlocal state
         waiting = None
-        for _ in range(CALLS.value):
+        for _ in range(calls):
             state, metrics, _ = program.train_step(state, lm_params, tokens())
             jax.block_until_ready(waiting)
             waiting = metrics
@@ -92,7 +92,7 @@ def main():
     capture = jax.jit(program.source.__call__)
 
     def run_model():
-        for _ in range(CALLS.value):
+        for _ in range(calls):
             jax.block_until_ready(capture(lm_params, placed))
 
     updates = sae_updates(program)
@@ -106,12 +106,12 @@ def main():
 
     def run_updates():
         nonlocal stacks
-        for _ in range(CALLS.value):
+        for _ in range(calls):
             stacks, _ = jax.block_until_ready(updates(stacks, batch))
 
-    measured = seconds((lambda: train(read), lambda: train(lambda: placed), run_model, run_updates), ROUNDS.value)
-    whole, without_input, model, sae = (taken / CALLS.value for taken in measured)
-    reading = statistics.mean(reads[CALLS.value :])  # the first round compiles
+    measured = seconds((lambda: train(read), lambda: train(lambda: placed), run_model, run_updates), rounds)
+    whole, without_input, model, sae = (taken / calls for taken in measured)
+    reading = statistics.mean(reads[calls:])  # the first round compiles
     rest = without_input - model - sae
     results = [
         {"part": part, "call_seconds": taken, "of_whole": taken / whole}
@@ -123,19 +123,30 @@ def main():
             "rest": rest,
         }.items()
     ]
-    for result in results:
-        print(f"{result['part']:>14}: {1e3 * result['call_seconds']:8.1f} ms, {result['of_whole']:.1%}")
     note = (
         f"{config.updates_per_call} updates of {config.train.batch_size} activations a call: "
         f"{config.updates_per_call * config.train.batch_size / whole:,.0f} activations/s. Host input costs "
         f"{whole / without_input - 1:+.1%} as the difference; the loop is in it for {1e3 * reading:.2f} ms a call, "
         f"{reading / whole:.2%}."
     )
+    return results, note
+
+
+def main():
+    """Print a line for each part, and write them."""
+    config = config_trees.from_dict(config_lib.Experiment, cli.given(CONFIG))
+    results, note = measure(*experiment(config), ROUNDS.value, CALLS.value)
+    for result in results:
+        print(f"{result['part']:>14}: {1e3 * result['call_seconds']:8.1f} ms, {result['of_whole']:.1%}")
     print(note)
     common.write(Path(OUT.value) if OUT.value else None, results, (note,))
 
 
 if __name__ == "__main__":
+    from absl import flags
+
+    from gsae_jax import cli
+
     CONFIG = cli.define_config()
     OUT = flags.DEFINE_string("out", None, "File to write.")
     ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each part.")

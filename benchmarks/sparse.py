@@ -15,7 +15,6 @@ from pathlib import Path
 
 import common
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 from step import build, seconds, stepper
 
 UPDATES = 4  # in a call
@@ -64,6 +63,8 @@ def compare(architecture, D, F, B, active, rounds):
 
 def plot(path, results):
     """Seconds of a step against width, as a picture."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     widths = [line["F"] for line in results]

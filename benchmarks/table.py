@@ -24,6 +24,13 @@ COLUMNS = {  # key of a result -> title, form, factor; others stand as they are
     "of_whole": ("of the whole", "{:.1%}", 1),
     "product_flops_per_second": ("the products' rate", "{:,.0f} GFLOP/s", 1e-9),
     "bytes_per_parameter": ("bytes a parameter", "{:.2f}", 1),
+    "products": ("in encoder products", "{:.2f}", 1),
+    "times_faster": ("times faster", "{:.2f}", 1),
+    "seconds": ("took", "{:.1f} s", 1),
+    "error": ("largest error", "{:.1e}", 1),
+    "peak_bytes": ("allocated at most", *MEBIBYTES),
+    "planned_bytes": ("by the compiler", *MEBIBYTES),
+    "estimated_bytes": ("by the planner's estimate", *MEBIBYTES),
     "bytes_of_arguments": ("arguments", *MEBIBYTES),
     "bytes_of_temporaries": ("temporaries", *MEBIBYTES),
     "every": ("steps between saves", "{}", 1),
@@ -48,19 +55,29 @@ def section(path):
     """A file's lines."""
     file = json.loads(path.read_text())
     facts, results = file["facts"], file["results"]
-    columns = [(key, *COLUMNS.get(key, (key, "{}", 1))) for key in results[0]]
     devices, versions = facts["devices"], [name for name in ("jax", "torch", "python") if name in facts]
     on = [facts["machine"], facts["cpu"], f"{facts['cores']} cores", f"{len(devices)} x {devices[0]}"]
     on += [f"{name} {facts[name]}" for name in versions] + [f"commit {facts['commit']}"]
     yield from (f"## {path.stem}", "", f"`{facts['command']}`", "", f"On {', '.join(filter(None, on))}.", "")
-    yield f"| {' | '.join(title for _, title, _, _ in columns)} |"
-    yield f"| {' | '.join('---' if isinstance(results[0][key], str) else '--:' for key, *_ in columns)} |"
-    for result in results:
-        cells = (form.format(result[key] * factor) for key, _, form, factor in columns)
-        yield f"| {' | '.join(cells)} |"
+    for name, rows in results.items() if isinstance(results, dict) else [("", results)]:
+        if rows:
+            yield from [f"### {name}", ""] if name else []
+            yield from table(rows)
+            yield ""
     for note in file["notes"]:
-        yield from ("", note)
-    yield ""
+        yield from (note, "")
+
+
+def table(rows):
+    """The lines of a table; a row may lack what others have."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [(key, *COLUMNS.get(key, (key, "{}", 1))) for key in keys]
+    yield f"| {' | '.join(title for _, title, _, _ in columns)} |"
+    words = {key for row in rows for key, value in row.items() if isinstance(value, str)}
+    yield f"| {' | '.join('---' if key in words else '--:' for key in keys)} |"
+    for row in rows:
+        cells = (form.format(row[key] * factor) if row.get(key) is not None else "" for key, _, form, factor in columns)
+        yield f"| {' | '.join(cells)} |"
 
 
 def main():
