@@ -36,7 +36,7 @@ from pathlib import Path
 from peers_environment import ROOT, existing
 
 PARTS = ("tests", "step", "pipeline", "peers")
-LIMITS = {"machine": 60, "tests": 270, "step": 120, "pipeline": 120, "peers": 120}  # seconds of one measurement
+LIMITS = {"machine": 60, "tests": 150, "step": 120, "pipeline": 120, "peers": 120}  # seconds of one measurement
 
 
 class FailedError(Exception):
@@ -113,12 +113,12 @@ class Kit:
         with tempfile.TemporaryDirectory() as folder:
             return (self.tests if part == "tests" else self.peers)(Path(folder), **key)
 
-    def tests(self, folder):
-        """A line for each test."""
+    def tests(self, folder, function):
+        """A line for each case of a test."""
         options = ["-o", "addopts=", "-o", "junit_family=xunit1", "-p", "no:cacheprovider", "-W", "default"]
         file = folder / "tests.xml"
         command = [sys.executable, "-m", "pytest", *options, "-q", "-m", "gpu", f"--junitxml={file}"]
-        self.call("tests", *command, "tests/test_gpu.py", allowed=(0, 1))  # 1: a test fails
+        self.call("tests", *command, f"tests/test_gpu.py::{function}", allowed=(0, 1))  # 1: a case fails
         return [tested(case) for case in xml.etree.ElementTree.parse(file).iter("testcase")]
 
     def peers(self, folder, **shape):
@@ -154,14 +154,13 @@ class Kit:
 
 
 def tested(case):
-    """The line of a test, from pytest's XML."""
-    outcome, why = "passed", ""
-    for kind, called in (("skipped", "skipped"), ("failure", "failed"), ("error", "failed")):
+    """The line of a test's case, from pytest's XML."""
+    line = {"outcome": "passed", "seconds": float(case.get("time")), "case": case.get("name").partition("[")[2][:-1]}
+    line |= {found.get("name"): float(found.get("value")) for found in case.iter("property")}
+    for kind, outcome in (("skipped", "skipped"), ("failure", "failed"), ("error", "failed")):
         if (found := case.find(kind)) is not None:
-            outcome, why = called, " ".join((found.get("message") or "").split())[:300]
-    properties = {found.get("name"): float(found.get("value")) for found in case.iter("property")}
-    line = {"test": case.get("name"), "outcome": outcome, "seconds": float(case.get("time"))} | properties
-    return line | ({"why": why} if why else {})
+            line |= {"outcome": outcome, "why": " ".join((found.get("message") or "").split())[:300]}
+    return line
 
 
 def compare(lines):
@@ -176,7 +175,7 @@ def compare(lines):
 
 def described(line):
     """What a measurement found, in a few words."""
-    words = [line["test"]] if "test" in line else [line[key] for key in ("part", "library") if key in line]
+    words = [line[key] for key in ("case", "part", "library") if line.get(key)]
     for key, form in (("step_seconds", "{:.2f} ms"), ("call_seconds", "{:.2f} ms")):
         words += [form.format(1e3 * line[key])] if key in line else []
     words += [f"{line['products']:.2f} encoder products"] if "products" in line else []

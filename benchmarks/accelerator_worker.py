@@ -100,7 +100,9 @@ def machine():
     steps = [("step", dict(zip(names, each, strict=True))) for each in values]
     pipelines = [("pipeline", {"dtype": dtype}) for dtype in reversed(sizes.dtypes)]
     peers = [("peers", dict(zip("DFB", shape, strict=True))) for shape in sizes.peers]
-    order = [("tests", {}), *steps[:8], *pipelines[:1], *steps[8:], *pipelines[1:], *peers]
+    functions = re.findall(r"^def (test_\w+)", (common.ROOT / "tests" / "test_gpu.py").read_text(), re.MULTILINE)
+    tests = [("tests", {"function": name}) for name in functions]
+    order = [*tests, *steps[:8], *pipelines[:1], *steps[8:], *pipelines[1:], *peers]
     return [{"platform": platform, "facts": common.facts(), "order": order}]
 
 

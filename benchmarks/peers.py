@@ -73,7 +73,7 @@ def apart(peer, compiled, state, x):
     for number in range(len(theirs["losses"])):
         batch = np.random.default_rng(number).standard_normal(x.shape, np.float32)
         state, statistics = compiled(state, jax.device_put(batch, x.sharding))
-        losses.append(float(statistics["loss"][0]) * x.shape[1])
+        losses.append(float(statistics["loss"][0, 0]) * x.shape[1])
     return float(np.max(np.abs(losses / theirs["losses"] - 1))), {
         name: float(np.linalg.norm(value[0] - theirs[name]) / np.linalg.norm(theirs[name] - start[name]))
         for name, value in state.params.items()

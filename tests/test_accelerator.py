@@ -75,5 +75,6 @@ def test_every_part_is_measured(tmp_path):
     found = results(out)
     assert not {line["outcome"] for lines in found.values() for line in lines} & {"failed", "out of memory"}
     assert sum(line["outcome"] == "passed" for line in found["tests"]) >= 13
+    assert len({line["function"] for line in found["tests"]}) == 5
     assert [line["part"] for line in found["pipeline"]][:2] == ["whole", "without input"]
     assert found["pipeline"][0]["activations_per_second"] > 0
