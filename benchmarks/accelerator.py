@@ -197,7 +197,7 @@ def missing(part):
 
 
 def draw(path, lines):
-    """Steps as bars; returns a sentence where there is no picture."""
+    """Steps as points; returns a sentence where there is no picture."""
     lines = [line for line in lines if "step_seconds" in line]
     if not lines:
         return ""
@@ -209,11 +209,12 @@ def draw(path, lines):
     shapes = list(dict.fromkeys(form.format(**line) for line in lines))
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(shapes)), layout="constrained")
     axis = figure.subplots()
-    for how, shift in (("dense", 0.2), ("sparse", -0.2)):
-        bars = [line for line in lines if line["step"] == how]
-        places = [shift - shapes.index(form.format(**line)) for line in bars]
-        axis.barh(places, [1e3 * line["step_seconds"] for line in bars], height=0.4, label=how)
+    for how, marker in (("dense", "o"), ("sparse", "s")):
+        points = [line for line in lines if line["step"] == how]
+        places = [-shapes.index(form.format(**line)) for line in points]
+        axis.plot([1e3 * line["step_seconds"] for line in points], places, marker, label=how)
     axis.set_yticks(range(0, -len(shapes), -1), shapes)
+    axis.grid(alpha=0.3)
     axis.set(xscale="log", xlabel="milliseconds of a step")
     axis.legend()
     figure.savefig(path, metadata={"Date": None})
@@ -281,4 +282,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
