@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import sys
-import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ try:
 
     import gsae_jax
     from gsae_jax import mesh as mesh_lib
+    from gsae_jax.lms import gpt2
     from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
     from gsae_jax.planning.planner import Case
     from gsae_jax.training import starting
@@ -133,7 +133,7 @@ def step(architecture, D, F, B, N, dtype, step):
 
 
 def random_language_model(program, dtype):
-    """Parameters as an untrained language model has them."""
+    """Parameters of an untrained language model."""
     like, bare = abstract_params(program.module, dtype), dataclasses.replace(program.module, mesh=None)
 
     def init():
@@ -147,25 +147,24 @@ def whole(dtype):
     """The lines of the pipeline."""
     sizes = SIZES[jax.default_backend()]
     fresh = sizes.rows * sizes.context
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes.lm))
-        checkpoint = Checkpoint.open(folder)
-        config = gsae_jax.experiment(
-            lm={"path": folder, "dtype": dtype},
-            data={"context_length": sizes.context},
-            activations={"rows_per_forward": sizes.rows, "buffer_size": 32 * fresh, "scale_tokens": fresh},
-            stacks={
-                "gated": {
-                    "architecture": "gated",
-                    "site": sizes.site,
-                    "width": sizes.width,
-                    "l1_coefficients": (1e-2,),
-                    "learning_rates": (1e-3,),
-                }
-            },
-            train={"steps": 400, "batch_size": sizes.batch, "warmup_steps": 40, "compute_dtype": dtype},
-            loggers=(),
-        )
+    lm = gpt2.config({"model_type": "gpt2", **sizes.lm})
+    checkpoint = Checkpoint("random", Path(), "", "gpt2", gpt2, lm)
+    config = gsae_jax.experiment(
+        lm={"dtype": dtype},
+        data={"context_length": sizes.context},
+        activations={"rows_per_forward": sizes.rows, "buffer_size": 32 * fresh, "scale_tokens": fresh},
+        stacks={
+            "gated": {
+                "architecture": "gated",
+                "site": sizes.site,
+                "width": sizes.width,
+                "l1_coefficients": (1e-2,),
+                "learning_rates": (1e-3,),
+            }
+        },
+        train={"steps": 400, "batch_size": sizes.batch, "warmup_steps": 40, "compute_dtype": dtype},
+        loggers=(),
+    )
     program = Program.build(config, mesh_lib.make_mesh(config.mesh), checkpoint, special_tokens=())
     lm_params, random = random_language_model(program, dtype), np.random.default_rng(0)
     shape = (config.rows_per_call, sizes.context)
@@ -173,9 +172,7 @@ def whole(dtype):
     state = starting.start(program, lm_params, stream)
     state, *_ = jax.block_until_ready(program.train_step(state, lm_params, program.source.place(next(stream))))
     memory = {"peak_bytes": peak()}
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(program.mesh, "data"))
-    case = Case(program, program.abstract_state(), abstract_params(program.module, dtype), tokens)
-    memory["estimated_bytes"] = case.estimate()["total"]
+    memory["estimated_bytes"] = Case.of(program, checkpoint).estimate()["total"]
     rows, _ = pipeline.measure(program, lm_params, stream, state, sizes.rounds, calls=3)
     rate = config.updates_per_call * sizes.batch / rows[0]["call_seconds"]
     rows[0] |= {"activations_per_second": rate} | memory

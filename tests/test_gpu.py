@@ -20,12 +20,12 @@ import gsae_jax
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import scaling
 from gsae_jax.lms import attention
-from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
+from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.planning import planner
 from gsae_jax.saes import contract, features
 from gsae_jax.storage import checkpoints, paths
 from gsae_jax.storage.facts import Facts
-from gsae_jax.training import sparsity, starting
+from gsae_jax.training import starting
 from gsae_jax.training.step import Program
 from tests import references
 
@@ -82,7 +82,7 @@ def test_losses_and_gradients_against_float64(name, precision, dtype, tolerance,
         return module.loss(params, {}, batch, {"l1_coefficient": 0.07}, config, **more)
 
     def by_active(params, x):
-        how = features.Sparsity((256,), sparsity.BLOCK.get(jax.default_backend(), sparsity.BLOCK_ELSEWHERE))
+        how = features.Sparsity((256,), features.block(jax.default_backend()))
         return features.gradients(
             loss, lambda params: contract.encoder(module, params, config), params, x, x, dtype, how
         )
@@ -230,9 +230,7 @@ def test_the_planners_bytes_are_allocated(record_property):
     if not device.memory_stats():
         pytest.skip(f"{device.device_kind} does not say what it has allocated")
     program, lm_params, tokens = program_on(experiment(width=2**16, batch_size=1024), device)
-    shape = (program.config.rows_per_call, program.config.data.context_length)
-    place = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(program.mesh, "data"))
-    case = planner.Case(program, program.abstract_state(), abstract_params(program.module, "float32"), place)
+    case = planner.Case.of(program, Checkpoint.open(program.config.lm.path))
     planned, _, method = case.measure()
     assert method["bytes"] == "compiled"
     before = device.memory_stats()

@@ -50,7 +50,12 @@ class Case:
         rows_lib.corpus(config.data)  # a run would refuse one that does not exist
         with errors.about("lm.path", revision="lm.revision"):
             checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
-        program = Program.build(config, mesh, checkpoint, special_tokens=(0,))
+        return cls.of(Program.build(config, mesh, checkpoint, special_tokens=(0,)), checkpoint)
+
+    @classmethod
+    def of(cls, program: Program, checkpoint: Checkpoint) -> "Case":
+        """The train step of a program, which is of this language model."""
+        config, mesh = program.config, program.mesh
         shape = (config.rows_per_call, config.data.context_length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(mesh, "data"))
         read, whole = (abstract_params(m, config.lm.dtype) for m in (program.module, checkpoint.module(mesh=mesh)))
