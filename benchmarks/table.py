@@ -57,6 +57,12 @@ COLUMNS = {  # key of a result -> title, form, factor; others stand as they are
     "together_seconds": ("one run", *MILLISECONDS),
     "seconds_per_sae_and_activation": ("an SAE and activation", "{:.2f} us", 1e6),
     "times_cheaper": ("times cheaper", "{:.2f}", 1),
+    "dense_seconds": ("dense", *MILLISECONDS),
+    "sparse_seconds": ("sparse", *MILLISECONDS),
+    "bytes_of_dense_temporaries": ("dense, temporaries", *MEBIBYTES),
+    "bytes_of_sparse_temporaries": ("sparse, temporaries", *MEBIBYTES),
+    "loss_recovered": ("loss recovered", "{:.4f}", 1),
+    "l0": ("L0", "{:.1f}", 1),
     "steps_meanwhile": ("steps meanwhile", "{:.0f}", 1),
 }
 

@@ -233,5 +233,5 @@ def test_processes_that_nobody_finds_do_not_train_alone(variable, value, count, 
         text=True,
     )
     assert (done.returncode != 0) == refuses, done.stderr
-    for fact in ("UserError: --coordinator: ", f"{variable} is set"):
+    for fact in ("UserError: --coordinator: ", f"{variable} says"):
         assert (fact in done.stderr) == refuses

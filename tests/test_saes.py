@@ -406,8 +406,8 @@ def test_numbers_of_tokens_are_compiled_in_few_shapes():
     config = gated.Config(D, F)
     sae = trained.SAE("a_0", "gated", config, "site", gated.init(jax.random.key(0), config))
     x = jax.random.normal(jax.random.key(1), (40, D))
-    expected, before = gated.encode(sae.params, x, config), trained._encode._cache_size()
+    expected, before = gated.encode(sae.params, x, config), trained._apply._cache_size()
     x = np.asarray(x)
     for count in range(1, 41):
         np.testing.assert_allclose(sae.encode(x[:count]), expected[:count], atol=1e-5)
-    assert trained._encode._cache_size() - before == len({batching.padded_size(count) for count in range(1, 41)})
+    assert trained._apply._cache_size() - before == len({batching.padded_size(count) for count in range(1, 41)})
