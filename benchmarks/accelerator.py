@@ -225,7 +225,7 @@ def begin(kit, out, fresh):
     """Look at the machine, and read what was measured before; returns (part, key) of all measurements."""
     try:
         (found,) = kit.measure("machine")
-        why = found.get("why", "" if found["platform"] == kit.platform else "pip install 'jax[cuda13]'")
+        why = found.get("why", "pip install 'jax[cuda13]'" if found.get("platform") != kit.platform else "")
     except FailedError as error:
         why = error
     except TimeoutError:

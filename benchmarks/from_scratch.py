@@ -39,7 +39,7 @@ def settings(arguments):
         "gated", SITE, arguments.width, l1_coefficients=(arguments.l1_coefficient,), learning_rates=(3e-3,)
     )
     train = {"steps": arguments.steps, "warmup_steps": min(200, arguments.steps // 5)}
-    return gsae_jax.experiment("quickstart", stacks={"gated": stack}, train=train)
+    return gsae_jax.experiment("quickstart", stacks={"gated": stack, "baseline": None}, train=train)
 
 
 def activations(config, lm, tokens, path):

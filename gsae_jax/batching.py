@@ -51,8 +51,8 @@ def in_chunks(function: Callable[[Any], tuple[Any, Any]], inputs: Any, at_once: 
         at_once: tokens of a part; a part is no smaller than one token of each row.
     """
     R, T = jax.tree.leaves(inputs)[0].shape[:2]
-    parts = -(-T // max(1, at_once // R))
-    if parts == 1:
+    parts = -(-T // max(1, at_once // max(1, R)))
+    if parts <= 1 or not R:
         return function(inputs)
     size = -(-T // parts)
     split = jax.tree.map(

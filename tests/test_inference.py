@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gsae_jax import batching
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import measure
-from gsae_jax.saes import contract, features, trained
-from tests.measuring import SITE, as_sae, batches
+from gsae_jax.saes import contract, features, inference, trained
+from tests.measuring import SITE, as_sae, batches, on_mesh
 from tests.refusals import refused
 
 D, WIDE = 8, 64 * 512  # with room for every capacity
@@ -103,30 +104,109 @@ def test_a_feature_that_is_not_a_number_is_active():
     ],
 )
 def test_wide_reconstructions_are_the_dense_ones(name, L0s, slots):
-    """By every number of slots, and by dense products; the gradients, too."""
+    """By every number of slots, and by dense products."""
     capacities = features.capacities(WIDE, features.DECODED_PER_SLOT)
     assert capacities == features.CAPACITIES
     sae, x = sae_of(name, WIDE, L0s[[*capacities, WIDE].index(slots)]), activations()
     most = (sae.encode(x) != 0).sum(-1).max()
     assert slots == next(size for size in (*capacities, WIDE) if most <= size)
 
-    def dense(sae, x):
-        return sae.functions.decode(sae.params, sae.functions.encode(sae.params, x.reshape(-1, D), sae.config))
+    dense = sae.functions.decode(sae.params, sae.functions.encode(sae.params, x.reshape(-1, D), sae.config))
+    np.testing.assert_allclose(sae(x).reshape(-1, D), dense, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(lambda sae, x: sae(x))(sae, x).reshape(-1, D), dense, rtol=1e-4, atol=1e-4)
+    broken = dataclasses.replace(sae, params=sae.params | {"W_dec": sae.W_dec.at[3, 0].set(jnp.nan)})
+    assert np.isnan(broken(x)).any(-1).all()  # though the feature is active on no token
 
-    np.testing.assert_allclose(sae(x).reshape(-1, D), dense(sae, x), rtol=1e-4, atol=1e-4)
 
-    def loss(of):
-        return lambda sae, x: jnp.square(of(sae, x).reshape(-1, D)).sum()
+@pytest.mark.parametrize("F", [64, WIDE])
+def test_derivatives_of_both_modes(F):
+    """Of compiled code, also under `vmap`."""
+    sae, x = sae_of("gated", F, 5), activations()
+    of_one = jax.jacrev(sae)(x[0, 0])
+    np.testing.assert_allclose(jax.jacfwd(sae)(x[0, 0]), of_one, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(jax.jacrev(sae))(x[0])[0], of_one, rtol=1e-4, atol=1e-5)
+    indices, values = sae.encode(x, sparse=True)
+    ours = jax.jit(jax.grad(lambda values: jnp.square(sae.decode((indices, values))).sum()))(values)
+    dense = jax.grad(lambda f: jnp.square(sae.decode(f)).sum())(sae.encode(x))
+    expected = np.take_along_axis(np.asarray(dense), np.minimum(np.asarray(indices), F - 1), -1)
+    np.testing.assert_allclose(ours, np.where(np.asarray(indices) < F, expected, 0), rtol=1e-3, atol=1e-4)
 
-    ours, theirs = (jax.grad(loss(of), (0, 1))(sae, x) for of in (lambda sae, x: sae(x), dense))
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * float(jnp.abs(other).max()) + 1e-6)
+
+def test_no_tokens_in_compiled_code():
+    sae = sae_of("gated", 64, 5)
+    for shape in ((0, 5, D), (3, 0, D), (0, D)):
+        x = jnp.zeros(shape)
+        assert jax.jit(sae)(x).shape == sae(x).shape == shape
+        assert jax.jit(sae.encode)(x).shape == (*shape[:-1], 64)
+    none = jnp.zeros((3, 7, 0), jnp.int32), jnp.zeros((3, 7, 0))
+    np.testing.assert_array_equal(sae.decode(none), jnp.broadcast_to(sae.b_dec, (3, 7, D)))
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (320,)])
+def test_tokens_stay_on_their_devices(shape, monkeypatch):
+    """In compiled code and outside, if rows lie along an axis of a mesh; the parts are small ones here."""
+    monkeypatch.setattr(inference, "floats_at_once", lambda platform: 2**14)
+    sae, mesh = sae_of("gated", 1024, 5), on_mesh(8, 1)
+    x = jax.random.normal(jax.random.key(3), (*shape, D))
+    placed = jax.device_put(x, mesh_lib.sharding(mesh, "data"))
+    for function in (sae, sae.encode):
+        for each in (function, jax.jit(function)):
+            result = each(placed)
+            np.testing.assert_allclose(result, function(x), rtol=1e-4, atol=1e-4)
+            assert result.addressable_shards[0].data.shape[0] == shape[0] // 8
+
+
+def test_an_own_architecture_decodes_by_its_own_function(tmp_path):
+    """Features may be negative, and the output bias may be missing."""
+    file = tmp_path / "plain.py"
+    file.write_text(
+        """
+import dataclasses
+import jax
+from gsae_jax.saes.contract import Parameter, Role
+
+PARAMETERS = {
+    "W_enc": Parameter(("d_in", "width"), Role.ENCODER),
+    "W_dec": Parameter(("width", "d_in"), Role.DECODER),
+    "b_dec": Parameter(("d_in",), Role.OUTPUT_BIAS),
+}
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    d_in: int
+    width: int
+    dtype: str = "float32"
+
+def init(key, config):
+    W = jax.random.normal(key, (config.d_in, config.width))
+    return {"W_enc": W, "W_dec": W.T}
+
+def encode(params, x, config):
+    f = x @ params["W_enc"]
+    return f * (abs(f) > 9)
+
+def decode(params, f):
+    return 2 * f @ params["W_dec"]
+"""
+    )
+    architecture = contract.module_of(str(file))
+    config = architecture.Config(D, 64 * 128)
+    sae = trained.SAE("a_0", str(file), config, "", architecture.init(jax.random.key(0), config))
+    x = activations().astype(jnp.bfloat16)
+    f = sae.encode(x)
+    assert (f < 0).any()
+    assert (f == 0).mean() > 0.9
+    expected = architecture.decode(sae.params, f.reshape(-1, config.width)).reshape(x.shape)
+    np.testing.assert_allclose(sae(x).astype("float32"), expected.astype("float32"), rtol=1e-2)
+    np.testing.assert_allclose(sae.decode(sae.encode(x, sparse=True)), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_pairs_that_are_no_features_are_refused():
     sae = sae_of("gated", 64, 5)
     indices, values = sae.encode(activations(), sparse=True)
-    for wrong in ((indices, values, values), (values, values), (indices[..., :1], values), (indices + 64, values)):
+    ragged = [[1], [2, 3]]
+    wrong_pairs = [(values, values), (indices[..., :1], values), (indices + 64, values), (ragged, ragged)]
+    for wrong in ((indices, values, values), *wrong_pairs):
         with refused("f"):
             sae.decode(wrong)
     with refused("sparse", "jit"):

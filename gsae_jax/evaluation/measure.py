@@ -18,7 +18,7 @@ from gsae_jax.lms.loading import LM, check_tokens
 from gsae_jax.lms.loss import cross_entropy_and_divergence
 from gsae_jax.saes import contract, inference, linalg, parameters, pursuit, trained
 
-AT_ONCE = 12  # interventions whose activations are held at once
+AT_ONCE = 12  # interventions whose losses are computed at once; beside them are those of one SAE by pursuit
 MEDIAN_TOKENS = 4096  # how many tokens a site's median norm is taken over
 # A site, the norm above which its activations are left alone, and what else SAEs read that write there.
 Place = tuple[str, float, tuple[str, ...]]
@@ -114,8 +114,10 @@ def measure(
                 arrays = params_of[sae.name], context["x"], of_place
                 by_encoder = _reconstruct(*settings, *arrays, inputs)
                 by_pursuit = _pursue(*settings, ks, *arrays) if ks else []
-                for name, (replacement, of_sae) in zip(names[sae.name], [by_encoder, *by_pursuit], strict=True):
-                    waiting[name], sums[name] = replacement, of_sae
+                interventions = [by_encoder, *by_pursuit]
+                del by_encoder, by_pursuit
+                for name in names[sae.name]:
+                    waiting[name], sums[name] = interventions.pop(0)
                     if len(waiting) >= AT_ONCE or name == last:
                         arrays_of_lm = lm.params, context["before"], hidden_RxTxD, tokens_RxT
                         some = _losses(lm.module, place[0], *arrays_of_lm, [*waiting.values()])
@@ -332,7 +334,7 @@ def _pursue(
 ) -> list[tuple[jax.Array, metrics.Sums]]:
     """What `_reconstruct` gives, with each number of features in `ks`, which gradient pursuit chooses."""
     functions = contract.module_of(architecture)
-    params, _ = _gathered(mesh, functions, config, params)
+    params, shards = _gathered(mesh, functions, config, params)
     bias = params.get(parameters.output_bias(functions) or "", jnp.zeros(x_RxTxD.shape[-1]))
     W_dec_FxD = linalg.unit(params[parameters.decoder(functions)])  # that of an imported SAE may not have unit rows
 
@@ -347,7 +349,9 @@ def _pursue(
             fired.append(jnp.zeros(config.width, jnp.int32).at[codes.indices].add(on_BxK))
         return jax.tree.map(lambda value: value.reshape(*valid_RxT.shape, *value.shape[1:]), per_token), fired
 
-    at_once = pursuit.tokens_at_once(jax.default_backend()) * (mesh.shape["data"] if mesh else 1)
+    D = x_RxTxD.shape[-1]
+    at_once = pursuit.tokens_at_once(jax.default_backend(), config.width // shards, D, max(ks))
+    at_once *= mesh.shape["data"] if mesh else 1
     per_token, fired = batching.in_chunks(part, (x_RxTxD, place["valid"]), at_once)
     return [
         _measured(x_RxTxD, x_hat_RxTxD, features, fired_F, place)

@@ -44,7 +44,7 @@ def measuring(program: Program, state: TrainState, lm_params: Any, platform: str
 
     The activations of a batch stay, and so do those that wait in their place for their losses, with their last
     residual streams. Beside these is either one SAE with the features of the tokens that are encoded at once, or a
-    forward pass with the logits of as many tokens as their losses take at once.
+    forward pass with the logits of as many tokens as their losses take at once. Gradient pursuit is not counted.
 
     Args:
         program: of the run.

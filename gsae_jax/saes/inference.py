@@ -69,12 +69,17 @@ def encode_sparse(
 
 
 def reconstruct(
-    architecture: contract.Architecture, config: Any, params: contract.Params, inputs: contract.Activations
+    architecture: contract.Architecture,
+    config: Any,
+    params: contract.Params,
+    inputs: contract.Activations,
+    by_active: bool = False,
 ) -> contract.Activations:
-    """Reconstructions of inputs [R, T, D]."""
+    """Reconstructions of inputs [R, T, D]; `by_active` takes this file's `decode`, else it is the architecture's."""
 
     def part(inputs: contract.Activations) -> tuple[contract.Activations, tuple[()]]:
-        x_hats = decode(architecture, config, params, architecture.encode(params, flat(inputs), config))
+        f_BxF = architecture.encode(params, flat(inputs), config)
+        x_hats = decode(architecture, config, params, f_BxF) if by_active else architecture.decode(params, f_BxF)
         return jax.tree.map(lambda x_hat: _rows_of(inputs, x_hat), x_hats), ()
 
     return batching.in_chunks(part, inputs, tokens_at_once(config.width))[0]
@@ -82,7 +87,7 @@ def reconstruct(
 
 def flat(inputs: contract.Activations) -> contract.Activations:
     """Activations [R, T, D] as [B, D]."""
-    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), inputs)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], x.shape[2]), inputs)
 
 
 def _rows_of(inputs: contract.Activations, value: jax.Array) -> jax.Array:
@@ -94,57 +99,61 @@ def decode_sparse(
     architecture: contract.Architecture, config: Any, params: contract.Params, f: SparseFeatures
 ) -> contract.Activations:
     """Reconstructions [R, T, D] of features [R, T, K]: what `decode` gives of them as an array [B, F]."""
+
+    def part(f: SparseFeatures) -> tuple[contract.Activations, tuple[()]]:
+        indices, values = flat(f)
+        rows_Bx1 = jnp.arange(len(indices))[:, None]
+        dense_BxF = jnp.zeros((len(indices), config.width), values.dtype)
+        # Negative indices would count from the end.
+        indices = jnp.where(indices < 0, config.width, indices)
+        dense_BxF = dense_BxF.at[rows_Bx1, indices].add(values, mode="drop")
+        x_hats = architecture.decode(params, dense_BxF)
+        return jax.tree.map(lambda x_hat: _rows_of(f, x_hat), x_hats), ()
+
+    if not _decodes_by_rows(architecture, config):
+        return batching.in_chunks(part, f, tokens_at_once(config.width))[0]
     indices, values = flat(f)
     values = jnp.where((indices >= 0) & (indices < config.width), values, 0)
     slots = active.Slots(indices, jnp.arange(len(indices)), jnp.array([len(indices)]))
-    x_hats = _decode_slots(architecture, config, params, slots, values)
-    return jax.tree.map(lambda x_hat: _rows_of(f, x_hat), x_hats)
+    return _rows_of(f, _decode_slots(architecture, params, slots, values))
 
 
-def _decode_slots(
-    architecture: contract.Architecture, config: Any, params: contract.Params, slots: active.Slots, values: jax.Array
-) -> contract.Activations:
-    """f @ decoder + bias, as the contract has it, of values [B, K]."""
-    block = features.block(jax.default_backend())
-
-    def of_site(site: int) -> jax.Array:
-        W, bias = params[parameters.decoder(architecture, site)], parameters.output_bias(architecture, site)
-        dtype = jnp.result_type(values, W).name
-        (x_hat_BxD,) = active.decode(values[None], slots, W, (True,), dtype, block)
-        return x_hat_BxD if bias is None else x_hat_BxD + params[bias][None]
-
-    written = getattr(config, "d_out", config.d_in)
-    return tuple(map(of_site, range(len(written)))) if isinstance(written, tuple) else of_site(0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def decode(
     architecture: contract.Architecture, config: Any, params: contract.Params, f_BxF: jax.Array
 ) -> contract.Activations:
-    """The architecture's `decode`, by active features where all tokens have few. Its gradients are the dense ones."""
-    F = config.width
-    Ks = features.capacities(F, features.DECODED_PER_SLOT) if jax.default_backend() == "cpu" else ()
-    if not Ks:
+    """The architecture's `decode`, by active features if all tokens have few. For one device, without gradients."""
+    Ks = features.capacities(config.width, features.DECODED_PER_SLOT) if jax.default_backend() == "cpu" else ()
+    if not Ks or not _decodes_by_rows(architecture, config):
         return architecture.decode(params, f_BxF)
     mask = active.pack(f_BxF != 0)
 
-    def by_active(K: int) -> contract.Activations:
-        slots = active.Slots.of(mask, K, F)
-        return _decode_slots(architecture, config, params, slots, slots.take(f_BxF))
+    def by_active(K: int) -> jax.Array:
+        slots = active.Slots.of(mask, K, config.width)
+        return _decode_slots(architecture, params, slots, slots.take(f_BxF))
 
-    def by_all() -> contract.Activations:
+    def by_all() -> Any:
         return architecture.decode(params, f_BxF)
 
     branches: list[Any] = [*(partial(by_active, K) for K in Ks), by_all]
-    return jax.lax.switch(sum((mask.most > K).astype(jnp.int32) for K in Ks), branches)
+    # A row of the decoder that is not finite shows in the dense product only.
+    finite = jnp.isfinite(params[parameters.decoder(architecture)]).all()
+    which = sum((mask.most > K).astype(jnp.int32) for K in Ks)
+    return jax.lax.switch(jnp.where(finite, which, len(Ks)), branches)
 
 
-def _decode_forward(architecture, config, params, f_BxF):
-    return decode(architecture, config, params, f_BxF), (params, f_BxF)
+def _decodes_by_rows(architecture: contract.Architecture, config: Any) -> bool:
+    """Whether `_decode_slots` is its `decode`: of this package's architectures, where they write one site."""
+    name: str = getattr(architecture, "__name__", "")
+    return name.startswith("gsae_jax.") and not isinstance(getattr(config, "d_out", config.d_in), tuple)
 
 
-def _decode_backward(architecture, config, saved, d_out):
-    return jax.vjp(architecture.decode, *saved)[1](d_out)
-
-
-decode.defvjp(_decode_forward, _decode_backward)
+def _decode_slots(
+    architecture: contract.Architecture, params: contract.Params, slots: active.Slots, values_BxK: jax.Array
+) -> jax.Array:
+    """f @ decoder + bias, as all architectures of this package decode, of values of active features."""
+    W, bias = params[parameters.decoder(architecture)], parameters.output_bias(architecture)
+    dtype = jnp.result_type(values_BxK, W)
+    block = features.block(jax.default_backend())
+    (x_hat_BxD,) = active.decode(values_BxK[None], slots, W, (True,), dtype.name, block)
+    x_hat_BxD = x_hat_BxD.astype(dtype)
+    return x_hat_BxD if bias is None else x_hat_BxD + params[bias][None]

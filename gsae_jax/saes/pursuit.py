@@ -8,10 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gsae_jax.saes.inference import floats_at_once
 
-def tokens_at_once(platform: str) -> int:
-    """How many inputs a caller should give `pursue`: on a CPU, as many as have room for their atoms in its cache."""
-    return 256 if platform == "cpu" else 4096
+
+def tokens_at_once(platform: str, F: int, D: int, k: int) -> int:
+    """How many inputs a caller should give `pursue`, so that [B, F] and [B, k, D] are small.
+
+    On a CPU, few are faster: their atoms stay in its cache.
+    """
+    most = 256 if platform == "cpu" else 4096
+    return max(1, min(most, floats_at_once(platform) // max(F, k * D)))
 
 
 class Codes(NamedTuple):
@@ -47,7 +53,8 @@ def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int]) -> list[Co
 
     def round_(i: jax.Array, so_far: tuple[Codes, jax.Array]) -> tuple[Codes, jax.Array]:
         (index, alpha, x_hat), atoms = so_far
-        correlation = (x_BxD - x_hat) @ W_dec_DxF
+        residual = x_BxD - x_hat
+        correlation = residual @ W_dec_DxF
         # The gradient of a chosen atom's coefficient is its correlation.
         gradient = correlation.at[rows_Bx1, index].get(mode="fill", fill_value=0)
         correlation = correlation.at[rows_Bx1, index].set(-jnp.inf, mode="drop")
@@ -61,7 +68,7 @@ def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int]) -> list[Co
         # Products and sums that the compiler joins into one loop; an einsum would be a slow product for each token.
         direction = (gradient[..., None] * atoms).sum(1)
         square = jnp.square(direction).sum(-1)
-        length = jnp.where(square > 0, jnp.square(gradient).sum(-1) / jnp.where(square > 0, square, 1), 0)
+        length = jnp.where(square > 0, (direction * residual).sum(-1) / jnp.where(square > 0, square, 1), 0)
         alpha = jax.nn.relu(alpha + length[:, None] * gradient)
         return Codes(index, alpha, (alpha[..., None] * atoms).sum(1)), atoms
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gsae_jax import batching, errors, plugins
 from gsae_jax.config import Sites
@@ -113,7 +114,8 @@ class SAE(Sites):
         Args:
             x: the activations.
             sparse: return `SparseFeatures` instead, (indices [..., K], values [..., K]) of the active features. K is
-                the largest number of active features of a token. They take far less memory than all F.
+                the largest number of active features of a token, so leave out BOS, which often has hundreds. With
+                a small K they take far less memory than all F.
 
         Raises:
             UserError: the last axis is not D, or `x` is not an array of real numbers, such as text or a dict of sites;
@@ -144,7 +146,8 @@ class SAE(Sites):
         """
         if isinstance(f, tuple):
             indices, values = self._checked_slots(f)
-            slots = inference.SparseFeatures(*(part.reshape(-1, part.shape[-1]) for part in (indices, values)))
+            count = math.prod(values.shape[:-1])
+            slots = inference.SparseFeatures(*(part.reshape(count, part.shape[-1]) for part in (indices, values)))
             return self._over_tokens(inference.decode_sparse, slots, values.shape[:-1])
         f = self._checked(f, self.width, "f")
         x_BxD = self.functions.decode(self.params, f.reshape(-1, self.width))
@@ -153,7 +156,7 @@ class SAE(Sites):
     def __call__(self, x: Any) -> Any:
         """The reconstruction [..., D] of activations [..., D], in their dtype; `lm.run(tokens, sae)` splices it in."""
         inputs, leading = self._inputs(x)
-        x_hats = self._over_tokens(inference.reconstruct, inputs, leading)
+        x_hats = self._over_tokens(inference.reconstruct, inputs, leading, self._is_here(inputs))
         dtype = jax.tree.leaves(inputs)[0].dtype
         return jax.tree.map(lambda x_hat: x_hat.astype(dtype), x_hats)
 
@@ -174,21 +177,26 @@ class SAE(Sites):
     def _is_traced(self, inputs: Any) -> bool:
         return any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((inputs, self.params)))
 
+    def _is_here(self, inputs: Any) -> bool:
+        """Whether all arrays are there, on one device."""
+        arrays = [array for array in jax.tree.leaves((inputs, self.params)) if isinstance(array, jax.Array)]
+        return not self._is_traced(inputs) and all(len(array.sharding.device_set) == 1 for array in arrays)
+
     def _over_tokens(self, function: Callable[..., Any], inputs: Any, leading: tuple[int, ...], *more: int) -> Any:
         """A function of `inference`, of inputs [B, _]; its results have the leading axes that the user gave."""
 
-        def apply(inputs: Any, rows: tuple[int, int] = (1, -1)) -> Any:
-            return _apply(function, self.architecture, self.config, more, rows, self.params, inputs)
+        def apply(inputs: Any, R: int = 1) -> Any:
+            return _apply(function, self.architecture, self.config, more, R, self.params, inputs)
 
-        if self._is_traced(inputs):
-            # As rows of tokens, which may lie on several devices.
-            results = apply(inputs, (math.prod(leading[:-1]), leading[-1] if leading else 1))
-        else:
-            count = len(jax.tree.leaves(inputs)[0])
+        count = math.prod(leading)
+        if self._is_here(inputs):
             extra = max(0, min(ROWS_AT_ONCE, batching.padded_size(count)) - count)
             padded = jax.tree.map(lambda x: batching.pad(x, extra), inputs)
             results = batching.in_batches(apply, padded, ROWS_AT_ONCE, function.__name__)
             results = jax.tree.map(lambda y: y[:count], results)
+        else:
+            # The first axis may lie on several devices, and is not cut. A single axis is not cut either.
+            results = apply(inputs, math.prod(leading[:-1]) if len(leading) > 1 else count)
         return jax.tree.map(lambda y: y.reshape(*leading, *y.shape[1:]), results)
 
     def _inputs(self, x: Any) -> tuple[contract.Activations, tuple[int, ...]]:
@@ -223,12 +231,14 @@ class SAE(Sites):
         """(indices, values) of active features."""
         if len(f) != 2:
             raise UserError(f"is a tuple of {len(f)}; give (indices, values) or an array [..., {self.width}]", "f")
-        indices, values = jnp.asarray(f[0]), as_floats(f[1], "f")
+        indices, values = _as_array(f[0], "f"), as_floats(f[1], "f")
         if indices.shape != values.shape or not indices.ndim or not jnp.issubdtype(indices.dtype, jnp.integer):
             kinds = f"indices of {indices.dtype} {list(indices.shape)} and values {list(values.shape)}"
             raise UserError(f"has {kinds}; give integers and values of one shape", "f")
-        if not isinstance(indices, jax.core.Tracer) and ((indices < 0) | (indices > self.width)).any():
-            raise UserError(f"has indices outside 0 to {self.width}, the width, which stands for no feature", "f")
+        if not isinstance(indices, jax.core.Tracer):
+            known = np.asarray(indices)  # also inside `jit`
+            if ((known < 0) | (known > self.width)).any():
+                raise UserError(f"has indices outside 0 to {self.width}, the width, which stands for no feature", "f")
         return indices, values
 
 
@@ -271,19 +281,23 @@ def as_floats(value: Any, name: str) -> jax.Array:
     Raises:
         UserError: it is not an array of real numbers, such as a ragged list; the message begins with `name`.
     """
+    array = _as_array(value, name)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise UserError(f"is of type {array.dtype}; give real numbers", name)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
+
+
+def _as_array(value: Any, name: str) -> jax.Array:
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
         tensor = value.detach().cpu()
         # NumPy has no bfloat16; float32 holds each of its numbers exactly.
         half = str(tensor.dtype) == "torch.bfloat16"
         value = tensor.float().numpy().astype(jnp.bfloat16) if half else tensor.numpy()
     try:
-        array = jnp.asarray(value)
+        return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:  # NumPy refuses ragged lists, JAX text
         why = str(error).partition("\n")[0]
-        raise UserError(f"is not an array of numbers ({why}); give one whose rows have equal lengths", name) from error
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise UserError(f"is of type {array.dtype}; give real numbers", name)
-    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
+        raise UserError(f"is no array of numbers ({why}); give one whose rows have equal lengths", name) from error
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -292,10 +306,12 @@ def _apply(
     architecture: str,
     config: Any,
     more: tuple[int, ...],
-    rows: tuple[int, int],
+    R: int,
     params: dict[str, jax.Array],
     inputs: Any,
 ) -> Any:
-    inputs = jax.tree.map(lambda x: x.reshape(*rows, x.shape[-1]), inputs)
+    """The function of inputs [B, _] as [R, T, _]."""
+    count = len(jax.tree.leaves(inputs)[0])
+    inputs = jax.tree.map(lambda x: x.reshape(R, count // max(1, R), x.shape[-1]), inputs)
     results = function(contract.module_of(architecture), config, params, inputs, *more)
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), results)
+    return jax.tree.map(lambda y: y.reshape(count, *y.shape[2:]), results)
