@@ -72,6 +72,7 @@ def plot(path, results):
         axis.plot(widths, [line[f"{how}_seconds"] for line in results], marker, label=how)
     axis.set(xscale="log", yscale="log", xlabel="features", ylabel="seconds of a step")
     axis.set_xticks(widths, [f"{width:,}" for width in widths])
+    axis.set_xticks([], minor=True)
     axis.legend()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
