@@ -2,7 +2,7 @@
 
     python benchmarks/from_scratch.py [--width 8192] [--steps 700] [--out benchmarks/results/from_scratch-NAME.json]
 
-Both train on the quickstart's text and site, with its batch, warm-up and learning rate. Ours is a whole run: it reads
+Both train on the quickstart's text and site, with its batch and warm-up. Ours is a whole run: it reads
 text, runs the language model, compiles, trains, saves and measures. SAELens gets the same site's activations from a
 file: computing them is not in its time. Its l1 coefficient is ours times D, as its inputs are normalised alike, and its
 optimizer is its own (Adam with b1 = 0.9). The same code measures all SAEs on the same held-out text. One line for each
@@ -36,7 +36,11 @@ NAMES = {"W_enc": "W_gate"}  # SAELens' -> ours; others have the same
 def settings(arguments):
     """Of our run."""
     stack = gsae_jax.stack_config(
-        "gated", SITE, arguments.width, l1_coefficients=(arguments.l1_coefficient,), learning_rates=(3e-3,)
+        "gated",
+        SITE,
+        arguments.width,
+        l1_coefficients=(arguments.l1_coefficient,),
+        learning_rates=(arguments.learning_rate,),
     )
     train = {"steps": arguments.steps, "warmup_steps": min(200, arguments.steps // 5)}
     return gsae_jax.experiment("quickstart", stacks={"gated": stack, "baseline": None}, train=train)
@@ -78,6 +82,9 @@ def main():
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--checkpoints", type=int, default=9)
     parser.add_argument("--l1_coefficient", type=float, default=1e-2)
+    # Adam with b1 = 0, which is ours, needs a smaller one for a wide dictionary than SAELens' Adam.
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="ours")
+    parser.add_argument("--their_learning_rate", type=float, default=3e-3, help="SAELens'")
     arguments = parser.parse_args()
     experiment = settings(arguments)
     config = from_dict(Experiment, experiment)
@@ -108,7 +115,7 @@ def main():
             "warmup": config.train.warmup_steps,
             "width": arguments.width,
             "l1_coefficient": arguments.l1_coefficient * D,
-            "learning_rate": 3e-3,
+            "learning_rate": arguments.their_learning_rate,
             "checkpoints": arguments.checkpoints,
         }
         command = [environment(), Path(__file__).with_name("from_scratch_worker.py"), json.dumps(options)]
