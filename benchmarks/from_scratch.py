@@ -82,8 +82,7 @@ def main():
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--checkpoints", type=int, default=9)
     parser.add_argument("--l1_coefficient", type=float, default=1e-2)
-    # Adam with b1 = 0, which is ours, needs a smaller one for a wide dictionary than SAELens' Adam.
-    parser.add_argument("--learning_rate", type=float, default=3e-4, help="ours")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="ours")
     parser.add_argument("--their_learning_rate", type=float, default=3e-3, help="SAELens'")
     arguments = parser.parse_args()
     experiment = settings(arguments)
