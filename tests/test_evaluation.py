@@ -129,6 +129,8 @@ def test_features_chosen_by_gradient_pursuit(lm):
     sae = as_sae("a_0", gated, gated.init(jax.random.key(0), config), config)
     sums = measure.measure(lm.on(on_mesh(4, 2)), [sae], batches(lm), lm.special_tokens, ito=(2, 8))
     assert list(sums) == ["a_0", "a_0_ito_2", "a_0_ito_8"]
+    for of_sae in sums.values():  # neither counts special tokens
+        assert of_sae["fired"].sum() == of_sae["l0"].sum() > 0
     encoder, two, eight = (metrics.combine(s) for s in sums.values())
     assert 1.9 < two["l0"] <= 2 < 6 < eight["l0"] <= 8 < encoder["l0"]
     assert eight["fvu"] < min(two["fvu"], encoder["fvu"])

@@ -44,6 +44,12 @@ def test_equals_numpy():
         np.testing.assert_allclose(np.take_along_axis(codes, np.asarray(several.indices), 1), several.alpha, atol=1e-6)
 
 
+def test_an_atom_is_chosen_once():
+    """Though after two rounds the first atom correlates with the residual again, and no other does."""
+    W_dec, x = jnp.array([[1.0, 0.0], [-0.6, 0.8], [0.0, -1.0]]), jnp.array([[1.0, 1.0]])
+    np.testing.assert_allclose(dense(W_dec, x, 3), reference(np.asarray(W_dec, np.float64), x, 3), atol=1e-6)
+
+
 def test_recovers_a_known_support():
     """Five of 256 atoms, in 128 dimensions, with coefficients from 1 to 2."""
     keys = jax.random.split(jax.random.key(0), 3)
