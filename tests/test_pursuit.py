@@ -48,6 +48,8 @@ def test_an_atom_is_chosen_once():
     """Though after two rounds the first atom correlates with the residual again, and no other does."""
     W_dec, x = jnp.array([[1.0, 0.0], [-0.6, 0.8], [0.0, -1.0]]), jnp.array([[1.0, 1.0]])
     np.testing.assert_allclose(dense(W_dec, x, 3), reference(np.asarray(W_dec, np.float64), x, 3), atol=1e-6)
+    [codes] = pursuit.pursue(W_dec, x, (3,))
+    assert sorted(codes.indices[codes.alpha > 0].tolist()) == [0, 1]
 
 
 def test_recovers_a_known_support():
