@@ -385,8 +385,10 @@ def test_architectures_keep_the_contract(tmp_path):
     known = {name for name in plugins.known("saes", having="PARAMETERS") if not (OWN / f"{name}.py").exists()}
     lines = ["from gsae_jax.saes import contract"]
     for name in sorted(known):
-        protocol = "Trainable" if name in trainable_names() else "Architecture"
-        lines += [f"from gsae_jax.saes import {name}", f"{name}_: contract.{protocol} = {name}"]
+        protocols = ["Trainable" if name in trainable_names() else "Architecture"]
+        protocols += ["SparselyTrainable"] if hasattr(contract.module_of(name), "encoder") else []
+        lines += [f"from gsae_jax.saes import {name}"]
+        lines += [f"{name}_{protocol}: contract.{protocol} = {name}" for protocol in protocols]
     (tmp_path / "check.py").write_text("\n".join(lines) + "\n")
     root = Path(gsae_jax.__file__).parents[1]
     output, errors, code = api.run([f"--config-file={root / 'pyproject.toml'}", str(tmp_path / "check.py")])

@@ -164,7 +164,6 @@ class Trainable(Architecture, Protocol):
         coefficients: Mapping[str, jax.typing.ArrayLike],
         config: Any,
         shards: Shards = WHOLE,
-        **features: Any,
     ) -> tuple[jax.Array, Statistics]:
         """The loss of a batch and its statistics, on one device of the mesh.
 
@@ -175,8 +174,29 @@ class Trainable(Architecture, Protocol):
             coefficients: `l1_coefficient`.
             config: the architecture's.
             shards: sums what each shard of the dictionary contributes.
-            features: for an architecture with `encoder`, `features=` gives the batch's features; without it the loss
-                makes them by dense products.
+        """
+
+
+class SparselyTrainable(Architecture, Protocol):
+    """An architecture whose step can compute the active features only."""
+
+    def encoder(self, params: Params, config: Any) -> Any:
+        """The weights that decide which features can be active (`features.Encoder`), or None with these options."""
+
+    def loss(
+        self,
+        params: Params,
+        state: Params,
+        batch: Batch,
+        coefficients: Mapping[str, jax.typing.ArrayLike],
+        config: Any,
+        shards: Shards = WHOLE,
+        features: Any = None,
+    ) -> tuple[jax.Array, Statistics]:
+        """As `Trainable.loss`.
+
+        Args:
+            features: the batch's (`features.Features`), all or the active ones; without it dense products make them.
         """
 
 

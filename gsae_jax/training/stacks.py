@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -131,10 +131,10 @@ class Stack:
     ) -> tuple[jax.Array, contract.Statistics]:
         """The loss of one SAE (`contract.Trainable.loss`); `inputs` [B, D] of every site."""
         batch = contract.Batch(*self.batch(inputs), dead, step)
-        more = {} if features is None else {"features": features}
-        return self.architecture.loss(
-            params, state, batch, {"l1_coefficient": l1_coefficient}, self.sae, shards, **more
-        )
+        arguments = params, state, batch, {"l1_coefficient": l1_coefficient}, self.sae, shards
+        if features is None:
+            return self.architecture.loss(*arguments)
+        return cast(contract.SparselyTrainable, self.architecture).loss(*arguments, features=features)
 
     def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What gradients train, and state."""
