@@ -20,7 +20,7 @@ CAPACITIES = (128, 256, 512)  # slots for the active features of a token
 # With fewer features for each slot, dense products are faster on a CPU (`benchmarks/sparse.py`). A train step needs
 # fewer of them than a decode, as its slots serve more products. Accelerators have not been measured.
 TRAINED_PER_SLOT, DECODED_PER_SLOT = 16, 64
-DENSE_PARTS = 4  # of a batch, where the sparse step takes dense products
+DENSE_PARTS = 4  # of a batch, where the sparse step takes dense products and [B, F] is large beside the parameters
 
 
 def capacities(width: int, per_slot: int) -> tuple[int, ...]:
@@ -173,8 +173,9 @@ def gradients(
     B, width = pre_BxF.shape
 
     def by_all(params: Any) -> tuple[Any, Statistics]:
-        # In parts, so that what the gradient keeps [B, F] is not larger than what the sparse step needs.
-        parts = next(parts for parts in range(DENSE_PARTS, 0, -1) if B % parts == 0)
+        # Parts of the batch save about 1.5 arrays [B, F] of memory, and take a second set of gradients.
+        most_parts = DENSE_PARTS if sum(value.size for value in jax.tree.leaves(params)) < 1.5 * B * width else 1
+        parts = next(parts for parts in range(most_parts, 0, -1) if B % parts == 0)
 
         def add_part(total: Any, inputs: Any) -> tuple[Any, Statistics]:
             batch, x_BxD, pre_BxF = inputs

@@ -43,6 +43,7 @@ class Config:
         use_r_mag: False fixes r_mag at 0.
         freeze_aux_decoder: the auxiliary reconstruction does not train the decoder.
         only_magnitude: r_mag and b_mag alone are trained: rescale and shift, for a stack that starts from a baseline.
+        initial_l0: about how many features are active on a token before training; 0 = half of them, by zero biases.
         dtype: of the matrix products' operands.
     """
 
@@ -52,14 +53,18 @@ class Config:
     use_r_mag: bool = True
     freeze_aux_decoder: bool = True
     only_magnitude: bool = False
+    initial_l0: int = linalg.INITIAL_L0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        linalg.check_initial_l0(self.initial_l0)
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
-    """Random unit decoder rows, encoder = their transpose, the rest zero."""
+    """Random unit decoder rows, encoder = their transpose, biases for `initial_l0`, the rest zero."""
     F, D = config.width, config.d_in
-    W_dec = linalg.unit_rows(key, F, D)
-    params = {"W_gate": W_dec.T, "b_gate": jnp.zeros(F), "b_mag": jnp.zeros(F), "W_dec": W_dec, "b_dec": jnp.zeros(D)}
+    W_dec, bias = linalg.unit_rows(key, F, D), linalg.initial_bias(config.initial_l0, F)
+    params = {"W_gate": W_dec.T, "b_gate": bias, "b_mag": bias, "W_dec": W_dec, "b_dec": jnp.zeros(D)}
     if not config.tie_encoder:
         return params | {"W_mag": W_dec.T}
     return params | {"r_mag": jnp.zeros(F)}

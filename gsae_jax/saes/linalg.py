@@ -1,12 +1,18 @@
 """What every architecture shares: the matrix product and the initial dictionary."""
 
 from functools import partial
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax.errors import UserError
 from gsae_jax.kernels import active
+
+# Features that are active on a token before training. The paper starts from zero biases, where half of all are: from
+# there wide dictionaries take hundreds of steps, all of them dense, to shrink their reconstructions to the inputs' size.
+INITIAL_L0 = 64
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
@@ -59,6 +65,22 @@ def shifted(bias: jax.Array, b_D: jax.typing.ArrayLike, W_DxF: jax.Array) -> jax
 def unit_rows(key: jax.Array, rows: int, columns: int) -> jax.Array:
     """Random directions [rows, columns], each of unit norm."""
     return unit(jax.random.normal(key, (rows, columns)))
+
+
+def initial_bias(initial_l0: float, width: int) -> jax.Array:
+    """Biases [F] with which about `initial_l0` features are active on a token before training.
+
+    Pre-activations are then about normal with variance 1, as rows are unit and a site's activations have E||x||^2 = D.
+    The biases are zero, and half of the features are active, for 0 and for more than that half.
+    """
+    share = initial_l0 / width
+    return jnp.full(width, NormalDist().inv_cdf(share) if 0 < share < 0.5 else 0.0)
+
+
+def check_initial_l0(initial_l0: int) -> None:
+    """Raises UserError for a negative number."""
+    if initial_l0 < 0:
+        raise UserError(f"is {initial_l0}; write how many features to start with on a token, or 0", "initial_l0")
 
 
 def unit(W: jax.Array) -> jax.Array:

@@ -25,18 +25,23 @@ class Config:
     Attributes:
         d_in: width of the site (the paper's n).
         width: features (the paper's M).
+        initial_l0: about how many features are active on a token before training; 0 = half of them, by zero biases.
         dtype: of the matrix products' operands.
     """
 
     d_in: int
     width: int
+    initial_l0: int = linalg.INITIAL_L0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        linalg.check_initial_l0(self.initial_l0)
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
-    """Random unit decoder rows, encoder = their transpose, biases zero."""
-    W_dec = linalg.unit_rows(key, config.width, config.d_in)
-    return {"W_enc": W_dec.T, "b_enc": jnp.zeros(config.width), "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
+    """Random unit decoder rows, encoder = their transpose, biases for `initial_l0`, b_dec zero."""
+    W_dec, b_enc = linalg.unit_rows(key, config.width, config.d_in), linalg.initial_bias(config.initial_l0, config.width)
+    return {"W_enc": W_dec.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
 
 
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
