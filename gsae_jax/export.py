@@ -2,8 +2,8 @@
 
 python -m gsae_jax.export --workdir runs/quickstart --format saelens --out OUT [--sae gated_1] [--step N]
 
-Without --sae, OUT gets one folder for each SAE. With --sae, OUT is the folder of that SAE. --workdir may also be what
-an export wrote, or any SAE that gsae_jax.load reads.
+Without --sae, OUT gets one folder for each SAE. With --sae, OUT is the folder of that SAE. --workdir may also be
+an exported folder, or any SAE that gsae_jax.load reads.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Train an experiment, or continue it, and report on it.
+"""Train an experiment, or continue its training, and write its report.
 
 python -m gsae_jax.train --config quickstart --workdir runs/quickstart
 """
