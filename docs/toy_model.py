@@ -70,7 +70,8 @@ for (name, f), colour in zip(FUNCTIONS.items(), ("#d9730d", "#0b6e99"), strict=T
     right.plot(curves[name][:, 0], curves[name][:, 1], color=colour, label=name)
     right.plot(*curves[name][50, :2], "o", color=colour)
 left.set(xlabel="projection a", ylabel="activation")
-right.set(xlabel="fraction of inputs where it fires when off (dots: t = 1)", ylabel="mean squared error", ylim=(0, None))
+right.set(ylabel="mean squared error", ylim=(0, None))
+right.set_xlabel("fraction of inputs where it fires when off (dots: t = 1)")
 for axis in (left, right):
     axis.legend(fontsize=10)
     axis.grid(alpha=0.25)

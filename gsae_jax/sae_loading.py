@@ -48,7 +48,7 @@ def load(
     workdir = run_directory.Workdir(path, field="")
     if imported := imports.read(workdir.path.local) if workdir.path.local else {}:
         if step is not None:
-            raise UserError(f"is {step}, and {path} is no run; leave it out", "step")
+            raise UserError(f"is {step}, and {path} is not a run; leave it out", "step")
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
     if workdir.path.local and not workdir.holds_run():
         raise UserError(_nothing(os.fspath(path)))
@@ -231,7 +231,7 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     names = set(jax.eval_shape(lambda: module.init(jax.random.key(0), like)))
     if names != set(params):
-        raise UserError(f"want parameters {sorted(names)}, {stack.start_from} gives {sorted(params)}", "options")
+        raise UserError(f"need parameters {sorted(names)}, but {stack.start_from} has {sorted(params)}", "options")
     return params
 
 

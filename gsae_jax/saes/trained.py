@@ -296,7 +296,7 @@ def _as_array(value: Any, name: str) -> jax.Array:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:  # NumPy refuses ragged lists, JAX text
         why = str(error).partition("\n")[0]
-        raise UserError(f"is no array of numbers ({why}); give one whose rows have equal lengths", name) from error
+        raise UserError(f"is not an array of numbers ({why}); give one whose rows have equal lengths", name) from error
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
