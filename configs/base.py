@@ -1,4 +1,4 @@
-"""What config files of earlier versions import; new ones take `experiment_config` and `stack_config` of gsae_jax."""
+"""For config files of earlier versions. New ones use `experiment_config` and `stack_config` of gsae_jax."""
 
 from gsae_jax import experiment_config as get_config
 from gsae_jax import stack_config

@@ -1,6 +1,6 @@
-"""The paper's Gemma-7B experiment, one site a run: `--config configs/gemma_7b.py:attn13` and so on.
+"""The paper's Gemma-7B experiment, one site per run: `--config configs/gemma_7b.py:attn13` and so on.
 
-131,072 features want several accelerators: `--config.mesh.latent=8` spreads them over eight.
+131,072 features need several accelerators: `--config.mesh.latent=8` splits them over eight.
 """
 
 from configs import paper

@@ -1,4 +1,4 @@
-"""Not an experiment: what those on published models share, the paper's recipe (D.1) and its comparison (4.1)."""
+"""Shared by the experiments on published models: the paper's recipe (D.1) and its comparison (4.1)."""
 
 from gsae_jax import experiment_config, stack_config
 from gsae_jax.errors import UserError, known_names
@@ -7,7 +7,7 @@ HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post
 
 
 def recipe(lm, context_length, steps, large=True, decay_fraction=0.0, center=False):
-    """Text, sizes and schedule; `large`: a language model that wants bfloat16; `center`: not the paper's units."""
+    """Text, sizes and schedule; `large`: use bfloat16; `center`: subtract means, unlike the paper."""
     config = experiment_config()  # batches of 4,096, a buffer of 2**20, a linear warm-up
     config.lm.path = lm
     config.activations.center = center
@@ -24,7 +24,7 @@ def recipe(lm, context_length, steps, large=True, decay_fraction=0.0, center=Fal
 
 
 def choose(which, layers):
-    """The kind and the site that a name such as "resid16" stands for."""
+    """The kind and the site of a name such as "resid16"."""
     sites = {f"{kind}{layer}": (kind, f"blocks.{layer}.{hook}") for kind, hook in HOOKS.items() for layer in layers}
     if which not in sites:
         raise UserError(f"has no site {which!r}; {known_names(which, sites)}", "--config")
@@ -32,11 +32,12 @@ def choose(which, layers):
 
 
 def compare(config, site, d_in, width, l1=(2e-5, 4e-5, 8e-5), baseline_learning_rate=7.5e-4, prefix=""):
-    """Add gated SAEs and baselines 1.5x as wide; `l1`: as printed for the paper's baselines, L0 about 100, 40, 15."""
+    """Add gated SAEs and baselines 1.5x as wide. `l1`: the paper's values for baselines, with L0 about 100, 40, 15."""
     # The paper divides the baselines' squared error by d_in E|x|^2. In our inputs, y = x sqrt(d_in / E|x|^2), its loss
-    # is proportional to |y - y_hat|^2 / d_in + l1 sqrt(d_in E|x|^2) |f|_1. There one l1 gives about one L0 at nearly
-    # all sites of both models, which takes a normalised x: we read E|x|^2 = 1. The l1 printed for gated SAEs varies
-    # with an E|x|^2 that is not printed; in the quickstart a gated SAE has a baseline's L0 at about 1.3 times its l1.
+    # is proportional to |y - y_hat|^2 / d_in + l1 sqrt(d_in E|x|^2) |f|_1. In the paper, the same l1 gives about the
+    # same L0 at nearly all sites of both models. This is possible only if x is normalised, so we assume E|x|^2 = 1. The
+    # paper's l1 for gated SAEs depends on an E|x|^2 that the paper does not state. In the quickstart, a gated SAE has
+    # the same L0 as a baseline at about 1.3 times the baseline's l1.
     ours = [value * d_in**0.5 for value in l1]
     config.stacks[f"{prefix}gated"] = stack_config("gated", site, width, [_rounded(1.3 * value) for value in ours])
     config.stacks[f"{prefix}baseline"] = stack_config(

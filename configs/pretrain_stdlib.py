@@ -1,4 +1,4 @@
-"""The embedded language model: GELU-1L's shape at half its width, on the Python standard library's source."""
+"""The embedded language model: GELU-1L at half its width, trained on the source code of Python's library."""
 
 from gsae_jax.experiments import pretrain_config
 

@@ -1,4 +1,4 @@
-"""The quickstart, which the package carries: `--config quickstart` is the same experiment."""
+"""The quickstart. It is part of the package: `--config quickstart` is the same experiment."""
 
 from gsae_jax.experiments.quickstart import get_config
 

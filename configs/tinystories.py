@@ -1,4 +1,4 @@
-"""Gated against baseline SAEs on the last residual stream of a small Llama trained on TinyStories.
+"""Gated and baseline SAEs on the last residual stream of a small Llama model that was trained on TinyStories.
 
 python -m gsae_jax.train --config configs/tinystories.py --workdir runs/tinystories \
     --config.lm.path=MODEL_DIRECTORY --config.data.path=TEXT_FOLDER

@@ -1,4 +1,4 @@
-"""The toy model of Appendix F: what a threshold of its own buys an activation function.
+"""The toy model of Appendix F: the advantage of an activation function with a separate threshold.
 
     python docs/toy_model.py    # seconds; writes docs/toy_model.png and prints the table
 
@@ -6,11 +6,11 @@ Editors that know `# %%` cells run it as a notebook.
 """
 
 # %% [markdown]
-# A feature is on in half of all inputs. The projection of an input on its direction is noise, a ~ N(0, 1), while it is
-# off, and a ~ N(2, 1/4) while it is on. An SAE should give a while the feature is on, and 0 while it is off.
+# A feature is on in half of all inputs. The projection of an input on the feature's direction is a ~ N(2, 1/4) if the
+# feature is on, and noise, a ~ N(0, 1), if it is off. An SAE should return a if the feature is on, and 0 if it is off.
 #
-# ReLU(a - t) has one number for two jobs: t says below what the feature counts as off, and t is what is missing from
-# the feature where it is on. JumpReLU gives a itself wherever a > t.
+# In ReLU(a - t), the same t is the threshold and is subtracted from the feature when it is on. JumpReLU returns a
+# itself if a > t.
 
 # %%
 from pathlib import Path
@@ -35,28 +35,28 @@ FUNCTIONS = {
 
 @jax.jit
 def measured(features):
-    """How often the feature fires while off, mean squared error, and gamma over the inputs where it is on."""
+    """How often the feature fires when off, the mean squared error, and gamma over inputs where the feature is on."""
     gamma = jnp.square(features * on).sum() / (features * wanted).sum()
     return jnp.mean(features > 0, where=~on), jnp.square(features - wanted).mean(), gamma
 
 
 # %% [markdown]
-# At the same threshold both fire on the same inputs. The ReLU's reconstructions are too small by t.
+# With the same threshold, both functions fire on the same inputs. The ReLU's reconstructions are too small by t.
 
 # %%
 thresholds = np.linspace(0, 1.6, 81)
 curves = {name: np.array([measured(f(a, t)) for t in thresholds]) for name, f in FUNCTIONS.items()}
-print("| function | t | fires while off | squared error | gamma while on |\n| --- | --: | --: | --: | --: |")
+print("| function | t | fires when off | squared error | gamma when on |\n| --- | --: | --: | --: | --: |")
 for name, curve in curves.items():
     for index in sorted({int(curve[:, 1].argmin()), 50}):
         off, error, gamma = curve[index]
         print(f"| {name} | {thresholds[index]:.2f} | {off:.1%} | {error:.3f} | {gamma:.3f} |")
 
 # %% [markdown]
-# Over all thresholds the least errors are nearly equal, because noise of deviation 1 exceeds any threshold that spares
-# the feature. The difference is where they are: the ReLU has its own at a threshold so low that the feature fires on
-# two fifths of the inputs where it is off. Ask for sparse firing, as an SAE does, and only the JumpReLU keeps its
-# error.
+# Over all thresholds, the smallest errors are nearly equal, because noise with deviation 1 often exceeds a threshold
+# that is low enough for the feature. However, the ReLU reaches its smallest error with a threshold so low that the
+# feature fires on two fifths of the inputs where it is off. An SAE has to fire sparsely. Then only the JumpReLU has a
+# small error.
 
 # %%
 figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -64,14 +64,15 @@ left, right = figure.subplots(1, 2)
 x = np.linspace(-2, 4, 1201)
 for mean, deviation, label, colour in ((0, 1, "off", "0.5"), (2, 0.5, "on", "#448361")):
     density = np.exp(-0.5 * ((x - mean) / deviation) ** 2) / deviation
-    left.fill_between(x, density, alpha=0.2, color=colour, label=f"how often, while {label}")
+    left.fill_between(x, density, alpha=0.2, color=colour, label=f"density when {label}")
 for (name, f), colour in zip(FUNCTIONS.items(), ("#d9730d", "#0b6e99"), strict=True):
     left.plot(x, f(x, 1.0), color=colour, label=f"{name}, t = 1")
     right.plot(curves[name][:, 0], curves[name][:, 1], color=colour, label=name)
     right.plot(*curves[name][50, :2], "o", color=colour)
 left.set(xlabel="projection a", ylabel="activation")
-right.set(xlabel="fires while off (dots: t = 1)", ylabel="mean squared error", ylim=(0, None))
+right.set(ylabel="mean squared error", ylim=(0, None))
+right.set_xlabel("fraction of inputs where it fires when off (dots: t = 1)")
 for axis in (left, right):
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=10)
     axis.grid(alpha=0.25)
 figure.savefig(Path("docs/toy_model.png"), dpi=120)

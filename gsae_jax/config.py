@@ -128,10 +128,10 @@ class Sites:
 
 @dataclasses.dataclass(frozen=True)
 class Stack(Sites):
-    """SAEs of one architecture, width and site that differ in numbers only, trained together.
+    """SAEs of one architecture, width and site. They differ in λ, learning rate or seed, and train together.
 
-    `l1_coefficients`, `learning_rates`, `seeds` and, where there are any, `target_l0` are matched up; one of length 1
-    serves every SAE. `stack_config(..., grid=True)` writes every combination.
+    The i-th SAE has the i-th value of `l1_coefficients`, `learning_rates`, `seeds` and, if it is given, `target_l0`. A
+    tuple of length 1 is for every SAE. `stack_config(..., grid=True)` makes an SAE for each combination.
     """
 
     architecture: str = setting(REQUIRED, "gated, relu, or your own architecture, such as my_package.topk or topk.py.")
@@ -194,7 +194,7 @@ class Stack(Sites):
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """The optimisation, common to every stack."""
+    """The optimisation of every stack."""
 
     steps: int = setting(10_000, "SAE updates.")
     batch_size: int = setting(4096, "Activations in one SAE update, on all devices together.")
@@ -248,7 +248,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """When to save, what, and which to keep."""
+    """When to save, what to save, and which checkpoints to keep."""
 
     every: int = setting(1000, "Steps between checkpoints.")
     keep: int = setting(2, "Number of latest checkpoints to keep.")
@@ -298,7 +298,7 @@ class Experiment:
     checkpoint: Checkpoint = setting(Checkpoint)
     evaluation: Evaluation = setting(Evaluation)
     loggers: tuple[str, ...] = setting(
-        ("tensorboard",), "Further places that metrics are sent to: tensorboard, wandb.", SAME
+        ("tensorboard",), "Where metrics also go, besides metrics.jsonl: tensorboard, wandb.", SAME
     )
 
     def __post_init__(self) -> None:

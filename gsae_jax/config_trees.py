@@ -23,7 +23,7 @@ class _WrongTypeError(UserError):
 
 
 def from_dict(cls: type[T], tree: Any) -> T:
-    """A config dataclass from what a user wrote: a `ConfigDict`, or nested dicts of what differs from the defaults.
+    """Makes a config dataclass from a `ConfigDict`, or from nested dicts of the fields that differ from the defaults.
 
     Raises:
         UserError: an unknown, missing or wrongly typed field, or an impossible value or combination.

@@ -1,4 +1,4 @@
-"""Turn a language model's PyTorch pickle into safetensors, once; needs torch (pip install 'gsae_jax[torch]').
+"""Convert a language model from a PyTorch pickle to safetensors; needs torch (pip install 'gsae_jax[torch]').
 
 python -m gsae_jax.convert_lm SRC OUT [--tokenizer DIR_OR_HUB_NAME] [--revision COMMIT]
 
@@ -22,6 +22,6 @@ def main(source: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    TOKENIZER = flags.DEFINE_string("tokenizer", "", "Tokenizer for a SRC that has none: a directory or a hub name.")
+    TOKENIZER = flags.DEFINE_string("tokenizer", "", "Directory or hub name of a tokenizer, if SRC has none.")
     REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit of a hub name.")
     cli.run(main, "SRC", "OUT")

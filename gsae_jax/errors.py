@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-    """Something that the user wrote cannot be used.
+    """The user's input cannot be used.
 
     Attributes:
         problem: what is wrong and what to write instead.
-        field: the setting, flag, argument or file that it is about; "" where nobody has said yet.
+        field: the setting, flag, argument or file with the problem; "" if it is not known yet.
     """
 
     def __init__(self, problem: str, field: str = ""):
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """What no user has caused by what was written: numbers that stay not finite, a disk that is full."""
+    """Training failed, but not because of the user's input: numbers that stay not finite, or a full disk."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Measure SAEs on held-out text and write their report: those of one run, or of several and from elsewhere.
+"""Measure the SAEs of a run, of several runs or of other libraries on held-out text, and write a report.
 
 python -m gsae_jax.evaluate --workdir runs/quickstart [--tokens 1000000] [--ito 5,10,20,40] [--overwrite]
 python -m gsae_jax.evaluate --sae RUN --sae RUN:STACK --sae FOLDER --out OUT [--model DIR] [--text FILES]
@@ -23,7 +23,7 @@ def main() -> None:
         raise UserError(f"is {','.join(ITO.value)!r}; write different numbers of features such as 5,10,20,40", "--ito")
     if (WORKDIR.value is None) == (not SAE.value):
         raise UserError(
-            "is needed, or --sae: give --workdir for one run, --sae for several runs or for SAEs from elsewhere",
+            "is missing; give --workdir for one run, or --sae for several runs or for SAEs of other libraries",
             "--workdir",
         )
     tokens, ito = TOKENS.value, [int(number) for number in ITO.value]
@@ -55,10 +55,10 @@ if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run, local or gs://bucket/folder.")
     TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens; the config's evaluation.tokens by default.")
     ITO = flags.DEFINE_list(
-        "ito", [], "Also measure the dictionaries by gradient pursuit: 5,10,20,40 features a token."
+        "ito", [], "Also measure the dictionaries by gradient pursuit: for example 5,10,20,40 features per token."
     )
-    STEP = flags.DEFINE_integer("step", None, "With --workdir: the checkpoint's step; the newest whole one by default.")
-    PUBLISHED = flags.DEFINE_string("published", "", "CSV file of published points to draw too.")
+    STEP = flags.DEFINE_integer("step", None, "With --workdir: the checkpoint's step; by default the newest.")
+    PUBLISHED = flags.DEFINE_string("published", "", "CSV file of published results to draw in the figures.")
     OVERWRITE = flags.DEFINE_bool("overwrite", False, "With --workdir: replace a report made with other settings.")
     SAE = flags.DEFINE_multi_string(
         "sae", [], "A run, RUN:STACK, or a folder of SAEs in any known format; may be repeated."
@@ -67,12 +67,12 @@ if __name__ == "__main__":
     MODEL = flags.DEFINE_string(
         "model",
         "",
-        "Checkpoint directory or hub name of the language model. With --sae: the one to measure on (default: the "
-        "embedded one). With --workdir: the run's own, if it has moved.",
+        "Checkpoint directory or hub name of the language model. With --sae: the model to measure on; default: "
+        "the first run's, or the embedded one. With --workdir: the new path of the run's model, if it has moved.",
     )
     TEXT = flags.DEFINE_string(
-        "text", "", "With --sae: files of text to measure on; default: the first run's, or this Python's library."
+        "text", "", "With --sae: text files to measure on; default: the first run's text, or Python's library."
     )
-    SITE = flags.DEFINE_string("site", "", "With --sae: the site that the SAEs read, whatever their files say.")
+    SITE = flags.DEFINE_string("site", "", "With --sae: the site that the SAEs read, also if their files name another.")
     CONFIG = cli.define_config()  # its language model, its text and how much of it; with --workdir, the run's own
     cli.run(main, several=True)

@@ -2,8 +2,8 @@
 
 python -m gsae_jax.export --workdir runs/quickstart --format saelens --out OUT [--sae gated_1] [--step N]
 
-Without --sae, OUT gets one folder for each SAE. With --sae, OUT is the folder of that SAE. --workdir may also be what
-an export wrote, or any SAE that gsae_jax.load reads.
+Without --sae, OUT gets one folder for each SAE. With --sae, OUT is the folder of that SAE. --workdir may also be
+an exported folder, or any SAE that gsae_jax.load reads.
 """
 
 import logging
@@ -21,11 +21,11 @@ logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 
 
 def export(path: str, format: str, out: str, name: str = "", step: int | None = None) -> list[str]:
-    """Write one SAE, or all of them, or nothing; returns the names of those written.
+    """Write one SAE or all SAEs of a run to a new folder, and return their names. If there is an error, write nothing.
 
     Raises:
-        UserError: no such SAE, step or format, a format that cannot hold one of them, an `out` that exists, or all
-            of them have diverged. If only some have diverged, they are left out with a warning.
+        UserError: the SAE, step or format does not exist, the format cannot store one of the SAEs, `out` exists, or all
+            SAEs have diverged. If only some have diverged, they are left out with a warning.
     """
     with errors.about("--format"):
         module = plugins.load("formats", format, having="write")

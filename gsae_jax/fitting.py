@@ -15,14 +15,14 @@ def fit(experiment: Any, path: epath.PathLike) -> dict[str, SAE]:
     `train.steps` has grown, and measured again if `evaluation` has changed.
 
     Args:
-        experiment: what `gsae_jax.experiment` makes, or takes: the name of an experiment, the path of a config file,
-            nested dicts or a `ConfigDict`.
-        path: the run's directory, which is made if it does not exist.
+        experiment: the result of `gsae_jax.experiment`, or its first argument: the name of an experiment, the path of a
+            config file, nested dicts or a `ConfigDict`.
+        path: the run's directory. It is created if it does not exist.
 
     Raises:
-        UserError: settings that cannot be used, or a directory that holds another run.
-        TrainingError: numbers that stay not finite, or a full disk.
-        KeyboardInterrupt: training was interrupted; the run is saved, and the same call continues it.
+        UserError: invalid settings, or a directory that has another run.
+        TrainingError: updates were not finite `train.max_skipped` times in a row, or the disk is full.
+        KeyboardInterrupt: training was interrupted. The run is saved, and the same call continues it.
     """
     from gsae_jax import train  # not above, as `python -m gsae_jax.train` imports this package first
 

@@ -40,28 +40,29 @@ def evaluate(
     config: Mapping[str, Any] | None = None,
     earlier: Earlier = "beside",
 ) -> str:
-    """Measure a run on held-out tokens (its config's number by default) and write its report.
+    """Measure a run on held-out tokens and write its report.
 
-    The report goes to `report/` in the run's directory, or beside it if a report of other settings lies there.
+    The report is written to `report/` in the run's directory. If this folder has a report with other settings, the new
+    report is written to a folder beside it.
 
     Args:
         path: the run's directory.
-        tokens: how many.
+        tokens: the number of tokens; by default the config's `evaluation.tokens`.
         ito: numbers of features for inference-time optimisation (`measure.measure`).
-        published: a CSV file of points to draw beside ours (`report.read_published`).
-        step: of which checkpoint; by default the newest that is whole.
-        model: where the run's language model lies now, if not where it lay in training.
-        config: fields of an experiment, or all of them. Its `lm` and `data` say where the run's language model and
-            text lie now, and its `evaluation` how much is measured. What it lacks is as in the run's own config.
-        earlier: what happens if `report/` has a report of other settings. "beside": it stays, and the new one goes to a
-            folder beside it. "replace": it is replaced. "aside": any earlier report moves to `earlier_reports/`.
+        published: a CSV file of published results to draw in the figures (`report.read_published`).
+        step: the checkpoint's step; by default the newest undamaged checkpoint.
+        model: the new path of the run's language model, if it has moved.
+        config: fields of an experiment. `lm` and `data` give the new paths of the run's language model and text, and
+            `evaluation` how much to measure. Missing fields are taken from the run's config.
+        earlier: what happens to a report with other settings in `report/`. "beside": it is kept, and the new report is
+            written beside it. "replace": it is replaced. "aside": any earlier report moves to `earlier_reports/`.
 
     Returns:
-        The report's table in Markdown, and in the last line where the report is.
+        The report's table in Markdown. The last line is the path of the report.
 
     Raises:
-        UserError: not a run with a checkpoint, another language model than the one it was trained with, other text
-            where `config` says where it lies, or too little held-out text.
+        UserError: `path` is not a run with a checkpoint, the language model or the text of `config` is not that of
+            training, or there is too little held-out text.
         TrainingError: the report cannot be written.
     """
     workdir = run_directory.Workdir(path)
@@ -195,25 +196,24 @@ def evaluate_saes(
     ito: Sequence[int] = (),
     published: str = "",
 ) -> str:
-    """Measure SAEs of several runs and from elsewhere on one model and text, and write one report as a new folder.
+    """Measure SAEs of several runs and of other libraries on one model and text, and write one report to a new folder.
 
     Args:
-        names: of the SAEs: directories of runs, RUN:STACK for one stack of a run, or folders that
-            `sae_loading.load` reads.
-        out: the folder.
-        config: what differs of an experiment's language model, text and `evaluation`. By default these are of the
-            first run; without a run, the embedded model, and this Python's library in rows as those that the SAEs
-            were trained on.
+        names: directories of runs, RUN:STACK for one stack of a run, or folders that `gsae_jax.load` reads.
+        out: the new folder.
+        config: fields of an experiment's `lm`, `data` and `evaluation`. By default they are those of the first run.
+            Without a run, they are the embedded model and Python's library, in rows of the length on which the SAEs
+            were trained.
         model: another language model.
-        site: where the SAEs read; by default the site that each one's file names.
+        site: the site that the SAEs read; by default the site that each SAE's file names.
         tokens: as in `evaluate`; so are `ito` and `published`.
 
     Returns:
         As `evaluate`.
 
     Raises:
-        UserError: SAEs that cannot be read, are not of this model or name another one where none was given, too
-            little text, or an `out` that exists.
+        UserError: an SAE cannot be read or does not fit the model, an SAE names another model and none was given, there
+            is too little text, or `out` exists.
     """
     with errors.about("--out"):
         writing.check_new(out)

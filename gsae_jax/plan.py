@@ -1,15 +1,16 @@
-"""What an experiment takes on machines that are not there: does it fit, what devices exchange, for how long it runs.
+"""Estimate an experiment's memory, communication and time on hardware that you do not have.
 
 python -m gsae_jax.plan --config configs/gemma_2_2b.py --topology v5e:4x4 [--json]
 
-    v5e:4x4, v5p:8x8x8, v6e:16x16, v4:2x2x4   TPUs: the real train step is compiled for them, with libtpu
-                                              (pip install 'gsae_jax[tpu]'); without it, an estimate that says so
-    gpu:h100x8, gpu:a100x64, h200, b200       GPUs in nodes of eight: an estimate
-    cpu:8                                     compiled for so many CPU devices: memory and exchanges, no time
+    v5e:4x4, v5p:8x8x8, v6e:16x16, v4:2x2x4   TPUs: compiles the real train step with libtpu (pip install
+                                              'gsae_jax[tpu]'); without libtpu, estimates
+    gpu:h100x8, gpu:a100x64, h200, b200       GPUs in nodes of eight: estimates
+    cpu:8                                     CPU devices: compiles the step; memory and communication only
 
-Nothing is run, and of the language model only its config.json is read. Times are computation at a stated part of the
-chip's rate and exchanges at the full rate of its links, from their makers' specifications: the first figure of a range
-is for exchanges that hide behind computation entirely, the second for none that do.
+Nothing is run, and only config.json of the language model is read. Times assume that computation reaches the stated
+part of the chip's peak rate, and that communication reaches the full rate of its links (from the manufacturers'
+specifications). In a range of times, communication overlaps completely with computation for the first number, and not
+at all for the second.
 """
 
 import json

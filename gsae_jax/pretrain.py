@@ -1,4 +1,4 @@
-"""Train a small language model and its tokenizer from text; the embedded model was made by
+"""Train a small language model and its tokenizer from text. This command made the embedded model:
 
 python -m gsae_jax.pretrain --config configs/pretrain_stdlib.py
 """
@@ -25,5 +25,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = cli.define_config(cls=config_lib.Pretrain)
-    OUT = flags.DEFINE_string("out", "runs/language_model", "Checkpoint directory to write; must not exist.")
+    OUT = flags.DEFINE_string("out", "runs/language_model", "New checkpoint directory.")
     cli.run(main)

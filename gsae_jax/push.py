@@ -1,9 +1,9 @@
-"""Publish the SAEs of a finished run on the Hugging Face hub, with a model card made of its report.
+"""Publish the SAEs of a finished run on the Hugging Face hub, with a model card that has its report.
 
 python -m gsae_jax.push --workdir runs/quickstart --repo user/name [--format saelens,dictionary_learning] [--dry-run]
 
-A new repository is private, unless you add --public. An existing one must already be private or public as the command
-says. Files of an earlier push are replaced; the repository's history keeps them. Log in first: `hf auth login`.
+A new repository is private, unless you add --public. If the repository exists, --public must agree with its visibility.
+Files of an earlier push are replaced, and stay in the repository's history. Log in first: `hf auth login`.
 """
 
 import tempfile

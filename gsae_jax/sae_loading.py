@@ -33,22 +33,22 @@ EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 def load(
     path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
 ) -> dict[str, trained.SAE]:
-    """The SAEs of a checkpoint of a run, by name: `{stack}_{index}`; or one or several from elsewhere.
+    """The SAEs of a run, by name (`{stack}_{index}`), or the SAEs of a folder in another library's format.
 
     Args:
-        path: the run's directory, local or gs://bucket/folder; or a folder in a format of `gsae_jax/formats/`, or of
-            such folders. An SAE that was not exported by us has the name of its folder.
-        mesh: over whose devices features are spread; by default all are on this process's first device.
-        step: of which checkpoint; by default the newest that is whole.
+        path: the run's directory, local or gs://bucket/folder; or the folder of an SAE in a format of
+            `gsae_jax/formats/`; or a folder of such folders. An SAE of another library has the name of its folder.
+        mesh: features are sharded over its devices. By default they are on this process's first device.
+        step: the checkpoint's step; by default the newest undamaged checkpoint.
 
     Raises:
-        UserError: not a run directory, no such checkpoint or a damaged one, or gs:// that cannot be read; or of
-            another format, everything that does not fit.
+        UserError: `path` is not a run, the checkpoint is missing or damaged, or gs:// cannot be read. For another
+            format, the error lists everything that is wrong.
     """
     workdir = run_directory.Workdir(path, field="")
     if imported := imports.read(workdir.path.local) if workdir.path.local else {}:
         if step is not None:
-            raise UserError(f"is {step}, and {path} is no run; leave it out", "step")
+            raise UserError(f"is {step}, and {path} is not a run; leave it out", "step")
         return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
     if workdir.path.local and not workdir.holds_run():
         raise UserError(_nothing(os.fspath(path)))
@@ -80,17 +80,17 @@ def load(
 
 
 def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
-    """Rows of held-out tokens of a run [rows, context length], int32: text that no SAE was trained on.
+    """Held-out tokens of a run [rows, context length], int32: text that no SAE was trained on.
 
-    The report of the run is made on these rows. They are prepared first, if this machine does not have them yet.
+    The run's report is measured on these rows. If they are not on this machine yet, they are prepared first.
 
     Args:
         run: the run's directory.
-        tokens: how many, in whole batches of `evaluation.rows_per_forward` rows, at least one; by default the run's
-            `evaluation.tokens`.
+        tokens: the number of tokens, by default the run's `evaluation.tokens`. The result has whole batches of
+            `evaluation.rows_per_forward` rows, and at least one.
 
     Raises:
-        UserError: not a run, a model or text that is not there any more, or less text than one batch.
+        UserError: `run` is not a run, its model or text is missing, or there is less text than one batch.
     """
     from gsae_jax.data import rows  # TensorFlow Datasets takes seconds to import, and nothing else here needs it
 
@@ -231,7 +231,7 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     names = set(jax.eval_shape(lambda: module.init(jax.random.key(0), like)))
     if names != set(params):
-        raise UserError(f"want parameters {sorted(names)}, {stack.start_from} gives {sorted(params)}", "options")
+        raise UserError(f"need parameters {sorted(names)}, but {stack.start_from} has {sorted(params)}", "options")
     return params
 
 

@@ -1,4 +1,4 @@
-"""List every setting of an experiment: its name, its default, and what it is.
+"""List every setting of an experiment with its default and a description.
 
 python -m gsae_jax.settings [--pretrain] [| grep train]
 

@@ -1,4 +1,4 @@
-"""Print the sites of a language model with their widths, from its config.json alone.
+"""Print the sites of a language model with their widths, from its config.json only.
 
 python -m gsae_jax.sites --model DIR_OR_HUB_NAME
 """

@@ -20,13 +20,14 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
     """Adds `strength` times the decoder row of a feature to the activations of every token.
 
     Args:
-        sae: it must write one site.
-        feature: its number.
-        strength: in units of the feature's activation; negative steers away from it. Compare it with the feature's
-            maximum on text: that is strong, and a few times that often makes the model repeat one token.
+        sae: an SAE that writes one site.
+        feature: the feature's index.
+        strength: in units of the feature's activation. A negative strength steers away from the feature. Compare it
+            with the feature's maximum on text: the maximum is a strong intervention. At a few times the maximum, the
+            model often repeats one token.
 
     Raises:
-        UserError: an SAE that writes several sites or does not say its site, or a feature that it does not have.
+        UserError: the SAE writes several sites or has no site, or the feature does not exist.
     """
     if np.ndim(feature):
         raise UserError(f"is {feature}; give one number, and `chain` taps for several features", "feature")
@@ -35,17 +36,17 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
 
 
 def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
-    """Takes what some features contribute out of the activations of every token; the rest stays as it is.
+    """Subtracts the contributions of some features from the activations of every token.
 
-    x becomes x - sum_i f_i(x) W_dec_i over `features`. Unlike in a spliced reconstruction, what the SAE does not
-    reconstruct stays.
+    x becomes x - sum_i f_i(x) W_dec_i over `features`. In contrast to a spliced reconstruction, the error of the SAE
+    is kept.
 
     Args:
-        sae: it must read the one site that it writes.
-        features: the number of one, or of several.
+        sae: an SAE that reads one site and writes the same site.
+        features: the index of one feature, or the indices of several.
 
     Raises:
-        UserError: an SAE that reads and writes different sites or does not say its site, or an unknown feature.
+        UserError: the SAE reads and writes different sites or has no site, or a feature does not exist.
     """
     site = _site(sae, sae.targets)
     if sae.sites != sae.targets:
@@ -60,13 +61,13 @@ def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
 
 
 def splice(*saes: SAE) -> sites_lib.Edits:
-    """Puts the reconstructions of SAEs in the place of the activations, each at its own site.
+    """Replaces the activations at the site of each SAE with its reconstructions.
 
-    Unlike the report, this also replaces special tokens and activations above `sae.norm_limit`, on which an SAE was not
-    trained. A loss that is measured so differs from the report's.
+    In contrast to the report, this also replaces activations of special tokens and above `sae.norm_limit`, on which an
+    SAE was not trained. Therefore a loss measured with this tap differs from the report's.
 
     Raises:
-        UserError: an SAE that reads and writes different sites or does not say its site, or two of one site.
+        UserError: an SAE reads and writes different sites or has no site, or two SAEs have the same site.
     """
     edits: dict[str, Any] = {}
     for sae in saes:
@@ -81,16 +82,16 @@ def splice(*saes: SAE) -> sites_lib.Edits:
 
 
 class read:
-    """Keeps the activations of some sites and changes nothing.
+    """Stores the activations of some sites and changes nothing.
 
         seen = taps.read("blocks.0.hook_mlp_out")
         lm.run(tokens, taps.chain(taps.steer(sae, 3, 5.0), seen))
         seen.activations["blocks.0.hook_mlp_out"]  # [B, T, D]
 
-    Use it with `LM.run` only. In compiled code, such as `LM.generate`, it would keep tracers, which have no values.
+    Use it with `LM.run` only. In compiled code, such as `LM.generate`, it would store tracers, which have no values.
 
     Attributes:
-        activations: those of the last run, by site.
+        activations: the activations of the last run, by site.
     """
 
     def __init__(self, *sites: str):
@@ -98,13 +99,13 @@ class read:
         self.activations: dict[str, jax.Array] = {}
 
     def __call__(self, site: str, x: jax.Array) -> None:
-        """Keeps the activations, if the site is one of those wanted."""
+        """Stores the activations, if the site is one of those given."""
         if site in self.edits:
             self.activations[site] = x
 
 
 def chain(*taps: sites_lib.Tap | SAE) -> sites_lib.Chain:
-    """One tap of several: each gets the activations that the one before it leaves. An SAE means `splice(sae)`."""
+    """Combines taps into one. Each gets the activations that the tap before it returns. An SAE means `splice(sae)`."""
     return sites_lib.Chain(tuple(splice(tap) if isinstance(tap, SAE) else tap for tap in taps))
 
 

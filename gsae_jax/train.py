@@ -1,4 +1,4 @@
-"""Train an experiment, or continue it, and report on it.
+"""Train an experiment, or continue its training, and write its report.
 
 python -m gsae_jax.train --config quickstart --workdir runs/quickstart
 """
@@ -22,10 +22,10 @@ INTERRUPTED = 75  # exit code: saved, run again to continue (EX_TEMPFAIL)
 
 
 def run(config: Any, path: epath.PathLike) -> int:
-    """Train to the end and report; returns 0 or `INTERRUPTED`. `config` is whatever `gsae_jax.experiment` takes.
+    """Train to the end and write the report. Returns 0 or `INTERRUPTED`. `gsae_jax.experiment` accepts `config`.
 
-    A finished run gets a new report where `evaluation` has changed, more training where `train.steps` has grown, and is
-    left as it is otherwise. An earlier report is kept in `earlier_reports/`.
+    A finished run is trained further if `train.steps` has grown, and measured again if `evaluation` has changed.
+    Otherwise it is not changed. An earlier report is kept in `earlier_reports/`.
     """
     plugins.reread()
     config = experiments.experiment(config)

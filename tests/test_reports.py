@@ -119,7 +119,10 @@ def test_an_interval_that_is_unknown_is_explained(tmp_path):
     assert found[0.8] is None
     assert found[0.9] is not None
     table, below = (
-        (tmp_path / "report" / "report.md").read_text().split("## L0 at equal loss recovered")[1].split("L0: ")
+        (tmp_path / "report" / "report.md")
+        .read_text()
+        .split("## L0 at equal loss recovered")[1]
+        .split("L0 is the number")
     )
     assert "| unknown |" in table
     assert "unknown" in below
@@ -412,7 +415,7 @@ def test_runs_and_exports_in_one_report(experiment, lm_dir, tmp_path, capsys):
     assert f"jax {jax.__version__}" in facts["trained_with"]
     assert alone["settings"]["step"] == experiment.train.steps
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "How they were trained" in page
+    assert "How the SAEs were trained" in page
     # The other run's text has the same name and lies elsewhere.
     moved = tmp_path / "b" / Path(experiment.data.path).name
     shutil.copytree(experiment.data.path, moved)

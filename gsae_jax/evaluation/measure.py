@@ -32,17 +32,17 @@ def measure(
     progress: Callable[[], Any] = lambda: None,
     ito: Sequence[int] = (),
 ) -> dict[str, metrics.Sums]:
-    """On the LM's mesh, sums over `batches` [R, T] of tokens, by SAE name; `metrics.combine` turns them into metrics.
+    """Sums over `batches` [R, T] of tokens, by SAE name, on the LM's mesh. `metrics.combine` makes metrics of them.
 
-    Rows of padding make their number a multiple of the number of devices; these are not measured.
+    Rows of padding fill a batch up to a multiple of the number of devices. They are not measured.
 
-    What an SAE was not trained on (`special_tokens`, and activations beyond its norm limit) is not measured, and keeps
-    the language model's own activation under every intervention.
+    Tokens on which an SAE was not trained (`special_tokens`, and activations above its norm limit) are not measured.
+    They keep the language model's own activations in every intervention.
 
     Args:
-        progress: called once a batch, of two passes: the first finds the sites' means.
-        ito: numbers of features; for each, every SAE's dictionary is measured with as many chosen by gradient pursuit
-            instead of its encoder (Appendix A), under its name by `name_of`.
+        progress: called once per batch in each of two passes. The first pass computes the sites' means.
+        ito: numbers of features. For each, every SAE's dictionary is also measured with this number of features,
+            chosen by gradient pursuit instead of the encoder (Appendix A). `name_of` gives the names of the results.
     """
     mesh = lm.module.mesh
     splits = mesh.shape["data"] if mesh else 1

@@ -1,4 +1,4 @@
-"""What is summed over tokens, and how the sums become the paper's metrics (sections 2.3, 4.2, D.2)."""
+"""The sums over tokens, and the paper's metrics that are computed from them (sections 2.3, 4.2, D.2)."""
 
 import functools
 import math
@@ -115,27 +115,27 @@ def add(total: Sums, batch: Sums) -> Sums:
 
 
 def combine(sums: Sums) -> dict[str, Any]:
-    """The metrics of one SAE; a metric is NaN where the reconstructions or the text give it no meaning.
+    """The metrics of one SAE. A metric is NaN if it has no meaning for the reconstructions or the text.
 
     Returns:
         l0: mean active features per token.
         loss_recovered: 1 - (ce_sae - ce_clean) / (ce_zero - ce_clean); loss_recovered_from_mean: with ce_mean. NaN
-            where the denominator is not certainly above 0: its 95% interval (with one row, its value) reaches 0.
+            if the 95% interval of the denominator (its value, if there is one row) is not above 0.
         ce_clean, ce_sae, ce_zero, ce_mean: nats per token with the activations kept, reconstructed, zeroed, or
             replaced by their mean.
         gamma: relative reconstruction bias, E||x_hat||^2 / E[x_hat . x]; below 1 is shrinkage.
         gamma_centered: the same for x and x_hat minus the site's mean; a large mean hides shrinkage from gamma.
         mean_share: ||mean||^2 / E||x||^2.
-        kl: of the clean predictions to those with reconstructions, nats per token.
+        kl: divergence from the clean predictions to those with reconstructions, nats per token.
         fvu: fraction of the activations' variance that is not explained.
-        gamma_all, fvu_all: over all tokens; gamma and fvu leave out those of `extreme` norm.
+        gamma_all, fvu_all: over all tokens; gamma and fvu leave out tokens of extreme norm.
         cosine: mean cosine of activation and reconstruction.
         l1: mean sum of features, in the language model's units.
         gate_only: mean features per token whose gate is open and whose magnitude is 0.
         alive, dense: fractions of features that fired on at least one token, on more than a tenth of them.
-        tokens, extreme: how many activations were measured, and how many of them have an extreme norm (`EXTREME`).
-        intervals: {name: [low, high]}, 95% percentile bootstrap over rows, of all of these from l0 to gate_only
-            but the cross-entropies; none for fewer than two rows.
+        tokens, extreme: numbers of measured activations, and of those with an extreme norm (`EXTREME`).
+        intervals: {name: [low, high]} of the metrics from l0 to gate_only, except the cross-entropies: 95% percentile
+            bootstrap over rows. There are none for fewer than two rows.
     """
     rows = np.stack([value for name, value in sums.items() if name != "fired"])
     names = [name for name in sums if name != "fired"]
@@ -157,7 +157,7 @@ def combine(sums: Sums) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def draws(rows: int) -> np.ndarray:
-    """How often each row is in each resampled set [draws, rows]; the same sets for every SAE, so that they pair up."""
+    """The count of each row in each resampled set [draws, rows]. The sets are paired: all SAEs have the same."""
     return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), DRAWS).astype(np.float64)
 
 

@@ -193,7 +193,7 @@ def notes(
     ratios: Sequence[Mapping[str, Any]] = (),
     runs: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[str]:
-    """A sentence for each thing that is wrong; readers need them first.
+    """A sentence for each problem. Readers need them first.
 
     Args:
         records: of `rows` or of a report.
@@ -235,8 +235,8 @@ def notes(
         (diverged, "reconstructions that are not finite: training diverged. Metrics without a value are left blank"),
         (
             [r for r in sound if r["fvu"] > 1],
-            "an FVU above 1, which is worse than the mean activation as the reconstruction. Training diverged or "
-            "had too few steps, or this is another site or language model than that of training",
+            "an FVU above 1: the mean activation would be a better reconstruction. Training diverged or had too few "
+            "steps, or the site or the language model is not that of training",
         ),
         ([r for r in sound if r["l0"] == 0], "an L0 of 0: no feature fires. Lower the l1 coefficient or learning rate"),
     ):

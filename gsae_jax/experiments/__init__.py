@@ -1,6 +1,6 @@
-"""From what differs from the defaults to an experiment, and experiments that the package carries, each a file.
+"""Makes an experiment from the settings that differ from the defaults. The package's experiments are files here.
 
-The fields, their defaults and what they mean stand in `gsae_jax/config.py`.
+`gsae_jax/config.py` has all fields with their defaults and descriptions.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ with epy.lazy_imports():  # who writes nested dicts does not need it
 
 
 def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
-    """A checked experiment, from what differs from the defaults.
+    """Makes an experiment from the settings that differ from the defaults, and checks it.
 
     gsae_jax.experiment("quickstart", train={"steps": 700}, evaluation={"tokens": 2**15})
     gsae_jax.experiment(lm={"path": "openai-community/gpt2"}, stacks={"gated": stack_config("gated", site, 1024, 1e-2)})
 
     Args:
-        base: what to begin with: the name of an experiment that the package carries, the path of a config file, nested
-            dicts or a `ConfigDict`, or another experiment. By default it is an experiment without stacks.
-        changes: fields of an experiment. A group or a stack is a dict of the fields that change; the others stay. A
-            stack that gets another architecture loses the options of the one before. A stack that is None is left out.
+        base: the experiment that is changed: the name of one of the package's experiments, the path of a config file,
+            nested dicts, a `ConfigDict` or an experiment. The default is an experiment without stacks.
+        changes: fields of an experiment. A group or a stack is a dict of the fields that change. Its other fields are
+            kept, except the options of a stack that gets another architecture. None removes a stack.
 
     Raises:
-        UserError: an unknown, missing or wrongly typed field, an impossible value or combination, or a config file
-            that is not there or fails.
+        UserError: a field is unknown, missing or of a wrong type, a value or combination is impossible, or a config
+            file is missing or fails.
     """
     if isinstance(base, config_lib.Experiment) and not changes:
         return base
@@ -53,7 +53,7 @@ def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
 
 
 def experiment_config() -> "ml_collections.ConfigDict":
-    """Every setting of an experiment with its default, and no stacks: what a config file changes and returns."""
+    """Every setting of an experiment with its default, without stacks. A config file changes and returns it."""
     return ml_collections.ConfigDict(_defaults(config_lib.Experiment))
 
 
@@ -66,20 +66,21 @@ def stack_config(
     grid: bool = False,
     **settings: Any,
 ) -> "ml_collections.ConfigDict":
-    """A stack of an experiment: SAEs that differ in l1 coefficient, learning rate, seed and target L0 only.
+    """A stack of an experiment: SAEs that differ only in l1 coefficient, learning rate, seed and target L0.
 
     Args:
-        architecture: "gated" or "relu"; or your own, as "my_package.topk" or "topk.py".
+        architecture: "gated" or "relu"; or your own architecture, such as "my_package.topk" or "topk.py".
         site: a TransformerLens hook name, or a tuple of several.
-        width: features.
+        width: the number of features.
         l1_coefficients: one for each SAE, or one for all.
-        grid: one SAE for each combination of `l1_coefficients`, `learning_rates` and `seeds`, in the order of nested
-            loops. The config then lists the numbers of every SAE. `target_l0` goes with `l1_coefficients`.
-        settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`; every other name is an
+        grid: make one SAE for each combination of `l1_coefficients`, `learning_rates` and `seeds`, in the order of
+            nested loops. The config then lists the values of every SAE. Each `target_l0` belongs to one of the
+            `l1_coefficients`.
+        settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`. Every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
 
     Raises:
-        UserError: a name that is no field and no option, and that is spelled like a field.
+        UserError: a name is neither a field nor an option, and is similar to a field.
     """
     config = _defaults(config_lib.Stack)
     for name in settings:

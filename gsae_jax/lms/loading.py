@@ -28,8 +28,8 @@ Inputs = jax.typing.ArrayLike | str | Iterable[str] | tokenizer_lib.Tokens  # to
 class LM:
     """A language model: its Linen module, parameters and tokenizer.
 
-    Tokens are integers [B, T], or texts: one string or several, or what `tokenize` returns. `tokenize` says which
-    tokens texts become.
+    Methods that take tokens accept integers [B, T], one text, several texts, or the result of `tokenize`. They
+    tokenize texts with `tokenize`.
 
     Attributes:
         path: the checkpoint directory.
@@ -69,20 +69,20 @@ class LM:
         return special_tokens(self.tokenizer)
 
     def on(self, mesh: jax.sharding.Mesh) -> "LM":
-        """The same model with its parameters in shards on a mesh."""
+        """The same model with its parameters sharded over a mesh."""
         flat = flax.traverse_util.flatten_dict(self.params)
         params = jax.device_put(flat, partition.shardings(flat, mesh))
         module = dataclasses.replace(self.module, mesh=mesh)
         return dataclasses.replace(self, module=module, params=flax.traverse_util.unflatten_dict(params))
 
     def tokenize(self, texts: str | Iterable[str]) -> tokenizer_lib.Tokens:
-        """Texts as `tokens_BxT` and `mask_BxT`; every method that takes tokens does this with texts.
+        """The tokens of texts, as `tokens_BxT` and `mask_BxT`. Every method that takes tokens calls this for texts.
 
-        BOS is put before each text, if the tokenizer has a BOS and the text does not begin with it. Shorter texts are
+        Each text gets a BOS token, if the tokenizer has one and the text does not begin with it. Shorter texts are
         padded on the right.
 
         Raises:
-            UserError: something else than texts, or a text without any token.
+            UserError: `texts` is not a string or several strings, or a text has no tokens.
         """
         strings = tokenizer_lib.as_texts(texts)
         if strings is None:
@@ -99,9 +99,9 @@ class LM:
         """Logits [B, T, V], float32; 0 at padding.
 
         Args:
-            tokens_BxT: token ids, or texts, or what `tokenize` returns.
-            mask_BxT: False (or 0) at padding, on whichever side. Texts, and what `tokenize` returns, need none.
-            rows_per_forward: rows in one forward pass; by default as many as give about 16,000 tokens.
+            tokens_BxT: token ids, texts, or the result of `tokenize`.
+            mask_BxT: False (or 0) at padding, on either side. Texts and the result of `tokenize` need no mask.
+            rows_per_forward: rows in one forward pass; the default gives about 16,000 tokens.
         """
         self._check_head()
         return self._forward(partial(_logits, self.module, self.params), tokens_BxT, mask_BxT, rows_per_forward)
@@ -116,13 +116,13 @@ class LM:
     ) -> dict[str, jax.Array]:
         """Activations [B, T, D] at each of `sites`; 0 at padding.
 
-        The features that an SAE gives for these zeros are not 0. `lm.tokenize(texts).mask_BxT` says where padding is.
+        The features of an SAE are not 0 for these zeros. `lm.tokenize(texts).mask_BxT` is False at padding.
 
         Args:
-            tokens_BxT: token ids, or texts, or what `tokenize` returns.
+            tokens_BxT: token ids, texts, or the result of `tokenize`.
             sites: names of one or several of `lm.sites`.
-            mask_BxT: False (or 0) at padding, on whichever side. Texts, and what `tokenize` returns, need none.
-            rows_per_forward: rows in one forward pass; by default as many as give about 16,000 tokens.
+            mask_BxT: False (or 0) at padding, on either side. Texts and the result of `tokenize` need no mask.
+            rows_per_forward: rows in one forward pass; the default gives about 16,000 tokens.
         """
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         for site in sites:
@@ -139,18 +139,18 @@ class LM:
     ) -> jax.Array:
         """Logits [B, T, V] of a forward pass in which `tap(site, x_BxTxD)` may replace the activations of any site.
 
-        At padding logits are 0; the tap sees the padding as well.
+        Logits at padding are 0. The tap also gets activations at padding.
 
-        It is not compiled, so that a tap may look at values and keep them, and it computes all rows at once. For speed,
-        compile a function of token ids: `jax.jit(lambda tokens: lm.run(tokens, tap))`.
+        The forward pass is not compiled, so that a tap may inspect values and store them. It computes all rows at once.
+        For speed, compile a function of token ids: `jax.jit(lambda tokens: lm.run(tokens, tap))`.
 
-        An SAE as the tap also replaces special tokens and activations above `sae.norm_limit`, on which it was not
-        trained. A loss that is measured so differs from the report's.
+        An SAE as the tap also replaces activations of special tokens and above `sae.norm_limit`, on which it was not
+        trained. Therefore a loss from these logits differs from the report's.
 
         Args:
-            tokens_BxT: token ids, or texts, or what `tokenize` returns.
-            tap: returns an array of the same shape, or None to leave the activations as they are; or a trained SAE,
-                whose reconstructions take the place of the activations at its own site.
+            tokens_BxT: token ids, texts, or the result of `tokenize`.
+            tap: a function that returns an array of the same shape, or None to keep the activations; or a trained SAE,
+                whose reconstructions replace the activations at its site.
             mask_BxT: False (or 0) at padding.
 
         Raises:
@@ -176,16 +176,16 @@ class LM:
         All texts are computed in one batch; give fewer texts if memory runs out.
 
         Args:
-            texts: prompts; they become tokens as by `tokenize`.
-            tap: as for `run`. It sees all of the prompts first, padded on the left, and then one token at a time. It is
-                compiled, so it cannot look at values or keep them. Make a tap once and use it again, because each tap
-                object is compiled, once for each `max_new_tokens` and for a few sizes of prompts.
-            max_new_tokens: after how many tokens a text ends at the latest.
-            temperature: logits are divided by it before a token is sampled; 0 takes the most likely token.
-            seed: of the sampling.
+            texts: prompts. `tokenize` converts them to tokens.
+            tap: as for `run`. It first gets the activations of whole prompts, padded on the left, and then those of one
+                token at a time. It is compiled, so that it cannot inspect or store values. Use the same tap object for
+                several calls: a new object is compiled again, as are a new `max_new_tokens` and some prompt lengths.
+            max_new_tokens: the largest number of tokens that a text is continued by.
+            temperature: logits are divided by it before a token is sampled. 0 chooses the most likely token.
+            seed: seed of the sampling.
 
         Raises:
-            UserError: what is no text, a wrong number, or texts that with the new tokens exceed the model's context.
+            UserError: `texts` is not text, a number is out of range, or prompts and new tokens exceed the context.
         """
         self._check_head()
         prompts = tokenizer_lib.as_texts(texts)
@@ -223,28 +223,28 @@ class LM:
     def logit_effects(
         self, directions: jax.typing.ArrayLike, site: str = "", at: jax.typing.ArrayLike | None = None
     ) -> jax.Array:
-        """What adding directions to the activations of a site does directly to every logit, [..., V], float32.
+        """The direct effects [..., V] on all logits of adding directions to the activations of a site, float32.
 
-        The direct effect goes through the residual stream to the last norm, past all later blocks:
+        The direct effect is the path through the residual stream to the last norm, without the later blocks:
         `lm.logit_effects(sae.W_dec[feature], sae.site)`.
 
-        By default it is `(d * w) @ W_U`: a direction d, less its mean if the last norm is a LayerNorm, times the gain w
-        of that norm (1 + w in Gemma) and the unembedding (the transposed embedding where they are tied). Neither the
-        norm's division, nor a soft-cap of the logits, nor biases are in it. The division scales all effects alike, and
-        the soft-cap keeps their signs but not their sizes.
+        By default it is `(d * w) @ W_U`. d is the direction, minus its mean if the last norm is a LayerNorm. w is the
+        gain of this norm (1 + w in Gemma). W_U is the unembedding (the transposed embedding if they are tied). The
+        norm's division, a soft-cap of the logits and biases are left out. The division would scale all effects equally.
+        The soft-cap would keep their signs but not their sizes.
 
-        With `at` it is the exact derivative of the logits along d where the residual stream after the last block is
-        `at`: the norm's division and the soft-cap are in it.
+        With `at`, it is the exact derivative of the logits along d, if the residual stream after the last block is
+        `at`. It includes the norm's division and the soft-cap.
 
         Args:
             directions: [..., width of the site], such as some rows of `sae.W_dec`.
-            site: where they are added; "" is the residual stream. Directions of `attn.hook_z` and `mlp.hook_post` go
-                through W_O and W_out first.
+            site: where they are added; "" is the residual stream. Directions of `attn.hook_z` and `mlp.hook_post` are
+                first multiplied by W_O and W_out.
             at: [D], for example `lm.activations(text, site)[site][0, -1]`, where `site` is the `hook_resid_post` of the
                 last block.
 
         Raises:
-            UserError: no such site, arrays that do not fit, or a site with a norm between it and the stream.
+            UserError: an unknown site, arrays of wrong shapes, or a norm between the site and the residual stream.
         """
         self._check_head()
         if site:
@@ -374,15 +374,15 @@ def load_lm(
 
     Args:
         path: a directory with `config.json`, safetensors weights (one file, or several with an index) and a tokenizer,
-            or a hub name such as "EleutherAI/pythia-70m"; "" is the embedded model.
-        revision: a hub name's branch, tag or commit.
-        dtype: of parameters and activations, "float32" or "bfloat16".
-        num_layers: load only so many blocks and no unembedding, for `activations` only.
-        mesh: spread the parameters over its devices; by default they lie on the first device.
-        allow_nan: load weights that are not all finite.
+            or a hub name such as "EleutherAI/pythia-70m". "" is the embedded model.
+        revision: branch, tag or commit of a hub name.
+        dtype: type of parameters and activations, "float32" or "bfloat16".
+        num_layers: load only the first `num_layers` blocks and no unembedding. Then only `LM.activations` works.
+        mesh: shard the parameters over its devices. By default they are on the first device.
+        allow_nan: accept weights that are not finite.
 
     Raises:
-        UserError: not a checkpoint, an unsupported model, or weights that do not fit it (all of them listed).
+        UserError: `path` is not a checkpoint, the model is not supported, or weights are wrong (all are listed).
     """
     with errors.about("path"):
         checkpoint = Checkpoint.open(path, revision)

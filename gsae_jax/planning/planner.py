@@ -117,20 +117,20 @@ class Case:
 
 
 def plan(config: Experiment, topology: str) -> dict[str, Any]:
-    """What an experiment takes on a topology; nothing is run, and of the language model only `config.json` is read.
+    """The cost of an experiment on a topology. Nothing is run, and only `config.json` of the language model is read.
 
     Args:
         config: the experiment.
-        topology: "v5e:4x4" and so on (compiled with libtpu: pip install 'gsae_jax[tpu]', else estimated), "gpu:h100x8"
+        topology: "v5e:4x4" and so on (compiled if libtpu is installed, and otherwise estimated), "gpu:h100x8"
             (estimated), or "cpu:8" for this machine's own CPU (compiled).
 
     Returns:
-        What JSON can hold: bytes, seconds, operations. `method` says of bytes and exchanges whether they are
-        "compiled" or "estimated". What depends on whether exchanges hide behind computation comes twice, `overlapped`
-        (all do) and `in_turn` (none does).
+        A dict for JSON: bytes, seconds, operations. `method` says whether bytes and exchanges are "compiled" or
+        "estimated". Times are given twice: if all communication overlaps with computation (`overlapped`), and if none
+        does (`in_turn`).
 
     Raises:
-        UserError: an unknown topology, or a config that cannot run on it.
+        UserError: the topology is unknown, or the config cannot run on it.
     """
     where = Topology.parse(topology)
     case = Case.build(config, where)
@@ -176,7 +176,7 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """The result of `plan` as text."""
     sizes, exchanges = report["bytes_per_device"], report["exchanges_per_step"]
     mesh = " x ".join(f"{size} {axis}" for axis, size in report["mesh"].items())
     how = {"compiled": "from the compiled step", "estimated": "ESTIMATED, not compiled"}

@@ -97,7 +97,7 @@ def normal_form(params: dict[str, jax.Array], config: Config) -> dict[str, jax.A
 
 
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
-    """Parameters whose pre-activations are larger by shift @ encoder, by the encoders' biases."""
+    """Parameters with shift @ encoder added to the encoders' biases, and so to all pre-activations."""
     W_mag = params.get("W_mag")
     if W_mag is None:
         with np.errstate(over="ignore", invalid="ignore"):  # callers check whether it is finite
@@ -112,16 +112,16 @@ def threshold(params: dict[str, jax.Array], config: Config) -> jax.Array:
     """The threshold [F] of each feature's activation in the JumpReLU form (Appendix E), in the inputs' units.
 
     Raises:
-        UserError: an untied encoder, of which there is no such form.
+        UserError: the encoder is untied, so that there is no such form.
     """
     return jax.nn.relu(params["b_mag"] - magnitude_scale(params, config) * params["b_gate"])
 
 
 def magnitude_scale(params: dict[str, jax.Array], config: Config) -> jax.Array:
-    """What the magnitude's encoder is of the gate's [F].
+    """The factors [F] between the gate's encoder and the magnitude's encoder.
 
     Raises:
-        UserError: an untied encoder, which is no multiple.
+        UserError: the encoder is untied, so that there are no such factors.
     """
     if not config.tie_encoder:
         raise UserError("is False; only a gated SAE with a tied encoder has a JumpReLU form", "tie_encoder")
@@ -129,12 +129,12 @@ def magnitude_scale(params: dict[str, jax.Array], config: Config) -> jax.Array:
 
 
 def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
-    """`r_mag` and the `threshold` of the JumpReLU form, each [F]; neither of an untied encoder."""
+    """`r_mag` and the `threshold` of the JumpReLU form, each [F]; neither if the encoder is untied."""
     return {"r_mag": params["r_mag"], "threshold": threshold(params, config)} if config.tie_encoder else {}
 
 
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder | None:
-    """What opens gates; None where magnitudes have weights of their own, which takes a dense product."""
+    """The encoder of gates; None if the encoder is untied, because magnitudes then need a dense product."""
     return Encoder(params["W_gate"], params["b_dec"], params["b_gate"]) if config.tie_encoder else None
 
 

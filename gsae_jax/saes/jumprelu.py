@@ -1,6 +1,6 @@
-"""JumpReLU SAEs, to be evaluated and not trained: other projects' ones, and the exact form of gated and baseline ones.
+"""JumpReLU SAEs of other projects, and the exact JumpReLU form of gated SAEs and baselines. They cannot be trained.
 
-f = pi where pi > max(theta, 0), else 0; pi = x @ W_enc + b_enc, x_hat = f @ W_dec + b_dec. Inputs are not centred.
+f = pi if pi > max(theta, 0), else 0; pi = x @ W_enc + b_enc, x_hat = f @ W_dec + b_dec. Inputs are not centred.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
 
 
 def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, jax.Array]:
-    """The same function (Appendix E of the paper): what a gate lets through is what exceeds its threshold.
+    """The same function (Appendix E of the paper): a gate is open if the pre-activation exceeds the threshold.
 
     Raises:
-        UserError: an untied encoder, of which there is no such form.
+        UserError: the encoder is untied, so that there is no such form.
     """
     W_enc = params["W_gate"] * gated.magnitude_scale(params, config)[None]
     return {
@@ -60,13 +60,13 @@ def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, 
 
 
 def from_relu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
-    """The same function as a baseline's: every threshold is 0."""
+    """The same function as the baseline: every threshold is 0."""
     b_enc = linalg.shifted(params["b_enc"], -params["b_dec"], params["W_enc"])
     return params | {"b_enc": b_enc, "threshold": jnp.zeros_like(b_enc)}
 
 
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
-    """Parameters whose pre-activations are larger by shift @ encoder, by the encoder's bias."""
+    """Parameters with shift @ encoder added to the encoder's bias, and so to all pre-activations."""
     return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}
 
 

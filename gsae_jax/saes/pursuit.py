@@ -12,9 +12,9 @@ from gsae_jax.saes.inference import floats_at_once
 
 
 def tokens_at_once(platform: str, F: int, D: int, k: int) -> int:
-    """How many inputs a caller should give `pursue`, so that [B, F] and [B, k, D] are small.
+    """The number of inputs that a caller should give to `pursue`, so that [B, F] and [B, k, D] are small.
 
-    On a CPU, few are faster: their atoms stay in its cache.
+    On a CPU, a small number is faster, because the atoms stay in its cache.
     """
     most = 256 if platform == "cpu" else 4096
     return max(1, min(most, floats_at_once(platform) // max(F, k * D)))

@@ -45,12 +45,12 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
 
 
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
-    """Parameters whose pre-activations are larger by shift @ encoder, by the encoder's bias."""
+    """Parameters with shift @ encoder added to the encoder's bias, and so to all pre-activations."""
     return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}
 
 
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
-    """What switches features on."""
+    """The encoder: a feature is active if its pre-activation is positive."""
     return Encoder(params["W_enc"], params["b_dec"], params["b_enc"])
 
 

@@ -1,8 +1,8 @@
 """A trained SAE as a small frozen object, in the language model's own units.
 
-An SAE is a pytree: its parameters are the leaves, and all else is static. So `jax.jit(f)(sae, x)` and `jax.grad` with
-respect to an SAE work. Two SAEs of a stack differ in their names, so that JAX takes them for different structures. To
-use `jax.vmap`, stack their parameters, and put them into one: `dataclasses.replace(sae, params=stacked)`.
+An SAE is a pytree. Its parameters are the leaves, and its other fields are static. Therefore `jax.jit(f)(sae, x)` and
+`jax.grad` with respect to an SAE work. Two SAEs of a stack have different names, and therefore different tree
+structures. To use `jax.vmap`, stack their parameters and put them into one: `dataclasses.replace(sae, params=stacked)`.
 """
 
 import dataclasses
@@ -27,25 +27,24 @@ SLOTS = 128  # for the active features of a token, at first
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SAE(Sites):
-    """One trained SAE; activations are in the language model's own units, of any leading shape.
+    """A trained SAE. Its inputs are activations [..., D] in the language model's own units.
 
-    Every parameter is an attribute as well: `sae.W_dec` [F, D], `sae.b_dec` [D], and what else the architecture has.
+    Every parameter is also an attribute: `sae.W_dec` [F, D], `sae.b_dec` [D], and the others of the architecture.
     `sae.threshold` [F] exists if the SAE has a JumpReLU form.
 
     Attributes:
         name: the name in reports and files, `{stack}_{index}`.
         architecture: the name of a file of `gsae_jax/saes/`.
         config: the architecture's Config.
-        site: where in the language model it reads, a tuple of sites where it reads several; "" where an imported one
-            does not say.
-        params: the architecture's parameters, with the sites' means and scales folded in.
-        l1_coefficient, learning_rate, seed: how it was trained; NaN and None where an imported one does not say.
-        scale: what activations, less their mean if they were centred, were multiplied by in training.
-        norm_limit: activations of a larger norm were kept from it.
-        metadata: what is known of its model and text, under SAELens' names; of an imported SAE, all that its file said.
-        target: where it writes; by default where it reads.
-        run, stack, index: the run and the stack that it was trained in, and its place there; of an imported SAE that
-            does not say so, "" and what the name of its folder says.
+        site: the site that it reads, or a tuple of several; "" if the file of an imported SAE names no site.
+        params: the architecture's parameters. The sites' means and scales are folded into them.
+        l1_coefficient, learning_rate, seed: settings of its training; NaN and None if an imported SAE has none.
+        scale: the factor by which training multiplied activations (minus their mean, if they were centred).
+        norm_limit: activations with a larger norm were not used for training.
+        metadata: facts about its model and text, under SAELens' names. An imported SAE has all metadata of its file.
+        target: the site that it reconstructs; by default the site that it reads.
+        run, stack, index: the run and the stack in which it was trained, and its position in the stack. If an imported
+            SAE does not record them, `run` is "" and the others are derived from the name of its folder.
     """
 
     name: str
@@ -107,19 +106,19 @@ class SAE(Sites):
         return f"<SAE {self.name}: {', '.join([sizes, *known])}>"
 
     def encode(self, x: Any, sparse: bool = False) -> Any:
-        """Feature activations [..., F] of activations [..., D], which may also be a torch tensor.
+        """Feature activations [..., F] of activations [..., D].
 
         An SAE that reads several sites takes a tuple of arrays, in the order of `site`.
 
         Args:
-            x: the activations.
-            sparse: return `SparseFeatures` instead, (indices [..., K], values [..., K]) of the active features. K is
-                the largest number of active features of a token, so leave out BOS, which often has hundreds. With
-                a small K they take far less memory than all F.
+            x: the activations, as an array or a torch tensor.
+            sparse: return `SparseFeatures`: (indices [..., K], values [..., K]) of the active features. K is the
+                largest number of active features of a token. Leave out BOS, which often has hundreds. If K is small,
+                the result needs much less memory than [..., F].
 
         Raises:
-            UserError: the last axis is not D, or `x` is not an array of real numbers, such as text or a dict of sites;
-                or `sparse` inside `jit`, where K cannot depend on the activations.
+            UserError: the last axis is not D, `x` is not an array of real numbers (but text or a dict, for example),
+                or `sparse` is True inside `jit`, where K cannot depend on the activations.
         """
         inputs, leading = self._inputs(x)
         if not sparse:
@@ -138,11 +137,11 @@ class SAE(Sites):
         """Reconstructions [..., D] of feature activations; a tuple of them if the SAE writes several sites.
 
         Args:
-            f: an array [..., F]; or `SparseFeatures`, or another tuple (indices [..., K], values [..., K]). An index of
-                F stands for no feature.
+            f: an array [..., F], or a tuple (indices [..., K], values [..., K]) such as `SparseFeatures`. The index F
+                means no feature.
 
         Raises:
-            UserError: another shape, or indices that are no numbers of features.
+            UserError: a wrong shape, or indices outside of 0 to F.
         """
         if isinstance(f, tuple):
             indices, values = self._checked_slots(f)
@@ -161,14 +160,14 @@ class SAE(Sites):
         return jax.tree.map(lambda x_hat: x_hat.astype(dtype), x_hats)
 
     def save(self, path: str | os.PathLike[str], format: str = "saelens") -> None:
-        """Write it as a new folder that another library reads, and `gsae_jax.load` too.
+        """Write the SAE to a new folder, which another library and `gsae_jax.load` can read.
 
         Args:
-            path: the folder.
-            format: a file of `gsae_jax/formats/`: saelens, dictionary_learning, gemma_scope or jumprelu.
+            path: the new folder.
+            format: saelens, dictionary_learning, gemma_scope or jumprelu.
 
         Raises:
-            UserError: an unknown format or one that cannot hold this SAE, or a path that exists; nothing was written.
+            UserError: the format is unknown or cannot store this SAE, or the path exists. Nothing was written.
         """
         with errors.about("format"):
             module = plugins.load("formats", format, having="write")
@@ -297,7 +296,7 @@ def _as_array(value: Any, name: str) -> jax.Array:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:  # NumPy refuses ragged lists, JAX text
         why = str(error).partition("\n")[0]
-        raise UserError(f"is no array of numbers ({why}); give one whose rows have equal lengths", name) from error
+        raise UserError(f"is not an array of numbers ({why}); give one whose rows have equal lengths", name) from error
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
