@@ -10,7 +10,8 @@ def get_config():
     config = quickstart.get_config()
     config.stacks = {}
     for name, site in SITES.items():
-        config.stacks[f"gated_{name}"] = stack_config("gated", site, 512, (1e-2,), learning_rates=(3e-3,))
-        config.stacks[f"baseline_{name}"] = stack_config("relu", site, 512, (6e-3,), learning_rates=(3e-3,))
+        start = {"learning_rates": (3e-3,), "initial_l0": 0}  # zero biases suit inputs that are not centred
+        config.stacks[f"gated_{name}"] = stack_config("gated", site, 512, (1e-2,), **start)
+        config.stacks[f"baseline_{name}"] = stack_config("relu", site, 512, (6e-3,), **start)
     config.train.steps = 1000
     return config

@@ -39,9 +39,13 @@ def compare(config, site, d_in, width, l1=(2e-5, 4e-5, 8e-5), baseline_learning_
     # paper's l1 for gated SAEs depends on an E|x|^2 that the paper does not state. In the quickstart, a gated SAE has
     # the same L0 as a baseline at about 1.3 times the baseline's l1.
     ours = [value * d_in**0.5 for value in l1]
-    config.stacks[f"{prefix}gated"] = stack_config("gated", site, width, [_rounded(1.3 * value) for value in ours])
+    # Negative biases beside a mean would leave features off on every token, so inputs with a mean get zero biases.
+    start = {} if config.activations.center else {"initial_l0": 0}
+    gated, baseline = [_rounded(1.3 * value) for value in ours], [_rounded(value) for value in ours]
+    rates = (baseline_learning_rate,)
+    config.stacks[f"{prefix}gated"] = stack_config("gated", site, width, gated, **start)
     config.stacks[f"{prefix}baseline"] = stack_config(
-        "relu", site, width * 3 // 2, [_rounded(value) for value in ours], learning_rates=(baseline_learning_rate,)
+        "relu", site, width * 3 // 2, baseline, learning_rates=rates, **start
     )
 
 

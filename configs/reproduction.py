@@ -32,6 +32,7 @@ def stack(architecture, site, width, seeds=SEEDS, **options):
         (l1, rate, seed) for rate in seeds for seed in seeds[rate] for l1 in L1_OF_SITE.get(site, L1)[architecture]
     ]
     l1_coefficients, learning_rates, seeds = zip(*members, strict=True)
+    options = {"initial_l0": 0} | options  # zero biases, as inputs are not centred
     return stack_config(
         architecture, site, width, l1_coefficients, learning_rates=learning_rates, seeds=seeds, **options
     )

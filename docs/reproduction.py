@@ -111,7 +111,7 @@ def draw_pursuit(records):
             axis.plot(*values(line, "l0", "loss_recovered"), **style, label=label)
     axis.set(xscale="log", xlabel="L0", ylabel="loss recovered")
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=8)
     return figure
 
 
@@ -184,7 +184,7 @@ def pursuit_rows(records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, required=True, help="folder of runs")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of runs; tables of runs that are not there stay")
     parser.add_argument("--write", type=Path, required=True, help="file whose marked tables are replaced")
     arguments = parser.parse_args()
     sites = [site for site in LEVELS if (arguments.runs / site / "report").exists()]
@@ -193,23 +193,27 @@ def main():
         site: (*read(arguments.runs / site), read(path)[0] if (path / "report").exists() else [])
         for site, path in rescaled.items()
     }
-    quickstart, _ = read(arguments.runs / "quickstart")
-    draw(runs).savefig(arguments.write.with_name("reproduction.png"), dpi=110)
-    draw_pursuit(quickstart).savefig(arguments.write.with_name("pursuit.png"), dpi=110)
-    rates = sorted({r["learning_rate"] for r in next(iter(runs.values()))[0]})
-    ks = sorted({r["ito"] for r in quickstart} - {0})
-    tables = {
-        "ratios": table(
-            ["Site", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"], ratio_rows(runs)
-        ),
-        "gamma": table(["Site", "SAEs", "L0", "Loss recovered", "γ"], gamma_rows(runs)),
-        "rates": table(["Site", "SAEs, loss recovered", *(f"{rate:g}" for rate in rates)], rate_rows(runs)),
-        "ablations": table(["Site", "Variant", "L0 at 0.85", "at 0.9", "at 0.95", "γ"], ablation_rows(runs)),
-        "rescaled": table(["Site", "λ", "L0", "Loss recovered", "γ", "Gated SAEs of this L0"], rescaled_rows(runs)),
-        "pursuit": table(
-            ["Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in ks)], pursuit_rows(quickstart)
-        ),
-    }
+    tables = {}
+    if runs:
+        draw(runs).savefig(arguments.write.with_name("reproduction.png"), dpi=110)
+        rates = sorted({r["learning_rate"] for r in next(iter(runs.values()))[0]})
+        tables |= {
+            "ratios": table(
+                ["Site", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"], ratio_rows(runs)
+            ),
+            "gamma": table(["Site", "SAEs", "L0", "Loss recovered", "γ"], gamma_rows(runs)),
+            "rates": table(["Site", "SAEs, loss recovered", *(f"{rate:g}" for rate in rates)], rate_rows(runs)),
+            "ablations": table(["Site", "Variant", "L0 at 0.85", "at 0.9", "at 0.95", "γ"], ablation_rows(runs)),
+            "rescaled": table(["Site", "λ", "L0", "Loss recovered", "γ", "Gated SAEs of this L0"], rescaled_rows(runs)),
+        }
+    if (arguments.runs / "quickstart").exists():
+        quickstart, _ = read(arguments.runs / "quickstart")
+        draw_pursuit(quickstart).savefig(arguments.write.with_name("pursuit.png"), dpi=110)
+        ks = sorted({r["ito"] for r in quickstart} - {0})
+        columns = ["Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in ks)]
+        tables["pursuit"] = table(columns, pursuit_rows(quickstart))
+    if not tables:
+        raise SystemExit(f"{arguments.runs} has no run with a report")
     text = arguments.write.read_text("utf-8")
     for name, rows in tables.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)

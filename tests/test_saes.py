@@ -139,7 +139,16 @@ def test_init_is_a_tied_random_dictionary(module):
     encoder = params["W_gate" if module is gated else "W_enc"]
     np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=-1), 1, rtol=1e-6)
     np.testing.assert_array_equal(encoder, params["W_dec"].T)
-    assert not any(np.any(value) for name, value in params.items() if not name.startswith("W"))
+    assert not any(np.any(value) for name, value in params.items() if not name.startswith("W"))  # 64 exceeds F / 2
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+@pytest.mark.parametrize(("initial_l0", "expected"), [(16, 16), (64, 64), (0, 512), (600, 512)])
+def test_about_so_many_features_are_active_before_training(module, initial_l0, expected):
+    config = module.Config(96, 1024, initial_l0=initial_l0)
+    x = jax.random.normal(jax.random.key(1), (256, 96))  # E||x||^2 = D
+    f = module.encode(module.init(jax.random.key(0), config), x, config)
+    assert (f > 0).sum(-1).mean() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("module", [gated, relu])
