@@ -24,9 +24,9 @@ ABLATIONS = {"unfrozen": "unfrozen decoder", "no_r_mag": "no r_mag", "untied": "
 LABELS = ABLATIONS | {"rescaled": "baseline + rescale & shift"}
 
 
-def read(path):
+def read(path, report="report"):
     """The records of a run's report, each with its stack's name, and its ratios."""
-    report = json.loads((path / "report" / "report.json").read_text())
+    report = json.loads((path / report / "report.json").read_text())
     for record in report["saes"]:
         record["stack"] = frontiers.identity(record)[1]
     return report["saes"], report["l0_ratios"]
@@ -206,8 +206,8 @@ def main():
             "ablations": table(["Site", "Variant", "L0 at 0.85", "at 0.9", "at 0.95", "γ"], ablation_rows(runs)),
             "rescaled": table(["Site", "λ", "L0", "Loss recovered", "γ", "Gated SAEs of this L0"], rescaled_rows(runs)),
         }
-    if (arguments.runs / "quickstart").exists():
-        quickstart, _ = read(arguments.runs / "quickstart")
+    if pursuit := sorted((arguments.runs / "quickstart").glob("report*-ito_*")):
+        quickstart, _ = read(arguments.runs / "quickstart", pursuit[-1].name)
         draw_pursuit(quickstart).savefig(arguments.write.with_name("pursuit.png"), dpi=110)
         ks = sorted({r["ito"] for r in quickstart} - {0})
         columns = ["Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in ks)]
