@@ -184,7 +184,9 @@ def pursuit_rows(records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, required=True, help="folder of runs; tables of runs that are not there stay")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder of runs; tables of runs that are not there stay"
+    )
     parser.add_argument("--write", type=Path, required=True, help="file whose marked tables are replaced")
     arguments = parser.parse_args()
     sites = [site for site in LEVELS if (arguments.runs / site / "report").exists()]

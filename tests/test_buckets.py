@@ -29,6 +29,7 @@ import gsae_jax
 from gsae_jax import config_trees
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.data import tokens as tokens_lib
 from gsae_jax.evaluation import report, tables
 from gsae_jax.lms import loading
 from gsae_jax.storage import metrics_log, paths, run_directory
@@ -244,13 +245,13 @@ def test_tokens_of_a_bucket_are_copied_to_the_machine(bucket, tmp_path, text_dir
     tokenizer = loading.load_lm().tokenizer
     source, feature = rows_lib.open_texts(data_config(tmp_path, path=str(text_dir), separator="\n"), "train")
     tokenized = []
-    real = rows_lib._tokenize
-    monkeypatch.setattr(rows_lib, "_tokenize", lambda *args: tokenized.append(args[-1]) or real(*args))
+    real = tokens_lib._tokenize
+    monkeypatch.setattr(tokens_lib, "_tokenize", lambda *args: tokenized.append(args[-1]) or real(*args))
 
     def on_machine(name, limit):
         monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / name))
         shared = paths.of("gs://bucket/data/tokens-1")
-        return rows_lib._cached_tokens(shared, rows_lib._Text(source, feature, tokenizer, 0, None, None), limit)[:]
+        return tokens_lib.cached(shared, tokens_lib.Text(source, feature, tokenizer, 0, None, None), limit)[:]
 
     first = on_machine("first", 1000)
     np.testing.assert_array_equal(on_machine("second", 500), first)

@@ -17,6 +17,7 @@ from gsae_jax import config_trees
 from gsae_jax.data import files as files_lib
 from gsae_jax.data import progress
 from gsae_jax.data import rows as rows_lib
+from gsae_jax.data import tokens as tokens_lib
 from gsae_jax.data.corpora import text as text_corpus
 from gsae_jax.lms import loading
 from gsae_jax.storage import run_directory
@@ -98,7 +99,7 @@ def test_tokens_are_prepared_once(tmp_path, tokenizer, text_dir, monkeypatch):
     def never(*args):
         raise AssertionError
 
-    monkeypatch.setattr(rows_lib, "_tokenize", never)
+    monkeypatch.setattr(tokens_lib, "_tokenize", never)
     again = rows_lib.open_rows(config, "train", tokenizer, limit=50)
     np.testing.assert_array_equal([again[i] for i in range(7)], [few[i] for i in range(7)])
 
@@ -180,7 +181,7 @@ def test_tokens_are_kept_elsewhere_if_the_text_can_only_be_read(tmp_path, tokeni
     rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
     assert f"the tokens of this text are kept in {tmp_path / 'mine'}" in capsys.readouterr().out
     assert sorted((tmp_path / "tfds").rglob("*")) == before
-    monkeypatch.setattr(rows_lib, "_tokenize", None)
+    monkeypatch.setattr(tokens_lib, "_tokenize", None)
     again = rows_lib.open_rows(config, "train", tokenizer, ALL)
     assert "are kept" not in capsys.readouterr().out
     assert again.fingerprint == rows.fingerprint
@@ -206,9 +207,9 @@ def test_a_lock_that_another_process_holds_is_named(tmp_path, capsys):
             holder.stdin.close()  # it ends
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rows_lib.logger, "warning", tell)
+            patch.setattr(tokens_lib.logger, "warning", tell)
             began = time.monotonic()
-            with rows_lib._alone(tmp_path / "folder"):
+            with tokens_lib.alone(tmp_path / "folder"):
                 pass
     ((seconds, message),) = told
     assert seconds < 1
@@ -219,7 +220,7 @@ def test_preparing_text_logs_nothing(tmp_path, tokenizer, text_dir, caplog):
     """But what it says itself; and what absl logs otherwise stays as it was."""
     before = logging.get_verbosity()
     rows_lib.open_rows(data_config(tmp_path, path=str(text_dir)), "train", tokenizer, limit=7 * 5)
-    assert {record.name for record in caplog.records} <= {"gsae_jax.data.rows"}
+    assert {record.name for record in caplog.records} <= {"gsae_jax.data.rows", "gsae_jax.data.tokens"}
     assert logging.get_verbosity() == before
 
 

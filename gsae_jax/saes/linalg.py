@@ -10,8 +10,8 @@ import numpy as np
 from gsae_jax.errors import UserError
 from gsae_jax.kernels import active
 
-# Features that are active on a token before training. The paper starts from zero biases, where half of all are: from
-# there wide dictionaries take hundreds of steps, all of them dense, to shrink their reconstructions to the inputs' size.
+# Features that are active on a token before training. With zero biases half of all features are, and wide dictionaries
+# need hundreds of steps, all of them dense, to shrink their reconstructions to the size of the inputs.
 INITIAL_L0 = 64
 
 

@@ -40,7 +40,10 @@ class Config:
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
     """Random unit decoder rows, encoder = their transpose, biases for `initial_l0`, b_dec zero."""
-    W_dec, b_enc = linalg.unit_rows(key, config.width, config.d_in), linalg.initial_bias(config.initial_l0, config.width)
+    W_dec, b_enc = (
+        linalg.unit_rows(key, config.width, config.d_in),
+        linalg.initial_bias(config.initial_l0, config.width),
+    )
     return {"W_enc": W_dec.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
 
 

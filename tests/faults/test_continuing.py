@@ -18,7 +18,7 @@ import gsae_jax
 from gsae_jax import config_trees
 from gsae_jax import train as train_command
 from gsae_jax.activations import sources
-from gsae_jax.data import rows as rows_lib
+from gsae_jax.data import tokens as tokens_lib
 from gsae_jax.errors import TrainingError
 from gsae_jax.storage import run_directory
 from gsae_jax.training import lengthening, loop
@@ -133,7 +133,7 @@ def test_text_that_turns_unreadable_is_named_and_the_run_saved(experiment, tmp_p
     loop.train(experiment, tmp_path / "whole")
     tokens = max((tmp_path / "data").glob("**/tokens.bin"), key=lambda path: path.stat().st_size)  # not the held-out
     whole = tokens.read_bytes()
-    monkeypatch.setattr(rows_lib, "RETRIES", (0, 0))
+    monkeypatch.setattr(tokens_lib, "RETRIES", (0, 0))
     placed, calls, first = sources.LanguageModel.place, [], begin_calls(experiment)
 
     def breaking(program, rows):

@@ -1,0 +1,267 @@
+"""The tokens of a split in one flat file beside the TFDS data, written once per text and tokenizer.
+
+Where the TFDS data is in a bucket, or can only be read, the machine has a copy of the file.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from etils import epy
+
+from gsae_jax.data import progress
+from gsae_jax.errors import TrainingError, UserError
+from gsae_jax.storage import paths, reading, writing
+
+with epy.lazy_imports():  # who trains on tokens of their own does not need it
+    import tensorflow_datasets as tfds
+
+logger = logging.getLogger(__name__)
+
+RETRIES = (1, 5, 25)  # seconds after which a file that cannot be read is tried again
+PATIENCE = 0.5  # seconds of waiting for another process, after which the user is warned
+FORMAT = 1  # part of the cache's key: raise it when the tokens of a text change
+
+
+class TokenFile:
+    """A flat file of tokens, sliced like an array; it is not mapped, as a file that shrinks would then end the process.
+
+    Raises:
+        TrainingError: it cannot be read, also not after a while.
+    """
+
+    def __init__(self, path: Path, known: dict[str, Any]):
+        """`known`: what `_tokenize` says of the file."""
+        self.known = known
+        self._path, self._dtype, self._count = path, np.dtype(known["dtype"]), known["tokens"]
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(self._count)
+        if step != 1:
+            return np.concatenate([self._read(at, 1) for at in range(start, stop, step)])
+        return self._read(start, stop - start)
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        size, reason = self._dtype.itemsize, None
+        for pause in (0, *RETRIES):
+            time.sleep(pause)
+            try:
+                content = os.pread(self._file, count * size, start * size)
+                if len(content) == count * size:
+                    return np.frombuffer(content, self._dtype)
+                reason = OSError(f"it has fewer than the {self._count} tokens that it had")
+            except OSError as error:
+                reason = error
+        raise TrainingError(
+            f"{self._path} cannot be read any more ({reason}); remove its folder and run the same command, which "
+            "prepares the text again and continues"
+        ) from reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Documents, and how they become tokens.
+
+    Attributes:
+        source: the documents.
+        feature: the name of their text.
+        tokenizer: of the language model.
+        separator: the token that follows each document.
+        width: tokens of each document to take, if it has as many; None to take all tokens of every document.
+        d_vocab: how many tokens the language model has embeddings for, if it is known.
+    """
+
+    source: Any
+    feature: str
+    tokenizer: Any
+    separator: int
+    width: int | None
+    d_vocab: int | None
+
+    def ids(self, examples: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The tokens of documents, without separators."""
+        return _ids(self.tokenizer, [_text(example[self.feature]) for example in examples])
+
+
+def cached(shared: paths.Path, text: Text, limit: int) -> TokenFile:
+    """The first `limit` tokens of the text (all, where it has fewer), tokenized unless the folder has as many."""
+    folder = _on_disk(shared, limit)
+    known = _known_tokens(folder, limit)
+    if known is None:
+        with alone(folder):
+            known = _known_tokens(folder, limit)
+            if known is None and not shared.local:
+                known = _download_tokens(shared, folder, limit)
+            if known is None:
+                known = _write_tokens(folder, text, limit)
+                if not shared.local:
+                    paths.copy_files(folder, shared, last="meta.json")  # there are as many tokens as it says
+    tokens = TokenFile(folder / "tokens.bin", known)
+    # They may have been kept for another language model, which has this tokenizer and more embeddings.
+    if text.d_vocab is not None and known.get("largest", np.inf) >= text.d_vocab:
+        _check_kept(tokens, text, text.d_vocab)
+    return tokens
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Held while a folder is written, so that of several processes one does the work and the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except filelock.Timeout:
+        logger.warning(f"another process is preparing this text; waiting until it releases {lock.lock_file}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _on_disk(shared: paths.Path, limit: int) -> Path:
+    """The folder itself; for one in a bucket, or one that can only be read, the folder of this machine's copy."""
+    elsewhere = (paths.of(tfds.core.constants.DATA_DIR).local or Path(tempfile.gettempdir())) / shared.name
+    folder = shared.local
+    if folder is None:
+        return elsewhere
+    if os.access(folder.parent, os.W_OK) or _known_tokens(folder, limit):
+        return folder
+    if _known_tokens(elsewhere, limit) is None:
+        logger.info(f"{folder.parent} cannot be written; the tokens of this text are kept in {elsewhere}")
+    return elsewhere
+
+
+def _known_tokens(folder: Path | paths.Path, limit: int) -> dict[str, Any] | None:
+    """What the folder holds, if that is enough and whole; otherwise it is made again."""
+    try:
+        known = reading.load_json(folder / "meta.json")
+        enough = known["complete"] or known["tokens"] >= limit
+        size = known["tokens"] * np.dtype(known["dtype"]).itemsize
+        # In a bucket, another machine may have put fewer tokens there since one wrote its meta.json.
+        return known if enough and paths.of(folder / "tokens.bin").size() >= size else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _download_tokens(shared: paths.Path, folder: Path, limit: int) -> dict[str, Any] | None:
+    """What the bucket's folder holds, if that is enough; the machine has a copy then."""
+    known = _known_tokens(shared, limit)
+    if known is None:
+        return None
+    with writing.whole_folder(folder) as scratch:
+        (shared / "tokens.bin").copy(scratch / "tokens.bin")
+        (scratch / "meta.json").write_text(json.dumps(known))
+    return known
+
+
+def _write_tokens(folder: Path, text: Text, limit: int) -> dict[str, Any]:
+    logger.info(f"tokenizing {len(text.source):,} texts; the tokens go to {folder}")
+    with writing.whole_folder(folder) as scratch:
+        largest = max(text.separator, *text.tokenizer.get_vocab().values())
+        dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
+        known = _tokenize(scratch / "tokens.bin", dtype, text, limit)
+        (scratch / "meta.json").write_text(json.dumps(known))
+        return known
+
+
+def _tokenize(path: Path, dtype: np.dtype, text: Text, limit: int) -> dict[str, Any]:
+    """Write tokens until there are `limit`, and return what `meta.json` says of them.
+
+    Returns:
+        tokens: how many are in the file.
+        complete: whether they are from all documents.
+        dtype: of the file.
+        largest: the largest token.
+        documents: how many documents were tokenized.
+        read: how many tokens they have, with separators. There are fewer in the file if it has beginnings only.
+    """
+    count, read, documents, largest = 0, 0, 0, text.separator
+    texts, chunk = len(text.source), 256
+    with open(path, "wb") as file, progress.bar("tokenizing the text", None, " tokens") as bar:
+        for start in range(0, texts, chunk):
+            documents = min(start + chunk, texts)
+            examples = text.source.__getitems__(range(start, documents))
+            parts = []
+            for example, ids in zip(examples, text.ids(examples), strict=True):
+                part = [*ids, text.separator]
+                read += len(part)
+                if text.width:
+                    part = part[: text.width] if len(part) >= text.width else []
+                most = max(part[: len(ids)], default=0)
+                if text.d_vocab is not None and most >= text.d_vocab:
+                    raise _no_embedding(text.tokenizer, most, text.d_vocab, _where(example, text.feature))
+                largest = max(largest, most)
+                count += len(part)
+                parts.append(np.array(part, dtype))
+            np.concatenate(parts).tofile(file)
+            bar.total = min(limit, count * texts // documents)
+            bar.update(count - bar.n)
+            if count >= limit:
+                break
+    return {
+        "tokens": count,
+        "complete": documents == texts,
+        "dtype": dtype.name,
+        "largest": largest,
+        "documents": documents,
+        "read": read,
+    }
+
+
+def _check_kept(tokens: TokenFile, text: Text, d_vocab: int) -> None:
+    """Raises `UserError` for a token without an embedding, with the document that has it."""
+    separators, many = 0, 2**20
+    for start in range(0, len(tokens), many):
+        part = tokens[start : start + many]
+        if part.max() >= d_vocab:
+            first = int(np.argmax(part >= d_vocab))
+            token = int(part[first])
+            last = min(separators + int((part[:first] == text.separator).sum()), len(text.source) - 1)
+            # The text of a document may have separators as well, so the token may be in an earlier one. Beginnings of
+            # documents have no separators: then the first document that has the token is named.
+            numbers = range(len(text.source)) if text.width else range(last, -1, -1)
+            example = next(each for each in map(text.source.__getitem__, numbers) if token in text.ids([each])[0])
+            raise _no_embedding(text.tokenizer, token, d_vocab, _where(example, text.feature))
+        separators += int((part == text.separator).sum())
+
+
+def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> UserError:
+    return UserError(
+        f"the tokenizer has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, which {where}, but "
+        f"this language model has embeddings for ids 0 to {d_vocab - 1}; take it out of the tokenizer or of the text",
+        "lm.path",
+    )
+
+
+def _where(example: dict[str, Any], feature: str) -> str:
+    """Which document an example is, for a sentence about a token in it."""
+    text = _text(example[feature])
+    path = f" of {_text(example['path'])}" if "path" in example else ""
+    return f"is in a document{path} that begins {text[:40]!r}"
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    try:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers has no errors of its own kind
+        raise UserError(f"the tokenizer cannot read the text: {error}", "lm.path") from error
