@@ -153,8 +153,10 @@ def test_gradients_are_the_dense_ones(name, options, F, bias, capacities, block)
 
 
 @every
-def test_a_token_over_capacity_takes_the_dense_step(name, options):
+@pytest.mark.parametrize("parts", [4, 1])
+def test_a_token_over_capacity_takes_the_dense_step(name, options, parts, monkeypatch):
     """Also where one token alone is over it."""
+    monkeypatch.setattr(features, "DENSE_PARTS", parts)
     architecture, config, params, x = case(name, options, 96, -2.0)
     x = x.at[0].multiply(4)
     encoder = contract.encoder(architecture, params, config)
