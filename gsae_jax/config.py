@@ -8,6 +8,7 @@ here. `python -m gsae_jax.settings` lists every setting.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from typing import Any, Literal
 
@@ -134,10 +135,14 @@ class Stack(Sites):
     tuple of length 1 is for every SAE. `stack_config(..., grid=True)` makes an SAE for each combination.
     """
 
-    architecture: str = setting(REQUIRED, "gated, relu, or your own architecture, such as my_package.topk or topk.py.")
+    architecture: str = setting(
+        REQUIRED, "gated, relu, topk, batch_topk, matryoshka, or your own, such as my_package.tanh or tanh.py."
+    )
     site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")
-    l1_coefficients: tuple[float, ...] = setting(REQUIRED, "Weight of the sparsity penalty (the paper's λ).")
+    l1_coefficients: tuple[float, ...] = setting(
+        (), "Weight of the sparsity penalty (the paper's λ); () for architectures that have none, such as topk."
+    )
     learning_rates: tuple[float, ...] = setting((3e-4,), "Learning rates after warm-up.")
     seeds: tuple[int, ...] = setting((0,), "Seeds of the initial parameters.")
     options: dict[str, Any] = setting(dict, "Fields of the architecture's Config, such as tie_encoder=False.")
@@ -153,8 +158,8 @@ class Stack(Sites):
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
 
     def numbers(self) -> list[tuple[float, float, int]]:
-        """(l1_coefficient, learning_rate, seed) of each SAE."""
-        columns = (self.l1_coefficients, self.learning_rates, self.seeds)
+        """(l1_coefficient, learning_rate, seed) of each SAE; NaN for a coefficient that there is not."""
+        columns = (self.l1_coefficients or (math.nan,), self.learning_rates, self.seeds)
         return list(zip(*(column * len(self) if len(column) == 1 else column for column in columns), strict=True))
 
     def __post_init__(self) -> None:
@@ -162,7 +167,7 @@ class Stack(Sites):
         _at_least("width", self.width, 1)
         for field in ("l1_coefficients", "learning_rates", "seeds", "target_l0"):
             values = getattr(self, field)
-            if field == "target_l0" and not values:
+            if field in ("l1_coefficients", "target_l0") and not values:  # `contract.build` knows who needs one
                 continue
             if not values:
                 raise UserError("has no values; write one for all SAEs of the stack, or one for each", field)
@@ -173,7 +178,7 @@ class Stack(Sites):
                     field,
                 )
         _seed("seeds", *self.seeds)
-        if min(self.l1_coefficients) < 0:
+        if min(self.l1_coefficients, default=0) < 0:
             raise UserError(f"has a negative value: {self.l1_coefficients}; write numbers >= 0", "l1_coefficients")
         if min(self.learning_rates) <= 0:
             raise UserError(f"is {self.learning_rates}; write numbers above 0", "learning_rates")
@@ -185,7 +190,7 @@ class Stack(Sites):
         for field, names in (("site", self.sites), ("target", self.targets)):
             if not names or len(set(names)) < len(names):
                 raise UserError(f"is {names}; write one site, or several that differ", field)
-        if self.target_l0 and min(self.l1_coefficients) == 0:
+        if self.target_l0 and min(self.l1_coefficients, default=1) == 0:
             raise UserError(
                 "has a 0, but target_l0 needs a positive value to start from; write a first guess such as 0.01",
                 "l1_coefficients",

@@ -51,6 +51,48 @@ def relu_sae(params, x, l1):
     return np.sum(error**2) / (B * D) + l1 * np.sum(f) / B, grads, f
 
 
+def largest(values, k, of_batch=False):
+    """Which of the values are the k largest of a row, or the len(values) * k largest of all, by a stable sort."""
+    rows = values.reshape(1, -1) if of_batch else values
+    n = k * len(values) if of_batch else k
+    on = np.zeros(rows.shape, bool)
+    np.put_along_axis(on, np.argsort(-rows, axis=1, kind="stable")[:, :n], True, axis=1)
+    return on.reshape(values.shape) & (values > 0)
+
+
+def auxk(values, residual, W_dec, dead, k):
+    """AuxK (2406.04093, appendix A.2) over the residual's variance, and its gradients by values and by W_dec."""
+    g = values * dead * largest(values * dead, k)
+    variance = np.square(residual - residual.mean(0)).mean()
+    error = g @ W_dec - residual
+    d_error = 2 * error / error.size / variance
+    return np.square(error).mean() / variance, (d_error @ W_dec.T) * (g > 0), g.T @ d_error
+
+
+def topk_sae(params, x, k, of_batch=False, sizes=(), dead=None, k_aux=0, weight=0.0):
+    """Loss, gradients and features of TopK, BatchTopK and, with sizes of prefixes, Matryoshka SAEs, by hand."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    W_dec, c = p["W_dec"], x - p["b_dec"]
+    pi = np.maximum(c @ p["W_enc"] + p["b_enc"], 0)
+    f = pi * largest(pi, k, of_batch)
+    loss, d_f, d_W_dec, d_b_dec = 0.0, np.zeros_like(f), np.zeros_like(W_dec), 0.0
+    for size in sizes or (len(W_dec),):
+        error = f[:, :size] @ W_dec[:size] + p["b_dec"] - x
+        d_x_hat = 2 * error / error.size
+        loss += np.square(error).mean()
+        d_f[:, :size] += d_x_hat @ W_dec[:size].T
+        d_W_dec[:size] += f[:, :size].T @ d_x_hat
+        d_b_dec = d_b_dec + d_x_hat.sum(0)
+    d_pi = d_f * (f > 0)
+    if weight:
+        value, by_values, by_W_dec = auxk(pi, -error, W_dec, dead, k_aux)
+        loss, d_pi, d_W_dec = loss + weight * value, d_pi + weight * by_values, d_W_dec + weight * by_W_dec
+    grads = {"W_dec": d_W_dec, "W_enc": c.T @ d_pi, "b_enc": d_pi.sum(0)}
+    grads["b_dec"] = d_b_dec - (d_pi @ p["W_enc"].T).sum(0)
+    return loss, grads, f
+
+
 def gelu_lm(tensors, config, tokens, replace=None):
     """Logits and every site of a TransformerLens GELU model; `replace` maps sites to other values."""
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}

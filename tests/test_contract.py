@@ -27,7 +27,7 @@ from gsae_jax import config_trees, measuring, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.formats import saelens
-from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.saes import contract, linalg, parameters, trained
 from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
 from tests.refusals import refused
@@ -88,7 +88,8 @@ class Case:
         d_in, d_out = tuple(SITES[site] for site in sites), None
         if kinds("d_out", architecture):
             d_out = d_in if kinds("d_out", architecture) is not int else d_in[:1]
-        config = contract.build_config(architecture, name, d_in, d_out, width, dtype, options or {})
+        few = {option: min(8, width) for option in filter(None, [contract.sparsity(architecture)])}
+        config = contract.build_config(architecture, name, d_in, d_out, width, dtype, few | (options or {}))
         return cls(name, architecture, config, sites, sites if d_out is None else sites[: len(d_out)])
 
     def params(self, seed=0):
@@ -114,7 +115,10 @@ class Case:
     def loss(self, params, activations, l1_coefficient=0.07):
         gradients, state = parameters.split(self.architecture, params)
         batch = contract.Batch(
-            self.inputs(activations), self.outputs(activations), jnp.zeros(self.config.width, bool), jnp.int32(0)
+            self.inputs(activations),
+            self.outputs(activations),
+            lambda: jnp.arange(self.config.width) % 3 == 1,  # which are dead
+            jnp.int32(0),
         )
         coefficients = {"l1_coefficient": l1_coefficient}
         return lambda trained: self.architecture.loss(trained, state, batch, coefficients, self.config), gradients
@@ -125,8 +129,11 @@ class Case:
             "architecture": self.name,
             "site": self.sites if len(self.sites) > 1 else self.sites[0],
             "width": self.config.width,
-            "l1_coefficients": (0.01, 0.03),
-            "learning_rates": (1e-2,),
+            **(
+                {"learning_rates": (1e-2, 2e-2)}
+                if contract.sparsity(self.architecture)
+                else {"l1_coefficients": (0.01, 0.03), "learning_rates": (1e-2,)}
+            ),
             "seeds": (0,),
             "options": contract.options(self.config),
         }
@@ -181,6 +188,10 @@ def test_unit_rows_are_the_same_reconstructions(name, options):
     params, inputs = case.params(), case.inputs(case.activations())
     decoder = parameters.decoder(case.architecture)
     scaled = params | {decoder: params[decoder] * jnp.linspace(0.5, 2, F)[:, None]}
+    if contract.compares_features(case.architecture):
+        with refused("", "not unit"):
+            parameters.with_unit_rows(case.architecture, scaled)
+        scaled = params | {decoder: linalg.unit(params[decoder])}
     unit = parameters.with_unit_rows(case.architecture, scaled)
     np.testing.assert_allclose(jnp.linalg.norm(unit[decoder], axis=-1), 1, rtol=1e-5)
     before, after = (
@@ -329,7 +340,7 @@ def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir
             (same,) = gsae_jax.load(tmp_path / format).values()
             np.testing.assert_allclose(same(x), saes["a_0"](x), rtol=1e-4, atol=1e-5)
         else:
-            with refused("a_0", f"'{name}'"):
+            with refused("a_0", f"'{name}"):
                 saes["a_0"].save(tmp_path / format, format)
             assert not (tmp_path / format).exists()
     recorded = json.loads((run / "config.json").read_text())

@@ -17,11 +17,13 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
 
     A stack's SAEs have one site, variant and width. Where others at the site have its name, its variant follows, and
     its width where that is not enough: SAEs that came together need not be of one kind, as dictionary_learning's
-    trainer_0 and trainer_1.
+    trainer_0 and trainer_1. Where an option says how many features are active, the stacks that differ in it alone are
+    one, which has the name of their variant without that option.
     """
     groups = defaultdict(list)
     for record in sorted(records, key=lambda record: (math.isnan(record["l0"]), record["l0"])):
-        groups[identity(record)[1], record["site"], record["variant"], record["width"]].append(record)
+        stem = record.get("frontier") or identity(record)[1]
+        groups[stem, record["site"], family(record), record["width"]].append(record)
     frontiers = {}
     for (stem, site, variant, width), members in sorted(groups.items()):
         others = [(kind, size) for same, other_site, kind, size in groups if (same, other_site) == (stem, site)]
@@ -29,6 +31,11 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
         by_width = f"/{width}" if [kind for kind, _ in others].count(variant) > 1 else ""
         frontiers[site, f"{stem}{by_variant}{by_width}"] = members
     return frontiers
+
+
+def family(record: dict[str, Any]) -> str:
+    """The variant of a record's frontier, without the option that says how many features are active."""
+    return str(record.get("frontier") or record["variant"])
 
 
 def identity(record: dict[str, Any]) -> tuple[str, str, int | str]:
@@ -67,7 +74,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
     points, about, run_of = {}, {}, {}
     measured = [r for r in records if math.isfinite(r["loss_recovered"]) and math.isfinite(r["l0"]) and not r["ito"]]
     for (site, stack), members in stacks(measured).items():
-        about[site, stack] = {"stack": stack, "variant": members[0]["variant"], "width": members[0]["width"]}
+        about[site, stack] = {"stack": stack, "variant": family(members[0]), "width": members[0]["width"]}
         for record in members:
             frontiers[site, stack][record["learning_rate"]][record["seed"]].append(record["name"])
             run_of[record["name"]] = identity(record)[0]

@@ -238,7 +238,9 @@ def _against_l0(
         order = sorted(lines, key=lambda by: (by[0], -1 if by[1] is None else by[1]))
         for number, (rate, seed) in enumerate(order):
             rates = {rate for rate, _ in lines}
-            title = f"{name} ({first['variant']}, {first['width']:,} features" + f", rate {rate:g}" * (len(rates) > 1)
+            title = f"{name} ({frontiers.family(first)}, {first['width']:,} features" + f", rate {rate:g}" * (
+                len(rates) > 1
+            )
             is_new = len(rates) > 1 and (number == 0 or order[number - 1][0] != rate)
             axis.plot(
                 [record["l0"] for record in lines[rate, seed]],

@@ -63,7 +63,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One record per measured SAE: what it is, and what it measured.
 
-    `variant` is its architecture and the options that are not the default; `ito` the number of features where they
+    `variant` is its architecture and the options that are not the default; `frontier` the same without the number of
+    active features, where that is an option; `ito` the number of features where they
     were chosen by gradient pursuit (one of `ito`), else 0; `target_l0` of `targets`, by SAE, or None; `not_finite` the
     names of parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
     """
@@ -80,6 +81,7 @@ def rows(
                 "model": model,
                 "architecture": plugins.label(sae.architecture),
                 "variant": contract.variant(sae.architecture, sae.config),
+                "frontier": contract.frontier(sae.architecture, sae.config),
                 "ito": k,
                 "site": sae.targets[0],
                 "layer": sites.layer_of(sae.targets[0]),

@@ -96,7 +96,7 @@ def _site(name: str, records: list[dict[str, Any]]) -> Site:
     rows = []
     for r in records:
         target = f"{r['target_l0']:g}" if has_target(r) else ""
-        trained_by = [f"{r['l1_coefficient']:.3g}", f"{r['learning_rate']:g}"]
+        trained_by = [number(r["l1_coefficient"], ".3g"), f"{r['learning_rate']:g}"]
         if r["ito"] or math.isnan(r["learning_rate"]):
             trained_by = ["", ""]
         rows.append(

@@ -61,7 +61,7 @@ def stack_config(
     architecture: str,
     site: str | tuple[str, ...],
     width: int,
-    l1_coefficients: Any,
+    l1_coefficients: Any = (),
     *,
     grid: bool = False,
     **settings: Any,
@@ -69,10 +69,10 @@ def stack_config(
     """A stack of an experiment: SAEs that differ only in l1 coefficient, learning rate, seed and target L0.
 
     Args:
-        architecture: "gated" or "relu"; or your own architecture, such as "my_package.topk" or "topk.py".
+        architecture: a file of `gsae_jax/saes/`, such as "gated"; or your own, as "my_package.tanh" or "tanh.py".
         site: a TransformerLens hook name, or a tuple of several.
         width: the number of features.
-        l1_coefficients: one for each SAE, or one for all.
+        l1_coefficients: one for each SAE, or one for all. Architectures such as "topk" have none, but an option `k`.
         grid: make one SAE for each combination of `l1_coefficients`, `learning_rates` and `seeds`, in the order of
             nested loops. The config then lists the values of every SAE. Each `target_l0` belongs to one of the
             `l1_coefficients`.
@@ -109,7 +109,7 @@ def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
 def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
     """The columns of a stack in which every combination of its numbers stands once; those that are empty stay so."""
     l1_coefficients, targets = stack["l1_coefficients"], stack["target_l0"]
-    sparsities = list(l1_coefficients)
+    sparsities = list(l1_coefficients or (None,))
     if targets:
         most = max(len(l1_coefficients), len(targets))
         matched = [column * most if len(column) == 1 else column for column in (l1_coefficients, targets)]
@@ -121,6 +121,8 @@ def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
         return {}
     sparsity, learning_rates, seeds = zip(*members, strict=True)
     columns = {"learning_rates": learning_rates, "seeds": seeds}
+    if not l1_coefficients:
+        return columns
     if not targets:
         return columns | {"l1_coefficients": sparsity}
     l1_coefficients, targets = zip(*sparsity, strict=True)

@@ -16,6 +16,13 @@ A file may also define these functions, for which the functions of the same name
                                       is a mean over tokens, as its statistics are
     feature_facts(params, config)     numbers [F] that describe features, by name, in the inputs' units
     from_X(params, config)            parameters of the same function as those of the architecture X
+    encode_shard(params, inputs, config, shards)   `encode` on one shard of the dictionary, where features are compared
+
+and this constant:
+
+    SPARSITY = "k"                    the option that says how many features are active. Such an architecture has no
+                                      sparsity coefficient: its stacks have no `l1_coefficients` and no `target_l0`.
+                                      Stacks that differ in this option alone are one frontier of the report
 """
 
 import dataclasses
@@ -25,6 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
+import jax.numpy as jnp
 
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, plugins
@@ -115,13 +123,53 @@ class Statistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """What crosses the shards of a dictionary; `axis` is the mesh's, or None where one device has all features."""
+    """What crosses the shards of a dictionary, and of a batch.
+
+    Attributes:
+        axis: of the mesh, along which features lie; None where one device has all of them.
+        data: along which tokens lie. Losses are means over tokens, so only what compares tokens needs it.
+    """
 
     axis: str | None = None
+    data: str | None = None
+
+    @property
+    def count(self) -> int:
+        """How many shards the dictionary has."""
+        return 1 if self.axis is None else jax.lax.axis_size(self.axis)
 
     def sum(self, tree: Any) -> Any:
-        """The sum over shards of every array of a tree."""
+        """The sum over shards of the dictionary of every array of a tree."""
         return tree if self.axis is None else jax.lax.psum(tree, self.axis)
+
+    def batch_size(self, tokens: int) -> int:
+        """Tokens of the whole batch, where each shard has so many."""
+        return tokens if self.data is None else tokens * jax.lax.axis_size(self.data)
+
+    def batch_mean(self, value: jax.Array) -> jax.Array:
+        """The mean over shards of the batch; for values without a gradient."""
+        return value if self.data is None else jax.lax.pmean(value, self.data)
+
+    def sum_over_batch(self, value: jax.Array) -> jax.Array:
+        """The sum over shards of dictionary and batch; for values without a gradient."""
+        axes = tuple(axis for axis in (self.axis, self.data) if axis is not None)
+        return jax.lax.psum(value, axes) if axes else value
+
+    def before(self, value: jax.Array) -> jax.Array:
+        """The sum over the shards with earlier features."""
+        return _before(value, self.axis)
+
+    def tokens_before(self, value: jax.Array) -> jax.Array:
+        """The sum over the shards with earlier tokens."""
+        return _before(value, self.data)
+
+
+def _before(value: jax.Array, axis: str | None) -> jax.Array:
+    if axis is None:
+        return jnp.zeros_like(value)
+    every = jax.lax.all_gather(value, axis)
+    earlier = jnp.arange(len(every)) < jax.lax.axis_index(axis)
+    return jnp.tensordot(earlier.astype(value.dtype), every, 1)
 
 
 WHOLE = Shards()
@@ -171,7 +219,7 @@ class Trainable(Architecture, Protocol):
             params: those that gradients train; of the features, this shard's.
             state: the others.
             batch: of this shard of the data.
-            coefficients: `l1_coefficient`.
+            coefficients: `l1_coefficient`; NaN for an architecture that has none.
             config: the architecture's.
             shards: sums what each shard of the dictionary contributes.
         """
@@ -248,10 +296,17 @@ def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tup
         dtype: of the matrix products' operands.
 
     Raises:
-        UserError: as `trainable` and `build_config`.
+        UserError: as `trainable` and `build_config`, and for a coefficient that is missing or that there is not.
     """
     with errors.about("architecture"):
         architecture = trainable(stack.architecture)
+    option = sparsity(architecture)
+    if option is None and not stack.l1_coefficients:
+        raise UserError("has no values; write one for all SAEs of the stack, or one for each", "l1_coefficients")
+    for field in ("l1_coefficients", "target_l0"):
+        if option is not None and (value := getattr(stack, field)):
+            what = f"is {value}, but {stack.architecture!r} has no sparsity coefficient"
+            raise UserError(f"{what}; leave it out, and write the option {option} instead", field)
     d_in = tuple(widths[site] for site in stack.sites)
     d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
     sae = build_config(architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options)
@@ -323,13 +378,26 @@ def options(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def variant(architecture: str, config: Any) -> str:
+def sparsity(architecture: Architecture) -> str | None:
+    """The option that says how many features are active, of an architecture without a sparsity coefficient."""
+    return getattr(architecture, "SPARSITY", None)
+
+
+def frontier(architecture: str, config: Any) -> str:
+    """The variant without the option that says how many features are active; "" if that is a coefficient."""
+    option = sparsity(module_of(architecture))
+    return variant(architecture, config, without=option) if option else ""
+
+
+def variant(architecture: str, config: Any, without: str | None = None) -> str:
     """The architecture and its options that are not the default: "gated", "gated tie_encoder=False", "topk.py"."""
     defaults = {
         setting.name: setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
         for setting in dataclasses.fields(config)
     }
-    changed = [f"{name}={value}" for name, value in options(config).items() if value != defaults[name]]
+    changed = [
+        f"{name}={value}" for name, value in options(config).items() if value != defaults[name] and name != without
+    ]
     return " ".join([plugins.label(architecture), *changed])
 
 
@@ -344,6 +412,19 @@ def gate(architecture: Architecture, params: Params, inputs: Activations, config
     """Which features [B, F] are switched on."""
     own = getattr(architecture, "gate", None)
     return own(params, inputs, config) if own else architecture.encode(params, inputs, config) != 0
+
+
+def encode_shard(
+    architecture: Architecture, params: Params, inputs: Activations, config: Any, shards: Shards
+) -> jax.Array:
+    """Activations of the features of one shard of the dictionary."""
+    own = getattr(architecture, "encode_shard", None)
+    return own(params, inputs, config, shards) if own else architecture.encode(params, inputs, config)
+
+
+def compares_features(architecture: Architecture) -> bool:
+    """Whether `encode` compares features with each other, so that one's activation depends on the others'."""
+    return hasattr(architecture, "encode_shard")
 
 
 def frozen(architecture: Architecture, config: Any) -> frozenset[str]:

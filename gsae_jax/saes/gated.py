@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.errors import UserError
-from gsae_jax.saes import linalg
+from gsae_jax.saes import linalg, selection
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
 from gsae_jax.saes.features import AllFeatures, Encoder, Features
 
@@ -44,6 +44,10 @@ class Config:
         freeze_aux_decoder: the auxiliary reconstruction does not train the decoder.
         only_magnitude: r_mag and b_mag alone are trained: rescale and shift, for a stack that starts from a baseline.
         initial_l0: about how many features are active on a token before training; 0 = half of them, by zero biases.
+        auxk_coefficient: weight of a loss that opens gates of dead features, as an alternative to resampling: those of
+            largest pi_gate explain the residual by 1 + ELU(pi_gate), through the frozen decoder
+            (`selection.auxiliary_error`). 0 = none; TopK SAEs take 1/32.
+        k_aux: dead features of a token that explain it; 0 = half of `d_in`.
         dtype: of the matrix products' operands.
     """
 
@@ -54,10 +58,16 @@ class Config:
     freeze_aux_decoder: bool = True
     only_magnitude: bool = False
     initial_l0: int = linalg.INITIAL_L0
+    auxk_coefficient: float = 0.0
+    k_aux: int = 0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         linalg.check_initial_l0(self.initial_l0)
+        selection.check_auxk(self.auxk_coefficient, self.k_aux)
+        if self.auxk_coefficient and self.only_magnitude:
+            why = "but only_magnitude=True leaves gates as they are; write 0"
+            raise UserError(f"is {self.auxk_coefficient:g}, {why}", "auxk_coefficient")
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
@@ -134,8 +144,9 @@ def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax
 
 
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder | None:
-    """The encoder of gates; None if the encoder is untied, because magnitudes then need a dense product."""
-    return Encoder(params["W_gate"], params["b_dec"], params["b_gate"]) if config.tie_encoder else None
+    """The encoder of gates; None if AuxK needs closed gates, or an untied encoder a product of its own."""
+    by_active = config.tie_encoder and not config.auxk_coefficient
+    return Encoder(params["W_gate"], params["b_dec"], params["b_gate"]) if by_active else None
 
 
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -206,5 +217,11 @@ def loss(
     means = linalg.error_statistics(x_BxD, x_hat)
     auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
     total = means["mse"] + coefficients["l1_coefficient"] * l1 + auxiliary
+    if config.auxk_coefficient:
+        # A dead feature's gate is closed, so that ReLU(pi_gate) would have no gradient. This is positive and has one.
+        almost_BxF = 1 + jax.nn.elu(pi_gate)
+        W_dec = jax.lax.stop_gradient(params["W_dec"])
+        means["auxk"] = selection.auxiliary_error(almost_BxF, x_BxD - x_hat, W_dec, batch.dead(), config, shards)
+        total += config.auxk_coefficient * means["auxk"]
     means |= {"loss": total, "l1": l1, "auxiliary": auxiliary, "l0": l0}
     return total, Statistics(means, features.any(f > 0), {})

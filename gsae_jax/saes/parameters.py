@@ -123,7 +123,8 @@ def with_unit_rows(architecture: Architecture, params: Params) -> Params:
     """The same reconstructions from unit rows of the decoder, as training has them: features take the rows' norms.
 
     Raises:
-        UserError: a row of zeros, which has no direction, or numbers that are not finite.
+        UserError: a row of zeros, which has no direction, numbers that are not finite, or rows that are not unit of an
+            architecture that compares features, and would choose others in other units.
     """
     if names := not_finite(architecture, params):
         raise UserError(f"has numbers in {', '.join(names)} that are not finite; write SAEs without such numbers")
@@ -133,6 +134,11 @@ def with_unit_rows(architecture: Architecture, params: Params) -> Params:
         raise UserError(f"has {dead} features whose decoder row is zero; write SAEs without such features")
     if jnp.abs(norms_F - 1).max() < 1e-5:
         return params
+    if contract.compares_features(architecture):
+        raise UserError(
+            "has decoder rows that are not unit. Its features are compared with each other, and would be chosen "
+            "differently with unit rows; write SAEs with unit rows"
+        )
     scaled = dict(params)
     for name, value in params.items():
         parameter = architecture.PARAMETERS[name]

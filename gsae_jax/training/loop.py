@@ -259,7 +259,11 @@ class _Loop:
         stack, _, name = config.checkpoint.keep_best.partition("/")
         score = float(jax.device_get(call.statistics[stack][name]).mean()) if stack else math.nan
         divergence.look(call.step, call.statistics, call.tokens)
-        l1_coefficients = {name: jax.device_get(s.l1_coefficient).tolist() for name, s in state.stacks.items()}
+        l1_coefficients = {
+            name: jax.device_get(stack.l1_coefficient).tolist()
+            for name, stack in state.stacks.items()
+            if config.stacks[name].l1_coefficients
+        }
         facts: Facts = dataclasses.replace(self._facts, l1_coefficients=l1_coefficients, skips=divergence.skips)
         params, rest = starting.saved_parts(state, config.checkpoint.buffer)
         position, best = self._prepared.stream.get_state(), score if math.isfinite(score) else None

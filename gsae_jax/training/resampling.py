@@ -121,7 +121,7 @@ def _squared_errors(
 ) -> jax.Array:
     """[B], of an SAE whose features lie along `latent`: the sum over the sites that it writes."""
     sae_inputs, targets = stack.batch(inputs(x))
-    f_BxF = stack.architecture.encode(params, sae_inputs, stack.sae)
+    f_BxF = contract.encode_shard(stack.architecture, params, sae_inputs, stack.sae, contract.Shards("latent", "data"))
     biases = [parameters.output_bias(stack.architecture, site) for site in range(len(stack.config.targets))]
     # A shard decodes its own features; the biases are added once.
     without = params | {name: jnp.zeros_like(params[name]) for name in biases if name in params}

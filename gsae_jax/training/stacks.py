@@ -28,7 +28,7 @@ class StackState:
     Attributes:
         params: the architecture's parameters, and the state that it has besides.
         second_moments: the optimiser's state.
-        l1_coefficient: [N]; moves where the stack has a target of L0.
+        l1_coefficient: [N]; moves where the stack has a target of L0. NaN where the architecture has none.
         learning_rate: [N], before the schedule's factor.
         steps_since_fired: [N, F], updates since a feature was last active on any token of a batch.
         skipped: [N], updates that were not made because the loss or a gradient was not finite.
@@ -203,7 +203,7 @@ class Stack:
         """
         table = self.architecture.PARAMETERS
         frozen = contract.frozen(self.architecture, self.sae)
-        shards = contract.Shards("latent")
+        shards = contract.Shards("latent", "data")
 
         def whole(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
             return {
@@ -280,7 +280,8 @@ class Stack:
         if self.config.target_l0:
             excess = jnp.log(statistics["l0"] / jnp.array(self.config.target_l0))
             l1_coefficient = l1_coefficient * jnp.exp(gain * jnp.clip(excess, -1, 1))
-        statistics["l1_coefficient"] = state.l1_coefficient
+        if self.config.l1_coefficients:
+            statistics["l1_coefficient"] = state.l1_coefficient
         return dataclasses.replace(
             state,
             params=params,

@@ -1,0 +1,71 @@
+"""The BatchTopK SAE (Bussmann et al. 2024, 2412.06410): a batch has its B * k largest features, tokens differ.
+
+pi    = ReLU((x - b_dec) @ W_enc + b_enc)
+f     = pi of the B * k largest of the batch, else 0        in training
+f     = pi where pi > threshold, else 0                     afterwards, as features then do not depend on other tokens
+x_hat = f @ W_dec + b_dec
+loss  = ||x - x_hat||^2 / D + auxk_coefficient * AuxK       (`selection.auxiliary_error`)
+
+The threshold is a running mean over training batches of the smallest value that is selected. It is 0 before training:
+then all positive features are active, as in a ReLU SAE. The batch is that of all devices. `topk` says of which units
+the constants are, and which learning rate others take.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax.saes import linalg, relu, selection, topk
+from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
+
+# Every feature has the same threshold until rows of the decoder are made unit, which changes the units of features.
+PARAMETERS = relu.PARAMETERS | {"threshold": Parameter(("width",), Role.FEATURE, trained=False)}
+SPARSITY = "k"
+DECAY = 0.99  # of the running threshold, in a step
+
+shifted, decode = relu.shifted, relu.decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(topk.Config):
+    """As of `topk`; `k` is the mean number of active features of a token."""
+
+
+def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
+    """Random unit decoder rows, encoder = their transpose, biases and thresholds zero."""
+    return relu.init(key, config) | {"threshold": jnp.zeros(config.width)}
+
+
+def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
+    """Feature activations [B, F]."""
+    f_BxF = relu.encode(params, x_BxD, config)
+    # NaN <= 0 is False, so that a feature that is not a number shows.
+    return jnp.where(f_BxF <= jax.nn.relu(params["threshold"])[None], 0, f_BxF)
+
+
+def loss(
+    params: dict[str, jax.Array],
+    state: dict[str, jax.Array],
+    batch: Batch,
+    coefficients: Mapping[str, jax.typing.ArrayLike],
+    config: Config,
+    shards: Shards = WHOLE,
+) -> tuple[jax.Array, Statistics]:
+    """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
+    pi_BxF, f_BxF, state = selected(params, state, batch.inputs, config, shards)
+    x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype)) + params["b_dec"][None]
+    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hat_BxD, config, shards, state=state)
+
+
+def selected(
+    params: dict[str, jax.Array], state: dict[str, jax.Array], x_BxD: jax.Array, config: Any, shards: Shards
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """(ReLU(pi), f, the next state) of a batch, each of the first two [B, F]."""
+    pi_BxF = topk.activations(params, x_BxD, config)
+    largest = selection.largest(pi_BxF, config.k, shards, of_batch=True)
+    before_F, here = state["threshold"], largest.smallest[0]
+    after_F = jnp.where(before_F > 0, DECAY * before_F + (1 - DECAY) * here, here)
+    return pi_BxF, jnp.where(largest.on, pi_BxF, 0), {"threshold": after_F}

@@ -1,0 +1,121 @@
+"""The TopK SAE (Gao et al. 2024, 2406.04093): each token has its k largest features.
+
+pi    = (x - b_dec) @ W_enc + b_enc
+f     = ReLU(pi) of the k largest of a token, else 0
+x_hat = f @ W_dec + b_dec
+loss  = ||x - x_hat||^2 / D + auxk_coefficient * AuxK        (`selection.auxiliary_error`)
+
+There is no sparsity coefficient: `k` is L0, where so many pre-activations are positive. The paper divides the squared
+error by the variance of x; here E||x||^2 = D, so that the error over D is nearly the same number, and the coefficient
+1/32 of AuxK is the paper's. Their best learning rate falls as 1 / sqrt(width): dictionary_learning takes
+2e-4 / sqrt(width / 2**14).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gsae_jax.errors import UserError
+from gsae_jax.saes import linalg, relu, selection
+from gsae_jax.saes.contract import WHOLE, Batch, Shards, Statistics
+
+PARAMETERS = relu.PARAMETERS
+SPARSITY = "k"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape and options.
+
+    Attributes:
+        d_in: width of the site.
+        width: features.
+        k: active features of a token, at most.
+        auxk_coefficient: weight of the loss by which dead features learn to explain the residual; 0 = none.
+        k_aux: dead features of a token that explain it; 0 = half of `d_in`.
+        dtype: of the matrix products' operands.
+    """
+
+    d_in: int
+    width: int
+    k: int = 32
+    auxk_coefficient: float = 1 / 32
+    k_aux: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.width:
+            raise UserError(f"is {self.k}; write active features per token, from 1 to the width ({self.width})", "k")
+        selection.check_auxk(self.auxk_coefficient, self.k_aux)
+
+
+init, shifted, decode = relu.init, relu.shifted, relu.decode
+
+
+def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
+    """Feature activations [B, F]."""
+    return encode_shard(params, x_BxD, config, WHOLE)
+
+
+def encode_shard(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any, shards: Shards) -> jax.Array:
+    """Those of one shard of the dictionary."""
+    f_BxF = relu.encode(params, x_BxD, config)
+    return jnp.where(selection.largest(f_BxF, config.k, shards).on, f_BxF, 0)
+
+
+def loss(
+    params: dict[str, jax.Array],
+    state: dict[str, jax.Array],
+    batch: Batch,
+    coefficients: Mapping[str, jax.typing.ArrayLike],
+    config: Config,
+    shards: Shards = WHOLE,
+) -> tuple[jax.Array, Statistics]:
+    """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
+    pi_BxF = activations(params, batch.inputs, config)
+    f_BxF = jnp.where(selection.largest(pi_BxF, config.k, shards).on, pi_BxF, 0)
+    x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype)) + params["b_dec"][None]
+    return with_auxiliary(params, batch, pi_BxF, f_BxF, x_hat_BxD, config, shards)
+
+
+def activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
+    """ReLU(pi) [B, F] of all features, for training."""
+    product_BxF = linalg.centred_product(x_BxD, params["b_dec"], params["W_enc"], config.dtype)
+    return jax.nn.relu(product_BxF + params["b_enc"][None])
+
+
+def with_auxiliary(
+    params: dict[str, jax.Array],
+    batch: Batch,
+    pi_BxF: jax.Array,
+    f_BxF: jax.Array,
+    x_hat_BxD: jax.Array,
+    config: Any,
+    shards: Shards,
+    squared_error: jax.Array | None = None,
+    state: dict[str, jax.Array] | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """The loss and its statistics from what a selection gives.
+
+    Args:
+        params: of the SAE.
+        batch: which it is of.
+        pi_BxF: `activations`.
+        f_BxF: the same of the selected features, else 0.
+        x_hat_BxD: the reconstruction.
+        config: with the options of AuxK.
+        shards: of dictionary and batch.
+        squared_error: what AuxK is added to; by default that of the reconstruction, over D.
+        state: the next values of what no gradient trains.
+    """
+    l0 = shards.sum(jnp.sum(f_BxF > 0, dtype=jnp.float32) / len(f_BxF))
+    means = linalg.error_statistics(batch.inputs, x_hat_BxD) | {"l0": l0}
+    total = means["mse"] if squared_error is None else squared_error
+    if config.auxk_coefficient:
+        residual_BxD = batch.inputs - x_hat_BxD
+        means["auxk"] = selection.auxiliary_error(pi_BxF, residual_BxD, params["W_dec"], batch.dead(), config, shards)
+        total += config.auxk_coefficient * means["auxk"]
+    return total, Statistics(means | {"loss": total}, (f_BxF > 0).any(0), state or {})

@@ -1,0 +1,210 @@
+"""Selections of the largest features, the architectures that make them, and dead features that explain residuals."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import gsae_jax
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.saes import batch_topk, contract, gated, matryoshka, selection, topk
+from gsae_jax.training import loop
+from tests import references
+from tests.refusals import refused
+
+SITE = "blocks.0.hook_mlp_out"
+D, F, B, K = 12, 64, 32, 6
+ON_A_MESH = contract.Shards("latent", "data")
+KINDS = {topk: {}, batch_topk: {"of_batch": True}, matryoshka: {"of_batch": True, "sizes": (2, 6, 14, 30, 64)}}
+by_kind = pytest.mark.parametrize("module", KINDS, ids=lambda module: module.__name__.rpartition(".")[2])
+
+
+def on_mesh(function, shape, *out_specs):
+    """The function of values [B, F], on devices that share tokens and features."""
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape), jax.devices()[: math.prod(shape)])
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("data", "latent"), out_specs=out_specs[0]))
+
+
+def values(case, width):
+    rng = np.random.default_rng(width)
+    normal = rng.normal(size=(16, width)).astype(np.float32)
+    match case:
+        case "normal":
+            return normal
+        case "ties":
+            return np.round(2 * normal) / 2
+        case "all equal":
+            return np.ones_like(normal)
+        case "few positive":
+            return np.where(rng.random(normal.shape) < 2 / width, np.abs(normal), -1)
+        case "none positive":
+            return -np.abs(normal)
+        case "in one token":  # more than there are slots for
+            normal[3] = np.abs(normal[3]) + 9
+            return normal
+
+
+@pytest.mark.parametrize("of_batch", [False, True])
+@pytest.mark.parametrize(("width", "k"), [(64, 4), (2048, 8)])  # by full counts, and by maxima of groups
+def test_selections_are_those_of_a_full_sort(width, k, of_batch):
+    select = {
+        shape: on_mesh(lambda x: selection.largest(x, k, ON_A_MESH, of_batch).on, shape, P("data", "latent"))
+        for shape in ((1, 1), (2, 4), (8, 1))
+    }
+    alone = jax.jit(lambda x: selection.largest(x, k, of_batch=of_batch))
+    for case in ("normal", "ties", "all equal", "few positive", "none positive", "in one token"):
+        x = values(case, width)
+        expected = references.largest(x, k, of_batch)
+        on, smallest = alone(x)
+        np.testing.assert_array_equal(on, expected, err_msg=case)
+        least = np.where(expected, x, np.inf).min(None if of_batch else 1, keepdims=True)
+        room = expected.sum(None if of_batch else 1, keepdims=True) < k * (len(x) if of_batch else 1)
+        np.testing.assert_array_equal(smallest, np.where(room, 0, least), err_msg=case)
+        for shape, function in select.items():
+            np.testing.assert_array_equal(function(x), expected, err_msg=f"{case} {shape}")
+
+
+def test_a_value_that_is_not_a_number_is_selected():
+    x = np.ones((2, 8), np.float32)
+    x[0, 5], x[1, 6] = np.nan, -np.nan
+    assert np.argmax(selection.largest(jnp.asarray(x), 1).on, 1).tolist() == [5, 6]
+
+
+def random_params(module, config, seed=0):
+    params = module.init(jax.random.key(seed), config)
+    keys = jax.random.split(jax.random.key(seed + 1), len(params))
+    return {
+        name: value + 0.3 * jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, params.items(), strict=True)
+    }
+
+
+def batch_of(x, dead_F):
+    return contract.Batch(x, x, lambda: dead_F, jnp.int32(0))
+
+
+@by_kind
+def test_loss_and_gradients_match_float64(module):
+    config = module.Config(D, F, k=K, k_aux=5)
+    params, x = random_params(module, config), jax.random.normal(jax.random.key(5), (B, D)) + 0.5
+    dead_F = jnp.arange(F) % 4 == 1
+    state = {"threshold": params.pop("threshold")} if "threshold" in params else {}
+
+    def loss(params):
+        return module.loss(params, state, batch_of(x, dead_F), {}, config)
+
+    (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    aux = {"dead": np.asarray(dead_F), "k_aux": 5, "weight": 1 / 32}
+    expected, expected_grads, f = references.topk_sae(params, x, K, **KINDS[module], **aux)
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert statistics.means["l0"] == pytest.approx((f > 0).sum(1).mean())
+    np.testing.assert_array_equal(statistics.fired, (f > 0).any(0))
+    for name, grad in grads.items():
+        scale = np.abs(expected_grads[name]).max()
+        np.testing.assert_allclose(grad, expected_grads[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+    if state:
+        before, here = np.asarray(state["threshold"]), f[f > 0].min()
+        after = np.where(before > 0, 0.99 * before + 0.01 * here, here)
+        np.testing.assert_allclose(statistics.state["threshold"], after, rtol=1e-5)
+    else:
+        np.testing.assert_allclose(module.encode(params, x, config), f, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_auxk_of_a_gated_sae_matches_float64(freeze):
+    """Beside the loss of a gated SAE, by pi_gate alone: the decoder is frozen, and so is the residual."""
+    config = gated.Config(D, F, auxk_coefficient=0.5, k_aux=5, freeze_aux_decoder=freeze)
+    params, x = random_params(gated, config), jax.random.normal(jax.random.key(5), (B, D)) + 0.5
+    dead_F = jnp.arange(F) % 4 == 1
+
+    def loss(params):
+        return gated.loss(params, {}, batch_of(x, dead_F), {"l1_coefficient": 0.07}, config)[0]
+
+    value, grads = jax.value_and_grad(loss)(params)
+    p = {name: np.asarray(array, np.float64) for name, array in params.items()}
+    expected, expected_grads, f = references.gated_sae(params, x, 0.07, freeze=freeze)
+    c = np.asarray(x, np.float64) - p["b_dec"]
+    pi_gate = c @ p["W_gate"] + p["b_gate"]
+    almost, slope = np.where(pi_gate > 0, 1 + pi_gate, np.exp(pi_gate)), np.where(pi_gate > 0, 1, np.exp(pi_gate))
+    auxk, by_values, _ = references.auxk(almost, c - f @ p["W_dec"], p["W_dec"], np.asarray(dead_F), 5)
+    d_pi_gate = 0.5 * by_values * slope
+    assert value == pytest.approx(expected + 0.5 * auxk, rel=1e-5)
+    expected_grads["W_gate"] += c.T @ d_pi_gate
+    expected_grads["b_gate"] += d_pi_gate.sum(0)
+    expected_grads["b_dec"] -= (d_pi_gate @ p["W_gate"].T).sum(0)
+    for name, grad in grads.items():
+        scale = np.abs(expected_grads[name]).max()
+        np.testing.assert_allclose(grad, expected_grads[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["none is dead", "nothing to explain"])
+def test_auxk_is_zero_with_finite_gradients(case):
+    config = topk.Config(D, F, k=K)
+    params = random_params(topk, config)
+    dead_F = jnp.full(F, case != "none is dead")
+    residual = jnp.zeros((B, D)) if case != "none is dead" else jnp.ones((B, D)) * jnp.arange(B)[:, None]
+
+    def error(W_dec):
+        return selection.auxiliary_error(jnp.ones((B, F)), residual, W_dec, dead_F, config)
+
+    value, grad = jax.value_and_grad(error)(params["W_dec"])
+    assert value == 0
+    assert not grad.any()
+
+
+def test_a_batch_topk_sae_is_a_relu_sae_before_training_and_a_jumprelu_afterwards():
+    config = batch_topk.Config(D, F, k=K)
+    x = jax.random.normal(jax.random.key(5), (B, D))
+    params = batch_topk.init(jax.random.key(0), config)
+    pi = np.maximum(x @ params["W_enc"], 0)
+    np.testing.assert_allclose(batch_topk.encode(params, x, config), pi, atol=1e-6)
+    f = batch_topk.encode(params | {"threshold": jnp.full(F, 0.7)}, x, config)
+    np.testing.assert_allclose(f, pi * (pi > 0.7), atol=1e-6)
+
+
+def test_options_and_coefficients_that_do_not_fit():
+    widths = {SITE: D}
+    for architecture, settings, field, fact in (
+        ("topk", {"k": 0}, "options.k", "from 1 to"),
+        ("topk", {"k": F + 1}, "options.k", "from 1 to"),
+        ("batch_topk", {"auxk_coefficient": -1.0}, "options.auxk_coefficient", "0 for none"),
+        ("topk", {"k_aux": -1}, "options.k_aux", "half of d_in"),
+        ("matryoshka", {"prefixes": (0.5, 0.25, 1.0)}, "options.prefixes", "ascend"),
+        ("matryoshka", {"prefixes": (0.5,)}, "options.prefixes", "ascend"),
+        ("topk", {"l1_coefficients": (0.1,)}, "l1_coefficients", "the option k"),
+        ("topk", {"target_l0": (5.0,)}, "target_l0", "the option k"),
+        ("gated", {}, "l1_coefficients", "no values"),
+        (
+            "gated",
+            {"l1_coefficients": (0.1,), "only_magnitude": True, "auxk_coefficient": 1.0},
+            "options.auxk_coefficient",
+            "only_magnitude",
+        ),
+    ):
+        stack = gsae_jax.stack_config(architecture, SITE, F, **settings)
+        with refused(field, fact):
+            contract.build(gsae_jax.experiment(stacks={"a": stack}).stacks["a"], widths, "float32")
+
+
+def test_a_grid_without_coefficients():
+    stack = gsae_jax.stack_config("topk", SITE, F, k=4, learning_rates=(1e-3, 2e-3), seeds=(0, 1), grid=True)
+    assert (stack.learning_rates, stack.seeds) == ((1e-3, 1e-3, 2e-3, 2e-3), (0, 1, 0, 1))
+    assert len(gsae_jax.experiment(stacks={"a": stack}).stacks["a"]) == 4
+
+
+def test_stacks_that_differ_in_k_are_one_frontier(config_dict, tmp_path):
+    """A run of two beside a baseline, with dead features; it is measured, drawn and compared."""
+    relu = config_dict.stacks.baseline
+    config_dict.stacks = {"baseline": relu} | {
+        f"topk_{k}": gsae_jax.stack_config("topk", SITE, F, k=k, learning_rates=(1e-2,)) for k in (4, 8)
+    }
+    config_dict.train.dead_after, config_dict.train.step = 2, "auto"
+    saes = gsae_jax.fit(config_dict, tmp_path / "run")
+    assert math.isnan(saes["topk_4_0"].l1_coefficient)
+    assert (np.asarray(saes["topk_8_0"].encode(np.ones((3, 32), np.float32))) > 0).sum(1).max() <= 8
