@@ -1,8 +1,7 @@
 """Selections of the largest features, the architectures that make them, and dead features that explain residuals."""
 
-import dataclasses
+import json
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,15 @@ from jax.sharding import PartitionSpec as P
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import batch_topk, contract, gated, matryoshka, selection, topk
-from gsae_jax.training import loop
 from tests import references
 from tests.refusals import refused
 
 SITE = "blocks.0.hook_mlp_out"
 D, F, B, K = 12, 64, 32, 6
-ON_A_MESH = contract.Shards("latent", "data")
 KINDS = {topk: {}, batch_topk: {"of_batch": True}, matryoshka: {"of_batch": True, "sizes": (2, 6, 14, 30, 64)}}
 by_kind = pytest.mark.parametrize("module", KINDS, ids=lambda module: module.__name__.rpartition(".")[2])
-
-
-def on_mesh(function, shape, *out_specs):
-    """The function of values [B, F], on devices that share tokens and features."""
-    mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape), jax.devices()[: math.prod(shape)])
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("data", "latent"), out_specs=out_specs[0]))
 
 
 def values(case, width):
@@ -50,30 +42,42 @@ def values(case, width):
             return normal
 
 
+CASES = ("normal", "ties", "all equal", "few positive", "none positive", "in one token")
+
+
 @pytest.mark.parametrize("of_batch", [False, True])
 @pytest.mark.parametrize(("width", "k"), [(64, 4), (2048, 8)])  # by full counts, and by maxima of groups
 def test_selections_are_those_of_a_full_sort(width, k, of_batch):
-    select = {
-        shape: on_mesh(lambda x: selection.largest(x, k, ON_A_MESH, of_batch).on, shape, P("data", "latent"))
-        for shape in ((1, 1), (2, 4), (8, 1))
-    }
-    alone = jax.jit(lambda x: selection.largest(x, k, of_batch=of_batch))
-    for case in ("normal", "ties", "all equal", "few positive", "none positive", "in one token"):
+    select = jax.jit(lambda x: selection.largest(x, k, of_batch=of_batch))
+    for case in CASES:
         x = values(case, width)
         expected = references.largest(x, k, of_batch)
-        on, smallest = alone(x)
+        on, smallest = select(x)
         np.testing.assert_array_equal(on, expected, err_msg=case)
-        least = np.where(expected, x, np.inf).min(None if of_batch else 1, keepdims=True)
-        room = expected.sum(None if of_batch else 1, keepdims=True) < k * (len(x) if of_batch else 1)
-        np.testing.assert_array_equal(smallest, np.where(room, 0, least), err_msg=case)
-        for shape, function in select.items():
-            np.testing.assert_array_equal(function(x), expected, err_msg=f"{case} {shape}")
+        axis = None if of_batch else 1
+        least = np.where(expected, x, np.inf).min(axis, keepdims=True)
+        has_room = expected.sum(axis, keepdims=True) < k * (len(x) if of_batch else 1)
+        np.testing.assert_array_equal(smallest, np.where(has_room, 0, least), err_msg=case)
+
+
+@pytest.mark.parametrize(("width", "shape"), [(64, (2, 4)), (2048, (2, 4)), (64, (8, 1))])
+def test_a_mesh_selects_as_one_device(width, shape):
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape))
+    shards = contract.Shards("latent", "data")
+
+    def select(x):
+        return selection.largest(x, 8, shards).on, selection.largest(x, 8, shards, of_batch=True).on
+
+    select = jax.jit(jax.shard_map(select, mesh=mesh, in_specs=P("data", "latent"), out_specs=P("data", "latent")))
+    for x in (np.concatenate([values(case, width) for case in CASES]), values("ties", width), values("normal", width)):
+        for on, of_batch in zip(select(x), (False, True), strict=True):
+            np.testing.assert_array_equal(on, references.largest(x, 8, of_batch))
 
 
 def test_a_value_that_is_not_a_number_is_selected():
     x = np.ones((2, 8), np.float32)
     x[0, 5], x[1, 6] = np.nan, -np.nan
-    assert np.argmax(selection.largest(jnp.asarray(x), 1).on, 1).tolist() == [5, 6]
+    assert np.argmax(jax.jit(lambda x: selection.largest(x, 1).on)(x), 1).tolist() == [5, 6]
 
 
 def random_params(module, config, seed=0):
@@ -99,7 +103,7 @@ def test_loss_and_gradients_match_float64(module):
     def loss(params):
         return module.loss(params, state, batch_of(x, dead_F), {}, config)
 
-    (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, statistics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     aux = {"dead": np.asarray(dead_F), "k_aux": 5, "weight": 1 / 32}
     expected, expected_grads, f = references.topk_sae(params, x, K, **KINDS[module], **aux)
     assert value == pytest.approx(expected, rel=1e-5)
@@ -126,7 +130,7 @@ def test_auxk_of_a_gated_sae_matches_float64(freeze):
     def loss(params):
         return gated.loss(params, {}, batch_of(x, dead_F), {"l1_coefficient": 0.07}, config)[0]
 
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     p = {name: np.asarray(array, np.float64) for name, array in params.items()}
     expected, expected_grads, f = references.gated_sae(params, x, 0.07, freeze=freeze)
     c = np.asarray(x, np.float64) - p["b_dec"]
@@ -153,7 +157,7 @@ def test_auxk_is_zero_with_finite_gradients(case):
     def error(W_dec):
         return selection.auxiliary_error(jnp.ones((B, F)), residual, W_dec, dead_F, config)
 
-    value, grad = jax.value_and_grad(error)(params["W_dec"])
+    value, grad = jax.jit(jax.value_and_grad(error))(params["W_dec"])
     assert value == 0
     assert not grad.any()
 
@@ -199,12 +203,21 @@ def test_a_grid_without_coefficients():
 
 
 def test_stacks_that_differ_in_k_are_one_frontier(config_dict, tmp_path):
-    """A run of two beside a baseline, with dead features; it is measured, drawn and compared."""
-    relu = config_dict.stacks.baseline
-    config_dict.stacks = {"baseline": relu} | {
-        f"topk_{k}": gsae_jax.stack_config("topk", SITE, F, k=k, learning_rates=(1e-2,)) for k in (4, 8)
+    """Beside a baseline, with dead features that AuxK and resampling take care of; on a mesh."""
+    config_dict.stacks = {"baseline": config_dict.stacks.baseline.to_dict()} | {
+        f"topk_{k}": gsae_jax.stack_config("topk", SITE, F, k=k, learning_rates=(1e-2,)).to_dict() for k in (4, 8)
     }
-    config_dict.train.dead_after, config_dict.train.step = 2, "auto"
+    config_dict.train.dead_after, config_dict.train.resample_steps = 2, (8,)
+    config_dict.mesh.data, config_dict.mesh.latent, config_dict.loggers = 2, 4, ()
     saes = gsae_jax.fit(config_dict, tmp_path / "run")
     assert math.isnan(saes["topk_4_0"].l1_coefficient)
-    assert (np.asarray(saes["topk_8_0"].encode(np.ones((3, 32), np.float32))) > 0).sum(1).max() <= 8
+    x = np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
+    assert ((np.asarray(saes["topk_8_0"].encode(x)) != 0).sum(1) <= 8).all()
+    records = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["saes"]
+    by_name = {record["name"]: record for record in records}
+    assert by_name["topk_8_0"]["variant"] == "topk k=8"
+    assert by_name["topk_8_0"]["l1_coefficient"] is None
+    assert by_name["topk_8_0"]["l0"] <= 8
+    together = {stack: [r["name"] for r in members] for (_, stack), members in frontiers.stacks(records).items()}
+    assert together == {"baseline": together["baseline"], "topk": ["topk_4_0", "topk_8_0"]}
+    assert "| – |" in (tmp_path / "run" / "report" / "report.md").read_text()
