@@ -1,5 +1,6 @@
 """Selections of the largest features, the architectures that make them, and dead features that explain residuals."""
 
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gsae_jax
@@ -14,6 +16,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import batch_topk, contract, gated, matryoshka, selection, topk
+from gsae_jax.training.stacks import Stack
 from tests import references
 from tests.refusals import refused
 
@@ -25,7 +28,7 @@ by_kind = pytest.mark.parametrize("module", KINDS, ids=lambda module: module.__n
 
 def values(case, width):
     rng = np.random.default_rng(width)
-    normal = rng.normal(size=(16, width)).astype(np.float32)
+    normal = np.maximum(rng.normal(size=(16, width)), 0).astype(np.float32)
     match case:
         case "normal":
             return normal
@@ -34,9 +37,9 @@ def values(case, width):
         case "all equal":
             return np.ones_like(normal)
         case "few positive":
-            return np.where(rng.random(normal.shape) < 2 / width, np.abs(normal), -1)
+            return np.where(rng.random(normal.shape) < 2 / width, np.abs(normal), 0).astype(np.float32)
         case "none positive":
-            return -np.abs(normal)
+            return -np.zeros_like(normal)
         case "in one token":  # more than there are slots for
             normal[3] = np.abs(normal[3]) + 9
             return normal
@@ -48,12 +51,16 @@ CASES = ("normal", "ties", "all equal", "few positive", "none positive", "in one
 @pytest.mark.parametrize("of_batch", [False, True])
 @pytest.mark.parametrize(("width", "k"), [(64, 4), (2048, 8)])  # by full counts, and by maxima of groups
 def test_selections_are_those_of_a_full_sort(width, k, of_batch):
-    select = jax.jit(lambda x: selection.largest(x, k, of_batch=of_batch))
+    @jax.jit
+    def select(x):
+        largest = selection.largest(x, k, of_batch=of_batch)
+        return largest.of(x), largest.smallest
+
     for case in CASES:
         x = values(case, width)
         expected = references.largest(x, k, of_batch)
         on, smallest = select(x)
-        np.testing.assert_array_equal(on, expected, err_msg=case)
+        np.testing.assert_array_equal(on, np.where(expected, x, 0), err_msg=case)
         axis = None if of_batch else 1
         least = np.where(expected, x, np.inf).min(axis, keepdims=True)
         has_room = expected.sum(axis, keepdims=True) < k * (len(x) if of_batch else 1)
@@ -66,18 +73,18 @@ def test_a_mesh_selects_as_one_device(width, shape):
     shards = contract.Shards("latent", "data")
 
     def select(x):
-        return selection.largest(x, 8, shards).on, selection.largest(x, 8, shards, of_batch=True).on
+        return selection.largest(x, 8, shards).of(x), selection.largest(x, 8, shards, of_batch=True).of(x)
 
     select = jax.jit(jax.shard_map(select, mesh=mesh, in_specs=P("data", "latent"), out_specs=P("data", "latent")))
     for x in (np.concatenate([values(case, width) for case in CASES]), values("ties", width), values("normal", width)):
         for on, of_batch in zip(select(x), (False, True), strict=True):
-            np.testing.assert_array_equal(on, references.largest(x, 8, of_batch))
+            np.testing.assert_array_equal(on, np.where(references.largest(x, 8, of_batch), x, 0))
 
 
 def test_a_value_that_is_not_a_number_is_selected():
     x = np.ones((2, 8), np.float32)
     x[0, 5], x[1, 6] = np.nan, -np.nan
-    assert np.argmax(jax.jit(lambda x: selection.largest(x, 1).on)(x), 1).tolist() == [5, 6]
+    assert np.isnan(jax.jit(lambda x: selection.largest(x, 1).of(x))(x)).nonzero()[1].tolist() == [5, 6]
 
 
 def random_params(module, config, seed=0):
@@ -170,6 +177,39 @@ def test_a_batch_topk_sae_is_a_relu_sae_before_training_and_a_jumprelu_afterward
     np.testing.assert_allclose(batch_topk.encode(params, x, config), pi, atol=1e-6)
     f = batch_topk.encode(params | {"threshold": jnp.full(F, 0.7)}, x, config)
     np.testing.assert_allclose(f, pi * (pi > 0.7), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("gated", {"l1_coefficients": (0.01,), "auxk_coefficient": 0.5}), ("topk", {"k": 4}), ("matryoshka", {"k": 4})],
+)
+def test_dead_features_train_on_a_mesh_as_on_one_device(architecture, settings):
+    """A third of the features have not fired for long, as far as the state knows."""
+    x = {SITE: jax.random.normal(jax.random.key(1), (B, D))}
+    config = gsae_jax.stack_config(architecture, SITE, F, learning_rates=(1e-2,), **settings)
+    stack = Stack.build("a", gsae_jax.experiment(stacks={"a": config}).stacks["a"], {SITE: D}, "float32", "auto")
+    assert stack.sparsity is None
+    states = []
+    for shape in ((1, 1), (2, 4)):
+        mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape), jax.devices()[: math.prod(shape)])
+
+        def update(state, x):
+            return stack.update(state, x, jnp.int32(3), jnp.float32(1), dead_after=9)
+
+        specs = stack.specs()
+        step = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(specs, P("data")), out_specs=(specs, P())))
+        since = jnp.where(jnp.arange(F) % 3 == 1, 9, 0)[None]
+        state = dataclasses.replace(stack.init(), steps_since_fired=since)
+        state = jax.device_put(state, jax.tree.map(lambda spec, mesh=mesh: NamedSharding(mesh, spec), specs))
+        state, statistics = step(state, x)
+        assert statistics["auxk"] > 0
+        states.append(jax.device_get((step(state, x)[0], statistics)))
+    (alone, means), (spread, other_means) = states
+    np.testing.assert_array_equal(spread.steps_since_fired, alone.steps_since_fired)
+    for name, value in alone.params.items():
+        np.testing.assert_allclose(spread.params[name], value, atol=1e-3, err_msg=name)  # of updates by 1e-2
+    for name, value in means.items():
+        np.testing.assert_allclose(other_means[name], value, rtol=1e-4, err_msg=name)
 
 
 def test_options_and_coefficients_that_do_not_fit():

@@ -68,4 +68,4 @@ def selected(
     largest = selection.largest(pi_BxF, config.k, shards, of_batch=True)
     before_F, here = state["threshold"], largest.smallest[0]
     after_F = jnp.where(before_F > 0, DECAY * before_F + (1 - DECAY) * here, here)
-    return pi_BxF, jnp.where(largest.on, pi_BxF, 0), {"threshold": after_F}
+    return pi_BxF, largest.of(pi_BxF), {"threshold": after_F}

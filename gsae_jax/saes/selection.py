@@ -6,8 +6,9 @@ the counting. The n-th largest of the maxima of disjoint groups is at most the n
 larger than this bound: only these are gathered and searched.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +24,24 @@ SLOTS = 4  # per feature that is selected of a token, for the values above the b
 Total = Callable[[jax.Array], jax.Array]
 
 
-class Selection(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Selection:
     """The largest features.
 
     Attributes:
-        on: [B, F], which they are.
         smallest: [B, 1], or [1, 1] of a batch: the smallest value that is selected; 0 where there were no more than
             n positive values, which are then all selected.
+        last: [B, 1], the last feature of this device that is selected where it equals the smallest.
     """
 
-    on: jax.Array
     smallest: jax.Array
+    last: jax.Array
+
+    def of(self, values_BxF: jax.Array) -> jax.Array:
+        """The values that are selected, else 0."""
+        bits_BxF, least = _bits(values_BxF), _bits(self.smallest)
+        is_first = jnp.arange(values_BxF.shape[1])[None] <= self.last
+        return jnp.where((bits_BxF > least) | ((bits_BxF == least) & is_first), values_BxF, 0)
 
 
 def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: bool = False) -> Selection:
@@ -44,73 +52,83 @@ def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: boo
     The result does not depend on the mesh.
 
     Args:
-        values_BxF: of this device's tokens and features.
+        values_BxF: of this device's tokens and features; none is negative.
         k: features of a token.
         shards: the others' features and tokens.
         of_batch: compare the features of all tokens of the batch.
     """
-    integer = jnp.int64 if values_BxF.dtype == jnp.float64 else jnp.int32
-    as_bits = jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(values_BxF), jnp.inf, values_BxF), integer)
-    bits_BxF = jnp.maximum(as_bits, 0)  # the sign is the first bit
-
     axes: tuple[int, ...] = (0, 1) if of_batch else (1,)
-    sum_up: Total = shards.sum_over_batch if of_batch else shards.sum
+    sum_up = shards.sum_over_batch if of_batch else shards.sum
 
     def total(on: jax.Array) -> jax.Array:
         return sum_up(on.sum(axes, dtype=jnp.int32, keepdims=True))
 
-    n = jnp.int32(k * shards.batch_size(len(bits_BxF)) if of_batch else k)
-    nth = _nth_largest(bits_BxF, n, k, total, shards)
-    on_BxF = bits_BxF >= jnp.maximum(nth, 1)
-    ties = (total(on_BxF) > n).any().astype(jnp.int32)
-    tied = shards.sum_over_batch(active.varying(ties, bits_BxF)) > 0
-    on_BxF = jax.lax.cond(tied, lambda: _without_ties(bits_BxF, nth, n, total, shards, of_batch), lambda: on_BxF)
-    return Selection(on_BxF, jax.lax.bitcast_convert_type(nth, values_BxF.dtype))
+    n = jnp.int32(k * shards.batch_size(len(values_BxF)) if of_batch else k)
+    bits_BxF = _bits(values_BxF)
+    nth, reached = _nth_largest(bits_BxF, n, k, total, shards)
+    too_many = ((reached > n) & (nth > 0)).any().astype(jnp.int32)
+    tied = shards.sum_over_batch(active.varying(too_many, bits_BxF)) > 0
+
+    def with_room() -> jax.Array:
+        """The last of the equal ones for which there is room; -1 where there is none."""
+        rank_BxF = _ranks(bits_BxF == nth, shards, of_batch)
+        takes_BxF = (bits_BxF == nth) & (rank_BxF <= n - total(bits_BxF > nth))
+        return jnp.where(takes_BxF, jnp.arange(F, dtype=jnp.int32)[None], -1).max(1, keepdims=True)
+
+    B, F = values_BxF.shape
+    last = jax.lax.cond(tied, with_room, lambda: active.varying(jnp.full((B, 1), F, jnp.int32), bits_BxF))
+    return Selection(jax.lax.bitcast_convert_type(nth, values_BxF.dtype), last)
 
 
-def _nth_largest(bits_BxF: jax.Array, n: jax.Array, k: int, total: Total, shards: Shards) -> jax.Array:
-    """The n-th largest of the integers; 0 where fewer are positive."""
+def _bits(values: jax.Array) -> jax.Array:
+    """Integers of the same order, of values that are not negative; those that are not numbers are the largest."""
+    integer = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
+    # Without the sign, which zero and NaN may have.
+    return jax.lax.bitcast_convert_type(values, integer) & jnp.iinfo(integer).max
+
+
+def _nth_largest(
+    bits_BxF: jax.Array, n: jax.Array, k: int, total: Total, shards: Shards
+) -> tuple[jax.Array, jax.Array]:
+    """(The n-th largest of the integers, or 0 where fewer are positive; how many reach it)."""
     B, F = bits_BxF.shape
     slots = min(SLOTS * k, F)
+
+    def search(bits_Bx_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nth = _search(bits_Bx_, n, total)
+        return nth, total(bits_Bx_ >= nth)
+
     if F % GROUP or 2 * slots > F or F * shards.count < 2 * GROUP * k:
-        return _search(bits_BxF, n, total)
+        return search(bits_BxF)
     bound = _search(bits_BxF.reshape(B, GROUP, F // GROUP).max(1), n, total)
-    mask = active.pack(bits_BxF > bound)
+    mask = active.pack(bits_BxF >= jnp.maximum(bound, 1))
     fits = shards.sum_over_batch((mask.most > slots).astype(jnp.int32)) == 0
-
-    def among_few() -> jax.Array:
-        few_BxK = active.Slots.of(mask, slots, F).take(bits_BxF)
-        return jnp.maximum(bound, _search(few_BxK, n, total))
-
-    return jax.lax.cond(fits, among_few, lambda: _search(bits_BxF, n, total))
+    return jax.lax.cond(fits, lambda: search(active.Slots.of(mask, slots, F).take(bits_BxF)), lambda: search(bits_BxF))
 
 
-def _search(bits_BxF: jax.Array, n: jax.Array, total: Total) -> jax.Array:
+def _search(bits_Bx_: jax.Array, n: jax.Array, total: Total) -> jax.Array:
     """The largest integer that n of them reach, bit by bit from the first after the sign."""
-    first = jnp.iinfo(bits_BxF.dtype).bits - 2
-    start = jax.eval_shape(total, bits_BxF).shape
+    kind = bits_Bx_.dtype
+    first = jnp.iinfo(kind).bits - 2
 
     def add_bit(number: jax.Array, reached: jax.Array) -> jax.Array:
-        candidate = reached | jnp.left_shift(jnp.ones((), bits_BxF.dtype), (first - number).astype(bits_BxF.dtype))
-        return jnp.where(total(bits_BxF >= candidate) >= n, candidate, reached)
+        candidate = reached | jnp.left_shift(jnp.ones((), kind), (first - number).astype(kind))
+        return jnp.where(total(bits_Bx_ >= candidate) >= n, candidate, reached)
 
-    zeros = active.varying(jnp.zeros(start, bits_BxF.dtype), bits_BxF)
-    return jax.lax.fori_loop(0, first + 1, add_bit, zeros)
+    zeros = jnp.zeros(jax.eval_shape(total, bits_Bx_).shape, kind)
+    return jax.lax.fori_loop(0, first + 1, add_bit, active.varying(zeros, bits_Bx_))
 
 
-def _without_ties(
-    bits_BxF: jax.Array, nth: jax.Array, n: jax.Array, total: Total, shards: Shards, of_batch: bool
-) -> jax.Array:
-    """What is larger than the n-th largest, and of what equals it as many as there is room for, the first ones."""
-    above_BxF, equal_BxF = bits_BxF > nth, (bits_BxF == nth) & (nth > 0)
-    rank_BxF = jnp.cumsum(equal_BxF, 1, dtype=jnp.int32)
+def _ranks(on_BxF: jax.Array, shards: Shards, of_batch: bool) -> jax.Array:
+    """The numbers, from 1, of those that are on: by feature in each token, or by token and feature in the batch."""
+    rank_BxF = jnp.cumsum(on_BxF, 1, dtype=jnp.int32)
     here_Bx1 = rank_BxF[:, -1:]
     rank_BxF += shards.before(here_Bx1)
     if of_batch:
         of_token_Bx1 = shards.sum(here_Bx1)
         upto_Bx1 = jnp.cumsum(of_token_Bx1, 0)
         rank_BxF += upto_Bx1 - of_token_Bx1 + shards.tokens_before(upto_Bx1[-1:])
-    return above_BxF | (equal_BxF & (rank_BxF <= n - total(above_BxF)))
+    return rank_BxF
 
 
 def auxiliary_error(
@@ -143,7 +161,7 @@ def auxiliary_error(
 
     def error(values_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
         values_BxF = jnp.where(dead_F[None], values_BxF, 0)
-        f_BxF = jnp.where(largest(values_BxF, k, shards).on, values_BxF, 0)
+        f_BxF = largest(values_BxF, k, shards).of(values_BxF)
         return jnp.square(residual_BxD - shards.sum(linalg.matmul(f_BxF, W_dec_FxD, config.dtype))).mean()
 
     def nothing(values_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:

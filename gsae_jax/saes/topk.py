@@ -63,7 +63,7 @@ def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> ja
 def encode_shard(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any, shards: Shards) -> jax.Array:
     """Those of one shard of the dictionary."""
     f_BxF = relu.encode(params, x_BxD, config)
-    return jnp.where(selection.largest(f_BxF, config.k, shards).on, f_BxF, 0)
+    return selection.largest(f_BxF, config.k, shards).of(f_BxF)
 
 
 def loss(
@@ -76,7 +76,7 @@ def loss(
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
     pi_BxF = activations(params, batch.inputs, config)
-    f_BxF = jnp.where(selection.largest(pi_BxF, config.k, shards).on, pi_BxF, 0)
+    f_BxF = selection.largest(pi_BxF, config.k, shards).of(pi_BxF)
     x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype)) + params["b_dec"][None]
     return with_auxiliary(params, batch, pi_BxF, f_BxF, x_hat_BxD, config, shards)
 
