@@ -32,7 +32,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
-import jax.numpy as jnp
 
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, plugins
@@ -155,21 +154,13 @@ class Shards:
         axes = tuple(axis for axis in (self.axis, self.data) if axis is not None)
         return jax.lax.psum(value, axes) if axes else value
 
-    def before(self, value: jax.Array) -> jax.Array:
-        """The sum over the shards with earlier features."""
-        return _before(value, self.axis)
+    def feature(self, width: int) -> Any:
+        """The number of this shard's first feature, where each shard has so many."""
+        return 0 if self.axis is None else width * jax.lax.axis_index(self.axis)
 
-    def tokens_before(self, value: jax.Array) -> jax.Array:
-        """The sum over the shards with earlier tokens."""
-        return _before(value, self.data)
-
-
-def _before(value: jax.Array, axis: str | None) -> jax.Array:
-    if axis is None:
-        return jnp.zeros_like(value)
-    every = jax.lax.all_gather(value, axis)
-    earlier = jnp.arange(len(every)) < jax.lax.axis_index(axis)
-    return jnp.tensordot(earlier.astype(value.dtype), every, 1)
+    def token(self, tokens: int) -> Any:
+        """The number of this shard's first token, where each shard has so many."""
+        return 0 if self.data is None else tokens * jax.lax.axis_index(self.data)
 
 
 WHOLE = Shards()

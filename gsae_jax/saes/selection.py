@@ -21,8 +21,6 @@ from gsae_jax.saes.contract import WHOLE, Shards
 GROUP = 16  # features of a group
 SLOTS = 4  # per feature that is selected of a token, for the values above the bound
 
-Total = Callable[[jax.Array], jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
@@ -63,20 +61,52 @@ def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: boo
     def total(on: jax.Array) -> jax.Array:
         return sum_up(on.sum(axes, dtype=jnp.int32, keepdims=True))
 
-    n = jnp.int32(k * shards.batch_size(len(values_BxF)) if of_batch else k)
-    bits_BxF = _bits(values_BxF)
-    nth, reached = _nth_largest(bits_BxF, n, k, total, shards)
-    too_many = ((reached > n) & (nth > 0)).any().astype(jnp.int32)
-    tied = shards.sum_over_batch(active.varying(too_many, bits_BxF)) > 0
-
-    def with_room() -> jax.Array:
-        """The last of the equal ones for which there is room; -1 where there is none."""
-        rank_BxF = _ranks(bits_BxF == nth, shards, of_batch)
-        takes_BxF = (bits_BxF == nth) & (rank_BxF <= n - total(bits_BxF > nth))
-        return jnp.where(takes_BxF, jnp.arange(F, dtype=jnp.int32)[None], -1).max(1, keepdims=True)
-
     B, F = values_BxF.shape
-    last = jax.lax.cond(tied, with_room, lambda: active.varying(jnp.full((B, 1), F, jnp.int32), bits_BxF))
+    n = jnp.int32(k * shards.batch_size(B) if of_batch else k)
+    slots = min(SLOTS * k, F)
+    start = active.varying(jnp.zeros((1 if of_batch else B, 1), _bits(values_BxF[:1]).dtype), values_BxF)
+
+    def among(values_Bx_: jax.Array, features_Bx_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(The bits of the n-th largest, the last feature where they are equal), of values that others do not reach."""
+        bits_Bx_ = _bits(values_Bx_)
+        nth = _last(lambda bits: total(bits_Bx_ >= bits) >= n, start)
+        too_many = ((total(bits_Bx_ >= nth) > n) & (nth > 0)).any().astype(jnp.int32)
+        tied = shards.sum_over_batch(active.varying(too_many, values_BxF)) > 0
+
+        def with_room() -> jax.Array:
+            equal_Bx_, room = bits_Bx_ == nth, n - total(bits_Bx_ > nth)
+            first, start_at = shards.feature(F), start.astype(jnp.int32)
+            if not of_batch:
+                return _last(lambda at: total(equal_Bx_ & (features_Bx_ + first < at)) < room, start_at) - first
+            token_Bx1 = shards.token(B) + jnp.arange(B, dtype=jnp.int32)[:, None]
+            token = _last(lambda at: total(equal_Bx_ & (token_Bx1 < at)) < room, start_at)
+            room -= total(equal_Bx_ & (token_Bx1 < token))
+            equal_Bx_ &= token_Bx1 == token
+            last = _last(lambda at: total(equal_Bx_ & (features_Bx_ + first < at)) < room, start_at) - first
+            return jnp.where(token_Bx1 == token, last, jnp.where(token_Bx1 < token, F, -1))
+
+        def all_of_them() -> jax.Array:
+            return active.varying(jnp.full((B, 1), F, jnp.int32), values_BxF)
+
+        return nth, jax.lax.cond(tied, with_room, all_of_them)
+
+    def among_all() -> tuple[jax.Array, jax.Array]:
+        return among(values_BxF, jnp.arange(F, dtype=jnp.int32)[None])
+
+    if F % GROUP or 2 * slots > F or F * shards.count < 2 * GROUP * k:
+        nth, last = among_all()
+    else:
+        # Bits are made from values wherever they are used: an array of them would be one more pass over memory.
+        maxima_BxG = _bits(values_BxF.reshape(B, GROUP, F // GROUP)).max(1)
+        bound = _last(lambda bits: total(maxima_BxG >= bits) >= n, start)
+        mask = active.pack(_bits(values_BxF) >= jnp.maximum(bound, 1))
+        fits = shards.sum_over_batch((mask.most > slots).astype(jnp.int32)) == 0
+
+        def among_few() -> tuple[jax.Array, jax.Array]:
+            found = active.Slots.of(mask, slots, F)
+            return among(found.take(values_BxF), found.features)
+
+        nth, last = jax.lax.cond(fits, among_few, among_all)
     return Selection(jax.lax.bitcast_convert_type(nth, values_BxF.dtype), last)
 
 
@@ -87,48 +117,15 @@ def _bits(values: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(values, integer) & jnp.iinfo(integer).max
 
 
-def _nth_largest(
-    bits_BxF: jax.Array, n: jax.Array, k: int, total: Total, shards: Shards
-) -> tuple[jax.Array, jax.Array]:
-    """(The n-th largest of the integers, or 0 where fewer are positive; how many reach it)."""
-    B, F = bits_BxF.shape
-    slots = min(SLOTS * k, F)
+def _last(accepts: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
+    """The largest integers that are accepted, if all smaller ones are; bit by bit from zeros, which are accepted."""
+    first = jnp.iinfo(start.dtype).bits - 2  # after the sign
 
-    def search(bits_Bx_: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nth = _search(bits_Bx_, n, total)
-        return nth, total(bits_Bx_ >= nth)
+    def add_bit(number: jax.Array, accepted: jax.Array) -> jax.Array:
+        candidate = accepted | jnp.left_shift(jnp.ones((), start.dtype), (first - number).astype(start.dtype))
+        return jnp.where(accepts(candidate), candidate, accepted)
 
-    if F % GROUP or 2 * slots > F or F * shards.count < 2 * GROUP * k:
-        return search(bits_BxF)
-    bound = _search(bits_BxF.reshape(B, GROUP, F // GROUP).max(1), n, total)
-    mask = active.pack(bits_BxF >= jnp.maximum(bound, 1))
-    fits = shards.sum_over_batch((mask.most > slots).astype(jnp.int32)) == 0
-    return jax.lax.cond(fits, lambda: search(active.Slots.of(mask, slots, F).take(bits_BxF)), lambda: search(bits_BxF))
-
-
-def _search(bits_Bx_: jax.Array, n: jax.Array, total: Total) -> jax.Array:
-    """The largest integer that n of them reach, bit by bit from the first after the sign."""
-    kind = bits_Bx_.dtype
-    first = jnp.iinfo(kind).bits - 2
-
-    def add_bit(number: jax.Array, reached: jax.Array) -> jax.Array:
-        candidate = reached | jnp.left_shift(jnp.ones((), kind), (first - number).astype(kind))
-        return jnp.where(total(bits_Bx_ >= candidate) >= n, candidate, reached)
-
-    zeros = jnp.zeros(jax.eval_shape(total, bits_Bx_).shape, kind)
-    return jax.lax.fori_loop(0, first + 1, add_bit, active.varying(zeros, bits_Bx_))
-
-
-def _ranks(on_BxF: jax.Array, shards: Shards, of_batch: bool) -> jax.Array:
-    """The numbers, from 1, of those that are on: by feature in each token, or by token and feature in the batch."""
-    rank_BxF = jnp.cumsum(on_BxF, 1, dtype=jnp.int32)
-    here_Bx1 = rank_BxF[:, -1:]
-    rank_BxF += shards.before(here_Bx1)
-    if of_batch:
-        of_token_Bx1 = shards.sum(here_Bx1)
-        upto_Bx1 = jnp.cumsum(of_token_Bx1, 0)
-        rank_BxF += upto_Bx1 - of_token_Bx1 + shards.tokens_before(upto_Bx1[-1:])
-    return rank_BxF
+    return jax.lax.fori_loop(0, first + 1, add_bit, start)
 
 
 def auxiliary_error(
