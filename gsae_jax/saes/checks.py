@@ -135,7 +135,7 @@ def check_shards(architecture: contract.Trainable, config: Any, shards: int) -> 
             raise UserError(
                 f"is {shards}, but the loss of {plugins.source(architecture)} is another one on {shards} parts of a "
                 f"dictionary: {name} is {mean:.4g} instead of {value:.4g}. Add up features by shards.sum; a loss that "
-                "compares features, such as top-k, needs mesh.latent=1",
+                "compares features, such as top-k, takes selection.largest, or needs mesh.latent=1",
                 "mesh.latent",
             )
 

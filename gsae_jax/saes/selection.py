@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gsae_jax.config import INT32
 from gsae_jax.errors import UserError
 from gsae_jax.kernels import active
 from gsae_jax.saes import linalg
@@ -54,6 +55,9 @@ def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: boo
         k: features of a token.
         shards: the others' features and tokens.
         of_batch: compare the features of all tokens of the batch.
+
+    Raises:
+        UserError: a batch of more features than 32 bits can count.
     """
     axes: tuple[int, ...] = (0, 1) if of_batch else (1,)
     sum_up = shards.sum_over_batch if of_batch else shards.sum
@@ -64,6 +68,10 @@ def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: boo
     B, F = values_BxF.shape
     n = jnp.int32(k * shards.batch_size(B) if of_batch else k)
     slots = min(SLOTS * k, F)
+    if of_batch and shards.batch_size(B) * F * shards.count > INT32:
+        most = INT32 // (F * shards.count)
+        what = f"is {shards.batch_size(B)}, too many tokens to compare {F * shards.count} features of each"
+        raise UserError(f"{what}; write {most} or less", "train.batch_size")
     start = active.varying(jnp.zeros((1 if of_batch else B, 1), _bits(values_BxF[:1]).dtype), values_BxF)
 
     def among(values_Bx_: jax.Array, features_Bx_: jax.Array) -> tuple[jax.Array, jax.Array]:
