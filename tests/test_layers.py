@@ -127,8 +127,15 @@ def test_commands_are_thin():
 
 
 def test_plugins_are_files():
-    assert list(plugins.known("saes", "PARAMETERS")) == ["gated", "jumprelu", "relu"]
-    assert list(plugins.known("saes", "loss")) == ["gated", "relu"]
+    assert list(plugins.known("saes", "PARAMETERS")) == [
+        "batch_topk",
+        "gated",
+        "jumprelu",
+        "matryoshka",
+        "relu",
+        "topk",
+    ]
+    assert list(plugins.known("saes", "loss")) == ["batch_topk", "gated", "matryoshka", "relu", "topk"]
     assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
     assert list(plugins.known("experiments", "get_config")) == ["quickstart"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

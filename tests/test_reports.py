@@ -255,7 +255,7 @@ def test_the_report_is_whole(tmp_path, lm):
         "l0 loss_recovered ce_clean ce_sae ce_zero gamma fvu variant ito ce_mean loss_recovered_from_mean kl cosine "
     )
     keys += "l1 gate_only dense intervals fvu_all gamma_all gamma_centered mean_share extreme target_l0 "
-    keys += "not_finite run stack index"
+    keys += "not_finite run stack index frontier"
     for record in json.loads((tmp_path / "report" / "report.json").read_text())["saes"]:
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()

@@ -57,7 +57,7 @@ def loss(
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
     pi_BxF, f_BxF, state = selected(params, state, batch.inputs, config, shards)
     x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype)) + params["b_dec"][None]
-    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hat_BxD, config, shards, state=state)
+    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards, state)
 
 
 def selected(

@@ -60,9 +60,8 @@ def loss(
     """The prefixes' squared errors over D plus AuxK (`contract.Trainable.loss`)."""
     pi_BxF, f_BxF, state = batch_topk.selected(params, state, batch.inputs, config, shards)
     parts_GxBxD = shards.sum(_decode_groups(f_BxF, params["W_dec"], config, shards))
-    x_hat_GxBxD = jnp.cumsum(parts_GxBxD, 0) + params["b_dec"][None, None]
-    squared_error = jnp.square(batch.inputs[None] - x_hat_GxBxD).mean((1, 2)).sum()
-    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hat_GxBxD[-1], config, shards, squared_error, state)
+    x_hats = [part + params["b_dec"][None] for part in jnp.cumsum(parts_GxBxD, 0)]
+    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hats, config, shards, state)
 
 
 def _decode_groups(f_BxF: jax.Array, W_dec_FxD: jax.Array, config: Config, shards: Shards) -> jax.Array:

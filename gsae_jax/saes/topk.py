@@ -12,7 +12,7 @@ error by the variance of x; here E||x||^2 = D, so that the error over D is nearl
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ def loss(
     pi_BxF = activations(params, batch.inputs, config)
     f_BxF = selection.largest(pi_BxF, config.k, shards).of(pi_BxF)
     x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype)) + params["b_dec"][None]
-    return with_auxiliary(params, batch, pi_BxF, f_BxF, x_hat_BxD, config, shards)
+    return with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards)
 
 
 def activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
@@ -92,10 +92,9 @@ def with_auxiliary(
     batch: Batch,
     pi_BxF: jax.Array,
     f_BxF: jax.Array,
-    x_hat_BxD: jax.Array,
+    x_hats: Sequence[jax.Array],
     config: Any,
     shards: Shards,
-    squared_error: jax.Array | None = None,
     state: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """The loss and its statistics from what a selection gives.
@@ -105,17 +104,16 @@ def with_auxiliary(
         batch: which it is of.
         pi_BxF: `activations`.
         f_BxF: the same of the selected features, else 0.
-        x_hat_BxD: the reconstruction.
+        x_hats: reconstructions [B, D] whose squared errors over D are summed; the last is that by all features.
         config: with the options of AuxK.
         shards: of dictionary and batch.
-        squared_error: what AuxK is added to; by default that of the reconstruction, over D.
         state: the next values of what no gradient trains.
     """
     l0 = shards.sum(jnp.sum(f_BxF > 0, dtype=jnp.float32) / len(f_BxF))
-    means = linalg.error_statistics(batch.inputs, x_hat_BxD) | {"l0": l0}
-    total = means["mse"] if squared_error is None else squared_error
+    means = linalg.error_statistics(batch.inputs, x_hats[-1]) | {"l0": l0}
+    total = sum((jnp.square(batch.inputs - x_hat_BxD).mean() for x_hat_BxD in x_hats[:-1]), means["mse"])
     if config.auxk_coefficient:
-        residual_BxD = batch.inputs - x_hat_BxD
+        residual_BxD = batch.inputs - x_hats[-1]
         means["auxk"] = selection.auxiliary_error(pi_BxF, residual_BxD, params["W_dec"], batch.dead(), config, shards)
         total += config.auxk_coefficient * means["auxk"]
     return total, Statistics(means | {"loss": total}, (f_BxF > 0).any(0), state or {})
