@@ -36,7 +36,7 @@ class Config(topk.Config):
 
 def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
     """Random unit decoder rows, encoder = their transpose, biases and thresholds zero."""
-    return relu.init(key, config) | {"threshold": jnp.zeros(config.width)}
+    return topk.init(key, config) | {"threshold": jnp.zeros(config.width)}
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:

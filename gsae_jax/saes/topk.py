@@ -52,7 +52,13 @@ class Config:
         selection.check_auxk(self.auxk_coefficient, self.k_aux)
 
 
-init, shifted, decode = relu.init, relu.shifted, relu.decode
+shifted, decode = relu.shifted, relu.decode
+
+
+def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
+    """Random unit decoder rows, encoder = their transpose, biases zero."""
+    W_dec = linalg.unit_rows(key, config.width, config.d_in)
+    return {"W_enc": W_dec.T, "b_enc": jnp.zeros(config.width), "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
