@@ -212,7 +212,7 @@ def test_bfloat16_products_keep_their_digits_beside_a_large_mean(module):
 
 
 def test_unknown_architectures_and_options_are_named():
-    with refused("", "'gate'", "did you mean 'gated'?", "known: gated, relu"):
+    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, matryoshka, relu, topk"):
         contract.trainable("gate")
     with refused("options.tie_encodr", "'gated'", "did you mean 'tie_encoder'?"):
         contract.build_config(gated, "gated", (D,), None, F, "float32", {"tie_encodr": True})
