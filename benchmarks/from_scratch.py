@@ -2,8 +2,8 @@
 
     python benchmarks/from_scratch.py [--width 8192] [--steps 1400] [--out benchmarks/results/from_scratch-NAME.json]
 
-Both train on the quickstart's text and site, with its batch and warm-up. Ours is a whole run: it reads
-text, runs the language model, compiles, trains, saves and measures. SAELens gets the same site's activations from a
+Both train on the quickstart's text and site, with its batch and warm-up. Ours is a whole run: it reads text, runs the
+language model, compiles, trains, saves and measures on 8,192 tokens. SAELens gets the same site's activations from a
 file: computing them is not in its time. Its l1 coefficient is ours times D, as its inputs are normalised alike, and its
 optimizer is its own (Adam with b1 = 0.9). It may train for more steps than we do (`--their_steps`), as loss recovered
 can be compared only at an equal L0, which takes it longer to reach. The same code measures all SAEs on the same
@@ -44,7 +44,10 @@ def settings(arguments):
         learning_rates=(arguments.learning_rate,),
     )
     train = {"steps": arguments.steps, "warmup_steps": min(200, arguments.steps // 5)}
-    return gsae_jax.experiment("quickstart", stacks={"gated": stack, "baseline": None}, train=train)
+    evaluation = {"tokens": 2**13}  # SAELens' time has no measuring at all
+    return gsae_jax.experiment(
+        "quickstart", stacks={"gated": stack, "baseline": None}, train=train, evaluation=evaluation
+    )
 
 
 def activations(config, lm, tokens, path):

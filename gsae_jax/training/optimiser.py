@@ -16,6 +16,7 @@ scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=F
 
 
 GAIN = 16.0  # of `gain`, over all its steps
+GAIN_BELOW = 0.25  # its factor where L0 is too small: features that are off come back slowly, and L0 would overshoot
 LARGEST_GAIN = 0.05  # at one step
 RESAMPLED_RATE = 0.1  # the factor right after a resampling
 

@@ -278,8 +278,9 @@ class Stack:
             params[name] = where_finite(scattered_mean(value, table[name].axis), own[name])
         l1_coefficient = state.l1_coefficient
         if self.config.target_l0:
-            excess = jnp.log(statistics["l0"] / jnp.array(self.config.target_l0))
-            l1_coefficient = l1_coefficient * jnp.exp(gain * jnp.clip(excess, -1, 1))
+            excess = jnp.clip(jnp.log(statistics["l0"] / jnp.array(self.config.target_l0)), -1, 1)
+            excess = jnp.where(excess < 0, optimiser.GAIN_BELOW * excess, excess)
+            l1_coefficient = l1_coefficient * jnp.exp(gain * excess)
         if self.config.l1_coefficients:
             statistics["l1_coefficient"] = state.l1_coefficient
         return dataclasses.replace(
