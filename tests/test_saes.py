@@ -22,6 +22,8 @@ ABLATIONS = {
     "unfrozen decoder": {"freeze_aux_decoder": False},
     "no r_mag": {"use_r_mag": False},
     "untied": {"tie_encoder": False},
+    "tanh": {"penalty": "tanh", "penalty_scale": 2.0},
+    "log": {"penalty": "log", "penalty_scale": 0.5},
 }
 
 
@@ -65,6 +67,8 @@ def test_gated_loss_and_gradients_match_float64(name):
         tie=config.tie_encoder,
         r_mag=config.use_r_mag,
         freeze=config.freeze_aux_decoder,
+        penalty=config.penalty,
+        scale=config.penalty_scale,
     )
     assert 0.05 < (f > 0).mean() < 0.95
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -209,6 +213,25 @@ def test_bfloat16_products_keep_their_digits_beside_a_large_mean(module):
     units = [parameters.Units(1.0, mean_D)]
     shifted = module.encode(parameters.fold(module, params, units, units), x + mean_D, config)
     np.testing.assert_allclose(shifted, f, rtol=0.05, atol=0.05)
+
+
+def test_penalties_have_the_slope_of_l1_at_0_and_scales_of_their_own():
+    params, x = away_from_init(gated, gated.Config(D, F)), inputs()
+    small = {
+        name: float(loss(gated, params, x, 0.07, gated.Config(D, F, penalty=name, penalty_scale=1e-3))[0])
+        for name in ("tanh", "log")
+    }
+    expected = float(loss(gated, params, x, 0.07, gated.Config(D, F))[0])
+    np.testing.assert_allclose(list(small.values()), expected, rtol=1e-3)
+    for options, fact in (
+        ({"penalty": "tanh", "penalty_scale": 0.0}, "above 0"),
+        ({"penalty": "log", "penalty_scale": -1.0}, "above 0"),
+        ({"penalty_scale": 2.0}, '"l1" has no scale'),
+    ):
+        with refused("options.penalty_scale", fact):
+            contract.build_config(gated, "gated", (D,), None, F, "float32", options)
+    with refused("options.penalty", "'l2'", "tanh"):
+        contract.build_config(gated, "gated", (D,), None, F, "float32", {"penalty": "l2"})
 
 
 def test_unknown_architectures_and_options_are_named():

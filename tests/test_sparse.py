@@ -75,9 +75,10 @@ def test_sums_over_active_features(dtype, tolerance, block, which):
 
 
 GATED, RELU = ("gated", {}), ("relu", {})
-OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False})]
+TANH = ("gated", {"penalty": "tanh"})
+OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False}), ("gated", {"penalty": "log"})]
 every = pytest.mark.parametrize(
-    ("name", "options"), [GATED, RELU, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)]
+    ("name", "options"), [GATED, RELU, TANH, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)]
 )
 
 

@@ -231,6 +231,7 @@ def test_a_scale_is_measured_on_the_text_that_there_is(experiment, tmp_path, mon
         {"options": {"tie_encoder": False}},
         {"options": {"use_r_mag": False}},
         {"options": {"freeze_aux_decoder": False}},
+        {"options": {"penalty": "tanh"}},
         {"train": {"compute_dtype": "bfloat16"}, "lm": {"dtype": "bfloat16"}},
         {"activations": {"drop_special_tokens": False}},
     ],

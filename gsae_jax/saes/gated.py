@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.errors import UserError
-from gsae_jax.saes import linalg, selection
+from gsae_jax.saes import linalg, penalties, selection
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
 from gsae_jax.saes.features import AllFeatures, Encoder, Features
 
@@ -48,6 +48,9 @@ class Config:
             largest pi_gate explain the residual by 1 + ELU(pi_gate), through the frozen decoder
             (`selection.auxiliary_error`). 0 = none; TopK SAEs take 1/32.
         k_aux: dead features of a token that explain it; 0 = half of `d_in`.
+        penalty: what the coefficient multiplies, of each ReLU(pi_gate): itself, or one that saturates (`penalties`).
+        penalty_scale: of a penalty that saturates, which does so at 1 / penalty_scale. In training a site's
+            activations have E||x||^2 = d_in.
         dtype: of the matrix products' operands.
     """
 
@@ -60,14 +63,18 @@ class Config:
     initial_l0: int = linalg.INITIAL_L0
     auxk_coefficient: float = 0.0
     k_aux: int = 0
+    penalty: penalties.Name = "l1"
+    penalty_scale: float = 1.0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        """Raises `UserError` for a negative `initial_l0`, and for a scale that the penalty does not have."""
         linalg.check_initial_l0(self.initial_l0)
         selection.check_auxk(self.auxk_coefficient, self.k_aux)
         if self.auxk_coefficient and self.only_magnitude:
             why = "but only_magnitude=True leaves gates as they are; write 0"
             raise UserError(f"is {self.auxk_coefficient:g}, {why}", "auxk_coefficient")
+        penalties.check(self.penalty, self.penalty_scale)
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
@@ -196,7 +203,10 @@ def loss(
     shards: Shards = WHOLE,
     features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """Equation 8, squared errors divided by D, averaged over the batch (`contract.Trainable.loss`)."""
+    """Equation 8, squared errors divided by D, averaged over the batch (`contract.Trainable.loss`).
+
+    Its second term is l1_coefficient times the sum over features of the `penalty` of ReLU(pi_gate).
+    """
     x_BxD, b_dec = batch.inputs, params["b_dec"]
     encode_with = partial(linalg.centred_product, x_BxD, b_dec, dtype=config.dtype)
     features = features or AllFeatures(encode_with(params["W_gate"]), config.dtype)
@@ -205,10 +215,10 @@ def loss(
     f = jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0)
     trains_aux = not config.freeze_aux_decoder
     B = x_BxD.shape[0]
-    decoded, l1, l0 = shards.sum(
+    decoded, penalty, l0 = shards.sum(
         (
             features.decode((f, f_gate), params["W_dec"], (True, trains_aux)),
-            f_gate.sum() / B,
+            penalties.of(config.penalty, config.penalty_scale, f_gate).sum() / B,
             jnp.sum(f > 0, dtype=jnp.float32) / B,
         )
     )
@@ -216,12 +226,13 @@ def loss(
     x_hat_gate = decoded[1] + (b_dec if trains_aux else jax.lax.stop_gradient(b_dec))[None]
     means = linalg.error_statistics(x_BxD, x_hat)
     auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
-    total = means["mse"] + coefficients["l1_coefficient"] * l1 + auxiliary
+    total = means["mse"] + coefficients["l1_coefficient"] * penalty + auxiliary
     if config.auxk_coefficient:
         # A dead feature's gate is closed, so that ReLU(pi_gate) would have no gradient. This is positive and has one.
         almost_BxF = 1 + jax.nn.elu(pi_gate)
         W_dec = jax.lax.stop_gradient(params["W_dec"])
         means["auxk"] = selection.auxiliary_error(almost_BxF, x_BxD - x_hat, W_dec, batch.dead(), config, shards)
         total += config.auxk_coefficient * means["auxk"]
-    means |= {"loss": total, "l1": l1, "auxiliary": auxiliary, "l0": l0}
+    name = "l1" if config.penalty == "l1" else "penalty"
+    means |= {"loss": total, name: penalty, "auxiliary": auxiliary, "l0": l0}
     return total, Statistics(means, features.any(f > 0), {})
