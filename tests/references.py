@@ -43,6 +43,29 @@ def gated_sae(params, x, l1, tie=True, r_mag=True, freeze=True, penalty="l1", sc
     return loss, grads, f
 
 
+def signed_gated_sae(params, x, l1):
+    """Loss and gradients of the sign-aware gated SAE, by hand."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    B, D = x.shape
+    W_gate, W_dec, b_dec, ratio = p["W_gate"], p["W_dec"], p["b_dec"], np.exp(p["r_mag"])
+    c = x - b_dec
+    z = c @ W_gate
+    sign, pi_gate, pi_mag = np.sign(z), np.abs(z) + p["b_gate"], ratio * np.abs(z) + p["b_mag"]
+    on, above = pi_gate > 0, pi_mag > 0
+    f, gate = sign * on * np.maximum(pi_mag, 0), sign * np.maximum(pi_gate, 0)
+    error, gate_error = f @ W_dec + b_dec - x, gate @ W_dec + b_dec - x
+    loss = np.sum(error**2) / (B * D) + l1 * np.sum(np.abs(gate)) / B + np.sum(gate_error**2) / (B * D)
+
+    d_x_hat, d_x_gate = 2 * error / (B * D), 2 * gate_error / (B * D)
+    d_pi_mag = sign * (d_x_hat @ W_dec.T) * on * above
+    d_pi_gate = (sign * (d_x_gate @ W_dec.T) + l1 / B) * on
+    d_z = sign * (d_pi_gate + d_pi_mag * ratio)
+    grads = {"W_gate": c.T @ d_z, "W_dec": f.T @ d_x_hat, "b_dec": d_x_hat.sum(0) - (d_z @ W_gate.T).sum(0)}
+    grads |= {"b_gate": d_pi_gate.sum(0), "b_mag": d_pi_mag.sum(0)}
+    return loss, grads | {"r_mag": (d_pi_mag * ratio * np.abs(z)).sum(0)}, f
+
+
 def relu_sae(params, x, l1):
     """Loss and gradients of the baseline SAE (equations 1-2), by hand."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gsae_jax import batching
-from gsae_jax.saes import contract, gated, jumprelu, parameters, relu, trained
+from gsae_jax.saes import contract, gated, jumprelu, parameters, relu, signed_gated, trained
 from tests import references
 from tests.refusals import refused
 
@@ -93,6 +93,58 @@ def test_baseline_loss_and_gradients_match_float64():
     np.testing.assert_allclose(gamma, (x_hat**2).sum() / (x_hat * x).sum(), rtol=1e-5)
 
 
+def test_signed_loss_and_gradients_match_float64():
+    config = signed_gated.Config(D, F)
+    params, x = away_from_init(signed_gated, config), inputs()
+    params["b_gate"] -= 1.0
+    (value, statistics), grads = loss_and_gradients(signed_gated, params, x, 0.07, config)
+    expected, expected_grads, f = references.signed_gated_sae(params, x, 0.07)
+    assert 0.05 < (f > 0).mean() < 0.5
+    assert 0.05 < (f < 0).mean() < 0.5
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        assert_close(grads[key], expected_grads[key])
+    assert_close(signed_gated.encode(params, x, config), f)
+    np.testing.assert_allclose(statistics.means["l0"], (f != 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_array_equal(statistics.fired, (f != 0).any(0))
+    theta = signed_gated.feature_facts(params, config)["threshold"]
+    assert (np.abs(f) >= np.where(f, theta, 0) * (1 - 1e-5)).all()
+
+
+def test_a_negative_feature_alone_fires():
+    """So that it is not dead, and counts."""
+    params = signed_gated.init(jax.random.key(0), config := signed_gated.Config(D, F))
+    x = -10 * params["W_dec"][3][None]
+    params["b_gate"] = jnp.full(F, -1e3).at[3].set(-1.0)
+    _, statistics = loss(signed_gated, params, x, 0.07, config)
+    np.testing.assert_array_equal(np.flatnonzero(statistics.fired), [3])
+    assert statistics.means["l0"] == 1
+    np.testing.assert_allclose(signed_gated.encode(params, x, config)[0, 3], -10, rtol=1e-5)
+
+
+def test_a_signed_feature_is_two_of_a_gated_sae():
+    """Which share their weights, where no threshold is below 0."""
+    params, x = away_from_init(signed_gated, signed_gated.Config(D, F)), inputs()
+    params["b_gate"] = -jnp.abs(params["b_gate"]) - 0.5
+    signs = {name: -1 if name in ("W_gate", "W_dec") else 1 for name in params}
+    axes = {name: 1 if name == "W_gate" else 0 for name in params}
+    twice = {
+        name: value if name == "b_dec" else jnp.concatenate([value, signs[name] * value], axes[name])
+        for name, value in params.items()
+    }
+    f = signed_gated.encode(params, x, signed_gated.Config(D, F))
+    pairs = gated.encode(twice, x, gated.Config(D, 2 * F))
+    assert (f < 0).any()
+    np.testing.assert_allclose(f, pairs[:, :F] - pairs[:, F:], rtol=1e-5, atol=1e-6)
+    values = [
+        loss(module, p, x, 0.07, module.Config(D, width))[1].means
+        for module, p, width in ((signed_gated, params, F), (gated, twice, 2 * F))
+    ]
+    for name, value in values[0].items():
+        np.testing.assert_allclose(value, values[1][name], rtol=1e-5, err_msg=name)
+
+
 def test_the_auxiliary_term_does_not_train_the_decoder():
     """With no feature's magnitude above zero, W_dec can get a gradient from the auxiliary term only."""
     config = gated.Config(D, F)
@@ -118,7 +170,8 @@ def test_the_auxiliary_term_does_not_train_the_decoder():
 
 
 @pytest.mark.parametrize(
-    ("module", "switches", "products"), [(gated, {}, 7), (gated, {"tie_encoder": False}, 9), (relu, {}, 5)]
+    ("module", "switches", "products"),
+    [(gated, {}, 7), (gated, {"tie_encoder": False}, 9), (signed_gated, {}, 7), (relu, {}, 5)],
 )
 def test_a_step_makes_no_more_products_than_it_must(module, switches, products):
     """Tied: one encoder, two decodes, and the gradients of each; the centring's share is a vector's product."""
@@ -273,11 +326,11 @@ def test_an_untied_encoder_has_no_jumprelu_form():
         jumprelu.from_gated(gated.init(jax.random.key(0), config), config)
 
 
-@pytest.mark.parametrize("module", [gated, relu, jumprelu])
+@pytest.mark.parametrize("module", [gated, signed_gated, relu, jumprelu])
 def test_nan_is_never_hidden(module):
     """Neither of an input nor of a parameter; the other inputs keep their features."""
     params = gated.init(jax.random.key(0), gated.Config(D, F))
-    if module is not gated:
+    if module in (relu, jumprelu):
         params = jumprelu.from_gated(params, gated.Config(D, F))
     if module is relu:
         del params["threshold"]

@@ -18,11 +18,12 @@ A file may also define these functions, for which the functions of the same name
     from_X(params, config)            parameters of the same function as those of the architecture X
     encode_shard(params, inputs, config, shards)   `encode` on one shard of the dictionary, where features are compared
 
-and this constant:
+and these constants:
 
     SPARSITY = "k"                    the option that says how many features are active. Such an architecture has no
                                       sparsity coefficient: its stacks have no `l1_coefficients` and no `target_l0`.
                                       Stacks that differ in this option alone are one frontier of the report
+    SIGNED = True                     features may be negative
 """
 
 import dataclasses
@@ -403,6 +404,11 @@ def gate(architecture: Architecture, params: Params, inputs: Activations, config
     """Which features [B, F] are switched on."""
     own = getattr(architecture, "gate", None)
     return own(params, inputs, config) if own else architecture.encode(params, inputs, config) != 0
+
+
+def is_signed(architecture: Architecture) -> bool:
+    """Whether features may be negative."""
+    return bool(getattr(architecture, "SIGNED", False))
 
 
 def encode_shard(
