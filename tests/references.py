@@ -43,6 +43,23 @@ def gated_sae(params, x, l1, tie=True, r_mag=True, freeze=True, penalty="l1", sc
     return loss, grads, f
 
 
+def of_aligned(reference, encoder, params, x, l1, **options):
+    """Loss and gradients of an SAE whose encoder is aligned with its decoder, from a reference of the plain SAE."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    w, d = p[encoder].T, p["W_dec"]
+
+    def dot(a, b):
+        return (a * b).sum(1, keepdims=True)
+
+    gap, square = 1 - dot(w, d), dot(d, d)
+    loss, grads, f = reference(p | {encoder: (w + gap / square * d).T}, x, l1, **options)
+    d_w = grads[encoder].T
+    along = dot(d_w, d) / square
+    grads[encoder] = (d_w - along * d).T
+    grads["W_dec"] = grads["W_dec"] + gap / square * d_w - along * w - 2 * gap / square * along * d
+    return loss, grads, f
+
+
 def signed_gated_sae(params, x, l1):
     """Loss and gradients of the sign-aware gated SAE, by hand."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}

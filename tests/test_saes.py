@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gsae_jax import batching
-from gsae_jax.saes import contract, gated, jumprelu, parameters, relu, signed_gated, trained
+from gsae_jax.saes import contract, gated, jumprelu, linalg, parameters, relu, signed_gated, trained
 from tests import references
 from tests.refusals import refused
 
@@ -91,6 +91,48 @@ def test_baseline_loss_and_gradients_match_float64():
     x_hat = f @ np.asarray(params["W_dec"], np.float64) + np.asarray(params["b_dec"])
     gamma = statistics.means["x_hat_sq"] / statistics.means["x_hat_dot_x"]
     np.testing.assert_allclose(gamma, (x_hat**2).sum() / (x_hat * x).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+def test_aligned_loss_and_gradients_match_float64(module):
+    config, options = module.Config(D, F, aligned=True), {"r_mag": False} if module is gated else {}
+    params, x = away_from_init(module, config), inputs()
+    encoder = "W_gate" if module is gated else "W_enc"
+    reference = references.gated_sae if module is gated else references.relu_sae
+    (value, _), grads = loss_and_gradients(module, params, x, 0.07, config)
+    expected, expected_grads, f = references.of_aligned(reference, encoder, params, x, 0.07, **options)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        assert_close(grads[key], expected_grads[key])
+    assert_close(module.encode(params, x, config), f)
+    assert 0.05 < (f > 0).mean() < 0.95
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+def test_the_normal_form_of_an_aligned_sae_is_one_that_is_not(module):
+    """Its columns and rows have inner products of one; the untrained encoder has them already."""
+    config, plain, x = module.Config(D, F, aligned=True), module.Config(D, F), inputs()
+    params, encoder = away_from_init(module, config), "W_gate" if module is gated else "W_enc"
+    normal = module.normal_form(params, config)
+    np.testing.assert_allclose(jnp.einsum("df,fd->f", normal[encoder], normal["W_dec"]), 1, rtol=1e-5)
+    assert_close(module.encode(normal, x, plain), module.encode(params, x, config))
+    for key, value in module.normal_form(normal, config).items():
+        np.testing.assert_array_equal(value, normal[key], err_msg=key)
+    first = module.init(jax.random.key(0), config)
+    np.testing.assert_array_equal(module.normal_form(first, config)[encoder], first["W_dec"].T)
+    assert not np.any(normal.get("r_mag", 0))
+
+
+def test_a_column_without_a_part_along_its_row_is_aligned():
+    W, W_dec = jnp.array([[0.0, -2.0], [3.0, 0.0]]), jnp.eye(2)
+    np.testing.assert_allclose(linalg.aligned(W, W_dec), [[1, -2], [3, 1]])
+
+
+def test_options_that_alignment_excludes():
+    for name, value in (("tie_encoder", False), ("only_magnitude", True)):
+        with refused("options.aligned", name):
+            contract.build_config(gated, "gated", (D,), None, F, "float32", {"aligned": True, name: value})
 
 
 def test_signed_loss_and_gradients_match_float64():

@@ -395,9 +395,15 @@ def variant(architecture: str, config: Any, without: str | None = None) -> str:
 
 def converter(source: str, target: str) -> Callable[[Params, Any], Params] | None:
     """What turns parameters of one architecture into those of the same function in another, if anything does."""
-    if source == target:
-        return lambda params, config: dict(params)
-    return getattr(module_of(target), f"from_{source}", None)
+    convert = getattr(module_of(target), f"from_{source}", None)
+    if convert is None and source != target:
+        return None
+
+    def converted(params: Params, config: Any) -> Params:
+        params = normal_form(module_of(source), params, config)
+        return dict(params) if convert is None else convert(params, config)
+
+    return converted
 
 
 def gate(architecture: Architecture, params: Params, inputs: Activations, config: Any) -> jax.Array:
