@@ -250,6 +250,14 @@ def test_about_so_many_features_are_active_before_training(module, initial_l0, e
     assert (f > 0).sum(-1).mean() == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize(("initial_l0", "expected"), [(64, 64), (0, 1024), (2000, 1024)])
+def test_either_sign_counts_before_training(initial_l0, expected):
+    config = signed_gated.Config(96, 1024, initial_l0=initial_l0)
+    x = jax.random.normal(jax.random.key(1), (256, 96))
+    f = signed_gated.encode(signed_gated.init(jax.random.key(0), config), x, config)
+    assert (f != 0).sum(-1).mean() == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize("module", [gated, relu])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_folding_mean_and_scale_is_the_same_sae_in_other_units(module, mean):

@@ -79,9 +79,9 @@ class Config:
             why = "but only_magnitude=True leaves gates as they are; write 0"
             raise UserError(f"is {self.auxk_coefficient:g}, {why}", "auxk_coefficient")
         penalties.check(self.penalty, self.penalty_scale)
-        for name, needed in (("tie_encoder", True), ("only_magnitude", False)):
-            if self.aligned and getattr(self, name) is not needed:
-                raise UserError(f"is True, which needs {name}={needed}; write one of the two", "aligned")
+        for name, excluded in (("tie_encoder", False), ("only_magnitude", True)):
+            if self.aligned and getattr(self, name) is excluded:
+                raise UserError(f"is True, which excludes {name}={excluded}; leave out one of the two", "aligned")
 
     @property
     def scales(self) -> bool:
