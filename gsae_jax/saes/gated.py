@@ -51,9 +51,9 @@ class Config:
             (`selection.auxiliary_error`). 0 = none; TopK SAEs take 1/32.
         k_aux: dead features of a token that explain it; 0 = half of `d_in`.
         aligned: each feature's encoder column and decoder row keep an inner product of one, which fixes r_mag at 0.
-        penalty: what the coefficient multiplies, of each ReLU(pi_gate): itself, or one that saturates (`penalties`).
-        penalty_scale: of a penalty that saturates, which does so at 1 / penalty_scale. In training a site's
-            activations have E||x||^2 = d_in.
+        penalty: the penalty of each ReLU(pi_gate): "l1", or one that saturates, "tanh" or "log" (`penalties`).
+        penalty_scale: a penalty that saturates does so where ReLU(pi_gate) is above 1 / penalty_scale, in training's
+            units: a site's activations have E||x||^2 = d_in.
         dtype: of the matrix products' operands.
     """
 

@@ -64,18 +64,18 @@ def shifted(bias: jax.Array, b_D: jax.typing.ArrayLike, W_DxF: jax.Array) -> jax
 
 
 def aligned(W_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Encoder columns w' = w + (1 - w . d) / (d . d) d, which have an inner product of one with their decoder rows d.
+    """Encoder columns w' = w + (1 - w . d) / (d . d) d. Each has an inner product of one with its decoder row d.
 
-    This is aligned training (arXiv 2605.18629): a loss of w' has no other pairs to choose from. Of the columns with
-    this inner product, w' is the nearest to w. It exists for every w; w / (w . d) does not where w . d is 0, and turns
-    w around where it is negative. In units in which rows of d are longer, w' is as much shorter.
+    In aligned training (arXiv 2605.18629) w' takes the place of w, and the gradient of w' reaches both w and d. Of all
+    columns with this inner product, w' is the nearest to w. It is defined for every w. The alternative w / (w . d) is
+    not defined if w . d is 0, and it reverses w if w . d is negative.
     """
     dots_F, squares_F = _alignment(W_DxF, W_dec_FxD), _alignment(W_dec_FxD.T, W_dec_FxD)
     return W_DxF + ((1 - dots_F) / squares_F)[None] * W_dec_FxD.T
 
 
 def once_aligned(W_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """The same, without a change of columns that are aligned up to rounding: to align twice gives the same bits."""
+    """The same, but columns that are aligned up to rounding stay as they are, so that a second call changes no bit."""
     is_aligned_F = jnp.abs(_alignment(W_DxF, W_dec_FxD) - 1) < ROUNDING
     return jnp.where(is_aligned_F[None], W_DxF, aligned(W_DxF, W_dec_FxD))
 

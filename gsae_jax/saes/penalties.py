@@ -1,8 +1,8 @@
 """Penalties on the activations z >= 0 of a gate. Each is z itself near 0, so that a coefficient means the same in all.
 
     l1    z
-    tanh  tanh(c z) / c       never above 1 / c: what lies far above it feels no force
-    log   log(1 + c z) / c    grows ever more slowly, without a bound
+    tanh  tanh(c z) / c       at most 1 / c; the slope is nearly 0 where z is far above 1 / c
+    log   log(1 + c z) / c    has no largest value; the slope falls as 1 / z
 
 `c` is the scale. At z = 1 / c the slope is 0.42 of that at 0 with tanh, and half of it with log.
 """

@@ -6,9 +6,10 @@ With c = x - b_dec and z = c @ W_gate:
     f       = sign(z) * 1[pi_gate > 0] * ReLU(pi_mag)
     x_hat   = f @ W_dec + b_dec
 
-A feature is two of a gated SAE that share their weights: one along W_gate and W_dec, and one along -W_gate and -W_dec.
-With b_gate <= 0 at most one of the two is open, and f is the first less the second. So compare it with gated SAEs of
-twice the width, which have twice the parameters and take twice the compute. No other library's format can hold it.
+A feature stands for two features of a gated SAE, which have the weights W_gate and W_dec, and -W_gate and -W_dec. If
+b_gate <= 0, at most one of the two is active, and f is the first minus the second. Therefore compare this SAE with
+gated SAEs of twice the width, which have twice the parameters and need twice the compute. No format of another library
+can hold it.
 """
 
 import dataclasses
