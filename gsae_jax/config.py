@@ -136,7 +136,7 @@ class Stack(Sites):
     """
 
     architecture: str = setting(
-        REQUIRED, "gated, relu, topk, batch_topk, matryoshka, or your own, such as my_package.tanh or tanh.py."
+        REQUIRED, "gated, signed_gated, relu, topk, batch_topk, matryoshka, or your own, as my_package.tanh or tanh.py."
     )
     site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")

@@ -232,6 +232,13 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     names = set(jax.eval_shape(lambda: module.init(jax.random.key(0), like)))
     if names != set(params):
         raise UserError(f"need parameters {sorted(names)}, but {stack.start_from} has {sorted(params)}", "options")
+    encoders = [key for key in names if module.PARAMETERS[key].role is contract.Role.ENCODER]
+    for start in each:
+        normal = contract.normal_form(module, start, like)
+        if any(np.any(normal[key] != start[key]) for key in encoders):
+            kind = contract.variant(stack.architecture, like)
+            why = f"are those of {kind!r}, which changes the encoders of {stack.start_from}"
+            raise UserError(f"{why}; write the options that these were trained with", "options")
     return params
 
 
@@ -345,13 +352,18 @@ def _members(
         "prepend_bos": config.data.prepend_bos,
         "exclude_special_tokens": config.activations.drop_special_tokens,
     }
+
+    def normal(index: int) -> dict[str, jax.Array]:
+        # What a user finds in an SAE is what it computes with.
+        return contract.normal_form(architecture, {key: value[index] for key, value in params.items()}, sae)
+
     return [
         trained.SAE(
             name=f"{name}_{index}",
             architecture=stack.architecture,
             config=sae,
             site=stack.site,
-            params=parameters.fold(architecture, {key: value[index] for key, value in params.items()}, inputs, targets),
+            params=parameters.fold(architecture, normal(index), inputs, targets),
             target=stack.target,
             l1_coefficient=l1_coefficients[index],
             learning_rate=learning_rate,

@@ -3,25 +3,32 @@
 import numpy as np
 import scipy.special
 
+PENALTIES = {  # of z >= 0 and a scale: (value, slope)
+    "l1": lambda z, c: (z, np.ones_like(z)),
+    "tanh": lambda z, c: (np.tanh(c * z) / c, 1 / np.cosh(c * z) ** 2),
+    "log": lambda z, c: (np.log(1 + c * z) / c, 1 / (1 + c * z)),
+}
 
-def gated_sae(params, x, l1, tie=True, r_mag=True, freeze=True):
+
+def gated_sae(params, x, l1, tie=True, r_mag=True, freeze=True, penalty="l1", scale=1.0):
     """Loss and gradients of the Gated SAE (equations 3-8; Appendix G), by hand."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     x = np.asarray(x, np.float64)
     B, D = x.shape
     W_gate, W_dec, b_dec = p["W_gate"], p["W_dec"], p["b_dec"]
-    scale = np.exp(p["r_mag"]) if tie and r_mag else np.ones(W_gate.shape[1])
-    W_mag = W_gate * scale if tie else p["W_mag"]
+    ratio = np.exp(p["r_mag"]) if tie and r_mag else np.ones(W_gate.shape[1])
+    W_mag = W_gate * ratio if tie else p["W_mag"]
     c = x - b_dec
     pi_gate, pi_mag = c @ W_gate + p["b_gate"], c @ W_mag + p["b_mag"]
     on, above = pi_gate > 0, pi_mag > 0
     f, gate = on * np.maximum(pi_mag, 0), np.maximum(pi_gate, 0)
     error, gate_error = f @ W_dec + b_dec - x, gate @ W_dec + b_dec - x
-    loss = np.sum(error**2) / (B * D) + l1 * np.sum(gate) / B + np.sum(gate_error**2) / (B * D)
+    penalties, slopes = PENALTIES[penalty](gate, scale)
+    loss = np.sum(error**2) / (B * D) + l1 * np.sum(penalties) / B + np.sum(gate_error**2) / (B * D)
 
     d_x_hat, d_x_gate = 2 * error / (B * D), 2 * gate_error / (B * D)
     d_pi_mag = (d_x_hat @ W_dec.T) * on * above
-    d_pi_gate = (d_x_gate @ W_dec.T + l1 / B) * on
+    d_pi_gate = (d_x_gate @ W_dec.T + l1 / B * slopes) * on
     grads = {"W_dec": f.T @ d_x_hat, "b_dec": d_x_hat.sum(0)}
     if not freeze:
         grads["W_dec"] += gate.T @ d_x_gate
@@ -29,11 +36,51 @@ def gated_sae(params, x, l1, tie=True, r_mag=True, freeze=True):
     grads["b_dec"] -= (d_pi_gate @ W_gate.T + d_pi_mag @ W_mag.T).sum(0)
     grads |= {"b_gate": d_pi_gate.sum(0), "b_mag": d_pi_mag.sum(0)}
     if tie:
-        grads["W_gate"] = c.T @ (d_pi_gate + d_pi_mag * scale)
+        grads["W_gate"] = c.T @ (d_pi_gate + d_pi_mag * ratio)
         grads["r_mag"] = (d_pi_mag * (c @ W_mag)).sum(0) if r_mag else np.zeros(W_gate.shape[1])
     else:
         grads |= {"W_gate": c.T @ d_pi_gate, "W_mag": c.T @ d_pi_mag}
     return loss, grads, f
+
+
+def of_aligned(reference, encoder, params, x, l1, **options):
+    """Loss and gradients of an SAE whose encoder is aligned with its decoder, from a reference of the plain SAE."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    w, d = p[encoder].T, p["W_dec"]
+
+    def dot(a, b):
+        return (a * b).sum(1, keepdims=True)
+
+    gap, square = 1 - dot(w, d), dot(d, d)
+    loss, grads, f = reference(p | {encoder: (w + gap / square * d).T}, x, l1, **options)
+    d_w = grads[encoder].T
+    along = dot(d_w, d) / square
+    grads[encoder] = (d_w - along * d).T
+    grads["W_dec"] = grads["W_dec"] + gap / square * d_w - along * w - 2 * gap / square * along * d
+    return loss, grads, f
+
+
+def signed_gated_sae(params, x, l1):
+    """Loss and gradients of the sign-aware gated SAE, by hand."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    B, D = x.shape
+    W_gate, W_dec, b_dec, ratio = p["W_gate"], p["W_dec"], p["b_dec"], np.exp(p["r_mag"])
+    c = x - b_dec
+    z = c @ W_gate
+    sign, pi_gate, pi_mag = np.sign(z), np.abs(z) + p["b_gate"], ratio * np.abs(z) + p["b_mag"]
+    on, above = pi_gate > 0, pi_mag > 0
+    f, gate = sign * on * np.maximum(pi_mag, 0), sign * np.maximum(pi_gate, 0)
+    error, gate_error = f @ W_dec + b_dec - x, gate @ W_dec + b_dec - x
+    loss = np.sum(error**2) / (B * D) + l1 * np.sum(np.abs(gate)) / B + np.sum(gate_error**2) / (B * D)
+
+    d_x_hat, d_x_gate = 2 * error / (B * D), 2 * gate_error / (B * D)
+    d_pi_mag = sign * (d_x_hat @ W_dec.T) * on * above
+    d_pi_gate = (sign * (d_x_gate @ W_dec.T) + l1 / B) * on
+    d_z = sign * (d_pi_gate + d_pi_mag * ratio)
+    grads = {"W_gate": c.T @ d_z, "W_dec": f.T @ d_x_hat, "b_dec": d_x_hat.sum(0) - (d_z @ W_gate.T).sum(0)}
+    grads |= {"b_gate": d_pi_gate.sum(0), "b_mag": d_pi_mag.sum(0)}
+    return loss, grads | {"r_mag": (d_pi_mag * ratio * np.abs(z)).sum(0)}, f
 
 
 def relu_sae(params, x, l1):

@@ -39,6 +39,7 @@ def make(module, **options):
 SAES = {
     "gated": lambda: make(gated),
     "fixed": lambda: make(gated, use_r_mag=False, freeze_aux_decoder=False),
+    "aligned": lambda: make(gated, aligned=True),
     "relu": lambda: make(relu),
     "jumprelu": lambda: jumprelu.form(make(gated)),
 }

@@ -1,6 +1,6 @@
 """What holds of every architecture: those of the package, and one that reads two sites and has state.
 
-Each file of `saes/` is tested with its default options, and with each switch the other way.
+Each file of `saes/` is tested with its default options, with each switch the other way, and with each other choice.
 """
 
 import contextlib
@@ -49,8 +49,16 @@ def variants():
             for setting in dataclasses.fields(architecture.Config)
             if isinstance(setting.default, bool)
         ]
-        for options in ({}, *switches):
-            yield pytest.param(name, options, id=" ".join([name, *options]))
+        choices = [
+            {setting.name: choice}
+            for setting in dataclasses.fields(architecture.Config)
+            if typing.get_origin(kind := kinds(setting.name, architecture)) is typing.Literal
+            for choice in typing.get_args(kind)
+            if choice != setting.default
+        ]
+        for options in ({}, *switches, *choices):
+            shown = [key if isinstance(value, bool) else f"{key}={value}" for key, value in options.items()]
+            yield pytest.param(name, options, id=" ".join([name, *shown]))
 
 
 def trainable_names():

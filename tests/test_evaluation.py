@@ -12,7 +12,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import measure, metrics, plots, report
 from gsae_jax.lms import loading
-from gsae_jax.saes import gated, relu
+from gsae_jax.saes import gated, relu, signed_gated
 from tests import references
 from tests.measuring import SITE, UNUSED, as_sae, batches, identity, on_mesh, reported, zero
 from tests.refusals import refused
@@ -136,6 +136,38 @@ def test_features_chosen_by_gradient_pursuit(lm):
     assert eight["fvu"] < min(two["fvu"], encoder["fvu"])
     found = {record["name"]: record for record in report.rows("small", {"a_0": sae}, sums, ito=(2, 8))}
     assert [record["ito"] for record in found.values()] == [0, 2, 8]
+
+
+def test_features_of_either_sign_are_measured(lm, tmp_path):
+    """By their absolute values; pursuit takes atoms along both directions too."""
+    D, tokens = lm.sites[SITE], batches(lm)
+    config = signed_gated.Config(D, 48)
+    params = signed_gated.init(jax.random.key(0), config)
+    params |= {"b_gate": jnp.full(48, -0.5).at[:5].set(-1e6), "b_mag": jnp.full(48, -0.7)}
+    sae = as_sae("a_0", signed_gated, params, config)
+    sums = measure.measure(lm.on(on_mesh(4, 2)), [sae], tokens, lm.special_tokens, ito=(4,))
+    ours, pursued = (metrics.combine(sums[name]) for name in ("a_0", "a_0_ito_4"))
+    valid = ~np.isin(tokens, lm.special_tokens)
+    x = np.concatenate([np.asarray(loading.capture(lm.module, lm.params, part, {SITE})[SITE]) for part in tokens])
+    x = x[valid.reshape(x.shape[:-1])].astype(np.float64)
+    _, _, f = references.signed_gated_sae(params, x, 0.0)
+    x_hat = f @ np.asarray(params["W_dec"], np.float64)
+    assert (f < 0).any()
+    expected = {
+        "l0": (f != 0).sum(1).mean(),
+        "l1": np.abs(f).sum(1).mean(),
+        "gate_only": ((np.abs(x @ np.asarray(params["W_gate"])) > 0.5) & (f == 0))[:, 5:].sum(1).mean(),
+        "alive": (f != 0).any(0).mean(),
+        "dense": ((f != 0).mean(0) > 0.1).mean(),
+        "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+    }
+    assert {name: ours[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert pursued["l0"] <= 4
+    one_sign = dataclasses.replace(sae, architecture="gated", config=gated.Config(D, 48))
+    clipped = metrics.combine(measure.measure(lm, [one_sign], tokens, lm.special_tokens, ito=(4,))["a_0_ito_4"])
+    assert pursued["fvu"] < 0.9 * clipped["fvu"]
+    found, _ = reported(tmp_path, lm, {"a_0": sae}, tokens)
+    assert found["saes"][0]["variant"] == "signed_gated"
 
 
 @pytest.mark.variants

@@ -15,7 +15,7 @@ from tests.measuring import SITE, as_sae, batches, on_mesh
 from tests.refusals import refused
 
 D, WIDE = 8, 64 * 512  # with room for every capacity
-every = pytest.mark.parametrize("name", ["gated", "relu", "jumprelu"])
+every = pytest.mark.parametrize("name", ["gated", "signed_gated", "relu", "jumprelu"])
 
 
 def sae_of(name, F, L0):
@@ -30,7 +30,7 @@ def sae_of(name, F, L0):
     params = {"W_dec": W_dec, "b_dec": 0.3 * jax.random.normal(keys[1], (D,))}
     bias = -jnp.quantile((x.reshape(-1, D) - params["b_dec"][None]) @ W_dec.T, 1 - L0 / F)
     biases = (jnp.zeros(F) + bias).at[3].set(-1e6)
-    if name == "gated":
+    if name in ("gated", "signed_gated"):
         params |= {"W_gate": W_dec.T, "r_mag": 0.1 * jax.random.normal(keys[2], (F,))}
         params |= {"b_gate": biases, "b_mag": biases + 0.2}
     else:
@@ -66,6 +66,7 @@ def test_active_features_are_those_of_the_dense_array(name, L0):
     """More of them than there are slots at first, too."""
     sae, x = sae_of(name, 2048, L0), activations()
     dense = np.asarray(sae.encode(x))
+    assert (dense < 0).any() == (name == "signed_gated")
     indices, values = sae.encode(x, sparse=True)
     assert values.shape == (*x.shape[:-1], (dense != 0).sum(-1).max())
     assert (np.diff(indices, axis=-1) >= 0).all()

@@ -110,6 +110,38 @@ def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
     refuse("options", "W_mag", f"{path}:baseline", options={"tie_encoder": False})
 
 
+def test_an_aligned_stack_is_loaded_and_starts_others(experiment, tmp_path):
+    """With the encoder that it computes with; a stack with the option starts from no other."""
+    stacks = {
+        name: dataclasses.replace(stack, options={"aligned": True} if name == "gated" else {})
+        for name, stack in experiment.stacks.items()
+    }
+    path = tmp_path / "run"
+    assert loop.train(dataclasses.replace(experiment, stacks=stacks), path)
+    on_mesh = sae_loading.load(path, mesh_lib.make_mesh(experiment.mesh))
+    for name, sae in gsae_jax.load(path).items():
+        if sae.stack == "gated":
+            np.testing.assert_allclose(jnp.einsum("df,fd->f", sae.W_gate, sae.W_dec), 1, rtol=1e-5)
+            assert np.abs(sae.W_gate - sae.W_dec.T).max() > 1e-3
+            np.testing.assert_allclose(on_mesh[name].W_gate, sae.W_gate, rtol=1e-5, atol=1e-6)
+            assert on_mesh[name].W_gate.addressable_shards[0].data.size == sae.W_gate.size // 8
+            form = sae.functions.encode(sae.params, x := jnp.ones((3, 32)), gated.Config(32, 64))
+            np.testing.assert_allclose(form, sae.encode(x), rtol=1e-4, atol=1e-5)
+
+    def start(like, source, **options):
+        stack = dataclasses.replace(experiment.stacks[like], architecture="gated", options=options)
+        stack = dataclasses.replace(stack, start_from=f"{path}:{source}")
+        return sae_loading.starts(dataclasses.replace(experiment, stacks={"a": stack}))["a"]
+
+    for options in ({}, {"aligned": True}):
+        np.testing.assert_array_equal(
+            start("gated", "gated", **options)["W_gate"][1], gsae_jax.load(path)["gated_1"].W_gate
+        )
+    assert start("baseline", "baseline")["W_gate"].shape == (1, 64, 128)
+    with refused("stacks.a.options", "aligned=True", f"{path}:baseline"):
+        start("baseline", "baseline", aligned=True)
+
+
 def test_a_save_does_not_ask_when_the_run_should_end(experiment, tmp_path, monkeypatch):
     """The trainer alone does, in calls: a save's number of updates would put the end of a run far ahead."""
     asked = []

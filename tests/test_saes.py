@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gsae_jax import batching
-from gsae_jax.saes import contract, gated, jumprelu, parameters, relu, trained
+from gsae_jax.saes import contract, gated, jumprelu, linalg, parameters, relu, signed_gated, trained
 from tests import references
 from tests.refusals import refused
 
@@ -22,6 +22,8 @@ ABLATIONS = {
     "unfrozen decoder": {"freeze_aux_decoder": False},
     "no r_mag": {"use_r_mag": False},
     "untied": {"tie_encoder": False},
+    "tanh": {"penalty": "tanh", "penalty_scale": 2.0},
+    "log": {"penalty": "log", "penalty_scale": 0.5},
 }
 
 
@@ -65,6 +67,8 @@ def test_gated_loss_and_gradients_match_float64(name):
         tie=config.tie_encoder,
         r_mag=config.use_r_mag,
         freeze=config.freeze_aux_decoder,
+        penalty=config.penalty,
+        scale=config.penalty_scale,
     )
     assert 0.05 < (f > 0).mean() < 0.95
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -87,6 +91,100 @@ def test_baseline_loss_and_gradients_match_float64():
     x_hat = f @ np.asarray(params["W_dec"], np.float64) + np.asarray(params["b_dec"])
     gamma = statistics.means["x_hat_sq"] / statistics.means["x_hat_dot_x"]
     np.testing.assert_allclose(gamma, (x_hat**2).sum() / (x_hat * x).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+def test_aligned_loss_and_gradients_match_float64(module):
+    config, options = module.Config(D, F, aligned=True), {"r_mag": False} if module is gated else {}
+    params, x = away_from_init(module, config), inputs()
+    encoder = "W_gate" if module is gated else "W_enc"
+    reference = references.gated_sae if module is gated else references.relu_sae
+    (value, _), grads = loss_and_gradients(module, params, x, 0.07, config)
+    expected, expected_grads, f = references.of_aligned(reference, encoder, params, x, 0.07, **options)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        assert_close(grads[key], expected_grads[key])
+    assert_close(module.encode(params, x, config), f)
+    assert 0.05 < (f > 0).mean() < 0.95
+
+
+@pytest.mark.parametrize("module", [gated, relu])
+def test_the_normal_form_of_an_aligned_sae_is_one_that_is_not(module):
+    """Its columns and rows have inner products of one; the untrained encoder has them already."""
+    config, plain, x = module.Config(D, F, aligned=True), module.Config(D, F), inputs()
+    params, encoder = away_from_init(module, config), "W_gate" if module is gated else "W_enc"
+    normal = module.normal_form(params, config)
+    np.testing.assert_allclose(jnp.einsum("df,fd->f", normal[encoder], normal["W_dec"]), 1, rtol=1e-5)
+    assert_close(module.encode(normal, x, plain), module.encode(params, x, config))
+    for key, value in module.normal_form(normal, config).items():
+        np.testing.assert_array_equal(value, normal[key], err_msg=key)
+    first = module.init(jax.random.key(0), config)
+    np.testing.assert_array_equal(module.normal_form(first, config)[encoder], first["W_dec"].T)
+    assert not np.any(normal.get("r_mag", 0))
+
+
+def test_a_column_without_a_part_along_its_row_is_aligned():
+    W, W_dec = jnp.array([[0.0, -2.0], [3.0, 0.0]]), jnp.eye(2)
+    np.testing.assert_allclose(linalg.aligned(W, W_dec), [[1, -2], [3, 1]])
+
+
+def test_options_that_alignment_excludes():
+    for name, value in (("tie_encoder", False), ("only_magnitude", True)):
+        with refused("options.aligned", name):
+            contract.build_config(gated, "gated", (D,), None, F, "float32", {"aligned": True, name: value})
+
+
+def test_signed_loss_and_gradients_match_float64():
+    config = signed_gated.Config(D, F)
+    params, x = away_from_init(signed_gated, config), inputs()
+    params["b_gate"] -= 1.0
+    (value, statistics), grads = loss_and_gradients(signed_gated, params, x, 0.07, config)
+    expected, expected_grads, f = references.signed_gated_sae(params, x, 0.07)
+    assert 0.05 < (f > 0).mean() < 0.5
+    assert 0.05 < (f < 0).mean() < 0.5
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        assert_close(grads[key], expected_grads[key])
+    assert_close(signed_gated.encode(params, x, config), f)
+    np.testing.assert_allclose(statistics.means["l0"], (f != 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_array_equal(statistics.fired, (f != 0).any(0))
+    theta = signed_gated.feature_facts(params, config)["threshold"]
+    assert (np.abs(f) >= np.where(f, theta, 0) * (1 - 1e-5)).all()
+
+
+def test_a_negative_feature_alone_fires():
+    """So that it is not dead, and counts."""
+    params = signed_gated.init(jax.random.key(0), config := signed_gated.Config(D, F))
+    x = -10 * params["W_dec"][3][None]
+    params["b_gate"] = jnp.full(F, -1e3).at[3].set(-1.0)
+    _, statistics = loss(signed_gated, params, x, 0.07, config)
+    np.testing.assert_array_equal(np.flatnonzero(statistics.fired), [3])
+    assert statistics.means["l0"] == 1
+    np.testing.assert_allclose(signed_gated.encode(params, x, config)[0, 3], -10, rtol=1e-5)
+
+
+def test_a_signed_feature_is_two_of_a_gated_sae():
+    """Which share their weights, where no threshold is below 0."""
+    params, x = away_from_init(signed_gated, signed_gated.Config(D, F)), inputs()
+    params["b_gate"] = -jnp.abs(params["b_gate"]) - 0.5
+    signs = {name: -1 if name in ("W_gate", "W_dec") else 1 for name in params}
+    axes = {name: 1 if name == "W_gate" else 0 for name in params}
+    twice = {
+        name: value if name == "b_dec" else jnp.concatenate([value, signs[name] * value], axes[name])
+        for name, value in params.items()
+    }
+    f = signed_gated.encode(params, x, signed_gated.Config(D, F))
+    pairs = gated.encode(twice, x, gated.Config(D, 2 * F))
+    assert (f < 0).any()
+    np.testing.assert_allclose(f, pairs[:, :F] - pairs[:, F:], rtol=1e-5, atol=1e-6)
+    values = [
+        loss(module, p, x, 0.07, module.Config(D, width))[1].means
+        for module, p, width in ((signed_gated, params, F), (gated, twice, 2 * F))
+    ]
+    for name, value in values[0].items():
+        np.testing.assert_allclose(value, values[1][name], rtol=1e-5, err_msg=name)
 
 
 def test_the_auxiliary_term_does_not_train_the_decoder():
@@ -114,7 +212,8 @@ def test_the_auxiliary_term_does_not_train_the_decoder():
 
 
 @pytest.mark.parametrize(
-    ("module", "switches", "products"), [(gated, {}, 7), (gated, {"tie_encoder": False}, 9), (relu, {}, 5)]
+    ("module", "switches", "products"),
+    [(gated, {}, 7), (gated, {"tie_encoder": False}, 9), (signed_gated, {}, 7), (relu, {}, 5)],
 )
 def test_a_step_makes_no_more_products_than_it_must(module, switches, products):
     """Tied: one encoder, two decodes, and the gradients of each; the centring's share is a vector's product."""
@@ -149,6 +248,14 @@ def test_about_so_many_features_are_active_before_training(module, initial_l0, e
     x = jax.random.normal(jax.random.key(1), (256, 96))  # E||x||^2 = D
     f = module.encode(module.init(jax.random.key(0), config), x, config)
     assert (f > 0).sum(-1).mean() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(("initial_l0", "expected"), [(64, 64), (0, 1024), (2000, 1024)])
+def test_either_sign_counts_before_training(initial_l0, expected):
+    config = signed_gated.Config(96, 1024, initial_l0=initial_l0)
+    x = jax.random.normal(jax.random.key(1), (256, 96))
+    f = signed_gated.encode(signed_gated.init(jax.random.key(0), config), x, config)
+    assert (f != 0).sum(-1).mean() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("module", [gated, relu])
@@ -211,6 +318,25 @@ def test_bfloat16_products_keep_their_digits_beside_a_large_mean(module):
     np.testing.assert_allclose(shifted, f, rtol=0.05, atol=0.05)
 
 
+def test_penalties_have_the_slope_of_l1_at_0_and_scales_of_their_own():
+    params, x = away_from_init(gated, gated.Config(D, F)), inputs()
+    small = {
+        name: float(loss(gated, params, x, 0.07, gated.Config(D, F, penalty=name, penalty_scale=1e-3))[0])
+        for name in ("tanh", "log")
+    }
+    expected = float(loss(gated, params, x, 0.07, gated.Config(D, F))[0])
+    np.testing.assert_allclose(list(small.values()), expected, rtol=1e-3)
+    for options, fact in (
+        ({"penalty": "tanh", "penalty_scale": 0.0}, "above 0"),
+        ({"penalty": "log", "penalty_scale": -1.0}, "above 0"),
+        ({"penalty_scale": 2.0}, '"l1" has no scale'),
+    ):
+        with refused("options.penalty_scale", fact):
+            contract.build_config(gated, "gated", (D,), None, F, "float32", options)
+    with refused("options.penalty", "'l2'", "tanh"):
+        contract.build_config(gated, "gated", (D,), None, F, "float32", {"penalty": "l2"})
+
+
 def test_unknown_architectures_and_options_are_named():
     with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, matryoshka, relu, topk"):
         contract.trainable("gate")
@@ -250,11 +376,11 @@ def test_an_untied_encoder_has_no_jumprelu_form():
         jumprelu.from_gated(gated.init(jax.random.key(0), config), config)
 
 
-@pytest.mark.parametrize("module", [gated, relu, jumprelu])
+@pytest.mark.parametrize("module", [gated, signed_gated, relu, jumprelu])
 def test_nan_is_never_hidden(module):
     """Neither of an input nor of a parameter; the other inputs keep their features."""
     params = gated.init(jax.random.key(0), gated.Config(D, F))
-    if module is not gated:
+    if module in (relu, jumprelu):
         params = jumprelu.from_gated(params, gated.Config(D, F))
     if module is relu:
         del params["threshold"]

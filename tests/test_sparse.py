@@ -75,9 +75,12 @@ def test_sums_over_active_features(dtype, tolerance, block, which):
 
 
 GATED, RELU = ("gated", {}), ("relu", {})
-OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False})]
+TANH, ALIGNED = ("gated", {"penalty": "tanh"}), ("gated", {"aligned": True})
+OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False}), ("gated", {"penalty": "log"})]
+OTHERS += [("relu", {"aligned": True})]
 every = pytest.mark.parametrize(
-    ("name", "options"), [GATED, RELU, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)]
+    ("name", "options"),
+    [GATED, RELU, TANH, ALIGNED, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)],
 )
 
 

@@ -231,6 +231,8 @@ def test_a_scale_is_measured_on_the_text_that_there_is(experiment, tmp_path, mon
         {"options": {"tie_encoder": False}},
         {"options": {"use_r_mag": False}},
         {"options": {"freeze_aux_decoder": False}},
+        {"options": {"penalty": "tanh"}},
+        {"options": {"aligned": True}},
         {"train": {"compute_dtype": "bfloat16"}, "lm": {"dtype": "bfloat16"}},
         {"activations": {"drop_special_tokens": False}},
     ],
@@ -246,5 +248,6 @@ def test_every_variant_trains_on_a_mesh(experiment, changes):
     state, last = advance(program, state, lm_params, stream, calls=4)
     assert (last["gated"]["loss"] < first["gated"]["loss"]).all()
     moved = {name for name, value in state.stacks["gated"].params.items() if np.any(np.asarray(value) != before[name])}
-    assert moved == set(before) - ({"r_mag"} if options.get("use_r_mag") is False else set())
+    fixed = options.get("use_r_mag") is False or options.get("aligned")
+    assert moved == set(before) - ({"r_mag"} if fixed else set())
     assert all(value.dtype == np.float32 for value in before.values())

@@ -342,7 +342,7 @@ def _pursue(
         x_RxtxD, valid_RxT = part
         x_BxD = x_RxtxD.reshape(-1, x_RxtxD.shape[-1]).astype(jnp.float32)
         per_token, fired = [], []
-        for codes in pursuit.pursue(W_dec_FxD, x_BxD - bias[None], ks):
+        for codes in pursuit.pursue(W_dec_FxD, x_BxD - bias[None], ks, contract.is_signed(functions)):
             on_BxK = metrics.fired(codes.alpha)
             per_token.append((codes.x_hat + bias[None], metrics.feature_statistics(codes.alpha, on_BxK)))
             on_BxK &= valid_RxT.reshape(-1, 1)

@@ -47,7 +47,7 @@ def feature_statistics(f_BxF: jax.Array, gate_BxF: jax.Array) -> dict[str, jax.A
     def number(of_BxF: jax.Array) -> jax.Array:
         return jnp.where(broken_B, jnp.nan, of_BxF.sum(-1).astype(jnp.float32))
 
-    return {"l0": number(fires), "l1": f_BxF.sum(-1), "gate_only": number(gate_BxF & ~fires)}
+    return {"l0": number(fires), "l1": jnp.abs(f_BxF).sum(-1), "gate_only": number(gate_BxF & ~fires)}
 
 
 def fired(f: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ def combine(sums: Sums) -> dict[str, Any]:
         fvu: fraction of the activations' variance that is not explained.
         gamma_all, fvu_all: over all tokens; gamma and fvu leave out tokens of extreme norm.
         cosine: mean cosine of activation and reconstruction.
-        l1: mean sum of features, in the language model's units.
+        l1: mean sum of the features' absolute values, in the language model's units.
         gate_only: mean features per token whose gate is open and whose magnitude is 0.
         alive, dense: fractions of features that fired on at least one token, on more than a tenth of them.
         tokens, extreme: numbers of measured activations, and of those with an extreme norm (`EXTREME`).

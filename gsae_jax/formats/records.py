@@ -179,7 +179,9 @@ def build(
         files.refuse(path, [f"its options are those of {kind!r}, but it has the tensors {', '.join(sorted(params))}"])
     kind, normal = contract.variant(architecture, config), contract.normal_form(module, params, config)
     unlike = [name for name in params if np.any(normal[name] != params[name])]
-    files.refuse(path, [f"its options are those of {kind!r}, which does not use the tensor {name}" for name in unlike])
+    files.refuse(
+        path, [f"its options are those of {kind!r}, with which the tensor {name} would be another" for name in unlike]
+    )
     numbers = {name: record.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
     limit = record.get("norm_limit")
     sae = trained.SAE(

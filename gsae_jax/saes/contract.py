@@ -18,11 +18,12 @@ A file may also define these functions, for which the functions of the same name
     from_X(params, config)            parameters of the same function as those of the architecture X
     encode_shard(params, inputs, config, shards)   `encode` on one shard of the dictionary, where features are compared
 
-and this constant:
+and these constants:
 
     SPARSITY = "k"                    the option that says how many features are active. Such an architecture has no
                                       sparsity coefficient: its stacks have no `l1_coefficients` and no `target_l0`.
                                       Stacks that differ in this option alone are one frontier of the report
+    SIGNED = True                     features may be negative
 """
 
 import dataclasses
@@ -394,15 +395,26 @@ def variant(architecture: str, config: Any, without: str | None = None) -> str:
 
 def converter(source: str, target: str) -> Callable[[Params, Any], Params] | None:
     """What turns parameters of one architecture into those of the same function in another, if anything does."""
-    if source == target:
-        return lambda params, config: dict(params)
-    return getattr(module_of(target), f"from_{source}", None)
+    convert = getattr(module_of(target), f"from_{source}", None)
+    if convert is None and source != target:
+        return None
+
+    def converted(params: Params, config: Any) -> Params:
+        params = normal_form(module_of(source), params, config)
+        return dict(params) if convert is None else convert(params, config)
+
+    return converted
 
 
 def gate(architecture: Architecture, params: Params, inputs: Activations, config: Any) -> jax.Array:
     """Which features [B, F] are switched on."""
     own = getattr(architecture, "gate", None)
     return own(params, inputs, config) if own else architecture.encode(params, inputs, config) != 0
+
+
+def is_signed(architecture: Architecture) -> bool:
+    """Whether features may be negative."""
+    return bool(getattr(architecture, "SIGNED", False))
 
 
 def encode_shard(

@@ -5,6 +5,8 @@ With c = x - b_dec:
     pi_mag  = exp(r_mag) * (c @ W_gate) + b_mag     how much (equation 7: the encoders share directions)
     f       = 1[pi_gate > 0] * ReLU(pi_mag)
     x_hat   = f @ W_dec + b_dec
+
+With the option `aligned`, the columns of `linalg.aligned(W_gate, W_dec)` take the place of W_gate.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.errors import UserError
-from gsae_jax.saes import linalg, selection
+from gsae_jax.saes import linalg, penalties, selection
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
 from gsae_jax.saes.features import AllFeatures, Encoder, Features
 
@@ -48,6 +50,10 @@ class Config:
             largest pi_gate explain the residual by 1 + ELU(pi_gate), through the frozen decoder
             (`selection.auxiliary_error`). 0 = none; TopK SAEs take 1/32.
         k_aux: dead features of a token that explain it; 0 = half of `d_in`.
+        aligned: each feature's encoder column and decoder row keep an inner product of one, which fixes r_mag at 0.
+        penalty: the penalty of each ReLU(pi_gate): "l1", or one that saturates, "tanh" or "log" (`penalties`).
+        penalty_scale: a penalty that saturates does so where ReLU(pi_gate) is above 1 / penalty_scale, in training's
+            units: a site's activations have E||x||^2 = d_in.
         dtype: of the matrix products' operands.
     """
 
@@ -60,14 +66,27 @@ class Config:
     initial_l0: int = linalg.INITIAL_L0
     auxk_coefficient: float = 0.0
     k_aux: int = 0
+    aligned: bool = False
+    penalty: penalties.Name = "l1"
+    penalty_scale: float = 1.0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        """Raises `UserError` for a number that is out of range, and for options that exclude each other."""
         linalg.check_initial_l0(self.initial_l0)
         selection.check_auxk(self.auxk_coefficient, self.k_aux)
         if self.auxk_coefficient and self.only_magnitude:
             why = "but only_magnitude=True leaves gates as they are; write 0"
             raise UserError(f"is {self.auxk_coefficient:g}, {why}", "auxk_coefficient")
+        penalties.check(self.penalty, self.penalty_scale)
+        for name, excluded in (("tie_encoder", False), ("only_magnitude", True)):
+            if self.aligned and getattr(self, name) is excluded:
+                raise UserError(f"is True, which excludes {name}={excluded}; leave out one of the two", "aligned")
+
+    @property
+    def scales(self) -> bool:
+        """Whether exp(r_mag) scales magnitudes."""
+        return self.tie_encoder and self.use_r_mag and not self.aligned
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
@@ -101,9 +120,10 @@ def frozen(config: Config) -> set[str]:
 
 
 def normal_form(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
-    """The same function with r_mag in use."""
-    unused = not config.use_r_mag and "r_mag" in params
-    return params | ({"r_mag": jnp.zeros_like(params["r_mag"])} if unused else {})
+    """The same function with r_mag in use, and with the encoder that is."""
+    unused = not config.scales and "r_mag" in params
+    normal = params | ({"r_mag": jnp.zeros_like(params["r_mag"])} if unused else {})
+    return normal | ({"W_gate": linalg.once_aligned(params["W_gate"], params["W_dec"])} if config.aligned else {})
 
 
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
@@ -135,7 +155,7 @@ def magnitude_scale(params: dict[str, jax.Array], config: Config) -> jax.Array:
     """
     if not config.tie_encoder:
         raise UserError("is False; only a gated SAE with a tied encoder has a JumpReLU form", "tie_encoder")
-    return jnp.exp(params["r_mag"]) if config.use_r_mag else jnp.ones_like(params["r_mag"])
+    return jnp.exp(params["r_mag"]) if config.scales else jnp.ones_like(params["r_mag"])
 
 
 def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
@@ -146,15 +166,20 @@ def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder | None:
     """The encoder of gates; None if AuxK needs closed gates, or an untied encoder a product of its own."""
     by_active = config.tie_encoder and not config.auxk_coefficient
-    return Encoder(params["W_gate"], params["b_dec"], params["b_gate"]) if by_active else None
+    return Encoder(_W_gate(params, config), params["b_dec"], params["b_gate"]) if by_active else None
 
 
 def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag), each [B, F]; one product with x when the encoder is tied."""
     # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
     c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
-    features = AllFeatures(linalg.matmul(c_BxD, params["W_gate"], config.dtype), config.dtype)
+    features = AllFeatures(linalg.matmul(c_BxD, _W_gate(params, config), config.dtype), config.dtype)
     return _pre_activations(params, features, lambda W: linalg.matmul(c_BxD, W, config.dtype), config)
+
+
+def _W_gate(params: dict[str, jax.Array], config: Config) -> jax.Array:
+    """The gate's encoder that is in use."""
+    return linalg.aligned(params["W_gate"], params["W_dec"]) if config.aligned else params["W_gate"]
 
 
 def _pre_activations(
@@ -163,7 +188,7 @@ def _pre_activations(
     """(pi_gate, pi_mag); `encode_with` computes c @ W."""
     if not config.tie_encoder:
         magnitude = encode_with(params["W_mag"])
-    elif config.use_r_mag:
+    elif config.scales:
         magnitude = features.pre * features.each(jnp.exp(params["r_mag"]))
     else:
         magnitude = features.pre
@@ -196,19 +221,22 @@ def loss(
     shards: Shards = WHOLE,
     features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """Equation 8, squared errors divided by D, averaged over the batch (`contract.Trainable.loss`)."""
+    """Equation 8, squared errors divided by D, averaged over the batch (`contract.Trainable.loss`).
+
+    Its second term is l1_coefficient times the sum over features of the `penalty` of ReLU(pi_gate).
+    """
     x_BxD, b_dec = batch.inputs, params["b_dec"]
     encode_with = partial(linalg.centred_product, x_BxD, b_dec, dtype=config.dtype)
-    features = features or AllFeatures(encode_with(params["W_gate"]), config.dtype)
+    features = features or AllFeatures(encode_with(_W_gate(params, config)), config.dtype)
     pi_gate, pi_mag = _pre_activations(params, features, encode_with, config)
     f_gate = jax.nn.relu(pi_gate)
     f = jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0)
     trains_aux = not config.freeze_aux_decoder
     B = x_BxD.shape[0]
-    decoded, l1, l0 = shards.sum(
+    decoded, penalty, l0 = shards.sum(
         (
             features.decode((f, f_gate), params["W_dec"], (True, trains_aux)),
-            f_gate.sum() / B,
+            penalties.of(config.penalty, config.penalty_scale, f_gate).sum() / B,
             jnp.sum(f > 0, dtype=jnp.float32) / B,
         )
     )
@@ -216,12 +244,13 @@ def loss(
     x_hat_gate = decoded[1] + (b_dec if trains_aux else jax.lax.stop_gradient(b_dec))[None]
     means = linalg.error_statistics(x_BxD, x_hat)
     auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
-    total = means["mse"] + coefficients["l1_coefficient"] * l1 + auxiliary
+    total = means["mse"] + coefficients["l1_coefficient"] * penalty + auxiliary
     if config.auxk_coefficient:
         # A dead feature's gate is closed, so that ReLU(pi_gate) would have no gradient. This is positive and has one.
         almost_BxF = 1 + jax.nn.elu(pi_gate)
         W_dec = jax.lax.stop_gradient(params["W_dec"])
         means["auxk"] = selection.auxiliary_error(almost_BxF, x_BxD - x_hat, W_dec, batch.dead(), config, shards)
         total += config.auxk_coefficient * means["auxk"]
-    means |= {"loss": total, "l1": l1, "auxiliary": auxiliary, "l0": l0}
+    name = "l1" if config.penalty == "l1" else "penalty"
+    means |= {"loss": total, name: penalty, "auxiliary": auxiliary, "l0": l0}
     return total, Statistics(means, features.any(f > 0), {})

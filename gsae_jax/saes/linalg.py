@@ -13,6 +13,7 @@ from gsae_jax.kernels import active
 # Features that are active on a token before training. With zero biases half of all features are, and wide dictionaries
 # need hundreds of steps, all of them dense, to shrink their reconstructions to the size of the inputs.
 INITIAL_L0 = 64
+ROUNDING = 1e-5  # of an inner product of one, in float32
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: str) -> jax.Array:
@@ -60,6 +61,28 @@ def shifted(bias: jax.Array, b_D: jax.typing.ArrayLike, W_DxF: jax.Array) -> jax
     with np.errstate(over="ignore", invalid="ignore"):  # callers check whether it is finite
         shifted_F = np.asarray(bias) + np.asarray(b_D, np.float64) @ np.asarray(W_DxF, np.float64)
         return jnp.asarray(shifted_F.astype(np.float32))
+
+
+def aligned(W_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
+    """Encoder columns w' = w + (1 - w . d) / (d . d) d. Each has an inner product of one with its decoder row d.
+
+    In aligned training (arXiv 2605.18629) w' takes the place of w, and the gradient of w' reaches both w and d. Of all
+    columns with this inner product, w' is the nearest to w. It is defined for every w. The alternative w / (w . d) is
+    not defined if w . d is 0, and it reverses w if w . d is negative.
+    """
+    dots_F, squares_F = _alignment(W_DxF, W_dec_FxD), _alignment(W_dec_FxD.T, W_dec_FxD)
+    return W_DxF + ((1 - dots_F) / squares_F)[None] * W_dec_FxD.T
+
+
+def once_aligned(W_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
+    """The same, but columns that are aligned up to rounding stay as they are, so that a second call changes no bit."""
+    is_aligned_F = jnp.abs(_alignment(W_DxF, W_dec_FxD) - 1) < ROUNDING
+    return jnp.where(is_aligned_F[None], W_DxF, aligned(W_DxF, W_dec_FxD))
+
+
+def _alignment(W_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
+    """The inner product [F] of each feature's column and row."""
+    return jnp.einsum("df,fd->f", W_DxF, W_dec_FxD, precision="highest")
 
 
 def unit_rows(key: jax.Array, rows: int, columns: int) -> jax.Array:

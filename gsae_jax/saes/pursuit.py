@@ -21,12 +21,12 @@ def tokens_at_once(platform: str, F: int, D: int, k: int) -> int:
 
 
 class Codes(NamedTuple):
-    """Non-negative codes of at most K atoms.
+    """Codes of at most K atoms.
 
     Attributes:
         indices: [B, K], which atoms.
-        alpha: [B, K], their coefficients; 0 where a round found nothing that helps, NaN where an input or an atom is
-            not finite.
+        alpha: [B, K], their coefficients, not negative unless `signed`; 0 where a round found nothing that helps, NaN
+            where an input or an atom is not finite.
         x_hat: [B, D], alpha @ atoms.
     """
 
@@ -35,8 +35,8 @@ class Codes(NamedTuple):
     x_hat: jax.Array
 
 
-@partial(jax.jit, static_argnames="ks")
-def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int]) -> list[Codes]:
+@partial(jax.jit, static_argnames=("ks", "signed"))
+def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int], signed: bool = False) -> list[Codes]:
     """Codes with small ||x - alpha @ W_dec||^2, for each number of atoms in `ks`.
 
     Each round adds the atom of largest positive correlation with the residual, then takes one step along the gradient
@@ -47,6 +47,8 @@ def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int]) -> list[Co
         W_dec_FxD: unit atoms.
         x_BxD: inputs, less the decoder's bias. Of many, give `tokens_at_once` at a time.
         ks: the L0 allowed, ascending, at most F.
+        signed: coefficients may be negative. Then the atom whose correlation is the largest in size is added, and
+            nothing is clipped.
     """
     (B, D), F = x_BxD.shape, len(W_dec_FxD)
     rows_Bx1, W_dec_DxF = jnp.arange(B)[:, None], W_dec_FxD.T
@@ -57,11 +59,14 @@ def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int]) -> list[Co
         correlation = residual @ W_dec_DxF
         # The gradient of a chosen atom's coefficient is its correlation.
         gradient = correlation.at[rows_Bx1, index].get(mode="fill", fill_value=0)
-        correlation = correlation.at[rows_Bx1, index].set(-jnp.inf, mode="drop")
-        largest = correlation.max(-1)
+        size = jnp.abs(correlation) if signed else correlation
+        size = size.at[rows_Bx1, index].set(-jnp.inf, mode="drop")
+        largest = size.max(-1)
         # The first of the largest. XLA's argmax takes as long as the product on a CPU.
-        best = jnp.where(correlation == largest[:, None], jnp.arange(F)[None], F - 1).min(-1)
+        best = jnp.where(size == largest[:, None], jnp.arange(F)[None], F - 1).min(-1)
         helps = ~(largest <= 0)  # NaN is chosen, so that the codes are NaN as well
+        if signed:
+            largest *= jnp.sign(jnp.take_along_axis(correlation, best[:, None], 1)[:, 0])
         best = jnp.where(helps, best, F)
         index, gradient = index.at[:, i].set(best), gradient.at[:, i].set(jnp.where(helps, largest, 0))
         atoms = atoms.at[:, i].set(W_dec_FxD.at[best].get(mode="fill", fill_value=0))
@@ -69,7 +74,8 @@ def pursue(W_dec_FxD: jax.Array, x_BxD: jax.Array, ks: Sequence[int]) -> list[Co
         direction = (gradient[..., None] * atoms).sum(1)
         square = jnp.square(direction).sum(-1)
         length = jnp.where(square > 0, (direction * residual).sum(-1) / jnp.where(square > 0, square, 1), 0)
-        alpha = jax.nn.relu(alpha + length[:, None] * gradient)
+        alpha += length[:, None] * gradient
+        alpha = alpha if signed else jax.nn.relu(alpha)
         return Codes(index, alpha, (alpha[..., None] * atoms).sum(1)), atoms
 
     # Places for more atoms have an index of F, which no atom has, and atoms of zeros.

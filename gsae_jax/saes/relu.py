@@ -1,4 +1,7 @@
-"""The baseline SAE (section 2 of the paper): f = ReLU((x - b_dec) @ W_enc + b_enc), x_hat = f @ W_dec + b_dec."""
+"""The baseline SAE (section 2 of the paper): f = ReLU((x - b_dec) @ W_enc + b_enc), x_hat = f @ W_dec + b_dec.
+
+With the option `aligned`, the columns of `linalg.aligned(W_enc, W_dec)` take the place of W_enc.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,12 +29,14 @@ class Config:
         d_in: width of the site (the paper's n).
         width: features (the paper's M).
         initial_l0: about how many features are active on a token before training; 0 = half of them, by zero biases.
+        aligned: each feature's encoder column and decoder row keep an inner product of one.
         dtype: of the matrix products' operands.
     """
 
     d_in: int
     width: int
     initial_l0: int = linalg.INITIAL_L0
+    aligned: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -52,16 +57,22 @@ def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict
     return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}
 
 
+def normal_form(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
+    """The same function with the encoder that is in use."""
+    return params | ({"W_enc": linalg.once_aligned(params["W_enc"], params["W_dec"])} if config.aligned else {})
+
+
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
     """The encoder: a feature is active if its pre-activation is positive."""
-    return Encoder(params["W_enc"], params["b_dec"], params["b_enc"])
+    W_enc = linalg.aligned(params["W_enc"], params["W_dec"]) if config.aligned else params["W_enc"]
+    return Encoder(W_enc, params["b_dec"], params["b_enc"])
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
     # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
     c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
-    return jax.nn.relu(linalg.matmul(c_BxD, params["W_enc"], config.dtype) + params["b_enc"][None])
+    return jax.nn.relu(linalg.matmul(c_BxD, encoder(params, config).W, config.dtype) + params["b_enc"][None])
 
 
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ class SAE(Sites):
     """A trained SAE. Its inputs are activations [..., D] in the language model's own units.
 
     Every parameter is also an attribute: `sae.W_dec` [F, D], `sae.b_dec` [D], and the others of the architecture.
-    `sae.threshold` [F] exists if the SAE has a JumpReLU form.
+    `sae.threshold` [F] exists if the SAE has a JumpReLU form; if features may be negative, |f| must exceed it.
 
     Attributes:
         name: the name in reports and files, `{stack}_{index}`.
