@@ -41,7 +41,7 @@ def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
     """Feature activations [B, F]."""
-    f_BxF = relu.encode(params, x_BxD, config)
+    f_BxF = linalg.rectified(x_BxD, params["b_dec"], params["W_enc"], params["b_enc"], config.dtype)
     # NaN <= 0 is False, so that a feature that is not a number shows.
     return jnp.where(f_BxF <= jax.nn.relu(params["threshold"])[None], 0, f_BxF)
 

@@ -90,6 +90,12 @@ def unit_rows(key: jax.Array, rows: int, columns: int) -> jax.Array:
     return unit(jax.random.normal(key, (rows, columns)))
 
 
+def rectified(x_BxD: jax.Array, b_D: jax.Array, W_DxF: jax.Array, bias_F: jax.Array, dtype: str) -> jax.Array:
+    """ReLU((x - b) @ W + bias) [B, F]."""
+    # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
+    return jax.nn.relu(matmul(x_BxD.astype(jnp.float32) - b_D[None], W_DxF, dtype) + bias_F[None])
+
+
 def initial_bias(initial_l0: float, width: int) -> jax.Array:
     """Biases [F] with which about `initial_l0` features are active on a token before training.
 

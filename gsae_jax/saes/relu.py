@@ -70,9 +70,7 @@ def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Feature activations [B, F]."""
-    # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
-    c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
-    return jax.nn.relu(linalg.matmul(c_BxD, encoder(params, config).W, config.dtype) + params["b_enc"][None])
+    return linalg.rectified(x_BxD, params["b_dec"], encoder(params, config).W, params["b_enc"], config.dtype)
 
 
 def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:

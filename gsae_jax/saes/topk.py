@@ -68,7 +68,7 @@ def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> ja
 
 def encode_shard(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any, shards: Shards) -> jax.Array:
     """Those of one shard of the dictionary."""
-    f_BxF = relu.encode(params, x_BxD, config)
+    f_BxF = linalg.rectified(x_BxD, params["b_dec"], params["W_enc"], params["b_enc"], config.dtype)
     return selection.largest(f_BxF, config.k, shards).of(f_BxF)
 
 
