@@ -200,7 +200,7 @@ def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
 
 def test_jumprelu_is_for_evaluation(experiment):
     stack = dataclasses.replace(experiment.stacks["baseline"], architecture="jumprelu")
-    with refused("stacks.a.architecture", "'jumprelu'", "evaluation", "gated, relu"):
+    with refused("stacks.a.architecture", "'jumprelu'", "evaluation", "gated, matryoshka, relu"):
         Stack.build("a", stack, {stack.site: D}, "float32")
 
 
