@@ -338,7 +338,7 @@ def test_penalties_have_the_slope_of_l1_at_0_and_scales_of_their_own():
 
 
 def test_unknown_architectures_and_options_are_named():
-    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, matryoshka, relu, topk"):
+    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, matryoshka, relu, signed_gated"):
         contract.trainable("gate")
     with refused("options.tie_encodr", "'gated'", "did you mean 'tie_encoder'?"):
         contract.build_config(gated, "gated", (D,), None, F, "float32", {"tie_encodr": True})
