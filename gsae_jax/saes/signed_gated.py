@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from gsae_jax.saes import linalg
+from gsae_jax.saes import linalg, relu
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
 
 PARAMETERS = {
@@ -30,6 +30,8 @@ PARAMETERS = {
     "b_dec": Parameter(("d_in",), Role.CENTER),
 }
 SIGNED = True
+
+decode = relu.decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +80,6 @@ def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> ja
 def gate(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
     """Which features' gates [B, F] are open."""
     return _gate(params, x_BxD, config)[1] > 0
-
-
-def decode(params: dict[str, jax.Array], f_BxF: jax.Array) -> jax.Array:
-    """Reconstructions [B, D]."""
-    return f_BxF @ params["W_dec"] + params["b_dec"][None]
 
 
 def loss(
