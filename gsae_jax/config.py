@@ -136,12 +136,14 @@ class Stack(Sites):
     """
 
     architecture: str = setting(
-        REQUIRED, "gated, signed_gated, relu, topk, batch_topk, matryoshka, or your own, as my_package.tanh or tanh.py."
+        REQUIRED,
+        "gated, signed_gated, relu, jumprelu, topk, batch_topk, matryoshka, or your own, as my_package.tanh or tanh.py.",
     )
     site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")
     l1_coefficients: tuple[float, ...] = setting(
-        (), "Weight of the sparsity penalty (the paper's λ); () for architectures that have none, such as topk."
+        (),
+        "Weight λ of the sparsity penalty: L1, or L0 for jumprelu; () for architectures that have none, such as topk.",
     )
     learning_rates: tuple[float, ...] = setting((3e-4,), "Learning rates after warm-up.")
     seeds: tuple[int, ...] = setting((0,), "Seeds of the initial parameters.")
@@ -152,6 +154,17 @@ class Stack(Sites):
     start_from: str = setting("", "RUN:STACK or a folder of SAEs to start from; '' = random parameters.", SAME)
     target: str | tuple[str, ...] = setting(
         "", "Site to reconstruct, named like `site`; '' = the site that is read.", SAME
+    )
+    b1: float | None = setting(
+        None, "Adam's decay rate of first moments (β₁); 0 = none are kept; None = the architecture's own value.", 0.0
+    )
+    clip_norm: float | None = setting(
+        None,
+        "Largest norm of an SAE's gradient, times D as where squared errors are summed; 0 = any; None = as for b1.",
+        0.0,
+    )
+    coefficient_warmup_fraction: float | None = setting(
+        None, "Fraction of training in which the l1 coefficient rises from 0; 0 = none; None = as for b1.", 0.0
     )
 
     def __len__(self) -> int:
@@ -190,6 +203,10 @@ class Stack(Sites):
         for field, names in (("site", self.sites), ("target", self.targets)):
             if not names or len(set(names)) < len(names):
                 raise UserError(f"is {names}; write one site, or several that differ", field)
+        for field, most in (("b1", 1.0), ("clip_norm", INT32), ("coefficient_warmup_fraction", 2 / 3)):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < most:
+                raise UserError(f"is {value:g}; write a number from 0 to below {most:.4g}", field)
         if self.target_l0 and min(self.l1_coefficients, default=1) == 0:
             raise UserError(
                 "has a 0, but target_l0 needs a positive value to start from; write a first guess such as 0.01",

@@ -140,6 +140,23 @@ def topk_sae(params, x, k, of_batch=False, sizes=(), dead=None, k_aux=0, weight=
     return loss, grads, f
 
 
+def jumprelu_sae(params, x, coefficient, bandwidth):
+    """Loss and gradients of the JumpReLU SAE (arXiv 2407.14435, equations 9 to 12), by hand; `bandwidth` as in use."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    B, D = x.shape
+    theta, pi = np.maximum(p["threshold"], 0), np.maximum(x @ p["W_enc"] + p["b_enc"], 0)
+    on, kernel = pi > theta, (np.abs(pi - theta) < bandwidth / 2) * (pi > 0) / bandwidth
+    f = pi * on
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    d_x_hat = 2 * error / (B * D)
+    d_f = d_x_hat @ p["W_dec"].T
+    d_pi = d_f * on
+    grads = {"W_dec": f.T @ d_x_hat, "b_dec": d_x_hat.sum(0), "W_enc": x.T @ d_pi, "b_enc": d_pi.sum(0)}
+    grads["threshold"] = -(kernel * (theta * d_f + coefficient / B)).sum(0)
+    return np.sum(error**2) / (B * D) + coefficient * on.sum() / B, grads, f
+
+
 def gelu_lm(tensors, config, tokens, replace=None):
     """Logits and every site of a TransformerLens GELU model; `replace` maps sites to other values."""
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}

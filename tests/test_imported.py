@@ -18,9 +18,8 @@ from gsae_jax.lms import checkpoints
 from gsae_jax.measuring import evaluate, evaluate_saes
 from gsae_jax.saes import gated, relu
 from gsae_jax.training import loop
-from gsae_jax.training.stacks import Stack
 from tests.refusals import refused
-from tests.sae_files import D, make
+from tests.sae_files import make
 from tests.test_saes import away_from_init
 
 
@@ -196,12 +195,6 @@ def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
     assert (warned in capsys.readouterr().err) == (hook == "x.y")
     assert sites("three", site="model.layers.1") == {"blocks.1.hook_resid_post"}
     assert "it is measured at 'model.layers.1', as --site says" in capsys.readouterr().err
-
-
-def test_jumprelu_is_for_evaluation(experiment):
-    stack = dataclasses.replace(experiment.stacks["baseline"], architecture="jumprelu")
-    with refused("stacks.a.architecture", "'jumprelu'", "evaluation", "gated, matryoshka, relu"):
-        Stack.build("a", stack, {stack.site: D}, "float32")
 
 
 @pytest.mark.variants

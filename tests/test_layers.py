@@ -136,7 +136,15 @@ def test_plugins_are_files():
         "signed_gated",
         "topk",
     ]
-    assert list(plugins.known("saes", "loss")) == ["batch_topk", "gated", "matryoshka", "relu", "signed_gated", "topk"]
+    assert list(plugins.known("saes", "loss")) == [
+        "batch_topk",
+        "gated",
+        "jumprelu",
+        "matryoshka",
+        "relu",
+        "signed_gated",
+        "topk",
+    ]
     assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
     assert list(plugins.known("experiments", "get_config")) == ["quickstart"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

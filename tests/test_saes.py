@@ -187,6 +187,34 @@ def test_a_signed_feature_is_two_of_a_gated_sae():
         np.testing.assert_allclose(value, values[1][name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("bandwidth", [0.05, 0.3])
+def test_jumprelu_loss_and_straight_through_gradients_match_float64(bandwidth):
+    """Thresholds of either sign, also below half a bandwidth; eps is in units of E||x||^2 = 1."""
+    config = jumprelu.Config(D, F, bandwidth=bandwidth)
+    params, x = away_from_init(jumprelu, config), inputs()
+    (value, statistics), grads = loss_and_gradients(jumprelu, params, x, 0.07, config)
+    expected, expected_grads, f = references.jumprelu_sae(params, x, 0.07, bandwidth * np.sqrt(D))
+    assert (params["threshold"] < 0).any()
+    assert (expected_grads["threshold"] != 0).mean() > 0.5
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        assert_close(grads[key], expected_grads[key])
+    assert_close(jumprelu.encode(params, x, config), f)
+    np.testing.assert_allclose(statistics.means["l0"], (f > 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_array_equal(statistics.fired, (f > 0).any(0))
+
+
+def test_jumprelu_constants_are_the_papers_at_its_scale():
+    """eps and theta_0 are 0.001 of inputs with E||x||^2 = 1, and ours have D."""
+    config = jumprelu.Config(D, F)
+    params = jumprelu.init(jax.random.key(0), config)
+    np.testing.assert_allclose(params["threshold"], 0.001 * np.sqrt(D), rtol=1e-6)
+    for field in ("bandwidth", "initial_threshold"):
+        with refused(f"options.{field}", "-1"):
+            contract.build_config(jumprelu, "jumprelu", (D,), None, F, "float32", {field: -1.0})
+
+
 def test_the_auxiliary_term_does_not_train_the_decoder():
     """With no feature's magnitude above zero, W_dec can get a gradient from the auxiliary term only."""
     config = gated.Config(D, F)
@@ -338,7 +366,7 @@ def test_penalties_have_the_slope_of_l1_at_0_and_scales_of_their_own():
 
 
 def test_unknown_architectures_and_options_are_named():
-    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, matryoshka, relu, signed_gated"):
+    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, jumprelu, matryoshka, relu, signed_gated"):
         contract.trainable("gate")
     with refused("options.tie_encodr", "'gated'", "did you mean 'tie_encoder'?"):
         contract.build_config(gated, "gated", (D,), None, F, "float32", {"tie_encodr": True})

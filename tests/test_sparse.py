@@ -74,13 +74,13 @@ def test_sums_over_active_features(dtype, tolerance, block, which):
     np.testing.assert_allclose(sums, expected[:F], rtol=tolerance, atol=20 * tolerance)
 
 
-GATED, RELU = ("gated", {}), ("relu", {})
+GATED, RELU, JUMPRELU = ("gated", {}), ("relu", {}), ("jumprelu", {"bandwidth": 0.1})
 TANH, ALIGNED = ("gated", {"penalty": "tanh"}), ("gated", {"aligned": True})
 OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False}), ("gated", {"penalty": "log"})]
 OTHERS += [("relu", {"aligned": True})]
 every = pytest.mark.parametrize(
     ("name", "options"),
-    [GATED, RELU, TANH, ALIGNED, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)],
+    [GATED, RELU, JUMPRELU, TANH, ALIGNED, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)],
 )
 
 
@@ -207,7 +207,7 @@ def trained_stack(how, steps, *, shape=(1, 1), name="gated", F=64, dtype="float3
     return jax.device_get((state, statistics))
 
 
-@pytest.mark.parametrize("name", ["gated", "relu"])
+@pytest.mark.parametrize("name", ["gated", "relu", "jumprelu"])
 @pytest.mark.parametrize(
     "shape",
     [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants), pytest.param((1, 2), marks=pytest.mark.variants)],

@@ -193,6 +193,8 @@ def _defaults(cls: Any) -> dict[str, Any]:
             tree[field.name] = _defaults(field.type)
         elif field.default_factory is not dataclasses.MISSING:
             tree[field.name] = field.default_factory()
+        elif field.default is None:  # the command line takes a value of the type
+            tree[field.name] = ml_collections.config_dict.placeholder(typing.get_args(field.type)[0])
         elif field.default is not dataclasses.MISSING:
             tree[field.name] = field.default
         else:

@@ -30,7 +30,8 @@ def form(sae: trained.SAE) -> trained.SAE:
         raise records.DivergedError(sae.name, names)
     # Nothing lies between 0 and the smallest normal number.
     params["threshold"] = jnp.maximum(params["threshold"], np.finfo(np.float32).tiny)
-    config = jumprelu.Config(sae.config.d_in, sae.config.width, sae.config.dtype)
+    is_one = sae.architecture == "jumprelu"  # whose options stay
+    config = sae.config if is_one else jumprelu.Config(sae.config.d_in, sae.config.width, sae.config.dtype)
     return dataclasses.replace(sae, architecture="jumprelu", config=config, params=params)
 
 

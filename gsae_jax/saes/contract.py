@@ -24,6 +24,7 @@ and these constants:
                                       sparsity coefficient: its stacks have no `l1_coefficients` and no `target_l0`.
                                       Stacks that differ in this option alone are one frontier of the report
     SIGNED = True                     features may be negative
+    RECIPE = {"b1": 0.9}              its own values of the fields of a stack that `RECIPE` below lists
 """
 
 import dataclasses
@@ -43,6 +44,8 @@ Params = dict[str, jax.Array]
 # Activations [B, D] of one site; a tuple of them where the Config's d_in (for targets: d_out) is a tuple.
 Activations = Any
 NEEDED = ("Config", "PARAMETERS", "init", "encode", "decode")  # of every architecture
+# What stacks are trained with where neither the user nor the architecture says otherwise: the Gated SAE paper's Adam.
+RECIPE: Mapping[str, float] = {"b1": 0.0, "clip_norm": 0.0, "coefficient_warmup_fraction": 0.0}
 OWN = ("d_in", "d_out", "width", "dtype")  # fields of a Config that are no options: the experiment sets them
 
 
@@ -271,12 +274,28 @@ def trainable(architecture: str) -> Trainable:
     """The same for one that can be trained.
 
     Raises:
-        UserError: as `module_of`, and for one that can only be evaluated.
+        UserError: as `module_of`, and for one without `loss`, which can only be evaluated.
     """
-    names = plugins.known("saes", having="loss")
-    if architecture in set(plugins.known("saes", having="PARAMETERS")) - set(names):
-        raise UserError(f"{architecture!r} is for evaluation and cannot be trained; write one of {', '.join(names)}")
     return cast(Trainable, module_of(architecture, having="loss"))
+
+
+def with_recipe(stack: config_lib.Stack) -> config_lib.Stack:
+    """The stack with its architecture's own values for the settings of the optimiser that are None.
+
+    Raises:
+        UserError: as `module_of`, or an architecture whose `RECIPE` has other names.
+    """
+    unset = {name for name in RECIPE if getattr(stack, name) is None}
+    if not unset:
+        return stack
+    with errors.about("architecture"):
+        module = module_of(stack.architecture)
+        own = getattr(module, "RECIPE", {})
+        if others := sorted(set(own) - set(RECIPE)):
+            raise UserError(
+                f"RECIPE in {plugins.source(module)} has {', '.join(others)}; it may have {', '.join(RECIPE)}"
+            )
+    return dataclasses.replace(stack, **{name: own.get(name, RECIPE[name]) for name in unset})
 
 
 def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tuple[Trainable, Any]:

@@ -1,8 +1,10 @@
-"""Adam without a first moment, on decoders whose rows stay unit (Appendix D.1 of the paper; Bricken et al. 2023).
+"""Adam, on decoders whose rows stay unit (Appendix D.1 of the paper; Bricken et al. 2023).
 
-Adam with b1 = 0 is RMSProp with a bias-corrected second moment, so the state is one array per parameter.
+Adam with b1 = 0, as in the paper, is RMSProp with a bias-corrected second moment, so the state is one array per
+parameter. With b1 above 0 it has the first moments as well.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -13,6 +15,11 @@ from gsae_jax import config as config_lib
 
 # eps = 1e-8 outside the root: optax.adam's own.
 scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+
+
+def scale_by(b1: float) -> optax.GradientTransformation:
+    """Adam's scaling of gradients; its state is (count, nu), or (count, mu, nu) with b1 above 0."""
+    return optax.scale_by_adam(b1, b2=0.999, eps=1e-8) if b1 else scale_by_second_moment
 
 
 GAIN = 16.0  # of `gain`, over all its steps
@@ -45,9 +52,17 @@ def schedule(
     return factor
 
 
-def gain(config: config_lib.Train) -> Callable[[jax.Array], jax.Array]:
-    """How far log l1 moves at a step per unit of log(L0 / target): so far from warm-up to two thirds of training."""
-    start, end = config.warmup_steps, end_of_gain(config.steps)
+def coefficient_warmup(steps: int, fraction: float) -> Callable[[jax.Array], jax.Array] | None:
+    """The factor on l1 coefficients at a step, from 0 to 1 in a fraction of training; None where it is always 1."""
+    return optax.linear_schedule(0.0, 1.0, math.ceil(fraction * steps)) if fraction else None
+
+
+def gain(config: config_lib.Train, fraction: float = 0.0) -> Callable[[jax.Array], jax.Array]:
+    """How far log l1 moves at a step per unit of log(L0 / target): so far from warm-up to two thirds of training.
+
+    `fraction`: of training, in which the coefficient itself is warmed up.
+    """
+    start, end = max(config.warmup_steps, math.ceil(fraction * config.steps)), end_of_gain(config.steps)
     value = min(LARGEST_GAIN, GAIN / max(1, end - start))
 
     def factor(step: jax.Array) -> jax.Array:
@@ -68,6 +83,7 @@ def update(
     learning_rate_N: jax.Array,
     unit_rows: Collection[str],
     finite_N: jax.Array,
+    b1: float = 0.0,
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
     """One step of a stack [N, ...]. An SAE that is not `finite` stays as it is.
 
@@ -83,20 +99,42 @@ def update(
     across = {
         name: grads[name] - _row_products(grads[name], params[name])[..., None] * params[name] for name in unit_rows
     }
-    updates, new = scale_by_second_moment.update(grads | across, state)
-    nu = {name: jnp.where(each(finite_N, value), value, state.nu[name]) for name, value in new.nu.items()}
+    updates, new = scale_by(b1).update(grads | across, state)
+    kept = {
+        kind: {name: jnp.where(each(finite_N, value), value, of[name]) for name, value in getattr(new, kind).items()}
+        for kind, of in moments(state).items()
+    }
     rate_N = jnp.where(finite_N, learning_rate_N, 0)
     params = {name: value - each(rate_N, value) * updates[name] for name, value in params.items()}
     for name in unit_rows:
         norms_NxF = jnp.sqrt(_row_products(params[name], params[name]))
         params[name] *= jnp.where(finite_N[:, None], 1 / norms_NxF, 1)[..., None]
-    return params, new._replace(nu=nu)
+    return params, new._replace(**kept)
+
+
+def moments(state: optax.OptState) -> dict[str, dict[str, jax.Array]]:
+    """The arrays by parameter that the state has: "nu", the second moments, and "mu", the first, if they are kept."""
+    return {kind: getattr(state, kind) for kind in ("mu", "nu") if hasattr(state, kind)}
+
+
+def squared_norms(grads: dict[str, jax.Array]) -> jax.Array:
+    """[N], of each SAE's gradients [N, ...]."""
+    return sum((_row_products(flat, flat) for flat in _flat(grads)), jnp.zeros(()))
+
+
+def clip(grads: dict[str, jax.Array], norm_N: jax.Array, limit: float) -> dict[str, jax.Array]:
+    """Gradients [N, ...] of these norms, shortened to the limit where they are longer."""
+    factor_N = jnp.where(norm_N < limit, 1.0, limit / norm_N)
+    return {name: value * factor_N.reshape(-1, *[1] * (value.ndim - 1)) for name, value in grads.items()}
 
 
 def finite(grads: dict[str, jax.Array]) -> jax.Array:
     """[N], whether all of an SAE's gradients [N, ...] are finite, and their squares."""
-    flat = [value.reshape(len(value), -1) for value in grads.values()]
-    return jnp.isfinite(jnp.stack([_row_products(value, value) for value in flat])).all(0)
+    return jnp.isfinite(jnp.stack([_row_products(flat, flat) for flat in _flat(grads)])).all(0)
+
+
+def _flat(grads: dict[str, jax.Array]) -> list[jax.Array]:
+    return [value.reshape(len(value), -1) for value in grads.values()]
 
 
 def _row_products(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.saes import contract, parameters
 from gsae_jax.saes.contract import Role
+from gsae_jax.training import optimiser
 from gsae_jax.training.stacks import Stack, StackState, gather
 
 INPUTS = 2**15  # activations of the buffer that are looked at
@@ -31,7 +32,7 @@ def resample(
     error (only where more are dead than there are inputs do some share one). The decoder row is the unit input, seen
     from the decoder's bias as the encoder sees it; the encoder's column is the same direction at a fifth of the live
     ones' mean norm; biases and magnitudes' scales are zero. Second moments are the mean of the live ones': from zero,
-    with a bias correction that is long over, the first step would be thirty times a usual one.
+    with a bias correction that is long over, the first step would be thirty times a usual one. First moments are zero.
 
     Args:
         stack: its architecture and sites.
@@ -59,7 +60,7 @@ def resample(
         everywhere.cumsum(1) - 1, jax.lax.axis_index(mesh_lib.FEATURES) * dead_NxF.shape[1], dead_NxF.shape[1], axis=1
     )
 
-    def one(index: int, seed: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def one(index: int, seed: int) -> tuple[dict[str, jax.Array], dict[str, dict[str, jax.Array]]]:
         params = {name: value[index] for name, value in state.params.items()}
         whole = {name: gather(value, table[name].axis) for name, value in params.items()}
         errors_SxB = jax.lax.map(partial(_squared_errors, stack, whole, inputs), activations)
@@ -71,7 +72,7 @@ def resample(
         drawn = inputs({site: x_MxD[drawn_F] for site, x_MxD in everything.items()})
 
         dead_F = dead_NxF[index]
-        moments = {name: value[index] for name, value in state.second_moments.nu.items()}
+        moments = jax.tree.map(lambda value: value[index], optimiser.moments(state.second_moments))
         for name, parameter in table.items():
             axis = parameter.axis
             if name not in params or axis is None or not parameter.trained:
@@ -88,7 +89,10 @@ def resample(
             others = tuple(other for other in range(value.ndim) if other != axis)
             mask = jnp.expand_dims(dead_F, others)
             params[name] = jnp.where(mask, new, value)
-            moments[name] = jnp.where(mask, _live_mean(moments[name].mean(others), dead_F), moments[name])
+            second = moments["nu"][name]
+            moments["nu"][name] = jnp.where(mask, _live_mean(second.mean(others), dead_F), second)
+            if "mu" in moments:
+                moments["mu"][name] = jnp.where(mask, 0, moments["mu"][name])
         return params, moments
 
     of_each = [one(index, seed) for index, (_, _, seed) in enumerate(stack.config.numbers())]
@@ -96,7 +100,7 @@ def resample(
     return dataclasses.replace(
         state,
         params=params,
-        second_moments=state.second_moments._replace(nu=moments),
+        second_moments=state.second_moments._replace(**moments),
         steps_since_fired=jnp.where(dead_NxF, 0, state.steps_since_fired),
     ), jax.lax.psum(dead_NxF.sum(1), mesh_lib.FEATURES)
 

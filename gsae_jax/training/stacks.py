@@ -27,7 +27,7 @@ class StackState:
 
     Attributes:
         params: the architecture's parameters, and the state that it has besides.
-        second_moments: the optimiser's state.
+        second_moments: the optimiser's state (`optimiser.scale_by`), which has first moments where b1 is above 0.
         l1_coefficient: [N]; moves where the stack has a target of L0. NaN where the architecture has none.
         learning_rate: [N], before the schedule's factor.
         steps_since_fired: [N, F], updates since a feature was last active on any token of a batch.
@@ -81,6 +81,7 @@ class Stack:
         """
         with errors.within(f"stacks.{name}"):
             architecture, sae = contract.build(config, widths, dtype)
+            config = contract.with_recipe(config)
             with errors.about("architecture"):
                 checks.check(architecture, sae)
             if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
@@ -110,7 +111,7 @@ class Stack:
         params = jax.vmap(lambda seed: self.architecture.init(jax.random.key(seed), self.sae))(seeds)
         return StackState(
             params=params,
-            second_moments=optimiser.scale_by_second_moment.init(self.split(params)[0]),
+            second_moments=optimiser.scale_by(self.config.b1 or 0.0).init(self.split(params)[0]),
             l1_coefficient=l1.astype(jnp.float32),
             learning_rate=learning_rates.astype(jnp.float32),
             steps_since_fired=jnp.zeros((len(seeds), self.sae.width), jnp.int32),
@@ -173,8 +174,9 @@ class Stack:
         def swapped(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
             return {name: value.swapaxes(1, 2) if name in self.transposed else value for name, value in values.items()}
 
-        moments = state.second_moments._replace(nu=swapped(state.second_moments.nu))
-        return dataclasses.replace(state, params=swapped(state.params), second_moments=moments)
+        moments = {kind: swapped(values) for kind, values in optimiser.moments(state.second_moments).items()}
+        second_moments = state.second_moments._replace(**moments)
+        return dataclasses.replace(state, params=swapped(state.params), second_moments=second_moments)
 
     def update(
         self,
@@ -184,6 +186,7 @@ class Stack:
         rate: jax.Array,
         gain: jax.typing.ArrayLike = 0.0,
         dead_after: int = 1000,
+        warmup: jax.Array | None = None,
     ) -> tuple[StackState, dict[str, jax.Array]]:
         """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
 
@@ -200,6 +203,7 @@ class Stack:
             rate: the schedule's factor on learning rates.
             gain: how far L0 off its target moves l1 coefficients.
             dead_after: updates without firing after which a feature is dead.
+            warmup: the factor on l1 coefficients; None for 1.
         """
         table = self.architecture.PARAMETERS
         frozen = contract.frozen(self.architecture, self.sae)
@@ -253,7 +257,8 @@ class Stack:
         # One by one and not under `vmap`: batched products run at half the rate of plain ones on a CPU, and what one
         # SAE needs in between can be used again by the next.
         trained, own = self.split(state.params)
-        each = trained, own, state.l1_coefficient, state.steps_since_fired >= dead_after
+        used = state.l1_coefficient if warmup is None else warmup * state.l1_coefficient
+        each = trained, own, used, state.steps_since_fired >= dead_after
         if self.sparsity and len(self.config) > 1:
             # The sparse step takes seconds to compile, so it is compiled once for all.
             grads, (statistics, fired, new_own) = jax.lax.map(lambda one: gradients(*one), each)
@@ -270,10 +275,11 @@ class Stack:
         def where_finite(new: jax.Array, old: jax.typing.ArrayLike) -> jax.Array:
             return jnp.where(jnp.expand_dims(finite_N, range(1, new.ndim)), new, old)
 
+        if self.config.clip_norm:
+            grads = self._clipped(grads)
         unit_rows = frozenset(name for name in trained if table[name].unit_rows)
-        params, second_moments = optimiser.update(
-            trained, grads, state.second_moments, rate * state.learning_rate, unit_rows, finite_N
-        )
+        rate_N, b1 = rate * state.learning_rate, self.config.b1 or 0.0
+        params, second_moments = optimiser.update(trained, grads, state.second_moments, rate_N, unit_rows, finite_N, b1)
         for name, value in new_own.items():
             params[name] = where_finite(scattered_mean(value, table[name].axis), own[name])
         l1_coefficient = state.l1_coefficient
@@ -282,7 +288,7 @@ class Stack:
             excess = jnp.where(excess < 0, optimiser.GAIN_BELOW * excess, excess)
             l1_coefficient = l1_coefficient * jnp.exp(gain * excess)
         if self.config.l1_coefficients:
-            statistics["l1_coefficient"] = state.l1_coefficient
+            statistics["l1_coefficient"] = used
         return dataclasses.replace(
             state,
             params=params,
@@ -292,6 +298,20 @@ class Stack:
             skipped=state.skipped + ~finite_N,
             skipped_in_row=jnp.where(finite_N, 0, state.skipped_in_row + 1),
         ), jax.tree.map(lambda value: where_finite(value, 0), statistics) | {"updates": finite_N.astype(jnp.float32)}
+
+    def _clipped(self, grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """This device's part of the gradients [N, ...], clipped by their norm over all devices, for each SAE.
+
+        `clip_norm` is of losses that sum squared errors over a site, as other libraries' do. Ours divides them by D,
+        so its gradients have a D-th of the norm.
+        """
+        D = getattr(self.sae, "d_out", self.sae.d_in)
+        limit = (self.config.clip_norm or 0.0) / (D[0] if isinstance(D, tuple) else D)
+        table = self.architecture.PARAMETERS
+        spread = {name: value for name, value in grads.items() if table[name].axis is not None}
+        whole = {name: value for name, value in grads.items() if name not in spread}
+        squares_N = jax.lax.psum(optimiser.squared_norms(spread), mesh_lib.FEATURES) + optimiser.squared_norms(whole)
+        return optimiser.clip(grads, jnp.sqrt(squares_N), limit)
 
 
 def _that_freezes(architecture: contract.Architecture, sae: Any) -> str:

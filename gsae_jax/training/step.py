@@ -233,7 +233,10 @@ class Program:
         Means are over the updates that an SAE made, and NaN where it made none; `dropped` is the state's.
         """
         config, updates = self.config, self.config.updates_per_call
-        schedule, gain = optimiser.schedule(config.train, config.resampled_at), optimiser.gain(config.train)
+        schedule = optimiser.schedule(config.train, config.resampled_at)
+        fractions = {stack.name: stack.config.coefficient_warmup_fraction or 0.0 for stack in self.stacks}
+        gains = {name: optimiser.gain(config.train, fraction) for name, fraction in fractions.items()}
+        warmups = {name: optimiser.coefficient_warmup(config.train.steps, part) for name, part in fractions.items()}
         specs = self.specs()
 
         def on_device(stacks, store, fresh, valid, slots_UxB, shift, units, step):
@@ -245,12 +248,18 @@ class Program:
                 store, served = buffer.exchange(store, slots_B, fresh, valid_B)
                 batch = scaling.all_inputs(served, *units)
                 at = step + number
-                stepped = {
-                    stack.name: stack.update(
-                        stacks[stack.name], batch, at, schedule(at), gain(at), config.train.dead_after
+                stepped = {}
+                for stack in self.stacks:
+                    warmup = warmups[stack.name]
+                    stepped[stack.name] = stack.update(
+                        stacks[stack.name],
+                        batch,
+                        at,
+                        schedule(at),
+                        gains[stack.name](at),
+                        config.train.dead_after,
+                        None if warmup is None else warmup(at),
                     )
-                    for stack in self.stacks
-                }
                 return ({name: state for name, (state, _) in stepped.items()}, store), {
                     name: m for name, (_, m) in stepped.items()
                 }
