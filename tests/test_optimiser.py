@@ -25,6 +25,47 @@ def test_it_is_adam_without_a_first_moment():
     assert len(jax.tree.leaves(our_state)) == 1 + len(params)  # the count, and one array per parameter
 
 
+@pytest.mark.parametrize("b1", [0.5, 0.9])
+def test_with_a_first_moment_clipping_and_warmups_it_is_optax(b1):
+    """Two SAEs of a stack, each clipped by its own norm; the second's gradients are below the limit."""
+    params = {"a": jax.random.normal(jax.random.key(0), (2, 5, 7)), "b": jnp.ones((2, 3))}
+    schedule = optax.linear_schedule(0.1, 1.0, 5)
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1, 0.999, 1e-8))
+    state, each = optimiser.scale_by(b1).init(params), [jax.tree.map(lambda x, n=n: x[n], params) for n in range(2)]
+    their_states = [theirs.init(one) for one in each]
+    for step in range(8):
+        sizes = jnp.array([3.0, 1e-2])
+        grads = {
+            name: jax.random.normal(jax.random.key(step), value.shape) * sizes.reshape(-1, *[1] * (value.ndim - 1))
+            for name, value in params.items()
+        }
+        for n in range(2):
+            updates, their_states[n] = theirs.update(jax.tree.map(lambda x, n=n: x[n], grads), their_states[n])
+            each[n] = optax.apply_updates(each[n], updates)
+        norm_N = jnp.sqrt(optimiser.squared_norms(grads))
+        assert norm_N[0] > 1 > norm_N[1]
+        clipped = optimiser.clip(grads, norm_N, 1.0)
+        rates = jnp.full(2, schedule(step))
+        params, state = optimiser.update(params, clipped, state, rates, (), optimiser.finite(grads), b1)
+    for n, theirs in enumerate(each):
+        for name, value in theirs.items():
+            np.testing.assert_allclose(params[name][n], value, rtol=1e-5, atol=1e-6)
+    broken = {name: value.at[0].set(jnp.nan) for name, value in grads.items()}
+    _, after = optimiser.update(params, broken, state, rates, (), optimiser.finite(broken), b1)
+    for kind, values in optimiser.moments(state).items():
+        for name, value in values.items():
+            np.testing.assert_array_equal(optimiser.moments(after)[kind][name][0], value[0])
+            assert np.any(optimiser.moments(after)[kind][name][1] != value[1])
+
+
+def test_the_coefficient_is_warmed_up_from_zero_before_a_target_moves_it():
+    assert optimiser.coefficient_warmup(100, 0.0) is None
+    factor = optimiser.coefficient_warmup(100, 0.2)
+    assert [float(factor(step)) for step in (0, 10, 20, 99)] == pytest.approx([0, 0.5, 1, 1])
+    gain = optimiser.gain(config_lib.Train(steps=100, warmup_steps=10), 0.2)
+    assert [float(gain(step)) > 0 for step in (10, 19, 20, 65, 66)] == [False, False, True, True, False]
+
+
 def test_decoder_rows_stay_unit_and_learning_rates_belong_to_their_sae():
     start = jax.random.normal(jax.random.key(0), (2, 9, 5))
     start /= jnp.linalg.norm(start, axis=-1, keepdims=True)
