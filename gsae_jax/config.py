@@ -137,7 +137,7 @@ class Stack(Sites):
 
     architecture: str = setting(
         REQUIRED,
-        "gated, signed_gated, relu, jumprelu, topk, batch_topk, matryoshka, or your own, as my_package.tanh.",
+        "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka, or your own: my_package.tanh.",
     )
     site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")

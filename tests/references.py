@@ -157,6 +157,23 @@ def jumprelu_sae(params, x, coefficient, bandwidth):
     return np.sum(error**2) / (B * D) + coefficient * on.sum() / B, grads, f
 
 
+def relu_april_sae(params, x, coefficient):
+    """Loss and gradients of the ReLU SAE of April 2024, by hand: the penalty weighs features by their rows' norms."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    B, D = x.shape
+    norms = np.linalg.norm(p["W_dec"], axis=1)
+    pi = x @ p["W_enc"] + p["b_enc"]
+    f = np.maximum(pi, 0)
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    d_x_hat = 2 * error / (B * D)
+    d_pi = (d_x_hat @ p["W_dec"].T + coefficient / B * norms) * (pi > 0)
+    d_norms = coefficient / B * f.sum(0)
+    grads = {"W_dec": f.T @ d_x_hat + (d_norms / norms)[:, None] * p["W_dec"], "b_dec": d_x_hat.sum(0)}
+    grads |= {"W_enc": x.T @ d_pi, "b_enc": d_pi.sum(0)}
+    return np.sum(error**2) / (B * D) + coefficient * (f @ norms).mean(), grads, f
+
+
 def gelu_lm(tensors, config, tokens, replace=None):
     """Logits and every site of a TransformerLens GELU model; `replace` maps sites to other values."""
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}

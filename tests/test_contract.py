@@ -352,6 +352,8 @@ def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir
                 saes["a_0"].save(tmp_path / format, format)
             assert not (tmp_path / format).exists()
     recorded = json.loads((run / "config.json").read_text())
+    recipe = dict(contract.RECIPE) | getattr(case.architecture, "RECIPE", {})
+    assert {key: recorded["stacks"]["a"][key] for key in recipe} == recipe
     recorded["stacks"]["a"]["options"] = {"none_such": 1}
     (run / "config.json").write_text(json.dumps(recorded))
     with refused("stacks.a.options.none_such"):

@@ -133,6 +133,7 @@ def test_plugins_are_files():
         "jumprelu",
         "matryoshka",
         "relu",
+        "relu_april",
         "signed_gated",
         "topk",
     ]
@@ -142,6 +143,7 @@ def test_plugins_are_files():
         "jumprelu",
         "matryoshka",
         "relu",
+        "relu_april",
         "signed_gated",
         "topk",
     ]

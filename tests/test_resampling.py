@@ -31,6 +31,8 @@ def some_dead(state):
 
 
 def test_what_a_dead_feature_becomes(experiment):
+    baseline = dataclasses.replace(experiment.stacks["baseline"], b1=0.9)
+    experiment = dataclasses.replace(experiment, stacks=experiment.stacks | {"baseline": baseline})
     program, state, lm_params, stream = begin(experiment, single_device_mesh())
     state, _ = advance(program, state, lm_params, stream, calls=2)
     state = some_dead(state)
@@ -56,6 +58,10 @@ def test_what_a_dead_feature_becomes(experiment):
                     continue
                 squares = np.moveaxis(moments[name], axes[name], 0)
                 np.testing.assert_allclose(squares[dead], squares[~dead].mean(), rtol=1e-5)
+                if stack.name == "baseline":
+                    first = np.moveaxis(new.second_moments.mu[name][index], axes[name], 0)
+                    np.testing.assert_array_equal(first[dead], 0)
+                    assert (first[~dead] != 0).any(), name
                 if name.startswith("W_") and name != "W_dec":
                     live = np.linalg.norm(by_feature[1][~dead], axis=1).mean()
                     np.testing.assert_allclose(by_feature[0][dead], 0.2 * live * params["W_dec"][dead], rtol=1e-4)

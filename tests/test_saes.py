@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gsae_jax import batching
-from gsae_jax.saes import contract, gated, jumprelu, linalg, parameters, relu, signed_gated, trained
+from gsae_jax.saes import contract, gated, jumprelu, linalg, parameters, relu, relu_april, signed_gated, trained
 from tests import references
 from tests.refusals import refused
 
@@ -215,6 +215,27 @@ def test_jumprelu_constants_are_the_papers_at_its_scale():
             contract.build_config(jumprelu, "jumprelu", (D,), None, F, "float32", {field: -1.0})
 
 
+def test_the_relu_sae_of_april_matches_float64_and_has_unit_rows_in_other_forms():
+    config = relu_april.Config(D, F)
+    params, x = away_from_init(relu_april, config), inputs()
+    (value, statistics), grads = loss_and_gradients(relu_april, params, x, 0.07, config)
+    expected, expected_grads, f = references.relu_april_sae(params, x, 0.07)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for key in grads:
+        assert_close(grads[key], expected_grads[key])
+    assert_close(relu_april.encode(params, x, config), f)
+    np.testing.assert_array_equal(statistics.fired, (f > 0).any(0))
+    for name, module in (("relu", relu), ("jumprelu", jumprelu)):
+        other = contract.converter("relu_april", name)(params, config)
+        np.testing.assert_allclose(jnp.linalg.norm(other["W_dec"], axis=-1), 1, rtol=1e-6)
+        others = module.Config(D, F)
+        reconstruction = module.decode(other, module.encode(other, x, others))
+        assert_close(reconstruction, relu_april.decode(params, jnp.asarray(f, jnp.float32)))
+    back = contract.converter("relu", "relu_april")(contract.converter("relu_april", "relu")(params, config), None)
+    assert_close(relu_april.encode(back, x, config), f * np.linalg.norm(params["W_dec"], axis=-1))
+
+
 def test_the_auxiliary_term_does_not_train_the_decoder():
     """With no feature's magnitude above zero, W_dec can get a gradient from the auxiliary term only."""
     config = gated.Config(D, F)
@@ -366,7 +387,7 @@ def test_penalties_have_the_slope_of_l1_at_0_and_scales_of_their_own():
 
 
 def test_unknown_architectures_and_options_are_named():
-    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, jumprelu, matryoshka, relu, signed_gated"):
+    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, jumprelu, matryoshka, relu"):
         contract.trainable("gate")
     with refused("options.tie_encodr", "'gated'", "did you mean 'tie_encoder'?"):
         contract.build_config(gated, "gated", (D,), None, F, "float32", {"tie_encodr": True})

@@ -77,7 +77,7 @@ def test_sums_over_active_features(dtype, tolerance, block, which):
 GATED, RELU, JUMPRELU = ("gated", {}), ("relu", {}), ("jumprelu", {"bandwidth": 0.1})
 TANH, ALIGNED = ("gated", {"penalty": "tanh"}), ("gated", {"aligned": True})
 OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False}), ("gated", {"penalty": "log"})]
-OTHERS += [("relu", {"aligned": True})]
+OTHERS += [("relu", {"aligned": True}), ("relu_april", {"initial_norm": 1.0})]
 every = pytest.mark.parametrize(
     ("name", "options"),
     [GATED, RELU, JUMPRELU, TANH, ALIGNED, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)],

@@ -23,7 +23,7 @@ from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statis
 
 # Every feature has the same threshold until rows of the decoder are made unit, which changes the units of features.
 PARAMETERS = relu.PARAMETERS | {"threshold": Parameter(("width",), Role.FEATURE, trained=False)}
-SPARSITY = "k"
+SPARSITY, RECIPE = "k", topk.RECIPE
 DECAY = 0.99  # of the running threshold, in a step
 
 shifted, decode = relu.shifted, relu.decode

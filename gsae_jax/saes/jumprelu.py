@@ -98,6 +98,12 @@ def from_relu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]
     return params | {"b_enc": b_enc, "threshold": jnp.zeros_like(b_enc)}
 
 
+def from_relu_april(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The same function with unit rows: every threshold is 0."""
+    unit = linalg.with_unit_rows(params)
+    return unit | {"threshold": jnp.zeros_like(unit["b_enc"])}
+
+
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
     """Parameters with shift @ encoder added to the encoder's bias, and so to all pre-activations."""
     return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}

@@ -118,6 +118,14 @@ def unit(W: jax.Array) -> jax.Array:
     return W / jnp.where(norms > 0, norms, 1)
 
 
+def with_unit_rows(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same function of W_enc, b_enc, W_dec and b_dec, with decoder rows of unit norm; rows of zeros stay."""
+    norms_F = jnp.linalg.norm(params["W_dec"], axis=-1)
+    norms_F = jnp.where(norms_F > 0, norms_F, 1)
+    W_enc, W_dec = params["W_enc"] * norms_F[None], params["W_dec"] / norms_F[:, None]
+    return params | {"W_enc": W_enc, "b_enc": params["b_enc"] * norms_F, "W_dec": W_dec}
+
+
 def error_statistics(x_BxD: jax.Array, x_hat_BxD: jax.Array) -> dict[str, jax.Array]:
     """Batch means: squared error over D, and the numerator and denominator of gamma (equation 10)."""
     return {

@@ -21,7 +21,7 @@ from gsae_jax.kernels import active
 from gsae_jax.saes import batch_topk, linalg, topk
 from gsae_jax.saes.contract import WHOLE, Batch, Shards, Statistics
 
-PARAMETERS, SPARSITY = batch_topk.PARAMETERS, batch_topk.SPARSITY
+PARAMETERS, SPARSITY, RECIPE = batch_topk.PARAMETERS, batch_topk.SPARSITY, batch_topk.RECIPE
 init, shifted, encode, decode = batch_topk.init, batch_topk.shifted, batch_topk.encode, batch_topk.decode
 
 

@@ -5,6 +5,7 @@ With the option `aligned`, the columns of `linalg.aligned(W_enc, W_dec)` take th
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,12 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
         linalg.initial_bias(config.initial_l0, config.width),
     )
     return {"W_enc": W_dec.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
+
+
+def from_relu_april(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The same function with unit rows and centred inputs."""
+    unit = linalg.with_unit_rows(params)
+    return unit | {"b_enc": linalg.shifted(unit["b_enc"], unit["b_dec"], unit["W_enc"])}
 
 
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:

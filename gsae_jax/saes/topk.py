@@ -24,6 +24,7 @@ from gsae_jax.saes.contract import WHOLE, Batch, Shards, Statistics
 
 PARAMETERS = relu.PARAMETERS
 SPARSITY = "k"
+RECIPE = {"b1": 0.9}
 
 
 @dataclasses.dataclass(frozen=True)
