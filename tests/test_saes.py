@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 
 from gsae_jax import batching
-from gsae_jax.saes import contract, gated, jumprelu, linalg, parameters, relu, relu_april, signed_gated, trained
+from gsae_jax.saes import (
+    contract,
+    gated,
+    jumprelu,
+    linalg,
+    parameters,
+    products,
+    relu,
+    relu_april,
+    signed_gated,
+    trained,
+)
 from tests import references
 from tests.refusals import refused
 
@@ -384,6 +395,16 @@ def test_penalties_have_the_slope_of_l1_at_0_and_scales_of_their_own():
             contract.build_config(gated, "gated", (D,), None, F, "float32", options)
     with refused("options.penalty", "'l2'", "tanh"):
         contract.build_config(gated, "gated", (D,), None, F, "float32", {"penalty": "l2"})
+
+
+def test_steps_are_counted_in_products_of_the_encoders_size():
+    counts = {name: products.count(name) for name in ("gated", "relu", "jumprelu", "topk", "matryoshka")}
+    assert counts == {"gated": 7, "relu": 5, "jumprelu": 5, "topk": 5, "matryoshka": 5}
+    assert products.count("gated", tie_encoder=False) == 9
+    assert products.count("gated", freeze_aux_decoder=False) == 8
+    assert products.equal_width("relu", 1024) == 1432  # 7 / 5 of it, as a multiple of 8
+    with refused("architecture", "'gate'"):
+        products.count("gate")
 
 
 def test_unknown_architectures_and_options_are_named():

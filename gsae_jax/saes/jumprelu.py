@@ -53,6 +53,7 @@ class Config:
         dtype: of the matrix products' operands.
         bandwidth: eps, in units of E||x||^2 = 1, as in the paper.
         initial_threshold: theta_0, in the same units.
+        initial_l0: about how many features are active on a token before training; 0 = half of them, by zero biases.
     """
 
     d_in: int
@@ -60,8 +61,10 @@ class Config:
     dtype: str = "float32"
     bandwidth: float = 0.001
     initial_threshold: float = 0.001
+    initial_l0: int = linalg.INITIAL_L0
 
     def __post_init__(self) -> None:
+        linalg.check_initial_l0(self.initial_l0)
         if self.bandwidth <= 0:
             raise UserError(f"is {self.bandwidth:g}; write a number above 0, such as 0.001", "bandwidth")
         if self.initial_threshold < 0:
@@ -69,11 +72,12 @@ class Config:
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
-    """Random unit decoder rows, encoder = their transpose, every threshold theta_0, biases zero."""
+    """Random unit decoder rows, encoder = their transpose, every threshold theta_0, biases for `initial_l0`."""
     F, D = config.width, config.d_in
     W_dec = linalg.unit_rows(key, F, D)
     threshold = jnp.full(F, config.initial_threshold * math.sqrt(D))
-    return {"W_enc": W_dec.T, "b_enc": jnp.zeros(F), "threshold": threshold, "W_dec": W_dec, "b_dec": jnp.zeros(D)}
+    b_enc = linalg.initial_bias(config.initial_l0, F)
+    return {"W_enc": W_dec.T, "b_enc": b_enc, "threshold": threshold, "W_dec": W_dec, "b_dec": jnp.zeros(D)}
 
 
 def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, jax.Array]:
