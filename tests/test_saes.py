@@ -243,7 +243,9 @@ def test_the_relu_sae_of_april_matches_float64_and_has_unit_rows_in_other_forms(
         others = module.Config(D, F)
         reconstruction = module.decode(other, module.encode(other, x, others))
         assert_close(reconstruction, relu_april.decode(params, jnp.asarray(f, jnp.float32)))
-    back = contract.converter("relu", "relu_april")(contract.converter("relu_april", "relu")(params, config), None)
+    back = contract.converter("relu", "relu_april")(
+        contract.converter("relu_april", "relu")(params, config), relu.Config(D, F)
+    )
     assert_close(relu_april.encode(back, x, config), f * np.linalg.norm(params["W_dec"], axis=-1))
 
 
