@@ -65,7 +65,7 @@ def equal_width(architecture: str, width: int, of: str = "gated", **options: Any
     return MULTIPLE * round(width * count(of) / count(architecture, **options) / MULTIPLE)
 
 
-def _multiplications(jaxpr: core.Jaxpr) -> float:
+def _multiplications(jaxpr: Any) -> float:
     """Of all products of matrices, as written; of branches, the one with the fewest."""
     total = 0.0
     for equation in jaxpr.eqns:
@@ -73,8 +73,8 @@ def _multiplications(jaxpr: core.Jaxpr) -> float:
         match equation.primitive.name:
             case "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
-                sizes = equation.invars[0].aval.shape
-                total += math.prod(equation.outvars[0].aval.shape) * math.prod(sizes[axis] for axis in contracted)
+                left, product = (variable.aval for variable in (equation.invars[0], equation.outvars[0]))
+                total += math.prod(product.shape) * math.prod(left.shape[axis] for axis in contracted)
             case "cond":
                 total += min(inner)
             case "scan":
