@@ -3,8 +3,9 @@
     python -m gsae_jax.train --config configs/architectures.py:rates --workdir runs/architectures_rates
     python -m gsae_jax.train --config configs/architectures.py --workdir runs/architectures
 
-The first command trains at four learning rates with one seed. The second takes the best rate of each architecture
-(`RATES`) and three seeds. With `:tinystories` or `:tinystories,rates` the model is that of configs/tinystories.py.
+The first command trains at four learning rates, with one seed and an L0 of about 50. The second takes the best rate of
+each kind (`RATES`) and three seeds. With `:tinystories` or `:tinystories,rates` the model is that of
+configs/tinystories.py.
 """
 
 from configs import quickstart, tinystories
@@ -14,22 +15,27 @@ from gsae_jax.saes import products
 
 WIDTH = 1024  # of gated SAEs; the others have the width of equal compute
 L0 = (20, 50, 100)
-# First guesses of λ for these. `target_l0` moves them.
-L1 = {
-    "gated": (1.4e-2, 7e-3, 4e-3),
-    "signed_gated": (1.4e-2, 7e-3, 4e-3),
-    "relu": (1e-2, 5e-3, 3e-3),
-    "relu_april": (1e-2, 5e-3, 3e-3),
-    "jumprelu": (3e-3, 1.5e-3, 7e-4),
-}
 TOPK = ("topk", "batch_topk", "matryoshka")
+# The architecture and options of each kind, and first guesses of λ for each L0. `target_l0` moves them.
+GATED = (1.4e-2, 7e-3, 4e-3)
+KINDS = {
+    "gated": ("gated", {}, GATED),
+    "gated_tanh": ("gated", {"penalty": "tanh"}, GATED),
+    "gated_aligned": ("gated", {"aligned": True}, GATED),
+    "signed_gated": ("signed_gated", {}, GATED),
+    "relu": ("relu", {}, (1e-2, 5e-3, 3e-3)),
+    "relu_april": ("relu_april", {}, (2e-2, 8e-3, 4e-3)),
+    "jumprelu": ("jumprelu", {}, (1e-2, 1.5e-3, 4e-4)),
+    **{name: (name, {}, ()) for name in TOPK},
+}
 SWEPT = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
-RATES = dict.fromkeys((*L1, *TOPK), 6e-3)
+RATES = dict.fromkeys(KINDS, 6e-3)
 
 
-def width(architecture):
+def width(kind):
     """Of equal compute. Each feature of a sign-aware SAE counts as two, as their paper compares them."""
-    return WIDTH // 2 if architecture == "signed_gated" else products.equal_width(architecture, WIDTH)
+    architecture, options, _ = KINDS[kind]
+    return WIDTH // 2 if kind == "signed_gated" else products.equal_width(architecture, WIDTH, **options)
 
 
 def get_config(which=""):
@@ -39,17 +45,17 @@ def get_config(which=""):
     config = tinystories.get_config() if "tinystories" in words else quickstart.get_config()
     site = config.stacks.gated.site
     config.stacks = {}
-    for architecture, rate in RATES.items():
-        numbers = {"learning_rates": (rate,), "seeds": (0, 1, 2)}
+    for kind, (architecture, options, l1_coefficients) in KINDS.items():
+        numbers = {"learning_rates": (RATES[kind],), "seeds": (0, 1, 2)}
+        chosen = slice(None)
         if "rates" in words:
-            numbers = {"learning_rates": SWEPT, "seeds": (0,)}
-        if architecture in TOPK:
-            for k in L0:
-                stack = stack_config(architecture, site, width(architecture), grid=True, k=k, **numbers)
-                config.stacks[f"{architecture}_{k}"] = stack
+            numbers, chosen = {"learning_rates": SWEPT, "seeds": (0,)}, slice(1, 2)
+        common = {"grid": True, **numbers, **options}
+        if kind in TOPK:
+            for k in L0[chosen]:
+                config.stacks[f"{kind}_{k}"] = stack_config(architecture, site, width(kind), k=k, **common)
         else:
-            l1_coefficients = L1[architecture]
-            config.stacks[architecture] = stack_config(
-                architecture, site, width(architecture), l1_coefficients, target_l0=L0, grid=True, **numbers
+            config.stacks[kind] = stack_config(
+                architecture, site, width(kind), l1_coefficients[chosen], target_l0=L0[chosen], **common
             )
     return config

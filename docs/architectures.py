@@ -21,7 +21,7 @@ from gsae_jax.saes import products
 
 LEVELS = (0.85, 0.9, 0.95)  # of loss recovered
 MODELS = {"": "embedded model", "_tinystories": "TinyStories-656K"}
-STYLES = {name: (f"C{number}", "os^vD*Xp"[number]) for number, name in enumerate(architectures.RATES)}
+STYLES = {name: (f"C{number}", "os^vD*Xp<>"[number]) for number, name in enumerate(architectures.KINDS)}
 
 
 def read(path):
@@ -72,20 +72,15 @@ def measured(groups):
 
 
 def best_rates(groups):
-    """For each architecture and learning rate, loss recovered at the middle L0; the best is bold."""
+    """For each kind and learning rate: loss recovered, and L0, which differs a little; the best is bold."""
     for name in STYLES:
-        of_rate = {}
-        for rate in architectures.SWEPT:
-            records = groups.get((name, rate, 0), [])
-            l0, recovered = (np.array([r[field] for r in records]) for field in ("l0", "loss_recovered"))
-            middle = math.log(architectures.L0[1])
-            of_rate[rate] = np.interp(middle, np.log(l0), recovered, left=np.nan, right=np.nan) if records else np.nan
-        if np.isfinite(list(of_rate.values())).any():
-            best = np.nanmax(list(of_rate.values()))
-            yield [
-                f"`{name}`",
-                *("–" if np.isnan(v) else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in of_rate.values()),
-            ]
+        records = [groups.get((name, rate, 0), [None])[0] for rate in architectures.SWEPT]
+        best = max((r["loss_recovered"] for r in records if r), default=None)
+        shown = [f"{r['loss_recovered']:.3f} at {r['l0']:.1f}" if r else "–" for r in records]
+        bold = [
+            f"**{text}**" if r and r["loss_recovered"] == best else text for r, text in zip(records, shown, strict=True)
+        ]
+        yield [f"`{name}`", *bold]
 
 
 def draw(models):
@@ -109,7 +104,8 @@ def main():
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--write", type=Path, required=True)
     arguments = parser.parse_args()
-    costs = [[f"`{name}`", f"{products.count(name):g}", architectures.width(name)] for name in STYLES]
+    counts = {name: products.count(kind, **options) for name, (kind, options, _) in architectures.KINDS.items()}
+    costs = [[f"`{name}`", f"{count:g}", architectures.width(name)] for name, count in counts.items()]
     tables = {"products": table(["Architecture", "Products", "Width"], costs)}
     models = {}
     for suffix, title in MODELS.items():
