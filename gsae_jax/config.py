@@ -145,7 +145,7 @@ class Stack(Sites):
         (),
         "Weight λ of the sparsity penalty: L1, or L0 for jumprelu; () for architectures that have none, such as topk.",
     )
-    learning_rates: tuple[float, ...] = setting((3e-4,), "Learning rates after warm-up.")
+    learning_rates: tuple[float, ...] = setting((), "Learning rates after warm-up; () = the architecture's own.")
     seeds: tuple[int, ...] = setting((0,), "Seeds of the initial parameters.")
     options: dict[str, Any] = setting(dict, "Fields of the architecture's Config, such as tie_encoder=False.")
     target_l0: tuple[float, ...] = setting(
@@ -171,8 +171,8 @@ class Stack(Sites):
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
 
     def numbers(self) -> list[tuple[float, float, int]]:
-        """(l1_coefficient, learning_rate, seed) of each SAE; NaN for a coefficient that there is not."""
-        columns = (self.l1_coefficients or (math.nan,), self.learning_rates, self.seeds)
+        """(l1_coefficient, learning_rate, seed) of each SAE; NaN for what the stack does not have."""
+        columns = (self.l1_coefficients or (math.nan,), self.learning_rates or (math.nan,), self.seeds)
         return list(zip(*(column * len(self) if len(column) == 1 else column for column in columns), strict=True))
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class Stack(Sites):
         _at_least("width", self.width, 1)
         for field in ("l1_coefficients", "learning_rates", "seeds", "target_l0"):
             values = getattr(self, field)
-            if field in ("l1_coefficients", "target_l0") and not values:  # `contract.build` knows who needs one
+            if field != "seeds" and not values:  # `contract` knows who needs one
                 continue
             if not values:
                 raise UserError("has no values; write one for all SAEs of the stack, or one for each", field)
@@ -193,7 +193,7 @@ class Stack(Sites):
         _seed("seeds", *self.seeds)
         if min(self.l1_coefficients, default=0) < 0:
             raise UserError(f"has a negative value: {self.l1_coefficients}; write numbers >= 0", "l1_coefficients")
-        if min(self.learning_rates) <= 0:
+        if min(self.learning_rates, default=1) <= 0:
             raise UserError(f"is {self.learning_rates}; write numbers above 0", "learning_rates")
         if self.target_l0 and (min(self.target_l0) <= 0 or max(self.target_l0) >= self.width):
             raise UserError(

@@ -22,6 +22,7 @@ from gsae_jax.config import Experiment
 from gsae_jax.experiments import quickstart
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.lms.loss import cross_entropy
+from gsae_jax.saes import contract
 from gsae_jax.training.step import Program
 from tests.refusals import refused
 
@@ -197,7 +198,7 @@ def test_a_config_of_what_differs_can_be_changed_in_every_field(returned, tmp_pa
     assert (a["learning_rates"], a["l1_coefficients"]) == ((1e-3, 2e-3), (0.3, 0.4))
     assert (a["target"], a["options"]) == ("blocks.0.hook_resid_post", {"tie_encoder": False})
     if returned == "tree":  # in a ConfigDict, one dict that stands in two places stays one
-        assert (b["learning_rates"], b["l1_coefficients"], b["options"]) == ((3e-4,), (0.1, 0.2), {})
+        assert (b["learning_rates"], b["l1_coefficients"], b["options"]) == ((), (0.1, 0.2), {})
     assert (c["width"], c["l1_coefficients"], c["options"]) == (32, (0.5,), {"tie": 0.25})
     with refused("stacks.c.width", "missing"):
         config_trees.from_dict(Experiment, given(f"--config={path}"))
@@ -266,7 +267,7 @@ def test_a_grid_is_every_combination_once():
     expected = [(l1, rate, seed) for l1 in (0.1, 0.2) for rate in (1e-3, 3e-3) for seed in (0, 1, 2)]
     assert several.numbers() == expected
     assert several.options == {"tie_encoder": False}
-    assert stack().numbers() == [(0.1, 3e-4, 0), (0.2, 3e-4, 0)]
+    assert contract.with_recipe(stack()).numbers() == [(0.1, 3e-4, 0), (0.2, 3e-4, 0)]
     with_targets = stack(target_l0=(8.0, 16.0), seeds=(0, 1))
     assert with_targets.target_l0 == (8.0, 8.0, 16.0, 16.0)
     assert [(l1, seed) for l1, _, seed in with_targets.numbers()] == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]

@@ -116,11 +116,11 @@ def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
         if len(matched[0]) != len(matched[1]):  # which the check of a config refuses
             return {}
         sparsities = list(zip(*matched, strict=True))
-    members = list(itertools.product(sparsities, stack["learning_rates"], stack["seeds"]))
+    members = list(itertools.product(sparsities, stack["learning_rates"] or (None,), stack["seeds"]))
     if not members:
         return {}
     sparsity, learning_rates, seeds = zip(*members, strict=True)
-    columns = {"learning_rates": learning_rates, "seeds": seeds}
+    columns = {"learning_rates": learning_rates if stack["learning_rates"] else (), "seeds": seeds}
     if not l1_coefficients:
         return columns
     if not targets:

@@ -26,7 +26,7 @@ PARAMETERS = relu.PARAMETERS | {"threshold": Parameter(("width",), Role.FEATURE,
 SPARSITY, RECIPE = "k", topk.RECIPE
 DECAY = 0.99  # of the running threshold, in a step
 
-shifted, decode = relu.shifted, relu.decode
+shifted, decode, learning_rate = relu.shifted, relu.decode, topk.learning_rate
 
 
 @dataclasses.dataclass(frozen=True)

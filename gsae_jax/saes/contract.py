@@ -17,6 +17,7 @@ A file may also define these functions, for which the functions of the same name
     feature_facts(params, config)     numbers [F] that describe features, by name, in the inputs' units
     from_X(params, config)            parameters of the same function as those of the architecture X
     encode_shard(params, inputs, config, shards)   `encode` on one shard of the dictionary, where features are compared
+    learning_rate(width)              its own learning rate, for stacks that have none
 
 and these constants:
 
@@ -46,6 +47,7 @@ Activations = Any
 NEEDED = ("Config", "PARAMETERS", "init", "encode", "decode")  # of every architecture
 # What stacks are trained with where neither the user nor the architecture says otherwise: the Gated SAE paper's Adam.
 RECIPE: Mapping[str, float] = {"b1": 0.0, "clip_norm": 0.0, "coefficient_warmup_fraction": 0.0}
+LEARNING_RATE = 3e-4  # its gated SAEs'
 OWN = ("d_in", "d_out", "width", "dtype")  # fields of a Config that are no options: the experiment sets them
 
 
@@ -280,13 +282,13 @@ def trainable(architecture: str) -> Trainable:
 
 
 def with_recipe(stack: config_lib.Stack) -> config_lib.Stack:
-    """The stack with its architecture's own values for the settings of the optimiser that are None.
+    """The stack with its architecture's own values for the settings of the optimiser that it does not have.
 
     Raises:
         UserError: as `module_of`, or an architecture whose `RECIPE` has other names.
     """
     unset = {name for name in RECIPE if getattr(stack, name) is None}
-    if not unset:
+    if not unset and stack.learning_rates:
         return stack
     with errors.about("architecture"):
         module = module_of(stack.architecture)
@@ -295,7 +297,11 @@ def with_recipe(stack: config_lib.Stack) -> config_lib.Stack:
             raise UserError(
                 f"RECIPE in {plugins.source(module)} has {', '.join(others)}; it may have {', '.join(RECIPE)}"
             )
-    return dataclasses.replace(stack, **{name: own.get(name, RECIPE[name]) for name in unset})
+    rates = stack.learning_rates
+    if not rates:
+        rate = getattr(module, "learning_rate", None)
+        rates = (rate(stack.width) if rate else LEARNING_RATE,)
+    return dataclasses.replace(stack, learning_rates=rates, **{name: own.get(name, RECIPE[name]) for name in unset})
 
 
 def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tuple[Trainable, Any]:

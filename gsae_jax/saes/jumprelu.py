@@ -71,6 +71,11 @@ class Config:
             raise UserError(f"is {self.initial_threshold:g}; write 0 or more", "initial_threshold")
 
 
+def learning_rate(width: int) -> float:
+    """The paper's, for any width."""
+    return 7e-5
+
+
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
     """Random unit decoder rows, encoder = their transpose, every threshold theta_0, biases for `initial_l0`."""
     F, D = config.width, config.d_in

@@ -55,6 +55,11 @@ class Config:
             raise UserError(f"is {self.initial_norm:g}; write a number above 0, such as 0.1", "initial_norm")
 
 
+def learning_rate(width: int) -> float:
+    """That of the update, for any width."""
+    return 5e-5
+
+
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
     """Random decoder rows of `initial_norm`, encoder = their transpose, biases for `initial_l0`, b_dec zero."""
     W_dec = config.initial_norm * linalg.unit_rows(key, config.width, config.d_in)

@@ -7,11 +7,12 @@ loss  = ||x - x_hat||^2 / D + auxk_coefficient * AuxK        (`selection.auxilia
 
 There is no sparsity coefficient: `k` is L0, where so many pre-activations are positive. The paper divides the squared
 error by the variance of x; here E||x||^2 = D, so that the error over D is nearly the same number, and the coefficient
-1/32 of AuxK is the paper's. Their best learning rate falls as 1 / sqrt(width): dictionary_learning takes
+1/32 of AuxK is the paper's. Their best learning rate falls as 1 / sqrt(width); the default is dictionary_learning's,
 2e-4 / sqrt(width / 2**14).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,11 @@ class Config:
 
 
 shifted, decode = relu.shifted, relu.decode
+
+
+def learning_rate(width: int) -> float:
+    """For a dictionary of so many features."""
+    return 2e-4 / math.sqrt(width / 2**14)
 
 
 def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
