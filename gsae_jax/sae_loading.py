@@ -258,20 +258,15 @@ def _members_of(start: str) -> list[trained.SAE]:
 def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     """The experiment as the run in `path` has it, or will have it.
 
-    The revision of a hub model becomes its commit: that of the run, or the newest. Settings of the optimiser that are
-    None become their architecture's. If the SAEs that a stack started from have moved since, the experiment gets the
-    path that the run recorded.
+    The revision of a hub model becomes its commit: that of the run, or the newest. A stack that lacks settings
+    of the optimiser gets its architecture's. If the SAEs that a stack started from have moved since, the experiment
+    gets the path that the run recorded.
 
     Raises:
         UserError: no such model or architecture, or a path that cannot be a run directory.
     """
     workdir = run_directory.Workdir(path)
-    stacks = {}
-    for stack_name, stack in config.stacks.items():
-        with errors.within(f"stacks.{stack_name}"):
-            stacks[stack_name] = contract.with_recipe(stack)
-    config = dataclasses.replace(config, stacks=stacks)
-    config = _with_known_starts(_as_begun(config, workdir), workdir)
+    config = _with_known_starts(_as_begun(contract.with_recipes(config), workdir), workdir)
     name, revision = config.lm.path, config.lm.revision
     if not name or Path(name).is_dir():
         return config

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 import gsae_jax
 import gsae_jax.saes
 from gsae_jax import config as config_lib
-from gsae_jax import config_trees, measuring, plugins, sae_loading
+from gsae_jax import config_trees, measuring, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.formats import saelens
@@ -325,7 +325,7 @@ def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir
     config_dict.train.steps, config_dict.checkpoint.every, config_dict.loggers = 8, 4, ()
     config_dict.evaluation.tokens = 512
     run = tmp_path / "run"
-    config = sae_loading.pinned(config_trees.from_dict(Experiment, config_dict), run)  # as the command does
+    config = config_trees.from_dict(Experiment, config_dict)
     assert loop.train(config, run)
     saes = gsae_jax.load(run)
     state = any(not parameter.trained for parameter in case.architecture.PARAMETERS.values())

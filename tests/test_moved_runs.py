@@ -13,7 +13,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import config_trees, sae_loading, train
 from gsae_jax.lms import checkpoints as lm_checkpoints
 from gsae_jax.measuring import evaluate
-from gsae_jax.saes import parameters
+from gsae_jax.saes import contract, parameters
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
 from gsae_jax.training import loop
@@ -210,8 +210,8 @@ def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, 
 
     place = run_directory.Workdir(tmp_path / "second")
     for start in (f"{tmp_path}/first:baseline", f"{tmp_path}/moved:baseline"):
-        assert sae_loading.pinned(named(start), tmp_path / "second") == experiment
-    place.check(config_trees.to_dict(experiment))
+        assert sae_loading.pinned(named(start), tmp_path / "second") == contract.with_recipes(experiment)
+    place.check(config_trees.to_dict(contract.with_recipes(experiment)))
     assert place.facts(8).starts == {"again": parameters.fingerprint(starts["again"])}
     shutil.copytree(places / "run", tmp_path / "finished")
     loop.train(halfway, tmp_path / "finished")  # other parameters

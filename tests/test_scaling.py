@@ -13,7 +13,7 @@ from gsae_jax import train as train_command
 from gsae_jax.activations import scaling
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.saes import gated
+from gsae_jax.saes import contract, gated
 from gsae_jax.saes.contract import Role
 from gsae_jax.training import loop, preparation, starting
 from tests.refusals import refused
@@ -130,7 +130,7 @@ def test_a_run_that_began_before_the_setting_existed_continues_without_it(experi
     del config["activations"]["center"]
     (path / "config.json").write_text(json.dumps(config))
     kept = sae_loading.pinned(with_(begun, activations={"center": True}), path)
-    assert kept == begun
+    assert kept == contract.with_recipes(begun)
     assert "activations.center=False" in capsys.readouterr().err
     with refused("--workdir", str(path), "train.batch_size: 64 != 128"):
         train_command.run(with_(begun, activations={"center": True}, train={"batch_size": 128}), path)

@@ -304,6 +304,15 @@ def with_recipe(stack: config_lib.Stack) -> config_lib.Stack:
     return dataclasses.replace(stack, learning_rates=rates, **{name: own.get(name, RECIPE[name]) for name in unset})
 
 
+def with_recipes(config: config_lib.Experiment) -> config_lib.Experiment:
+    """The experiment with `with_recipe` of each stack."""
+    stacks = {}
+    for name, stack in config.stacks.items():
+        with errors.within(f"stacks.{name}"):
+            stacks[name] = with_recipe(stack)
+    return dataclasses.replace(config, stacks=stacks)
+
+
 def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tuple[Trainable, Any]:
     """The architecture of a stack, and its Config.
 

@@ -16,7 +16,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.evaluation import provenance
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.saes import parameters
+from gsae_jax.saes import contract, parameters
 from gsae_jax.storage import run_directory
 from gsae_jax.storage.facts import Facts, Text
 from gsae_jax.training.step import Program
@@ -81,6 +81,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     Raises:
         UserError: the config or the directory cannot be used, or another run, model or text is there.
     """
+    config = contract.with_recipes(config)
     as_json = config_trees.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
