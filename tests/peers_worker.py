@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -115,7 +116,7 @@ def make(folder, x):
 
 
 def card(folder, x):
-    """The card's own lines, with files that the hub would have given."""
+    """The card's own lines, with files that the hub and activations that gsae_jax would have given."""
     repo = folder / "repo"
     _, in_saelens, in_dictionary_learning = re.findall(
         r"```python\n(.*?)```", (repo / "README.md").read_text(), re.DOTALL
@@ -126,16 +127,20 @@ def card(folder, x):
             raise EntryNotFoundError(filename)
         return repo / filename
 
+    activations = {SITE: x[None].numpy()}
+    lm = SimpleNamespace(activations=lambda text, sites: {site: activations[site] for site in sites})
     found = {}
     with (
+        # This environment does not have it.
+        mock.patch.dict(sys.modules, gsae_jax=SimpleNamespace(load_lm=lambda: lm)),
         mock.patch.object(loaders, "hf_hub_download", download),
         mock.patch("huggingface_hub.snapshot_download", return_value=str(repo)),
         torch.no_grad(),
     ):
         for name, lines in (("saelens", in_saelens), ("dictionary_learning", in_dictionary_learning)):
-            names = {"activations": x}
+            names = {}
             exec(lines, names)
-            found[name] = names["features"].numpy()
+            found[name] = names["features"][0].numpy()
     np.savez(folder / "card.npz", **found)
 
 
