@@ -137,7 +137,8 @@ class Stack(Sites):
 
     architecture: str = setting(
         REQUIRED,
-        "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka, or your own: my_package.tanh.",
+        "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka; gated_transcoder, relu_crosscoder "
+        "and their like; or your own, as my_package.tanh.",
     )
     site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")
@@ -153,7 +154,7 @@ class Stack(Sites):
     )
     start_from: str = setting("", "RUN:STACK or a folder of SAEs to start from; '' = random parameters.", SAME)
     target: str | tuple[str, ...] = setting(
-        "", "Site to reconstruct, named like `site`; '' = the site that is read.", SAME
+        "", "Site to reconstruct, named like `site`, such as that of a transcoder; '' = the site that is read.", SAME
     )
     b1: float | None = setting(
         None, "Adam's decay rate of first moments (β₁); 0 = none are kept; None = the architecture's own value.", 0.0

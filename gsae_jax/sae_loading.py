@@ -347,6 +347,7 @@ def _members(
         [parameters.Units(facts.scales[site], np.asarray(facts.means.get(site, 0.0), np.float32)) for site in sites]
         for sites in (stack.sites, stack.targets)
     )
+    limits = tuple(facts.norm_limits[site] for site in stack.targets)
     l1_coefficients = facts.l1_coefficients.get(name) or [l1 for l1, _, _ in stack.numbers()]
     metadata = names(config.lm, config.data) | {
         "context_size": config.data.context_length,
@@ -370,7 +371,7 @@ def _members(
             learning_rate=learning_rate,
             seed=seed,
             scale=targets[0].scale,
-            norm_limit=facts.norm_limits[stack.targets[0]],
+            norm_limit=limits if len(limits) > 1 else limits[0],
             metadata=metadata,
             run=run,
             stack=name,

@@ -4,7 +4,6 @@ Each is a tap for `LM.run` and `LM.generate`. `chain` combines several into one.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,25 +59,25 @@ def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
     return sites_lib.splice({site: edit})
 
 
-def splice(*saes: SAE) -> sites_lib.Edits:
-    """Replaces the activations at the site of each SAE with its reconstructions.
+def splice(*saes: SAE) -> sites_lib.Chain:
+    """Replaces the activations at the target of each SAE with its reconstructions.
+
+    A transcoder reads its site in the same forward pass, after the taps before it.
 
     In contrast to the report, this also replaces activations of special tokens and above `sae.norm_limit`, on which an
     SAE was not trained. Therefore a loss measured with this tap differs from the report's.
 
     Raises:
-        UserError: an SAE reads and writes different sites or has no site, or two SAEs have the same site.
+        UserError: an SAE writes several sites or has no site, or two SAEs have the same target.
     """
-    edits: dict[str, Any] = {}
+    taps: dict[str, sites_lib.Tap] = {}
     for sae in saes:
         site = _site(sae, sae.targets)
-        if sae.sites != sae.targets:
-            read = ", ".join(sae.sites)
-            raise UserError(f"reads {read} and writes {site}; give SAEs that read what they write", "saes")
-        if site in edits:
+        if site in taps:
             raise UserError(f"has two of {site}; give one for each site", "saes")
-        edits[site] = sae
-    return sites_lib.splice(edits)
+        same = sae.sites == sae.targets
+        taps[site] = sites_lib.splice({site: sae}) if same else sites_lib.Prediction(sae.sites, site, sae)
+    return sites_lib.Chain(tuple(taps.values()))
 
 
 class read:

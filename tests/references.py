@@ -174,6 +174,110 @@ def relu_april_sae(params, x, coefficient):
     return np.sum(error**2) / (B * D) + coefficient * (f @ norms).mean(), grads, f
 
 
+def transcoder(kind, params, x, t, l1=0.0, k=0, bandwidth=0.0):
+    """Loss, gradients and features of a transcoder (2406.11944; with W_skip 2501.18823), by hand."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
+    B, W_dec = len(x), p["W_dec"]
+    c = x if kind == "jumprelu" else x - p["b_in"]
+    encoder = p["W_gate" if kind == "gated" else "W_enc"]
+    z = c @ encoder
+    penalty, d_penalty = 0.0, 0.0
+    match kind:
+        case "gated":
+            ratio = np.exp(p["r_mag"])
+            on, pi_mag = z + p["b_gate"] > 0, ratio * z + p["b_mag"]
+            f, gate, slope = on * np.maximum(pi_mag, 0), np.maximum(z + p["b_gate"], 0), on * (pi_mag > 0)
+        case "jumprelu":
+            theta, pi = np.maximum(p["threshold"], 0), np.maximum(z + p["b_enc"], 0)
+            slope = pi > theta
+            f, penalty = pi * slope, l1 * slope.sum() / B
+        case "relu":
+            f = np.maximum(z + p["b_enc"], 0)
+            slope, penalty, d_penalty = f > 0, l1 * f.sum() / B, l1 / B
+        case _:
+            pi = np.maximum(z + p["b_enc"], 0)
+            slope = largest(pi, k, kind == "batch_topk")
+            f = pi * slope
+    offset = p["b_dec"] + (x @ p["W_skip"] if "W_skip" in p else 0)
+    error = f @ W_dec + offset - t
+    d_x_hat = 2 * error / error.size
+    d_f = d_x_hat @ W_dec.T
+    d_pi = (d_f + d_penalty) * slope
+    loss = np.square(error).mean() + penalty
+    grads = {"W_dec": f.T @ d_x_hat, "b_dec": d_x_hat.sum(0)} | ({"W_skip": x.T @ d_x_hat} if "W_skip" in p else {})
+    if kind == "gated":
+        gate_error = gate @ W_dec + offset - t
+        d_gate = (2 * gate_error / error.size @ W_dec.T + l1 / B) * on
+        loss += l1 * gate.sum() / B + np.square(gate_error).mean()
+        grads |= {"b_gate": d_gate.sum(0), "b_mag": d_pi.sum(0), "r_mag": (d_pi * ratio * z).sum(0)}
+        d_pi = d_gate + d_pi * ratio
+    else:
+        grads["b_enc"] = d_pi.sum(0)
+    if kind == "jumprelu":
+        kernel = (np.abs(pi - theta) < bandwidth / 2) * (pi > 0) / bandwidth
+        return loss, grads | {"W_enc": c.T @ d_pi, "threshold": -(kernel * (theta * d_f + l1 / B)).sum(0)}, f
+    name = "W_gate" if kind == "gated" else "W_enc"
+    return loss, grads | {name: c.T @ d_pi, "b_in": -(d_pi @ encoder.T).sum(0)}, f
+
+
+def crosscoder(kind, params, xs, l1=0.0, k=0, dead=None, k_aux=0, weight=0.0):
+    """Loss, gradients and features of a crosscoder (Lindsey et al. 2024), by hand.
+
+    The penalty is of each feature times the sum of its rows' norms, and squared errors are divided by a site's width.
+    """
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    xs, B, S = [np.asarray(x, np.float64) for x in xs], len(xs[0]), range(len(xs))
+    name = "W_gate" if kind == "gated" else "W_enc"
+    encoders, decoders, biases = ([p[f"{part}_{s}"] for s in S] for part in (name, "W_dec", "b_dec"))
+    lengths = [np.linalg.norm(W, axis=1) for W in decoders]
+    n = sum(lengths)
+    cs = [x - b for x, b in zip(xs, biases, strict=True)]
+    z = sum(c @ W for c, W in zip(cs, encoders, strict=True))
+
+    def errors(f):
+        of_sites = [f @ decoders[s] + biases[s] - xs[s] for s in S]
+        return of_sites, sum(np.square(e).mean() for e in of_sites), [2 * e / e.size for e in of_sites]
+
+    grads, d_n = {}, np.zeros_like(n)
+    if kind == "gated":
+        ratio = np.exp(p["r_mag"])
+        on, pi_mag = z + p["b_gate"] > 0, ratio * z + p["b_mag"]
+        f, gate, slope = on * np.maximum(pi_mag, 0), np.maximum(z + p["b_gate"], 0), on * (pi_mag > 0)
+    else:
+        pi = np.maximum(z + p["b_enc"], 0)
+        slope = pi > 0 if kind == "relu" else largest(n * pi, k, of_batch=True)
+        f = pi * slope
+    of_sites, loss, d_x_hats = errors(f)
+    d_pi = sum(d_x_hats[s] @ decoders[s].T for s in S) * slope
+    d_decoders = [f.T @ d for d in d_x_hats]
+    if kind == "relu":
+        loss, d_pi, d_n = loss + l1 * (n * f).sum() / B, d_pi + l1 * n / B * slope, l1 * f.sum(0) / B
+    if kind == "gated":
+        _, auxiliary, d_gate_hats = errors(gate)
+        loss += auxiliary + l1 * (n * gate).sum() / B
+        # Of n * gate; the rows over n, by which it reconstructs, are frozen.
+        d_weighted = sum(d_gate_hats[s] @ (decoders[s] / n[:, None]).T for s in S) + l1 / B
+        d_gate, d_n = n * d_weighted * on, (gate * d_weighted).sum(0)
+        grads = {"b_gate": d_gate.sum(0), "b_mag": d_pi.sum(0), "r_mag": (d_pi * ratio * z).sum(0)}
+        d_pi = d_gate + d_pi * ratio
+    if weight:
+        scales = [np.sqrt(sum(x.shape[1] for x in xs) / x.shape[1]) for x in xs]
+        residual = np.concatenate([-a * e for a, e in zip(scales, of_sites, strict=True)], 1)
+        rows = np.concatenate([a * W for a, W in zip(scales, decoders, strict=True)], 1)
+        value, by_values, by_rows = auxk(n * pi, residual, rows / n[:, None], dead, k_aux)
+        loss, d_pi = loss + weight * value, d_pi + weight * n * by_values
+        parts = np.split(by_rows / n[:, None], np.cumsum([x.shape[1] for x in xs])[:-1], 1)
+        d_decoders = [d + weight * a * part for d, a, part in zip(d_decoders, scales, parts, strict=True)]
+    if kind != "gated":
+        grads["b_enc"] = d_pi.sum(0)
+    for s in S:
+        grads[f"W_dec_{s}"] = d_decoders[s] + (d_n / lengths[s])[:, None] * decoders[s]
+        grads[f"b_dec_{s}"] = d_x_hats[s].sum(0) - (d_pi @ encoders[s].T).sum(0)
+        grads[f"{name}_{s}"] = cs[s].T @ d_pi
+    return loss, grads, f
+
+
 def gelu_lm(tensors, config, tokens, replace=None):
     """Logits and every site of a TransformerLens GELU model; `replace` maps sites to other values."""
     t = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
@@ -203,7 +307,8 @@ def gelu_lm(tensors, config, tokens, replace=None):
         z = site(f"{b}.attn.hook_z", np.concatenate([z[:, head] for head in range(config["n_heads"])], axis=-1))
         W_O = np.concatenate(list(t[f"{b}.attn.W_O"]))
         x = site(f"{b}.hook_resid_mid", x + site(f"{b}.hook_attn_out", z @ W_O + t[f"{b}.attn.b_O"]))
-        pre = layer_norm(x, f"{b}.ln2") @ t[f"{b}.mlp.W_in"] + t[f"{b}.mlp.b_in"]
+        normed = site(f"{b}.ln2.hook_normalized", layer_norm(x, f"{b}.ln2"))
+        pre = normed @ t[f"{b}.mlp.W_in"] + t[f"{b}.mlp.b_in"]
         post = site(f"{b}.mlp.hook_post", pre * 0.5 * (1 + scipy.special.erf(pre / np.sqrt(2))))
         out = site(f"{b}.hook_mlp_out", post @ t[f"{b}.mlp.W_out"] + t[f"{b}.mlp.b_out"])
         x = site(f"{b}.hook_resid_post", x + out)

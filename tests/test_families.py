@@ -29,9 +29,22 @@ def check(lm, expected, atol=1e-4):
     assert not mask[1, 0]
     assert not mask[2, -1]
     ours = lm.activations(expected["tokens"], lm.sites, mask) | {"logits": lm.logits(expected["tokens"], mask)}
+    # The references do not store what the MLP reads.
+    expected = expected | {
+        f"blocks.{n}.ln2.hook_normalized": normalized(lm, n, expected) for n in range(lm.config.n_layers)
+    }
     assert set(ours) == set(expected) - {"tokens", "mask"}
     for name, x in ours.items():
         np.testing.assert_allclose(np.asarray(x)[mask], expected[name][mask], atol=atol, rtol=1e-4, err_msg=name)
+
+
+def normalized(lm, layer, expected):
+    """What the norm before an MLP makes of the stream that it reads, in float64."""
+    c, params = lm.config, lm.params[f"blocks.{layer}"]["ln2"]
+    x = expected[f"blocks.{layer}.hook_resid_{'pre' if c.parallel else 'mid'}"].astype(np.float64)
+    x = x - (x.mean(-1, keepdims=True) if c.normalization == "LN" else 0)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + c.norm_eps)
+    return x * (np.asarray(params["w"]) + c.norm_offset) + (np.asarray(params["b"]) if "b" in params else 0)
 
 
 def expected(case, folder=FIXTURES):

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import re
 import shutil
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from gsae_jax import batching, taps
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import EMBEDDED
 from gsae_jax.lms.loss import cross_entropy
-from gsae_jax.saes import gated, relu
+from gsae_jax.saes import gated, relu, relu_transcoder
 from gsae_jax.saes.trained import SAE
 from tests import references
 from tests.refusals import refused
@@ -26,6 +25,7 @@ SUFFIXES = [
     "attn.hook_z",
     "hook_attn_out",
     "hook_resid_mid",
+    "ln2.hook_normalized",
     "mlp.hook_post",
     "hook_mlp_out",
     "hook_resid_post",
@@ -436,13 +436,30 @@ def test_ready_made_taps(lm_dir):
     twice = taps.read(sae.site)
     lm.run(tokens, taps.chain(taps.ablate(sae, [5, 5]), twice))
     np.testing.assert_allclose(twice.activations[sae.site], cases["ablate one"][1], atol=1e-4)
-    transcoder = dataclasses.replace(sae, target="blocks.1.hook_mlp_out")
-    for use in (lm.run, partial(lm.generate, max_new_tokens=2)):
-        with refused("tap", sae.site, "blocks.1.hook_mlp_out"):
-            use("a text", transcoder)
     with refused("sae", "site"):
         taps.steer(dataclasses.replace(sae, site=""), 3, 1.0)
     with refused("sae", "reads", "blocks.0.hook_mlp_out"):
         taps.ablate(dataclasses.replace(sae, site="blocks.0.hook_resid_mid", target=sae.site), 3)
     with refused("saes", "two of"):
         taps.splice(sae, sae)
+
+
+def test_a_transcoder_replaces_its_target(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    tokens, read, target = some_tokens(lm), "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
+    config = relu_transcoder.Config(d_in=lm.sites[read], width=48, d_out=lm.sites[target], skip=True)
+    sae = SAE("a_0", "relu_transcoder", config, read, away_from_init(relu_transcoder, config), target=target)
+    p = {name: np.asarray(value, np.float64) for name, value in sae.params.items()}
+    x = np.asarray(lm.activations(tokens, read)[read], np.float64)
+    f = np.maximum((x - p["b_in"]) @ p["W_enc"] + p["b_enc"], 0)
+    expected = f @ p["W_dec"] + p["b_dec"] + x @ p["W_skip"]
+    np.testing.assert_allclose(sae(x), expected, atol=1e-4)
+    logits = lm.run(tokens, sites.splice({target: lambda x: jnp.asarray(expected, x.dtype)}))
+    for tap in (sae, taps.splice(sae), taps.chain(sae)):
+        np.testing.assert_allclose(lm.run(tokens, tap), logits, atol=1e-3)
+    np.testing.assert_allclose(jax.jit(lambda tokens: lm.run(tokens, sae))(tokens), logits, atol=1e-3)
+    assert lm.generate("import", sae, max_new_tokens=3) == lm.generate("import", taps.splice(sae), max_new_tokens=3)
+    with refused("tap", read, "after", target):
+        lm.run(tokens, dataclasses.replace(sae, site=target, target=read))
+    with refused("tap", "writes 2 sites"):
+        lm.run(tokens, dataclasses.replace(sae, target=(read, target)))

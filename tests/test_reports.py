@@ -68,6 +68,27 @@ def test_l0_at_equal_loss_recovered():
     assert np.isnan(frontiers.log_l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
 
 
+def test_architectures_are_compared_with_each_other_at_a_site():
+    """All with baselines, gated ones with the others; variants of one architecture only with baselines."""
+    records, sums, ones = [], {}, np.full(50, 1.0)
+    variants = ("gated", "gated tie_encoder=False", "batch_topk", "relu", "relu_transcoder", "jumprelu")
+    for variant in variants:
+        for index, recovered in enumerate((0.7, 0.97)):
+            site, name = "elsewhere" if variant == "jumprelu" else SITE, f"{variant.replace(' ', '-')}_{index}"
+            ce = {"ce_clean": 0 * ones, "ce_zero": ones, "ce_mean": ones, "ce_sae": (1 - recovered) * ones}
+            l0 = np.exp(5 * recovered) * ones
+            sums[name] = dict.fromkeys(UNUSED, ones) | ce | {"tokens": ones, "l0": l0, "fired": np.ones(3)}
+            about = {"site": site, "variant": variant, "width": 8, "learning_rate": 1e-3, "seed": 0, "ito": 0}
+            records.append(about | {"name": name, "loss_recovered": recovered, "l0": l0[0]})
+    pairs = {(ratio["stack"], ratio["baseline"]) for ratio in frontiers.ratios(records, sums)}
+    untied = "gated-tie_encoder=False"
+    assert pairs == {
+        *((name, other) for name in ("gated", untied) for other in ("batch_topk", "relu", "relu_transcoder")),
+        *(("batch_topk", other) for other in ("relu", "relu_transcoder")),
+        ("relu", "relu_transcoder"),
+    }
+
+
 def compared(first, second, rows=None):
     """Records and sums of a gated SAE's frontier of one run, and of a baseline's of another."""
     records, sums = [], {}

@@ -426,7 +426,7 @@ def test_steps_are_counted_in_products_of_the_encoders_size():
 
 
 def test_unknown_architectures_and_options_are_named():
-    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, gated, jumprelu, matryoshka, relu"):
+    with refused("", "'gate'", "did you mean 'gated'?", "known: batch_topk, batch_topk_crosscoder, batch_topk_tr"):
         contract.trainable("gate")
     with refused("options.tie_encodr", "'gated'", "did you mean 'tie_encoder'?"):
         contract.build_config(gated, "gated", (D,), None, F, "float32", {"tie_encodr": True})

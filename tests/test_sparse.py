@@ -20,7 +20,7 @@ from gsae_jax.training.stacks import Stack
 from tests.refusals import refused
 from tests.training import Interrupting, assert_same, begin, begin_calls, metrics_without_time, params_of, with_
 
-B, D = 32, 12
+B, D, D_OUT = 32, 12, 9
 
 
 @pytest.mark.parametrize("F", [1, 31, 32, 33, 100, 1000])
@@ -77,17 +77,32 @@ def test_sums_over_active_features(dtype, tolerance, block, which):
 GATED, RELU, JUMPRELU = ("gated", {}), ("relu", {}), ("jumprelu", {"bandwidth": 0.1})
 TANH, ALIGNED = ("gated", {"penalty": "tanh"}), ("gated", {"aligned": True})
 OTHERS = [("gated", {"use_r_mag": False}), ("gated", {"freeze_aux_decoder": False}), ("gated", {"penalty": "log"})]
-OTHERS += [("relu", {"aligned": True}), ("relu_april", {"initial_norm": 1.0})]
+OTHERS += [
+    ("relu", {"aligned": True}),
+    ("relu_april", {"initial_norm": 1.0}),
+    ("relu_transcoder", {"skip": True}),
+    ("jumprelu_transcoder", {"bandwidth": 0.1}),
+]
+SKIP = ("gated_transcoder", {"skip": True})
 every = pytest.mark.parametrize(
     ("name", "options"),
-    [GATED, RELU, JUMPRELU, TANH, ALIGNED, *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS)],
+    [
+        GATED,
+        RELU,
+        JUMPRELU,
+        TANH,
+        ALIGNED,
+        SKIP,
+        *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS),
+    ],
 )
 
 
 def case(name, options, F, bias=-1.0, dtype="float32"):
     """(architecture, its Config, parameters, inputs); a lower `bias` opens fewer features."""
     architecture = contract.module_of(name)
-    config = contract.build_config(architecture, name, (D,), None, F, dtype, options)
+    d_out = (D_OUT,) if "transcoder" in name else None
+    config = contract.build_config(architecture, name, (D,), d_out, F, dtype, options)
     params = architecture.init(jax.random.key(0), config)
     keys = jax.random.split(jax.random.key(1), len(params))
     params = {n: p + 0.3 * jax.random.normal(key, p.shape) for key, (n, p) in zip(keys, params.items(), strict=True)}
@@ -97,7 +112,8 @@ def case(name, options, F, bias=-1.0, dtype="float32"):
 
 def loss_of(architecture, config, l1_coefficient=0.07):
     def loss(params, x, features=None):
-        batch = contract.Batch(x, x, lambda: jnp.zeros(config.width, bool), jnp.int32(0))
+        targets = x[:, : getattr(config, "d_out", D)]
+        batch = contract.Batch(x, targets, lambda: jnp.zeros(config.width, bool), jnp.int32(0))
         more = {} if features is None else {"features": features}
         return architecture.loss(params, {}, batch, {"l1_coefficient": l1_coefficient}, config, **more)
 

@@ -218,7 +218,7 @@ def test_options_and_coefficients_that_do_not_fit():
         ("topk", {"k": 0}, "options.k", "from 1 to"),
         ("topk", {"k": F + 1}, "options.k", "from 1 to"),
         ("batch_topk", {"auxk_coefficient": -1.0}, "options.auxk_coefficient", "0 for none"),
-        ("topk", {"k_aux": -1}, "options.k_aux", "half of d_in"),
+        ("topk", {"k_aux": -1}, "options.k_aux", "half of the residual"),
         ("matryoshka", {"prefixes": (0.5, 0.25, 1.0)}, "options.prefixes", "ascend"),
         ("matryoshka", {"prefixes": (0.5,)}, "options.prefixes", "ascend"),
         ("topk", {"l1_coefficients": (0.1,)}, "l1_coefficients", "the option k"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,36 @@ from gsae_jax.saes import contract, inference, linalg, parameters, pursuit, trai
 
 AT_ONCE = 12  # interventions whose losses are computed at once; beside them are those of one SAE by pursuit
 MEDIAN_TOKENS = 4096  # how many tokens a site's median norm is taken over
-# A site, the norm above which its activations are left alone, and what else SAEs read that write there.
+# A site that is written, the norm above which its activations are left alone, and what else SAEs read that write there.
 Place = tuple[str, float, tuple[str, ...]]
+
+
+class Written(NamedTuple):
+    """An SAE and one of the sites that it writes, which are measured one by one.
+
+    Attributes:
+        sae: the SAE.
+        number: of the site among its `targets`.
+    """
+
+    sae: trained.SAE
+    number: int
+
+    @property
+    def place(self) -> tuple[str, float]:
+        """The site, and the norm above which its activations are left alone."""
+        limit = self.sae.norm_limit
+        return self.sae.targets[self.number], limit[self.number] if isinstance(limit, tuple) else limit
+
+    def name(self, k: int = 0) -> str:
+        """What it is called in reports; with `k`, where so many features are chosen by gradient pursuit."""
+        site = f"@{self.place[0]}" if len(self.sae.targets) > 1 else ""
+        return f"{self.sae.name}_ito_{k}{site}" if k else f"{self.sae.name}{site}"
+
+
+def written(sae: trained.SAE) -> list[Written]:
+    """Each of the sites that an SAE writes."""
+    return [Written(sae, number) for number in range(len(sae.targets))]
 
 
 def measure(
@@ -32,7 +60,11 @@ def measure(
     progress: Callable[[], Any] = lambda: None,
     ito: Sequence[int] = (),
 ) -> dict[str, metrics.Sums]:
-    """Sums over `batches` [R, T] of tokens, by SAE name, on the LM's mesh. `metrics.combine` makes metrics of them.
+    """Sums over `batches` [R, T] of tokens, by `Written.name`, on the LM's mesh.
+
+    `metrics.combine` makes metrics of them.
+
+    If an SAE writes several sites, each of them is replaced and measured by itself.
 
     Rows of padding fill a batch up to a multiple of the number of devices. They are not measured.
 
@@ -42,7 +74,7 @@ def measure(
     Args:
         progress: called once per batch in each of two passes. The first pass computes the sites' means.
         ito: numbers of features. For each, every SAE's dictionary is also measured with this number of features,
-            chosen by gradient pursuit instead of the encoder (Appendix A). `name_of` gives the names of the results.
+            chosen by gradient pursuit instead of the encoder (Appendix A).
     """
     mesh = lm.module.mesh
     splits = mesh.shape["data"] if mesh else 1
@@ -50,10 +82,11 @@ def measure(
         check_sites(sae, lm.sites)
     params_of = {sae.name: spread(mesh, sae) for sae in saes}
     ks = tuple(sorted(set(ito)))
-    names = {sae.name: [name_of(sae.name, k) for k in (0, *ks)] for sae in saes}
+    each = [one for sae in saes for one in written(sae)]
+    names = {one.name(): [one.name(k) for k in (0, *ks)] for one in each}
     others: dict[tuple[str, float], set[str]] = {}
-    for sae in saes:
-        others.setdefault((sae.targets[0], sae.norm_limit), set()).update({*sae.sites} - {*sae.targets})
+    for one in each:
+        others.setdefault(one.place, set()).update({*one.sae.sites} - {one.place[0]})
     places = tuple((*place, tuple(sorted(read))) for place, read in sorted(others.items()))
 
     def placed(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -80,7 +113,7 @@ def measure(
     for place, *parts in zip(places, *site_sums, strict=True):
         numbers = [sum(part[which][1] for part in parts) for which in (0, 1)]
         if not all(numbers):
-            name = next(sae.name for sae in saes if (sae.targets[0], sae.norm_limit) == place[:2])
+            name = next(one.sae.name for one in each if one.place == place[:2])
             why = f"has a norm above its norm_limit ({place[1]:g}), is not finite, or belongs to a special token"
             raise UserError(
                 f"cannot be measured: every activation {why}; write the language model and the text of its training",
@@ -93,30 +126,31 @@ def measure(
             ]
         )
 
-    totals: dict[str, metrics.Sums] = {name: {} for of_sae in names.values() for name in of_sae}
+    totals: dict[str, metrics.Sums] = {name: {} for of_one in names.values() for name in of_one}
     for tokens in batches:
         tokens_RxT, allowed_RxT = placed(tokens)
         means_of = [mean_D for mean_D, _ in means]
         hidden_RxTxD, contexts = _clean(lm.module, places, lm.params, means_of, limits, tokens_RxT, allowed_RxT)
         sums: dict[str, metrics.Sums] = {}
         for place, means_here, context in zip(places, means, contexts, strict=True):
-            mine = [sae for sae in saes if (sae.targets[0], sae.norm_limit) == place[:2]]
+            mine = [one for one in each if one.place == place[:2]]
             of_place = dict(zip(("mean", "typical_mean"), means_here, strict=True)) | {
                 name: context[name] for name in ("valid", "typical")
             }
-            last = names[mine[-1].name][-1]
+            last = names[mine[-1].name()][-1]
             losses: dict[str, tuple[jax.Array, jax.Array]] = {}
             waiting = {kind: context[kind] for kind in ("x", "zero", "mean")}
-            for sae in mine:
+            for one in mine:
+                sae = one.sae
                 reads = tuple(context["others"].get(site, context["x"]) for site in sae.sites)
                 inputs = reads if isinstance(sae.config.d_in, tuple) else reads[0]
-                settings = mesh, sae.architecture, sae.config
+                settings = mesh, sae.architecture, sae.config, one.number
                 arrays = params_of[sae.name], context["x"], of_place
                 by_encoder = _reconstruct(*settings, *arrays, inputs)
-                by_pursuit = _pursue(*settings, ks, *arrays) if ks else []
+                by_pursuit = _pursue(*settings, ks, *arrays, inputs) if ks else []
                 interventions = [by_encoder, *by_pursuit]
                 del by_encoder, by_pursuit
-                for name in names[sae.name]:
+                for name in names[one.name()]:
                     waiting[name], sums[name] = interventions.pop(0)
                     if len(waiting) >= AT_ONCE or name == last:
                         arrays_of_lm = lm.params, context["before"], hidden_RxTxD, tokens_RxT
@@ -124,7 +158,7 @@ def measure(
                         losses |= dict(zip(waiting, some, strict=True))
                         waiting = {}
             shared = {f"ce_{kind}": losses[of][0] for kind, of in (("clean", "x"), ("zero", "zero"), ("mean", "mean"))}
-            for name in (name for sae in mine for name in names[sae.name]):
+            for name in (name for one in mine for name in names[one.name()]):
                 sums[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
         for name, batch in mesh_lib.fetch(sums).items():
             batch = {key: value if key == "fired" else value[: len(tokens)] for key, value in batch.items()}
@@ -132,11 +166,6 @@ def measure(
             metrics.add(totals[name], batch | predictions)
         progress()
     return totals
-
-
-def name_of(sae: str, k: int) -> str:
-    """What an SAE is called of whose dictionary `k` features are chosen by gradient pursuit; 0: the encoder chooses."""
-    return f"{sae}_ito_{k}" if k else sae
 
 
 def spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Array]:
@@ -151,16 +180,12 @@ def spread(mesh: jax.sharding.Mesh | None, sae: trained.SAE) -> dict[str, jax.Ar
 
 
 def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
-    """Raises `UserError` for an SAE that does not fit a language model's sites, or writes several.
+    """Raises `UserError` for an SAE that does not fit a language model's sites.
 
     Args:
         sae: the SAE.
         widths: of the language model's sites.
     """
-    if len(sae.targets) != 1:
-        raise UserError(
-            f"writes {len(sae.targets)} sites; only SAEs that write one are measured, so leave it out", sae.name
-        )
     for field, names, sizes in (
         ("reads", sae.sites, sae.config.d_in),
         ("writes", sae.targets, getattr(sae.config, "d_out", sae.config.d_in)),
@@ -286,11 +311,12 @@ def _losses(
     return list(zip(*(value.sum(-1) for value in losses), strict=True))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _reconstruct(
     mesh: jax.sharding.Mesh | None,
     architecture: str,
     config: Any,
+    number: int,
     params: dict[str, jax.Array],
     x_RxTxD: jax.Array,
     place: dict[str, jax.Array],
@@ -299,7 +325,7 @@ def _reconstruct(
     """Activations with the valid ones reconstructed, and the sums that `metrics` need.
 
     Of the `place` there are the masks `valid` and `typical` [R, T], and the means over them, `mean` and `typical_mean`.
-    The SAE reads the `inputs`.
+    The SAE reads the `inputs`; the activations are at the site with this `number` of those that it writes.
     """
     functions = contract.module_of(architecture)
     params, shards = _gathered(mesh, functions, config, params)
@@ -310,9 +336,10 @@ def _reconstruct(
         f_BxF = functions.encode(params, inputs, config)
         gate_BxF = contract.gate(functions, params, inputs, config)
         if mesh is None or mesh.size == 1:
-            x_hat_BxD = inference.decode(functions, config, params, f_BxF)
+            x_hats = inference.decode(functions, config, params, f_BxF)
         else:
-            x_hat_BxD = functions.decode(params, f_BxF)
+            x_hats = functions.decode(params, f_BxF)
+        x_hat_BxD = jax.tree.leaves(contract.with_skip(functions, params, inputs, x_hats))[number]
         per_token = x_hat_BxD, metrics.feature_statistics(f_BxF, gate_BxF)
         fired_F = (metrics.fired(f_BxF) & valid_RxT.reshape(-1, 1)).sum(0)
         return jax.tree.map(lambda value: value.reshape(*valid_RxT.shape, *value.shape[1:]), per_token), fired_F
@@ -322,29 +349,34 @@ def _reconstruct(
     return _measured(x_RxTxD, x_hat_RxTxD, features, fired_F, place)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _pursue(
     mesh: jax.sharding.Mesh | None,
     architecture: str,
     config: Any,
+    number: int,
     ks: tuple[int, ...],
     params: dict[str, jax.Array],
     x_RxTxD: jax.Array,
     place: dict[str, jax.Array],
+    inputs: Any,
 ) -> list[tuple[jax.Array, metrics.Sums]]:
     """What `_reconstruct` gives, with each number of features in `ks`, which gradient pursuit chooses."""
     functions = contract.module_of(architecture)
     params, shards = _gathered(mesh, functions, config, params)
-    bias = params.get(parameters.output_bias(functions) or "", jnp.zeros(x_RxTxD.shape[-1]))
-    W_dec_FxD = linalg.unit(params[parameters.decoder(functions)])  # that of an imported SAE may not have unit rows
+    bias = params.get(parameters.output_bias(functions, number) or "", jnp.zeros(x_RxTxD.shape[-1]))
+    # Those of crosscoders are not unit, and those of imported SAEs need not be.
+    W_dec_FxD = linalg.unit(params[parameters.decoder(functions, number)])
 
     def part(part: Any) -> tuple[Any, list[jax.Array]]:
-        x_RxtxD, valid_RxT = part
-        x_BxD = x_RxtxD.reshape(-1, x_RxtxD.shape[-1]).astype(jnp.float32)
+        x_RxtxD, inputs, valid_RxT = part
+        x_BxD, inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inference.flat((x_RxtxD, inputs)))
+        skipped = contract.skip(functions, params, inputs)
+        constant_BxD = bias[None] if skipped is None else bias[None] + jax.tree.leaves(skipped)[number]
         per_token, fired = [], []
-        for codes in pursuit.pursue(W_dec_FxD, x_BxD - bias[None], ks, contract.is_signed(functions)):
+        for codes in pursuit.pursue(W_dec_FxD, x_BxD - constant_BxD, ks, contract.is_signed(functions)):
             on_BxK = metrics.fired(codes.alpha)
-            per_token.append((codes.x_hat + bias[None], metrics.feature_statistics(codes.alpha, on_BxK)))
+            per_token.append((codes.x_hat + constant_BxD, metrics.feature_statistics(codes.alpha, on_BxK)))
             on_BxK &= valid_RxT.reshape(-1, 1)
             fired.append(jnp.zeros(config.width, jnp.int32).at[codes.indices].add(on_BxK))
         return jax.tree.map(lambda value: value.reshape(*valid_RxT.shape, *value.shape[1:]), per_token), fired
@@ -352,7 +384,7 @@ def _pursue(
     D = x_RxTxD.shape[-1]
     at_once = pursuit.tokens_at_once(jax.default_backend(), config.width // shards, D, max(ks))
     at_once *= mesh.shape["data"] if mesh else 1
-    per_token, fired = batching.in_chunks(part, (x_RxTxD, place["valid"]), at_once)
+    per_token, fired = batching.in_chunks(part, (x_RxTxD, inputs, place["valid"]), at_once)
     return [
         _measured(x_RxTxD, x_hat_RxTxD, features, fired_F, place)
         for (x_hat_RxTxD, features), fired_F in zip(per_token, fired, strict=True)

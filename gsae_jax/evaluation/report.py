@@ -48,9 +48,14 @@ NOTHING = About()  # of SAEs of which nothing else is known
 def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
     """`contract.feature_facts` of each SAE that has any, by name: `r_mag` [F] and `threshold` [F] of gated ones.
 
+    Those of an SAE that writes several sites have its name at the first one, whose units features have.
+
     Every process calls it, as features lie over all devices.
     """
-    facts = {name: contract.feature_facts(sae.functions, sae.params, sae.config) for name, sae in saes.items()}
+    facts = {
+        measure.written(sae)[0].name(): contract.feature_facts(sae.functions, sae.params, sae.config)
+        for sae in saes.values()
+    }
     return mesh_lib.fetch({name: of_sae for name, of_sae in facts.items() if of_sae})
 
 
@@ -61,7 +66,7 @@ def rows(
     targets: Mapping[str, float] = MappingProxyType({}),
     ito: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """One record per measured SAE: what it is, and what it measured.
+    """One record per measured SAE and site that it writes: what it is, and what it measured.
 
     `variant` is its architecture and the options that are not the default; `frontier` the same without the number of
     active features, where that is an option; `ito` the number of features where they
@@ -70,8 +75,9 @@ def rows(
     """
     records = []
     not_finite = {name: parameters.not_finite(sae.functions, sae.params) for name, sae in saes.items()}
-    for (whose, sae), k in itertools.product(saes.items(), (0, *ito)):
-        name = measure.name_of(whose, k)
+    each = [(whose, one) for whose, sae in saes.items() for one in measure.written(sae)]
+    for (whose, one), k in itertools.product(each, (0, *ito)):
+        sae, name, site = one.sae, one.name(k), one.place[0]
         records.append(
             {
                 "name": name,
@@ -83,8 +89,8 @@ def rows(
                 "variant": contract.variant(sae.architecture, sae.config),
                 "frontier": contract.frontier(sae.architecture, sae.config),
                 "ito": k,
-                "site": sae.targets[0],
-                "layer": sites.layer_of(sae.targets[0]),
+                "site": site,
+                "layer": sites.layer_of(site),
                 "width": sae.config.width,
                 "l1_coefficient": sae.l1_coefficient,
                 "learning_rate": sae.learning_rate,

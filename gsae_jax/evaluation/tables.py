@@ -101,7 +101,7 @@ def _site(name: str, records: list[dict[str, Any]]) -> Site:
             trained_by = ["", ""]
         rows.append(
             [
-                r["name"],
+                r["name"].removesuffix(f"@{name}"),
                 _with_interval(r, "l0", ".1f"),
                 *([target] if with_target else []),
                 *(_with_interval(r, field, ".3f") for field in ("loss_recovered", "gamma")),
@@ -145,7 +145,7 @@ def fact(value: Any, is_fraction: bool = False) -> str:
 
 def ratios(records: list[dict[str, Any]]) -> Table:
     """A row for each record of `frontiers.ratios`."""
-    columns = ["Site", "Loss recovered", "SAEs", "Baselines", "L0", "Baselines' L0", "Ratio", "95% interval", "Seeds"]
+    columns = ["Site", "Loss recovered", "SAEs", "Compared with", "L0", "Their L0", "Ratio", "95% interval", "Seeds"]
     rows = [
         [
             r["site"],

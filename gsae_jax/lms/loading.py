@@ -150,11 +150,12 @@ class LM:
         Args:
             tokens_BxT: token ids, texts, or the result of `tokenize`.
             tap: a function that returns an array of the same shape, or None to keep the activations; or a trained SAE,
-                whose reconstructions replace the activations at its site.
+                whose reconstructions replace the activations at its target, by default the site that it reads.
             mask_BxT: False (or 0) at padding.
 
         Raises:
-            UserError: tokens or a mask that do not fit, an SAE of another site, or a tap that returns another shape.
+            UserError: tokens or a mask that do not fit, an SAE of another site or of several targets, or a tap that
+                returns another shape.
         """
         self._check_head()
         tokens, mask = self._inputs(tokens_BxT, mask_BxT)

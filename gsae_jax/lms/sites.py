@@ -20,11 +20,14 @@ Tap = Callable[[str, jax.Array], Any]
 
 @runtime_checkable
 class Edit(Protocol):
-    """A function of the activations of one site that it names, such as a trained SAE."""
+    """A function of the activations of a site that it names, such as a trained SAE.
+
+    It may have `sites` and `targets`, as a transcoder has, if it reads another site than it writes, or several.
+    """
 
     @property
-    def site(self) -> str:
-        """The site."""
+    def site(self) -> Any:
+        """The site that it reads."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """What takes the place of the activations [B, T, D]."""
@@ -76,6 +79,42 @@ class Chain:
         return x
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """A tap that replaces the activations of one site by a function of those of sites before it, such as a transcoder.
+
+    Attributes:
+        sites: that are read.
+        target: whose activations are replaced.
+        function: of the activations [B, T, D] of the site, or of a tuple of them.
+    """
+
+    sites: tuple[str, ...]
+    target: str
+    function: Callable[[Any], jax.Array]
+    _seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict, init=False)
+
+    @property
+    def edits(self) -> set[str]:
+        """The sites that it uses."""
+        return {*self.sites, self.target}
+
+    def __call__(self, site: str, x: jax.Array) -> jax.Array:
+        """The prediction at the target, and other activations as they are.
+
+        Raises:
+            UserError: the model has not computed what is read before the target.
+        """
+        if site in self.sites:
+            self._seen[site] = x
+        if site != self.target:
+            return x
+        if later := [name for name in self.sites if name not in self._seen]:
+            raise UserError(f"reads {', '.join(later)}, which the model computes after {site}", "tap")
+        inputs = tuple(self._seen.pop(name) for name in self.sites)
+        return self.function(inputs if len(inputs) > 1 else inputs[0])
+
+
 def splice(edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Edits:
     """A tap that applies `edits[site]` to the activations of each of its sites."""
     return Edits(edits)
@@ -96,11 +135,12 @@ def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
     if not tap.site:
         raise UserError("does not say its site; give `lambda site, x: sae(x) if site == '...' else x`", "tap")
     reads, writes = getattr(tap, "sites", (tap.site,)), getattr(tap, "targets", (tap.site,))
-    if len(reads) > 1 or reads != writes:
-        why = f"reads {', '.join(reads)} and writes {', '.join(writes)}"
-        raise UserError(f"{why}; give an SAE of one site, or a function of (site, activations)", "tap")
-    check(tap.site, sites, "tap")
-    return splice({tap.site: tap})
+    if len(writes) > 1:
+        why = f"writes {len(writes)} sites, {', '.join(writes)}"
+        raise UserError(f"{why}; give an SAE that writes one site, or a function of (site, activations)", "tap")
+    for site in (*reads, *writes):
+        check(site, sites, "tap")
+    return splice({tap.site: tap}) if reads == writes else Prediction(reads, writes[0], tap)
 
 
 def checked(tap: Tap) -> Tap:

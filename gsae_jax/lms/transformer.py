@@ -258,7 +258,8 @@ class Block(Part):
         attention = Attention(c, mesh, name="attn")(norm("ln1", x), call)
         attention = tap("hook_attn_out", norm("ln1_post", attention, c.norm_after))
         mid = tap("hook_resid_mid", x + attention)
-        mlp = MLP(c, mesh, name="mlp")(norm("ln2", x if c.parallel else mid), call)
+        mlp_input = tap("ln2.hook_normalized", norm("ln2", x if c.parallel else mid))
+        mlp = MLP(c, mesh, name="mlp")(mlp_input, call)
         mlp = tap("hook_mlp_out", norm("ln2_post", mlp, c.norm_after))
         return tap("hook_resid_post", partition.rows(mid + mlp, mesh))
 

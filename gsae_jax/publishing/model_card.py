@@ -165,7 +165,9 @@ def card(
         training: how they were trained, by name; "" is left out.
         labels: for the metadata.
     """
-    example = next((sae for sae in saes.values() if sae.architecture != contract.BASELINE), next(iter(saes.values())))
+    example = next(
+        (sae for sae in saes.values() if sae.architecture not in contract.BASELINES), next(iter(saes.values()))
+    )
     model = example.metadata["model_name"]
     embedded = model == sae_loading.EMBEDDED
     return rendering.render(

@@ -41,7 +41,7 @@ def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
     """Feature activations [B, F]."""
-    f_BxF = linalg.rectified(x_BxD, params["b_dec"], params["W_enc"], params["b_enc"], config.dtype)
+    f_BxF = linalg.rectified(x_BxD, linalg.center(params), params["W_enc"], params["b_enc"], config.dtype)
     # NaN <= 0 is False, so that a feature that is not a number shows.
     return jnp.where(f_BxF <= jax.nn.relu(params["threshold"])[None], 0, f_BxF)
 
@@ -51,12 +51,12 @@ def loss(
     state: dict[str, jax.Array],
     batch: Batch,
     coefficients: Mapping[str, jax.typing.ArrayLike],
-    config: Config,
+    config: topk.Options,
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
     pi_BxF, f_BxF, state = selected(params, state, batch.inputs, config, shards)
-    x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype)) + params["b_dec"][None]
+    x_hat_BxD = topk.decoded(params, batch.inputs, f_BxF, config, shards)
     return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards, state)
 
 

@@ -58,17 +58,15 @@ def check(architecture: contract.Trainable, config: Any) -> None:
     params = traced(init, jax.eval_shape(lambda: jax.random.key(0)))
     if not isinstance(params, dict):
         raise UserError(f"{file}: init returns {_kind(params)} instead of a dict of arrays")
-    wanted = {}
-    for name, entry in table.items():
-        try:
-            wanted[name] = _array(*entry.sizes(config))
-        except (AttributeError, IndexError, TypeError) as error:
-            why = f"the shape {entry.shape} of {name!r} in PARAMETERS does not fit Config: {error}"
-            raise UserError(f"{file}: {why}") from error
     for name, value in params.items():
         if name not in table:
             raise UserError(f"{file}: init gives {name!r}, which PARAMETERS does not have")
-        compare(f"{name} of init", value, wanted[name])
+        try:
+            wanted = _array(*table[name].sizes(config))
+        except (AttributeError, IndexError, TypeError) as error:
+            why = f"the shape {table[name].shape} of {name!r} in PARAMETERS does not fit Config: {error}"
+            raise UserError(f"{file}: {why}") from error
+        compare(f"{name} of init", value, wanted)
     if parameters.decoder(architecture) not in params:
         raise UserError(f"{file}: init does not give {parameters.decoder(architecture)!r}, the decoder")
 

@@ -15,6 +15,8 @@ A file may also define these functions, for which the functions of the same name
                                       None; with it `loss` takes `features`, may be shown the active ones only, and
                                       is a mean over tokens, as its statistics are
     feature_facts(params, config)     numbers [F] that describe features, by name, in the inputs' units
+    skip(params, inputs)              what is added to `decode` in reconstructions of these inputs, such as x @ W_skip:
+                                      [B, D] or [1, D] for each site that is written. The default: nothing
     from_X(params, config)            parameters of the same function as those of the architecture X
     encode_shard(params, inputs, config, shards)   `encode` on one shard of the dictionary, where features are compared
     learning_rate(width)              its own learning rate, for stacks that have none
@@ -30,6 +32,7 @@ and these constants:
 
 import dataclasses
 import enum
+import operator
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -40,7 +43,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, plugins
 from gsae_jax.errors import UserError, known_names
 
-BASELINE = "relu"  # what the report compares the others with
+BASELINES = ("relu", "relu_transcoder", "relu_crosscoder")  # what the report compares all others with
 Params = dict[str, jax.Array]
 # Activations [B, D] of one site; a tuple of them where the Config's d_in (for targets: d_out) is a tuple.
 Activations = Any
@@ -60,6 +63,7 @@ class Role(enum.Enum):
     INPUT_BIAS = "subtracted from the inputs"
     OUTPUT_BIAS = "added to the reconstructions"
     CENTER = "subtracted from the inputs of a site, and added to its reconstructions"
+    SKIP = "weights from inputs to targets, beside the features"
     LOGARITHM = "the logarithm of a factor without a unit"
     NUMBER = "has no unit"
 
@@ -71,7 +75,8 @@ class Parameter:
     Attributes:
         shape: names of sizes in the Config: "width" for features, "d_in" and "d_out" for a site's.
         role: what it does.
-        site: which of the sites that the stack reads; for the roles DECODER and OUTPUT_BIAS, that it writes.
+        site: which of the sites that the stack reads; for the roles DECODER and OUTPUT_BIAS, that it writes. The role
+            SKIP is for stacks that read and write one site.
         unit_rows: its rows stay unit: gradients lose their part along a row, and rows are divided by their norm.
         trained: False for state, which no gradient trains: `loss` returns its next value.
     """
@@ -195,7 +200,7 @@ class Architecture(Protocol):
         """Feature activations [B, F]."""
 
     def decode(self, params: Params, f_BxF: jax.Array) -> Activations:
-        """Reconstructions of the sites that are written: f @ decoder + bias."""
+        """Reconstructions of the sites that are written: f @ decoder + bias; without what a file's `skip` adds."""
 
 
 class Trainable(Architecture, Protocol):
@@ -375,6 +380,9 @@ def build_config(
             widths = d_in
         if not several and len(widths) != 1:
             raise UserError(f"has {len(widths)} sites, but {name!r} takes one; write one", site)
+        most = 1 + max(parameter.site for parameter in architecture.PARAMETERS.values())
+        if len(widths) > most:
+            raise UserError(f"has {len(widths)} sites, but {name!r} takes {most} at most", site)
         sizes[size] = widths if several else widths[0]
     known = [setting.name for setting in dataclasses.fields(architecture.Config) if setting.name not in OWN]
     values = {}
@@ -462,6 +470,18 @@ def encode_shard(
 def compares_features(architecture: Architecture) -> bool:
     """Whether `encode` compares features with each other, so that one's activation depends on the others'."""
     return hasattr(architecture, "encode_shard")
+
+
+def skip(architecture: Architecture, params: Params, inputs: Activations) -> Activations | None:
+    """What is added to the decoded features of inputs; None for nothing."""
+    own = getattr(architecture, "skip", None)
+    return own(params, inputs) if own else None
+
+
+def with_skip(architecture: Architecture, params: Params, inputs: Activations, decoded: Activations) -> Activations:
+    """The reconstructions of inputs whose features are decoded."""
+    skipped = skip(architecture, params, inputs)
+    return decoded if skipped is None else jax.tree.map(operator.add, decoded, skipped)
 
 
 def frozen(architecture: Architecture, config: Any) -> frozenset[str]:

@@ -6,7 +6,8 @@ With c = x - b_dec:
     f       = 1[pi_gate > 0] * ReLU(pi_mag)
     x_hat   = f @ W_dec + b_dec
 
-With the option `aligned`, the columns of `linalg.aligned(W_gate, W_dec)` take the place of W_gate.
+With the option `aligned`, the columns of `linalg.aligned(W_gate, W_dec)` take the place of W_gate. The loss is that of
+gated transcoders and crosscoders as well.
 """
 
 import dataclasses
@@ -35,53 +36,48 @@ PARAMETERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Shape and switches.
+class Options:
+    """Shape and switches that transcoders and crosscoders have as well.
 
     Attributes:
-        d_in: width of the site (the paper's n).
+        d_in: width of the site (the paper's n); a tuple of widths if there are several sites.
         width: features (the paper's M).
         tie_encoder: W_mag = exp(r_mag) * W_gate; False gives W_mag [D, F] of its own instead of r_mag.
         use_r_mag: False fixes r_mag at 0.
         freeze_aux_decoder: the auxiliary reconstruction does not train the decoder.
-        only_magnitude: r_mag and b_mag alone are trained: rescale and shift, for a stack that starts from a baseline.
         initial_l0: about how many features are active on a token before training; 0 = half of them, by zero biases.
         auxk_coefficient: weight of a loss that opens gates of dead features, as an alternative to resampling: those of
             largest pi_gate explain the residual by 1 + ELU(pi_gate), through the frozen decoder
             (`selection.auxiliary_error`). 0 = none; TopK SAEs take 1/32.
-        k_aux: dead features of a token that explain it; 0 = half of `d_in`.
-        aligned: each feature's encoder column and decoder row keep an inner product of one, which fixes r_mag at 0.
+        k_aux: dead features of a token that explain it; 0 = half of the residual's width.
         penalty: the penalty of each ReLU(pi_gate): "l1", or one that saturates, "tanh" or "log" (`penalties`).
         penalty_scale: a penalty that saturates does so where ReLU(pi_gate) is above 1 / penalty_scale, in training's
             units: a site's activations have E||x||^2 = d_in.
         dtype: of the matrix products' operands.
     """
 
-    d_in: int
+    d_in: int | tuple[int, ...]
     width: int
     tie_encoder: bool = True
     use_r_mag: bool = True
     freeze_aux_decoder: bool = True
-    only_magnitude: bool = False
     initial_l0: int = linalg.INITIAL_L0
     auxk_coefficient: float = 0.0
     k_aux: int = 0
-    aligned: bool = False
     penalty: penalties.Name = "l1"
     penalty_scale: float = 1.0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for a number that is out of range, and for options that exclude each other."""
+        """Raises `UserError` for a number that is out of range."""
         linalg.check_initial_l0(self.initial_l0)
         selection.check_auxk(self.auxk_coefficient, self.k_aux)
-        if self.auxk_coefficient and self.only_magnitude:
-            why = "but only_magnitude=True leaves gates as they are; write 0"
-            raise UserError(f"is {self.auxk_coefficient:g}, {why}", "auxk_coefficient")
         penalties.check(self.penalty, self.penalty_scale)
-        for name, excluded in (("tie_encoder", False), ("only_magnitude", True)):
-            if self.aligned and getattr(self, name) is excluded:
-                raise UserError(f"is True, which excludes {name}={excluded}; leave out one of the two", "aligned")
+
+    @property
+    def aligned(self) -> bool:
+        """Whether encoder columns are aligned with decoder rows, which must be of the same site."""
+        return False
 
     @property
     def scales(self) -> bool:
@@ -89,9 +85,33 @@ class Config:
         return self.tie_encoder and self.use_r_mag and not self.aligned
 
 
-def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Shape and switches of an SAE.
+
+    Attributes:
+        only_magnitude: r_mag and b_mag alone are trained: rescale and shift, for a stack that starts from a baseline.
+        aligned: each feature's encoder column and decoder row keep an inner product of one, which fixes r_mag at 0.
+    """
+
+    d_in: int
+    only_magnitude: bool = False
+    aligned: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a number that is out of range, and for options that exclude each other."""
+        super().__post_init__()
+        if self.auxk_coefficient and self.only_magnitude:
+            why = "but only_magnitude=True leaves gates as they are; write 0"
+            raise UserError(f"is {self.auxk_coefficient:g}, {why}", "auxk_coefficient")
+        for name, excluded in (("tie_encoder", False), ("only_magnitude", True)):
+            if self.aligned and getattr(self, name) is excluded:
+                raise UserError(f"is True, which excludes {name}={excluded}; leave out one of the two", "aligned")
+
+
+def init(key: jax.Array, config: Options) -> dict[str, jax.Array]:
     """Random unit decoder rows, encoder = their transpose, biases for `initial_l0`, the rest zero."""
-    F, D = config.width, config.d_in
+    F, D = config.width, linalg.total(config.d_in)
     W_dec, bias = linalg.unit_rows(key, F, D), linalg.initial_bias(config.initial_l0, F)
     params = {"W_gate": W_dec.T, "b_gate": bias, "b_mag": bias, "W_dec": W_dec, "b_dec": jnp.zeros(D)}
     if not config.tie_encoder:
@@ -119,7 +139,7 @@ def frozen(config: Config) -> set[str]:
     return set(PARAMETERS) - {"r_mag", "b_mag"} if config.only_magnitude else set()
 
 
-def normal_form(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
+def normal_form(params: dict[str, jax.Array], config: Options) -> dict[str, jax.Array]:
     """The same function with r_mag in use, and with the encoder that is."""
     unused = not config.scales and "r_mag" in params
     normal = params | ({"r_mag": jnp.zeros_like(params["r_mag"])} if unused else {})
@@ -138,7 +158,7 @@ def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict
     }
 
 
-def threshold(params: dict[str, jax.Array], config: Config) -> jax.Array:
+def threshold(params: dict[str, jax.Array], config: Options) -> jax.Array:
     """The threshold [F] of each feature's activation in the JumpReLU form (Appendix E), in the inputs' units.
 
     Raises:
@@ -147,7 +167,7 @@ def threshold(params: dict[str, jax.Array], config: Config) -> jax.Array:
     return jax.nn.relu(params["b_mag"] - magnitude_scale(params, config) * params["b_gate"])
 
 
-def magnitude_scale(params: dict[str, jax.Array], config: Config) -> jax.Array:
+def magnitude_scale(params: dict[str, jax.Array], config: Options) -> jax.Array:
     """The factors [F] between the gate's encoder and the magnitude's encoder.
 
     Raises:
@@ -158,32 +178,32 @@ def magnitude_scale(params: dict[str, jax.Array], config: Config) -> jax.Array:
     return jnp.exp(params["r_mag"]) if config.scales else jnp.ones_like(params["r_mag"])
 
 
-def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
+def feature_facts(params: dict[str, jax.Array], config: Options) -> dict[str, jax.Array]:
     """`r_mag` and the `threshold` of the JumpReLU form, each [F]; neither if the encoder is untied."""
     return {"r_mag": params["r_mag"], "threshold": threshold(params, config)} if config.tie_encoder else {}
 
 
-def encoder(params: dict[str, jax.Array], config: Config) -> Encoder | None:
+def encoder(params: dict[str, jax.Array], config: Options) -> Encoder | None:
     """The encoder of gates; None if AuxK needs closed gates, or an untied encoder a product of its own."""
     by_active = config.tie_encoder and not config.auxk_coefficient
-    return Encoder(_W_gate(params, config), params["b_dec"], params["b_gate"]) if by_active else None
+    return Encoder(_W_gate(params, config), linalg.center(params), params["b_gate"]) if by_active else None
 
 
-def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+def pre_activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Options) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag), each [B, F]; one product with x when the encoder is tied."""
     # Centred in float32, before the product: with a large mean, bfloat16 has no digits left for the rest.
-    c_BxD = x_BxD.astype(jnp.float32) - params["b_dec"][None]
+    c_BxD = x_BxD.astype(jnp.float32) - linalg.center(params)[None]
     features = AllFeatures(linalg.matmul(c_BxD, _W_gate(params, config), config.dtype), config.dtype)
     return _pre_activations(params, features, lambda W: linalg.matmul(c_BxD, W, config.dtype), config)
 
 
-def _W_gate(params: dict[str, jax.Array], config: Config) -> jax.Array:
+def _W_gate(params: dict[str, jax.Array], config: Options) -> jax.Array:
     """The gate's encoder that is in use."""
     return linalg.aligned(params["W_gate"], params["W_dec"]) if config.aligned else params["W_gate"]
 
 
 def _pre_activations(
-    params: dict[str, jax.Array], features: Features, encode_with: Callable[[jax.Array], jax.Array], config: Config
+    params: dict[str, jax.Array], features: Features, encode_with: Callable[[jax.Array], jax.Array], config: Options
 ) -> tuple[jax.Array, jax.Array]:
     """(pi_gate, pi_mag); `encode_with` computes c @ W."""
     if not config.tie_encoder:
@@ -195,14 +215,14 @@ def _pre_activations(
     return features.pre + features.each(params["b_gate"]), magnitude + features.each(params["b_mag"])
 
 
-def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
+def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Options) -> jax.Array:
     """Feature activations [B, F]."""
     pi_gate, pi_mag = pre_activations(params, x_BxD, config)
     # NaN > 0 is False, which would hide NaN as a feature that is off.
     return jnp.where(jnp.isnan(pi_gate), pi_gate, jnp.where(pi_gate > 0, jax.nn.relu(pi_mag), 0.0))
 
 
-def gate(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
+def gate(params: dict[str, jax.Array], x_BxD: jax.Array, config: Options) -> jax.Array:
     """Which features' gates [B, F] are open."""
     return pre_activations(params, x_BxD, config)[0] > 0
 
@@ -217,7 +237,7 @@ def loss(
     state: dict[str, jax.Array],
     batch: Batch,
     coefficients: Mapping[str, jax.typing.ArrayLike],
-    config: Config,
+    config: Options,
     shards: Shards = WHOLE,
     features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
@@ -225,8 +245,8 @@ def loss(
 
     Its second term is l1_coefficient times the sum over features of the `penalty` of ReLU(pi_gate).
     """
-    x_BxD, b_dec = batch.inputs, params["b_dec"]
-    encode_with = partial(linalg.centred_product, x_BxD, b_dec, dtype=config.dtype)
+    x_BxD, offset = batch.inputs, linalg.offset(params, batch.inputs, config.dtype)
+    encode_with = partial(linalg.centred_product, x_BxD, linalg.center(params), dtype=config.dtype)
     features = features or AllFeatures(encode_with(_W_gate(params, config)), config.dtype)
     pi_gate, pi_mag = _pre_activations(params, features, encode_with, config)
     f_gate = jax.nn.relu(pi_gate)
@@ -240,16 +260,18 @@ def loss(
             jnp.sum(f > 0, dtype=jnp.float32) / B,
         )
     )
-    x_hat = decoded[0] + b_dec[None]
-    x_hat_gate = decoded[1] + (b_dec if trains_aux else jax.lax.stop_gradient(b_dec))[None]
-    means = linalg.error_statistics(x_BxD, x_hat)
-    auxiliary = jnp.square(x_BxD - x_hat_gate).mean()
+    x_hat = decoded[0] + offset
+    x_hat_gate = decoded[1] + (offset if trains_aux else jax.lax.stop_gradient(offset))
+    means = linalg.error_statistics(batch.targets, x_hat)
+    auxiliary = jnp.square(batch.targets - x_hat_gate).mean()
     total = means["mse"] + coefficients["l1_coefficient"] * penalty + auxiliary
     if config.auxk_coefficient:
         # A dead feature's gate is closed, so that ReLU(pi_gate) would have no gradient. This is positive and has one.
         almost_BxF = 1 + jax.nn.elu(pi_gate)
         W_dec = jax.lax.stop_gradient(params["W_dec"])
-        means["auxk"] = selection.auxiliary_error(almost_BxF, x_BxD - x_hat, W_dec, batch.dead(), config, shards)
+        means["auxk"] = selection.auxiliary_error(
+            almost_BxF, batch.targets - x_hat, W_dec, batch.dead(), config, shards
+        )
         total += config.auxk_coefficient * means["auxk"]
     name = "l1" if config.penalty == "l1" else "penalty"
     means |= {"loss": total, name: penalty, "auxiliary": auxiliary, "l0": l0}

@@ -78,8 +78,10 @@ def reconstruct(
     """Reconstructions of inputs [R, T, D]; `by_active` takes this file's `decode`, else it is the architecture's."""
 
     def part(inputs: contract.Activations) -> tuple[contract.Activations, tuple[()]]:
-        f_BxF = architecture.encode(params, flat(inputs), config)
+        x = flat(inputs)
+        f_BxF = architecture.encode(params, x, config)
         x_hats = decode(architecture, config, params, f_BxF) if by_active else architecture.decode(params, f_BxF)
+        x_hats = contract.with_skip(architecture, params, x, x_hats)
         return jax.tree.map(lambda x_hat: _rows_of(inputs, x_hat), x_hats), ()
 
     return batching.in_chunks(part, inputs, tokens_at_once(config.width))[0]

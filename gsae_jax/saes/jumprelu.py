@@ -85,7 +85,7 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
     return {"W_enc": W_dec.T, "b_enc": b_enc, "threshold": threshold, "W_dec": W_dec, "b_dec": jnp.zeros(D)}
 
 
-def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, jax.Array]:
+def from_gated(params: dict[str, jax.Array], config: gated.Options) -> dict[str, jax.Array]:
     """The same function (Appendix E of the paper): a gate is open if the pre-activation exceeds the threshold.
 
     Raises:
@@ -94,7 +94,7 @@ def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, 
     W_enc = params["W_gate"] * gated.magnitude_scale(params, config)[None]
     return {
         "W_enc": W_enc,
-        "b_enc": linalg.shifted(params["b_mag"], -params["b_dec"], W_enc),
+        "b_enc": linalg.shifted(params["b_mag"], -linalg.center(params), W_enc),
         "threshold": gated.threshold(params, config),
         "W_dec": params["W_dec"],
         "b_dec": params["b_dec"],
@@ -103,7 +103,7 @@ def from_gated(params: dict[str, jax.Array], config: gated.Config) -> dict[str, 
 
 def from_relu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
     """The same function as the baseline: every threshold is 0."""
-    b_enc = linalg.shifted(params["b_enc"], -params["b_dec"], params["W_enc"])
+    b_enc = linalg.shifted(params["b_enc"], -linalg.center(params), params["W_enc"])
     return params | {"b_enc": b_enc, "threshold": jnp.zeros_like(b_enc)}
 
 
@@ -121,7 +121,7 @@ def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
     """What exceeds its threshold, or lies so close below it that the threshold has a gradient."""
     lowest_F = jax.nn.relu(_theta(params) - _bandwidth(config) / 2)
-    return Encoder(params["W_enc"], jnp.zeros_like(params["b_dec"]), params["b_enc"] - lowest_F)
+    return Encoder(params["W_enc"], jnp.zeros(config.d_in), params["b_enc"] - lowest_F)
 
 
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
@@ -162,7 +162,7 @@ def loss(
     l0 = (on.astype(jnp.float32) + step).sum()
     B = x_BxD.shape[0]
     decoded, l0 = shards.sum((features.decode((f,), params["W_dec"], (True,)), l0 / B))
-    means = linalg.error_statistics(x_BxD, decoded[0] + params["b_dec"][None])
+    means = linalg.error_statistics(batch.targets, decoded[0] + linalg.offset(params, x_BxD, config.dtype))
     total = means["mse"] + coefficients["l1_coefficient"] * l0
     return total, Statistics(means | {"loss": total, "l0": l0}, features.any(on), {})
 

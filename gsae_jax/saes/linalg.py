@@ -1,5 +1,6 @@
-"""What every architecture shares: the matrix product and the initial dictionary."""
+"""What architectures share: the matrix product, what shifts inputs and reconstructions, the initial dictionary."""
 
+from collections.abc import Mapping
 from functools import partial
 from statistics import NormalDist
 
@@ -54,6 +55,22 @@ def centred_product(x_BxD: jax.Array, b_D: jax.Array, W: jax.Array, dtype: str) 
     them: the two products would lose their digits.
     """
     return matmul(x_BxD, W, dtype) - matmul(b_D, W, dtype)[None]
+
+
+def total(widths: int | tuple[int, ...]) -> int:
+    """The width of a site, or of several together."""
+    return sum(widths) if isinstance(widths, tuple) else widths
+
+
+def center(params: Mapping[str, jax.Array]) -> jax.Array:
+    """What is subtracted from inputs [D]: `b_in` in transcoders, `b_dec` in SAEs."""
+    return params["b_in"] if "b_in" in params else params["b_dec"]
+
+
+def offset(params: Mapping[str, jax.Array], x_BxD: jax.Array, dtype: str) -> jax.Array:
+    """What is added to the decoder's product, for training: `b_dec` [1, D], in skip transcoders + x @ W_skip [B, D]."""
+    b_dec = params["b_dec"][None]
+    return b_dec + matmul(x_BxD, params["W_skip"], dtype) if "W_skip" in params else b_dec
 
 
 def shifted(bias: jax.Array, b_D: jax.typing.ArrayLike, W_DxF: jax.Array) -> jax.Array:

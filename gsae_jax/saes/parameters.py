@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax.errors import UserError
-from gsae_jax.saes import contract
+from gsae_jax.saes import contract, linalg
 from gsae_jax.saes.contract import Architecture, Parameter, Params, Role
 
 
@@ -45,6 +45,8 @@ def input_bias(architecture: Architecture, site: int = 0) -> str | None:
 
 def can_center(architecture: Architecture) -> bool:
     """Whether `fold` can give the mean of the inputs to parameters."""
+    if named(architecture, Role.SKIP) and not named(architecture, Role.OUTPUT_BIAS):
+        return False
     return contract.can_shift(architecture) or input_bias(architecture) is not None
 
 
@@ -99,6 +101,11 @@ def _with_means(
     for site, units in enumerate(targets):
         if (bias := named(architecture, Role.OUTPUT_BIAS, site=site)) is not None:
             moved[bias] = moved[bias] + sign * units.mean
+    skip, bias = named(architecture, Role.SKIP), named(architecture, Role.OUTPUT_BIAS)
+    if skip in params and np.any(inputs[0].mean):
+        assert skip is not None
+        assert bias is not None, "`can_center` says so"
+        moved[bias] = linalg.shifted(moved[bias], -sign * inputs[0].mean, moved[skip])
     return moved
 
 
@@ -108,6 +115,8 @@ def _factor(parameter: Parameter, inputs: Sequence[Units], targets: Sequence[Uni
     match parameter.role:
         case Role.ENCODER:
             return inputs[parameter.site].scale, features
+        case Role.SKIP:
+            return inputs[parameter.site].scale, targets[parameter.site].scale
         case Role.DECODER:
             return features, targets[parameter.site].scale
         case Role.FEATURE:
@@ -120,7 +129,7 @@ def _factor(parameter: Parameter, inputs: Sequence[Units], targets: Sequence[Uni
 
 
 def with_unit_rows(architecture: Architecture, params: Params) -> Params:
-    """The same reconstructions from unit rows of the decoder, as training has them: features take the rows' norms.
+    """The same reconstructions from unit rows of the decoder, if training has them: features take the rows' norms.
 
     Raises:
         UserError: a row of zeros, which has no direction, numbers that are not finite, or rows that are not unit of an
@@ -128,6 +137,8 @@ def with_unit_rows(architecture: Architecture, params: Params) -> Params:
     """
     if names := not_finite(architecture, params):
         raise UserError(f"has numbers in {', '.join(names)} that are not finite; write SAEs without such numbers")
+    if not architecture.PARAMETERS[decoder(architecture)].unit_rows:
+        return params
     norms_F = jnp.linalg.norm(params[decoder(architecture)], axis=-1)
     if not norms_F.all():
         dead = int((norms_F == 0).sum())

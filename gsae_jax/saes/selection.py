@@ -155,13 +155,13 @@ def auxiliary_error(
         residual_BxD: e.
         W_dec_FxD: the decoder.
         dead_F: which features are dead.
-        config: of the architecture, with the fields `d_in`, `k_aux` and `dtype`.
+        config: of the architecture, with the fields `k_aux` and `dtype`.
         shards: the others' features and tokens.
     """
     residual_BxD = jax.lax.stop_gradient(residual_BxD)
     mean_D = shards.batch_mean(residual_BxD.mean(0))
     variance = shards.batch_mean(jnp.square(residual_BxD - mean_D[None]).mean())
-    k = config.k_aux or max(1, config.d_in // 2)
+    k = config.k_aux or max(1, residual_BxD.shape[1] // 2)
     any_dead = shards.sum_over_batch(dead_F.sum(dtype=jnp.int32)) > 0
 
     def error(values_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
@@ -181,4 +181,4 @@ def check_auxk(coefficient: float, k: int) -> None:
     if coefficient < 0:
         raise UserError(f"is {coefficient:g}; write a weight such as {1 / 32}, or 0 for none", "auxk_coefficient")
     if k < 0:
-        raise UserError(f"is {k}; write a number of dead features, or 0 for half of d_in", "k_aux")
+        raise UserError(f"is {k}; write a number of dead features, or 0 for half of the residual's width", "k_aux")

@@ -29,19 +29,19 @@ RECIPE = {"b1": 0.9}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Shape and options.
+class Options:
+    """Shape and options, for transcoders and crosscoders as well.
 
     Attributes:
-        d_in: width of the site.
+        d_in: width of the site; a tuple of widths if there are several sites.
         width: features.
         k: active features of a token, at most.
         auxk_coefficient: weight of the loss by which dead features learn to explain the residual; 0 = none.
-        k_aux: dead features of a token that explain it; 0 = half of `d_in`.
+        k_aux: dead features of a token that explain it; 0 = half of the residual's width.
         dtype: of the matrix products' operands.
     """
 
-    d_in: int
+    d_in: int | tuple[int, ...]
     width: int
     k: int = 32
     auxk_coefficient: float = 1 / 32
@@ -54,6 +54,13 @@ class Config:
         selection.check_auxk(self.auxk_coefficient, self.k_aux)
 
 
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Shape and options of an SAE."""
+
+    d_in: int
+
+
 shifted, decode = relu.shifted, relu.decode
 
 
@@ -64,18 +71,19 @@ def learning_rate(width: int) -> float:
 
 def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
     """Random unit decoder rows, encoder = their transpose, biases zero."""
-    W_dec = linalg.unit_rows(key, config.width, config.d_in)
-    return {"W_enc": W_dec.T, "b_enc": jnp.zeros(config.width), "W_dec": W_dec, "b_dec": jnp.zeros(config.d_in)}
+    F, D = config.width, linalg.total(config.d_in)
+    W_dec = linalg.unit_rows(key, F, D)
+    return {"W_enc": W_dec.T, "b_enc": jnp.zeros(F), "W_dec": W_dec, "b_dec": jnp.zeros(D)}
 
 
-def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Config) -> jax.Array:
+def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Options) -> jax.Array:
     """Feature activations [B, F]."""
     return encode_shard(params, x_BxD, config, WHOLE)
 
 
 def encode_shard(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any, shards: Shards) -> jax.Array:
     """Those of one shard of the dictionary."""
-    f_BxF = linalg.rectified(x_BxD, params["b_dec"], params["W_enc"], params["b_enc"], config.dtype)
+    f_BxF = linalg.rectified(x_BxD, linalg.center(params), params["W_enc"], params["b_enc"], config.dtype)
     return selection.largest(f_BxF, config.k, shards).of(f_BxF)
 
 
@@ -84,19 +92,25 @@ def loss(
     state: dict[str, jax.Array],
     batch: Batch,
     coefficients: Mapping[str, jax.typing.ArrayLike],
-    config: Config,
+    config: Options,
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
     pi_BxF = activations(params, batch.inputs, config)
     f_BxF = selection.largest(pi_BxF, config.k, shards).of(pi_BxF)
-    x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype)) + params["b_dec"][None]
+    x_hat_BxD = decoded(params, batch.inputs, f_BxF, config, shards)
     return with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards)
+
+
+def decoded(params: dict[str, jax.Array], x_BxD: jax.Array, f_BxF: jax.Array, config: Any, shards: Shards) -> jax.Array:
+    """The reconstruction [B, D] by the features of all shards, for training."""
+    x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype))
+    return x_hat_BxD + linalg.offset(params, x_BxD, config.dtype)
 
 
 def activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
     """ReLU(pi) [B, F] of all features, for training."""
-    product_BxF = linalg.centred_product(x_BxD, params["b_dec"], params["W_enc"], config.dtype)
+    product_BxF = linalg.centred_product(x_BxD, linalg.center(params), params["W_enc"], config.dtype)
     return jax.nn.relu(product_BxF + params["b_enc"][None])
 
 
@@ -123,10 +137,10 @@ def with_auxiliary(
         state: the next values of what no gradient trains.
     """
     l0 = shards.sum(jnp.sum(f_BxF > 0, dtype=jnp.float32) / len(f_BxF))
-    means = linalg.error_statistics(batch.inputs, x_hats[-1]) | {"l0": l0}
-    total = sum((jnp.square(batch.inputs - x_hat_BxD).mean() for x_hat_BxD in x_hats[:-1]), means["mse"])
+    means = linalg.error_statistics(batch.targets, x_hats[-1]) | {"l0": l0}
+    total = sum((jnp.square(batch.targets - x_hat_BxD).mean() for x_hat_BxD in x_hats[:-1]), means["mse"])
     if config.auxk_coefficient:
-        residual_BxD = batch.inputs - x_hats[-1]
+        residual_BxD = batch.targets - x_hats[-1]
         means["auxk"] = selection.auxiliary_error(pi_BxF, residual_BxD, params["W_dec"], batch.dead(), config, shards)
         total += config.auxk_coefficient * means["auxk"]
     return total, Statistics(means | {"loss": total}, (f_BxF > 0).any(0), state or {})

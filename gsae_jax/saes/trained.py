@@ -40,7 +40,8 @@ class SAE(Sites):
         params: the architecture's parameters. The sites' means and scales are folded into them.
         l1_coefficient, learning_rate, seed: settings of its training; NaN and None if an imported SAE has none.
         scale: the factor by which training multiplied activations (minus their mean, if they were centred).
-        norm_limit: activations with a larger norm were not used for training.
+        norm_limit: activations of the target with a larger norm were not used for training. A tuple of limits if the
+            SAE writes several sites.
         metadata: facts about its model and text, under SAELens' names. An imported SAE has all metadata of its file.
         target: the site that it reconstructs; by default the site that it reads.
         run, stack, index: the run and the stack in which it was trained, and its position in the stack. If an imported
@@ -56,7 +57,7 @@ class SAE(Sites):
     learning_rate: float = math.nan
     seed: int | None = None
     scale: float = math.nan
-    norm_limit: float = math.inf
+    norm_limit: float | tuple[float, ...] = math.inf
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     target: str | tuple[str, ...] = ""
     run: str = ""
@@ -135,6 +136,8 @@ class SAE(Sites):
 
     def decode(self, f: Any) -> Any:
         """Reconstructions [..., D] of feature activations; a tuple of them if the SAE writes several sites.
+
+        A skip transcoder adds x @ sae.W_skip to them.
 
         Args:
             f: an array [..., F], or a tuple (indices [..., K], values [..., K]) such as `SparseFeatures`. The index F

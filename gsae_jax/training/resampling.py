@@ -30,7 +30,8 @@ def resample(
 
     An SAE's dead features take different inputs, drawn with probability proportional to the square of its squared
     error (only where more are dead than there are inputs do some share one). The decoder row is the unit input, seen
-    from the decoder's bias as the encoder sees it; the encoder's column is the same direction at a fifth of the live
+    from the decoder's bias as the encoder sees it (of a transcoder, what the features must explain of the target; where
+    rows are not unit, of the live ones' mean norm); the encoder's column is the same direction at a fifth of the live
     ones' mean norm; biases and magnitudes' scales are zero. Second moments are the mean of the live ones': from zero,
     with a bias correction that is long over, the first step would be thirty times a usual one. First moments are zero.
 
@@ -70,6 +71,8 @@ def resample(
         order_M = jnp.argsort(-chances_M)
         drawn_F = order_M[rank_NxF[index] % len(order_M)]
         drawn = inputs({site: x_MxD[drawn_F] for site, x_MxD in everything.items()})
+        sae_inputs, _ = stack.batch(drawn)
+        skipped = contract.skip(stack.architecture, whole, sae_inputs)
 
         dead_F = dead_NxF[index]
         moments = jax.tree.map(lambda value: value[index], optimiser.moments(state.second_moments))
@@ -80,7 +83,13 @@ def resample(
             value, new = params[name], jnp.zeros_like(params[name])
             if parameter.role is Role.DECODER:
                 bias = parameters.output_bias(stack.architecture, parameter.site)
-                new = _directions(drawn[stack.config.targets[parameter.site]], params.get(bias or ""))
+                target_FxD = drawn[stack.config.targets[parameter.site]]
+                if skipped is not None:
+                    target_FxD = target_FxD - jax.tree.leaves(skipped)[parameter.site]
+                new = _directions(target_FxD, params.get(bias or ""))
+                if not parameter.unit_rows:
+                    norms_F = jnp.linalg.norm(value, axis=1)
+                    new *= _live_mean(norms_F, dead_F, default=norms_F)
             elif parameter.role is Role.ENCODER:
                 bias = parameters.input_bias(stack.architecture, parameter.site)
                 norms_F = jnp.linalg.norm(value, axis=0)
@@ -123,15 +132,20 @@ def _live_mean(values_F: jax.Array, dead_F: jax.Array, default: jax.typing.Array
 def _squared_errors(
     stack: Stack, params: dict[str, jax.Array], inputs: Callable[[Sites], Sites], x: Sites
 ) -> jax.Array:
-    """[B], of an SAE whose features lie along `latent`: the sum over the sites that it writes."""
+    """[B], of an SAE whose features lie along `latent`: the sum over the sites that it writes.
+
+    As in a loss, errors are divided by the site's width, but all are multiplied by that of the first site.
+    """
     sae_inputs, targets = stack.batch(inputs(x))
     f_BxF = contract.encode_shard(stack.architecture, params, sae_inputs, stack.sae, contract.Shards("latent", "data"))
     biases = [parameters.output_bias(stack.architecture, site) for site in range(len(stack.config.targets))]
     # A shard decodes its own features; the biases are added once.
     without = params | {name: jnp.zeros_like(params[name]) for name in biases if name in params}
     decoded = jax.lax.psum(stack.architecture.decode(without, f_BxF), "latent")
+    decoded = contract.with_skip(stack.architecture, params, sae_inputs, decoded)
+    D = jax.tree.leaves(targets)[0].shape[-1]
     errors = [
-        jnp.square(target - x_hat - (params[name][None] if name in params else 0)).sum(-1)
+        jnp.square(target - x_hat - (params[name][None] if name in params else 0)).sum(-1) * (D / target.shape[-1])
         for target, x_hat, name in zip(jax.tree.leaves(targets), jax.tree.leaves(decoded), biases, strict=True)
     ]
     return jnp.stack(errors).sum(0)
