@@ -123,12 +123,14 @@ def test_a_skip_transcoder_in_other_units(module, mean):
     folded = parameters.fold(module, params, [inputs], [targets])
 
     def reconstructed(params, x):
-        return contract.with_skip(module, params, x, module.decode(params, module.encode(params, x, config)))
+        x_hat = module.decode(params, module.encode(params, x, config))
+        return np.asarray(contract.with_skip(module, params, x, x_hat))
 
-    in_training = (x - inputs.mean) * inputs.scale
+    x = x + inputs.mean
+    in_training = jnp.asarray((x - inputs.mean) * inputs.scale)
     expected = reconstructed(params, in_training) / targets.scale + targets.mean
     tolerance = 1e-6 * mean * 10
-    np.testing.assert_allclose(reconstructed(folded, x), expected, atol=tolerance, rtol=1e-5)
+    np.testing.assert_allclose(reconstructed(folded, jnp.asarray(x)), expected, atol=tolerance, rtol=1e-5)
     back = parameters.unfold(module, folded, [inputs], [targets])
     for name, value in back.items():
         np.testing.assert_allclose(value, params[name], atol=tolerance, rtol=1e-5, err_msg=name)
@@ -262,7 +264,7 @@ def test_each_site_that_a_crosscoder_writes_is_measured(lm, tmp_path):
 )
 def test_what_a_dead_feature_becomes(name, settings):
     """An input's direction at each site, less what W_skip explains of the target; rows have the live ones' norm."""
-    values = dict(zip("ab", activations(), strict=True))
+    values = dict(zip("ab", map(np.asarray, activations()), strict=True))
     config = config_lib.Stack(name, width=F, l1_coefficients=(0.1,), **settings)
     stack = Stack.build("s", config, {"a": D_IN, "b": D_OUT}, "float32")
     before, dead = away_from_init(stack.architecture, stack.sae), np.arange(F) % 3 == 0
