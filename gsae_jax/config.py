@@ -137,8 +137,8 @@ class Stack(Sites):
 
     architecture: str = setting(
         REQUIRED,
-        "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka; gated_transcoder, relu_crosscoder "
-        "and their like; or your own, as my_package.tanh.",
+        "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka; gated_transcoder, "
+        "relu_crosscoder and their like; or your own: my_package.tanh.",
     )
     site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
     width: int = setting(REQUIRED, "Features (the paper's M).")
