@@ -70,7 +70,7 @@ if __name__ == "__main__":
         "workdir", None, "Directory of a training run, local or gs://bucket/folder.", required=True
     )
     FORMAT = flags.DEFINE_string(
-        "format", None, "saelens, dictionary_learning, gemma_scope or jumprelu.", required=True
+        "format", None, "saelens, dictionary_learning, gemma_scope, jumprelu, llamascopium or sparsify.", required=True
     )
     OUT = flags.DEFINE_string("out", None, "The new folder.", required=True)
     SAE = flags.DEFINE_string("sae", "", "The name of one SAE; all of them by default.")

@@ -2,11 +2,13 @@
 
 read: features and reconstructions of `x.npy` [B, D], for every SAE in `ours/FORMAT/NAME`.
 make: SAEs of theirs, trained for some steps on `x.npy` and saved by them in `theirs`; with features, as above.
+steps: five steps of dictionary_learning's trainers, each from `start/KIND.npz` on `batches.npy` [steps, B, D].
 card: features [B, F] of `x.npy` by the model card in `repo`, in each library.
 measure: SAELens' `run_evals` of `ours/saelens/NAME` on `tokens.npy` [batches, rows, T], with TransformerLens' model of
 the weights in `lm`.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -17,7 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 from dictionary_learning import training
-from dictionary_learning.trainers import gdm, jumprelu, standard
+from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
 from dictionary_learning.utils import load_dictionary
 from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import SAE, evals
@@ -30,7 +32,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-SITE, STEPS, BATCH = "blocks.0.hook_mlp_out", 50, 256
+SITE, STEPS, BATCH, K = "blocks.0.hook_mlp_out", 50, 256, 8
 
 
 def gemma_scope(folder):
@@ -51,6 +53,56 @@ READERS = {
     "jumprelu": SAE.load_from_disk,
     "gemma_scope": gemma_scope,
     "dictionary_learning": lambda folder: load_dictionary(folder, "cpu")[0],
+}
+
+
+SAELENS = {  # its architectures, as its classes are called
+    "gated": ("Gated", {}),
+    "standard": ("Standard", {}),
+    "jumprelu": ("JumpReLU", {}),
+    "topk": ("TopK", {"k": K}),
+    "free rows": ("TopK", {"k": K, "rescale_acts_by_decoder_norm": False}),
+    "batchtopk": ("BatchTopK", {"k": float(K)}),
+    "matryoshka": ("MatryoshkaBatchTopK", {"k": float(K), "matryoshka_widths": [24, 96]}),
+}
+LAYERS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+
+
+def selecting(D, settings):
+    return {
+        "k": settings["k"],
+        "auxk_alpha": D * settings["auxk_coefficient"],
+        "threshold_beta": settings["threshold_decay"],
+        "threshold_start_step": 0,
+    }
+
+
+def grouped(D, settings):
+    """The mean of its groups' losses, each by a weight, is their sum."""
+    groups = len(settings["group_fractions"])
+    return selecting(D, settings) | {
+        "group_fractions": settings["group_fractions"],
+        "group_weights": [float(groups)] * groups,
+    }
+
+
+def penalised(D, settings):
+    """Its penalty is (L0 / target - 1)^2; with a large negative target that is a constant plus a multiple of L0."""
+    target = -1e6
+    return {
+        "bandwidth": settings["bandwidth"],
+        "target_l0": target,
+        "sparsity_penalty": -D * settings["l0_coefficient"] * target / 2,
+        "sparsity_warmup_steps": None,
+    }
+
+
+STEPPED = {
+    "topk": (top_k.TopKTrainer, selecting),
+    "batch_topk": (batch_top_k.BatchTopKTrainer, selecting),
+    "matryoshka": (matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer, grouped),
+    "jumprelu": (jumprelu.JumpReluTrainer, penalised),
+    "jumprelu of pre-activations": (jumprelu.JumpReluTrainer, penalised),
 }
 
 
@@ -79,9 +131,10 @@ def make(folder, x):
     # A mean that b_dec has to learn: centring, or not, then shows.
     batches = [x[torch.randint(len(x), (BATCH,))] for _ in range(STEPS)]
     for centred in (True, False):
-        for name, kind in (("gated", "Gated"), ("standard", "Standard"), ("jumprelu", "JumpReLU")):
+        for name, (kind, options) in SAELENS.items():
+            metadata = SAEMetadata(hook_name=SITE, model_name="small")
             config = getattr(sae_lens_saes, f"{kind}TrainingSAEConfig")(
-                D, 96, apply_b_dec_to_input=centred, metadata=SAEMetadata(hook_name=SITE, model_name="small")
+                D, 96, apply_b_dec_to_input=centred, metadata=metadata, **options
             )
             sae = getattr(sae_lens_saes, f"{kind}TrainingSAE")(config)
             trainer = SAETrainer(SAETrainerConfig(10**9, BATCH, lr=1e-2, lr_end=1e-3), sae, iter(()))
@@ -98,12 +151,18 @@ def make(folder, x):
         "AutoEncoder": standard.StandardTrainer,
         "JumpReluAutoEncoder": jumprelu.JumpReluTrainer,
         "AutoEncoder whose rows are not unit": standard.StandardTrainerAprilUpdate,
+        "AutoEncoderTopK": top_k.TopKTrainer,
+        "BatchTopKSAE": batch_top_k.BatchTopKTrainer,
+        "MatryoshkaBatchTopKSAE": matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
     }
     settings = dict(activation_dim=D, dict_size=96, layer=0, lm_name="small", lr=1e-2, device="cpu", steps=STEPS)
-    settings |= dict(warmup_steps=5, sparsity_warmup_steps=10, submodule_name="resid_post_layer_0")
+    settings |= dict(warmup_steps=5, submodule_name="resid_post_layer_0")
+    penalised, selecting = dict(sparsity_warmup_steps=10), dict(k=K, threshold_start_step=10)
+    grouped = selecting | dict(group_fractions=[0.25, 0.75])
+    of_each = [penalised] * 4 + [selecting, selecting, grouped]
     training.trainSAE(
         batches,
-        [{"trainer": trainer, **settings} for trainer in trainers.values()],
+        [{"trainer": trainer, **settings, **own} for trainer, own in zip(trainers.values(), of_each, strict=True)],
         steps=STEPS,
         save_dir=str(folder / "theirs"),
         device="cpu",
@@ -113,6 +172,61 @@ def make(folder, x):
         sae, _ = load_dictionary(folder / "theirs" / f"trainer_{index}", "cpu")
         found[f"trainer_{index}"] = outputs(sae, x)
     save(folder / "made.npz", found)
+
+
+def steps(folder, x):
+    """Leaves in `stepped/KIND.npz` their parameters by our names, and losses.
+
+    Their losses sum squared errors over D, and ours divide by it. So Adam's eps and weights of other terms are
+    multiplied by D. The batches are small numbers: they clip gradients whose norm is above 1.
+    """
+    batches = torch.from_numpy(np.load(folder / "batches.npy"))
+    settings = json.loads((folder / "settings.json").read_text())
+    D = batches.shape[-1]
+    (folder / "stepped").mkdir()
+    for name, (trainer_class, own) in STEPPED.items():
+        start = {key: torch.from_numpy(value) for key, value in np.load(folder / "start" / f"{name}.npz").items()}
+        sizes = dict(activation_dim=D, dict_size=len(start["W_dec"]))
+        common = dict(steps=10**9, warmup_steps=0, layer=0, lm_name="small", device="cpu", lr=settings["learning_rate"])
+        trainer = trainer_class(**sizes, **common, **own(D, settings))
+        trainer.optimizer.param_groups[0]["eps"] *= D
+        theirs = dict(trainer.ae.named_parameters())
+        names = {ours: ours if ours in theirs else LAYERS[ours] for ours in start}
+        with torch.no_grad():
+            for ours, value in start.items():
+                theirs[names[ours]].copy_(value.T if names[ours].endswith("weight") else value)
+        trainer.num_tokens_since_fired[settings["dead"]] = 10**9
+        losses = []
+        with straight_through(name):
+            for number, batch in enumerate(batches, 1):  # before step 1 it sets b_dec
+                record = trainer.loss(batch, number, logging=True) if name.startswith("jumprelu") else None
+                losses.append(trainer.update(number, batch))
+                if record:  # what it returns has a large constant
+                    l0 = (record.f > 0).sum(1).float().mean().item()
+                    losses[-1] = record.losses["l2_loss"] + D * settings["l0_coefficient"] * l0
+        arrays = {ours: theirs[their].detach().numpy() for ours, their in names.items()}
+        arrays = {ours: value.T if names[ours].endswith("weight") else value for ours, value in arrays.items()}
+        if name in ("batch_topk", "matryoshka"):
+            arrays["threshold"] = trainer.ae.threshold.numpy()
+        np.savez(folder / "stepped" / f"{name}.npz", losses=losses, **arrays)
+
+
+def straight_through(name):
+    """Its JumpReLU trainer as it is, or with the paper's gradient of L0: by pre-activations.
+
+    `StepFunction.apply(f, ...)` in its loss is of features. These are 0 below the threshold, so that only what lies
+    above has a gradient.
+    """
+    if name != "jumprelu of pre-activations":
+        return contextlib.nullcontext()
+    activate, step, seen = jumprelu.JumpReLUFunction.apply, jumprelu.StepFunction.apply, []
+
+    def remember(pre, *rest):
+        seen[:] = [pre]
+        return activate(pre, *rest)
+
+    functions = {"JumpReLUFunction": remember, "StepFunction": lambda f, *rest: step(seen[0], *rest)}
+    return mock.patch.multiple(jumprelu, **{name: SimpleNamespace(apply=value) for name, value in functions.items()})
 
 
 def card(folder, x):
@@ -187,4 +301,5 @@ if __name__ == "__main__":
     if order == "measure":
         measure(folder)
     else:
-        {"read": read, "make": make, "card": card}[order](folder, torch.from_numpy(np.load(folder / "x.npy")))
+        orders = {"read": read, "make": make, "steps": steps, "card": card}
+        orders[order](folder, torch.from_numpy(np.load(folder / "x.npy")))

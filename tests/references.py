@@ -318,11 +318,11 @@ def gelu_lm(tensors, config, tokens, replace=None):
 def assert_same_support(f, theirs, x, form):
     """One feature in 100,000 that fire may be off in the other; its activation is within rounding of the threshold.
 
-    `form` has the SAE's parameters in the JumpReLU form.
+    `form` has the parameters in the JumpReLU form, the thresholds for all tokens [F] or for each [B, 1].
     """
     W_enc, b_enc, threshold = (np.asarray(form[name], np.float64) for name in ("W_enc", "b_enc", "threshold"))
     x, differ = np.asarray(x, np.float64), (f > 0) != (theirs > 0)
-    distance = np.abs(x @ W_enc + b_enc[None] - threshold[None])
+    distance = np.abs(x @ W_enc + b_enc[None] - threshold)
     rounding = 1e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(W_enc, axis=0)[None]
     assert differ.sum() <= 1e-5 * (f > 0).sum()
     assert (distance <= rounding)[differ].all()

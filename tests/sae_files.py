@@ -5,15 +5,16 @@ import math
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from gsae_jax.formats import jumprelu
-from gsae_jax.saes import gated, relu, trained
+from gsae_jax.saes import batch_topk, gated, matryoshka, relu, topk, trained
 from tests.test_saes import away_from_init
 
-D, F = 12, 40
+D, F, K = 12, 40, 6
 
 
 SITE = "blocks.3.hook_resid_post"
@@ -21,12 +22,15 @@ SITE = "blocks.3.hook_resid_post"
 
 def make(module, **options):
     config = module.Config(D, F, **options)
+    params = away_from_init(module, config)
+    if module in (batch_topk, matryoshka):  # one for all features, as training makes it
+        params["threshold"] = jnp.full(F, 0.4)
     return trained.SAE(
         name="stack_2",
         architecture=module.__name__.rpartition(".")[2],
         config=config,
         site=SITE,
-        params=away_from_init(module, config),
+        params=params,
         l1_coefficient=0.01,
         learning_rate=3e-4,
         seed=7,
@@ -42,10 +46,39 @@ SAES = {
     "aligned": lambda: make(gated, aligned=True),
     "relu": lambda: make(relu),
     "jumprelu": lambda: jumprelu.form(make(gated)),
+    "topk": lambda: make(topk, k=K),
+    "batch_topk": lambda: make(batch_topk, k=K, auxk_coefficient=0.5),
+    "matryoshka": lambda: make(matryoshka, k=K, prefixes=(0.25, 1.0)),
 }
 
 
-FORMATS = ["saelens", "jumprelu", "gemma_scope", pytest.param("dictionary_learning", marks=pytest.mark.torch)]
+FORMATS = ["saelens", "jumprelu", "gemma_scope", "llamascopium", "sparsify"]
+FORMATS += [pytest.param("dictionary_learning", marks=pytest.mark.torch)]
+CONFIGS = ("cfg.json", "config.json", "gsae_jax.json")  # the first of them is the file of a format
+
+
+def holds(format, kind):
+    """Whether a format can hold an SAE, and whether as its own architecture."""
+    if format in ("jumprelu", "gemma_scope"):
+        return kind != "topk", kind == "jumprelu"
+    if format == "sparsify":
+        return kind == "topk", True
+    return True, format != "llamascopium" or kind in ("relu", "topk", "jumprelu")
+
+
+def pairs(formats=None, kinds=None):
+    """All formats with the kinds of SAEs that they can hold, as parameters of a test."""
+    marked = [(format, ()) if isinstance(format, str) else (format.values[0], format.marks) for format in FORMATS]
+    return [
+        pytest.param(format, kind, marks=marks)
+        for format, marks in marked
+        for kind in kinds or SAES
+        if format in (formats or [format]) and holds(format, kind)[0]
+    ]
+
+
+def config_of(folder):
+    return next(folder / name for name in CONFIGS if (folder / name).exists())
 
 
 def inputs():
@@ -121,6 +154,7 @@ LLAMASCOPIUM = {
     "hook_point_in": SITE,
     "hook_point_out": SITE,
     "use_glu_encoder": False,
+    "top_k": K,
 }
 
 
@@ -135,7 +169,7 @@ def llamascopium(folder, **changes):
         "b_D": (D,),
         "activation_function.log_jumprelu_threshold": (F,),
     }
-    if config["act_fn"] == "relu":
+    if config["act_fn"] != "jumprelu":
         del shapes["activation_function.log_jumprelu_threshold"]
     tensors = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
     norm = np.float32(5.0 if config["norm_activation"] == "dataset-wise" else math.nan)  # it is not set otherwise
@@ -144,6 +178,20 @@ def llamascopium(folder, **changes):
     safetensors.numpy.save_file(tensors | {f"dataset_average_activation_norm.{SITE}": np.array(norm)}, file)
     (folder / "config.json").write_text(json.dumps(config))
     return {name.rpartition(".")[2]: np.asarray(value, np.float64) for name, value in tensors.items()}
+
+
+SPARSIFY = {"expansion_factor": 4, "normalize_decoder": True, "num_latents": F, "k": K, "d_in": D}
+
+
+def sparsify(folder, **changes):
+    """A folder as EleutherAI's library writes it, and its tensors."""
+    random = np.random.default_rng(0)
+    shapes = {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    tensors = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+    folder.mkdir(parents=True)
+    safetensors.numpy.save_file(tensors, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(SPARSIFY | changes))
+    return {name: np.asarray(value, np.float64) for name, value in tensors.items()}
 
 
 def header(shape, dtype="<f4"):

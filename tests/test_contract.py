@@ -26,7 +26,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import config_trees, measuring, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
-from gsae_jax.formats import saelens
+from gsae_jax.formats import llamascopium, saelens
 from gsae_jax.saes import contract, linalg, parameters, trained
 from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
@@ -35,7 +35,14 @@ from tests.refusals import refused
 OWN = Path(__file__).parent / "architectures"
 SITES = {"blocks.0.hook_mlp_out": 12, "blocks.0.hook_resid_post": 10}
 F, B = 64, 32
-HELD = set(saelens.ARCHITECTURES)  # architectures that other libraries' formats hold
+
+
+def holds(format, name):
+    """Whether a format can hold an architecture."""
+    in_jumprelu_form = contract.converter(name, "jumprelu") is not None
+    of_their_own = {"saelens": saelens.ARCHITECTURES, "llamascopium": llamascopium.HELD, "sparsify": ("topk",)}
+    own = name in of_their_own.get(format, ())
+    return own or (in_jumprelu_form and format in ("jumprelu", "gemma_scope", "llamascopium"))
 
 
 def kinds(field, architecture):
@@ -351,7 +358,7 @@ def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir
     for format in plugins.known("formats", having="write"):
         if format == "dictionary_learning":
             continue  # wants torch; tests/test_exchange.py
-        if name in HELD or (format in ("jumprelu", "gemma_scope") and contract.converter(name, "jumprelu")):
+        if holds(format, name):
             saes["a_0"].save(tmp_path / format, format)
             (same,) = gsae_jax.load(tmp_path / format).values()
             np.testing.assert_allclose(same(x), saes["a_0"](x), rtol=1e-4, atol=1e-5)

@@ -12,13 +12,28 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax.formats import files, jumprelu
-from gsae_jax.saes import gated, parameters, relu
+from gsae_jax.saes import contract, gated, parameters, relu, topk
+from tests import references
 from tests.refusals import refused
-from tests.sae_files import FORMATS, SAES, D, F, contents, inputs, load_tensors, make, saelens_with, save_tensors
+from tests.sae_files import (
+    FORMATS,
+    SAES,
+    D,
+    F,
+    K,
+    config_of,
+    contents,
+    holds,
+    inputs,
+    load_tensors,
+    make,
+    pairs,
+    saelens_with,
+    save_tensors,
+)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("kind", SAES)
+@pytest.mark.parametrize(("format", "kind"), pairs())
 def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_path, format, kind):
     sae, x = SAES[kind](), inputs()
     if (format, kind) == ("dictionary_learning", "relu"):  # else its features are others there
@@ -29,8 +44,10 @@ def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_pat
     told = ("site", "l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")
     assert [getattr(back, field) for field in told] == [getattr(sae, field) for field in told]
     assert sae.metadata.items() <= back.metadata.items()
-    if format not in ("jumprelu", "gemma_scope"):
+    if holds(format, kind)[1]:
         assert (back.architecture, back.config) == (sae.architecture, sae.config)
+    else:
+        assert back.architecture == "jumprelu"
     f = np.asarray(sae.encode(x))
     np.testing.assert_array_equal(np.asarray(back.encode(x)) > 0, f > 0)
     np.testing.assert_allclose(back.encode(x), f, rtol=1e-5, atol=1e-5)
@@ -81,6 +98,12 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         spoiled = sae.params | {"b_gate": sae.params["b_gate"].at[0].set(math.nan)}
         with refused("stack_2", "b_gate", "not finite"):
             dataclasses.replace(sae, params=spoiled).save(tmp_path / "a", format)
+    for kind, format, fact in (
+        ("topk", "gemma_scope", "no JumpReLU form"),
+        ("gated", "sparsify", "export one of topk"),
+    ):
+        with refused("stack_2", fact):
+            SAES[kind]().save(tmp_path / "a", format)
     with refused("format", "'saelense'", "did you mean 'saelens'"):
         sae.save(tmp_path / "a", "saelense")
     with refused("", "gs://bucket/a", "not a local path"):
@@ -113,7 +136,8 @@ def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
     with refused("stack_2", "'tanh'"):
         sae.save(tmp_path / "a" / "b", format)
     assert not list(tmp_path.iterdir())
-    dataclasses.replace(sae, architecture="relu").save(tmp_path / "a" / "b", format)
+    if holds(format, "relu")[0]:
+        dataclasses.replace(sae, architecture="relu").save(tmp_path / "a" / "b", format)
 
 
 # What a file may lack or have too much of without being refused: it says nothing of the function.
@@ -144,11 +168,13 @@ def changed(tree, path, change):
     return tree
 
 
-@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
-@pytest.mark.parametrize("format", ["saelens", "gemma_scope", FORMATS[-1]])
+JUST = ["gated", "relu", "jumprelu", "topk", "batch_topk", "matryoshka"]  # one of each architecture
+
+
+@pytest.mark.parametrize(("format", "kind"), pairs(["saelens", "gemma_scope", "dictionary_learning"], JUST))
 def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
     SAES[kind]().save(tmp_path / "a", format)
-    (file,) = (tmp_path / "a").glob("*.json")
+    file = config_of(tmp_path / "a")
     whole = json.loads(file.read_text())
     count = 0
     for path in leaves(whole):
@@ -160,7 +186,8 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
                 continue
             if path in (("metadata", "gsae_jax"), ("gsae_jax",)) and format != "gemma_scope" and change != "list":
                 continue  # then it is as one that was not exported by us
-            optional = path[-2:-1] == ("options",) or path[-1] in ("run", "stack", "index")
+            optional = path[-2:-1] == ("options",) or path[-1] in ("run", "stack", "index", "architecture")
+            optional &= path != ("architecture",)  # of SAELens
             if optional and change == "dropped":
                 continue  # then it has its default, as in exports of a version before the field
             file.write_text(json.dumps(changed(whole, path, change)))
@@ -176,21 +203,21 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             gsae_jax.load(tmp_path / "a")
 
 
-@pytest.mark.parametrize("kind", SAES)
-@pytest.mark.parametrize("format", ["saelens", "gemma_scope", FORMATS[-1]])
+@pytest.mark.parametrize(("format", "kind"), pairs(["saelens", "gemma_scope", "dictionary_learning"]))
 def test_a_switch_that_is_flipped_is_refused_or_leaves_the_function(tmp_path, format, kind):
     sae, x = SAES[kind](), inputs()
     if format == "gemma_scope":
         sae = jumprelu.form(sae)
     sae.save(tmp_path / "a", format)
-    (file,) = (tmp_path / "a").glob("*.json")
+    file = config_of(tmp_path / "a")
     whole = json.loads(file.read_text())
     f, flipped = np.asarray(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x)), set()
     for path in leaves(whole):
         inner = whole
         for key in path:
             inner = inner[key]
-        if not isinstance(inner, bool) or path == ("apply_b_dec_to_input",):  # which says what the biases are for
+        # These say what the biases and the rows of the decoder are for.
+        if not isinstance(inner, bool) or path[0] in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
             continue
         flipped.add(path[-1])
         file.write_text(json.dumps(changed(whole, path, "flipped")))
@@ -235,8 +262,7 @@ def test_rows_of_a_decoder_are_made_unit_as_dictionary_learning_does(tmp_path, k
         np.testing.assert_allclose(back(x), sae(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gated", "relu", "jumprelu"])
-@pytest.mark.parametrize("format", ["saelens", "gemma_scope", FORMATS[-1]])
+@pytest.mark.parametrize(("format", "kind"), pairs(kinds=JUST))
 def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
     SAES[kind]().save(tmp_path / "a", format)
     file = next(path for path in (tmp_path / "a").iterdir() if path.suffix in (".npz", ".safetensors", ".pt"))
@@ -244,6 +270,8 @@ def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
     save_tensors(file, whole)
     gsae_jax.load(tmp_path / "a")  # as they are
     for name, value in whole.items():
+        if not value.ndim or value.dtype != np.float32:
+            continue
         spoiled = np.array(value)
         spoiled.flat[3] = math.nan
         for what, tensors in {
@@ -263,7 +291,7 @@ def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             # Gemma Scope's sizes are those of its biases, so that there another tensor may not fit.
             named = r"\w+" if format == "gemma_scope" and "shape" in what else re.escape(name)
             assert re.search(rf"the tensor {named}_? {what.strip()}", message), (what, message)
-    save_tensors(file, whole | {"W_skip": whole["W_dec" if "W_dec" in whole else "decoder.weight"]})
+    save_tensors(file, whole | {"W_skip": next(value for value in whole.values() if value.ndim == 2)})
     with refused(str(file), "tensor W_skip", "not of this architecture"):
         gsae_jax.load(tmp_path / "a")
     save_tensors(file, whole)
@@ -301,3 +329,77 @@ def test_fields_are_compared_by_type():
     assert files.misfits(tree, {"a": (int,), "b": (True,), "c": (str, None), "d": (float,), "e": (int, ...)}) == []
     assert len(files.misfits(tree, {"a": (True,), "b": (int,), "c": (str,), "d": (int,), "e": (int,)})) == 5
     assert files.misfits([], {}, "trainer.") == ["trainer is not an object"]
+
+
+def write_as_theirs(folder, kind):
+    """A folder of SAELens without our record, as of an SAE that it trained."""
+    SAES[kind]().save(folder)
+    tree = json.loads((folder / "cfg.json").read_text())
+    del tree["metadata"]["gsae_jax"]
+    (folder / "cfg.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka"])
+def test_what_batches_select_is_a_jumprelu_sae_where_nothing_says_more(tmp_path, kind):
+    sae, x = SAES[kind](), np.asarray(inputs(), np.float64)
+    p = {name: np.asarray(value, np.float64) for name, value in sae.params.items()}
+    pi = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    f = np.where(pi > 0.4, pi, 0)
+    write_as_theirs(tmp_path / "a", kind)
+    for form in (gsae_jax.load(tmp_path / "a")["a_0"], jumprelu.form(sae)):
+        assert form.architecture == "jumprelu"
+        np.testing.assert_allclose(form.encode(x), f, rtol=1e-5, atol=1e-5)
+    for target in ("gated", "batch_topk", "matryoshka"):
+        module = contract.module_of(target)
+        for source in (sae, gsae_jax.load(tmp_path / "a")["a_0"]):
+            params = contract.converter(source.architecture, target)(source.params, source.config)
+            np.testing.assert_allclose(module.encode(params, x, module.Config(D, F)), f, rtol=1e-5, atol=1e-5)
+
+
+def test_a_topk_sae_is_read_with_its_number_of_features(tmp_path):
+    """Also where features are compared by what they add to the reconstruction."""
+    write_as_theirs(tmp_path / "a", "topk")
+    tree = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    sae, x = SAES["topk"](), np.asarray(inputs(), np.float64)
+    p = {name: np.asarray(value, np.float64) for name, value in sae.params.items()}
+    for rescaled in (False, True):
+        change = {"k": 3, "rescale_acts_by_decoder_norm": rescaled}
+        (tmp_path / "a" / "cfg.json").write_text(json.dumps(tree | change))
+        (back,) = gsae_jax.load(tmp_path / "a").values()
+        assert back.config == topk.Config(D, F, k=3)
+        norms = np.linalg.norm(p["W_dec"], axis=-1) if rescaled else np.ones(F)
+        pi = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * norms
+        f = np.where(references.largest(pi, 3), pi, 0)
+        np.testing.assert_allclose(back.encode(x), f, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(back(x), f / norms @ p["W_dec"] + p["b_dec"], rtol=1e-5, atol=1e-5)
+    for k in (0, F + 1):
+        (tmp_path / "a" / "cfg.json").write_text(json.dumps(tree | {"k": k}))
+        with refused(str(tmp_path / "a" / "cfg.json"), f"k is {k}"):
+            gsae_jax.load(tmp_path / "a")
+
+
+@pytest.mark.torch
+def test_what_dictionary_learning_says_twice_is_the_same(tmp_path):
+    """The number of active features, the groups, and one threshold for all features."""
+    import torch
+
+    sae = SAES["matryoshka"]()
+    sae.save(tmp_path / "a", "dictionary_learning")
+    file, state = tmp_path / "a" / "ae.pt", torch.load(tmp_path / "a" / "ae.pt", weights_only=True)
+    assert {name: state[name].tolist() for name in ("k", "group_sizes")} == {"k": K, "group_sizes": [10, 30]}
+    assert state["threshold"].item() == np.float32(0.4)
+    for name, value in (("k", 5), ("group_sizes", [10, 31]), ("group_sizes", [0, 40]), ("group_sizes", [20, 20])):
+        torch.save(state | {name: torch.tensor(value)}, file)
+        with refused(str(file if value != [20, 20] else tmp_path / "a" / "ae.pt"), name):
+            gsae_jax.load(tmp_path / "a")
+    torch.save(state | {"group_sizes": torch.tensor([20, 20]), "threshold": torch.tensor(-1.0)}, file)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"trainer": config["trainer"], "buffer": {}}))
+    (back,) = gsae_jax.load(tmp_path / "a").values()  # as theirs, of few steps
+    assert (back.architecture, back.config.k, back.config.sizes) == ("matryoshka", K, (20, 40))
+    x = np.asarray(inputs())
+    pi = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    np.testing.assert_allclose(back.encode(x), np.maximum(pi, 0), rtol=1e-5, atol=1e-5)
+    uneven = dataclasses.replace(sae, params=sae.params | {"threshold": sae.params["threshold"].at[3].set(1)})
+    with refused("stack_2", "thresholds from 0.4 to 1", "saelens or jumprelu"):
+        uneven.save(tmp_path / "b", "dictionary_learning")

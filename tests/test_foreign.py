@@ -15,9 +15,24 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import sae_loading
 from gsae_jax.lms import sites as sites_lib
-from gsae_jax.saes import gated
+from gsae_jax.saes import gated, topk
+from tests import references
 from tests.refusals import refused
-from tests.sae_files import EARLIER_SAELENS, SAES, SITE, D, F, header, inputs, llamascopium, make, saelens_with
+from tests.sae_files import (
+    EARLIER_SAELENS,
+    SAES,
+    SITE,
+    SPARSIFY,
+    D,
+    F,
+    K,
+    header,
+    inputs,
+    llamascopium,
+    make,
+    saelens_with,
+    sparsify,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,8 +40,10 @@ from tests.sae_files import EARLIER_SAELENS, SAES, SITE, D, F, header, inputs, l
     [
         ({"normalize_activations": "layer_norm"}, ('normalize_activations "layer_norm"', "not supported")),
         ({"normalize_activations": "expected_average_only_in"}, ("normalize_activations", "not supported")),
-        ({"architecture": "topk"}, ('architecture "topk"', "not supported", '"gated", "standard", "jumprelu"')),
-        ({"architecture": "topk", "dtype": 3, "d_in": None}, ('architecture "topk"', "not supported")),
+        ({"architecture": "temporal"}, ('architecture "temporal"', "not supported", '"gated", "standard", "topk"')),
+        ({"architecture": "temporal", "dtype": 3, "d_in": None}, ('architecture "temporal"', "not supported")),
+        ({"architecture": "topk"}, ("k is missing",)),
+        ({"k": 3}, ("k is not a field",)),
         ({"d_in": True}, ("d_in is true", "int")),
         ({"d_sae": F + 1}, ("tensor W_enc", "[12, 40], not [12, 41]")),
         ({"d_in": 10**18}, ("tensor W_enc", f"[12, 40], not [{10**18}, 40]")),
@@ -44,26 +61,25 @@ def test_what_we_do_not_have_is_refused(tmp_path, change, facts):
         gsae_jax.load(path)
 
 
-@pytest.mark.parametrize("change", [{}, {"normalize_activations": "layer_norm"}, {"d_in": "x"}, {"hook_layer": None}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"normalize_activations": "layer_norm"}, {"d_in": "x"}, {"hook_layer": None}, {"activation_fn_str": "topk"}],
+)
 def test_earlier_saelens_gets_one_sentence_whatever_else_is_wrong(tmp_path, change):
     path = saelens_with(tmp_path)
     (path / "cfg.json").write_text(json.dumps(EARLIER_SAELENS | change))
     with refused(str(path / "cfg.json"), "SAELens before 6", "save_model") as error:
         gsae_jax.load(path)
     assert not any(name in error.value.problem for name in change)
-    for topk in ({"architecture": "topk"}, {"activation_fn_str": "topk"}):  # which it would be there as well
-        (path / "cfg.json").write_text(json.dumps(EARLIER_SAELENS | topk))
-        with refused(str(path / "cfg.json"), '"topk"', "not supported"):
+    for other in ({"architecture": "tanh"}, {"activation_fn_str": "tanh"}):  # which it would be there as well
+        (path / "cfg.json").write_text(json.dumps(EARLIER_SAELENS | other))
+        with refused(str(path / "cfg.json"), '"tanh"', "not supported"):
             gsae_jax.load(path)
 
 
 def test_other_folders_are_told_for_what_they_are(tmp_path, lm_dir):
-    sparsify = {"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": 32, "d_in": D, "transcode": False}
-    for name in ("layers.0", "layers.1"):
-        (tmp_path / "sparsify" / name).mkdir(parents=True)
-        (tmp_path / "sparsify" / name / "cfg.json").write_text(json.dumps(sparsify))
-        (tmp_path / "sparsify" / name / "sae.safetensors").touch()
-    (tmp_path / "sparsify" / "config.json").write_text(json.dumps({"sae": sparsify, "batch_size": 32}))
+    (tmp_path / "sparsify" / "layers.0").mkdir(parents=True)
+    (tmp_path / "sparsify" / "layers.0" / "sae.safetensors").touch()
     saelens_with(tmp_path / "stray")
     (tmp_path / "stray" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "empty").mkdir()
@@ -71,16 +87,15 @@ def test_other_folders_are_told_for_what_they_are(tmp_path, lm_dir):
     lfs = saelens_with(tmp_path / "lfs")
     (lfs / "sae_weights.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (tmp_path / "trained").mkdir()
-    trainer = {"dict_class": "AutoEncoderTopK", "k": 32}
+    trainer = {"dict_class": "CrossCoder"}
     (tmp_path / "trained" / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     (tmp_path / "trained" / "ae.pt").touch()
 
     for path, field, *facts in (
-        ("sparsify", "sparsify/layers.0", "sparsify", "top-k", "not supported"),
-        ("sparsify/layers.1", "sparsify/layers.1", "sparsify", "top-k"),
+        ("sparsify", "", "sparsify/layers.0/cfg.json is not a JSON object", "No such file"),
         ("empty", "", f"{tmp_path / 'empty'} holds no run", "config.json is not", "no SAE"),
         ("lfs", "", "sae_weights.safetensors is a git-lfs pointer"),
-        ("trained", "trained/config.json", 'dict_class "AutoEncoderTopK"', "not supported"),
+        ("trained", "trained/config.json", 'dict_class "CrossCoder"', "not supported"),
         ("nowhere", "", "nowhere is not here"),
         ("~nobody-is-called-so/x", "", "is not here"),
         (lm_dir, lm_dir, "language model", "no SAE"),
@@ -129,7 +144,7 @@ def test_half_precision_is_widened(tmp_path, dtype):
     np.testing.assert_array_equal(sae.params["W_gate"], tensors["W_enc"].astype(np.float32))
 
 
-@pytest.mark.parametrize("act_fn", ["relu", "jumprelu"])
+@pytest.mark.parametrize("act_fn", ["relu", "jumprelu", "topk"])
 @pytest.mark.parametrize("norm_activation", ["dataset-wise", "inference"])
 @pytest.mark.parametrize("by_norm", [True, False])
 def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
@@ -142,16 +157,22 @@ def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
     scale = math.sqrt(D) / 5 if norm_activation == "dataset-wise" else 1
     pi = scale * x @ t["W_E"] + t["b_E"]
     threshold = np.exp(t["log_jumprelu_threshold"]) if act_fn == "jumprelu" else 0
-    f = np.where(pi * (np.linalg.norm(t["W_D"], axis=-1) if by_norm else 1) > threshold, pi, 0)
+    norms = np.linalg.norm(t["W_D"], axis=-1) if by_norm else np.ones(F)
+    on = pi * norms > threshold
+    if act_fn == "topk":
+        on = references.largest(np.maximum(pi * norms, 0), K)
+    f = np.where(on, pi, 0)
     assert 0.02 < (f > 0).mean() < 0.7
-    np.testing.assert_allclose(sae.encode(x), f / scale, rtol=1e-5, atol=1e-5)
+    units = norms if act_fn == "topk" else 1  # of features, which have unit rows then
+    np.testing.assert_allclose(sae.encode(x), f * units / scale, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(sae(x), (f @ t["W_D"] + t["b_D"]) / scale, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        ({"act_fn": "topk"}, ('act_fn "topk"', "not supported", '"relu", "jumprelu"')),
+        ({"act_fn": "batchtopk"}, ('act_fn "batchtopk"', "not supported", '"relu", "jumprelu", "topk"')),
+        ({"act_fn": "topk", "top_k": F + 1}, (f"top_k is {F + 1}", f"({F})")),
         ({"use_glu_encoder": True}, ("use_glu_encoder true", "not supported")),
         ({"norm_activation": "token-wise"}, ("norm_activation", "not supported")),
         ({"hook_point_out": "blocks.3.hook_mlp_out"}, ("hook_point_in and hook_point_out differ", "transcoder")),
@@ -167,6 +188,42 @@ def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, facts)
     llamascopium(tmp_path / "a", **change)
     file = "sae_weights.safetensors" if "tensor" in facts[0] else "config.json"
     with refused(str(tmp_path / "a" / file), *facts):
+        gsae_jax.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("version", [{}, {"activation": "topk", "transcode": False, "multi_topk": True}])
+def test_saes_of_sparsify(tmp_path, version):
+    """Against its steps in float64, in a folder that has the name of the module."""
+    t = sparsify(tmp_path / "saes" / "layers.3", **version)
+    sparsify(tmp_path / "saes" / "layers.4.mlp")
+    (tmp_path / "saes" / "config.json").write_text(json.dumps({"sae": SPARSIFY, "model": "small", "ctx_len": 16}))
+    saes = gsae_jax.load(tmp_path / "saes")
+    sae = saes["layers.3_0"]
+    assert (sae.architecture, sae.config, sae.site) == ("topk", topk.Config(D, F, k=K), SITE)
+    assert {"model_name": "small", "context_size": 16}.items() <= sae.metadata.items()
+    assert saes["layers.4.mlp_0"].site == "layers.4.mlp"  # the language model says what follows the MLP
+    x = np.asarray(inputs(), np.float64)
+    pi = np.maximum((x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"], 0)
+    f = np.where(references.largest(pi, K), pi, 0)
+    np.testing.assert_allclose(sae.encode(x), f, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae(x), f @ t["W_dec"] + t["b_dec"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({"activation": "groupmax"}, ('activation "groupmax"', "not supported", '"topk"')),
+        ({"transcode": True}, ("transcode true", "not supported")),
+        ({"skip_connection": True}, ("skip_connection true", "not supported")),
+        ({"k": 0}, ("k is 0", f"({F})")),
+        ({"k": None}, ("k is null", "not int")),
+        ({"encoder_pkm": True}, ("encoder_pkm is not known",)),
+        ({"num_latents": F + 1}, ("tensor encoder.weight", "shape")),
+    ],
+)
+def test_what_sparsify_has_and_we_do_not_is_refused(tmp_path, change, facts):
+    sparsify(tmp_path / "a", **change)
+    with refused(str(tmp_path / "a" / ("sae.safetensors" if "tensor" in facts[0] else "cfg.json")), *facts):
         gsae_jax.load(tmp_path / "a")
 
 

@@ -1,21 +1,32 @@
 """Our exports in SAELens and dictionary_learning, and their SAEs here (`pytest -m peers`, with torch)."""
 
+import argparse
+import dataclasses
+import inspect
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import gsae_jax
 from benchmarks.peers_environment import environment
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows
 from gsae_jax.formats import jumprelu
 from gsae_jax.lms import checkpoints
 from gsae_jax.publishing import model_card
+from gsae_jax.saes import batch_topk, contract, trained
 from gsae_jax.storage.run_directory import Workdir
-from tests import references
+from gsae_jax.training.stacks import Stack
+from tests import references, sae_files
 
 pytestmark = pytest.mark.peers
 SITE = "blocks.0.hook_mlp_out"
@@ -38,6 +49,42 @@ def folder(quickstart_run, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def other_kinds(tmp_path_factory):
+    """Activations, and an SAE of each other architecture in every format that holds it."""
+    folder, lm = tmp_path_factory.mktemp("kinds"), gsae_jax.load_lm()
+    tokens = lm.tokenize(inspect.getsource(argparse)).tokens_BxT[0, :4096].reshape(-1, 128)
+    x = np.asarray(lm.activations(tokens, [SITE])[SITE]).reshape(-1, lm.sites[SITE])
+    np.save(folder / "x.npy", x)
+    for name in KINDS:
+        for format in ("saelens", "jumprelu", "gemma_scope", "dictionary_learning"):
+            if sae_files.holds(format, name)[0]:
+                of_kind(name, x).save(folder / "ours" / format / name, format)
+    return folder
+
+
+KINDS = ("jumprelu", "topk", "batch_topk", "matryoshka")
+
+
+def of_kind(name, x, width=512, k=16):
+    """An SAE with about k active features on a token, and an encoder that is not the decoder's transpose."""
+    module = contract.module_of(name)
+    options = {} if name == "jumprelu" else {"k": k}
+    config = module.Config(x.shape[1], width, **options)
+    params = module.init(jax.random.key(0), config)
+    params["W_enc"] += 0.02 * jax.random.normal(jax.random.key(1), params["W_enc"].shape)
+    params["b_dec"] = jnp.asarray(x.mean(0))
+    pi = (x - params["b_dec"]) @ params["W_enc"]
+    params["b_enc"] = -jnp.mean(pi, 0)
+    threshold = np.quantile(np.asarray(pi + params["b_enc"]), 1 - k / width)
+    if "threshold" in params:
+        params["threshold"] = jnp.full(width, threshold)
+    if name == "jumprelu":
+        params["b_enc"] -= params["b_dec"] @ params["W_enc"]
+        params["threshold"] *= jax.random.uniform(jax.random.key(2), width, minval=0.8, maxval=1.2)
+    return trained.SAE(f"{name}_0", name, config, SITE, params)
+
+
 def ask(order, folder):
     worker = Path(__file__).with_name("peers_worker.py")
     subprocess.run([environment(), worker, order, folder], check=True)
@@ -56,12 +103,21 @@ def assert_same(sae, x, theirs):
     """Features to 1e-5 of a token's largest, reconstructions to 1e-5 of their norm."""
     f = np.asarray(sae.encode(x))
     assert 0.01 < (f > 0).mean() < 0.9
-    references.assert_same_support(f, theirs["f"], x, jumprelu.form(sae).params)
+    references.assert_same_support(f, theirs["f"], x, form_of(sae, x))
     close = np.abs(f - theirs["f"]) <= 1e-5 * f.max(-1, keepdims=True)
     assert close[(f > 0) == (theirs["f"] > 0)].all()
     x_hat = np.asarray(sae.decode(f))
     error, norms = (np.linalg.norm(value, axis=-1) for value in (x_hat - theirs["x_hat"], x_hat))
     assert (error <= 1e-5 * norms).all()
+
+
+def form_of(sae, x):
+    """The parameters of the JumpReLU form; of a TopK SAE with thresholds [B, 1], each the least selected activation."""
+    if sae.architecture != "topk":
+        return jumprelu.form(sae).params
+    b_enc = sae.b_enc - sae.b_dec @ sae.W_enc
+    pi = np.sort(np.asarray(x @ sae.W_enc + b_enc), 1)
+    return {"W_enc": sae.W_enc, "b_enc": b_enc, "threshold": pi[:, [-sae.config.k]]}
 
 
 def test_their_readers_give_our_features(folder, quickstart_run):
@@ -73,15 +129,25 @@ def test_their_readers_give_our_features(folder, quickstart_run):
         assert_same(saes[name.partition("/")[2]], x, theirs)
 
 
-def test_their_saes_give_the_same_features_here(folder):
-    """Gated, ReLU and JumpReLU ones; with inputs that are centred and that are not."""
+def test_their_readers_give_the_features_of_other_kinds(other_kinds):
+    ask("read", other_kinds)
+    x, found = np.load(other_kinds / "x.npy"), outputs(other_kinds / "read.npz")
+    assert len(found) == 14
+    for name, theirs in found.items():
+        assert_same(of_kind(name.partition("/")[2], x), x, theirs)
+
+
+def test_their_saes_give_the_same_features_here(other_kinds):
+    """With inputs that are centred and that are not. What batches select is a JumpReLU SAE in SAELens' files."""
+    folder = other_kinds
     ask("make", folder)
     x, saes = np.load(folder / "x.npy"), gsae_jax.load(folder / "theirs")
     found = outputs(folder / "made.npz")
     assert sorted(found) == sorted(saes)
-    assert len(found) == 10
-    kinds = {"gated": "gated", "standard": "relu", "jumprelu": "jumprelu"}
-    trainers = ("gated", "relu", "jumprelu", "relu")
+    assert len(found) == 21
+    kinds = {"gated": "gated", "standard": "relu", "topk": "topk", "free rows": "topk"}
+    kinds |= dict.fromkeys(("jumprelu", "batchtopk", "matryoshka"), "jumprelu")
+    trainers = ("gated", "relu", "jumprelu", "relu", "topk", "batch_topk", "matryoshka")
     for name, theirs in found.items():
         stack, _, index = name.rpartition("_")
         assert saes[name].architecture == kinds.get(stack, trainers[int(index)]), name
@@ -111,3 +177,74 @@ def test_saelens_measures_what_our_report_says(folder, quickstart_run):
         expected = {"l0": record["l0"], "explained_variance": 1 - record["fvu"]}
         expected |= {"ce_loss_score": record["loss_recovered"], "l1": record["l1"], "cossim": record["cosine"]}
         assert {key: theirs[key] for key in expected} == pytest.approx(expected, rel=1e-5), name
+
+
+def test_trained_alike_dictionary_learning_and_we_come_to_the_same(other_kinds):
+    """Five steps from the same parameters on the same batches: losses, and parameters by how far they moved."""
+    D, F, B, rate, decay = 32, 96, 64, 1e-3, batch_topk.DECAY
+    settings = {"k": 8, "auxk_coefficient": 1 / 32, "group_fractions": [0.25, 0.25, 0.5], "threshold_decay": decay}
+    settings |= {"bandwidth": 0.05, "l0_coefficient": 1e-4, "learning_rate": rate, "dead": list(range(0, F, 3))}
+    batches = 0.1 * np.random.default_rng(0).standard_normal((5, B, D), np.float32)
+    selecting = {"k": 8, "b1": 0.9}
+    own = {
+        "topk": selecting,
+        "batch_topk": selecting,
+        "matryoshka": selecting | {"prefixes": (0.25, 0.5, 1.0)},
+        "jumprelu": {"l1_coefficients": (1e-4,), "bandwidth": 0.05 / math.sqrt(D)},
+    }
+    (other_kinds / "start").mkdir()
+    stacks = {}
+    for name, options in own.items():
+        config = gsae_jax.stack_config(name, SITE, F, learning_rates=(rate,), **options)
+        stacks[name] = Stack.build("a", gsae_jax.experiment(stacks={"a": config}).stacks["a"], {SITE: D}, "float32")
+        params = {key: np.array(value[0]) for key, value in stacks[name].init().params.items()}
+        params["W_enc"] = params["W_enc"] + 0.1 * np.random.default_rng(1).standard_normal((D, F), np.float32)
+        params["W_enc"][:, settings["dead"]] *= 0.1  # so that they are positive, and not among the largest
+        params.pop("threshold", None)
+        if name == "jumprelu":
+            params["threshold"] = np.linspace(0.04, 0.06, F, dtype=np.float32)
+            np.savez(other_kinds / "start" / "jumprelu of pre-activations.npz", **params)
+        np.savez(other_kinds / "start" / f"{name}.npz", **params)
+    np.save(other_kinds / "batches.npy", batches)
+    (other_kinds / "settings.json").write_text(json.dumps(settings))
+    ask("steps", other_kinds)
+    for name, stack in stacks.items():
+        start = dict(np.load(other_kinds / "start" / f"{name}.npz"))
+        losses, params = stepped(stack, start, batches, settings["dead"])
+
+        def apart(theirs, start=start, params=params):
+            """How far from theirs each parameter is, relatively to how far it moved."""
+            return {
+                key: np.linalg.norm(params[key] - theirs[key]) / np.linalg.norm(theirs[key] - value)
+                for key, value in start.items()
+            }
+
+        theirs = dict(np.load(other_kinds / "stepped" / f"{name}.npz"))
+        if name == "jumprelu":
+            # What lies below a threshold has no gradient in their L0: `StepFunction.apply(f, ...)` is of features.
+            assert losses[0] * D == pytest.approx(theirs["losses"][0], rel=1e-5)
+            assert apart(theirs)["threshold"] > 0.01
+            theirs = dict(np.load(other_kinds / "stepped" / "jumprelu of pre-activations.npz"))
+        np.testing.assert_allclose(np.array(losses) * D, theirs["losses"], rtol=1e-5, err_msg=name)
+        assert max(apart(theirs).values()) < 1e-3, (name, apart(theirs))
+        if name in ("batch_topk", "matryoshka"):
+            np.testing.assert_allclose(params["threshold"], theirs["threshold"], rtol=1e-5)
+
+
+def stepped(stack, start, batches, dead):
+    """(Losses, parameters) of a stack of one SAE after a step on each batch [B, D], from `start`."""
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(1, 1), jax.devices()[:1])
+    specs = stack.specs()
+
+    def update(state, x):
+        return stack.update(state, {SITE: x}, jnp.int32(3), jnp.float32(1), dead_after=9)
+
+    step = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(specs, P("data")), out_specs=(specs, P())))
+    state = stack.init()
+    since = jnp.zeros_like(state.steps_since_fired).at[:, jnp.array(dead)].set(9)
+    params = state.params | {name: jnp.asarray(value)[None] for name, value in start.items()}
+    state, losses = dataclasses.replace(state, params=params, steps_since_fired=since), []
+    for x in batches:
+        state, statistics = step(state, x)
+        losses.append(float(statistics["loss"][0]))
+    return losses, {name: np.asarray(value[0]) for name, value in state.params.items()}

@@ -1,8 +1,9 @@
-"""dictionary_learning: a folder of `config.json` and `ae.pt` (dictionary_learning/dictionary.py of 0.1.0).
+"""dictionary_learning: a folder of `config.json` and `ae.pt` (dictionary.py and trainers/ of 0.1.0).
 
 Activations of its language model go in as they are: what it normalises in training it folds into the saved biases.
 """
 
+import itertools
 import os
 import re
 import zipfile
@@ -19,6 +20,8 @@ from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import reading, writing
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
+LAYERS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+JUMPRELU = {name: name for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")}
 # Its class -> (our architecture, {our name: its name}).
 CLASSES = {
     "GatedAutoEncoder": (
@@ -32,18 +35,24 @@ CLASSES = {
             "b_dec": "decoder_bias",
         },
     ),
-    "AutoEncoder": (
-        "relu",
-        {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "bias"},
-    ),
-    "JumpReluAutoEncoder": ("jumprelu", {name: name for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")}),
+    "AutoEncoder": ("relu", LAYERS | {"b_dec": "bias"}),
+    "JumpReluAutoEncoder": ("jumprelu", JUMPRELU),
+    "AutoEncoderTopK": ("topk", LAYERS | {"b_dec": "b_dec"}),
+    "BatchTopKSAE": ("batch_topk", LAYERS | {"b_dec": "b_dec", "threshold": "threshold"}),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", JUMPRELU),
     # Inputs are not centred. Read only: the form of a baseline is AutoEncoder.
-    "AutoEncoderNew": (
-        "relu",
-        {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "decoder.bias"},
-    ),
+    "AutoEncoderNew": ("relu", LAYERS | {"b_dec": "decoder.bias"}),
 }
-TRAINERS = {"gated": "GatedSAETrainer", "relu": "StandardTrainer", "jumprelu": "JumpReluTrainer"}
+TRAINERS = {
+    "gated": "GatedSAETrainer",
+    "relu": "StandardTrainer",
+    "jumprelu": "JumpReluTrainer",
+    "topk": "TopKTrainer",
+    "batch_topk": "BatchTopKTrainer",
+    "matryoshka": "MatryoshkaBatchTopKTrainer",
+}
+SELECTING = ("topk", "batch_topk", "matryoshka")  # whose number of features is in the config, and in a tensor
+UNSET = -1.0  # the threshold of a TopK SAE that has none
 TRAINER: dict[str, tuple[Any, ...]] = {
     "dict_class": tuple(CLASSES),
     "trainer_class": (str,),
@@ -64,7 +73,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     with errors.about(sae.name):
         params = _as_loaded(name, params)
     layer = re.match(r"blocks\.(\d+)\.", sae.sites[0])
-    config = {
+    config: dict[str, Any] = {
         "trainer": {
             "dict_class": name,
             "trainer_class": TRAINERS[sae.architecture],
@@ -81,6 +90,17 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
         theirs: torch.from_numpy(np.array(params[ours].T if _turned(theirs) else params[ours], order="C"))
         for ours, theirs in names.items()
     }
+    if sae.architecture in SELECTING:
+        config["trainer"]["k"] = sae.config.k
+        thresholds = np.unique(params.get("threshold", UNSET))
+        if len(thresholds) > 1:
+            why = f"has thresholds from {thresholds[0]:g} to {thresholds[-1]:g}, and a {name} has one for all features"
+            raise UserError(f"{why}; write the format saelens or jumprelu", sae.name)
+        state["threshold"] = torch.tensor(thresholds[0].item())
+        state["k"] = torch.tensor(sae.config.k, dtype=torch.int)
+    if sae.architecture == "matryoshka":
+        groups = [end - start for start, end in itertools.pairwise((0, *sae.config.sizes))]
+        state["group_sizes"] = torch.tensor(groups)
     with writing.new_folder(path) as folder:
         files.write_json(folder / CONFIG, config)
         with open(folder / WEIGHTS, "wb") as file:  # torch writes the name of a path into the file
@@ -105,11 +125,17 @@ def read(path: Path) -> trained.SAE:
     # Theirs is written where the source of activations has a config.
     buffer: Any = config.get("buffer", {} if ours is None else None)
     faults = files.misfits(trainer, TRAINER, "trainer.")
+    architecture, names = CLASSES.get(trainer["dict_class"], ("", {})) if not faults else ("", {})
+    if architecture in SELECTING:
+        faults += files.misfits(trainer, {"k": (int,)}, "trainer.")
     faults += files.misfits(buffer, {"ctx_len": (int, None, *[...] * (ours is None))}, "buffer.")
     if ours is not None:
         faults += files.misfits(ours, OURS, f"{records.KEY}.")
     files.refuse(path / CONFIG, faults)
-    architecture, names = CLASSES[trainer["dict_class"]]
+    F, options = trainer["dict_size"], {}
+    if architecture in SELECTING:
+        options["k"] = trainer["k"]
+        files.refuse(path / CONFIG, [] if 1 <= trainer["k"] <= F else [f"trainer.k is not from 1 to dict_size ({F})"])
     if ours is None:
         carried = {"trainer": trainer, "buffer": buffer}
         metadata = {"model_name": trainer["lm_name"], "context_size": buffer.get("ctx_len")}
@@ -117,17 +143,51 @@ def read(path: Path) -> trained.SAE:
     else:
         site, record, metadata = ours["site"], ours["record"], ours["metadata"]
         faults = files.misfits(metadata, records.METADATA, f"{records.KEY}.metadata.")
-        files.refuse(path / CONFIG, faults + records.misfits(record, architecture, f"{records.KEY}.record."))
+        faults += records.misfits(record, architecture, f"{records.KEY}.record.", F, options)
+        files.refuse(path / CONFIG, faults)
 
-    shapes = records.shapes(architecture, names, trainer["activation_dim"], trainer["dict_size"])
+    shapes = records.shapes(architecture, names, trainer["activation_dim"], F)
     wanted = {theirs: shapes[name][:: -1 if _turned(theirs) else 1] for name, theirs in names.items()}
-    tensors = files.read_tensors(path / WEIGHTS, _contents(path / WEIGHTS), wanted)
+    about, reader = _contents(path / WEIGHTS)
+    sizes: tuple[int, ...] = ()
+    if architecture in SELECTING:
+        wanted |= {"threshold": ()}
+        sizes = _numbers(path / WEIGHTS, (about, reader), architecture, F, trainer["k"])
+    tensors = files.read_tensors(path / WEIGHTS, (about, reader), wanted)
     params = {name: tensors[theirs].T if _turned(theirs) else tensors[theirs] for name, theirs in names.items()}
+    if architecture in SELECTING and "threshold" in params:
+        params["threshold"] = np.full(F, params["threshold"])
+    if sizes and record is None:
+        options["prefixes"] = tuple(size / F for size in sizes)
     if trainer["dict_class"] == "AutoEncoderNew":
         params = records.recentered(architecture, params)
     with errors.about(str(path / WEIGHTS)):
         params = _as_loaded(trainer["dict_class"], params)
-    return records.build(path, architecture, params, site, record, metadata)
+    sae = records.build(path, architecture, params, site, record, metadata, options)
+    if sizes and sae.config.sizes != sizes:
+        files.refuse(path / WEIGHTS, [f"group_sizes are not those of the options ({sae.config.prefixes})"])
+    return sae
+
+
+def _numbers(file: Path, contents: files.Contents, architecture: str, F: int, k: int) -> tuple[int, ...]:
+    """Takes the tensors of integers from the contents of a file, and checks them.
+
+    Returns:
+        The sizes of a Matryoshka SAE's prefixes.
+    """
+    about, reader = contents
+    wanted: dict[str, files.Shape] = {"k": ()}
+    if architecture == "matryoshka":
+        shape = about.get("group_sizes", ((0,), ""))[0]
+        wanted["group_sizes"] = shape if len(shape) == 1 else (1,)
+    integers = {name: about.pop(name) for name in wanted if name in about}
+    numbers = files.read_tensors(file, (integers, reader), wanted, ("int32", "int64"))
+    sizes = np.cumsum(numbers.get("group_sizes", ()), dtype=int).tolist()
+    faults = [] if numbers["k"] == k else [f"the tensor k is {numbers['k']:g}, but trainer.k is {k}"]
+    if sizes and (sizes[-1] != F or numbers["group_sizes"].min() < 1):
+        faults.append(f"the tensor group_sizes is not a list of numbers above 0 that sum to dict_size ({F})")
+    files.refuse(file, faults)
+    return tuple(sizes)
 
 
 def _as_loaded(dict_class: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,10 @@ import numpy as np
 
 from gsae_jax.formats import files, jumprelu, records
 from gsae_jax.saes import trained
-from gsae_jax.storage import reading, writing
+from gsae_jax.storage import writing
 
-WEIGHTS, RECORD = "params.npz", "gsae_jax.json"
+WEIGHTS = "params.npz"
 TENSORS = ("W_dec", "W_enc", "b_dec", "b_enc", "threshold")
-KINDS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), records.KEY: (dict,)}
 
 
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
@@ -25,8 +24,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     with writing.new_folder(path) as folder:
         params: dict[str, Any] = records.held(sae, {"jumprelu": TENSORS})
         np.savez(folder / WEIGHTS, **{name: params[name] for name in TENSORS})
-        record = {"site": sae.site, "metadata": sae.metadata, records.KEY: records.record(sae)}
-        files.write_json(folder / RECORD, record)
+        records.write_beside(sae, folder)
 
 
 def recognises(path: Path) -> bool:
@@ -41,17 +39,7 @@ def read(path: Path) -> trained.SAE:
         UserError: everything that does not fit.
     """
     weights = path if path.suffix == ".npz" else path / WEIGHTS
-    beside, record = weights.with_name(RECORD), None
-    site, metadata = None, {}
-    if beside.exists():
-        tree = reading.read_json(beside, strict=True)
-        faults = files.misfits(tree, KINDS)
-        faults += [f"{name} is not known" for name in sorted(set(tree) - set(KINDS))]
-        files.refuse(beside, faults)
-        site, metadata, record = tree["site"], tree["metadata"], tree[records.KEY]
-        faults = files.misfits(metadata, records.METADATA, "metadata.")
-        files.refuse(beside, faults + records.misfits(record, "jumprelu", f"{records.KEY}."))
-
+    site, metadata, record = records.read_beside(weights.parent, "jumprelu")
     contents = files.npz_contents(weights)
     # The sizes are those of the biases.
     D, F = (math.prod(contents[0].get(name, ((0,), ""))[0]) for name in ("b_dec", "b_enc"))

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from gsae_jax import plugins
 from gsae_jax.errors import UserError
-from gsae_jax.formats import foreign
 from gsae_jax.saes import trained
 from gsae_jax.storage import run_directory
 
 logger = logging.getLogger(__name__)
+
+LANGUAGE_MODEL = ("model.safetensors", "model.safetensors.index.json", "tokenizer.json")
 
 
 def read(path: Path) -> dict[str, trained.SAE]:
@@ -18,8 +19,7 @@ def read(path: Path) -> dict[str, trained.SAE]:
     Warns of folders beside them that are no SAE, one that was copied in part for example.
 
     Raises:
-        UserError: a file that does not fit its format, a folder of a kind that cannot be read, or two SAEs of one
-            name.
+        UserError: a file that does not fit its format, a folder of a language model, or two SAEs of one name.
     """
     formats = plugins.known("formats", having="recognises").values()
     folders = path.is_dir() and not run_directory.Workdir(path, field="").holds_run()
@@ -27,9 +27,9 @@ def read(path: Path) -> dict[str, trained.SAE]:
     inside = sorted(folder for folder in path.glob("[!.]*") if folder.is_dir()) if folders else []
     saes: dict[str, trained.SAE] = {}
     others = []
-    foreign.check(path)
+    _check(path)
     for folder in [path] if any(format.recognises(path) for format in formats) else inside:
-        foreign.check(folder)
+        _check(folder)
         format = next((format for format in formats if format.recognises(folder)), None)
         if format is None:
             others.append(folder.name)
@@ -43,3 +43,9 @@ def read(path: Path) -> dict[str, trained.SAE]:
             f"{path} also has entries that are not SAEs in a known format; they are left out: {', '.join(others)}"
         )
     return saes
+
+
+def _check(path: Path) -> None:
+    """Raises `UserError` for a folder of a language model."""
+    if (path / "config.json").is_file() and any((path / name).is_file() for name in LANGUAGE_MODEL):
+        raise UserError("holds a language model and no SAE; write the folder of an SAE", str(path))

@@ -17,12 +17,13 @@ def form(sae: trained.SAE) -> trained.SAE:
     """The same function as a JumpReLU SAE, with thresholds that have a logarithm.
 
     Raises:
-        UserError: a gated SAE whose encoder is not tied.
+        UserError: an architecture without this form, or a gated SAE whose encoder is not tied.
         DivergedError: numbers that are not finite, or overflow in this form.
     """
     convert = contract.converter(sae.architecture, "jumprelu")
     if convert is None:
-        raise UserError(f"is of architecture {sae.architecture!r}, which has no JumpReLU form", sae.name)
+        what = f"is of architecture {sae.architecture!r}, which has no JumpReLU form"
+        raise UserError(f"{what}; write another format", sae.name)
     arrays = records.arrays(sae)
     with errors.within(sae.name):
         params: dict[str, Any] = convert(arrays, sae.config)

@@ -1,19 +1,22 @@
-"""OpenMOSS' llamascopium (Language-Model-SAEs): `config.json` and `sae_weights.safetensors`; read only.
+"""OpenMOSS' llamascopium (Language-Model-SAEs): `config.json` and `sae_weights.safetensors`.
 
-Of its SAEs those with ReLU or JumpReLU (llamascopium/models/sae.py of 2.0.0b34). Inputs are not centred. A norm of
-activations that its weights were trained for and that is not in them yet is folded into them.
+Of its SAEs those with ReLU, JumpReLU or TopK (llamascopium/models/sae.py of 2.0.0b34). Inputs are not centred. A norm
+of activations that its weights were trained for and that is not in them yet is folded into them. It ignores fields of
+`config.json` that it does not know, but what we know besides goes into a file beside it.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from gsae_jax.config import INT32
-from gsae_jax.formats import files, records
+from gsae_jax.formats import files, jumprelu, records
 from gsae_jax.saes import contract, parameters, trained
-from gsae_jax.storage import reading
+from gsae_jax.storage import reading, writing
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 KINDS: dict[str, tuple[Any, ...]] = {
@@ -21,19 +24,60 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "d_model": (int,),
     "expansion_factor": (int, float),
     "use_decoder_bias": (bool,),
-    "act_fn": ("relu", "jumprelu"),
+    "act_fn": ("relu", "jumprelu", "topk"),
     "norm_activation": ("dataset-wise", "inference"),
     "sparsity_include_decoder_norm": (bool,),
     "hook_point_in": (str,),
     "hook_point_out": (str,),
     "use_glu_encoder": (False,),
-    # These say nothing of the function.
     "top_k": (int, ...),
+    # These say nothing of the function.
     "use_triton_kernel": (bool, ...),
     "sparsity_threshold_for_triton_spmm_kernel": (int, float, ...),
     "jumprelu_threshold_window": (int, float, ...),
 }
 THRESHOLD = "activation_function.log_jumprelu_threshold"
+# Ours -> theirs.
+TENSORS = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
+HELD = {"relu": tuple(TENSORS), "topk": tuple(TENSORS), "jumprelu": (*TENSORS, "threshold")}
+
+
+def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
+    """Write a new folder, of other architectures with the JumpReLU form.
+
+    Raises:
+        UserError: an SAE or a path that cannot be used.
+    """
+    if sae.architecture not in HELD:
+        sae = jumprelu.form(sae)
+    params, D, F = records.held(sae, HELD), sae.config.d_in, sae.config.width
+    if parameters.input_bias(sae.functions):
+        params = records.decentred(sae.architecture, params)
+    tensors = {theirs: np.asarray(params[ours]) for ours, theirs in TENSORS.items()}
+    if sae.architecture == "jumprelu":
+        thresholds = np.maximum(params["threshold"], np.finfo(np.float32).tiny)
+        tensors[THRESHOLD] = np.log(thresholds, dtype=np.float64).astype(np.float32)
+    factor = F / D
+    while int(D * factor) < F:  # as they compute the width
+        factor = math.nextafter(factor, math.inf)
+    config = {
+        "sae_type": "sae",
+        "d_model": D,
+        "expansion_factor": factor,
+        "use_decoder_bias": True,
+        "act_fn": sae.architecture,
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": False,
+        "hook_point_in": sae.site,
+        "hook_point_out": sae.site,
+        "use_glu_encoder": False,
+    }
+    if sae.architecture == "topk":
+        config["top_k"] = sae.config.k
+    with writing.new_folder(path) as folder:
+        safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+        files.write_json(folder / CONFIG, config)
+        records.write_beside(sae, folder)
 
 
 def recognises(path: Path) -> bool:
@@ -57,8 +101,14 @@ def read(path: Path) -> trained.SAE:
         faults.append(f"d_model and expansion_factor are not both above 0 and up to {INT32}")
     files.refuse(path / CONFIG, faults)
     architecture, site = config["act_fn"], config["hook_point_in"]
-
     D, F = config["d_model"], int(config["d_model"] * config["expansion_factor"])
+    options = {"k": config.get("top_k", 50)} if architecture == "topk" else {}
+    faults = [f"top_k is {k}, not from 1 to the number of features ({F})" for k in options.values() if not 1 <= k <= F]
+    files.refuse(path / CONFIG, faults)
+    ours, metadata, record = records.read_beside(path, architecture, F, options)
+    if record is None:
+        metadata = {"llamascopium": config}
+
     wanted: dict[str, files.Shape] = {"W_E": (D, F), "b_E": (F,), "W_D": (F, D)}
     wanted |= {"b_D": (D,)} if config["use_decoder_bias"] else {}
     wanted |= {THRESHOLD: (F,)} if architecture == "jumprelu" else {}
@@ -83,4 +133,6 @@ def read(path: Path) -> trained.SAE:
     params = parameters.fold(module, params, units, units)
     if parameters.input_bias(module):
         params = records.recentered(architecture, params)
-    return records.build(path, architecture, params, site, None, {"llamascopium": config})
+    if architecture == "topk" and config["sparsity_include_decoder_norm"]:
+        params = records.of_unit_rows(params)
+    return records.build(path, architecture, params, site if record is None else ours, record, metadata, options)

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from gsae_jax.formats import files
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, trained
 from gsae_jax.saes import parameters as tables
+from gsae_jax.storage import reading
 
 KEY = "gsae_jax"  # of the record, in files of other projects
+FILE = "gsae_jax.json"  # which has it, beside files that have no place for it
 KINDS: dict[str, tuple[Any, ...]] = {
     "name": (str,),
     "options": (dict,),
@@ -31,6 +33,8 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "seed": (int, None),
     "scale": (float, int, None),
     "norm_limit": (float, int, None),
+    # Where an export of another architecture would have the same file.
+    "architecture": (str, ...),
     # Exports of earlier versions have none of these.
     "run": (str, ...),
     "stack": (str, ...),
@@ -47,6 +51,7 @@ RANGES = {
 }
 # Of a folder, and of a line in a table or a figure.
 NAME = r"[\w=+-][\w .=+-]{0,119}"
+NONE: Mapping[str, Any] = types.MappingProxyType({})
 # SAELens' names, of what other formats have a place for too.
 METADATA: dict[str, tuple[Any, ...]] = {
     "model_name": (str, None, ...),
@@ -54,6 +59,8 @@ METADATA: dict[str, tuple[Any, ...]] = {
     "dataset_path": (str, None, ...),
     "prepend_bos": (bool, None, ...),
 }
+# Of the file beside.
+BESIDE: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), KEY: (dict,)}
 
 
 class DivergedError(UserError):
@@ -77,6 +84,37 @@ def record(sae: trained.SAE) -> dict[str, Any]:
         "dtype": sae.config.dtype,
         "options": contract.options(sae.config),
     }
+
+
+def write_beside(sae: trained.SAE, folder: Path) -> None:
+    """Write the record, the site and the metadata to a file of their own."""
+    files.write_json(folder / FILE, {"site": sae.site, "metadata": sae.metadata, KEY: record(sae)})
+
+
+def read_beside(
+    folder: Path, architecture: str, width: int = 1, options: Mapping[str, Any] = NONE
+) -> tuple[str | None, dict[str, Any], dict[str, Any] | None]:
+    """(Site, metadata, record) of such a file; (None, {}, None) where there is none.
+
+    Args:
+        folder: of the file.
+        architecture: as for `misfits`.
+        width: as for `misfits`.
+        options: as for `misfits`.
+
+    Raises:
+        UserError: everything that does not fit.
+    """
+    beside = folder / FILE
+    if not beside.exists():
+        return None, {}, None
+    tree = reading.read_json(beside, strict=True)
+    faults = files.misfits(tree, BESIDE)
+    faults += [f"{name} is not known" for name in sorted(set(tree) - set(BESIDE))]
+    files.refuse(beside, faults)
+    faults = files.misfits(tree["metadata"], METADATA, "metadata.")
+    files.refuse(beside, faults + misfits(tree[KEY], architecture, f"{KEY}.", width, options))
+    return tree["site"], tree["metadata"], tree[KEY]
 
 
 def arrays(sae: trained.SAE) -> dict[str, Any]:
@@ -119,13 +157,61 @@ def shapes(architecture: str, names: Iterable[str], D: int, F: int) -> dict[str,
 
 def recentered(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a file that centres inputs by b_dec if our architecture does not, or the reverse."""
+    return _moved(architecture, params, 1)
+
+
+def decentred(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters for a file of which `recentered` makes these, up to rounding.
+
+    Of what `recentered` makes of the result, this function makes the result again.
+    """
+    return _moved(architecture, recentered(architecture, _moved(architecture, params, -1)), -1)
+
+
+def _moved(architecture: str, params: dict[str, Any], sign: int) -> dict[str, Any]:
+    """Parameters whose pre-activations are larger by b_dec @ encoder, or smaller, if our architecture does not centre.
+
+    `sign`: 1, or -1 for the reverse.
+    """
     module = contract.module_of(architecture)
-    sign = 1 if tables.input_bias(module) else -1
+    if tables.input_bias(module) is None:
+        sign = -sign
     return contract.shifted(module, params, sign * params["b_dec"])
 
 
-def misfits(record: dict[str, Any] | None, architecture: str, where: str = "") -> list[str]:
-    """What is wrong with a record; None, of a file that is not ours, has nothing wrong."""
+def of_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of an SAE that compares features by their activations times the norms of their decoder rows.
+
+    Here features are compared as they are. So they are multiplied by the norms, and the rows are divided by them.
+    """
+    norms = np.linalg.norm(np.asarray(params["W_dec"], np.float64), axis=-1)
+    scaled = {name: params[name] * norms for name in ("W_enc", "b_enc")}
+    scaled["W_dec"] = params["W_dec"] / np.where(norms > 0, norms, 1)[:, None]
+    return params | {name: value.astype(np.float32) for name, value in scaled.items()}
+
+
+def architecture(record: Any, candidates: Sequence[str]) -> str:
+    """The architecture that a record names, of those that a file may be of; without a name, the first."""
+    named = record.get("architecture") if isinstance(record, dict) else None
+    return next((name for name in candidates if name == named), candidates[0])
+
+
+def misfits(
+    record: dict[str, Any] | None,
+    architecture: str,
+    where: str = "",
+    width: int = 1,
+    options: Mapping[str, Any] = NONE,
+) -> list[str]:
+    """What is wrong with a record; None, of a file that is not ours, has nothing wrong.
+
+    Args:
+        record: of a file.
+        architecture: of the SAE.
+        where: what the fields' names begin with.
+        width: features.
+        options: those that the other fields of the file state, such as `k`.
+    """
     if record is None:
         return []
     faults = files.misfits(record, KINDS, where)
@@ -133,15 +219,21 @@ def misfits(record: dict[str, Any] | None, architecture: str, where: str = "") -
         if not re.fullmatch(NAME, record["name"]):
             known_as = "up to 120 letters, digits, spaces and _.=+-, not beginning with a dot or a space"
             faults.append(f"{where}name is {record['name'][:60]!r}; it has {known_as}")
+        if (named := record.get("architecture", architecture)) != architecture:
+            faults.append(f"{where}architecture is {named[:60]!r}, not {architecture!r}")
         faults += [
             f"{where}{name} is {json.dumps(record[name])[:60]}, not from {low:g} to {high:g}"
             for name, (low, high) in RANGES.items()
             if record.get(name) is not None and not low <= record[name] <= high
         ]
+        faults += [
+            f"{where}options.{name} is {json.dumps(record['options'][name])[:60]}, but {name} is {value}"
+            for name, value in options.items()
+            if record["options"].get(name, value) != value
+        ]
+        module, given = contract.module_of(architecture), {**options, **record["options"]}
         try:
-            contract.build_config(
-                contract.module_of(architecture), architecture, (1,), None, 1, record["dtype"], record["options"]
-            )
+            contract.build_config(module, architecture, (1,), None, width, record["dtype"], given)
         except UserError as error:
             faults.append(f"{where}{error}")
         faults += [f"{where}{name} is not known" for name in sorted(set(record) - set(KINDS))]
@@ -155,8 +247,11 @@ def build(
     site: str | None,
     record: dict[str, Any] | None,
     metadata: dict[str, Any],
+    options: Mapping[str, Any] = NONE,
 ) -> trained.SAE:
     """The SAE of a file, with its record; one that is not ours has the name of its folder, or file.
+
+    `options`: those that the other fields of the file state, such as `k`.
 
     Raises:
         UserError: parameters that do not fit the record, or overflow.
@@ -172,7 +267,8 @@ def build(
     files.refuse(path, [f"the parameter {name} has numbers that are not finite or overflow" for name in names])
     width, d_in = params["W_dec"].shape
     with errors.within(name):
-        config = contract.build_config(module, architecture, (d_in,), None, width, record["dtype"], record["options"])
+        given = {**options, **record["options"]}
+        config = contract.build_config(module, architecture, (d_in,), None, width, record["dtype"], given)
     wanted = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
     if wanted.keys() != params.keys():
         kind = contract.variant(architecture, config)

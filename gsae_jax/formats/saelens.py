@@ -9,21 +9,30 @@ import safetensors.numpy
 
 from gsae_jax import rendering
 from gsae_jax.errors import UserError
-from gsae_jax.formats import files, foreign, records
+from gsae_jax.formats import files, records, sparsify
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import reading, writing
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.54.12"  # whose format this is
-ARCHITECTURES = {"gated": "gated", "relu": "standard", "jumprelu": "jumprelu"}  # ours -> theirs
+# Ours -> theirs. As in SAELens, what batches select is a JumpReLU SAE afterwards.
+ARCHITECTURES = {
+    "gated": "gated",
+    "relu": "standard",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "batch_topk": "jumprelu",
+    "matryoshka": "jumprelu",
+}
 # Theirs, by our names.
 TENSORS = {
     "gated": {"W_gate": "W_enc", "b_gate": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"},
-    "relu": {"W_enc": "W_enc", "b_enc": "b_enc"},
+    "standard": {"W_enc": "W_enc", "b_enc": "b_enc"},
+    "topk": {"W_enc": "W_enc", "b_enc": "b_enc"},
     "jumprelu": {"W_enc": "W_enc", "b_enc": "b_enc", "threshold": "threshold"},
 }
 KINDS: dict[str, tuple[Any, ...]] = {
-    "architecture": tuple(ARCHITECTURES.values()),
+    "architecture": tuple(TENSORS),
     "d_in": (int,),
     "d_sae": (int,),
     "dtype": tuple(files.FLOATS.values()),
@@ -33,9 +42,10 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "reshape_activations": ("none", "hook_z"),
     "metadata": (dict,),
 }
+TOPK: dict[str, tuple[Any, ...]] = {"k": (int,), "rescale_acts_by_decoder_norm": (bool,)}  # more fields, of that kind
 # Fields that only SAELens before 6 writes.
 EARLIER: dict[str, tuple[Any, ...]] = {
-    "activation_fn_str": ("relu",),
+    "activation_fn_str": ("relu", "topk"),
     "sae_lens_version": (str,),
     "sae_lens_training_version": (str,),
     "hook_point": (str,),
@@ -54,7 +64,10 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     params = records.held(sae, {name: _tensors(name) for name in ARCHITECTURES})
     names = _tensors(sae.architecture)
     site = {"hook_name": sae.site} if sae.site else {}
-    metadata = {"sae_lens_version": VERSION} | sae.metadata | site | {records.KEY: records.record(sae)}
+    record = records.record(sae)
+    if sae.architecture != _ours(ARCHITECTURES[sae.architecture])[0]:
+        record["architecture"] = sae.architecture
+    metadata = {"sae_lens_version": VERSION} | sae.metadata | site | {records.KEY: record}
     with writing.new_folder(path) as folder:
         safetensors.numpy.save_file({theirs: params[ours] for ours, theirs in names.items()}, folder / WEIGHTS)
         config = {
@@ -69,6 +82,8 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
             "reshape_activations": "hook_z" if sae.sites[0].endswith("hook_z") else "none",
             "metadata": metadata,
         }
+        if sae.architecture == "topk":
+            config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
         files.write_json(folder / CONFIG, config)
         card = rendering.render(
             "saelens_card.md",
@@ -83,7 +98,7 @@ def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
 
 def recognises(path: Path) -> bool:
     """Whether a path is such a folder."""
-    return (path / CONFIG).is_file() and not foreign.is_sparsify(path)
+    return (path / CONFIG).is_file() and not sparsify.recognises(path)
 
 
 def read(path: Path) -> trained.SAE:
@@ -101,15 +116,19 @@ def read(path: Path) -> trained.SAE:
             str(path / CONFIG),
         )
     files.check_supported(path / CONFIG, config, KINDS, ("normalize_activations", "reshape_activations"))
-    faults = files.misfits(config, KINDS)
-    faults += [f"{name} is not a field of an SAE for inference" for name in sorted(set(config) - set(KINDS))]
+    kinds = KINDS | (TOPK if config.get("architecture") == "topk" else {})
+    faults = files.misfits(config, kinds)
+    faults += [f"{name} is not a field of an SAE for inference" for name in sorted(set(config) - set(kinds))]
     metadata = dict(config["metadata"]) if isinstance(config.get("metadata"), dict) else {}
     if "metadata" in config and not faults:
         faults += files.misfits(metadata, METADATA, "metadata.")
     files.refuse(path / CONFIG, faults)
-    (architecture,) = (ours for ours, theirs in ARCHITECTURES.items() if theirs == config["architecture"])
     record, site = metadata.pop(records.KEY, None), metadata.pop("hook_name", None)
-    files.refuse(path / CONFIG, records.misfits(record, architecture, f"metadata.{records.KEY}."))
+    architecture = records.architecture(record, _ours(config["architecture"]))
+    F, options = config["d_sae"], {name: config[name] for name in ("k",) if name in config}
+    faults += [f"k is {k}, not from 1 to d_sae ({F})" for k in options.values() if not 1 <= k <= F]
+    faults += records.misfits(record, architecture, f"metadata.{records.KEY}.", F, options)
+    files.refuse(path / CONFIG, faults)
 
     names = _tensors(architecture)
     shapes = records.shapes(architecture, names, config["d_in"], config["d_sae"])
@@ -119,7 +138,9 @@ def read(path: Path) -> trained.SAE:
     params = {ours: tensors[theirs] for ours, theirs in names.items()}
     if config["apply_b_dec_to_input"] != _centres(architecture):
         params = records.recentered(architecture, params)
-    return records.build(path, architecture, params, site, record, metadata)
+    if config.get("rescale_acts_by_decoder_norm"):
+        params = records.of_unit_rows(params)
+    return records.build(path, architecture, params, site, record, metadata, options)
 
 
 def _is_earlier(config: dict[str, Any]) -> bool:
@@ -130,10 +151,15 @@ def _is_earlier(config: dict[str, Any]) -> bool:
     return bool(re.match(r"[0-5](\.|$)", str(metadata.get("sae_lens_version"))))
 
 
+def _ours(architecture: str) -> list[str]:
+    """Our architectures that are this one of theirs; the first is what a file of theirs is read as."""
+    return [ours for ours, theirs in ARCHITECTURES.items() if theirs == architecture]
+
+
 def _centres(architecture: str) -> bool:
     """Whether b_dec is subtracted from inputs."""
     return parameters.input_bias(contract.module_of(architecture)) is not None
 
 
 def _tensors(architecture: str) -> dict[str, str]:
-    return TENSORS[architecture] | {"W_dec": "W_dec", "b_dec": "b_dec"}
+    return TENSORS[ARCHITECTURES[architecture]] | {"W_dec": "W_dec", "b_dec": "b_dec"}

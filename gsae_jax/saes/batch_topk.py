@@ -39,6 +39,20 @@ def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
     return topk.init(key, config) | {"threshold": jnp.zeros(config.width)}
 
 
+def from_jumprelu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The function of a JumpReLU SAE, which is the form of BatchTopK SAEs in other libraries' files.
+
+    Training moves all thresholds towards one.
+    """
+    b_enc = linalg.shifted(params["b_enc"], params["b_dec"], params["W_enc"])
+    return params | {"b_enc": b_enc, "threshold": jax.nn.relu(params["threshold"])}
+
+
+def from_matryoshka(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The same parameters."""
+    return dict(params)
+
+
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
     """Feature activations [B, F]."""
     f_BxF = linalg.rectified(x_BxD, linalg.center(params), params["W_enc"], params["b_enc"], config.dtype)

@@ -134,6 +134,15 @@ def from_jumprelu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Ar
     return same | {"W_gate": params["W_enc"], "b_gate": b_gate, "b_mag": b_mag, "r_mag": jnp.zeros_like(b_mag)}
 
 
+def from_batch_topk(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The same function as a BatchTopK SAE's after training, with its running threshold."""
+    start = from_relu(params, config)
+    return start | {"b_gate": params["b_enc"] - jax.nn.relu(params["threshold"])}
+
+
+from_matryoshka = from_batch_topk
+
+
 def frozen(config: Config) -> set[str]:
     """The names of parameters that training leaves as they are."""
     return set(PARAMETERS) - {"r_mag", "b_mag"} if config.only_magnitude else set()

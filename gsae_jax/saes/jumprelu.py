@@ -113,6 +113,15 @@ def from_relu_april(params: dict[str, jax.Array], config: Any) -> dict[str, jax.
     return unit | {"threshold": jnp.zeros_like(unit["b_enc"])}
 
 
+def from_batch_topk(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The same function as a BatchTopK SAE's after training, with its running threshold."""
+    b_enc = linalg.shifted(params["b_enc"], -params["b_dec"], params["W_enc"])
+    return params | {"b_enc": b_enc, "threshold": jax.nn.relu(params["threshold"])}
+
+
+from_matryoshka = from_batch_topk
+
+
 def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict[str, jax.Array]:
     """Parameters with shift @ encoder added to the encoder's bias, and so to all pre-activations."""
     return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}

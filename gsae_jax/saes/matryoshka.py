@@ -24,6 +24,7 @@ from gsae_jax.saes.contract import WHOLE, Batch, Shards, Statistics
 PARAMETERS, SPARSITY, RECIPE = batch_topk.PARAMETERS, batch_topk.SPARSITY, batch_topk.RECIPE
 learning_rate = batch_topk.learning_rate
 init, shifted, encode, decode = batch_topk.init, batch_topk.shifted, batch_topk.encode, batch_topk.decode
+from_jumprelu, from_batch_topk = batch_topk.from_jumprelu, batch_topk.from_matryoshka
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,7 +167,7 @@ class SAE(Sites):
 
         Args:
             path: the new folder.
-            format: saelens, dictionary_learning, gemma_scope or jumprelu.
+            format: saelens, dictionary_learning, gemma_scope, jumprelu, llamascopium or sparsify.
 
         Raises:
             UserError: the format is unknown or cannot store this SAE, or the path exists. Nothing was written.

@@ -178,7 +178,7 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     loop.train(config_trees.from_dict(config_lib.Experiment, config), root / "places" / "run")
 
     (root / "foreign").mkdir()
-    for kind in ("gated", "relu", "jumprelu"):
+    for kind in ("gated", "relu", "jumprelu", "topk", "batch_topk"):
         sae_files.SAES[kind]().save(root / "foreign" / f"saelens {kind}")
     for version, change in {"3": {}, "5": {"architecture": "gated"}, "topk": {"activation_fn_str": "topk"}}.items():
         earlier = root / "foreign" / f"saelens {version}"
@@ -187,10 +187,7 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     sae_files.SAES["jumprelu"]().save(root / "foreign" / "scope", "gemma_scope")
     for act_fn in ("relu", "jumprelu", "topk"):
         sae_files.llamascopium(root / "foreign" / act_fn, act_fn=act_fn)
-    (root / "foreign" / "sparsify").mkdir()
-    (root / "foreign" / "sparsify" / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 32, "d_in": 12}))
-    weights = root / "foreign" / "saelens relu" / "sae_weights.safetensors"
-    shutil.copy(weights, root / "foreign" / "sparsify" / "sae.safetensors")
+    sae_files.sparsify(root / "foreign" / "sparsify")
     (root / "foreign" / "several").mkdir()
     shutil.copytree(root / "foreign" / "scope", root / "foreign" / "several" / "a")
     shutil.copytree(root / "foreign" / "sparsify", root / "foreign" / "several" / "b")
