@@ -1,4 +1,4 @@
-"""The peers' environment: SAELens and dictionary_learning, PyTorch libraries, apart from ours."""
+"""The peers' environment: SAELens, dictionary_learning and others, PyTorch libraries, apart from ours."""
 
 import importlib.util
 import subprocess
@@ -6,13 +6,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LIBRARIES = ("sae-lens==6.54.12", "dictionary-learning==0.1.0", "torch==2.13.0")
+LIBRARIES = (
+    "sae-lens==6.54.12",
+    "dictionary-learning==0.1.0",
+    "eai-sparsify==1.3.3",
+    "llamascopium==2.0.0b34",
+    "torch==2.13.0",
+)
+NAMES = ("sae_lens", "dictionary_learning", "sparsify", "llamascopium")  # of what they install
 ENVIRONMENT = ROOT / "build" / "peers"
 
 
 def existing():
     """The interpreter that has the peers: this one, or that of their environment; None where neither has them."""
-    if all(importlib.util.find_spec(name) for name in ("sae_lens", "dictionary_learning")):
+    if all(importlib.util.find_spec(name) for name in NAMES):
         return Path(sys.executable)
     installed = ENVIRONMENT / "installed.txt"
     same = installed.exists() and installed.read_text().split() == list(LIBRARIES)

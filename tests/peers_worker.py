@@ -1,4 +1,4 @@
-"""What SAELens and dictionary_learning make of a folder, in their own environment: peers_worker.py ORDER FOLDER.
+"""What SAELens and others make of a folder, in their own environment: peers_worker.py ORDER FOLDER.
 
 read: features and reconstructions of `x.npy` [B, D], for every SAE in `ours/FORMAT/NAME`.
 make: SAEs of theirs, trained for some steps on `x.npy` and saved by them in `theirs`; with features, as above.
@@ -22,6 +22,8 @@ from dictionary_learning import training
 from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
 from dictionary_learning.utils import load_dictionary
 from huggingface_hub.errors import EntryNotFoundError
+from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+from llamascopium.models.sparse_dictionary import SparseDictionary
 from sae_lens import SAE, evals
 from sae_lens import saes as sae_lens_saes
 from sae_lens.config import SAETrainerConfig
@@ -30,6 +32,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
+from sparsify import SparseCoder, SparseCoderConfig
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 SITE, STEPS, BATCH, K = "blocks.0.hook_mlp_out", 50, 256, 8
@@ -48,7 +51,29 @@ def gemma_scope(folder):
     return SAE.load_from_disk(folder, converter=converter)
 
 
+def sparsify(folder):
+    """Its SAE with features [B, F] instead of the values and the indices of each token's."""
+    coder = SparseCoder.load_from_disk(folder)
+
+    def encode(x):
+        values, indices, pre_acts = coder.encode(x)
+        return torch.zeros_like(pre_acts).scatter_(1, indices, values)
+
+    return SimpleNamespace(encode=encode, decode=lambda f: coder.decode(*f.topk(coder.cfg.k)))
+
+
+def llamascopium(folder):
+    """Its SAE for activations as they are. Where a TopK SAE compares features by their rows' norms, ours have these."""
+    sae = SparseDictionary.from_pretrained(str(folder))
+    if sae.cfg.norm_activation == "dataset-wise":
+        sae.standardize_parameters_of_dataset_norm()
+    norms = sae.decoder_norm() if sae.cfg.act_fn == "topk" and sae.cfg.sparsity_include_decoder_norm else torch.ones(())
+    return SimpleNamespace(encode=lambda x: sae.encode(x) * norms, decode=lambda f: sae.decode(f / norms))
+
+
 READERS = {
+    "sparsify": sparsify,
+    "llamascopium": llamascopium,
     "saelens": SAE.load_from_disk,
     "jumprelu": SAE.load_from_disk,
     "gemma_scope": gemma_scope,
@@ -171,7 +196,46 @@ def make(folder, x):
     for index in range(len(trainers)):
         sae, _ = load_dictionary(folder / "theirs" / f"trainer_{index}", "cpu")
         found[f"trainer_{index}"] = outputs(sae, x)
+    for name, path in (*made_by_sparsify(D, folder), *made_by_llamascopium(D, folder, x)):
+        found[path.name] = outputs(READERS[name](path), x)
     save(folder / "made.npz", found)
+
+
+def made_by_sparsify(D, folder):
+    """An SAE with random parameters; in a folder with the name of the module that it reads."""
+    coder = SparseCoder(D, SparseCoderConfig(k=K, num_latents=96))
+    path = folder / "theirs" / "layers.0_0"
+    with torch.no_grad():
+        coder.b_dec += 0.1 * torch.randn(D)
+        coder.encoder.bias += 0.1 * torch.randn(96)
+    coder.save_to_disk(path)
+    yield "sparsify", path
+
+
+def made_by_llamascopium(D, folder, x):
+    """SAEs with random parameters, of each activation function."""
+    for index, (act_fn, by_norm) in enumerate((("relu", True), ("jumprelu", True), ("topk", True), ("topk", False))):
+        config = SAEConfig(
+            d_model=D,
+            expansion_factor=2,
+            act_fn=act_fn,
+            top_k=K,
+            sparsity_include_decoder_norm=by_norm,
+            hook_point_in=SITE,
+            hook_point_out=SITE,
+        )
+        sae = SparseAutoEncoder(config)
+        sae.init_parameters(
+            encoder_uniform_bound=D**-0.5, decoder_uniform_bound=D**-0.5, init_log_jumprelu_threshold_value=-1.0
+        )
+        with torch.no_grad():
+            sae.b_D += 0.1 * torch.randn(D)
+            sae.b_E += 0.1 * torch.randn(2 * D)
+        sae.set_dataset_average_activation_norm({SITE: x.norm(dim=1).mean().item()})
+        path = folder / "theirs" / f"llamascopium_{index}"
+        sae.save_pretrained(path)
+        sae.cfg.save_hyperparameters(path)
+        yield "llamascopium", path
 
 
 def steps(folder, x):

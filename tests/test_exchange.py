@@ -397,8 +397,8 @@ def test_what_dictionary_learning_says_twice_is_the_same(tmp_path):
     (tmp_path / "a" / "config.json").write_text(json.dumps({"trainer": config["trainer"], "buffer": {}}))
     (back,) = gsae_jax.load(tmp_path / "a").values()  # as theirs, of few steps
     assert (back.architecture, back.config.k, back.config.sizes) == ("matryoshka", K, (20, 40))
-    x = np.asarray(inputs())
-    pi = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    x, p = np.asarray(inputs()), {name: np.asarray(value) for name, value in sae.params.items()}
+    pi = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
     np.testing.assert_allclose(back.encode(x), np.maximum(pi, 0), rtol=1e-5, atol=1e-5)
     uneven = dataclasses.replace(sae, params=sae.params | {"threshold": sae.params["threshold"].at[3].set(1)})
     with refused("stack_2", "thresholds from 0.4 to 1", "saelens or jumprelu"):

@@ -1,4 +1,4 @@
-"""Our exports in SAELens and dictionary_learning, and their SAEs here (`pytest -m peers`, with torch)."""
+"""Our exports in other libraries, and their SAEs here (`pytest -m peers`, with torch)."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ from tests import references, sae_files
 
 pytestmark = pytest.mark.peers
 SITE = "blocks.0.hook_mlp_out"
-FORMATS = ("saelens", "jumprelu", "gemma_scope", "dictionary_learning")
+FORMATS = ("saelens", "jumprelu", "gemma_scope", "dictionary_learning", "llamascopium")
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +57,35 @@ def other_kinds(tmp_path_factory):
     x = np.asarray(lm.activations(tokens, [SITE])[SITE]).reshape(-1, lm.sites[SITE])
     np.save(folder / "x.npy", x)
     for name in KINDS:
-        for format in ("saelens", "jumprelu", "gemma_scope", "dictionary_learning"):
+        for format in (*FORMATS, "sparsify"):
             if sae_files.holds(format, name)[0]:
                 of_kind(name, x).save(folder / "ours" / format / name, format)
     return folder
 
 
-KINDS = ("jumprelu", "topk", "batch_topk", "matryoshka")
+KINDS = ("relu", "jumprelu", "topk", "batch_topk", "matryoshka")
 
 
 def of_kind(name, x, width=512, k=16):
     """An SAE with about k active features on a token, and an encoder that is not the decoder's transpose."""
     module = contract.module_of(name)
-    options = {} if name == "jumprelu" else {"k": k}
+    options = {"k": k} if contract.sparsity(module) else {}
     config = module.Config(x.shape[1], width, **options)
-    params = module.init(jax.random.key(0), config)
-    params["W_enc"] += 0.02 * jax.random.normal(jax.random.key(1), params["W_enc"].shape)
-    params["b_dec"] = jnp.asarray(x.mean(0))
+    params = {key: np.array(value) for key, value in module.init(jax.random.key(0), config).items()}
+    random = np.random.default_rng(1)
+    params["W_enc"] += 0.02 * random.standard_normal(params["W_enc"].shape, np.float32)
+    params["b_dec"] = x.mean(0)
     pi = (x - params["b_dec"]) @ params["W_enc"]
-    params["b_enc"] = -jnp.mean(pi, 0)
-    threshold = np.quantile(np.asarray(pi + params["b_enc"]), 1 - k / width)
+    params["b_enc"] = -pi.mean(0)
+    threshold = np.quantile(pi + params["b_enc"], 1 - k / width).astype(np.float32)
     if "threshold" in params:
-        params["threshold"] = jnp.full(width, threshold)
+        params["threshold"] = np.full(width, threshold)
+    if name == "relu":
+        params["b_enc"] -= threshold
     if name == "jumprelu":
         params["b_enc"] -= params["b_dec"] @ params["W_enc"]
-        params["threshold"] *= jax.random.uniform(jax.random.key(2), width, minval=0.8, maxval=1.2)
-    return trained.SAE(f"{name}_0", name, config, SITE, params)
+        params["threshold"] *= random.uniform(0.8, 1.2, width).astype(np.float32)
+    return trained.SAE(f"{name}_0", name, config, SITE, {key: jnp.asarray(value) for key, value in params.items()})
 
 
 def ask(order, folder):
@@ -115,9 +118,10 @@ def form_of(sae, x):
     """The parameters of the JumpReLU form; of a TopK SAE with thresholds [B, 1], each the least selected activation."""
     if sae.architecture != "topk":
         return jumprelu.form(sae).params
-    b_enc = sae.b_enc - sae.b_dec @ sae.W_enc
-    pi = np.sort(np.asarray(x @ sae.W_enc + b_enc), 1)
-    return {"W_enc": sae.W_enc, "b_enc": b_enc, "threshold": pi[:, [-sae.config.k]]}
+    W_enc, b_enc, b_dec = (np.asarray(sae.params[name], np.float64) for name in ("W_enc", "b_enc", "b_dec"))
+    b_enc -= b_dec @ W_enc
+    pi = np.sort(x @ W_enc + b_enc, 1)
+    return {"W_enc": W_enc, "b_enc": b_enc, "threshold": pi[:, [-sae.config.k]]}
 
 
 def test_their_readers_give_our_features(folder, quickstart_run):
@@ -132,7 +136,7 @@ def test_their_readers_give_our_features(folder, quickstart_run):
 def test_their_readers_give_the_features_of_other_kinds(other_kinds):
     ask("read", other_kinds)
     x, found = np.load(other_kinds / "x.npy"), outputs(other_kinds / "read.npz")
-    assert len(found) == 14
+    assert len(found) == sum(sae_files.holds(format, name)[0] for format in (*FORMATS, "sparsify") for name in KINDS)
     for name, theirs in found.items():
         assert_same(of_kind(name.partition("/")[2], x), x, theirs)
 
@@ -144,14 +148,18 @@ def test_their_saes_give_the_same_features_here(other_kinds):
     x, saes = np.load(folder / "x.npy"), gsae_jax.load(folder / "theirs")
     found = outputs(folder / "made.npz")
     assert sorted(found) == sorted(saes)
-    assert len(found) == 21
+    assert len(found) == 26
     kinds = {"gated": "gated", "standard": "relu", "topk": "topk", "free rows": "topk"}
     kinds |= dict.fromkeys(("jumprelu", "batchtopk", "matryoshka"), "jumprelu")
-    trainers = ("gated", "relu", "jumprelu", "relu", "topk", "batch_topk", "matryoshka")
+    numbered = {
+        "trainer": ("gated", "relu", "jumprelu", "relu", "topk", "batch_topk", "matryoshka"),
+        "layers.0": ("topk",),
+        "llamascopium": ("relu", "jumprelu", "topk", "topk"),
+    }
     for name, theirs in found.items():
         stack, _, index = name.rpartition("_")
-        assert saes[name].architecture == kinds.get(stack, trainers[int(index)]), name
-        assert saes[name].metadata["model_name"] == "small"
+        assert saes[name].architecture == (numbered[stack][int(index)] if stack in numbered else kinds[stack]), name
+        assert saes[name].metadata.get("model_name") == (None if stack in ("layers.0", "llamascopium") else "small")
         assert_same(saes[name], x, theirs)
 
 
