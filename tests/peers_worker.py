@@ -65,10 +65,13 @@ def sparsify(folder):
 def llamascopium(folder):
     """Its SAE for activations as they are. Where a TopK SAE compares features by their rows' norms, ours have these."""
     sae = SparseDictionary.from_pretrained(str(folder))
-    if sae.cfg.norm_activation == "dataset-wise":
-        sae.standardize_parameters_of_dataset_norm()
+    scale = 1.0
+    if sae.cfg.norm_activation == "dataset-wise":  # folding that into its parameters would leave thresholds as they are
+        scale = sae.cfg.d_model**0.5 / sae.dataset_average_activation_norm[sae.cfg.hook_point_in]
     norms = sae.decoder_norm() if sae.cfg.act_fn == "topk" and sae.cfg.sparsity_include_decoder_norm else torch.ones(())
-    return SimpleNamespace(encode=lambda x: sae.encode(x) * norms, decode=lambda f: sae.decode(f / norms))
+    return SimpleNamespace(
+        encode=lambda x: sae.encode(x * scale) * norms / scale, decode=lambda f: sae.decode(f * scale / norms) / scale
+    )
 
 
 READERS = {
@@ -150,11 +153,21 @@ def read(folder, x):
 
 
 def make(folder, x):
-    found = {}
-    D = x.shape[1]
+    found, D = {}, x.shape[1]
     torch.manual_seed(0)
-    # A mean that b_dec has to learn: centring, or not, then shows.
     batches = [x[torch.randint(len(x), (BATCH,))] for _ in range(STEPS)]
+    for name, path in (
+        *made_by_saelens(D, folder, batches),
+        *made_by_dictionary_learning(D, folder, batches),
+        *made_by_sparsify(D, folder),
+        *made_by_llamascopium(D, folder, x),
+    ):
+        found[path.name] = outputs(READERS[name](path), x)
+    save(folder / "made.npz", found)
+
+
+def made_by_saelens(D, folder, batches):
+    """(Reader, folder) of each kind, with inputs that are centred and that are not."""
     for centred in (True, False):
         for name, (kind, options) in SAELENS.items():
             metadata = SAEMetadata(hook_name=SITE, model_name="small")
@@ -167,42 +180,40 @@ def make(folder, x):
                 trainer.step(batch)
                 trainer.n_training_steps += 1
             with torch.no_grad():
-                sae.b_dec += 0.1 * torch.randn(D)
+                sae.b_dec += 0.1 * torch.randn(D)  # a mean: centring, or not, then shows
             path = folder / "theirs" / f"{name}_{int(centred)}"
             sae.save_inference_model(path)
-            found[path.name] = outputs(SAE.load_from_disk(path), x)
-    trainers = {
-        "GatedAutoEncoder": gdm.GatedSAETrainer,
-        "AutoEncoder": standard.StandardTrainer,
-        "JumpReluAutoEncoder": jumprelu.JumpReluTrainer,
-        "AutoEncoder whose rows are not unit": standard.StandardTrainerAprilUpdate,
-        "AutoEncoderTopK": top_k.TopKTrainer,
-        "BatchTopKSAE": batch_top_k.BatchTopKTrainer,
-        "MatryoshkaBatchTopKSAE": matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
-    }
+            yield "saelens", path
+
+
+def made_by_dictionary_learning(D, folder, batches):
+    """(Reader, folder) of each trainer."""
+    penalised, selecting = dict(sparsity_warmup_steps=10), dict(k=K, threshold_start_step=10)
+    trainers = (
+        (gdm.GatedSAETrainer, penalised),
+        (standard.StandardTrainer, penalised),
+        (jumprelu.JumpReluTrainer, penalised),
+        (standard.StandardTrainerAprilUpdate, penalised),  # whose rows are not unit
+        (top_k.TopKTrainer, selecting),
+        (batch_top_k.BatchTopKTrainer, selecting),
+        (matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer, selecting | dict(group_fractions=[0.25, 0.75])),
+    )
     settings = dict(activation_dim=D, dict_size=96, layer=0, lm_name="small", lr=1e-2, device="cpu", steps=STEPS)
     settings |= dict(warmup_steps=5, submodule_name="resid_post_layer_0")
-    penalised, selecting = dict(sparsity_warmup_steps=10), dict(k=K, threshold_start_step=10)
-    grouped = selecting | dict(group_fractions=[0.25, 0.75])
-    of_each = [penalised] * 4 + [selecting, selecting, grouped]
     training.trainSAE(
         batches,
-        [{"trainer": trainer, **settings, **own} for trainer, own in zip(trainers.values(), of_each, strict=True)],
+        [{"trainer": trainer, **settings, **own} for trainer, own in trainers],
         steps=STEPS,
         save_dir=str(folder / "theirs"),
         device="cpu",
         normalize_activations=True,
     )
     for index in range(len(trainers)):
-        sae, _ = load_dictionary(folder / "theirs" / f"trainer_{index}", "cpu")
-        found[f"trainer_{index}"] = outputs(sae, x)
-    for name, path in (*made_by_sparsify(D, folder), *made_by_llamascopium(D, folder, x)):
-        found[path.name] = outputs(READERS[name](path), x)
-    save(folder / "made.npz", found)
+        yield "dictionary_learning", folder / "theirs" / f"trainer_{index}"
 
 
 def made_by_sparsify(D, folder):
-    """An SAE with random parameters; in a folder with the name of the module that it reads."""
+    """(Reader, folder) of an SAE with random parameters; in a folder with the name of the module that it reads."""
     coder = SparseCoder(D, SparseCoderConfig(k=K, num_latents=96))
     path = folder / "theirs" / "layers.0_0"
     with torch.no_grad():
@@ -213,7 +224,7 @@ def made_by_sparsify(D, folder):
 
 
 def made_by_llamascopium(D, folder, x):
-    """SAEs with random parameters, of each activation function."""
+    """(Reader, folder) of SAEs with random parameters, of each activation function."""
     for index, (act_fn, by_norm) in enumerate((("relu", True), ("jumprelu", True), ("topk", True), ("topk", False))):
         config = SAEConfig(
             d_model=D,

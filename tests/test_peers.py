@@ -81,7 +81,7 @@ def of_kind(name, x, width=512, k=16):
     if "threshold" in params:
         params["threshold"] = np.full(width, threshold)
     if name == "relu":
-        params["b_enc"] -= threshold
+        params["b_enc"] -= threshold / 4  # more are active, so that no token has only features that are hardly active
     if name == "jumprelu":
         params["b_enc"] -= params["b_dec"] @ params["W_enc"]
         params["threshold"] *= random.uniform(0.8, 1.2, width).astype(np.float32)
