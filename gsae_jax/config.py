@@ -167,6 +167,15 @@ class Stack(Sites):
     coefficient_warmup_fraction: float | None = setting(
         None, "Fraction of training in which the l1 coefficient rises from 0; 0 = none; None = as for b1.", 0.0
     )
+    kl_fraction: float = setting(
+        0.0,
+        "Fraction of training, at its end, whose loss has the KL divergence of the language model's predictions with "
+        "the SAE spliced in; 0 = none, 1 = all of training.",
+        SAME,
+    )
+    kl_weight: float = setting(
+        0.5, "Share of the squared error that the KL divergence replaces in that part; 1 = all of it.", SAME
+    )
 
     def __len__(self) -> int:
         return max(len(self.l1_coefficients), len(self.learning_rates), len(self.seeds), len(self.target_l0))
@@ -208,6 +217,22 @@ class Stack(Sites):
             value = getattr(self, field)
             if value is not None and not 0 <= value < most:
                 raise UserError(f"is {value:g}; write a number from 0 to below {most:.4g}", field)
+        if not 0 <= self.kl_fraction <= 1:
+            raise UserError(
+                f"is {self.kl_fraction:g}; write a fraction of training from 0 (none) to 1 (all of it)", "kl_fraction"
+            )
+        if not 0 < self.kl_weight <= 1:
+            raise UserError(
+                f"is {self.kl_weight:g}; write a share above 0 and at most 1, or kl_fraction=0 to train without the "
+                "KL divergence",
+                "kl_weight",
+            )
+        if self.kl_fraction and len(self.targets) > 1:
+            raise UserError(
+                f"is {self.kl_fraction:g}, but the stack writes {len(self.targets)} sites, and the KL divergence is "
+                "of reconstructions at one; write 0",
+                "kl_fraction",
+            )
         if self.target_l0 and min(self.l1_coefficients, default=1) == 0:
             raise UserError(
                 "has a 0, but target_l0 needs a positive value to start from; write a first guess such as 0.01",
@@ -377,6 +402,12 @@ class Experiment:
                 "checkpoint.keep_best",
             )
         for name, stack in self.stacks.items():
+            if stack.kl_fraction and batch % self.data.context_length:
+                raise UserError(
+                    f"is {batch}, but stacks.{name}.kl_fraction needs whole rows in an update; write a multiple of "
+                    f"data.context_length ({self.data.context_length})",
+                    "train.batch_size",
+                )
             if stack.target_l0 and self.train.steps < 2:
                 raise UserError(f"is 1, too few to reach stacks.{name}.target_l0; write more", "train.steps")
             if stack.target_l0 and self.train.warmup_steps >= 2 * self.train.steps // 3:
@@ -401,6 +432,19 @@ class Experiment:
         """`train.resample_steps`, as ends of calls of the train program."""
         per_call = self.updates_per_call
         return tuple(sorted({-(-step // per_call) * per_call for step in self.train.resample_steps}))
+
+    def kl_start(self, stack: str, steps: int | None = None) -> int:
+        """The step from which the loss of a stack has the KL divergence; `steps` where no step has it.
+
+        It is the end of a call of the train program. `steps` is the length of training, by default that of the config.
+        """
+        steps, fraction = self.train.steps if steps is None else steps, self.stacks[stack].kl_fraction
+        calls = max(1, round(fraction * steps / self.updates_per_call)) if fraction else 0
+        return steps - calls * self.updates_per_call
+
+    def kl_stacks(self, step: int) -> tuple[str, ...]:
+        """The stacks whose loss has the KL divergence in the call of the train program that begins at this step."""
+        return tuple(name for name in self.stacks if self.kl_start(name) <= step < self.train.steps)
 
     @property
     def forwards_per_call(self) -> int:

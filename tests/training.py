@@ -19,7 +19,7 @@ def begin(experiment, mesh=None):
     mesh = mesh or mesh_lib.make_mesh(experiment.mesh)
     checkpoint = Checkpoint.open(experiment.lm.path)
     program, tokenizer = preparation.build(experiment, mesh, checkpoint)
-    lm_params = checkpoint.params(program.module, experiment.lm.dtype)
+    lm_params = checkpoint.params(program.loaded, experiment.lm.dtype)
     rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**20)
     stream = rows_lib.batches(rows, experiment.rows_per_call, experiment.seed)
     return program, starting.start(program, lm_params, stream), lm_params, stream
@@ -27,7 +27,8 @@ def begin(experiment, mesh=None):
 
 def advance(program, state, lm_params, stream, calls):
     for _ in range(calls):
-        state, metrics, _ = program.train_step(state, lm_params, program.source.place(next(stream)))
+        train_step = program.step_at(int(state.step))
+        state, metrics, _ = train_step(state, lm_params, program.source.place(next(stream)))
     return state, jax.device_get(metrics)
 
 

@@ -52,6 +52,12 @@ def inputs(x: jax.Array, scale: jax.Array, mean_D: jax.Array | None) -> jax.Arra
     return x * scale
 
 
+def outputs(x: jax.Array, scale: jax.Array, mean_D: jax.Array | None) -> jax.Array:
+    """Activations [..., D] in float32 of reconstructions [..., D] of SAE inputs: the inverse of `inputs`."""
+    x = x / scale
+    return x if mean_D is None else x + jnp.expand_dims(mean_D, range(x.ndim - 1))
+
+
 def all_inputs(
     activations: Mapping[str, jax.Array], scales: Mapping[str, jax.Array], means: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:

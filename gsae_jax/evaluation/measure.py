@@ -262,7 +262,7 @@ def _clean(
     """
     replaced, read = {site for site, _, _ in places}, {site for _, _, others in places for site in others}
     activations: dict[str, jax.Array] = {}
-    tap = sites.capture(replaced | read | {_before(site) for site in replaced}, activations)
+    tap = sites.capture(replaced | read | {sites.stream_before(site) for site in replaced}, activations)
     hidden_RxTxD = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
 
     def context(
@@ -274,15 +274,12 @@ def _clean(
         zero = jnp.where(valid[..., None], jnp.zeros_like(x), x)
         masks = {"valid": valid, "typical": valid & (masking.norms(x) <= limit)}
         interventions = {"x": x, "zero": zero, "mean": mean}
-        beside = {"before": activations[_before(site)], "others": {other: activations[other] for other in others}}
+        others_here = {other: activations[other] for other in others}
+        beside = {"before": activations[sites.stream_before(site)], "others": others_here}
         return masks | interventions | beside
 
     each = zip(places, means, limits, strict=True)
     return hidden_RxTxD, [context(*place, mean, limit) for place, mean, limit in each]
-
-
-def _before(site: str) -> str:
-    return f"blocks.{sites.layer_of(site)}.hook_resid_pre"
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -303,7 +300,7 @@ def _losses(
     """
 
     def hidden(replacement_RxTxD: jax.Array) -> jax.Array:
-        tap = sites.splice({_before(site): lambda _: before_RxTxD, site: lambda _: replacement_RxTxD})
+        tap = sites.splice({sites.stream_before(site): lambda _: before_RxTxD, site: lambda _: replacement_RxTxD})
         return module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
 
     streams_NxRxTxD = jax.lax.map(hidden, jnp.stack(replacements))

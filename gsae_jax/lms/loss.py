@@ -48,6 +48,22 @@ def cross_entropy_and_divergence(
     return _by_position(module, params, at_position, (x_NxBxTxD, clean_BxTxD), tokens_BxT)
 
 
+def divergence(
+    module: Any, params: Any, x_BxTxD: jax.Array, clean_BxTxD: jax.Array, tokens_BxT: jax.Array
+) -> jax.Array:
+    """KL(clean || x) in nats [B, T-1], for training: its gradient computes the logits again instead of keeping them."""
+
+    def at_position(logits: Logits, streams: tuple[jax.Array, ...], _: jax.Array) -> jax.Array:
+        @jax.checkpoint
+        def nats(x_BxD: jax.Array, clean_BxD: jax.Array) -> jax.Array:
+            log_q_BxV, log_p_BxV = (jax.nn.log_softmax(logits(stream), axis=-1) for stream in (x_BxD, clean_BxD))
+            return jnp.sum(jnp.exp(log_p_BxV) * (log_p_BxV - log_q_BxV), axis=-1)
+
+        return nats(*streams)
+
+    return _by_position(module, params, at_position, (x_BxTxD, clean_BxTxD), tokens_BxT)
+
+
 def _nats(logits_BxV: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(Cross-entropy [B], log of the sum of exponentials [B])."""
     total_B = jax.nn.logsumexp(logits_BxV, axis=-1)

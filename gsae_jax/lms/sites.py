@@ -185,6 +185,11 @@ def layer_of(site: str) -> int:
     return int(match[1])
 
 
+def stream_before(site: str) -> str:
+    """The site of the residual stream that enters the block of a site."""
+    return f"blocks.{layer_of(site)}.hook_resid_pre"
+
+
 # Modules of a Hugging Face block and hooks of TransformerLens 3, by their names after the block's number, and the sites
 # that their outputs are.
 OUTPUTS = {

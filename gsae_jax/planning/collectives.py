@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from gsae_jax.lms.sites import layer_of
 from gsae_jax.training.step import Program
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -49,7 +50,8 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
 
     The SAEs' exchanges are those of the step as written (a compiler joins small ones), with matrices gathered in the
     type of the products. The language model gathers each block's parameters, sums what attention and MLP return along
-    `latent`, and turns embeddings from columns into rows.
+    `latent`, and turns embeddings from columns into rows. If only a part of training has the KL
+    divergence, the step is of this part.
     """
     config, shape = program.config, program.mesh.shape
     compute, item = (jnp.dtype(name).itemsize for name in (config.train.compute_dtype, config.lm.dtype))
@@ -65,7 +67,7 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
             for inner in jaxprs_in_params(eqn.params):
                 visit(inner, times * eqn.params.get("length", 1))
 
-    visit(jax.make_jaxpr(program.train_step)(state, lm_params, tokens).jaxpr, 1)
+    visit(jax.make_jaxpr(program.step_at(config.train.steps - 1))(state, lm_params, tokens).jaxpr, 1)
 
     times = config.forwards_per_call
     rows = config.activations.rows_per_forward // shape["data"]
@@ -75,7 +77,27 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
         if path.endswith(("W_O", "W_out")) and leaf.sharding.spec[0] == "latent":
             exchanges.count("all-reduce", ("latent",), times, stream)
     exchanges.count("all-to-all", ("data", "latent"), times, stream)
+    _count_kl(exchanges, program, lm_params)
     return exchanges
+
+
+def _count_kl(exchanges: Exchanges, program: Program, lm_params: Any) -> None:
+    """Add those of the KL divergence: of each SAE the parameters, their gradients, and the blocks after its site."""
+    config, shape = program.config, program.mesh.shape
+    for stack in program.stacks if program.whole is not None else ():
+        if not stack.config.kl_fraction:
+            continue
+        params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
+        trained, _ = stack.split(params)
+        size = 4 * sum(math.prod(value.shape) for value in trained.values()) / shape["latent"]
+        times = len(stack.config) * config.updates_per_call * config.forwards_per_call
+        exchanges.count("all-gather", ("data",), times, size)
+        exchanges.count("reduce-scatter", ("data",), times, size / shape["data"])
+        first = layer_of(stack.config.targets[0])
+        for path, _, axes, size in gathered(lm_params, shape):
+            block = re.match(r"blocks\.(\d+)/", path)
+            if block is None or int(block[1]) >= first:  # once for the predictions, and once for the gradient
+                exchanges.count("all-gather", axes, 2 * times, size)
 
 
 def gathered(lm_params: Any, shape: Mapping[str, int]) -> Iterator[tuple[str, Any, tuple[str, ...], int]]:

@@ -10,6 +10,7 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation.measure import AT_ONCE
 from gsae_jax.lms import attention
 from gsae_jax.lms.loss import logits_per_chunk
+from gsae_jax.lms.sites import layer_of
 from gsae_jax.planning import collectives
 from gsae_jax.saes.inference import floats_at_once
 from gsae_jax.training.step import Program, TrainState
@@ -26,6 +27,8 @@ def training(program: Program, state: TrainState, lm_params: Any) -> int:
     language model's forward pass holds two blocks' parameters, gathered, and a few arrays of activations. Beside either
     are the fresh activations, twice. In six cases of 4 to 512 TPUs it was 0.87 to 1.9 times what libtpu takes, which
     gathers as many SAEs ahead as it sees fit; no GPU was compared. XLA for CPUs takes over twice as much.
+
+    If a part of training has the KL divergence, the estimate is of a step of this part.
     """
     config, shape = program.config, program.mesh.shape
     data, latent, T = shape["data"], shape["latent"], config.data.context_length
@@ -36,7 +39,11 @@ def training(program: Program, state: TrainState, lm_params: Any) -> int:
     saes = sum(sizes) / latent * compute + 4 * one + 4 * sum(sizes) / latent / data + kept
     forward = _forward(program, lm_params, config.activations.rows_per_forward / data)
     fresh = 2 * item * config.rows_per_call / data * T * sum(program.widths.values())
-    return round(fresh + max(saes, forward))
+    if program.whole is None:
+        return round(fresh + max(saes, forward))
+    fresh += 4 * item * config.rows_per_call / data * T * program.whole.config.d_model
+    kl_gradients = 4 * sum(sizes) / latent / data
+    return round(fresh + kl_gradients + max(saes, forward, _end_to_end(program, state, lm_params)))
 
 
 def measuring(program: Program, state: TrainState, lm_params: Any, platform: str) -> dict[str, int]:
@@ -81,13 +88,36 @@ def _sizes(state: TrainState) -> list[int]:
     return [sum(x.size for x in jax.tree.leaves(stack.params)) for stack in state.stacks.values()]
 
 
+def _end_to_end(program: Program, state: TrainState, lm_params: Any) -> float:
+    """Of the KL divergence of one SAE, and its gradient."""
+    config, shape, lm = program.config, program.mesh.shape, program.whole.config
+    data, latent, T = shape["data"], shape["latent"], config.data.context_length
+    rows = config.rows_per_call / config.updates_per_call / config.forwards_per_call / data
+    layers, saes = [], []
+    for stack, size in zip(program.stacks, _sizes(state), strict=True):
+        if stack.config.kl_fraction:
+            layers.append(lm.n_layers - layer_of(stack.config.targets[0]))
+            one = size / len(stack.config) / latent
+            saes.append(2 * 4 * one + KEPT * 4 * rows * T * stack.sae.width / latent)
+    scores = 2 * 4 * rows * lm.n_heads / latent * T * T
+    block = scores + _active(program, rows)
+    logits = min(rows * T * lm.d_vocab, max(logits_per_chunk(mesh_lib.platform(program.mesh)), rows * lm.d_vocab))
+    return max(saes) + max(layers) * block + _forward(program, lm_params, rows) + 4 * LOGITS * logits
+
+
 def _forward(program: Program, lm_params: Any, rows: float) -> float:
     """Of a forward pass of so many rows on a device."""
     config, lm, shape = program.config, program.module.config, program.mesh.shape
-    latent, T, item = shape["latent"], config.data.context_length, jnp.dtype(config.lm.dtype).itemsize
+    latent, T = shape["latent"], config.data.context_length
     blocks: collections.Counter[str] = collections.Counter()
     for path, _, _, size in collectives.gathered(lm_params, shape):
         blocks[path.partition("/")[0]] += size
     scores = 2 * 4 * rows * lm.n_heads / latent * min(T, attention.QUERIES) * T
-    active = rows * T * (4 * 4 * lm.d_model + 3 * item * lm.d_mlp / latent)
-    return 2 * max(blocks.values()) + scores + active
+    return 2 * max(blocks.values()) + scores + _active(program, rows)
+
+
+def _active(program: Program, rows: float) -> float:
+    """The activations of one block."""
+    config, lm = program.config, program.module.config
+    T, item = config.data.context_length, jnp.dtype(config.lm.dtype).itemsize
+    return rows * T * (4 * 4 * lm.d_model + 3 * item * lm.d_mlp / program.mesh.shape["latent"])

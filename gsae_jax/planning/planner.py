@@ -25,6 +25,7 @@ from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
+from gsae_jax.lms.sites import layer_of
 from gsae_jax.planning import collectives, memory
 from gsae_jax.planning.hardware import CHIPS, GIB, NODE, Topology, bandwidth
 from gsae_jax.training.step import Program, TrainState
@@ -58,7 +59,7 @@ class Case:
         config, mesh = program.config, program.mesh
         shape = (config.rows_per_call, config.data.context_length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(mesh, "data"))
-        read, whole = (abstract_params(m, config.lm.dtype) for m in (program.module, checkpoint.module(mesh=mesh)))
+        read, whole = (abstract_params(m, config.lm.dtype) for m in (program.loaded, checkpoint.module(mesh=mesh)))
         return cls(program, program.abstract_state(), read, whole, tokens)
 
     @property
@@ -89,7 +90,7 @@ class Case:
         """Bytes and exchanges, compiled where that can be done; and, of each, "compiled" or "estimated"."""
         parts, method = self.estimate(), {"bytes": "estimated", "exchanges": "estimated"}
         if not isinstance(self.program.mesh, AbstractMesh):
-            step: Any = self.program.train_step
+            step: Any = self.program.step_at(self.program.config.train.steps - 1)  # the largest of a run
             lowered = step.lower(*self.arguments)
             method["bytes"] = "compiled"
             try:
@@ -233,7 +234,10 @@ def mesh_of(config: Experiment, topology: Topology) -> Any:
 
 
 def operations(program: Program, lm_params: Any) -> float:
-    """Floating-point operations of one call of the train step, as written, on all devices together."""
+    """Floating-point operations of one call of the train step, as written, on all devices together.
+
+    In the mean over training, where only a part of it has the KL divergence.
+    """
     config = program.config
     bare = dataclasses.replace(program.module, mesh=None)
     plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
@@ -249,7 +253,40 @@ def operations(program: Program, lm_params: Any) -> float:
             return s.loss(trained, state, x, lambda: jnp.zeros(s.sae.width, bool), jnp.int32(0), 1.0)[0]
 
         updates += len(stack.config) * _flops(jax.grad(loss), *stack.split(params), batch)
-    return config.forwards_per_call * forward + config.updates_per_call * updates
+    kl = _kl_operations(program, plain, forward) if program.whole is not None else 0.0
+    return config.forwards_per_call * forward + config.updates_per_call * updates + kl
+
+
+def _kl_operations(program: Program, lm_params: Any, forward: float) -> float:
+    """The same of the KL divergence; `forward`: of one forward pass as far as the sites, which is longer with it."""
+    config, lm = program.config, program.whole.config
+    bare = dataclasses.replace(program.whole, mesh=None)
+    rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
+    whole = _flops(lambda params, tokens: bare.apply({"params": params}, tokens, method="hidden"), lm_params, rows)
+    tokens = config.rows_per_call * config.data.context_length
+    # Logits of the clean predictions and of the others, both again for the gradient, and the gradient.
+    logits = 5 * 2 * tokens * lm.d_model * lm.d_vocab
+    total, longest = 0.0, 0.0
+    for stack in program.stacks:
+        if not stack.config.kl_fraction:
+            continue
+        share = 1 - config.kl_start(stack.name) / config.train.steps
+        params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
+        batch = {site: jax.ShapeDtypeStruct((tokens, D), jnp.float32) for site, D in program.widths.items()}
+        inputs, _ = stack.batch(batch)
+
+        def reconstruction(trained: Any, state: Any, inputs: Any, s: Any = stack) -> jax.Array:
+            params = trained | state
+            x_hat = s.architecture.decode(params, s.architecture.encode(params, inputs, s.sae))
+            return sum(x.sum() for x in jax.tree.leaves(x_hat))
+
+        sae = _flops(jax.grad(reconstruction), *stack.split(params), inputs)
+        # Of the blocks after the site: the forward pass, and the gradient by activations alone.
+        after = (lm.n_layers - layer_of(stack.config.targets[0])) / lm.n_layers
+        blocks = 2 * after * config.forwards_per_call * whole
+        total += share * len(stack.config) * (sae + blocks + logits)
+        longest = max(longest, share)
+    return total + longest * config.forwards_per_call * (whole - forward)
 
 
 def _flops(function: Any, *args: Any) -> float:

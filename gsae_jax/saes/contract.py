@@ -120,7 +120,8 @@ class Statistics(NamedTuple):
 
     Attributes:
         means: batch means by name. `loss`, `mse` (squared error over D), `l0`, `x_hat_sq` and `x_hat_dot_x` (the parts
-            of gamma, equation 10 of the paper) are wanted of every architecture.
+            of gamma, equation 10 of the paper) are wanted of every architecture. `mse` keeps its gradient: where the
+            loss has the KL divergence of the language model's predictions, this replaces a part of `mse`.
         fired: [F], which features were active on a token of the batch.
         state: the next value of every array that no gradient trains; empty where there is none. Shards of the data may
             disagree: their mean becomes the state.

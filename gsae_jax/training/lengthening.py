@@ -38,6 +38,12 @@ def consequences(config: Experiment, steps_before: int, step: int, parts: Sequen
             sentences.append(f"training adjusts {what} to reach target_l0 until step {end:,} (until {was:,} before)")
         else:
             sentences.append(f"{what} do not change any more: training adjusts them in its first two thirds only")
+    for name, stack in config.stacks.items():
+        was, start = (config.kl_start(name, steps) for steps in (steps_before, train.steps))
+        if stack.kl_fraction and was != start:
+            sentences.append(f"the loss of {name} has the KL divergence from step {start:,} on ({was:,} before)")
+            if was < step < start:
+                sentences.append(f"it does not have it between the steps {step:,} and {start:,}")
     if (rows := parts[-1]) > (earlier := max(parts[:-1])):
         sentences.append(
             f"the run reads {rows - earlier:,} more rows of text, after the {earlier:,} rows that it has read until now"

@@ -217,7 +217,10 @@ class _Loop:
     def _call(self, tokens: np.ndarray, placed: Any, progress: Progress) -> _Call:
         """Train on a batch, and resample where it is time."""
         config, program = self._prepared.config, self._prepared.program
-        self._state, statistics, dropped = program.train_step(self._state, self._prepared.source_params, placed)
+        if new := [name for name in config.kl_stacks(self._step) if config.kl_start(name) == self._step]:
+            progress.say(f"step {self._step:,}: from here on, the loss of {', '.join(new)} has the KL divergence")
+        train_step = program.step_at(self._step)
+        self._state, statistics, dropped = train_step(self._state, self._prepared.source_params, placed)
         self._step += config.updates_per_call
         if self._step in config.resampled_at:
             self._state, counts = program.resample(self._state)

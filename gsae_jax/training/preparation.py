@@ -92,7 +92,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         program, tokenizer = build(config, mesh, checkpoint)
         _check_starts(program, starts)
-        source_params = checkpoint.params(program.module, config.lm.dtype)
+        source_params = checkpoint.params(program.loaded, config.lm.dtype)
         fingerprint = checkpoint.fingerprint()
     processes.agree("lm.path", fingerprint, "give every process the same language model")
     d_vocab = program.module.config.d_vocab

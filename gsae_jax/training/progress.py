@@ -13,14 +13,20 @@ from gsae_jax import processes
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = (("L0", "l0", ".1f"), ("loss", "loss", ".4f"), ("γ", "gamma", ".3f"), ("dead", "dead", ".0f"))
+COLUMNS = (
+    ("L0", "l0", ".1f"),
+    ("loss", "loss", ".4f"),
+    ("KL", "kl", ".3f"),
+    ("γ", "gamma", ".3f"),
+    ("dead", "dead", ".0f"),
+)
 MOST = 4  # SAEs of a stack that are shown one by one; of more, the range
 WARM_UP = 2  # calls whose time says nothing about the others': they compile
 CALLS = 200  # the last ones, by which the remaining time is estimated
 
 
 class Progress:
-    """L0, loss, gamma and dead features of every stack, tokens/s and the time that remains.
+    """L0, loss, KL, gamma and dead features of every stack, tokens/s and the time that remains.
 
     On a terminal they stand in a bar and in a line for each stack below it. Elsewhere, and where standard output goes
     into a file or a pipe such as `| tee log`, each step that is logged is one line. Only the first process shows
@@ -89,7 +95,9 @@ def _shown(stack: str, values: dict[str, Any]) -> str:
     """The columns of one stack, `L0 12.1 30.5, loss 0.2013 0.1422`; `12.1 to 80.3` for many SAEs."""
     columns = []
     for title, statistic, form in COLUMNS:
-        numbers = values[f"{stack}/{statistic}"]
+        numbers = values.get(f"{stack}/{statistic}")
+        if numbers is None:  # there is no KL before the part of training that has it
+            continue
         shown = numbers if len(numbers) <= MOST else [min(numbers), max(numbers)]
         columns.append(f"{title} " + (" " if shown is numbers else " to ").join(f"{number:{form}}" for number in shown))
     return ", ".join(columns)

@@ -163,20 +163,21 @@ class Stack:
         )
 
     @property
-    def transposed(self) -> frozenset[str]:
+    def _by_rows(self) -> frozenset[str]:
         """Parameters [D, F] that the sparse step trains as [F, D], as it reads and adds rows of features."""
         table = self.architecture.PARAMETERS if self.sparsity else {}
         return frozenset(name for name, parameter in table.items() if parameter.axis == 1 and parameter.trained)
 
+    def transposed(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Parameters [N, ...], or their gradients, in the layout of `update`, or back from it."""
+        return {name: value.swapaxes(1, 2) if name in self._by_rows else value for name, value in values.items()}
+
     def transpose(self, state: StackState) -> StackState:
         """The state in the layout of `update`, or back from it."""
 
-        def swapped(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return {name: value.swapaxes(1, 2) if name in self.transposed else value for name, value in values.items()}
-
-        moments = {kind: swapped(values) for kind, values in optimiser.moments(state.second_moments).items()}
+        moments = {kind: self.transposed(values) for kind, values in optimiser.moments(state.second_moments).items()}
         second_moments = state.second_moments._replace(**moments)
-        return dataclasses.replace(state, params=swapped(state.params), second_moments=second_moments)
+        return dataclasses.replace(state, params=self.transposed(state.params), second_moments=second_moments)
 
     def update(
         self,
@@ -187,6 +188,7 @@ class Stack:
         gain: jax.typing.ArrayLike = 0.0,
         dead_after: int = 1000,
         warmup: jax.Array | None = None,
+        kl_grads: dict[str, jax.Array] | None = None,
     ) -> tuple[StackState, dict[str, jax.Array]]:
         """One step on one device of the mesh (inside `shard_map`); returns batch means [N] of the loss's statistics.
 
@@ -204,6 +206,8 @@ class Stack:
             gain: how far L0 off its target moves l1 coefficients.
             dead_after: updates without firing after which a feature is dead.
             warmup: the factor on l1 coefficients; None for 1.
+            kl_grads: gradients of the KL divergence (`end_to_end`), as `transposed` gives them, which replace a part of
+                those of the squared error; None outside of the part of training that has them.
         """
         table = self.architecture.PARAMETERS
         frozen = contract.frozen(self.architecture, self.sae)
@@ -211,12 +215,11 @@ class Stack:
 
         def whole(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
             return {
-                name: gather(value, 0 if name in self.transposed else table[name].axis)
-                for name, value in values.items()
+                name: gather(value, 0 if name in self._by_rows else table[name].axis) for name, value in values.items()
             }
 
         def as_declared(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return {name: value.T if name in self.transposed else value for name, value in params.items()}
+            return {name: value.T if name in self._by_rows else value for name, value in params.items()}
 
         def gradients(
             part: dict[str, jax.Array], own: dict[str, jax.Array], l1_coefficient: jax.Array, dead_F: jax.Array
@@ -234,6 +237,8 @@ class Stack:
                 value, statistics = self.loss(
                     params, kept, batch, lambda: gather(dead_F, 0), step, l1_coefficient, shards, features
                 )
+                if kl_grads is not None:
+                    value -= self.config.kl_weight * statistics.means["mse"]
                 # The mean over `data` inside the differentiated function: its transpose sums the gradients, once,
                 # rightly weighted.
                 return jax.lax.pmean(value, "data"), statistics
@@ -265,6 +270,8 @@ class Stack:
         else:
             of_each = [gradients(*jax.tree.map(lambda value, n=n: value[n], each)) for n in range(len(self.config))]
             grads, (statistics, fired, new_own) = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_each)
+        if kl_grads is not None:
+            grads = jax.tree.map(jnp.add, grads, kl_grads)
         fired = fired.astype(jnp.int32)
         if jax.lax.axis_size("data") > 1:
             fired = jax.lax.psum_scatter(fired, "data", scatter_dimension=1, tiled=True)

@@ -6,7 +6,7 @@ SAE updates are written for one device and mapped over the mesh by `shard_map`.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,10 +26,12 @@ from gsae_jax.lms.sites import check as check_site
 from gsae_jax.lms.sites import layer_of
 from gsae_jax.saes import parameters
 from gsae_jax.training import optimiser, resampling
+from gsae_jax.training.end_to_end import EndToEnd, Rows
 from gsae_jax.training.stacks import Stack, StackState
 
 P = PartitionSpec
 Metrics = dict[str, dict[str, jax.Array]]  # stack -> statistic -> [N]
+Step = Callable[..., tuple["TrainState", Metrics, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -60,13 +62,23 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """The compiled functions of an experiment: `measure` and `fill` make the first state, `train_step` moves it on."""
+    """The compiled functions of an experiment: `measure` and `fill` make the first state, `train_step` moves it on.
+
+    Attributes:
+        config: the experiment.
+        mesh: of the run.
+        module: the language model, with no more layers than the sites need.
+        special_tokens: ids of tokens that SAEs never see.
+        stacks: of the experiment.
+        whole: the whole language model, if the loss of a stack has the KL divergence of its predictions; else None.
+    """
 
     config: config_lib.Experiment
     mesh: Mesh
     module: Any
     special_tokens: tuple[int, ...]
     stacks: tuple[Stack, ...]
+    whole: Any = None
 
     @classmethod
     def build(
@@ -87,6 +99,15 @@ class Program:
             for field, names in (("site", read.sites), ("target", read.targets)):
                 for site in names:
                     check_site(site, widths, f"stacks.{name}.{field}")
+        with_kl = [name for name, stack in config.stacks.items() if stack.kl_fraction]
+        rows, data = config.rows_per_call // config.updates_per_call, mesh.shape["data"]
+        if with_kl and rows % data:
+            raise UserError(
+                f"is {config.train.batch_size}, {rows} rows of data.context_length, which the mesh's `data` axis "
+                f"({data}) does not divide, as stacks.{with_kl[0]}.kl_fraction needs; write a multiple of "
+                f"{data * config.data.context_length}, or a larger mesh.latent",
+                "train.batch_size",
+            )
         module = checkpoint.module(1 + max(map(layer_of, config.sites)), mesh)
         latent, platform = mesh.shape["latent"], mesh_lib.platform(mesh)
         stacks = tuple(
@@ -100,17 +121,26 @@ class Program:
                     "absorb the mean; write False, or give it a parameter of role CENTER or a function `shifted`",
                     "activations.center",
                 )
-        return cls(config, mesh, module, special_tokens if config.activations.drop_special_tokens else (), stacks)
+        dropped = special_tokens if config.activations.drop_special_tokens else ()
+        return cls(config, mesh, module, dropped, stacks, checkpoint.module(mesh=mesh) if with_kl else None)
 
     @property
     def _norm_multiple(self) -> float:
         return self.config.activations.max_norm_multiple or math.inf
 
+    @property
+    def loaded(self) -> Any:
+        """The module whose parameters all functions take: `whole`, or `module` where that is enough."""
+        return self.module if self.whole is None else self.whole
+
     @cached_property
     def source(self) -> sources.LanguageModel:
         """Where the activations come from."""
+        return self._source(self.module, self.config.sites)
+
+    def _source(self, module: Any, sites: Sequence[str]) -> sources.LanguageModel:
         rows, forwards = self.config.rows_per_call, self.config.forwards_per_call
-        return sources.LanguageModel(self.module, self.mesh, self.config.sites, self.special_tokens, rows, forwards)
+        return sources.LanguageModel(module, self.mesh, sites, self.special_tokens, rows, forwards)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -227,54 +257,18 @@ class Program:
         )
 
     @cached_property
-    def train_step(self) -> Callable[..., tuple[TrainState, Metrics, jax.Array]]:
+    def train_step(self) -> Step:
         """(state, source's parameters, batch) -> (state `updates_per_call` later, mean statistics, dropped).
 
         Means are over the updates that an SAE made, and NaN where it made none; `dropped` is the state's.
         """
-        config, updates = self.config, self.config.updates_per_call
-        schedule = optimiser.schedule(config.train, config.resampled_at)
-        fractions = {stack.name: stack.config.coefficient_warmup_fraction or 0.0 for stack in self.stacks}
-        gains = {name: optimiser.gain(config.train, fraction) for name, fraction in fractions.items()}
-        warmups = {name: optimiser.coefficient_warmup(config.train.steps, part) for name, part in fractions.items()}
-        specs = self.specs()
+        update, updates, specs = self._update(), self.config.updates_per_call, self.specs()
 
         def on_device(stacks, store, fresh, valid, slots_UxB, shift, units, step):
             arrange = partial(buffer.arrange, updates=updates, shift=shift)
-
-            def one_update(carry, inputs):
-                stacks, store = carry
-                fresh, valid_B, slots_B, number = inputs
-                store, served = buffer.exchange(store, slots_B, fresh, valid_B)
-                batch = scaling.all_inputs(served, *units)
-                at = step + number
-                stepped = {}
-                for stack in self.stacks:
-                    warmup = warmups[stack.name]
-                    stepped[stack.name] = stack.update(
-                        stacks[stack.name],
-                        batch,
-                        at,
-                        schedule(at),
-                        gains[stack.name](at),
-                        config.train.dead_after,
-                        None if warmup is None else warmup(at),
-                    )
-                return ({name: state for name, (state, _) in stepped.items()}, store), {
-                    name: m for name, (_, m) in stepped.items()
-                }
-
             inputs = (jax.tree.map(arrange, fresh), arrange(valid), slots_UxB, jnp.arange(updates))
-            stacks = {stack.name: stack.transpose(stacks[stack.name]) for stack in self.stacks}
-            (stacks, store), metrics = jax.lax.scan(one_update, (stacks, store), inputs)
-            stacks = {stack.name: stack.transpose(stacks[stack.name]) for stack in self.stacks}
-            for name, of_stack in metrics.items():
-                made = of_stack.pop("updates").sum(0)
-                # An SAE that made no update has no mean. NaN says so; 0 would be the best loss of all.
-                metrics[name] = {
-                    key: value.sum(0) / jnp.where(made > 0, made, jnp.nan) for key, value in of_stack.items()
-                }
-            return stacks, store, metrics
+            stacks, store, metrics = update(stacks, store, inputs, units, step, {})
+            return stacks, store, _means(metrics)
 
         mapped = jax.shard_map(
             on_device,
@@ -283,26 +277,152 @@ class Program:
             out_specs=(specs.stacks, P("data"), P()),
         )
 
+        def call(state, source_params, rows, fresh, valid, slots_UxB, shift):
+            units = state.scales, state.means
+            return mapped(state.stacks, state.store, fresh, valid, slots_UxB, shift, units, state.step)
+
+        return self._step(self.source, call)
+
+    def step_at(self, step: int) -> Step:
+        """The train step for the call that begins at this step: `train_step`, or one of `config.kl_stacks`.
+
+        The statistics of those stacks have `kl`, in nats per prediction.
+        """
+        names = self.config.kl_stacks(step)
+        if names and names not in self._steps_with_kl:
+            self._steps_with_kl[names] = self._step_with_kl(names)
+        return self._steps_with_kl[names] if names else self.train_step
+
+    @cached_property
+    def _steps_with_kl(self) -> dict[tuple[str, ...], Step]:
+        return {}
+
+    def _step_with_kl(self, names: tuple[str, ...]) -> Step:
+        """A train step in which the loss of these stacks has the KL divergence (`end_to_end`).
+
+        The language model runs before each update. The compiler places it, so the updates are mapped one by one.
+        """
+        update, updates, specs = self._update(), self.config.updates_per_call, self.specs()
+        stacks_with_kl = [stack for stack in self.stacks if stack.name in names]
+        end_to_end = EndToEnd(self.whole, self.mesh, self.config.forwards_per_call)
+        sites = {*self.config.sites, *end_to_end.sites(stacks_with_kl)}
+        arranged = P(None, "data")
+        of_grads = {stack.name: stack.split(specs.stacks[stack.name].params)[0] for stack in stacks_with_kl}
+        mapped = jax.shard_map(
+            update,
+            mesh=self.mesh,
+            in_specs=(specs.stacks, P("data"), (arranged, arranged, arranged, P()), P(), P(), of_grads),
+            out_specs=(specs.stacks, P("data"), P()),
+        )
+
+        def call(state, source_params, rows, fresh, valid, slots_UxB, shift):
+            arrange = partial(buffer.arrange, updates=updates, shift=shift)
+            units = state.scales, state.means
+
+            def one_update(carry, inputs):
+                (stacks, store), (inputs, rows) = carry, inputs
+                grads, kl = {}, {}
+                for stack in stacks_with_kl:
+                    grads[stack.name], kl[stack.name] = end_to_end.gradients(
+                        stack, stacks[stack.name], rows, source_params, units, state.norm_limits
+                    )
+                inputs = jax.tree.map(lambda x: x[None], inputs)
+                stacks, store, metrics = mapped(stacks, store, inputs, units, state.step, grads)
+                metrics = jax.tree.map(lambda x: x[0], metrics)
+                for name, kl_N in kl.items():
+                    metrics[name]["kl"] = jnp.where(metrics[name]["updates"] > 0, kl_N, 0)
+                return (stacks, store), metrics
+
+            inputs = (jax.tree.map(arrange, fresh), arrange(valid), slots_UxB, jnp.arange(updates))
+            start = {stack.name: self._as_it_begins(stack, state) for stack in self.stacks}, state.store
+            (stacks, store), metrics = jax.lax.scan(one_update, start, (inputs, rows.split(updates)))
+            return stacks, store, _means(metrics)
+
+        return self._step(self._source(self.whole, tuple(sites)), call)
+
+    def _as_it_begins(self, stack: Stack, state: TrainState) -> StackState:
+        """The stack, without moments of gradients at the step from which its loss has the KL divergence.
+
+        The new gradients are several times as large: with the second moments of the old ones, the first updates would
+        be as much too large, and undo training.
+        """
+        of_stack, begins = state.stacks[stack.name], state.step == self.config.kl_start(stack.name)
+        moments = jax.tree.map(lambda x: jnp.where(begins, jnp.zeros_like(x), x), of_stack.second_moments)
+        return dataclasses.replace(of_stack, second_moments=moments)
+
+    def _step(self, source: sources.LanguageModel, updates: Callable[..., Any]) -> Step:
+        """A train step.
+
+        Args:
+            source: of the activations.
+            updates: (state, source's parameters, `Rows`, fresh activations, which of them are valid, slots of the
+                buffer, shift of `buffer.arrange`) -> (stacks, buffer, statistics).
+        """
+        config = self.config
+
         def train_step(state: TrainState, source_params: Any, batch: Any) -> tuple[TrainState, Metrics, jax.Array]:
-            fresh, allowed = self.source(source_params, batch)
+            activations, allowed = source(source_params, batch)
+            fresh = {site: x for site, x in activations.items() if site in config.sites}
             valid = masking.valid(allowed, fresh, state.norm_limits)
             # The draws are of the whole mesh, so that a run does not depend on its shape.
             strata, slots = next(iter(state.store.values())).shape[:2]
-            slots_UxB = jax.random.randint(self._key(state.key, state.step, 1), (updates, strata), 0, slots)
+            shape = config.updates_per_call, strata
+            slots_UxB = jax.random.randint(self._key(state.key, state.step, 1), shape, 0, slots)
             shift = jax.random.randint(self._key(state.key, state.step, 2), (), 0, allowed.shape[1])
-            units = state.scales, state.means
-            stacks, store, metrics = mapped(
-                state.stacks, state.store, fresh, valid, slots_UxB, shift, units, state.step
-            )
+            rows = Rows(batch, allowed, activations)
+            stacks, store, metrics = updates(state, source_params, rows, fresh, valid, slots_UxB, shift)
             dropped = state.dropped + (allowed & ~valid).sum()
             for name, stack in stacks.items():
                 metrics[name] |= {"skipped": stack.skipped, "skipped_in_row": stack.skipped_in_row}
                 metrics[name]["dead"] = (stack.steps_since_fired >= config.train.dead_after).sum(1)
-            state = dataclasses.replace(state, stacks=stacks, store=store, step=state.step + updates, dropped=dropped)
+            step = state.step + config.updates_per_call
+            state = dataclasses.replace(state, stacks=stacks, store=store, step=step, dropped=dropped)
             return state, metrics, dropped
 
         everywhere = NamedSharding(self.mesh, P())
         return jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings(), everywhere, everywhere))
+
+    def _update(self) -> Callable[..., Any]:
+        """(stacks, buffer, inputs, units, step, KL's gradients) -> (stacks, buffer, statistics [updates, N]).
+
+        On one device of the mesh (inside `shard_map`). `inputs` have an entry for each update: what goes into the
+        buffer and where, and the update's number. KL's gradients are of one update.
+        """
+        config = self.config
+        schedule = optimiser.schedule(config.train, config.resampled_at)
+        fractions = {stack.name: stack.config.coefficient_warmup_fraction or 0.0 for stack in self.stacks}
+        gains = {name: optimiser.gain(config.train, fraction) for name, fraction in fractions.items()}
+        warmups = {name: optimiser.coefficient_warmup(config.train.steps, part) for name, part in fractions.items()}
+
+        def update(stacks, store, inputs, units, step, kl_grads):
+            def one_update(carry, inputs):
+                stacks, store = carry
+                fresh, valid_B, slots_B, number = inputs
+                store, served = buffer.exchange(store, slots_B, fresh, valid_B)
+                batch = scaling.all_inputs(served, *units)
+                at = step + number
+                stepped = {}
+                for stack in self.stacks:
+                    warmup, grads = warmups[stack.name], kl_grads.get(stack.name)
+                    stepped[stack.name] = stack.update(
+                        stacks[stack.name],
+                        batch,
+                        at,
+                        schedule(at),
+                        gains[stack.name](at),
+                        config.train.dead_after,
+                        None if warmup is None else warmup(at),
+                        None if grads is None else stack.transposed(grads),
+                    )
+                return ({name: state for name, (state, _) in stepped.items()}, store), {
+                    name: m for name, (_, m) in stepped.items()
+                }
+
+            stacks = {stack.name: stack.transpose(stacks[stack.name]) for stack in self.stacks}
+            (stacks, store), metrics = jax.lax.scan(one_update, (stacks, store), inputs)
+            return {stack.name: stack.transpose(stacks[stack.name]) for stack in self.stacks}, store, metrics
+
+        return update
 
     @cached_property
     def resample(self) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
@@ -343,3 +463,13 @@ class Program:
     @staticmethod
     def _key(key: jax.Array, number: jax.Array, purpose: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), number), purpose)
+
+
+def _means(metrics: Metrics) -> Metrics:
+    """The means of statistics [updates, N] over the updates that an SAE made."""
+    means = {}
+    for name, of_stack in metrics.items():
+        made = of_stack.pop("updates").sum(0)
+        # An SAE that made no update has no mean. NaN says so; 0 would be the best loss of all.
+        means[name] = {key: value.sum(0) / jnp.where(made > 0, made, jnp.nan) for key, value in of_stack.items()}
+    return means

@@ -1,0 +1,246 @@
+"""The KL divergence of the language model's predictions in the loss."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax import config as config_lib
+from gsae_jax.activations import masking
+from gsae_jax.data import rows as rows_lib
+from gsae_jax.evaluation import measure, metrics
+from gsae_jax.lms import loading
+from gsae_jax.planning import planner
+from gsae_jax.training import end_to_end, lengthening, loop
+from tests import references
+from tests.refusals import refused
+from tests.test_lms import checkpoint
+from tests.training import (
+    Interrupting,
+    advance,
+    assert_same,
+    begin,
+    begin_calls,
+    metrics_without_time,
+    params_of,
+    single_device_mesh,
+    with_,
+)
+
+SITE = "blocks.0.hook_mlp_out"
+
+
+@pytest.fixture
+def tuned(experiment):
+    """The gated stack has the KL divergence in the last quarter of eight calls of two updates of eight rows each."""
+    stacks = experiment.stacks | {"gated": dataclasses.replace(experiment.stacks["gated"], kl_fraction=0.25)}
+    return dataclasses.replace(with_(experiment, train={"batch_size": 128, "log_every": 2}), stacks=stacks)
+
+
+def from_the_start(tuned, **changes):
+    stacks = {name: dataclasses.replace(stack, kl_fraction=1.0, **changes) for name, stack in tuned.stacks.items()}
+    return dataclasses.replace(tuned, stacks=stacks)
+
+
+def moved(params, by):
+    """Parameters away from where training starts, where r_mag and biases do not matter."""
+    keys = jax.random.split(jax.random.key(7), len(params))
+    return {
+        name: value + by * jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, sorted(params.items()), strict=True)
+    }
+
+
+def loss_in_float64(program, state, lm_dir, tokens, weight):
+    """w * mse(params_0) / KL(params_0) * KL(params) of a gated SAE, and KL, on these rows, as a function of params."""
+    tensors, settings = checkpoint(lm_dir)
+    clean, found = references.gelu_lm(tensors, settings, tokens)
+    x, scale, mean = found[SITE], float(state.scales[SITE]), np.asarray(state.means[SITE], np.float64)
+    valid = ~np.isin(tokens, program.special_tokens)
+
+    def log_softmax(logits):
+        shifted = logits[:, :-1] - logits[:, :-1].max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    def measured(params):
+        inputs = ((x - mean) * scale).reshape(-1, x.shape[-1])
+        f = references.gated_sae(params, inputs, 0.0)[2]
+        x_hat = (f @ params["W_dec"] + params["b_dec"]).reshape(x.shape)
+        mse = np.square(x_hat - (x - mean) * scale)[valid].mean()
+        spliced = np.where(valid[..., None], x_hat / scale + mean, x)
+        logits, _ = references.gelu_lm(tensors, settings, tokens, replace={SITE: spliced})
+        log_p, log_q = log_softmax(clean), log_softmax(logits)
+        return mse, (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+    def loss(params, at):
+        mse, kl = measured(at)
+        return weight * mse / kl * measured(params)[1]
+
+    return measured, loss
+
+
+def test_the_gradient_is_that_of_differences_in_float64(tuned, lm_dir):
+    """Of every parameter, in a random direction, for both SAEs; on a mesh that splits features and rows."""
+    program, state, lm_params, stream = begin(with_(from_the_start(tuned), mesh={"data": 2, "latent": 4}))
+    stack = next(stack for stack in program.stacks if stack.name == "gated")
+    params = moved(state.stacks["gated"].params, 0.05)
+    tokens = next(stream)[:8]
+    ours = end_to_end.EndToEnd(program.whole, program.mesh, 1)
+
+    @jax.jit
+    def gradients(params, tokens):
+        activations = loading.capture(program.whole, lm_params, tokens, ours.sites([stack]))
+        allowed = masking.not_special(tokens, program.special_tokens)
+        rows = end_to_end.Rows(tokens, allowed, activations)
+        stacked = dataclasses.replace(state.stacks["gated"], params=params)
+        return ours.gradients(stack, stacked, rows, lm_params, (state.scales, state.means), state.norm_limits)
+
+    grads, kl = jax.device_get(gradients(params, tokens))
+    measured, loss = loss_in_float64(program, state, lm_dir, tokens, stack.config.kl_weight)
+    random, step = np.random.default_rng(0), 1e-5
+    for n in range(2):
+        at = {name: np.asarray(value[n], np.float64) for name, value in params.items()}
+        assert kl[n] == pytest.approx(measured(at)[1], rel=1e-4)
+        for name in at:
+            direction = random.normal(size=at[name].shape)
+            ends = [loss(at | {name: at[name] + sign * step * direction}, at) for sign in (1, -1)]
+            expected = (ends[0] - ends[1]) / (2 * step)
+            assert (grads[name][n] * direction).sum() == pytest.approx(expected, rel=2e-3), (n, name)
+            assert np.any(grads[name][n]) == (name != "b_gate")  # which only opens gates
+
+
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
+def test_a_mesh_gives_the_single_device_result(tuned, shape):
+    tuned = from_the_start(tuned)
+    alone = advance(*begin(tuned, single_device_mesh()), calls=2)
+    spread = advance(*begin(with_(tuned, mesh={"data": shape[0], "latent": shape[1]})), calls=2)
+    for name, stack in alone[0].stacks.items():
+        for key, value in stack.params.items():
+            difference = np.abs(np.asarray(value) - np.asarray(spread[0].stacks[name].params[key]))
+            assert difference.mean() < 1e-5, (name, key)
+        for key, value in alone[1][name].items():
+            np.testing.assert_allclose(value, spread[1][name][key], rtol=1e-3, err_msg=f"{name} {key}")
+        assert (alone[1][name]["kl"] > 0).all()
+
+
+def kl_of(path, tokens, lm):
+    """KL of each gated SAE of a run, as the report has it."""
+    saes = [sae for name, sae in gsae_jax.load(path).items() if name.startswith("gated")]
+    sums = measure.measure(lm, saes, [tokens], lm.special_tokens)
+    return np.array([metrics.combine(sums[sae.name])["kl"] for sae in saes])
+
+
+def test_only_the_end_has_it_and_it_lowers_kl(tuned, tmp_path, lm):
+    """Before, the run is one without it, to the last bit; after, the KL is below that of the run without."""
+    tuned = with_(tuned, train={"steps": 64, "decay_fraction": 0.5})
+    plain = dataclasses.replace(tuned.stacks["gated"], kl_fraction=0.0)
+    without = dataclasses.replace(tuned, stacks=tuned.stacks | {"gated": plain})
+    assert [tuned.kl_stacks(step) for step in (0, 46, 48, 62)] == [(), (), ("gated",), ("gated",)]
+    assert loop.train(tuned, tmp_path / "with")
+    assert loop.train(without, tmp_path / "without")
+    lines, others = (metrics_without_time(tmp_path / name) for name in ("with", "without"))
+    assert [line["step"] for line in lines if "gated/kl" in line] == list(range(50, 65, 2))
+    assert lines[:24] == others[:24]
+    assert not any("baseline/kl" in line for line in lines)
+    held_out = next(begin(tuned)[3])
+    assert (kl_of(tmp_path / "with", held_out, lm) < kl_of(tmp_path / "without", held_out, lm)).all()
+
+
+@pytest.mark.parametrize("after", [5, 7])
+def test_a_run_resumes_bit_for_bit_before_and_inside_it(tuned, tmp_path, monkeypatch, after):
+    assert loop.train(tuned, tmp_path / "whole")
+    to_start, real = begin_calls(tuned), rows_lib.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(rows_lib, "batches", lambda *args: Interrupting(real(*args), to_start + after))
+        assert not loop.train(tuned, tmp_path / "parts")
+    assert loop.train(tuned, tmp_path / "parts")
+    assert_same(params_of(tmp_path / "parts"), params_of(tmp_path / "whole"))
+    assert metrics_without_time(tmp_path / "parts") == metrics_without_time(tmp_path / "whole")
+
+
+def test_what_cannot_be_is_refused_before_anything_is_compiled(tuned):
+    gated = tuned.stacks["gated"]
+    for field, value, fact in (
+        ("kl_fraction", 1.5, "is 1.5"),
+        ("kl_fraction", -0.1, "is -0.1"),
+        ("kl_weight", 0.0, "is 0"),
+        ("kl_weight", 2.0, "is 2"),
+    ):
+        with refused(field, fact):
+            dataclasses.replace(gated, **{field: value})
+    with refused("kl_fraction", "writes 2 sites"):
+        dataclasses.replace(gated, target=(SITE, "blocks.1.hook_mlp_out"))
+    with refused("train.batch_size", "is 8", "stacks.gated.kl_fraction", "data.context_length (16)"):
+        with_(tuned, train={"batch_size": 8, "steps": 64})
+    rows = with_(tuned, train={"batch_size": 64}, mesh={"data": 8})
+    with refused("train.batch_size", "is 64, 4 rows", "stacks.gated.kl_fraction", "a multiple of 128"):
+        begin(rows)
+
+
+def test_a_run_without_it_has_the_step_and_the_language_model_as_before(experiment):
+    program, *_ = begin(experiment)
+    assert program.step_at(0) is program.train_step
+    assert program.step_at(experiment.train.steps - 1) is program.train_step
+    assert program.loaded is program.module
+    assert not program.module.head
+
+
+def test_more_steps_move_the_part_that_has_it(tuned):
+    sentences = lengthening.consequences(with_(tuned, train={"steps": 32}), 16, 16, [10, 10])
+    assert "the loss of gated has the KL divergence from step 24 on (12 before)" in sentences
+    assert "between the steps 16 and 24" in " ".join(sentences)
+
+
+def test_a_plan_counts_it(tuned):
+    """The whole language model, memory and operations; in the mean over all steps."""
+    plain = dataclasses.replace(tuned.stacks["gated"], kl_fraction=0.0)
+    before, after, all_of_it = (
+        planner.plan(
+            dataclasses.replace(tuned, stacks=tuned.stacks | {"gated": dataclasses.replace(plain, kl_fraction=part)}),
+            "gpu:h100x8",
+        )
+        for part in (0.0, 0.25, 1.0)
+    )
+    assert before["bytes_per_device"]["language model"] < after["bytes_per_device"]["language model"]
+    assert before["bytes_per_device"]["temporaries"] < after["bytes_per_device"]["temporaries"]
+    extra = [report["flops_per_step"] - before["flops_per_step"] for report in (after, all_of_it)]
+    assert extra[1] == pytest.approx(4 * extra[0], rel=1e-6)
+    assert extra[0] > 0
+
+
+OTHERS = {"topk": {"k": 8}, "batch_topk": {"k": 8}, "matryoshka": {"k": 8}, "signed_gated": {}, "jumprelu": {}}
+
+
+@pytest.mark.variants
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_every_architecture_trains_with_it_on_a_mesh(tuned, architecture):
+    options = OTHERS[architecture]
+    l1 = () if "k" in options else (0.01,)
+    stack = config_lib.Stack(architecture, SITE, 64, l1, (1e-2,), options=options, kl_fraction=1.0)
+    tuned = dataclasses.replace(with_(tuned, mesh={"data": 2, "latent": 4}), stacks={"a": stack})
+    program, state, lm_params, stream = begin(tuned)
+    state, first = advance(program, state, lm_params, stream, calls=1)
+    state, last = advance(program, state, lm_params, stream, calls=5)
+    assert last["a"]["kl"] < first["a"]["kl"]
+    assert not last["a"]["skipped"].any()
+
+
+@pytest.mark.variants
+def test_several_forward_passes_and_the_sparse_step_give_the_same(tuned):
+    """And a site of the last block, whose predictions hardly any layer is between."""
+    tuned = from_the_start(tuned, site="blocks.1.hook_resid_post")
+    tuned = with_(tuned, train={"batch_size": 256}, activations={"buffer_size": 2048})
+    results = [
+        advance(*begin(each, single_device_mesh()), calls=2)
+        for each in (
+            tuned,
+            with_(tuned, activations={"rows_per_forward": 8}),
+            with_(tuned, train={"step": "sparse"}),
+        )
+    ]
+    for state, statistics in results[1:]:
+        for name, stack in results[0][0].stacks.items():
+            np.testing.assert_allclose(stack.params["W_dec"], state.stacks[name].params["W_dec"], atol=2e-4)
+            np.testing.assert_allclose(results[0][1][name]["kl"], statistics[name]["kl"], rtol=1e-3)
