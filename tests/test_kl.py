@@ -17,6 +17,7 @@ from gsae_jax.training import end_to_end, lengthening, loop
 from tests import references
 from tests.refusals import refused
 from tests.test_lms import checkpoint
+from tests.test_training import replay
 from tests.training import (
     Interrupting,
     advance,
@@ -81,23 +82,27 @@ def loss_in_float64(program, state, lm_dir, tokens, weight):
     return measured, loss
 
 
+def gradients(program, stack, of_stack, state, lm_params, tokens):
+    """Gradients and KL of a stack on these rows."""
+    ours = end_to_end.EndToEnd(program.whole, program.mesh, 1)
+
+    @jax.jit
+    def compute(of_stack, tokens):
+        activations = loading.capture(program.whole, lm_params, tokens, ours.sites([stack]))
+        rows = end_to_end.Rows(tokens, masking.not_special(tokens, program.special_tokens), activations)
+        return ours.gradients(stack, of_stack, rows, lm_params, (state.scales, state.means), state.norm_limits)
+
+    return jax.device_get(compute(of_stack, tokens))
+
+
 def test_the_gradient_is_that_of_differences_in_float64(tuned, lm_dir):
     """Of every parameter, in a random direction, for both SAEs; on a mesh that splits features and rows."""
     program, state, lm_params, stream = begin(with_(from_the_start(tuned), mesh={"data": 2, "latent": 4}))
     stack = next(stack for stack in program.stacks if stack.name == "gated")
-    params = moved(state.stacks["gated"].params, 0.05)
-    tokens = next(stream)[:8]
-    ours = end_to_end.EndToEnd(program.whole, program.mesh, 1)
-
-    @jax.jit
-    def gradients(params, tokens):
-        activations = loading.capture(program.whole, lm_params, tokens, ours.sites([stack]))
-        allowed = masking.not_special(tokens, program.special_tokens)
-        rows = end_to_end.Rows(tokens, allowed, activations)
-        stacked = dataclasses.replace(state.stacks["gated"], params=params)
-        return ours.gradients(stack, stacked, rows, lm_params, (state.scales, state.means), state.norm_limits)
-
-    grads, kl = jax.device_get(gradients(params, tokens))
+    params, tokens = moved(state.stacks["gated"].params, 0.05), next(stream)[:8]
+    grads, kl = gradients(
+        program, stack, dataclasses.replace(state.stacks["gated"], params=params), state, lm_params, tokens
+    )
     measured, loss = loss_in_float64(program, state, lm_dir, tokens, stack.config.kl_weight)
     random, step = np.random.default_rng(0), 1e-5
     for n in range(2):
@@ -109,6 +114,24 @@ def test_the_gradient_is_that_of_differences_in_float64(tuned, lm_dir):
             expected = (ends[0] - ends[1]) / (2 * step)
             assert (grads[name][n] * direction).sum() == pytest.approx(expected, rel=2e-3), (n, name)
             assert np.any(grads[name][n]) == (name != "b_gate")  # which only opens gates
+
+
+def test_an_update_replaces_a_share_of_the_squared_error(tuned):
+    """The gradient that the optimiser saw, by its second moments: they start anew, so that one update shows it."""
+    tuned = from_the_start(with_(tuned, train={"batch_size": 256}), kl_weight=0.7)
+    program, state, lm_params, stream = begin(tuned, single_device_mesh())
+    start, tokens = jax.device_get(state), next(stream)
+    stack = next(stack for stack in program.stacks if stack.name == "baseline")
+    (served,) = replay(program, start, lm_params, [tokens])[stack.config.site]
+    of_kl, _ = gradients(program, stack, start.stacks["baseline"], start, lm_params, tokens)
+    params = {name: value[0] for name, value in start.stacks["baseline"].params.items()}
+    with_l1, without = (references.relu_sae(params, served, l1)[1] for l1 in (stack.config.l1_coefficients[0], 0.0))
+    after, *_ = program.step_at(0)(state, lm_params, program.source.place(tokens))
+    for name in ("W_enc", "b_enc", "b_dec"):
+        expected = with_l1[name] - 0.7 * without[name] + of_kl[name][0]
+        seen = np.sqrt(np.asarray(after.stacks["baseline"].second_moments.nu[name][0]) / 0.001)
+        np.testing.assert_allclose(seen, np.abs(expected), rtol=1e-3, atol=1e-3 * np.abs(expected).max(), err_msg=name)
+        assert np.abs(of_kl[name][0]).max() > 0.1 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
