@@ -137,10 +137,11 @@ class EndToEnd:
         read = {site: rows.activations[site] for site in {*stack.config.sites, target}}
         inputs, wanted = stack.batch(inference.flat(scaling.all_inputs(read, scales, means)))
         f_BxF = stack.architecture.encode(params, inputs, stack.sae)
+        decoded = stack.architecture.decode(params, f_BxF)
         # A tuple of one where an architecture may write several.
         x_hat_BxD, wanted_BxD = (
             value[0] if isinstance(value, tuple) else value
-            for value in (stack.architecture.decode(params, f_BxF), wanted)
+            for value in (contract.with_skip(stack.architecture, params, inputs, decoded), wanted)
         )
         errors = jnp.square(x_hat_BxD - wanted_BxD).mean(-1).reshape(valid.shape)
         x_hat = scaling.outputs(x_hat_BxD.reshape(x.shape), scales[target], means.get(target))
