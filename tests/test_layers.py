@@ -127,26 +127,26 @@ def test_commands_are_thin():
 
 
 def test_plugins_are_files():
-    assert list(plugins.known("saes", "PARAMETERS")) == [
+    trainable = [
         "batch_topk",
+        "batch_topk_crosscoder",
+        "batch_topk_transcoder",
         "gated",
+        "gated_crosscoder",
+        "gated_transcoder",
         "jumprelu",
+        "jumprelu_transcoder",
         "matryoshka",
         "relu",
         "relu_april",
+        "relu_crosscoder",
+        "relu_transcoder",
         "signed_gated",
         "topk",
+        "topk_transcoder",
     ]
-    assert list(plugins.known("saes", "loss")) == [
-        "batch_topk",
-        "gated",
-        "jumprelu",
-        "matryoshka",
-        "relu",
-        "relu_april",
-        "signed_gated",
-        "topk",
-    ]
+    assert list(plugins.known("saes", "PARAMETERS")) == trainable
+    assert list(plugins.known("saes", "loss")) == trainable
     assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
     assert list(plugins.known("experiments", "get_config")) == ["quickstart"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

@@ -56,7 +56,7 @@ def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
 
 
 def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
-    """Per site and level: the L0 of every stack divided by that of those that it is compared with (`_is_compared`).
+    """Per site and level: the L0 of every stack divided by that of those that it is compared with (`contract.is_compared`).
 
     A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
     that of least L0 as the geometric mean over seeds. A level is left out where that cannot be told, because a
@@ -113,7 +113,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         here = [
             other
             for other_site, other in sorted(frontiers)
-            if other_site == site and _is_compared(about[site, stack]["variant"], about[site, other]["variant"])
+            if other_site == site and contract.is_compared(about[site, stack]["variant"], about[site, other]["variant"])
         ]
         for other, level in [(other, level) for other in here for level in LEVELS]:
             (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, frontiers[site, other])
@@ -143,21 +143,3 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
                 }
             )
     return compared
-
-
-def _is_compared(ours: str, theirs: str) -> bool:
-    """Whether a row of `ratios` divides the L0 of one variant by that of another.
-
-    All are divided by ReLU SAEs, transcoders and crosscoders with the default options. Otherwise variants of different
-    architectures are compared, gated ones divided by the others.
-    """
-
-    def place(variant: str) -> int:
-        if variant in contract.BASELINES:
-            return 2
-        return 0 if "gated" in variant.partition(" ")[0] else 1
-
-    architecture, other = (variant.partition(" ")[0] for variant in (ours, theirs))
-    if place(ours) != place(theirs):
-        return place(ours) < place(theirs)
-    return architecture < other

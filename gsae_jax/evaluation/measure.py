@@ -145,9 +145,9 @@ def measure(
                 reads = tuple(context["others"].get(site, context["x"]) for site in sae.sites)
                 inputs = reads if isinstance(sae.config.d_in, tuple) else reads[0]
                 settings = mesh, sae.architecture, sae.config, one.number
-                arrays = params_of[sae.name], context["x"], of_place
-                by_encoder = _reconstruct(*settings, *arrays, inputs)
-                by_pursuit = _pursue(*settings, ks, *arrays, inputs) if ks else []
+                arrays = params_of[sae.name], (context["x"], inputs), of_place
+                by_encoder = _reconstruct(*settings, *arrays)
+                by_pursuit = _pursue(*settings, ks, *arrays) if ks else []
                 interventions = [by_encoder, *by_pursuit]
                 del by_encoder, by_pursuit
                 for name in names[one.name()]:
@@ -315,15 +315,15 @@ def _reconstruct(
     config: Any,
     number: int,
     params: dict[str, jax.Array],
-    x_RxTxD: jax.Array,
+    activations: tuple[jax.Array, Any],
     place: dict[str, jax.Array],
-    inputs: Any,
 ) -> tuple[jax.Array, metrics.Sums]:
     """Activations with the valid ones reconstructed, and the sums that `metrics` need.
 
     Of the `place` there are the masks `valid` and `typical` [R, T], and the means over them, `mean` and `typical_mean`.
-    The SAE reads the `inputs`; the activations are at the site with this `number` of those that it writes.
+    The activations are at the site with this `number` of those that the SAE writes, and at those that it reads.
     """
+    x_RxTxD, inputs = activations
     functions = contract.module_of(architecture)
     params, shards = _gathered(mesh, functions, config, params)
 
@@ -354,11 +354,11 @@ def _pursue(
     number: int,
     ks: tuple[int, ...],
     params: dict[str, jax.Array],
-    x_RxTxD: jax.Array,
+    activations: tuple[jax.Array, Any],
     place: dict[str, jax.Array],
-    inputs: Any,
 ) -> list[tuple[jax.Array, metrics.Sums]]:
     """What `_reconstruct` gives, with each number of features in `ks`, which gradient pursuit chooses."""
+    x_RxTxD, inputs = activations
     functions = contract.module_of(architecture)
     params, shards = _gathered(mesh, functions, config, params)
     bias = params.get(parameters.output_bias(functions, number) or "", jnp.zeros(x_RxTxD.shape[-1]))

@@ -45,4 +45,4 @@ def loss(
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """As of `crosscoder` (`contract.Trainable.loss`)."""
-    return crosscoder.loss(batch_topk, params, state, batch, coefficients, config, shards)
+    return crosscoder.loss_as(batch_topk, params, state, batch, coefficients, config, shards)

@@ -436,6 +436,24 @@ def variant(architecture: str, config: Any, without: str | None = None) -> str:
     return " ".join([plugins.label(architecture), *changed])
 
 
+def is_compared(ours: str, theirs: str) -> bool:
+    """Whether a report divides the L0 of one variant by that of another.
+
+    All are divided by ReLU SAEs, transcoders and crosscoders with the default options. Otherwise variants of different
+    architectures are compared, gated ones divided by the others.
+    """
+
+    def place(variant: str) -> int:
+        if variant in BASELINES:
+            return 2
+        return 0 if "gated" in variant.partition(" ")[0] else 1
+
+    architecture, other = (variant.partition(" ")[0] for variant in (ours, theirs))
+    if place(ours) != place(theirs):
+        return place(ours) < place(theirs)
+    return architecture < other
+
+
 def converter(source: str, target: str) -> Callable[[Params, Any], Params] | None:
     """What turns parameters of one architecture into those of the same function in another, if anything does."""
     convert = getattr(module_of(target), f"from_{source}", None)

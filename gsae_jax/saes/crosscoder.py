@@ -88,7 +88,7 @@ def norms(params: Params) -> jax.Array:
     return jnp.where(n_F > 0, n_F, 1)
 
 
-def loss(
+def loss_as(
     sae: contract.Trainable,
     params: Params,
     state: Params,

@@ -45,4 +45,4 @@ def loss(
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """As of `crosscoder` (`contract.Trainable.loss`)."""
-    return crosscoder.loss(gated, params, state, batch, coefficients, config, shards)
+    return crosscoder.loss_as(gated, params, state, batch, coefficients, config, shards)

@@ -40,4 +40,4 @@ def loss(
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """As of `crosscoder` (`contract.Trainable.loss`)."""
-    return crosscoder.loss(relu, params, state, batch, coefficients, config, shards)
+    return crosscoder.loss_as(relu, params, state, batch, coefficients, config, shards)
