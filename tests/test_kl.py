@@ -1,6 +1,7 @@
 """The KL divergence of the language model's predictions in the loss."""
 
 import dataclasses
+import importlib
 
 import jax
 import numpy as np
@@ -8,14 +9,18 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax.activations import masking
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.activations import masking, scaling
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluation import measure, metrics
 from gsae_jax.lms import loading
+from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.planning import planner
 from gsae_jax.training import end_to_end, lengthening, loop
+from gsae_jax.training.step import Program
 from tests import references
 from tests.refusals import refused
+from tests.test_experiments import MODELS
 from tests.test_lms import checkpoint
 from tests.test_training import replay
 from tests.training import (
@@ -233,7 +238,14 @@ def test_a_plan_counts_it(tuned):
     assert extra[0] > 0
 
 
-OTHERS = {"topk": {"k": 8}, "batch_topk": {"k": 8}, "matryoshka": {"k": 8}, "signed_gated": {}, "jumprelu": {}}
+OTHERS = {
+    "relu_april": {},
+    "topk": {"k": 8},
+    "batch_topk": {"k": 8},
+    "matryoshka": {"k": 8},
+    "signed_gated": {},
+    "jumprelu": {},
+}
 
 
 @pytest.mark.variants
@@ -267,3 +279,20 @@ def test_several_forward_passes_and_the_sparse_step_give_the_same(tuned):
         for name, stack in results[0][0].stacks.items():
             np.testing.assert_allclose(stack.params["W_dec"], state.stacks[name].params["W_dec"], atol=2e-4)
             np.testing.assert_allclose(results[0][1][name]["kl"], statistics[name]["kl"], rtol=1e-3)
+
+
+@pytest.mark.variants
+def test_a_large_experiment_traces_with_it():
+    """Gemma 2: bfloat16, norms after the site, windows and soft-caps. State and statistics keep shapes and types."""
+    config = importlib.import_module("configs.gemma_2_2b").get_config()
+    for stack in config.stacks.values():
+        stack.kl_fraction = 0.1
+    experiment = gsae_jax.experiment(config)
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=4, latent=2))
+    program = Program.build(experiment, mesh, Checkpoint.open(MODELS / "gemma_2_2b"), special_tokens=(0,))
+    state = jax.eval_shape(lambda: program.init(scaling.standard(program.widths)))
+    tokens = jax.ShapeDtypeStruct((experiment.rows_per_call, experiment.data.context_length), "int32")
+    step = program.step_at(experiment.train.steps - 1)
+    after, statistics, _ = jax.eval_shape(step, state, abstract_params(program.loaded, "bfloat16"), tokens)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert {of["kl"].shape for of in statistics.values()} == {(3,)}
