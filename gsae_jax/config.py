@@ -374,9 +374,11 @@ class Experiment:
                 "activations.buffer_size",
             )
 
-        if self.train.steps % self.updates_per_call:
+        if self.train.steps % (each := self.updates_per_call):
+            below = self.train.steps // each * each
+            near = f"{below} or {below + each}" if below else f"{each}"
             raise UserError(
-                f"is {self.train.steps}; write a multiple of {self.updates_per_call}, the updates of one forward pass",
+                f"is {self.train.steps}; write a multiple of {each}, the updates of one forward pass, such as {near}",
                 "train.steps",
             )
 

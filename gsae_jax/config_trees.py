@@ -107,7 +107,10 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     names = [known for known in names if known != name]
     if SYNONYMS.get(name) in names:
         return SYNONYMS[name]
-    alike = difflib.get_close_matches(name, names, n=1) or [known for known in names if known.startswith(name)]
+    swapped = [known for known in names if sorted(known) == sorted(name)]
+    alike = (
+        swapped or difflib.get_close_matches(name, names, n=1) or [known for known in names if known.startswith(name)]
+    )
     return alike[0] if alike and len(name) > 1 else None
 
 

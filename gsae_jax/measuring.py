@@ -398,7 +398,7 @@ def _check_run(source: _Source, settings: HeldOut, given: bool) -> None:
     others = [name for name in text if text[name] != here[name] and name not in ignored]
     if others:
         listed = ", ".join(f"{name} ({text[name]} there, {here[name]} here)" for name in others)
-        logger.warning(f"{source.name} was trained on other text than it is measured on: {listed}")
+        logger.warning(f"{source.name} was trained with other settings of its text than it is measured with: {listed}")
 
 
 def _as_trained(saes: Mapping[str, trained.SAE]) -> dict[str, dict[str, Any]]:
@@ -537,7 +537,8 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
         )
         folder = place
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
-    logger.info(f"measuring {len(saes)} SAEs on {sum(batch.size for batch in batches):,} held-out tokens")
+    per_batch = f" ({tokens:,} asked for; a batch has {batches[0].size:,})" if limit != tokens else ""
+    logger.info(f"measuring {len(saes)} SAEs on {sum(batch.size for batch in batches):,} held-out tokens{per_batch}")
     hidden = None if processes.first() else True  # None: where there is no terminal
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=hidden) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)

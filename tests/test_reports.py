@@ -122,7 +122,7 @@ def test_a_comparison_of_runs_with_different_training_is_noted(tmp_path):
         return said
 
     (note,) = notes("different", long=2400, short=800, unused=1)
-    for fact in ("long: 2,400 steps", "short: 800 steps", "L0 at equal loss recovered"):
+    for fact in ("long: 2,400 steps", "short: 800 steps", "Compare runs of equal training"):
         assert fact in note
     assert "unused" not in note
     assert notes("equal", long=800, short=800, unused=1) == []

@@ -143,7 +143,7 @@ def _write_files(
     about: About,
 ) -> list[str]:
     ratios = frontiers.ratios(records, sums)
-    sentences = notes(records, ratios, about.runs)
+    sentences = notes(records, about.runs)
     head = {"step": step, "settings": about.settings, "measured": about.measured, "runs": about.runs}
     (folder / "report.json").write_text(_json(head | {"notes": sentences}, saes=records, l0_ratios=ratios))
     tables.write_csv(folder / "frontier.csv", records)
@@ -198,14 +198,12 @@ def read_published(path: str) -> list[dict[str, Any]]:
 
 def notes(
     records: list[dict[str, Any]],
-    ratios: Sequence[Mapping[str, Any]] = (),
     runs: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[str]:
     """A sentence for each problem. Readers need them first.
 
     Args:
         records: of `rows` or of a report.
-        ratios: of `frontiers.ratios`.
         runs: as in `About`.
     """
     encoders = [record for record in records if not record["ito"]]
@@ -221,6 +219,12 @@ def notes(
                 f"raise the language model's loss (CE zero {r['ce_zero']:.3f}, CE clean {r['ce_clean']:.3f} nats). "
                 "Check that the language model was trained on text of this kind, and that rows are longer than 2 "
                 "tokens."
+            )
+        if above := [record for record in measured if record["loss_recovered"] > 1]:
+            sentences.append(
+                f"At {site} loss recovered of {_names(above)} is above 1: the language model predicts the text better "
+                "with the reconstructions than with its own activations. It predicts text of this kind badly, or there "
+                "are few tokens. Frontiers of loss recovered say little here."
             )
         if r.get("mean_share", 0) > LARGE_MEAN:
             gammas = [f"{record['name']} {tables.number(record['gamma_centered'], '.3f')}" for record in here]
@@ -261,14 +265,14 @@ def notes(
         for r in sound
         if tables.has_target(r) and abs(r["l0"] - r["target_l0"]) > MISSED * r["target_l0"]
     ]
-    return sentences + _unequal_training(ratios, runs)
+    measured_runs = sorted({frontiers.identity(record)[0] for record in encoders})
+    return sentences + _unequal_training({run: runs[run] for run in measured_runs if run in runs})
 
 
-def _unequal_training(ratios: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence if the table of `ratios` compares SAEs of runs with different numbers of steps or activations."""
-    compared = sorted({label for ratio in ratios for label in ratio.get("runs", ())})
+def _unequal_training(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence if these runs have different numbers of steps or activations."""
     # Files of SAEs from elsewhere do not say how long they were trained.
-    known = {label: runs[label] for label in compared if "steps" in runs.get(label, {})}
+    known = {label: about for label, about in runs.items() if "steps" in about}
     if len({(about["steps"], about["activations_trained_on"]) for about in known.values()}) < 2:
         return []
     each = "; ".join(
@@ -276,8 +280,8 @@ def _unequal_training(ratios: Sequence[Mapping[str, Any]], runs: Mapping[str, Ma
         for label, about in known.items()
     )
     return [
-        f"The table “L0 at equal loss recovered” compares SAEs of runs with different training ({each}). Differences "
-        "in that table can come from the training, not from the architecture. Compare runs of equal training."
+        f"This report has SAEs of runs with different training ({each}). Differences between these SAEs can come from "
+        "the training, not from the architecture. Compare runs of equal training."
     ]
 
 
@@ -325,7 +329,7 @@ def pages(
         if name in pictures
     }
     values = contents(records) | {
-        "notes": notes(records, ratios, about.runs),
+        "notes": notes(records, about.runs),
         "ratios": tables.ratios(ratios),
         "figures": figures,
         "measured": tables.facts({"": about.measured}),

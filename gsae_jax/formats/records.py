@@ -144,7 +144,7 @@ def held(sae: trained.SAE, tensors: Mapping[str, Collection[str]]) -> dict[str, 
     if set(sae.params) != set(tensors.get(sae.architecture, ())):
         kind = contract.variant(sae.architecture, sae.config)
         raise UserError(
-            f"is of the kind {kind!r}, which this format cannot hold; export one of {', '.join(tensors)}", sae.name
+            f"is of the kind {kind!r}, which this format cannot hold; it holds {', '.join(tensors)}", sae.name
         )
     return arrays(sae)
 

@@ -310,7 +310,9 @@ class LM:
         if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise UserError(f"are {tokens.dtype}{list(tokens.shape)}; give integers of shape [batch, tokens]", "tokens")
         if tokens.shape[1] > self.config.n_ctx:
-            raise UserError(f"have {tokens.shape[1]} positions; this language model has {self.config.n_ctx}", "tokens")
+            most = self.config.n_ctx
+            what = f"have {tokens.shape[1]} positions; this language model has {most}"
+            raise UserError(f"{what}. Give shorter texts, or rows of at most {most} tokens", "tokens")
         if not traced:
             check_tokens(tokens, self.config.d_vocab, "tokens")
         return tokens.astype(jnp.int32)

@@ -36,7 +36,7 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
         starts: parameters [N, ...] that stacks of a new run start from, in the language model's units.
 
     Returns:
-        True when training is complete, False when a signal ended it early (state saved).
+        True when training is complete, False when a signal came before the end (state saved).
 
     Raises:
         UserError: the config or the directory cannot be used; nothing was written in it then.
@@ -162,7 +162,11 @@ class _Loop:
         self._logged_at, self._is_warm = time.perf_counter(), False
 
     def run(self) -> bool:
-        """Whether training is complete; raises `TrainingError` or `UserError` for what ended it early."""
+        """Whether training is complete and no signal came.
+
+        Raises:
+            TrainingError: what ended it early; and UserError.
+        """
         config, total = self._prepared.config, self._prepared.config.train.steps
         unusable: TrainingError | UserError | None = None
         last: _Call | None = None  # its statistics are read while the next call runs
@@ -190,6 +194,7 @@ class _Loop:
                 self._look_at(last, divergence, progress)
                 if self._step > self._saved:
                     self._save(last, divergence)
+            unmeasured = self._step == total and signals.stop(total // config.updates_per_call)
         self._finish(last, divergence)
         if unusable:
             raise unusable
@@ -201,7 +206,9 @@ class _Loop:
         if self._step < total:
             kept = f"step {self._saved:,} is saved" if self._saved else "no step was made yet"
             logger.info(f"{signals.received}: {kept}; the same command continues from there")
-        return self._step == total
+        elif unmeasured:
+            logger.info(f"{signals.received}: training is complete and saved; the same command measures the SAEs")
+        return self._step == total and not unmeasured
 
     def _next_batch(self) -> tuple[np.ndarray, Any]:
         """Rows of tokens, and these on the mesh; where they cannot be used, the stream is as before."""
