@@ -161,7 +161,7 @@ class Stack(Sites):
     )
     clip_norm: float | None = setting(
         None,
-        "Largest norm of an SAE's gradient, times D as where squared errors are summed; 0 = any; None = as for b1.",
+        "Largest norm of an SAE's gradient, of squared errors summed over a site; 0 = no limit; None = as for b1.",
         0.0,
     )
     coefficient_warmup_fraction: float | None = setting(
@@ -257,9 +257,7 @@ class Train:
         "sparse: gradients of active features only; dense: of all; auto: sparse for wide stacks on CPUs.",
         earlier="dense",
     )
-    log_every: int = setting(
-        50, "Steps between lines of metrics, rounded to a multiple of the updates per forward pass."
-    )
+    log_every: int = setting(50, "Steps between lines of metrics, rounded, as one forward pass gives several updates.")
     resample_steps: tuple[int, ...] = setting(
         (), "Steps after which dead features are re-initialised; () = never.", SAME
     )

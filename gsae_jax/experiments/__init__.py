@@ -23,7 +23,9 @@ with epy.lazy_imports():  # who writes nested dicts does not need it
 
 
 def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
-    """Makes an experiment from the settings that differ from the defaults, and checks it.
+    """Makes an experiment from the settings that differ from the defaults, and checks values and combinations.
+
+    Training checks the rest before it begins: sites, architectures with their options, and paths.
 
     gsae_jax.experiment("quickstart", train={"steps": 700}, evaluation={"tokens": 2**15})
     gsae_jax.experiment(lm={"path": "openai-community/gpt2"}, stacks={"gated": stack_config("gated", site, 1024, 1e-2)})

@@ -179,7 +179,7 @@ class LM:
         Args:
             texts: prompts. `tokenize` converts them to tokens.
             tap: as for `run`. It first gets the activations of whole prompts, padded on the left, and then those of one
-                token at a time. It is compiled, so that it cannot inspect or store values. Use the same tap object for
+                token at a time. It is compiled: it cannot inspect or store values. Use the same tap object for
                 several calls: a new object is compiled again, as are a new `max_new_tokens` and some prompt lengths.
             max_new_tokens: the largest number of tokens that a text is continued by.
             temperature: logits are divided by it before a token is sampled. 0 chooses the most likely token.
