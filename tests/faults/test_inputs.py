@@ -463,7 +463,7 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
             [quickstart, new, "--config.stacks.gated.l1_coefficients=1e999"],
             ".*l1_coef.*: is inf; ",
         ),
-        ("train", [quickstart, new, wide], r"stacks\.gated: takes [\d,.]+ GiB on each device, of"),
+        ("train", [quickstart, new, wide], r"stacks\.gated: needs [\d,.]+ GiB on each device\."),
         ("train", [quickstart, "--workdir=/proc/self/run"], "--workdir: /proc/self is not writable"),
         ("train", [quickstart, f"--workdir={tmp_path}/none.py"], "--workdir: .* is not a run"),
         (
