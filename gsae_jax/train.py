@@ -39,9 +39,11 @@ def run(config: Any, path: epath.PathLike) -> int:
             return 0
         reporting.measure_again(workdir, config)
         return 0
-    for warning in preparation.warnings(config):
-        logger.warning(warning)
-    starts = sae_loading.starts(config) if workdir.latest_step() is None else {}
+    starts = {}
+    if workdir.latest_step() is None:
+        for warning in preparation.warnings(config):  # a run that has begun cannot change these settings
+            logger.warning(warning)
+        starts = sae_loading.starts(config)
     if not loop.train(config, path, starts):
         return INTERRUPTED
     reporting.report(workdir)
