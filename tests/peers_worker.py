@@ -2,7 +2,7 @@
 
 read: features and reconstructions of `x.npy` [B, D], for every SAE in `ours/FORMAT/NAME`.
 make: SAEs of theirs, trained for some steps on `x.npy` and saved by them in `theirs`; with features, as above.
-steps: five steps of dictionary_learning's trainers, each from `start/KIND.npz` on `batches.npy` [steps, B, D].
+steps: five steps of dictionary_learning's trainers, each from `start/KIND.npz` on `x.npy` [steps, B, D].
 card: features [B, F] of `x.npy` by the model card in `repo`, in each library.
 measure: SAELens' `run_evals` of `ours/saelens/NAME` on `tokens.npy` [batches, rows, T], with TransformerLens' model of
 the weights in `lm`.
@@ -249,13 +249,12 @@ def made_by_llamascopium(D, folder, x):
         yield "llamascopium", path
 
 
-def steps(folder, x):
+def steps(folder, batches):
     """Leaves in `stepped/KIND.npz` their parameters by our names, and losses.
 
     Their losses sum squared errors over D, and ours divide by it. So Adam's eps and weights of other terms are
     multiplied by D. The batches are small numbers: they clip gradients whose norm is above 1.
     """
-    batches = torch.from_numpy(np.load(folder / "batches.npy"))
     settings = json.loads((folder / "settings.json").read_text())
     D = batches.shape[-1]
     (folder / "stepped").mkdir()
@@ -271,9 +270,9 @@ def steps(folder, x):
             for ours, value in start.items():
                 theirs[names[ours]].copy_(value.T if names[ours].endswith("weight") else value)
         trainer.num_tokens_since_fired[settings["dead"]] = 10**9
-        losses = []
+        losses, scale = [], settings["jumprelu_scale"] if name.startswith("jumprelu") else 1
         with straight_through(name):
-            for number, batch in enumerate(batches, 1):  # before step 1 it sets b_dec
+            for number, batch in enumerate(scale * batches, 1):  # before step 1 it sets b_dec
                 record = trainer.loss(batch, number, logging=True) if name.startswith("jumprelu") else None
                 losses.append(trainer.update(number, batch))
                 if record:  # what it returns has a large constant

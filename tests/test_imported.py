@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,10 @@ from gsae_jax.training import loop
 from tests.refusals import refused
 from tests.sae_files import make
 from tests.test_saes import away_from_init
+
+REAL = next(
+    (above / "shared" / "real" for above in Path(__file__).parents if (above / "shared" / "real").exists()), None
+)
 
 
 def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
@@ -256,3 +261,34 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
         export_lib.export(str(tmp_path / "run"), "saelens", str(tmp_path / "new"), step=3)
     with refused("--step", "3", "16"):
         evaluate(tmp_path / "run", step=3)
+
+
+@pytest.mark.skipif(REAL is None, reason="the real SAE, model and text are not there (../shared/real)")
+def test_a_published_jumprelu_sae_is_measured_and_trained_further_as_a_gated_one(tmp_path):
+    """SAELens trained it on activations that its file does not name, so that it is bad on these before training."""
+    published, site = REAL / "saelens_jumprelu", "blocks.1.hook_resid_post"
+    (sae,) = gsae_jax.load(published).values()
+    assert (sae.architecture, sae.d_in, sae.width, sae.site) == ("jumprelu", 128, 512, "")
+    stack = gsae_jax.stack_config("gated", site, 512, l1_coefficients=(0.01,), start_from=str(published))
+    start = sae_loading.starts(gsae_jax.experiment(stacks={"further": stack}))["further"]
+    x = 100 * np.random.default_rng(0).standard_normal((64, 128), np.float32)
+    f = gated.encode({name: value[0] for name, value in start.items()}, x, gated.Config(128, 512))
+    np.testing.assert_allclose(f, sae.encode(x), rtol=1e-4, atol=1e-3)
+    text = {"corpus": "text", "path": str(REAL / "tinystories"), "data_dir": str(tmp_path / "data")}
+    config = gsae_jax.experiment(
+        stacks={"further": stack},
+        lm={"path": str(REAL / "TinyStories-656K")},
+        data=text | {"context_length": 64},
+        train={"steps": 60, "batch_size": 256, "warmup_steps": 10},
+        activations={"buffer_size": 2**13},
+        evaluation={"tokens": 2**12},
+        loggers=(),
+    )
+    gsae_jax.fit(config, tmp_path / "run")
+    saes = [str(published), f"{tmp_path / 'run'}:further"]
+    evaluate_saes(saes, str(tmp_path / "compared"), site=site)
+    records = json.loads((tmp_path / "compared" / "report.json").read_text())["saes"]
+    before, after = ({r["name"]: r for r in records}[name] for name in ("saelens_jumprelu_0", "further_0"))
+    assert before["site"] == after["site"] == site
+    assert after["fvu"] < 0.5 * before["fvu"]
+    assert after["l0"] < before["l0"]

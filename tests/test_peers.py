@@ -187,20 +187,21 @@ def test_saelens_measures_what_our_report_says(folder, quickstart_run):
         assert {key: theirs[key] for key in expected} == pytest.approx(expected, rel=1e-5), name
 
 
-def test_trained_alike_dictionary_learning_and_we_come_to_the_same(other_kinds):
+def test_trained_alike_dictionary_learning_and_we_come_to_the_same(tmp_path):
     """Five steps from the same parameters on the same batches: losses, and parameters by how far they moved."""
     D, F, B, rate, decay = 32, 96, 64, 1e-3, batch_topk.DECAY
-    settings = {"k": 8, "auxk_coefficient": 1 / 32, "group_fractions": [0.25, 0.25, 0.5], "threshold_decay": decay}
-    settings |= {"bandwidth": 0.05, "l0_coefficient": 1e-4, "learning_rate": rate, "dead": list(range(0, F, 3))}
+    settings = {"k": 8, "auxk_coefficient": 1e-3, "group_fractions": [0.25, 0.25, 0.5], "threshold_decay": decay}
+    settings |= {"bandwidth": 0.02, "l0_coefficient": 4e-5, "learning_rate": rate, "dead": list(range(0, F, 3))}
+    settings["jumprelu_scale"] = 0.4  # there more features are active, and gradients are larger
     batches = 0.1 * np.random.default_rng(0).standard_normal((5, B, D), np.float32)
-    selecting = {"k": 8, "b1": 0.9}
+    selecting = {"k": 8, "auxk_coefficient": 1e-3, "b1": 0.9}
     own = {
         "topk": selecting,
         "batch_topk": selecting,
         "matryoshka": selecting | {"prefixes": (0.25, 0.5, 1.0)},
-        "jumprelu": {"l1_coefficients": (1e-4,), "bandwidth": 0.05 / math.sqrt(D)},
+        "jumprelu": {"l1_coefficients": (4e-5,), "bandwidth": 0.02 / math.sqrt(D)},
     }
-    (other_kinds / "start").mkdir()
+    (tmp_path / "start").mkdir()
     stacks = {}
     for name, options in own.items():
         config = gsae_jax.stack_config(name, SITE, F, learning_rates=(rate,), **options)
@@ -210,15 +211,16 @@ def test_trained_alike_dictionary_learning_and_we_come_to_the_same(other_kinds):
         params["W_enc"][:, settings["dead"]] *= 0.1  # so that they are positive, and not among the largest
         params.pop("threshold", None)
         if name == "jumprelu":
-            params["threshold"] = np.linspace(0.04, 0.06, F, dtype=np.float32)
-            np.savez(other_kinds / "start" / "jumprelu of pre-activations.npz", **params)
-        np.savez(other_kinds / "start" / f"{name}.npz", **params)
-    np.save(other_kinds / "batches.npy", batches)
-    (other_kinds / "settings.json").write_text(json.dumps(settings))
-    ask("steps", other_kinds)
+            params["threshold"] = np.linspace(0.016, 0.024, F, dtype=np.float32)
+            np.savez(tmp_path / "start" / "jumprelu of pre-activations.npz", **params)
+        np.savez(tmp_path / "start" / f"{name}.npz", **params)
+    np.save(tmp_path / "x.npy", batches)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    ask("steps", tmp_path)
     for name, stack in stacks.items():
-        start = dict(np.load(other_kinds / "start" / f"{name}.npz"))
-        losses, params = stepped(stack, start, batches, settings["dead"])
+        start = dict(np.load(tmp_path / "start" / f"{name}.npz"))
+        part = settings["jumprelu_scale"] if name == "jumprelu" else 1
+        losses, params = stepped(stack, start, part * batches, settings["dead"])
 
         def apart(theirs, start=start, params=params):
             """How far from theirs each parameter is, relatively to how far it moved."""
@@ -227,12 +229,12 @@ def test_trained_alike_dictionary_learning_and_we_come_to_the_same(other_kinds):
                 for key, value in start.items()
             }
 
-        theirs = dict(np.load(other_kinds / "stepped" / f"{name}.npz"))
+        theirs = dict(np.load(tmp_path / "stepped" / f"{name}.npz"))
         if name == "jumprelu":
             # What lies below a threshold has no gradient in their L0: `StepFunction.apply(f, ...)` is of features.
             assert losses[0] * D == pytest.approx(theirs["losses"][0], rel=1e-5)
             assert apart(theirs)["threshold"] > 0.01
-            theirs = dict(np.load(other_kinds / "stepped" / "jumprelu of pre-activations.npz"))
+            theirs = dict(np.load(tmp_path / "stepped" / "jumprelu of pre-activations.npz"))
         np.testing.assert_allclose(np.array(losses) * D, theirs["losses"], rtol=1e-5, err_msg=name)
         assert max(apart(theirs).values()) < 1e-3, (name, apart(theirs))
         if name in ("batch_topk", "matryoshka"):
