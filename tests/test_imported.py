@@ -279,7 +279,7 @@ def test_a_published_jumprelu_sae_is_measured_and_trained_further_as_a_gated_one
         stacks={"further": stack},
         lm={"path": str(REAL / "TinyStories-656K")},
         data=text | {"context_length": 64},
-        train={"steps": 60, "batch_size": 256, "warmup_steps": 10},
+        train={"steps": 64, "batch_size": 256, "warmup_steps": 10},
         activations={"buffer_size": 2**13},
         evaluation={"tokens": 2**12},
         loggers=(),
