@@ -45,33 +45,18 @@ def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]
     """Write a new folder with a folder for each SAE, or nothing; returns and raises what `export` does."""
     with errors.about("--format"):
         module = plugins.load("formats", format, having="write")
-    diverged: dict[str, records.DivergedError] = {}
-    refused: dict[str, UserError] = {}
+    failed: dict[str, UserError] = {}
     with writing.new_folder(out) as folder:
         for sae in saes.values():
             try:
                 module.write(sae, folder / sae.name)
-            except records.DivergedError as error:
-                diverged[sae.name] = error
             except UserError as error:
-                refused[sae.name] = error
-        if refused:
-            raise _all_of(refused, [name for name in saes if name not in refused | diverged])
-        if len(diverged) == len(saes):
-            raise next(iter(diverged.values()))
-    for why in diverged.values():
+                failed[sae.name] = error
+        written = [name for name in saes if name not in failed]
+        records.raise_for(failed, written)
+    for why in failed.values():
         logger.warning(f"{why}. This SAE is not exported")
-    return [name for name in saes if name not in diverged]
-
-
-def _all_of(refused: dict[str, UserError], others: list[str]) -> UserError:
-    """One error for all SAEs that a format cannot store, which names one that it can."""
-    first, *rest = refused.values()
-    for error in rest:
-        first.problem += f"; {error}"
-    if others:
-        first.problem += f"; --sae={others[0]} exports one that can be"
-    return first
+    return written
 
 
 def main() -> None:

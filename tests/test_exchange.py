@@ -100,7 +100,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
             dataclasses.replace(sae, params=spoiled).save(tmp_path / "a", format)
     for kind, format, fact in (
         ("topk", "gemma_scope", "no JumpReLU form"),
-        ("gated", "sparsify", "export one of topk"),
+        ("gated", "sparsify", "it holds topk"),
     ):
         with refused("stack_2", fact):
             SAES[kind]().save(tmp_path / "a", format)

@@ -224,10 +224,9 @@ def test_memory_of_measuring_does_not_grow_with_tokens_times_features(ks):
         x = jax.ShapeDtypeStruct((4, T, D), jnp.float32)
         mask, mean = jax.ShapeDtypeStruct((4, T), bool), jax.ShapeDtypeStruct((D,), jnp.float32)
         place = {"valid": mask, "typical": mask, "mean": mean, "typical_mean": mean}
-        settings = None, sae.architecture, sae.config
+        settings = None, sae.architecture, sae.config, 0
         step, args = (measure._pursue, (*settings, ks)) if ks else (measure._reconstruct, settings)
-        inputs = () if ks else (x,)
-        lowered = step.lower(*args, sae.params, x, place, *inputs)
+        lowered = step.lower(*args, sae.params, (x, x), place)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     few, many = bytes_for(256), bytes_for(2048)

@@ -98,7 +98,7 @@ def test_what_measuring_takes_against_the_compiler():
     for stack in case.program.stacks:
         params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
         settings = None, stack.config.architecture, stack.sae
-        encoding.append(account(measure._reconstruct, *settings, params, stream, place, stream).temp_size_in_bytes)
+        encoding.append(account(measure._reconstruct, *settings, 0, params, (stream, stream), place).temp_size_in_bytes)
     beside = clean.output_size_in_bytes + len(waiting) * stream.size * stream.dtype.itemsize
     compiled = max(clean.temp_size_in_bytes, beside + max(losses, *encoding))
     parts = case.measuring("cpu")

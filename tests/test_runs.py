@@ -150,7 +150,7 @@ def test_a_save_does_not_ask_when_the_run_should_end(experiment, tmp_path, monke
     monkeypatch.setattr(interruption.Signals, "__exit__", lambda *_: None)
     monkeypatch.setattr(interruption.Signals, "_together", True, raising=False)  # as where there are several processes
     assert loop.train(experiment, tmp_path / "run")
-    assert asked == [0, 1, 2, 3]
+    assert asked == [0, 1, 2, 3, 4]  # before each of four calls, and before the SAEs are measured
 
 
 def test_an_interrupted_run_continues_as_if_it_had_not_been(experiment, tmp_path, monkeypatch):

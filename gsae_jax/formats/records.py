@@ -72,6 +72,19 @@ class DivergedError(UserError):
         super().__init__(f"has numbers in {', '.join(parameters)} that are not finite or overflow: {why}", name)
 
 
+def raise_for(failed: Mapping[str, UserError], written: Sequence[str]) -> None:
+    """Raises one error for all SAEs that a format cannot store, or for those that diverged if none is `written`."""
+    refused = [error for error in failed.values() if not isinstance(error, DivergedError)]
+    if refused:
+        first, *rest = refused
+        first.problem = "; ".join([first.problem, *map(str, rest)])
+        if written:
+            first.problem += f"; --sae={written[0]} exports one that it can store"
+        raise first
+    if failed and not written:
+        raise next(iter(failed.values()))
+
+
 def record(sae: trained.SAE) -> dict[str, Any]:
     """What no other format has a place for; null is unknown, or no limit of norms."""
     numbers = {name: getattr(sae, name) for name in ("l1_coefficient", "learning_rate", "scale", "norm_limit")}

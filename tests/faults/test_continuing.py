@@ -20,6 +20,7 @@ from gsae_jax import train as train_command
 from gsae_jax.activations import sources
 from gsae_jax.data import tokens as tokens_lib
 from gsae_jax.errors import TrainingError
+from gsae_jax.saes import contract
 from gsae_jax.storage import run_directory
 from gsae_jax.training import lengthening, loop
 from tests.refusals import refused
@@ -298,7 +299,7 @@ def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_p
     assert loop.train(experiment, run)
     shutil.copytree(run, tmp_path / "cut")
     back_to(tmp_path / "cut", 8)
-    run_directory.Workdir(run).create(config_trees.to_dict(longer))
+    run_directory.Workdir(run).create(config_trees.to_dict(contract.with_recipes(longer)))
     facts = run_directory.Workdir.facts
     monkeypatch.setattr(
         run_directory.Workdir, "facts", lambda self, step: dataclasses.replace(facts(self, step), lengths=[])
@@ -348,7 +349,7 @@ def test_later_resampling_may_be_added(experiment, tmp_path):
     run = tmp_path / "run"
     first = with_(experiment, train={"dead_after": 4, "resample_steps": (8,)})
     assert loop.train(first, run)
-    workdir = run_directory.Workdir(run)
+    workdir, first = run_directory.Workdir(run), contract.with_recipes(first)
     workdir.check(config_trees.to_dict(with_(first, train={"steps": 32, "resample_steps": (8, 20)})))
     for steps in ((20,), (8, 12, 20)):
         with refused("--workdir", "train.resample_steps", "after step 16"):

@@ -11,6 +11,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees
+from gsae_jax.saes import contract
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
@@ -97,7 +98,7 @@ def test_when_none_is_sound_nothing_is_touched(run, experiment):
     with refused("--workdir", str(run), "checkpoint 16: params/manifest.ocdbt", "checkpoint 8: params/manifest.ocdbt"):
         loop.train(experiment, run)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != run_directory.LOCK}
-    run_directory.Workdir(run).check(config_trees.to_dict(experiment))
+    run_directory.Workdir(run).check(config_trees.to_dict(contract.with_recipes(experiment)))
 
 
 PARAMS = {"gated": {"W_dec": jnp.arange(6.0).reshape(2, 3), "b_dec": jnp.ones(3)}}

@@ -180,7 +180,7 @@ def originals(tmp_path_factory, text_dir, lm_dir):
     (root / "foreign").mkdir()
     for kind in ("gated", "relu", "jumprelu", "topk", "batch_topk"):
         sae_files.SAES[kind]().save(root / "foreign" / f"saelens {kind}")
-    for version, change in {"3": {}, "5": {"architecture": "gated"}, "topk": {"activation_fn_str": "topk"}}.items():
+    for version, change in {"3": {}, "5": {"architecture": "gated"}, "5 topk": {"activation_fn_str": "topk"}}.items():
         earlier = root / "foreign" / f"saelens {version}"
         shutil.copytree(root / "foreign" / "saelens relu", earlier)
         (earlier / "cfg.json").write_text(json.dumps(sae_files.EARLIER_SAELENS | change))
