@@ -3,6 +3,7 @@
 With `-m gpu` the device is the machine's own.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def pytest_configure(config):
     assert jax.device_count() == 8
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Frees compiled programs after a file of tests: Linux ends a process with more than 65,530 mappings of memory."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+MOST_MAPPINGS = 25_000  # a compiled program has about 15
 WORDS = [
     "def",
     "return",
