@@ -121,6 +121,17 @@ def test_the_gradient_is_that_of_differences_in_float64(tuned, lm_dir):
             assert np.any(grads[name][n]) == (name != "b_gate")  # which only opens gates
 
 
+def test_the_skip_of_a_transcoder_is_part_of_what_is_spliced_in(tuned):
+    """W_skip begins at 0, where a gradient is all that shows it."""
+    changes = {"architecture": "gated_transcoder", "site": "blocks.0.hook_resid_mid", "target": SITE}
+    stack = dataclasses.replace(tuned.stacks["gated"], options={"skip": True}, **changes)
+    experiment = dataclasses.replace(tuned, stacks={"gated": stack})
+    program, state, lm_params, stream = begin(experiment, single_device_mesh())
+    tokens = next(stream)[:8]
+    grads, _ = gradients(program, program.stacks[0], state.stacks["gated"], state, lm_params, tokens)
+    assert all(np.any(one) for one in grads["W_skip"])
+
+
 def test_an_update_replaces_a_share_of_the_squared_error(tuned):
     """The gradient that the optimiser saw, by its second moments: they start anew, so that one update shows it."""
     tuned = from_the_start(with_(tuned, train={"batch_size": 256}), kl_weight=0.7)
