@@ -61,6 +61,7 @@ def refusal(use, config, folder):
 @pytest.mark.parametrize(
     ("changes", "field", "facts"),
     [
+        ({"train__stesp": 3}, "train.stesp", ("did you mean 'steps'",)),  # and not 'step', which is a field too
         ({"train__stps": 3}, "train.stps", ("'steps'", "steps, batch_size")),
         ({"train__step": 3}, "train.step", ("3", "auto, dense, sparse")),
         ({"sed": 3}, "sed", ("'seed'",)),
@@ -101,7 +102,8 @@ def refusal(use, config, folder):
             "stacks.gated.options.only_magnitude",
             ("features", 'start_from="RUN:STACK"'),
         ),
-        ({"train__steps": 18}, "train.steps", ("is 18;", "multiple of 4")),
+        ({"train__steps": 2, "train__warmup_steps": 0}, "train.steps", ("is 2;", "such as 4")),
+        ({"train__steps": 18}, "train.steps", ("is 18;", "multiple of 4", "16 or 20")),
         ({"train__warmup_steps": 16}, "train.warmup_steps", ("is 16;", "train.steps (16)")),
         ({"seed": -1}, "seed", ("-1", "0 to 2147483647")),
         ({"stacks__gated__seeds": (0, 2**31)}, "stacks.gated.seeds", ("0, 2147483648", "0 to 2147483647")),

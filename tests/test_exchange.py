@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
+from gsae_jax import export as export_lib
 from gsae_jax.formats import files, jumprelu
 from gsae_jax.saes import contract, gated, parameters, relu, topk
 from tests import references
@@ -82,6 +83,14 @@ def test_the_files_have_the_names_that_their_readers_know(tmp_path):
     make(relu).save(tmp_path / "c", "jumprelu")
     cfg = json.loads((tmp_path / "c" / "cfg.json").read_text())
     assert (cfg["architecture"], cfg["apply_b_dec_to_input"]) == ("jumprelu", False)
+
+
+def test_an_export_names_every_sae_that_a_format_cannot_store(tmp_path):
+    saes = {kind: dataclasses.replace(SAES[kind](), name=kind) for kind in ("gated", "topk", "relu")}
+    with refused("gated", "'gated'", "relu: is of the kind 'relu'", "--sae=topk"):
+        export_lib.write(saes, "sparsify", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    assert export_lib.write({"topk": saes["topk"]}, "sparsify", tmp_path / "a") == ["topk"]
 
 
 def test_heads_are_kept_apart_where_transformerlens_has_them_so(tmp_path):

@@ -131,6 +131,15 @@ def test_a_comparison_of_runs_with_different_training_is_noted(tmp_path):
     assert notes("one", long=800, short=80) == []
 
 
+def test_a_loss_recovered_above_1_is_noted():
+    records, _ = compared("first", "second")
+    assert report.notes(records) == []
+    records[0] |= {"loss_recovered": 1.01}
+    (note,) = report.notes(records)
+    assert records[0]["name"] in note
+    assert records[1]["name"] not in note
+
+
 def test_an_interval_that_is_unknown_is_explained(tmp_path):
     """Rows differ so much that in some of the bootstrap's samples a frontier does not reach the level."""
     records, sums = compared("a", "a", np.linspace(0, 2, 50))

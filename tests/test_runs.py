@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,22 @@ def test_a_save_does_not_ask_when_the_run_should_end(experiment, tmp_path, monke
     monkeypatch.setattr(interruption.Signals, "_together", True, raising=False)  # as where there are several processes
     assert loop.train(experiment, tmp_path / "run")
     assert asked == [0, 1, 2, 3, 4]  # before each of four calls, and before the SAEs are measured
+
+
+def test_a_signal_in_the_last_call_ends_before_measuring(experiment, tmp_path, monkeypatch, capsys):
+    def save(self, call, divergence):
+        if call.step == experiment.train.steps:
+            signal.raise_signal(signal.SIGTERM)
+        saved(self, call, divergence)
+
+    saved = loop._Loop._save
+    monkeypatch.setattr(loop._Loop, "_save", save)
+    assert train_command.run(experiment, tmp_path / "run") == train_command.INTERRUPTED
+    assert "SIGTERM: training is complete" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "report").exists()
+    monkeypatch.undo()
+    assert train_command.run(experiment, tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report" / "report.md").exists()
 
 
 def test_an_interrupted_run_continues_as_if_it_had_not_been(experiment, tmp_path, monkeypatch):
