@@ -56,7 +56,7 @@ def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
 
 
 def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
-    """Per site and level: the L0 of every stack divided by that of those that `contract.is_compared` names.
+    """Per site and level: the L0 of one stack divided by another's, for the pairs that `contract.is_compared` accepts.
 
     A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
     that of least L0 as the geometric mean over seeds. A level is left out where that cannot be told, because a

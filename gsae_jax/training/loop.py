@@ -165,7 +165,8 @@ class _Loop:
         """Whether training is complete and no signal came.
 
         Raises:
-            TrainingError: what ended it early; and UserError.
+            TrainingError: an SAE was lost, or the text cannot be read any more.
+            UserError: the text cannot be used.
         """
         config, total = self._prepared.config, self._prepared.config.train.steps
         unusable: TrainingError | UserError | None = None
