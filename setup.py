@@ -57,6 +57,7 @@ setup(
         "pyarrow>=17.0",
         "pyyaml>=6.0.1",
         "safetensors>=0.8",
+        "scipy>=1.13",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.23.1",

@@ -2,27 +2,19 @@
 
 import dataclasses
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import tqdm
 from etils import epath
 
-from gsae_jax import config as config_lib
-from gsae_jax import config_trees, errors, processes, sae_loading
-from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import HeldOut
+from gsae_jax import errors, processes, sae_loading, sae_sources
 from gsae_jax.data import rows
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.evaluation import measure, provenance, report
-from gsae_jax.lms import loading, sites
-from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.saes import trained
+from gsae_jax.lms import loading
 from gsae_jax.storage import metrics_log, paths, run_directory, writing
-from gsae_jax.storage.facts import Facts
 
 logger = logging.getLogger(__name__)
 
@@ -67,123 +59,11 @@ def evaluate(
     """
     workdir = run_directory.Workdir(path)
     points = report.read_published(published) if published else []
-    run = workdir.experiment()
-    # On whichever machine this is; features along `latent` as in training, where it has as many devices.
-    settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens)
-    if config is not None:
-        own = {
-            group: config_trees.to_dict(getattr(run, group)) for group in ("lm", "data", "activations", "evaluation")
-        }
-        elsewhere = config_trees.held_out(config_trees.merged(own, config_trees.plain(config)))
-        recorded = workdir.config()["data"]
-        # Fields that did not exist when the run began keep the values of then.
-        absent = {name: value for name, value in vars(run.data).items() if name not in recorded}
-        settings = _moved(settings, dataclasses.replace(elsewhere, data=dataclasses.replace(elsewhere.data, **absent)))
-    if model:
-        settings = dataclasses.replace(settings, lm=dataclasses.replace(run.lm, path=model, revision=""))
-    latent = run.mesh.latent if jax.device_count() % run.mesh.latent == 0 else 1
-    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
-    with errors.about(workdir.field, step="--step"):
-        step = workdir.sound_step(("params", "facts"), step)
-        saes = sae_loading.load(path, mesh, step)
-    assert step is not None  # or there would be nothing to load
-    facts, training = workdir.facts(step), metrics_log.read_metrics(workdir)
-    with errors.about("--model" if model else "lm.path", revision="lm.revision"):
-        _check_inputs(workdir, facts, run, settings, saes)
-    runs = {workdir.path.name: provenance.of_run(run, facts, step, next(iter(saes.values())).metadata)}
-    known = _Known(saes, _targets(run, saes), runs, step, training)
+    chosen = sae_sources.of_run(path, step, model, config)
+    training = metrics_log.read_metrics(workdir)
     set_aside = workdir.set_report_aside if earlier == "aside" else None
     wanted = _Wanted(tokens, ito, published, points, model, earlier == "beside", set_aside)
-    return _write(workdir.report, known, settings, mesh, wanted)
-
-
-def _targets(run: config_lib.Experiment, saes: Mapping[str, trained.SAE]) -> dict[str, float]:
-    """The L0 that SAEs of a run were trained for, by name, where there is one."""
-    targets = {}
-    for name, sae in saes.items():
-        values = run.stacks[sae.stack.rpartition("/")[2]].target_l0  # without a label of `_told_apart`
-        if values:
-            targets[name] = values[sae.index if len(values) > 1 else 0]
-    return targets
-
-
-def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
-    """A run's settings, with the paths of the language model and the text, and `evaluation`, of another config.
-
-    Raises:
-        UserError: the other config is of another run.
-    """
-    moved = {
-        group: dataclasses.replace(
-            getattr(settings, group), **{name: getattr(getattr(elsewhere, group), name) for name in fields}
-        )
-        for group, fields in run_directory.LOCATIONS.items()
-    }
-    if moved["lm"] == dataclasses.replace(settings.lm, revision=""):  # the same hub name; the run recorded its commit
-        moved["lm"] = settings.lm
-    for group, value in moved.items():
-        there, here = (
-            {
-                name: item
-                for name, item in dataclasses.asdict(each).items()
-                if name not in run_directory.LOCATIONS[group]
-            }
-            for each in (value, getattr(elsewhere, group))
-        )
-        if differing := config_trees.differences(there, here, f"{group}."):
-            why = f"is not the config of this run; change these back (the run's value != yours): {'; '.join(differing)}"
-            raise UserError(f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT", "--config")
-    return dataclasses.replace(settings, evaluation=elsewhere.evaluation, **moved)
-
-
-def _check_inputs(
-    workdir: run_directory.Workdir,
-    facts: Facts,
-    run: config_lib.Experiment,
-    settings: HeldOut,
-    saes: Mapping[str, trained.SAE],
-) -> None:
-    """Compare the language model and the held-out text with those of training, by a checkpoint's fingerprints.
-
-    Other text at the recorded path is only a warning: the corpus `stdlib`, for one, changes with the version of Python.
-
-    Args:
-        workdir: the run's.
-        facts: of the checkpoint.
-        run: the run's own config.
-        settings: what is measured on.
-        saes: of the checkpoint.
-
-    Raises:
-        UserError: they are not the same, or the language model lacks a site of the SAEs.
-    """
-    try:
-        checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision)
-    except UserError as error:
-        if settings.lm == run.lm:
-            error.problem += "; if the run's model lies elsewhere now, write --model DIRECTORY"
-        raise
-    moved = paths.absolute(settings.lm.path) != paths.absolute(run.lm.path)
-    if facts.lm or not moved:
-        workdir.check_model(facts, settings.lm, checkpoint.fingerprint())
-    else:
-        logger.warning(
-            f"the run in {workdir.path} recorded no fingerprint of its language model; measured on {settings.lm.path}"
-        )
-    widths = loading.site_widths(checkpoint.module())
-    for sae in saes.values():
-        measure.check_sites(sae, widths)
-    if not facts.held_out:  # of an earlier version
-        return
-    limit = facts.held_out_tokens or rows.held_out_tokens(run, run.evaluation.tokens)
-    held_out = rows.open_rows(settings.data, "test", checkpoint.tokenizer(), limit, checkpoint.config.d_vocab)
-    if held_out.fingerprint != facts.held_out:
-        if settings.data != run.data:
-            raise UserError(
-                f"{settings.data.path} does not hold the text of the run in {workdir.path}; write a path that does",
-                "data.path",
-            )
-        logger.warning("the held-out text has changed since training; the report is on the new text")
+    return _write(workdir.report, chosen, training, wanted)
 
 
 def evaluate_saes(
@@ -218,261 +98,8 @@ def evaluate_saes(
     with errors.about("--out"):
         writing.check_new(out)
     points = report.read_published(published) if published else []
-    mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
-    with errors.about("--sae"):
-        sources = _told_apart([_source(name, mesh) for name in names])
-    saes = {name: sae for source in sources for name, sae in source.saes.items()}
-    for source in sources:
-        if not site and not all(sae.sites[0] for sae in source.saes.values()):
-            why = f"is missing, and the files of {source.name} name no site; write one like blocks.0.hook_mlp_out"
-            raise UserError(why, "--site")
-    settings = _settings(sources, config)
-    if model:
-        settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
-    given = bool(model) or "lm" in (config or {})
-    with errors.about("--model" if model else "lm.path", revision="lm.revision"):
-        for source in sources:
-            if source.run is not None:
-                _check_run(source, settings, given)
-        _check_told({name: sae for s in sources if s.run is None for name, sae in s.saes.items()}, settings, given)
-        saes = _at_sites(saes, settings.lm, site)
-    texts = _text_names({settings.data, *(source.run.data for source in sources if source.run is not None)})
-    known = _Known(saes, {}, {}, text=texts[settings.data])
-    for source in sources:
-        described = source.described()
-        if source.run is not None:
-            known.targets.update(_targets(source.run, source.saes))
-            described["text"] = texts[source.run.data]
-        if described and known.runs.setdefault(source.label, described) != described:
-            known.runs[next(iter(source.saes))] = described
-    return _write(paths.of(out), known, settings, mesh, _Wanted(tokens, ito, published, points, model))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """The SAEs that the user named with one name.
-
-    Attributes:
-        name: as the user wrote it.
-        path: of the run; of SAEs from elsewhere, the folder that they lie in.
-        label: what the report calls that path.
-        saes: by name.
-        run, facts, step: of a run's checkpoint; None for SAEs from elsewhere.
-    """
-
-    name: str
-    path: str
-    label: str
-    saes: dict[str, trained.SAE]
-    run: config_lib.Experiment | None = None
-    facts: Facts | None = None
-    step: int | None = None
-
-    def described(self) -> dict[str, Any]:
-        """What is known of the training."""
-        if self.run is None or self.facts is None or self.step is None:
-            return provenance.of_imported(next(iter(self.saes.values())))
-        return provenance.of_run(self.run, self.facts, self.step, next(iter(self.saes.values())).metadata)
-
-
-def _source(name: str, mesh: jax.sharding.Mesh) -> _Source:
-    """What one of the names of `evaluate_saes` stands for; its label is still to be given."""
-    path = sae_loading.divided(name)[0]
-    saes = sae_loading.load_named(name, mesh)
-    workdir = run_directory.Workdir(path, field="")
-    place = Path(paths.absolute(path))
-    if not workdir.holds_run():
-        if len(saes) == 1 and next(iter(saes)).startswith(place.name):  # it has the name of its folder
-            place = place.parent
-        return _Source(name, str(place), "", saes)
-    step = workdir.sound_step(("params", "facts"))
-    facts = None if step is None else workdir.facts(step)
-    return _Source(name, str(place), "", saes, workdir.experiment(), facts, step)
-
-
-def _told_apart(sources: Sequence[_Source]) -> list[_Source]:
-    """The sources with labels. If SAEs or stacks of two sources are called alike, labels precede the names of all SAEs.
-
-    Raises:
-        UserError: two SAEs of one path are called alike.
-    """
-    labels = _labels({source.path for source in sources})
-    by_name, by_stack, places = defaultdict(set), defaultdict(set), defaultdict(set)
-    for number, source in enumerate(sources):
-        for name, sae in source.saes.items():
-            by_name[name].add(number)
-            # SAEs from elsewhere that do not name their run are a stack if their names say so, wherever they lie.
-            by_stack[sae.stack].add(sae.run if source.run is None else source.path)
-            places[sae.stack].add(source.path)
-    alike = {
-        (source.path, sae.stack)
-        for source in sources
-        for name, sae in source.saes.items()
-        if len(by_name[name]) > 1 or len(by_stack[sae.stack]) > 1
-    }
-    seen: set[str] = set()
-    renamed = []
-    for source in sources:
-        label, saes = labels[source.path], {}
-        for name, sae in source.saes.items():
-            if alike:
-                # A stack that lies in several places and is one all the same would fall apart.
-                is_apart = (source.path, sae.stack) in alike or len(places[sae.stack]) == 1
-                stack = f"{label}/{sae.stack or name}" if is_apart else sae.stack
-                sae = dataclasses.replace(sae, name=f"{label}/{name}", stack=stack)
-            if source.run is not None:
-                sae = dataclasses.replace(sae, run=label)
-            if sae.name in seen:
-                raise UserError(f"{source.name} has the second SAE called {name!r}; name each SAE once")
-            seen.add(sae.name)
-            saes[sae.name] = sae
-        renamed.append(dataclasses.replace(source, label=label, saes=saes))
-    return renamed
-
-
-def _labels(places: Collection[str]) -> dict[str, str]:
-    """The shortest end of each path that no other path has."""
-    labels = {}
-    for place in places:
-        parts = Path(place).parts
-        for length in range(1, len(parts) + 1):
-            labels[place] = "/".join(parts[-length:])
-            if not any(Path(other).parts[-length:] == parts[-length:] for other in places if other != place):
-                break
-    return labels
-
-
-def _text_names(texts: Collection[config_lib.Data]) -> dict[config_lib.Data, str]:
-    """What the report calls each text; files of one name get as much of their paths as they need."""
-    by_name = defaultdict(set)
-    usual = {text: sae_loading.names(config_lib.LM("", "float32", ""), text)["dataset_path"] for text in texts}
-    for text, name in usual.items():
-        by_name[name].add(paths.absolute(text.path) if text.path else "")
-    return {
-        text: name if len(by_name[name]) == 1 or not text.path else _labels(by_name[name])[paths.absolute(text.path)]
-        for text, name in usual.items()
-    }
-
-
-def _settings(sources: Sequence[_Source], config: Any) -> HeldOut:
-    """The settings of the first run, or those that all SAEs say they were trained with, changed by a config."""
-    run = next((source.run for source in sources if source.run is not None), None)
-    if run is not None:
-        recorded = config_trees.to_dict(run)
-        base = {group: recorded[group] for group in ("lm", "data", "activations", "evaluation")}
-    else:
-        base = _as_trained({name: sae for source in sources for name, sae in source.saes.items()})
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
-    return config_trees.held_out(config_trees.merged(base, config or {}))
-
-
-def _check_run(source: _Source, settings: HeldOut, given: bool) -> None:
-    """Warns of a run that is measured on other text than its own, or on another model if one was `given`.
-
-    Raises:
-        UserError: the run was trained on another language model, and none was given.
-    """
-    assert source.run is not None
-    try:
-        fingerprint = Checkpoint.open(settings.lm.path, settings.lm.revision).fingerprint()
-    except UserError as error:
-        if not given:
-            error.problem += "; if the model lies elsewhere now, write --model DIRECTORY"
-        raise
-    recorded = source.facts.lm if source.facts else {}
-    if not recorded:  # of an earlier version: its name is all that is known
-        _check_told(source.saes, settings, given)
-    elif recorded != fingerprint:
-        differing = " and ".join(part for part in fingerprint if recorded.get(part) != fingerprint[part])
-        theirs, ours = (lm.path or "the embedded model" for lm in (source.run.lm, settings.lm))
-        why = f"{source.name} was trained on another language model than {ours}: {theirs} differs in {differing}"
-        if not given:
-            raise UserError(
-                f"{why}; leave this SAE out, or write --model with the model to measure all SAEs on", "--sae"
-            )
-        logger.warning(f"{why}; it is measured on {ours}")
-    text = {"drop_special_tokens": source.run.activations.drop_special_tokens} | vars(source.run.data)
-    here = {"drop_special_tokens": settings.drop_special_tokens} | vars(settings.data)
-    ignored = ("data_dir", "train_split")
-    others = [name for name in text if text[name] != here[name] and name not in ignored]
-    if others:
-        listed = ", ".join(f"{name} ({text[name]} there, {here[name]} here)" for name in others)
-        logger.warning(f"{source.name} was trained with other settings of its text than it is measured with: {listed}")
-
-
-def _as_trained(saes: Mapping[str, trained.SAE]) -> dict[str, dict[str, Any]]:
-    """The config of the embedded model, and of the standard library in rows that all SAEs say they were trained on."""
-    tree: dict[str, dict[str, Any]] = {"data": {}, "activations": {}}
-    for group, field, name, kind in (
-        ("data", "context_length", "context_size", int),
-        ("data", "prepend_bos", "prepend_bos", bool),
-        ("activations", "drop_special_tokens", "exclude_special_tokens", bool),
-    ):
-        values = [sae.metadata.get(name) for sae in saes.values()]
-        if type(values[0]) is kind and all(value == values[0] for value in values):
-            tree[group][field] = values[0]
-    return tree
-
-
-def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> dict[str, trained.SAE]:
-    """SAEs with the language model's name for the site that each reads.
-
-    Args:
-        saes: by name.
-        lm: where the language model lies.
-        site: the site of all of them; "" where each one's file says its own.
-
-    Raises:
-        UserError: the language model has no such site, or the site has another width than the SAE.
-    """
-    checkpoint = Checkpoint.open(lm.path, lm.revision)
-    widths = loading.site_widths(checkpoint.module())
-
-    def ours(name: str) -> str:
-        return sites.hook_name(name, checkpoint.config.norm_after) or name
-
-    placed = {}
-    for name, sae in saes.items():
-        if site and len(sae.sites) == len(sae.targets) == 1:
-            if ours(sae.sites[0]) not in ("", ours(site)):
-                logger.warning(f"{name} says that it reads {sae.site!r}; it is measured at {site!r}, as --site says")
-            sae = dataclasses.replace(sae, site=site)
-        for its_site in (*sae.sites, *sae.targets):
-            if not site and ours(its_site) not in widths:
-                why = f"is missing, and {name} says that it reads {its_site!r}, which this language model does not have"
-                raise UserError(f"{why}; write one of {', '.join(widths)}", "--site")
-            sites.check(ours(its_site), widths, "--site")
-        reads, writes = tuple(map(ours, sae.sites)), tuple(map(ours, sae.targets)) if sae.target else ""
-        placed[name] = dataclasses.replace(sae, site=reads[0] if len(reads) == 1 else reads, target=writes)
-        measure.check_sites(placed[name], widths)  # now, as `measure` would only find it when the text is prepared
-    return placed
-
-
-def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool) -> None:
-    """Warns of SAEs that are not measured on the model and the text that their files name.
-
-    Raises:
-        UserError: a file names another model, and none was `given`.
-    """
-    for field, used in sae_loading.names(settings.lm, settings.data).items():
-        named: dict[str, list[str]] = {}
-        for name, sae in saes.items():
-            other = (sae.metadata.get(field) or "").rstrip("/")
-            # Libraries write the owner or the path, or leave it out. A mirror of a model has another owner.
-            theirs, ours = (whole.lower().split("/") for whole in (other, used))
-            compared = 1 if field == "model_name" else min(len(theirs), len(ours))
-            if other and theirs[-compared:] != ours[-compared:]:
-                named.setdefault(other, []).append(name)
-        for other, names in named.items():
-            whose = f"{names[0]} and {len(names) - 1} more say" if len(names) > 1 else f"{names[0]} says"
-            if field == "model_name" and not given:
-                how = f"write --model {other}" if "/" in other else "write --model with its directory or hub name"
-                raise UserError(
-                    f"is missing, and {whose} that {other!r} was the language model of training; {how}", "--model"
-                )
-            what = {"model_name": "language model", "dataset_path": "text"}[field]
-            logger.warning(f"{whose} that {other!r} was the {what} of training; measured on {used!r}")
+    chosen = sae_sources.of_names(names, config, model, site)
+    return _write(paths.of(out), chosen, (), _Wanted(tokens, ito, published, points, model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -492,30 +119,14 @@ class _Wanted:
     set_aside: Callable[[], paths.Path | None] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """SAEs by name, and what is known of their training.
+def _write(
+    folder: paths.Path, chosen: sae_sources.Chosen, training: Sequence[dict[str, Any]], wanted: "_Wanted"
+) -> str:
+    """Measure SAEs and write their report, with warnings of what is wrong with them; returns what `evaluate` does.
 
-    Attributes:
-        saes: by the names that the report has for them.
-        targets: the L0 that they were trained for, by name, where there is one.
-        runs: of `provenance.of_run` and `of_imported`, by what the report calls them.
-        step: the checkpoint's, of SAEs of one run.
-        training: the lines of metrics of that run.
-        text: what the report calls the text that is measured; "" for the name that files of SAEs have for it.
+    `training`: the lines of metrics of the run.
     """
-
-    saes: dict[str, trained.SAE]
-    targets: dict[str, float]
-    runs: dict[str, dict[str, Any]]
-    step: int | None = None
-    training: Sequence[dict[str, Any]] = ()
-    text: str = ""
-
-
-def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.sharding.Mesh, wanted: "_Wanted") -> str:
-    """Measure SAEs and write their report, with warnings of what is wrong with them; returns what `evaluate` does."""
-    ito, saes = wanted.ito, known.saes
+    ito, saes, settings = wanted.ito, chosen.saes, chosen.settings
     narrowest = min(sae.config.width for sae in saes.values())
     if ito and max(ito) > narrowest:
         raise UserError(
@@ -523,13 +134,13 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
         )
     where = "--model" if wanted.model else "lm.path"
     with errors.about(where, path=where, revision="lm.revision"):
-        lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=mesh)
+        lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=chosen.mesh)
     loading.check_context(lm.module, settings.data.context_length)
     tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens
     batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     limit = rows.held_out_tokens(settings, tokens)
     text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab).fingerprint
-    made_with = provenance.Settings(known.step, limit, tuple(ito), Path(wanted.published).name, text)
+    made_with = provenance.Settings(chosen.step, limit, tuple(ito), Path(wanted.published).name, text)
     if wanted.beside and (place := provenance.place(folder, made_with)) != folder:
         logger.info(
             f"{folder} has a report that was made with other settings and is kept; the new one goes to {place} "
@@ -543,19 +154,17 @@ def _write(folder: paths.Path, known: _Known, settings: HeldOut, mesh: jax.shard
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=hidden) as bar:
         sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
     model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
-    records = report.rows(Path(model).name, saes, sums, known.targets, ito)
+    records = report.rows(Path(model).name, saes, sums, chosen.targets, ito)
     gates = report.gates(saes)
     names = sae_loading.names(settings.lm, settings.data)
-    names["dataset_path"] = known.text or names["dataset_path"]
+    names["dataset_path"] = chosen.text or names["dataset_path"]
     measured = provenance.of_report(made_with, Path(model).name, names, settings)
-    about = report.About(dataclasses.asdict(made_with), measured, known.runs)
+    about = report.About(dataclasses.asdict(made_with), measured, chosen.runs)
     if processes.first():
         if wanted.set_aside and (kept := wanted.set_aside()):
             logger.info(f"the earlier report is kept in {kept}")
         try:
-            sentences = report.write(
-                folder, known.step, records, sums, list(known.training), gates, wanted.points, about
-            )
+            sentences = report.write(folder, chosen.step, records, sums, list(training), gates, wanted.points, about)
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"

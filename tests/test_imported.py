@@ -14,7 +14,7 @@ import pytest
 import gsae_jax
 from gsae_jax import config as config_lib
 from gsae_jax import export as export_lib
-from gsae_jax import measuring, sae_loading
+from gsae_jax import sae_loading, sae_sources
 from gsae_jax.lms import checkpoints
 from gsae_jax.measuring import evaluate, evaluate_saes
 from gsae_jax.saes import gated, relu
@@ -129,7 +129,7 @@ def test_what_metadata_calls_a_text(path, name):
 def test_a_text_of_the_same_name_and_another_owner_is_another_text(experiment, capsys, theirs, warns):
     data = dataclasses.replace(experiment.data, corpus="tfds", name="NeelNanda/pile-10k")
     settings = config_lib.HeldOut(experiment.lm, data, experiment.evaluation, True)
-    measuring._check_told({"a": dataclasses.replace(make(relu), metadata={"dataset_path": theirs})}, settings, False)
+    sae_sources._check_told({"a": dataclasses.replace(make(relu), metadata={"dataset_path": theirs})}, settings, False)
     assert (f"'{theirs}' was the text of training" in capsys.readouterr().err) == warns
 
 
@@ -196,10 +196,10 @@ def test_others_names_of_sites(experiment, config_dict, tmp_path, capsys, hook):
     else:
         assert sites("one") == {site}
     assert sites("two", site=site) == {site}
-    warned = "it is measured at 'blocks.0.hook_mlp_out', as --site says"
+    warned = "'blocks.0.hook_mlp_out' is used, as --site says"
     assert (warned in capsys.readouterr().err) == (hook == "x.y")
     assert sites("three", site="model.layers.1") == {"blocks.1.hook_resid_post"}
-    assert "it is measured at 'model.layers.1', as --site says" in capsys.readouterr().err
+    assert "'model.layers.1' is used, as --site says" in capsys.readouterr().err
 
 
 @pytest.mark.variants
@@ -244,8 +244,8 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
     with refused("gated_0", "width 32", "width 256"):
         measure("out", model=str(checkpoints.EMBEDDED))
     assert re.findall("warning: .*", capsys.readouterr().err) == [
-        "warning: gated_0 and 1 more say that 'small' was the language model of training; measured on 'gelu-1l-stdlib'",
-        f"warning: gated_0 and 1 more say that '{text_dir.name}' was the text of training; measured on 'stdlib'",
+        "warning: gated_0 and 1 more say that 'small' was the language model of training; 'gelu-1l-stdlib' is used now",
+        f"warning: gated_0 and 1 more say that '{text_dir.name}' was the text of training; 'stdlib' is used now",
     ]
     shutil.copytree(lm_dir, tmp_path / "lm")
     (tmp_path / "lm" / "model.safetensors").write_bytes(b"")

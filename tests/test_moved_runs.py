@@ -152,7 +152,7 @@ def test_runs_of_earlier_versions_have_no_fingerprints(moved, capsys):
         evaluate(new / "run", tokens=512, model=str(lm_checkpoints.EMBEDDED))
     capsys.readouterr()
     assert "gated_0" in evaluate(new / "run", tokens=512, model=str(new / "lm"))
-    assert "recorded no fingerprint of its language model; measured on" in capsys.readouterr().err
+    assert "recorded no fingerprint of its language model; it is used with" in capsys.readouterr().err
     recorded = json.loads((new / "run" / "config.json").read_text())
     del recorded["data"]["held_out"]  # it held text out in another way
     (new / "run" / "config.json").write_text(json.dumps(recorded))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import measuring
+from gsae_jax import measuring, sae_sources
 from gsae_jax.evaluation import frontiers, measure, plots, provenance, report, tables
 from gsae_jax.saes import gated, relu, trained
 from gsae_jax.storage import paths
@@ -370,10 +370,10 @@ def test_saes_of_several_places_are_told_apart(lm):
 
     def source(path, *names, run=None, of=""):
         saes = {name: dataclasses.replace(as_sae(name, relu, identity(D), config), run=of) for name in names}
-        return measuring._Source(path, path, "", saes, run)
+        return sae_sources._Source(path, path, "", saes, run)
 
     def names(*sources):
-        named = measuring._told_apart(sources)
+        named = sae_sources._told_apart(sources)
         assert all(name == sae.name for each in named for name, sae in each.saes.items())
         return [{name: sae.stack for name, sae in each.saes.items()} for each in named]
 
@@ -407,12 +407,12 @@ def test_texts_of_one_name_are_told_apart(experiment):
 
     a, b, c = text("/a/stories"), text("/b/stories/"), text("/a/code")
     stdlib = text("", corpus="stdlib")
-    assert measuring._text_names({a, c, stdlib}) == {a: "stories", c: "code", stdlib: "stdlib"}
-    assert measuring._text_names({a, b, c}) == {a: "a/stories", b: "b/stories", c: "code"}
+    assert sae_sources._text_names({a, c, stdlib}) == {a: "stories", c: "code", stdlib: "stdlib"}
+    assert sae_sources._text_names({a, b, c}) == {a: "a/stories", b: "b/stories", c: "code"}
     rows = text("/a/stories", context_length=8)
-    assert measuring._text_names({a, rows}) == {a: "stories", rows: "stories"}
+    assert sae_sources._text_names({a, rows}) == {a: "stories", rows: "stories"}
     a, b = text("gs://a/text/*.txt"), text("gs://b/text/*.txt")
-    assert measuring._text_names({a, b}) == {a: "a/text/*.txt", b: "b/text/*.txt"}
+    assert sae_sources._text_names({a, b}) == {a: "a/text/*.txt", b: "b/text/*.txt"}
 
 
 @pytest.mark.variants
@@ -510,13 +510,13 @@ def test_legends_are_legible_on_a_phone():
 def test_a_config_changes_only_what_it_names(experiment):
     """The rest is of the first run, or as SAEs from elsewhere say that they were trained."""
     sae = dataclasses.replace(as_sae("a_0", relu, {}, relu.Config(8, 16)), metadata={"context_size": 16})
-    imported = measuring._Source("a", "/a", "a", {"a_0": sae})
-    run = measuring._Source("b", "/b", "b", {"a_0": sae}, experiment)
+    imported = sae_sources._Source("a", "/a", "a", {"a_0": sae})
+    run = sae_sources._Source("b", "/b", "b", {"a_0": sae}, experiment)
     config = {"data": {"corpus": "text", "path": "x"}}
-    settings = measuring._settings([imported], config)
+    settings = sae_sources._settings([imported], config)
     assert (settings.data.path, settings.data.context_length, settings.lm.path) == ("x", 16, "")
-    settings = measuring._settings([imported, run], config)
+    settings = sae_sources._settings([imported, run], config)
     assert settings.data == dataclasses.replace(experiment.data, corpus="text", path="x")
     assert (settings.lm, settings.evaluation) == (experiment.lm, experiment.evaluation)
     with refused("data.pathh", "path"):
-        measuring._settings([run], {"data": {"pathh": "x"}})
+        sae_sources._settings([run], {"data": {"pathh": "x"}})

@@ -202,3 +202,16 @@ def _compare_with_sentencepiece(tokenizer: Any, file: str, what: str, advice: st
         ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
         if ours != theirs:
             raise UserError(f"{what}: {text!r} is {ours}, and {theirs} in sentencepiece; {advice}")
+
+
+def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """What each token adds to a text in which it is not the first, such as " the"; part of a character is "�"."""
+    before = tokenizer.convert_tokens_to_ids("a")
+    start = [] if before in (None, tokenizer.unk_token_id) else [before]
+
+    def text(tokens: list[int]) -> str:
+        decoded: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return decoded
+
+    # Some tokenizers drop the space before the first token.
+    return [text([*start, int(token)])[len(text(start)) :] for token in ids]

@@ -1,0 +1,437 @@
+"""Collecting what is known of every feature of some SAEs, one file each.
+
+The text is read twice. The first time, `streaming` finds where each feature is strongest and a random sample of where
+it is active. The second time, the rows with these places give the features' activations around them. Both go on where
+they were stopped.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import Mesh
+
+from gsae_jax import batching
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.features import effects, neighbours, streaming, tables
+from gsae_jax.lms import tokenizer as tokenizer_lib
+from gsae_jax.lms.loading import LM, check_tokens
+from gsae_jax.saes import contract, trained
+
+logger = logging.getLogger(__name__)
+
+QUANTILES, PER_QUANTILE = 10, 2  # contexts of the sample that are kept
+ALIKE, ALIKE_ELSEWHERE, COFIRING = (
+    10,
+    3,
+    10,
+)  # features that are listed as like one: in its SAE, in each other, by firing
+COFIRING_TOKENS = 2**15  # on which firing together is counted, at most
+ROWS = 32  # on each device in one forward pass
+SLOTS = 128  # for active features of a token; more if a token has more
+SAVE_EVERY = 60.0  # seconds
+STREAM = ".streaming.safetensors"  # the state of the first pass
+
+
+class Rows(Protocol):
+    """Rows of tokens of one length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """What is collected, and from what.
+
+    Attributes:
+        lm: the whole language model, on `mesh`.
+        mesh: of one process.
+        saes: by name; with the language model's names for sites.
+        rows: of held-out text.
+        special_tokens: on which features are not looked at.
+        about: facts for the file of each SAE, by name. Two collections that agree in them are the same.
+        made_with: versions of what computes.
+    """
+
+    lm: LM
+    mesh: Mesh
+    saes: Mapping[str, trained.SAE]
+    rows: Rows
+    special_tokens: tuple[int, ...]
+    about: Mapping[str, Mapping[str, Any]]
+    made_with: Mapping[str, Any]
+
+    @property
+    def per_batch(self) -> int:
+        """Rows of a forward pass. Each device has the same number of them whatever the mesh, so that bits agree."""
+        return ROWS * int(self.mesh.shape["data"])
+
+    def batches(self, numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, Any, list[jax.Array]]]:
+        """For rows in parts of `per_batch`: (their numbers, activations by site, which tokens each SAE sees)."""
+        sites = sorted({site for sae in self.saes.values() for site in (*sae.sites, *sae.targets)})
+        limits = tuple(tuple(zip(sae.targets, _limits(sae), strict=True)) for sae in self.saes.values())
+        for start in range(0, len(numbers), self.per_batch):
+            part = np.asarray(numbers[start : start + self.per_batch])
+            tokens_RxT = np.stack([self.rows[int(row)] for row in part])
+            check_tokens(tokens_RxT, self.lm.config.d_vocab, "data")
+            extra = self.per_batch - len(part)
+            allowed_RxT = batching.pad(~np.isin(tokens_RxT, self.special_tokens), extra)
+            placed = [
+                mesh_lib.place_rows(self.mesh, array, self.per_batch)
+                for array in (batching.pad(tokens_RxT, extra), allowed_RxT)
+            ]
+            yield part, *streaming.read(self.lm.module, tuple(sites), limits, self.lm.params, *placed)
+
+
+def _limits(sae: trained.SAE) -> tuple[float, ...]:
+    """Norms of the activations of each site that is written, above which a token is not looked at."""
+    limit = sae.norm_limit
+    return limit if isinstance(limit, tuple) else (limit,) * len(sae.targets)
+
+
+def collect(collection: Collection, folder: Path, progress: Callable[[str, int, int], Any] = lambda *_: None) -> None:
+    """Write `NAME.sqlite` for each SAE into a folder, in place of a file of other facts. One of the same facts stays.
+
+    Args:
+        collection: what is collected.
+        folder: it exists. An unfinished collection of the same facts is continued. One of other facts is dropped.
+        progress: called with the name of a stage, the steps that are done, and the number of all of its steps.
+
+    Raises:
+        UserError: a file that is there cannot be read.
+    """
+    missing = {
+        name: sae
+        for name, sae in collection.saes.items()
+        if tables.known(place(folder, name)) != collection.about[name]
+    }
+    if not missing:
+        return
+    some = dataclasses.replace(collection, saes=missing)
+    states = _stream(some, folder, progress)
+    writers = {name: _writer(folder, name, sae, collection.about[name]) for name, sae in missing.items()}
+    try:
+        _contexts(some, states, writers, progress)
+        together = _together(some)
+        for number, (name, sae) in enumerate(missing.items()):
+            writer = writers[name]
+            _features(sae, states[name], writer)
+            for done in _effects(collection, sae, writer):
+                progress("effects", number * sae.config.width + done, len(missing) * sae.config.width)
+            _alike(collection, sae, together[name], writer)
+            _texts(collection, writer)
+            numbers = {"tokens": int(states[name].tokens), "bins": streaming.edges().tolist()}
+            made_with = dict(collection.made_with)
+            writer.state(collection=dict(collection.about[name]), made_with=made_with, **numbers, format=tables.FORMAT)
+            writer.finish(place(folder, name))
+    finally:
+        for writer in writers.values():
+            writer.close()
+    (folder / STREAM).unlink(missing_ok=True)
+
+
+def place(folder: Path, name: str) -> Path:
+    """The file of an SAE."""
+    return folder / f"{name.replace('/', '-')}{tables.SUFFIX}"
+
+
+def _writer(folder: Path, name: str, sae: trained.SAE, about: Mapping[str, Any]) -> tables.Writer:
+    """The unfinished file of an SAE, as it was left if it is of the same facts."""
+    path = folder / f".{place(folder, name).name}"
+    facts = tuple(contract.feature_facts(sae.functions, sae.params, sae.config))
+    if path.exists():
+        writer = tables.Writer(path, facts)
+        if writer.about().get("collection") == about:
+            return writer
+        writer.close()
+        path.unlink()
+    writer = tables.Writer(path, facts)
+    writer.state(collection=dict(about), rows_done=0)
+    writer.commit()
+    return writer
+
+
+def _stream(
+    collection: Collection, folder: Path, progress: Callable[[str, int, int], Any]
+) -> dict[str, streaming.State]:
+    """The first pass: the state of each SAE after all rows, on the host."""
+    mesh, saes, total = collection.mesh, collection.saes, len(collection.rows)
+    about = json.dumps({name: collection.about[name] for name in saes}, sort_keys=True)
+    done, states = _saved(folder / STREAM, about, saes)
+    params = {name: streaming.params_on(mesh, sae) for name, sae in saes.items()}
+    on_mesh = {name: streaming.state_on(mesh, sae, states[name]) for name, sae in saes.items()}
+    saved = time.monotonic()
+    for part, activations, valid in collection.batches(range(done, total)):
+        for (name, sae), valid_RxT in zip(saes.items(), valid, strict=True):
+            inputs = sae_inputs(sae, activations)
+            static = mesh, sae.architecture, sae.config
+            on_mesh[name] = streaming.update(*static, on_mesh[name], params[name], inputs, valid_RxT, part[0])
+        progress("activations", int(part[-1]) + 1, total)
+        if time.monotonic() - saved > SAVE_EVERY or part[-1] + 1 == total:
+            _save(folder / STREAM, about, int(part[-1]) + 1, on_mesh)
+            saved = time.monotonic()
+    return {name: jax.tree.map(np.asarray, state) for name, state in on_mesh.items()}
+
+
+def sae_inputs(sae: trained.SAE, activations: Mapping[str, jax.Array]) -> contract.Activations:
+    """What an SAE reads, of activations by site."""
+    inputs = tuple(activations[site] for site in sae.sites)
+    return inputs if isinstance(sae.config.d_in, tuple) else inputs[0]
+
+
+def _save(path: Path, about: str, done: int, states: Mapping[str, streaming.State]) -> None:
+    """Write the states after so many rows, whole or not at all."""
+    tensors = {
+        f"{number}.{field}": np.asarray(value)
+        for number, state in enumerate(states.values())
+        for field, value in state._asdict().items()
+    }
+    scratch = path.with_name(f"{path.name}.new")
+    safetensors.numpy.save_file(tensors, scratch, {"about": about, "done": str(done)})
+    scratch.replace(path)
+
+
+def _saved(path: Path, about: str, saes: Mapping[str, trained.SAE]) -> tuple[int, dict[str, streaming.State]]:
+    """(Rows that are done, the states after them) of a collection of the same facts; else the empty ones."""
+    states = {name: streaming.empty(sae.config.width) for name, sae in saes.items()}
+    if not path.exists():
+        return 0, states
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata = file.metadata()
+            if metadata.get("about") != about:
+                logger.info(f"{path.parent} has an unfinished collection with other settings; it begins anew")
+                return 0, states
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, safetensors.SafetensorError):
+        return 0, states
+    fields = streaming.State._fields
+    read = {
+        name: streaming.State(*(tensors[f"{number}.{field}"] for field in fields)) for number, name in enumerate(saes)
+    }
+    return int(metadata["done"]), read
+
+
+class _Places(NamedTuple):
+    """Contexts of one SAE, [P] each, by ascending row."""
+
+    row: np.ndarray
+    feature: np.ndarray
+    quantile: np.ndarray
+    rank: np.ndarray
+    position: np.ndarray
+
+
+def chosen(state: streaming.State) -> _Places:
+    """The contexts that are kept: the strongest, and some of each quantile of the random sample.
+
+    The sample is sorted by activation and divided into QUANTILES parts of equal size. Rows of the strongest contexts
+    are not taken again.
+    """
+    places = []
+    for feature, rank in zip(*np.nonzero(state.top_value > 0), strict=True):
+        row, position = state.top_row[feature, rank], state.top_position[feature, rank]
+        places.append((row, feature, tables.STRONGEST, rank, position))
+    for feature in range(len(state.fired)):
+        count = int((state.sample_priority[feature] != streaming.EMPTY).sum())
+        strongest = set(state.top_row[feature][state.top_value[feature] > 0].tolist())
+        order = np.argsort(state.sample_value[feature, :count], kind="stable")
+        for quantile, part in enumerate(np.array_split(order, QUANTILES)):
+            rows, positions = state.sample_row[feature], state.sample_position[feature]
+            others = [n for n in sorted(part.tolist()) if int(rows[n]) not in strongest]
+            for rank, n in enumerate(others[:PER_QUANTILE]):
+                places.append((rows[n], feature, quantile, rank, positions[n]))
+    columns = np.array(sorted(places), np.int64).reshape(-1, 5).T
+    return _Places(*columns)
+
+
+class _Codes:
+    """The active features of tokens, on the host."""
+
+    def __init__(self, collection: Collection):
+        """For the SAEs of a collection."""
+        self._mesh = collection.mesh
+        self._params = {name: streaming.params_on(self._mesh, sae) for name, sae in collection.saes.items()}
+        self._slots = {name: min(SLOTS, sae.config.width) for name, sae in collection.saes.items()}
+
+    def of(
+        self, name: str, sae: trained.SAE, activations: Mapping[str, jax.Array], valid_RxT: jax.Array
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(row, position, feature, activation) of everything that is active in a batch, [A] each."""
+        while True:
+            K = self._slots[name]
+            static = self._mesh, sae.architecture, sae.config, K
+            arrays = self._params[name], sae_inputs(sae, activations), valid_RxT
+            indices, values, counts = map(np.asarray, streaming.codes(*static, *arrays))
+            most = int(counts.max(initial=0))
+            if most <= K:
+                break
+            self._slots[name] = min(batching.padded_size(most), sae.config.width)
+        row, position, slot = np.nonzero(indices < sae.config.width)
+        return row, position, indices[row, position, slot], values[row, position, slot]
+
+
+def _contexts(
+    collection: Collection,
+    states: Mapping[str, streaming.State],
+    writers: Mapping[str, tables.Writer],
+    progress: Callable[[str, int, int], Any],
+) -> None:
+    """The second pass: write each feature's contexts, with its activations in their rows."""
+    places = {name: chosen(state) for name, state in states.items()}
+    needed = np.unique(np.concatenate([each.row for each in places.values()]))
+    codes, texts = _Codes(collection), Texts(collection.lm.tokenizer)
+    done = min((writer.about()["rows_done"] for writer in writers.values()), default=0)
+    for part, activations, valid in collection.batches(needed[done:]):
+        tokens = {int(row): collection.rows[int(row)] for row in part}
+        for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):
+            of = places[name]
+            mine = slice(*np.searchsorted(of.row, [part[0], part[-1] + 1]))
+            wanted = _Places(*(column[mine] for column in of))
+            active = codes.of(name, sae, activations, valid_RxT)
+            writers[name].insert("contexts", _with_activations(wanted, part, active, sae.config.width))
+            rows = [
+                (row, json.dumps(tokens[row].tolist()), texts.of(tokens[row])) for row in np.unique(wanted.row).tolist()
+            ]
+            writers[name].insert("rows", rows)
+        done += len(part)
+        for writer in writers.values():
+            writer.state(rows_done=done)
+            writer.commit()
+        progress("contexts", done, len(needed))
+
+
+def _with_activations(
+    places: _Places, rows: np.ndarray, active: tuple[np.ndarray, ...], width: int
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of the table `contexts` for places in some rows of text, of everything that is active there."""
+    row, position, feature, activation = active
+    key = row * width + feature
+    wanted = np.searchsorted(rows, places.row) * width + places.feature
+    kept = np.isin(key, wanted)
+    key, position, activation = key[kept], position[kept], activation[kept]
+    order = np.argsort(key, kind="stable")  # positions of one row and feature ascend already
+    key, position, activation = key[order], position[order], activation[order]
+    starts, ends = np.searchsorted(key, wanted), np.searchsorted(key, wanted, "right")
+    for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        at = int(places.position[n])
+        here = position[start:end]
+        (value,) = activation[start:end][here == at]
+        context = (int(column[n]) for column in (places.feature, places.quantile, places.rank, places.row))
+        yield *context, at, float(value), tables.pairs(here, activation[start:end])
+
+
+class Texts:
+    """Texts of tokens, each decoded once."""
+
+    def __init__(self, tokenizer: Any):
+        """`tokenizer`: of the language model."""
+        self._tokenizer, self._known = tokenizer, dict[int, str]()
+
+    def each(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token."""
+        new = sorted({*tokens} - self._known.keys())
+        self._known |= dict(zip(new, tokenizer_lib.token_texts(self._tokenizer, new), strict=True))
+        return [self._known[token] for token in tokens]
+
+    def of(self, tokens: np.ndarray) -> str:
+        """The text of a row."""
+        return "".join(self.each(tokens.tolist()))
+
+
+def _together(collection: Collection) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(tokens, features) of what is active on a part of the text, for `neighbours.cofiring`, of each SAE."""
+    length = len(collection.rows[0])
+    count = min(len(collection.rows), max(1, COFIRING_TOKENS // length))
+    numbers = np.arange(count) * len(collection.rows) // count
+    codes = _Codes(collection)
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in collection.saes}
+    for part, activations, valid in collection.batches(numbers):
+        for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):
+            row, position, feature, _ = codes.of(name, sae, activations, valid_RxT)
+            parts[name].append((part[row] * length + position, feature))
+    return {
+        name: (np.concatenate([t for t, _ in each]), np.concatenate([f for _, f in each]))
+        for name, each in parts.items()
+    }
+
+
+def _features(sae: trained.SAE, state: streaming.State, writer: tables.Writer) -> None:
+    """Write the table `features`."""
+    tokens = max(1, int(state.tokens))
+    facts = contract.feature_facts(sae.functions, sae.params, sae.config)
+    columns = [np.asarray(value).tolist() for value in facts.values()]
+    rows = []
+    for feature, fired in enumerate(state.fired.tolist()):
+        (bins,) = np.nonzero(state.histogram[feature])
+        histogram = tables.pairs(bins, state.histogram[feature, bins])
+        strongest = float(state.top_value[feature, 0])
+        more = [column[feature] for column in columns]
+        rows.append((feature, fired, fired / tokens, strongest, histogram, None, *more))
+    writer.insert("features", rows)
+
+
+def _effects(collection: Collection, sae: trained.SAE, writer: tables.Writer) -> Iterator[int]:
+    """Write the table `effects`; yields how many features are done."""
+    lm, mesh = collection.lm, collection.mesh
+
+    def rows(kind: str, each: effects.Effects) -> Iterator[tuple[Any, ...]]:
+        for rank, (token, effect) in enumerate(zip(each.tokens.tolist(), each.effects.tolist(), strict=True)):
+            yield each.feature, kind, rank, token, effect
+
+    for each in effects.direct(lm, sae):
+        writer.insert("effects", rows("direct", each))
+    strongest = f"FROM contexts WHERE quantile = {tables.STRONGEST} AND rank < {effects.CONTEXTS}"
+    finished = {feature for (feature,) in writer.execute("SELECT feature FROM features WHERE divergence IS NOT NULL")}
+    lengths = writer.execute(f"SELECT feature, max(position) + 1 {strongest} GROUP BY feature ORDER BY 2, 1")
+    lengths = [(feature, length) for feature, length in lengths if feature not in finished]
+    done = sae.config.width - len(lengths)
+    W_FxD = np.asarray(effects.place(sae)[1])
+    for T, group in effects.groups(lengths, len(collection.rows[0]), int(mesh.shape["data"])):
+        contexts = []
+        for feature in group:
+            found = writer.execute(f"SELECT row, position, active {strongest} AND feature = ? ORDER BY rank", feature)
+            contexts.append(
+                [effects.Context(collection.rows[row], at, json.loads(active)) for row, at, active in found]
+            )
+        for each in effects.ablated(lm, mesh, sae, T, [(f, W_FxD[f], c) for f, c in zip(group, contexts, strict=True)]):
+            writer.insert("effects", rows("ablation", each))
+            writer.execute("UPDATE features SET divergence = ? WHERE feature = ?", each.divergence, each.feature)
+        writer.commit()
+        done += len(group)
+        yield done
+
+
+def _alike(
+    collection: Collection, sae: trained.SAE, together: tuple[np.ndarray, np.ndarray], writer: tables.Writer
+) -> None:
+    """Write the tables `neighbours` and `cofiring`."""
+    rows_FxD = neighbours.unit_rows(sae)
+    for name, other in collection.saes.items():
+        if other.targets != sae.targets:
+            continue
+        count = ALIKE if name == sae.name else ALIKE_ELSEWHERE
+        for each in neighbours.nearest(rows_FxD, neighbours.unit_rows(other), count, name == sae.name):
+            pairs = zip(each.others.tolist(), each.scores.tolist(), strict=True)
+            writer.insert("neighbours", ((each.feature, name, rank, *pair) for rank, pair in enumerate(pairs)))
+    for each in neighbours.cofiring(*together, sae.config.width, COFIRING):
+        assert each.counts is not None
+        columns = zip(each.others.tolist(), each.counts.tolist(), each.scores.tolist(), strict=True)
+        writer.insert("cofiring", ((each.feature, rank, *column) for rank, column in enumerate(columns)))
+
+
+def _texts(collection: Collection, writer: tables.Writer) -> None:
+    """Write the table `tokens`: those of all rows and effects."""
+    of_rows = "SELECT DISTINCT json_each.value FROM rows, json_each(rows.tokens)"
+    tokens = [token for (token,) in writer.execute(f"{of_rows} UNION SELECT token FROM effects ORDER BY 1")]
+    writer.insert("tokens", zip(tokens, Texts(collection.lm.tokenizer).each(tokens), strict=True))

@@ -1,0 +1,308 @@
+"""One pass over text, on the mesh: what is kept of every feature, in arrays whose size does not depend on the text.
+
+A token's row and position are numbers of the held-out text, which do not depend on batches or devices. Every choice is
+made by them alone, so that the result is the same on any number of devices.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gsae_jax import batching
+from gsae_jax.activations import masking
+from gsae_jax.kernels import active
+from gsae_jax.lms import loading
+from gsae_jax.saes import contract, inference, trained
+
+TOP = 20  # strongest contexts of a feature, from as many rows
+SAMPLE = 100  # random contexts of a feature, from as many rows
+# Four bins in each octave of |f|, from 2**FIRST; the first and the last also have what is below and above.
+FIRST, BINS = -16, 128
+EMPTY = np.uint32(2**32 - 1)  # the priority of no token
+
+
+Array = Any  # of JAX, of NumPy, or the placement of one
+
+
+class State(NamedTuple):
+    """What is known of the features of one SAE. `top_*` and `sample_*` have at most one token of a row.
+
+    Attributes:
+        tokens: [], how many were looked at.
+        fired: [F], on how many of them each feature was active.
+        histogram: [F, BINS], the same by |f|.
+        top_value: [F, TOP], the largest |f| in descending order. Of equal ones, the first in the text is first. 0 where
+            there are no more.
+        top_row, top_position: [F, TOP], where they are.
+        sample_priority: [F, SAMPLE], the smallest `priorities` of tokens on which the feature is active, in ascending
+            order. EMPTY where there are no more.
+        sample_row, sample_position: [F, SAMPLE], where they are.
+        sample_value: [F, SAMPLE], |f| there.
+    """
+
+    tokens: Array
+    fired: Array
+    histogram: Array
+    top_value: Array
+    top_row: Array
+    top_position: Array
+    sample_priority: Array
+    sample_row: Array
+    sample_position: Array
+    sample_value: Array
+
+
+def empty(width: int) -> State:
+    """The state before any text, as NumPy arrays."""
+    places = {
+        f"{name}_{kind}": np.zeros((width, size), np.int32)
+        for name, size in (("top", TOP), ("sample", SAMPLE))
+        for kind in ("row", "position")
+    }
+    return State(
+        tokens=np.zeros((), np.int32),
+        fired=np.zeros(width, np.int32),
+        histogram=np.zeros((width, BINS), np.int32),
+        top_value=np.zeros((width, TOP), np.float32),
+        sample_priority=np.full((width, SAMPLE), EMPTY),
+        sample_value=np.zeros((width, SAMPLE), np.float32),
+        **places,
+    )
+
+
+def edges() -> np.ndarray:
+    """The lower edges [BINS] of the bins of |f|; that of the first is 0."""
+    codes = np.arange(BINS, dtype=np.int32) + ((127 + FIRST) << 2)
+    lower = (codes << 21).view(np.float32)
+    return np.concatenate([np.zeros(1, np.float32), lower[1:]])
+
+
+def _bins(magnitude: jax.Array) -> jax.Array:
+    """The bin of each |f|: its exponent and the first two bits of its mantissa."""
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    return jnp.clip((bits >> 21) - ((127 + FIRST) << 2), 0, BINS - 1)
+
+
+def priorities(row: Any, position: Any, length: int) -> Any:
+    """A random number of each token: the finaliser of MurmurHash3 of the token's number in the text."""
+    x = (row.astype(np.uint32) * np.uint32(length) + position.astype(np.uint32)) + np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    x ^= x >> np.uint32(16)
+    return x - (x == EMPTY).astype(np.uint32)  # which stands for no token
+
+
+def params_on(mesh: Mesh, sae: trained.SAE) -> dict[str, jax.Array]:
+    """The SAE's parameters on the mesh, as `update` and `codes` take them."""
+    specs, _ = _specs(mesh, sae.architecture, sae.config, sae.params)
+    return {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in sae.params.items()}
+
+
+def state_on(mesh: Mesh, sae: trained.SAE, state: State) -> State:
+    """A state on the mesh, as `update` takes it."""
+    _, specs = _specs(mesh, sae.architecture, sae.config, sae.params)
+    return State(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(state, specs, strict=True)))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def read(
+    module: Any,
+    sites: tuple[str, ...],
+    limits: tuple[tuple[tuple[str, float], ...], ...],
+    lm_params: Any,
+    tokens_RxT: jax.Array,
+    allowed_RxT: jax.Array,
+) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+    """The activations [R, T, D] of sites, and for each SAE which tokens [R, T] it sees.
+
+    `limits`: for each SAE, the sites that it writes with the norms above which it does not see a token.
+    """
+    activations = loading.capture(module, lm_params, tokens_RxT, sites)
+    valid = [masking.valid(allowed_RxT, {s: activations[s] for s, _ in each}, dict(each)) for each in limits]
+    return activations, valid
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def update(
+    mesh: Mesh,
+    architecture: str,
+    config: Any,
+    state: State,
+    params: Mapping[str, jax.Array],
+    inputs: contract.Activations,
+    valid_RxT: jax.Array,
+    first_row: jax.Array,
+) -> State:
+    """The state after some more rows; `first_row` is the number of the first."""
+    R, T = valid_RxT.shape
+
+    def per_device(state: State, params: Any, inputs: Any, valid_RxT: jax.Array, first_row: jax.Array) -> State:
+        width, local = state.fired.shape[0], valid_RxT.shape[0]
+        first_here = first_row + local * jax.lax.axis_index("data")
+        row_R = first_here + jnp.arange(local)
+        priority_RxT = priorities(row_R[:, None], jnp.arange(T)[None], T)
+
+        def part(carry: dict[str, jax.Array], chunk: Any) -> tuple[dict[str, jax.Array], None]:
+            f_RxtxF, priority_Rxt, start = chunk
+            strongest, at = f_RxtxF.max(1), f_RxtxF.argmax(1)
+            stronger = strongest > carry["top_value"]
+            masked = jnp.where(f_RxtxF > 0, priority_Rxt[..., None], EMPTY)
+            first, where = masked.min(1), masked.argmin(1)
+            earlier = first < carry["sample_priority"]
+            value = jnp.take_along_axis(f_RxtxF, where[:, None], 1)[:, 0]
+            flat_BxF = f_RxtxF.reshape(-1, width)
+            bins = jnp.where(flat_BxF > 0, _bins(flat_BxF), BINS)
+            histogram = carry["histogram"].at[jnp.arange(width)[None], bins].add(1, mode="drop")
+            return {
+                "histogram": histogram,
+                "top_value": jnp.maximum(strongest, carry["top_value"]),
+                "top_position": jnp.where(stronger, start + at, carry["top_position"]),
+                "sample_priority": jnp.minimum(first, carry["sample_priority"]),
+                "sample_position": jnp.where(earlier, start + where, carry["sample_position"]),
+                "sample_value": jnp.where(earlier, value, carry["sample_value"]),
+            }, None
+
+        shape = (local, width)
+        carry = {
+            "histogram": jnp.zeros((width, BINS), jnp.int32),
+            "top_value": jnp.zeros(shape, jnp.float32),
+            "top_position": jnp.zeros(shape, jnp.int32),
+            "sample_priority": jnp.full(shape, EMPTY),
+            "sample_position": jnp.zeros(shape, jnp.int32),
+            "sample_value": jnp.zeros(shape, jnp.float32),
+        }
+        carry = _scan(mesh, architecture, config, params, inputs, valid_RxT, priority_RxT, part, carry)
+        new = jax.lax.psum(carry.pop("histogram"), "data")
+        # [F, R] of the rows of all devices, in their order.
+        rows = {name: jax.lax.all_gather(value, "data", tiled=True).T for name, value in carry.items()}
+        row_FxR = jnp.broadcast_to(first_row + jnp.arange(R)[None], (width, R))
+        merged = _best(state, rows | {"top_row": row_FxR, "sample_row": row_FxR})
+        return State(
+            tokens=state.tokens + jax.lax.psum(valid_RxT.sum(), "data"),
+            fired=state.fired + new.sum(1),
+            histogram=state.histogram + new,
+            **merged,
+        )
+
+    of_params, of_state = _specs(mesh, architecture, config, params)
+    # Nothing is differentiated, and what is gathered along `data` is the same on all of its devices.
+    mapped = jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=(of_state, of_params, P("data"), P("data"), P()),
+        out_specs=of_state,
+        check_vma=False,
+    )
+    return mapped(state, params, inputs, valid_RxT, first_row)
+
+
+def _best(state: State, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The `top_*` and `sample_*` of the state and of new rows together. Of equal ones the first in the text is kept."""
+    merged: dict[str, jax.Array] = {}
+    for kind, size, key in (("top", TOP, "top_value"), ("sample", SAMPLE, "sample_priority")):
+        names = [name for name in State._fields if name.startswith(kind)]
+        whole = {name: jnp.concatenate([getattr(state, name), rows[name]], 1) for name in names}
+        order = jax.lax.top_k(whole[key] if kind == "top" else EMPTY - whole[key], size)[1]
+        merged |= {name: jnp.take_along_axis(value, order, 1) for name, value in whole.items()}
+    return merged
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def codes(
+    mesh: Mesh,
+    architecture: str,
+    config: Any,
+    K: int,
+    params: Mapping[str, jax.Array],
+    inputs: contract.Activations,
+    valid_RxT: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(indices [R, T, K], values [R, T, K], how many [R, T]) of each token's active features, ascending.
+
+    `indices` is the SAE's width in slots that a token does not need.
+    """
+
+    def per_device(params: Any, inputs: Any, valid_RxT: jax.Array) -> Any:
+        def part(carry: tuple[()], chunk: Any) -> tuple[tuple[()], Any]:
+            f_RxtxF, _, _ = chunk
+            if _along(mesh, config):
+                f_RxtxF = jax.lax.all_gather(f_RxtxF, "latent", axis=2, tiled=True)
+            f_BxF = f_RxtxF.reshape(-1, config.width)
+            mask = active.pack(f_BxF != 0)
+            slots = active.Slots.of(mask, K, config.width)
+            indices, values = jax.lax.sort((slots.features, slots.take(f_BxF)), num_keys=1)
+            shape = f_RxtxF.shape[:2]
+            return carry, tuple(y.reshape(*shape, *y.shape[1:]) for y in (indices, values, mask.upto[:, -1]))
+
+        T = valid_RxT.shape[1]
+        zeros = jnp.zeros(valid_RxT.shape, jnp.uint32)
+        parts = _scan(mesh, architecture, config, params, inputs, valid_RxT, zeros, part, (), signed=True)
+        return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T], parts)
+
+    of_params, _ = _specs(mesh, architecture, config, params)
+    mapped = jax.shard_map(
+        per_device, mesh=mesh, in_specs=(of_params, P("data"), P("data")), out_specs=P("data"), check_vma=False
+    )
+    return mapped(params, inputs, valid_RxT)
+
+
+def _along(mesh: Mesh, config: Any) -> str | None:
+    """The axis of the mesh along which features lie, if it divides them."""
+    return "latent" if config.width % mesh.shape["latent"] == 0 else None
+
+
+def _specs(mesh: Mesh, architecture: str, config: Any, params: Mapping[str, jax.Array]) -> tuple[Any, State]:
+    """Where the parameters and the state lie: their features along `latent`, if it divides them."""
+    along = _along(mesh, config)
+    table = contract.module_of(architecture).PARAMETERS
+    of_params = {name: P() if (axis := table[name].axis) is None else P(*[None] * axis, along) for name in params}
+    return of_params, State(P(), *[P(along)] * (len(State._fields) - 1))
+
+
+def _scan(
+    mesh: Mesh,
+    architecture: str,
+    config: Any,
+    params: Any,
+    inputs: Any,
+    valid_RxT: jax.Array,
+    priority_RxT: jax.Array,
+    part: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    signed: bool = False,
+) -> Any:
+    """`jax.lax.scan` of `part` on one device, over chunks of each row whose arrays [tokens, features] are bounded.
+
+    `part` gets (|f| [R, t, F] or f, 0 at tokens that are not valid; `priority_RxT` of the chunk; the first position).
+
+    Returns:
+        The carry, or what the parts return if there is none.
+    """
+    functions = contract.module_of(architecture)
+    along = _along(mesh, config)
+    shards = contract.Shards(along if mesh.shape["latent"] > 1 else None, None)
+    width = config.width // (mesh.shape["latent"] if along else 1)
+    R, T = valid_RxT.shape
+    parts = min(T, -(-R * T // inference.tokens_at_once(width)))
+    size = -(-T // parts)
+
+    def split(x: jax.Array) -> jax.Array:
+        return batching.pad(x, 0, parts * size - T).reshape(R, parts, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def step(carry: Any, chunk: Any) -> tuple[Any, Any]:
+        (inputs, valid_Rxt, priority_Rxt), start = chunk
+        flat = jax.tree.map(lambda x: x.astype(jnp.float32), inference.flat(inputs))
+        f_BxF = contract.encode_shard(functions, params, flat, config, shards).astype(jnp.float32)
+        f_RxtxF = f_BxF.reshape(*valid_Rxt.shape, width)
+        f_RxtxF = jnp.where(valid_Rxt[..., None] & ~jnp.isnan(f_RxtxF), f_RxtxF, 0)
+        return part(carry, (f_RxtxF if signed else jnp.abs(f_RxtxF), priority_Rxt, start))
+
+    chunks = jax.tree.map(split, (inputs, valid_RxT, priority_RxT)), size * jnp.arange(parts)
+    carry, results = jax.lax.scan(step, carry, chunks)
+    return results if carry == () else carry

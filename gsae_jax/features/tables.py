@@ -1,0 +1,154 @@
+"""The file with what is known of the features of one SAE: an SQLite database, which `docs/features.md` describes.
+
+SQLite, because a page reads one feature of many, search needs indices, Python has it, and what is written counts as a
+whole or not at all, so that a collection goes on where it was stopped.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsae_jax.errors import UserError
+
+FORMAT = 1
+SUFFIX = ".sqlite"
+SCHEMA = """
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE features (
+    feature INTEGER PRIMARY KEY, fired INTEGER NOT NULL, density REAL NOT NULL, strongest REAL NOT NULL,
+    histogram TEXT NOT NULL, divergence REAL
+);
+CREATE TABLE rows (row INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE tokens (token INTEGER PRIMARY KEY, text TEXT NOT NULL);
+CREATE TABLE contexts (
+    feature INTEGER NOT NULL, quantile INTEGER NOT NULL, rank INTEGER NOT NULL, row INTEGER NOT NULL,
+    position INTEGER NOT NULL, activation REAL NOT NULL, active TEXT NOT NULL, PRIMARY KEY (feature, quantile, rank)
+) WITHOUT ROWID;
+CREATE TABLE effects (
+    feature INTEGER NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL, effect REAL NOT NULL,
+    PRIMARY KEY (feature, kind, rank)
+) WITHOUT ROWID;
+CREATE TABLE neighbours (
+    feature INTEGER NOT NULL, sae TEXT NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, cosine REAL NOT NULL,
+    PRIMARY KEY (feature, sae, rank)
+) WITHOUT ROWID;
+CREATE TABLE cofiring (
+    feature INTEGER NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, both INTEGER NOT NULL,
+    jaccard REAL NOT NULL, PRIMARY KEY (feature, rank)
+) WITHOUT ROWID;
+"""
+# Made last, as they slow down writing.
+INDICES = """
+CREATE INDEX contexts_of_rows ON contexts (row);
+CREATE INDEX effects_of_tokens ON effects (token, kind);
+"""
+STRONGEST = 10  # the `quantile` of the strongest contexts, above those of the sample, 0 to 9
+
+
+class Writer:
+    """A database that is being written. What was written before the last `commit` stays if the process is killed."""
+
+    def __init__(self, path: Path, facts: Sequence[str] = ()):
+        """Opens a new file, or one that was begun with the same `facts`, the names of numbers of features."""
+        new = not path.exists()
+        self._db = sqlite3.connect(path)
+        # The file appears under its name when it is whole, so a crash of the machine loses a collection at most.
+        self._db.execute("PRAGMA synchronous = OFF")
+        if new:
+            columns = "".join(f', "{name}" REAL' for name in facts)
+            self._db.executescript(SCHEMA.replace("divergence REAL", f"divergence REAL{columns}"))
+
+    def about(self) -> dict[str, Any]:
+        """The facts of the file."""
+        return _about(self._db)
+
+    def state(self, **facts: Any) -> None:
+        """Write facts of the file, in place of earlier ones of these names."""
+        pairs = [(name, json.dumps(value, sort_keys=True)) for name, value in facts.items()]
+        self._db.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", pairs)
+
+    def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Insert rows; those that are there already stay."""
+        rows = list(rows)
+        if rows:
+            marks = ", ".join("?" * len(rows[0]))
+            self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
+
+    def execute(self, query: str, *values: Any) -> list[Any]:
+        """The rows of a statement."""
+        return self._db.execute(query, values).fetchall()
+
+    def commit(self) -> None:
+        """Keep what was written."""
+        self._db.commit()
+
+    def finish(self, place: Path) -> None:
+        """Make the indices, and put the whole file in its place."""
+        self._db.executescript(INDICES)
+        self._db.execute("PRAGMA optimize")
+        self._db.commit()
+        (path,) = [Path(file) for _, name, file in self._db.execute("PRAGMA database_list") if name == "main"]
+        self._db.close()
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        path.replace(place)
+
+    def close(self) -> None:
+        """Close the file, without what was not kept."""
+        self._db.close()
+
+
+def opened(path: Path) -> sqlite3.Connection:
+    """A finished file, to be read.
+
+    Raises:
+        UserError: it is not one of this format.
+    """
+    try:
+        # `immutable`: nobody writes to it, so that it can be read from where nothing can be written.
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+        version = _about(db).get("format")
+    except (sqlite3.Error, ValueError) as error:
+        raise UserError(f"cannot be read as a file of features ({error}); collect it again", str(path)) from error
+    if version != FORMAT:
+        known = f"has format {version!r}, and this version reads {FORMAT}"
+        raise UserError(f"{known}; collect it again, or install the version that wrote it", str(path))
+    return db
+
+
+def known(path: Path) -> Any:
+    """The facts that a finished file was collected with; None if there is no file.
+
+    Raises:
+        UserError: as `opened`.
+    """
+    if not path.exists():
+        return None
+    db = opened(path)
+    try:
+        return _about(db)["collection"]
+    finally:
+        db.close()
+
+
+def _about(db: sqlite3.Connection) -> dict[str, Any]:
+    return {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM about")}
+
+
+def pairs(first: Iterable[Any], second: np.ndarray) -> str:
+    """JSON of pairs of an integer and a number, which is written with as few digits as float32 needs."""
+    both = zip(np.asarray(first).tolist(), second, strict=True)
+    return "[" + ",".join(f"[{a},{number(b)}]" for a, b in both) + "]"
+
+
+def number(value: Any) -> str:
+    """A float32 or an integer with as few digits as give it back."""
+    if isinstance(value, np.floating):
+        return str(value) if np.isfinite(value) else "null"
+    return str(value)
