@@ -299,7 +299,7 @@ def _contexts(
             mine = slice(*np.searchsorted(of.row, [part[0], part[-1] + 1]))
             wanted = _Places(*(column[mine] for column in of))
             active = codes.of(name, sae, activations, valid_RxT)
-            writers[name].insert("contexts", _with_activations(wanted, part, active, sae.config.width))
+            writers[name].insert("contexts", _with_activations(wanted, tokens, active, sae.config.width))
             rows = [
                 (row, json.dumps(tokens[row].tolist()), texts.of(tokens[row])) for row in np.unique(wanted.row).tolist()
             ]
@@ -312,12 +312,19 @@ def _contexts(
 
 
 def _with_activations(
-    places: _Places, rows: np.ndarray, active: tuple[np.ndarray, ...], width: int
+    places: _Places, tokens: Mapping[int, np.ndarray], active: tuple[np.ndarray, ...], width: int
 ) -> Iterator[tuple[Any, ...]]:
-    """Rows of the table `contexts` for places in some rows of text, of everything that is active there."""
+    """Rows of the table `contexts` for places in a batch.
+
+    Args:
+        places: by ascending row.
+        tokens: of each row of the batch, by its number; in their order.
+        active: what `_Codes.of` gives of the batch.
+        width: features.
+    """
     row, position, feature, activation = active
     key = row * width + feature
-    wanted = np.searchsorted(rows, places.row) * width + places.feature
+    wanted = np.searchsorted(list(tokens), places.row) * width + places.feature
     kept = np.isin(key, wanted)
     key, position, activation = key[kept], position[kept], activation[kept]
     order = np.argsort(key, kind="stable")  # positions of one row and feature ascend already
@@ -327,8 +334,9 @@ def _with_activations(
         at = int(places.position[n])
         here = position[start:end]
         (value,) = activation[start:end][here == at]
+        token = int(tokens[int(places.row[n])][at])
         context = (int(column[n]) for column in (places.feature, places.quantile, places.rank, places.row))
-        yield *context, at, float(value), tables.pairs(here, activation[start:end])
+        yield *context, at, token, float(value), tables.pairs(here, activation[start:end])
 
 
 class Texts:

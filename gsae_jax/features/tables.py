@@ -27,7 +27,8 @@ CREATE TABLE rows (row INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT 
 CREATE TABLE tokens (token INTEGER PRIMARY KEY, text TEXT NOT NULL);
 CREATE TABLE contexts (
     feature INTEGER NOT NULL, quantile INTEGER NOT NULL, rank INTEGER NOT NULL, row INTEGER NOT NULL,
-    position INTEGER NOT NULL, activation REAL NOT NULL, active TEXT NOT NULL, PRIMARY KEY (feature, quantile, rank)
+    position INTEGER NOT NULL, token INTEGER NOT NULL, activation REAL NOT NULL, active TEXT NOT NULL,
+    PRIMARY KEY (feature, quantile, rank)
 ) WITHOUT ROWID;
 CREATE TABLE effects (
     feature INTEGER NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL, effect REAL NOT NULL,
@@ -45,6 +46,7 @@ CREATE TABLE cofiring (
 # Made last, as they slow down writing.
 INDICES = """
 CREATE INDEX contexts_of_rows ON contexts (row);
+CREATE INDEX contexts_of_tokens ON contexts (token);
 CREATE INDEX effects_of_tokens ON effects (token, kind);
 """
 STRONGEST = 10  # the `quantile` of the strongest contexts, above those of the sample, 0 to 9
@@ -65,7 +67,7 @@ class Writer:
 
     def about(self) -> dict[str, Any]:
         """The facts of the file."""
-        return _about(self._db)
+        return about(self._db)
 
     def state(self, **facts: Any) -> None:
         """Write facts of the file, in place of earlier ones of these names."""
@@ -113,7 +115,7 @@ def opened(path: Path) -> sqlite3.Connection:
     try:
         # `immutable`: nobody writes to it, so that it can be read from where nothing can be written.
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
-        version = _about(db).get("format")
+        version = about(db).get("format")
     except (sqlite3.Error, ValueError) as error:
         raise UserError(f"cannot be read as a file of features ({error}); collect it again", str(path)) from error
     if version != FORMAT:
@@ -132,12 +134,13 @@ def known(path: Path) -> Any:
         return None
     db = opened(path)
     try:
-        return _about(db)["collection"]
+        return about(db)["collection"]
     finally:
         db.close()
 
 
-def _about(db: sqlite3.Connection) -> dict[str, Any]:
+def about(db: sqlite3.Connection) -> dict[str, Any]:
+    """The facts of a file, by name."""
     return {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM about")}
 
 

@@ -1,0 +1,241 @@
+"""What was collected of features, for Python: `gsae_jax.features.load(path)`."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsae_jax import rendering
+from gsae_jax.errors import UserError
+from gsae_jax.features import tables
+
+FOLDER = "features"  # in a run's directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A place of the text on which a feature is active.
+
+    Attributes:
+        row: number of the row in the held-out text.
+        position: of the token in its row.
+        activation: of the feature on the token.
+        quantile: 0 to 9, the part of a random sample, sorted by activation, that it is from; None of the strongest.
+        tokens: [T], the texts of the row's tokens.
+        activations: [T], of the feature on each of them.
+    """
+
+    row: int
+    position: int
+    activation: float
+    quantile: int | None
+    tokens: tuple[str, ...]
+    activations: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What a feature does to one token: to its logit (direct), or its log probability (ablation)."""
+
+    token: int
+    text: str
+    effect: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Alike:
+    """A feature that is like another one.
+
+    Attributes:
+        sae: the name of its SAE.
+        feature: its number.
+        score: cosine of the decoder rows, or Jaccard index of the tokens on which both are active.
+    """
+
+    sae: str
+    feature: int
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """What is known of one feature. Renders as a card in a notebook.
+
+    Attributes:
+        sae: the name of its SAE.
+        number: its number.
+        numbers: those of `Features.columns`: `fired`, `density`, `strongest`, `divergence`, and facts of the SAE's
+            architecture such as `threshold`; None where there is none.
+        histogram: [bins], on how many tokens |activation| is in each bin; `Features.bins` has the edges.
+        contexts: the strongest, in descending order; and those of quantiles, from the highest quantile.
+        effects: by "direct" and "ablation", the tokens that it promotes most, and then those that it suppresses most.
+        neighbours: features with similar decoder rows, of its own SAE and of others, by name.
+        cofiring: features of its SAE that are active on the same tokens.
+    """
+
+    sae: str
+    number: int
+    numbers: Mapping[str, float | None]
+    histogram: np.ndarray
+    contexts: tuple[Context, ...]
+    effects: Mapping[str, tuple[Effect, ...]]
+    neighbours: Mapping[str, tuple[Alike, ...]]
+    cofiring: tuple[Alike, ...]
+
+    def _repr_html_(self) -> str:
+        """A card for a notebook."""
+        return rendering.render("feature_card.html", feature=self)
+
+
+class Features:
+    """The features of one SAE, read from its file as they are asked for."""
+
+    def __init__(self, path: Path):
+        """`path`: the file; raises `UserError` if it is none of this format."""
+        self._db = tables.opened(path)
+        self.path = path
+        self.about: dict[str, Any] = tables.about(self._db)
+
+    def __repr__(self) -> str:
+        of = self.about["collection"]
+        return (
+            f"<features of {self.sae}: {len(self)} of {', '.join(of['targets'])}, on {self.about['tokens']:,} tokens>"
+        )
+
+    def __len__(self) -> int:
+        return int(self.about["collection"]["width"])
+
+    def __getitem__(self, number: int) -> Feature:
+        """What is known of a feature; raises `UserError` if there is none of this number."""
+        if not 0 <= number < len(self):
+            raise UserError(f"is {number}; {self.sae} has features 0 to {len(self) - 1}", "feature")
+        return self._feature(int(number))
+
+    def __iter__(self) -> Iterator[Feature]:
+        return map(self._feature, range(len(self)))
+
+    @property
+    def sae(self) -> str:
+        """The SAE's name."""
+        return str(self.about["collection"]["sae"])
+
+    @property
+    def bins(self) -> np.ndarray:
+        """The lower edges of the bins of `Feature.histogram`."""
+        return np.array(self.about["bins"])
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Numbers [F] of all features, by name; NaN where there is none. `pandas.DataFrame` takes them."""
+        cursor = self._db.execute("SELECT * FROM features ORDER BY feature")
+        names = [column[0] for column in cursor.description]
+        columns = zip(names, zip(*cursor, strict=True), strict=True)
+        return {
+            name: np.array(values, None if name in ("feature", "fired") else float)
+            for name, values in columns
+            if name != "histogram"
+        }
+
+    def active_on(self, text: str) -> list[int]:
+        """Features that have a context whose token is this text, apart from spaces around it."""
+        query = (
+            "SELECT DISTINCT feature FROM contexts WHERE token IN "
+            "(SELECT token FROM tokens WHERE trim(text, ' ' || char(10) || char(9)) = ?) ORDER BY feature"
+        )
+        return [feature for (feature,) in self._db.execute(query, (text.strip(" \n\t"),))]
+
+    def with_context(self, text: str) -> list[int]:
+        """Features that have a context in a row that contains this text, whatever its case."""
+        query = (
+            "SELECT DISTINCT feature FROM contexts WHERE row IN "
+            "(SELECT row FROM rows WHERE text LIKE ? ESCAPE '!') ORDER BY feature"
+        )
+        escaped = text.replace("!", "!!").replace("%", "!%").replace("_", "!_")
+        return [feature for (feature,) in self._db.execute(query, (f"%{escaped}%",))]
+
+    def promoting(self, text: str, kind: str = "direct") -> list[int]:
+        """Features for which this token, apart from spaces around it, is one of those that they promote most.
+
+        `kind`: "direct" or "ablation".
+        """
+        query = (
+            "SELECT DISTINCT feature FROM effects JOIN tokens USING (token) WHERE kind = ? AND effect > 0 "
+            "AND trim(text, ' ' || char(10) || char(9)) = ? ORDER BY feature"
+        )
+        return [feature for (feature,) in self._db.execute(query, (kind, text.strip(" \n\t")))]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _feature(self, number: int) -> Feature:
+        cursor = self._db.execute("SELECT * FROM features WHERE feature = ?", (number,))
+        numbers = dict(zip((column[0] for column in cursor.description), cursor.fetchone(), strict=True))
+        histogram = np.zeros(len(self.bins), int)
+        for place, count in json.loads(numbers.pop("histogram")):
+            histogram[place] = count
+        del numbers["feature"]
+        effects: dict[str, tuple[Effect, ...]] = {}
+        query = "SELECT token, text, effect FROM effects JOIN tokens USING (token) WHERE feature = ? AND kind = ?"
+        for kind in ("direct", "ablation"):
+            rows = self._db.execute(f"{query} ORDER BY rank", (number, kind))
+            effects[kind] = tuple(Effect(*row) for row in rows)
+        neighbours: dict[str, tuple[Alike, ...]] = {}
+        for sae, other, cosine in self._db.execute(
+            "SELECT sae, other, cosine FROM neighbours WHERE feature = ? ORDER BY sae, rank", (number,)
+        ):
+            neighbours[sae] = (*neighbours.get(sae, ()), Alike(sae, other, cosine))
+        rows = self._db.execute("SELECT other, jaccard FROM cofiring WHERE feature = ? ORDER BY rank", (number,))
+        cofiring = tuple(Alike(self.sae, *row) for row in rows)
+        return Feature(
+            self.sae, number, numbers, histogram, tuple(self._contexts(number)), effects, neighbours, cofiring
+        )
+
+    def _contexts(self, number: int) -> Iterator[Context]:
+        rows = self._db.execute(
+            "SELECT row, position, activation, quantile, active, tokens FROM contexts JOIN rows USING (row) "
+            "WHERE feature = ? ORDER BY quantile DESC, rank",
+            (number,),
+        ).fetchall()
+        for row, position, activation, quantile, active, tokens in rows:
+            ids = json.loads(tokens)
+            activations = np.zeros(len(ids), np.float32)
+            for at, value in json.loads(active):
+                activations[at] = value
+            texts = tuple(self._texts[token] for token in ids)
+            of_sample = None if quantile == tables.STRONGEST else quantile
+            yield Context(row, position, activation, of_sample, texts, activations)
+
+    @property
+    def _texts(self) -> Mapping[int, str]:
+        """The text of each token."""
+        if not hasattr(self, "_known_texts"):
+            self._known_texts = dict(self._db.execute("SELECT token, text FROM tokens"))
+        return self._known_texts
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Features]:
+    """The features that `python -m gsae_jax.collect` has collected, by the names of their SAEs.
+
+    Args:
+        path: the directory of a run, the folder that `--out` named, or one file of it.
+
+    Raises:
+        UserError: there are none, or a file is not of this format.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        folder = place / FOLDER if (place / FOLDER).is_dir() else place
+        files: Sequence[Path] = sorted(
+            file for file in folder.glob(f"*{tables.SUFFIX}") if not file.name.startswith(".")
+        )
+    else:
+        files = [place] if place.exists() else []
+    if not files:
+        how = f"run `python -m gsae_jax.collect --workdir {path}` first" if place.exists() else "write another path"
+        raise UserError(f"{path} has no collected features; {how}", "path")
+    features = [Features(file) for file in files]
+    return {each.sae: each for each in features}

@@ -1,0 +1,359 @@
+"""What is collected of features, against NumPy; on any mesh, in any chunks, and after a stop."""
+
+import dataclasses
+import json
+import math
+import re
+import sqlite3
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.features import collection as collection_lib
+from gsae_jax.features import effects, neighbours, streaming, tables
+from gsae_jax.lms import loading
+from gsae_jax.saes import batch_topk, gated, gated_crosscoder, inference, relu_transcoder, signed_gated, topk, trained
+from tests.measuring import SITE, on_mesh
+
+D, F, T, ROWS = 32, 48, 16, 80
+OTHER = "blocks.1.hook_mlp_out"
+SETTINGS = {
+    "gated": (gated, {}, SITE, ""),
+    "signed_gated": (signed_gated, {}, SITE, ""),
+    "topk": (topk, {"k": 3}, SITE, ""),
+    "batch_topk": (batch_topk, {"k": 3}, SITE, ""),
+    "relu_transcoder": (relu_transcoder, {"d_out": D}, SITE, OTHER),
+    "gated_crosscoder": (gated_crosscoder, {}, (SITE, OTHER), (SITE, OTHER)),
+}
+
+
+@pytest.fixture(scope="module")
+def tokens(lm_dir):
+    """[ROWS, T], with BOS in front and a special token inside."""
+    tokens = np.random.default_rng(3).integers(2, 500, (ROWS, T)).astype(np.int32)
+    tokens[:, 0] = tokens[::5, 7] = loading.load_lm(lm_dir).tokenizer.bos_token_id
+    return tokens
+
+
+def make(kind, lm, tokens):
+    """An SAE of random weights, of which some features are active on few tokens and some on none."""
+    module, options, site, target = SETTINGS[kind]
+    several = isinstance(site, tuple)
+    config = module.Config(d_in=(D, D) if several else D, width=F, **options)
+    params = dict(module.init(jax.random.key(5), config))
+    sites = [*site] if several else [site]
+    x = [np.asarray(lm.activations(tokens, [each])[each]).reshape(-1, D) for each in sites]
+    params |= {name: jnp.asarray(x[0].mean(0)) for name in ("b_dec", "b_in") if name in params and not target}
+    spread = jnp.linspace(-0.5, -6.0, F)
+    name = "b_gate" if "b_gate" in params else "b_enc"
+    scale = float(np.std(x[0])) * math.sqrt(D)
+    params[name] = spread * scale / 8
+    if "r_mag" in params:
+        params["r_mag"] = jnp.linspace(-0.3, 0.3, F)
+    if "threshold" in params:
+        params["threshold"] = jnp.full(F, 0.1 * scale)
+    norms = np.linalg.norm(x[0], axis=-1)
+    limit = float(np.quantile(norms, 0.97))
+    limits = (limit, math.inf) if several else limit if not target else math.inf
+    return trained.SAE(f"{kind}_0", kind, config, site, params, 0.1, 1e-3, 0, 1.0, limits, target=target, stack=kind)
+
+
+def collection_of(lm_dir, kinds, tokens, mesh):
+    lm = loading.load_lm(lm_dir, mesh=mesh)
+    plain = loading.load_lm(lm_dir)
+    saes = {f"{kind}_0": make(kind, plain, tokens) for kind in kinds}
+    about = {name: {"sae": name, "architecture": sae.architecture} for name, sae in saes.items()}
+    return collection_lib.Collection(lm, mesh, saes, tokens, lm.special_tokens, about, {"jax": jax.__version__})
+
+
+def dump(folder):
+    """The contents of every file of a folder."""
+    return {path.name: list(sqlite3.connect(path).iterdump()) for path in sorted(folder.glob("*.sqlite"))}
+
+
+@pytest.fixture(scope="module")
+def collected(lm_dir, tokens, tmp_path_factory):
+    """A collection of every kind on one device, and its folder."""
+    folder = tmp_path_factory.mktemp("features")
+    collection = collection_of(
+        lm_dir, SETTINGS, tokens, mesh_lib.make_mesh(mesh_lib.config_lib.Mesh(1, 1), jax.devices()[:1])
+    )
+    collection_lib.collect(collection, folder)
+    return collection, folder
+
+
+def features_of(collection, name, tokens):
+    """Feature activations [ROWS, T, F], and which tokens [ROWS, T] are looked at."""
+    sae, lm = collection.saes[name], collection.lm
+    x = lm.activations(tokens, sorted({*sae.sites, *sae.targets}))
+    inputs = tuple(x[site] for site in sae.sites)
+    f = np.array(sae.encode(inputs if len(inputs) > 1 else inputs[0]))
+    limits = sae.norm_limit if isinstance(sae.norm_limit, tuple) else (sae.norm_limit,) * len(sae.targets)
+    valid = ~np.isin(tokens, collection.special_tokens)
+    for site, limit in zip(sae.targets, limits, strict=True):
+        valid &= np.linalg.norm(np.asarray(x[site], np.float64), axis=-1) <= limit
+    return np.where(valid[..., None], f, 0), valid
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_what_is_kept_of_each_feature_equals_numpy(collected, tokens, kind):
+    collection, folder = collected
+    f, valid = features_of(collection, f"{kind}_0", tokens)
+    db = tables.opened(folder / f"{kind}_0.sqlite")
+    about = tables.known(folder / f"{kind}_0.sqlite")
+    assert about == collection.about[f"{kind}_0"]
+    facts = {name: json.loads(value) for name, value in db.execute("SELECT * FROM about")}
+    assert facts["tokens"] == valid.sum() < ROWS * (T - 1)
+    edges = np.array(facts["bins"])
+    magnitude, active = np.abs(f), f != 0
+    assert active.sum((0, 1)).min() == 0 or kind in ("topk", "batch_topk", "gated_crosscoder")
+    assert active.sum((0, 1)).max() > collection_lib.effects.CONTEXTS
+    kept = {}
+    for feature, fired, density, strongest, histogram, *_ in db.execute("SELECT * FROM features"):
+        on = active[..., feature]
+        assert (fired, density) == (on.sum(), fired / valid.sum())
+        assert strongest == magnitude[..., feature].max()
+        counts = np.histogram(magnitude[..., feature][on], [*edges, math.inf])[0]
+        assert json.loads(histogram) == [[int(b), int(counts[b])] for b in np.flatnonzero(counts)]
+        kept[feature] = contexts = list(
+            db.execute(
+                "SELECT quantile, rank, row, position, activation, active, token FROM contexts WHERE feature = ?",
+                (feature,),
+            )
+        )
+        # The strongest token of each row, in descending order; of equal ones the first.
+        best = magnitude[..., feature].max(1)
+        rows = np.lexsort((np.arange(ROWS), -best))[: streaming.TOP]
+        rows = [row for row in rows if best[row] > 0]
+        strongest = sorted((rank, row, at) for q, rank, row, at, *_ in contexts if q == tables.STRONGEST)
+        assert strongest == [(n, row, magnitude[row, :, feature].argmax()) for n, row in enumerate(rows)]
+        for _, _, row, position, activation, pairs, token in contexts:
+            assert token == tokens[row, position]
+            assert activation == f[row, position, feature]
+            expected = [[int(t), f[row, t, feature]] for t in np.flatnonzero(on[row])]
+            assert [[t, np.float32(value)] for t, value in json.loads(pairs)] == expected
+    assert {feature for feature, contexts in kept.items() if contexts} == set(np.flatnonzero(active.any((0, 1))))
+
+
+@pytest.mark.parametrize("kind", ["gated", "signed_gated"])
+def test_contexts_of_quantiles_are_a_random_sample_of_all_active_tokens(collected, tokens, kind, monkeypatch):
+    collection, folder = collected
+    f, _ = features_of(collection, f"{kind}_0", tokens)
+    row, position = np.indices((ROWS, T))
+    priority = streaming.priorities(row, position, T)
+    assert len(np.unique(priority)) == ROWS * T
+    assert abs(np.corrcoef(priority.ravel(), np.arange(ROWS * T))[0, 1]) < 0.1
+    db = tables.opened(folder / f"{kind}_0.sqlite")
+    seen = 0
+    for feature in range(F):
+        contexts = list(
+            db.execute(
+                "SELECT quantile, rank, row, position FROM contexts WHERE feature = ? ORDER BY quantile, rank",
+                (feature,),
+            )
+        )
+        on = f[..., feature] != 0
+        first = np.where(on, priority, streaming.EMPTY).argmin(1)
+        rows = np.flatnonzero(on.any(1))
+        rows = rows[np.argsort(priority[rows, first[rows]])][: streaming.SAMPLE]
+        by_value = rows[np.argsort(np.abs(f[rows, first[rows], feature]), kind="stable")]
+        strongest = {row for quantile, _, row, _ in contexts if quantile == tables.STRONGEST}
+        expected = []
+        for quantile, part in enumerate(np.array_split(by_value, 10)):
+            part = sorted(set(part) - strongest, key=lambda row: priority[row, first[row]])
+            expected += [(quantile, rank, row, first[row]) for rank, row in enumerate(part[:2])]
+        assert [context for context in contexts if context[0] != tables.STRONGEST] == expected
+        places = [row for _, _, row, _ in contexts]
+        assert len(set(places)) == len(places)  # never two from the same place
+        seen += len(expected)
+    assert seen > F
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+def test_the_files_do_not_depend_on_the_mesh(collected, tokens, lm_dir, tmp_path, shape):
+    """To the last bit where devices split the text; up to rounding where they split the dictionary."""
+    _, folder = collected
+    collection_lib.collect(collection_of(lm_dir, SETTINGS, tokens, on_mesh(*shape)), tmp_path)
+    ours, theirs = dump(tmp_path), dump(folder)
+    assert len(SETTINGS) == len(ours) == len(ours.keys() & theirs.keys())
+    number = re.compile(r"-?\d+\.\d*(?:e[+-]?\d+)?")
+    for name in ours:
+        if shape[1] == 1:
+            assert ours[name] == theirs[name], name
+            continue
+        for mine, other in zip(ours[name], theirs[name], strict=True):
+            assert number.sub("", mine) == number.sub("", other)
+            values = [[float(each) for each in number.findall(line)] for line in (mine, other)]
+            np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_collection_that_is_stopped_anywhere_goes_on(collected, tokens, lm_dir, tmp_path, monkeypatch):
+    collection, folder = collected
+    monkeypatch.setattr(collection_lib, "SAVE_EVERY", 0.0)
+    stages = []
+    for _ in range(40):
+
+        def stop(stage, done, total):
+            if (stage, done) not in stages:
+                stages.append((stage, done))
+                if len(stages) % 3 == 0:
+                    raise StoppedError
+
+        try:
+            collection_lib.collect(collection, tmp_path, stop)
+        except StoppedError:
+            assert len(list(tmp_path.glob("*.sqlite"))) <= len(SETTINGS)
+            continue
+        break
+    assert {stage for stage, _ in stages} == {"activations", "contexts", "effects"}
+    assert [done for stage, done in stages if stage == "activations"] == [32, 64, 80]  # none twice
+    assert dump(tmp_path) == dump(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{kind}_0.sqlite" for kind in SETTINGS}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    collection_lib.collect(collection, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_what_an_unfinished_collection_of_other_facts_left_is_not_used(collected, tokens, tmp_path, monkeypatch):
+    collection, folder = collected
+    other = dataclasses.replace(collection, rows=tokens[:64])
+    other = dataclasses.replace(other, about={name: dict(about) | {"rows": 64} for name, about in other.about.items()})
+    monkeypatch.setattr(collection_lib, "SAVE_EVERY", 0.0)
+
+    def stop(stage, done, total):
+        if stage == "effects":
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        collection_lib.collect(other, tmp_path, stop)
+    collection_lib.collect(collection, tmp_path)
+    assert dump(tmp_path) == dump(folder)
+
+
+def test_chunks_of_a_row_give_the_same(collected, tokens, lm_dir, tmp_path, monkeypatch):
+    collection, folder = collected
+    monkeypatch.setattr(inference, "floats_at_once", lambda platform: 32 * 5 * F)
+    jax.clear_caches()
+    collection_lib.collect(dataclasses.replace(collection), tmp_path)
+    ours, theirs = dump(tmp_path), dump(folder)
+    for name in ours:
+        for mine, other in zip(ours[name], theirs[name], strict=True):
+            assert re.sub(r"[\d.e+-]{9,}", "", mine) == re.sub(r"[\d.e+-]{9,}", "", other)
+    jax.clear_caches()
+
+
+def contexts_of(db, feature):
+    query = (
+        f"SELECT tokens, position, active FROM contexts JOIN rows USING (row) WHERE feature = ? AND "
+        f"quantile = {tables.STRONGEST} AND rank < {effects.CONTEXTS} ORDER BY rank"
+    )
+    return [(np.array(json.loads(t)), at, json.loads(active)) for t, at, active in db.execute(query, (feature,))]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_effects_equal_numpy(collected, kind):
+    collection, folder = collected
+    lm, sae = collection.lm, collection.saes[f"{kind}_0"]
+    db = tables.opened(folder / f"{kind}_0.sqlite")
+    site, W = sae.targets[-1], np.asarray(sae.params["W_dec_1" if kind == "gated_crosscoder" else "W_dec"], np.float64)
+    gain, W_U = (np.asarray(x, np.float64) for x in (lm.params["ln_final"]["w"], lm.params["unembed.W_U"]))
+    direct = (W - W.mean(-1, keepdims=True)) * gain @ W_U
+    checked = 0
+    for feature in range(0, F, 5):
+        rows = {
+            which: list(
+                db.execute(
+                    "SELECT token, effect FROM effects WHERE feature = ? AND kind = ? ORDER BY rank", (feature, which)
+                )
+            )
+            for which in ("direct", "ablation")
+        }
+        order = np.argsort(-direct[feature])
+        assert [token for token, _ in rows["direct"]] == [*order[:10], *order[::-1][:10]]
+        np.testing.assert_allclose(
+            [e for _, e in rows["direct"]], direct[feature][[t for t, _ in rows["direct"]]], rtol=1e-5, atol=1e-5
+        )
+        contexts = contexts_of(db, feature)
+        ((divergence,),) = db.execute("SELECT divergence FROM features WHERE feature = ?", (feature,))
+        if not contexts:
+            assert (rows["ablation"], divergence) == ([], None)
+            continue
+        differences, divergences = [], []
+        for tokens, position, active in contexts:
+            amounts = np.zeros(len(tokens))
+            for at, value in active:
+                amounts[at] = value
+
+            def tap(name, x, amounts=amounts, row=W[feature]):
+                return x - (amounts[:, None] * row)[None].astype(np.float32) if name == site else None
+
+            logits = [
+                np.asarray(lm.run(tokens[None], each)[0, position], np.float64) for each in (lambda *_: None, tap)
+            ]
+            clean, without = (z - np.log(np.exp(z - z.max()).sum()) - z.max() for z in logits)
+            differences.append(clean - without)
+            divergences.append((np.exp(clean) * (clean - without)).sum())
+        mean = np.mean(differences, 0)
+        assert len(rows["ablation"]) == 20
+        np.testing.assert_allclose([e for _, e in rows["ablation"]], mean[[t for t, _ in rows["ablation"]]], atol=1e-4)
+        np.testing.assert_allclose([e for _, e in rows["ablation"]][:10], np.sort(mean)[::-1][:10], atol=1e-4)
+        np.testing.assert_allclose([e for _, e in rows["ablation"]][10:], np.sort(mean)[:10], atol=1e-4)
+        np.testing.assert_allclose(divergence, np.mean(divergences), atol=1e-5)
+        checked += 1
+    assert checked > 2
+
+
+def test_features_that_are_alike_equal_numpy(collected, tokens):
+    collection, folder = collected
+    f, _ = features_of(collection, "gated_0", tokens)
+    db = tables.opened(folder / "gated_0.sqlite")
+    unit = {
+        name: W / np.linalg.norm(W, axis=-1, keepdims=True)
+        for name, sae in collection.saes.items()
+        if sae.targets == (SITE,)
+        for W in [np.asarray(sae.params["W_dec"], np.float64)]
+    }
+    assert len(unit) == 4
+    on = f.reshape(-1, F) != 0
+    for feature in range(F):
+        for name, W in unit.items():
+            cosines = W @ unit["gated_0"][feature]
+            if name == "gated_0":
+                cosines[feature] = -2
+            order = np.argsort(-cosines)[: 10 if name == "gated_0" else 3]
+            query = "SELECT other, cosine FROM neighbours WHERE feature = ? AND sae = ? ORDER BY rank"
+            rows = list(db.execute(query, (feature, name)))
+            assert [other for other, _ in rows] == [*order]
+            np.testing.assert_allclose([cosine for _, cosine in rows], cosines[order], atol=1e-6)
+        both = (on & on[:, feature][:, None]).sum(0)
+        either = (on | on[:, feature][:, None]).sum(0)
+        jaccard = np.where(both > 0, both / np.maximum(either, 1), -1)
+        jaccard[feature] = -1
+        order = [other for other in np.argsort(-jaccard, kind="stable")[:10] if jaccard[other] > 0]
+        rows = list(db.execute("SELECT other, both, jaccard FROM cofiring WHERE feature = ? ORDER BY rank", (feature,)))
+        assert [other for other, _, _ in rows] == order
+        assert [count for _, count, _ in rows] == [both[other] for other in order]
+        np.testing.assert_allclose([value for _, _, value in rows], jaccard[order], rtol=1e-6)
+
+
+def test_alike_in_parts(monkeypatch):
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((11, 4)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    on = random.random((50, 11)) < 0.3
+    token, feature = np.nonzero(on)
+    whole = [*neighbours.nearest(rows, rows, 3, True)], [*neighbours.cofiring(token, feature, 11, 3)]
+    monkeypatch.setattr(neighbours, "FLOATS", 44)
+    parts = [*neighbours.nearest(rows, rows, 3, True)], [*neighbours.cofiring(token, feature, 11, 3)]
+    for ours, theirs in zip(whole, parts, strict=True):
+        assert [each.feature for each in ours] == [each.feature for each in theirs] == [*range(11)]
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(mine.others, other.others)
+            np.testing.assert_allclose(mine.scores, other.scores, rtol=1e-6)
