@@ -90,10 +90,8 @@ every = pytest.mark.parametrize(
         GATED,
         RELU,
         JUMPRELU,
-        TANH,
-        ALIGNED,
         SKIP,
-        *(pytest.param(*other, marks=pytest.mark.variants) for other in OTHERS),
+        *(pytest.param(*other, marks=pytest.mark.variants) for other in (TANH, ALIGNED, *OTHERS)),
     ],
 )
 
@@ -223,7 +221,9 @@ def trained_stack(how, steps, *, shape=(1, 1), name="gated", F=64, dtype="float3
     return jax.device_get((state, statistics))
 
 
-@pytest.mark.parametrize("name", ["gated", "relu", "jumprelu"])
+@pytest.mark.parametrize(
+    "name", ["gated", *(pytest.param(other, marks=pytest.mark.variants) for other in ("relu", "jumprelu"))]
+)
 @pytest.mark.parametrize(
     "shape",
     [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants), pytest.param((1, 2), marks=pytest.mark.variants)],
@@ -239,6 +239,7 @@ def test_a_mesh_trains_as_the_dense_step(name, shape):
             np.testing.assert_allclose(statistics[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.variants
 def test_300_steps_end_within_the_noise_of_summation_order():
     """Which is measured as what another order of the same dense sums, on two devices, comes to."""
     (dense, _), (other_order, _) = trained_stack(None, 300), trained_stack(None, 300, shape=(2, 1))
