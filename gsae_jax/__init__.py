@@ -11,8 +11,8 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizers are used; PyTorch is not missed
 
+from gsae_jax import features, taps
 from gsae_jax import processes as processes  # its handler shows the messages of all modules
-from gsae_jax import taps
 from gsae_jax.experiments import experiment, experiment_config, stack_config
 from gsae_jax.fitting import fit
 from gsae_jax.lms.loading import LM, load_lm
@@ -20,7 +20,19 @@ from gsae_jax.sae_loading import held_out, load
 from gsae_jax.saes.trained import SAE
 
 __version__ = "0.1.0"  # setup.py reads it here
-__all__ = ["LM", "SAE", "experiment", "experiment_config", "fit", "held_out", "load", "load_lm", "stack_config", "taps"]
+__all__ = [
+    "LM",
+    "SAE",
+    "experiment",
+    "experiment_config",
+    "features",
+    "fit",
+    "held_out",
+    "load",
+    "load_lm",
+    "stack_config",
+    "taps",
+]
 
 
 def __dir__() -> list[str]:

@@ -81,11 +81,15 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
     with errors.about(where, path=where, revision="lm.revision"):
         lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=chosen.mesh)
     loading.check_context(lm.module, settings.data.context_length)
-    text = rows.open_rows(settings.data, "test", lm.tokenizer, wanted.tokens or TOKENS, lm.config.d_vocab)
     T = settings.data.context_length
+    count = (wanted.tokens or TOKENS) // T
+    if not count:
+        raise UserError(f"is {wanted.tokens}, less than one row of {T} tokens; write more", "--tokens")
+    limit = count * (T - settings.data.prepend_bos)
+    text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab)
     if not len(text):
         raise UserError(f"the held-out text has no row of {T} tokens{text.why_few or '; add text'}", "data")
-    if wanted.tokens and len(text) < wanted.tokens // T:
+    if wanted.tokens and len(text) < count:
         logger.warning(f"the held-out text gives {len(text) * T:,} tokens of the {wanted.tokens:,} asked for")
     special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
     shared = {
@@ -105,10 +109,10 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise UserError(f"{folder} is in use by another collection; wait for it to end", "--out") from error
-    with lock:
+    with held:
         _check(folder, about, wanted.overwrite)
         logger.info(f"collecting the features of {len(about)} SAEs on {len(text) * T:,} held-out tokens")
         with _Bar() as bar:

@@ -174,8 +174,8 @@ def _stream(
     for part, activations, valid in collection.batches(range(done, total)):
         for (name, sae), valid_RxT in zip(saes.items(), valid, strict=True):
             inputs = sae_inputs(sae, activations)
-            static = mesh, sae.architecture, sae.config
-            on_mesh[name] = streaming.update(*static, on_mesh[name], params[name], inputs, valid_RxT, part[0])
+            dictionary = streaming.Dictionary.of(mesh, sae)
+            on_mesh[name] = streaming.update(dictionary, on_mesh[name], params[name], inputs, valid_RxT, part[0])
         progress("activations", int(part[-1]) + 1, total)
         if time.monotonic() - saved > SAVE_EVERY or part[-1] + 1 == total:
             _save(folder / STREAM, about, int(part[-1]) + 1, on_mesh)
@@ -270,9 +270,9 @@ class _Codes:
         """(row, position, feature, activation) of everything that is active in a batch, [A] each."""
         while True:
             K = self._slots[name]
-            static = self._mesh, sae.architecture, sae.config, K
             arrays = self._params[name], sae_inputs(sae, activations), valid_RxT
-            indices, values, counts = map(np.asarray, streaming.codes(*static, *arrays))
+            dictionary = streaming.Dictionary.of(self._mesh, sae)
+            indices, values, counts = map(np.asarray, streaming.codes(dictionary, K, *arrays))
             most = int(counts.max(initial=0))
             if most <= K:
                 break

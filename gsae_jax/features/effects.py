@@ -115,51 +115,66 @@ def ablated(
     """
     site, W_FxD = place(sae)
     G = _at_once(T, int(mesh.shape["data"]))
-    tokens, amounts = np.zeros((G, CONTEXTS, T), np.int32), np.zeros((G, CONTEXTS, T), np.float32)
-    last, weights = np.zeros((G, CONTEXTS), np.int32), np.zeros((G, CONTEXTS), np.float32)
-    directions = np.zeros((G, W_FxD.shape[-1]), np.float32)
+    batch = _Batch(
+        tokens=np.zeros((G, CONTEXTS, T), np.int32),
+        last=np.zeros((G, CONTEXTS), np.int32),
+        activations=np.zeros((G, CONTEXTS, T), np.float32),
+        weights=np.zeros((G, CONTEXTS), np.float32),
+        directions=np.zeros((G, W_FxD.shape[-1]), np.float32),
+    )
     for g, (_, direction, contexts) in enumerate(group):
-        directions[g] = direction
+        batch.directions[g] = direction
         for c, context in enumerate(contexts):
-            tokens[g, c], last[g, c], weights[g, c] = context.tokens[:T], context.position, 1 / len(contexts)
+            batch.tokens[g, c], batch.last[g, c] = context.tokens[:T], context.position
+            batch.weights[g, c] = 1 / len(contexts)
             for position, activation in context.active:
-                amounts[g, c, position : position + 1] = activation  # nothing beyond T
-    arrays = [mesh_lib.place_rows(mesh, x, G) for x in (tokens, last, amounts, weights, directions)]
+                batch.activations[g, c, position : position + 1] = activation  # nothing beyond T
+    placed = _Batch(*(mesh_lib.place_rows(mesh, x, G) for x in batch))
     count = min(TOKENS, lm.config.d_vocab)
-    values, found, divergences = map(np.asarray, _ablate(lm.module, site, count, lm.params, *arrays))
+    values, found, divergences = map(np.asarray, _ablate(lm.module, site, count, lm.params, placed))
     for g, (feature, _, _) in enumerate(group):
         yield Effects(feature, found[g], values[g], float(divergences[g]))
 
 
+class _Batch(NamedTuple):
+    """Features that are ablated together, each on C contexts.
+
+    Attributes:
+        tokens: [G, C, T].
+        last: [G, C], the positions whose predictions are compared.
+        activations: [G, C, T], of the feature.
+        weights: [G, C], of a context in the mean; 0 where there is none.
+        directions: [G, D], the decoder rows.
+    """
+
+    tokens: Any
+    last: Any
+    activations: Any
+    weights: Any
+    directions: Any
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _ablate(
-    module: Any,
-    site: str,
-    count: int,
-    lm_params: Any,
-    tokens_GxCxT: jax.Array,
-    last_GxC: jax.Array,
-    amounts_GxCxT: jax.Array,
-    weights_GxC: jax.Array,
-    directions_GxD: jax.Array,
+    module: Any, site: str, count: int, lm_params: Any, batch: _Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(effects [G, 2 * count], their tokens, divergences [G]) of the features of G groups of C contexts."""
-    G, C, T = tokens_GxCxT.shape
-    removed = amounts_GxCxT[..., None] * directions_GxD[:, None, None]
+    """(effects [G, 2 * count], their tokens, divergences [G])."""
+    G, C, T = batch.tokens.shape
+    removed_GxCxTxD = batch.activations[..., None] * batch.directions[:, None, None]
 
     def log_probabilities(tap: sites.Tap) -> jax.Array:
-        hidden = module.apply({"params": lm_params}, tokens_GxCxT.reshape(G * C, T), tap, method="hidden")
-        at_last = jnp.take_along_axis(hidden, last_GxC.reshape(-1, 1, 1), 1)
+        hidden = module.apply({"params": lm_params}, batch.tokens.reshape(G * C, T), tap, method="hidden")
+        at_last = jnp.take_along_axis(hidden, batch.last.reshape(-1, 1, 1), 1)
         logits = module.apply({"params": lm_params}, at_last, method="logits")[:, 0]
         return jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(G, C, -1)
 
     def edit(x: jax.Array) -> jax.Array:
-        return (x.astype(jnp.float32) - removed.reshape(G * C, T, -1)).astype(x.dtype)
+        return (x.astype(jnp.float32) - removed_GxCxTxD.reshape(x.shape)).astype(x.dtype)
 
     clean = log_probabilities(sites.no_tap)
     differences = clean - log_probabilities(sites.splice({site: edit}))
-    divergences = (weights_GxC * (jnp.exp(clean) * differences).sum(-1)).sum(-1)
-    return *_extremes((weights_GxC[..., None] * differences).sum(1), count), divergences
+    divergences = (batch.weights * (jnp.exp(clean) * differences).sum(-1)).sum(-1)
+    return *_extremes((batch.weights[..., None] * differences).sum(1), count), divergences
 
 
 @partial(jax.jit, static_argnums=1)

@@ -98,15 +98,46 @@ def priorities(row: Any, position: Any, length: int) -> Any:
     return x - (x == EMPTY).astype(np.uint32)  # which stands for no token
 
 
+class Dictionary(NamedTuple):
+    """An SAE without its parameters, on a mesh.
+
+    Attributes:
+        mesh: the mesh.
+        architecture, config: the SAE's.
+    """
+
+    mesh: Mesh
+    architecture: str
+    config: Any
+
+    @classmethod
+    def of(cls, mesh: Mesh, sae: trained.SAE) -> "Dictionary":
+        """That of an SAE."""
+        return cls(mesh, sae.architecture, sae.config)
+
+    @property
+    def along(self) -> str | None:
+        """The axis of the mesh along which features lie, if it divides them."""
+        return "latent" if self.config.width % self.mesh.shape["latent"] == 0 else None
+
+    def specs(self, params: Mapping[str, Any]) -> tuple[dict[str, P], State]:
+        """Where the parameters and the state lie."""
+        table = contract.module_of(self.architecture).PARAMETERS
+        of_params = {
+            name: P() if (axis := table[name].axis) is None else P(*[None] * axis, self.along) for name in params
+        }
+        return of_params, State(P(), *[P(self.along)] * (len(State._fields) - 1))
+
+
 def params_on(mesh: Mesh, sae: trained.SAE) -> dict[str, jax.Array]:
     """The SAE's parameters on the mesh, as `update` and `codes` take them."""
-    specs, _ = _specs(mesh, sae.architecture, sae.config, sae.params)
+    specs, _ = Dictionary.of(mesh, sae).specs(sae.params)
     return {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in sae.params.items()}
 
 
 def state_on(mesh: Mesh, sae: trained.SAE, state: State) -> State:
     """A state on the mesh, as `update` takes it."""
-    _, specs = _specs(mesh, sae.architecture, sae.config, sae.params)
+    _, specs = Dictionary.of(mesh, sae).specs(sae.params)
     return State(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(state, specs, strict=True)))
 
 
@@ -128,11 +159,9 @@ def read(
     return activations, valid
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def update(
-    mesh: Mesh,
-    architecture: str,
-    config: Any,
+    dictionary: Dictionary,
     state: State,
     params: Mapping[str, jax.Array],
     inputs: contract.Activations,
@@ -177,7 +206,7 @@ def update(
             "sample_position": jnp.zeros(shape, jnp.int32),
             "sample_value": jnp.zeros(shape, jnp.float32),
         }
-        carry = _scan(mesh, architecture, config, params, inputs, valid_RxT, priority_RxT, part, carry)
+        carry, _ = _scan(dictionary, params, inputs, valid_RxT, priority_RxT, part, carry)
         new = jax.lax.psum(carry.pop("histogram"), "data")
         # [F, R] of the rows of all devices, in their order.
         rows = {name: jax.lax.all_gather(value, "data", tiled=True).T for name, value in carry.items()}
@@ -190,11 +219,11 @@ def update(
             **merged,
         )
 
-    of_params, of_state = _specs(mesh, architecture, config, params)
+    of_params, of_state = dictionary.specs(params)
     # Nothing is differentiated, and what is gathered along `data` is the same on all of its devices.
     mapped = jax.shard_map(
         per_device,
-        mesh=mesh,
+        mesh=dictionary.mesh,
         in_specs=(of_state, of_params, P("data"), P("data"), P()),
         out_specs=of_state,
         check_vma=False,
@@ -213,11 +242,9 @@ def _best(state: State, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return merged
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1))
 def codes(
-    mesh: Mesh,
-    architecture: str,
-    config: Any,
+    dictionary: Dictionary,
     K: int,
     params: Mapping[str, jax.Array],
     inputs: contract.Activations,
@@ -228,47 +255,38 @@ def codes(
     `indices` is the SAE's width in slots that a token does not need.
     """
 
+    width = dictionary.config.width
+
     def per_device(params: Any, inputs: Any, valid_RxT: jax.Array) -> Any:
         def part(carry: tuple[()], chunk: Any) -> tuple[tuple[()], Any]:
             f_RxtxF, _, _ = chunk
-            if _along(mesh, config):
+            if dictionary.along:
                 f_RxtxF = jax.lax.all_gather(f_RxtxF, "latent", axis=2, tiled=True)
-            f_BxF = f_RxtxF.reshape(-1, config.width)
+            f_BxF = f_RxtxF.reshape(-1, width)
             mask = active.pack(f_BxF != 0)
-            slots = active.Slots.of(mask, K, config.width)
+            slots = active.Slots.of(mask, K, width)
             indices, values = jax.lax.sort((slots.features, slots.take(f_BxF)), num_keys=1)
             shape = f_RxtxF.shape[:2]
             return carry, tuple(y.reshape(*shape, *y.shape[1:]) for y in (indices, values, mask.upto[:, -1]))
 
         T = valid_RxT.shape[1]
         zeros = jnp.zeros(valid_RxT.shape, jnp.uint32)
-        parts = _scan(mesh, architecture, config, params, inputs, valid_RxT, zeros, part, (), signed=True)
+        _, parts = _scan(dictionary, params, inputs, valid_RxT, zeros, part, (), signed=True)
         return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T], parts)
 
-    of_params, _ = _specs(mesh, architecture, config, params)
+    of_params, _ = dictionary.specs(params)
     mapped = jax.shard_map(
-        per_device, mesh=mesh, in_specs=(of_params, P("data"), P("data")), out_specs=P("data"), check_vma=False
+        per_device,
+        mesh=dictionary.mesh,
+        in_specs=(of_params, P("data"), P("data")),
+        out_specs=P("data"),
+        check_vma=False,
     )
     return mapped(params, inputs, valid_RxT)
 
 
-def _along(mesh: Mesh, config: Any) -> str | None:
-    """The axis of the mesh along which features lie, if it divides them."""
-    return "latent" if config.width % mesh.shape["latent"] == 0 else None
-
-
-def _specs(mesh: Mesh, architecture: str, config: Any, params: Mapping[str, jax.Array]) -> tuple[Any, State]:
-    """Where the parameters and the state lie: their features along `latent`, if it divides them."""
-    along = _along(mesh, config)
-    table = contract.module_of(architecture).PARAMETERS
-    of_params = {name: P() if (axis := table[name].axis) is None else P(*[None] * axis, along) for name in params}
-    return of_params, State(P(), *[P(along)] * (len(State._fields) - 1))
-
-
 def _scan(
-    mesh: Mesh,
-    architecture: str,
-    config: Any,
+    dictionary: Dictionary,
     params: Any,
     inputs: Any,
     valid_RxT: jax.Array,
@@ -276,18 +294,15 @@ def _scan(
     part: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
     signed: bool = False,
-) -> Any:
+) -> tuple[Any, Any]:
     """`jax.lax.scan` of `part` on one device, over chunks of each row whose arrays [tokens, features] are bounded.
 
     `part` gets (|f| [R, t, F] or f, 0 at tokens that are not valid; `priority_RxT` of the chunk; the first position).
-
-    Returns:
-        The carry, or what the parts return if there is none.
     """
-    functions = contract.module_of(architecture)
-    along = _along(mesh, config)
-    shards = contract.Shards(along if mesh.shape["latent"] > 1 else None, None)
-    width = config.width // (mesh.shape["latent"] if along else 1)
+    functions, config = contract.module_of(dictionary.architecture), dictionary.config
+    latent = dictionary.mesh.shape["latent"]
+    shards = contract.Shards(dictionary.along if latent > 1 else None)
+    width = config.width // (latent if dictionary.along else 1)
     R, T = valid_RxT.shape
     parts = min(T, -(-R * T // inference.tokens_at_once(width)))
     size = -(-T // parts)
@@ -304,5 +319,4 @@ def _scan(
         return part(carry, (f_RxtxF if signed else jnp.abs(f_RxtxF), priority_Rxt, start))
 
     chunks = jax.tree.map(split, (inputs, valid_RxT, priority_RxT)), size * jnp.arange(parts)
-    carry, results = jax.lax.scan(step, carry, chunks)
-    return results if carry == () else carry
+    return jax.lax.scan(step, carry, chunks)

@@ -1,0 +1,173 @@
+"""`gsae_jax.collect` on a run and on SAEs from elsewhere, what is read back, and what is refused."""
+
+import json
+import re
+import sqlite3
+
+import filelock
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax import collecting, features
+from gsae_jax.collecting import Wanted, collect
+from tests.conftest import tiny
+from tests.refusals import refused
+
+
+@pytest.fixture(scope="module")
+def run(text_dir, lm_dir, tmp_path_factory):
+    """A trained run of three SAEs at two sites."""
+    config = tiny(text_dir, lm_dir, tmp_path_factory.getbasetemp() / "tfds")
+    folder = tmp_path_factory.mktemp("collecting") / "run"
+    gsae_jax.fit(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def collected(run):
+    """The files of the run, on 4,096 held-out tokens."""
+    assert collect(Wanted(str(run), tokens=4096)) == run / "features"
+    return features.load(run)
+
+
+def test_a_run_has_a_file_for_each_sae(run, collected):
+    saes = gsae_jax.load(run)
+    assert list(collected) == sorted(saes)
+    for name, sae in saes.items():
+        read = collected[name]
+        about = read.about["collection"]
+        assert (read.sae, len(read), about["targets"]) == (name, sae.width, [sae.site])
+        assert (about["run"], about["step"], about["context_length"]) == ("run", 16, 16)
+        assert read.about["tokens"] <= about["rows"] * 16 <= 4096
+        columns = read.columns()
+        assert {"feature", "fired", "density", "strongest", "divergence"} <= columns.keys()
+        if sae.architecture == "gated":
+            np.testing.assert_array_equal(columns["threshold"], np.asarray(sae.threshold, float))
+            np.testing.assert_array_equal(columns["r_mag"], np.asarray(sae.r_mag, float))
+        np.testing.assert_array_equal(columns["density"], columns["fired"] / read.about["tokens"])
+        feature = read[int(columns["strongest"].argmax())]
+        assert feature.histogram.sum() == feature.numbers["fired"] == columns["fired"][feature.number]
+        (first, *_) = feature.contexts
+        assert first.quantile is None
+        assert first.activation == feature.numbers["strongest"] == np.float64(first.activations[first.position])
+        assert len(first.tokens) == len(first.activations) == 16
+        assert [len(effects) for effects in feature.effects.values()] == [20, 20]
+        others = {other for other, each in saes.items() if each.targets == sae.targets}
+        assert set(feature.neighbours) == others
+
+
+def test_features_are_found_by_token_and_by_text(collected):
+    read = collected["gated_1"]
+    every = {feature.number: feature for feature in read}
+    word = next(f for f in every.values() if f.contexts).contexts[0]
+    token = word.tokens[word.position].strip()
+    found = read.active_on(token)
+    assert (
+        found
+        == sorted(n for n, f in every.items() if any(c.tokens[c.position].strip() == token for c in f.contexts))
+        != []
+    )
+    text = "".join(word.tokens[3:6])
+    expected = [n for n, f in every.items() if any(text.lower() in "".join(c.tokens).lower() for c in f.contexts)]
+    assert read.with_context(text) == expected != []
+    assert read.with_context("100%_not_there") == read.active_on("nowhere") == []
+    for kind in ("direct", "ablation"):
+        effect = next(f for f in every.values() if f.effects[kind]).effects[kind][0]
+        expected = [
+            n
+            for n, f in every.items()
+            if any(e.effect > 0 and e.text.strip() == effect.text.strip() for e in f.effects[kind])
+        ]
+        assert read.promoting(effect.text, kind) == expected != []
+
+
+def test_a_card_escapes_what_texts_say(run, collected, tmp_path):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    path = tmp_path / "gated_1.sqlite"
+    path.write_bytes((run / "features" / "gated_1.sqlite").read_bytes())
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE tokens SET text = ?", (hostile,))
+    feature = next(f for f in features.load(path)["gated_1"] if f.contexts)
+    card = feature._repr_html_()
+    assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in card
+    assert "<img" not in card
+    assert re.search(rf"<strong>gated_1 / {feature.number}</strong>", card)
+
+
+def test_files_of_the_same_settings_stay_and_others_are_not_lost(run, collected, capsys):
+    files = {path: path.stat().st_mtime_ns for path in (run / "features").glob("*.sqlite")}
+    collect(Wanted(str(run), tokens=4096))
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    with refused("--out", "gated_0.sqlite", "rows", "--overwrite"):
+        collect(Wanted(str(run), ["gated_0"], tokens=1024))
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_folder_of_ones_own_and_overwriting(run, tmp_path):
+    out = tmp_path / "new" / "folder"
+    for tokens, rows in ((1024, 64), (512, 32)):
+        collect(Wanted(str(run), ["baseline_0"], str(out), tokens, overwrite=True))
+        assert {path.name for path in out.iterdir()} == {"baseline_0.sqlite", ".lock"}
+        assert features.load(out)["baseline_0"].about["collection"]["rows"] == rows
+
+
+def test_an_imported_sae_has_the_numbers_that_it_has_in_its_run(run, lm_dir, collected, text_dir, tmp_path):
+    gsae_jax.load(run)["gated_1"].save(tmp_path / "exported")
+    data = {"corpus": "text", "path": str(text_dir), "context_length": 16}
+    data["data_dir"] = json.loads((run / "config.json").read_text())["data"]["data_dir"]
+    wanted = Wanted(saes=[str(tmp_path / "exported")], out=str(tmp_path / "out"), tokens=4096, model=str(lm_dir))
+    collect(wanted, {"data": data})
+    ((name, ours),) = features.load(tmp_path / "out").items()
+    theirs = collected["gated_1"].columns()
+    assert name == "gated_1"
+    for column, values in ours.columns().items():
+        np.testing.assert_allclose(values, theirs[column], rtol=1e-4, atol=1e-5, err_msg=column)
+
+
+def test_what_cannot_be_collected_is_refused(run, collected, tmp_path, monkeypatch):
+    for tokens in (0, 2**31):
+        with refused("--tokens", str(tokens)):
+            collect(Wanted(str(run), tokens=tokens))
+    with refused("--sae", "gated_7", "gated_1"):
+        collect(Wanted(str(run), ["gated_7"]))
+    with refused("--out", "missing"):
+        collect(Wanted(saes=[str(run)]))
+    with refused("--workdir", str(tmp_path)):
+        collect(Wanted(str(tmp_path)))
+    with refused("--out", "gs://bucket/out"):
+        collect(Wanted(str(run), out="gs://bucket/out"))
+    with refused("--out", "not on this machine"):
+        collect(Wanted("gs://bucket/run"))
+    with refused("--tokens", "16 tokens"):
+        collect(Wanted(str(run), out=str(tmp_path / "few"), tokens=15))
+    with filelock.FileLock(run / "features" / ".lock"), refused("--out", "another collection"):
+        collect(Wanted(str(run), tokens=4096))
+    monkeypatch.setattr(collecting.jax, "process_count", lambda: 2)
+    with refused("--num_processes"):
+        collect(Wanted(str(run)))
+
+
+def test_what_holds_no_features_is_refused(run, collected, tmp_path):
+    with refused("path", "write another path"):
+        features.load(tmp_path / "nothing")
+    with refused("path", "gsae_jax.collect --workdir"):
+        features.load(tmp_path)
+    with refused("feature", "0 to 63"):
+        collected["gated_0"][64]
+    whole = (run / "features" / "gated_0.sqlite").read_bytes()
+    for name, content in (
+        ("text", b"not a database, but long enough to be one"),
+        ("cut", whole[:5000]),
+        ("empty", b""),
+    ):
+        path = tmp_path / f"{name}.sqlite"
+        path.write_bytes(content)
+        with refused(str(path)):
+            features.load(path)
+    path = tmp_path / "later.sqlite"
+    path.write_bytes(whole)
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE about SET value = '2' WHERE name = 'format'")
+    with refused(str(path), "format 2"):
+        features.load(path)
