@@ -165,7 +165,10 @@ class Stack(Sites):
         0.0,
     )
     coefficient_warmup_fraction: float | None = setting(
-        None, "Fraction of training in which the l1 coefficient rises from 0; 0 = none; None = as for b1.", 0.0
+        None,
+        "Fraction of training in which the l1 coefficient rises from 0, or the option initial_k falls to k; 0 = none; "
+        "None = as for b1.",
+        0.0,
     )
     kl_fraction: float = setting(
         0.0,

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import gsae_jax
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import batch_topk, contract, gated, matryoshka, selection, topk
@@ -125,6 +126,61 @@ def test_loss_and_gradients_match_float64(module):
         np.testing.assert_allclose(statistics.state["threshold"], after, rtol=1e-5)
     else:
         np.testing.assert_allclose(module.encode(params, x, config), f, rtol=1e-4, atol=1e-5)
+
+
+@by_kind
+def test_k_falls_during_the_warm_up(module):
+    """In one program, at the beginning, in between, and at the end; the threshold follows."""
+    config = module.Config(D, 2048, k=4, initial_k=20)
+    params, x = random_params(module, config), jax.random.normal(jax.random.key(5), (B, D))
+    state = {"threshold": params.pop("threshold")} if "threshold" in params else {}
+
+    @jax.jit
+    def loss(warmup):
+        return module.loss(params, state, batch_of(x, jnp.zeros(2048, bool)), {"warmup": warmup}, config)
+
+    for warmup, k in ((0.0, 20), (0.25, 16), (0.5, 12), (1.0, 4)):
+        value, statistics = loss(warmup)
+        constant = dataclasses.replace(config, k=k, initial_k=0)
+        expected, expected_statistics = module.loss(params, state, batch_of(x, jnp.zeros(2048, bool)), {}, constant)
+        assert value == pytest.approx(float(expected), rel=1e-5)
+        assert statistics.means["l0"] == expected_statistics.means["l0"] == k
+        np.testing.assert_array_equal(statistics.fired, expected_statistics.fired)
+        for name, each in expected_statistics.state.items():
+            np.testing.assert_allclose(statistics.state[name], each, rtol=1e-6)
+
+
+def test_a_run_has_more_features_at_its_start(config_dict, tmp_path):
+    """On a mesh; with the coefficient's warm-up of another stack beside it."""
+    config_dict.stacks = {
+        "batch": gsae_jax.stack_config("batch_topk", SITE, F, k=4, initial_k=16, coefficient_warmup_fraction=0.5),
+        "gated": config_dict.stacks.gated.to_dict(),
+    }
+    config_dict.mesh.data, config_dict.mesh.latent, config_dict.loggers, config_dict.train.log_every = 2, 4, (), 1
+    gsae_jax.fit(config_dict, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    l0 = [line["batch/l0"][0] for line in lines if "batch/l0" in line]
+    assert l0[0] == 16
+    assert l0[-8:] == [4] * 8
+    assert sorted(l0, reverse=True) == l0
+    assert len(set(l0)) > 4
+
+
+def test_a_warm_up_needs_both_of_its_settings(config_dict):
+    def with_(kind="topk", **settings):
+        config_dict.stacks = {"a": gsae_jax.stack_config(kind, SITE, F, **settings)}
+        gsae_jax.experiment(config_dict)
+        stack = config_trees.from_dict(config_lib.Experiment, config_dict).stacks["a"]
+        contract.build(contract.with_recipe(stack), {SITE: 32}, "float32")
+
+    with_(k=4, initial_k=8, coefficient_warmup_fraction=0.1)
+    with refused("coefficient_warmup_fraction", "initial_k"):
+        with_(k=4, coefficient_warmup_fraction=0.1)
+    with refused("options.initial_k", "coefficient_warmup_fraction"):
+        with_(k=4, initial_k=8)
+    for wrong in (3, F + 1, -1):
+        with refused("options.initial_k", str(wrong)):
+            with_(k=4, initial_k=wrong, coefficient_warmup_fraction=0.1)
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -250,7 +250,9 @@ def operations(program: Program, lm_params: Any) -> float:
         batch = {site: jax.ShapeDtypeStruct((B, D), jnp.float32) for site, D in program.widths.items()}
 
         def loss(trained: Any, state: Any, x: Any, s: Any = stack) -> jax.Array:
-            return s.loss(trained, state, x, lambda: jnp.zeros(s.sae.width, bool), jnp.int32(0), 1.0)[0]
+            return s.loss(
+                trained, state, x, lambda: jnp.zeros(s.sae.width, bool), jnp.int32(0), {"l1_coefficient": 1.0}
+            )[0]
 
         updates += len(stack.config) * _flops(jax.grad(loss), *stack.split(params), batch)
     kl = _kl_operations(program, plain, forward) if program.whole is not None else 0.0

@@ -222,7 +222,8 @@ class Trainable(Architecture, Protocol):
             params: those that gradients train; of the features, this shard's.
             state: the others.
             batch: of this shard of the data.
-            coefficients: `l1_coefficient`; NaN for an architecture that has none.
+            coefficients: `l1_coefficient`, by which the warm-up is multiplied already; NaN for an architecture that has
+                none. `warmup`, which rises from 0 to 1; without it, it is 1.
             config: the architecture's.
             shards: sums what each shard of the dictionary contributes.
         """
@@ -339,10 +340,23 @@ def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tup
         if option is not None and (value := getattr(stack, field)):
             what = f"is {value}, but {stack.architecture!r} has no sparsity coefficient"
             raise UserError(f"{what}; leave it out, and write the option {option} instead", field)
+    if option is not None:
+        _check_warmup(stack, f"initial_{option}")
     d_in = tuple(widths[site] for site in stack.sites)
     d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
     sae = build_config(architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options)
     return architecture, sae
+
+
+def _check_warmup(stack: config_lib.Stack, option: str) -> None:
+    """Raises `UserError` for one of the two settings of a warm-up without the other; `option`: where it begins."""
+    fraction, first = stack.coefficient_warmup_fraction or 0, stack.options.get(option, 0)
+    if fraction and not first:
+        why = f"is {fraction:g}, but {stack.architecture!r} has no coefficient that could rise"
+        raise UserError(f"{why}; write 0, or write the option {option}", "coefficient_warmup_fraction")
+    if first and not fraction:
+        why = f"is {first}, but the warm-up has no length"
+        raise UserError(f"{why}; write coefficient_warmup_fraction, such as 0.1", f"options.{option}")
 
 
 def build_config(

@@ -43,7 +43,13 @@ class Selection:
         return jnp.where((bits_BxF > least) | ((bits_BxF == least) & is_first), values_BxF, 0)
 
 
-def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: bool = False) -> Selection:
+def largest(
+    values_BxF: jax.Array,
+    k: jax.typing.ArrayLike,
+    shards: Shards = WHOLE,
+    of_batch: bool = False,
+    most: int | None = None,
+) -> Selection:
     """The k largest values of each token, or the B * k largest of the batch; no gradient passes.
 
     Only positive values are selected, so there may be fewer. Of equal values those of the first tokens are selected,
@@ -55,6 +61,7 @@ def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: boo
         k: features of a token.
         shards: the others' features and tokens.
         of_batch: compare the features of all tokens of the batch.
+        most: the largest possible k, if k is only known when the program runs.
 
     Raises:
         UserError: a batch of more features than 32 bits can count.
@@ -66,12 +73,12 @@ def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: boo
         return sum_up(on.sum(axes, dtype=jnp.int32, keepdims=True))
 
     B, F = values_BxF.shape
-    n = jnp.int32(k * shards.batch_size(B) if of_batch else k)
-    slots = min(SLOTS * k, F)
+    n = jnp.asarray(k * shards.batch_size(B) if of_batch else k, jnp.int32)
+    most = int(k) if most is None else most
+    slots = min(SLOTS * most, F)
     if of_batch and shards.batch_size(B) * F * shards.count > INT32:
-        most = INT32 // (F * shards.count)
         what = f"is {shards.batch_size(B)}, too many tokens to compare {F * shards.count} features of each"
-        raise UserError(f"{what}; write {most} or less", "train.batch_size")
+        raise UserError(f"{what}; write {INT32 // (F * shards.count)} or less", "train.batch_size")
     start = active.varying(jnp.zeros((1 if of_batch else B, 1), _bits(values_BxF[:1]).dtype), values_BxF)
 
     def among(values_Bx_: jax.Array, features_Bx_: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +108,7 @@ def largest(values_BxF: jax.Array, k: int, shards: Shards = WHOLE, of_batch: boo
     def among_all() -> tuple[jax.Array, jax.Array]:
         return among(values_BxF, jnp.arange(F, dtype=jnp.int32)[None])
 
-    if F % GROUP or 2 * slots > F or F * shards.count < 2 * GROUP * k:
+    if F % GROUP or 2 * slots > F or F * shards.count < 2 * GROUP * most:
         nth, last = among_all()
     else:
         # Bits are made from values wherever they are used: an array of them would be one more pass over memory.

@@ -36,6 +36,8 @@ class Options:
         d_in: width of the site; a tuple of widths if there are several sites.
         width: features.
         k: active features of a token, at most.
+        initial_k: the same at the first update, from which the number falls linearly to k during the stack's
+            `coefficient_warmup_fraction`; 0 = k.
         auxk_coefficient: weight of the loss by which dead features learn to explain the residual; 0 = none.
         k_aux: dead features of a token that explain it; 0 = half of the residual's width.
         dtype: of the matrix products' operands.
@@ -46,12 +48,22 @@ class Options:
     k: int = 32
     auxk_coefficient: float = 1 / 32
     k_aux: int = 0
+    initial_k: int = 0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.width:
             raise UserError(f"is {self.k}; write active features per token, from 1 to the width ({self.width})", "k")
+        if self.initial_k and not self.k <= self.initial_k <= self.width:
+            raise UserError(f"is {self.initial_k}; write 0, or from k ({self.k}) to the width", "initial_k")
         selection.check_auxk(self.auxk_coefficient, self.k_aux)
+
+    def k_at(self, coefficients: Mapping[str, jax.typing.ArrayLike]) -> tuple[jax.typing.ArrayLike, int]:
+        """(Active features of a token at this update, the most at any update)."""
+        if not self.initial_k:
+            return self.k, self.k
+        more = (1 - jnp.asarray(coefficients.get("warmup", 1.0))) * (self.initial_k - self.k)
+        return self.k + jnp.round(more).astype(jnp.int32), self.initial_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +109,8 @@ def loss(
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
     pi_BxF = activations(params, batch.inputs, config)
-    f_BxF = selection.largest(pi_BxF, config.k, shards).of(pi_BxF)
+    k, most = config.k_at(coefficients)
+    f_BxF = selection.largest(pi_BxF, k, shards, most=most).of(pi_BxF)
     x_hat_BxD = decoded(params, batch.inputs, f_BxF, config, shards)
     return with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards)
 

@@ -126,13 +126,13 @@ class Stack:
         inputs: Mapping[str, jax.Array],
         dead: Callable[[], jax.Array],
         step: jax.Array,
-        l1_coefficient: jax.typing.ArrayLike,
+        coefficients: Mapping[str, jax.typing.ArrayLike],
         shards: contract.Shards = contract.WHOLE,
         features: Features | None = None,
     ) -> tuple[jax.Array, contract.Statistics]:
         """The loss of one SAE (`contract.Trainable.loss`); `inputs` [B, D] of every site."""
         batch = contract.Batch(*self.batch(inputs), dead, step)
-        arguments = params, state, batch, {"l1_coefficient": l1_coefficient}, self.sae, shards
+        arguments = params, state, batch, coefficients, self.sae, shards
         if features is None:
             return self.architecture.loss(*arguments)
         return cast(contract.SparselyTrainable, self.architecture).loss(*arguments, features=features)
@@ -205,7 +205,7 @@ class Stack:
             rate: the schedule's factor on learning rates.
             gain: how far L0 off its target moves l1 coefficients.
             dead_after: updates without firing after which a feature is dead.
-            warmup: the factor on l1 coefficients; None for 1.
+            warmup: from 0 to 1, the factor on l1 coefficients; None for 1.
             kl_grads: gradients of the KL divergence (`end_to_end`), as `transposed` gives them, which replace a part of
                 those of the squared error; None outside of the part of training that has them.
         """
@@ -226,6 +226,7 @@ class Stack:
         ) -> tuple[dict[str, jax.Array], contract.Statistics]:
             params, back = jax.vjp(whole, part)
             kept = whole(own)
+            coefficients = {"l1_coefficient": l1_coefficient, "warmup": 1.0 if warmup is None else warmup}
 
             def loss(
                 params: dict[str, jax.Array], batch: dict[str, jax.Array], features: Features | None = None
@@ -235,7 +236,7 @@ class Stack:
                     for name, value in as_declared(params).items()
                 }
                 value, statistics = self.loss(
-                    params, kept, batch, lambda: gather(dead_F, 0), step, l1_coefficient, shards, features
+                    params, kept, batch, lambda: gather(dead_F, 0), step, coefficients, shards, features
                 )
                 if kl_grads is not None:
                     value -= self.config.kl_weight * statistics.means["mse"]
