@@ -36,7 +36,6 @@ ALIKE, ALIKE_ELSEWHERE, COFIRING = (
 )  # features that are listed as like one: in its SAE, in each other, by firing
 COFIRING_TOKENS = 2**15  # on which firing together is counted, at most
 ROWS = 32  # on each device in one forward pass
-SLOTS = 128  # for active features of a token; more if a token has more
 SAVE_EVERY = 60.0  # seconds
 STREAM = ".streaming.safetensors"  # the state of the first pass
 
@@ -255,32 +254,6 @@ def chosen(state: streaming.State) -> _Places:
     return _Places(*columns)
 
 
-class _Codes:
-    """The active features of tokens, on the host."""
-
-    def __init__(self, collection: Collection):
-        """For the SAEs of a collection."""
-        self._mesh = collection.mesh
-        self._params = {name: streaming.params_on(self._mesh, sae) for name, sae in collection.saes.items()}
-        self._slots = {name: min(SLOTS, sae.config.width) for name, sae in collection.saes.items()}
-
-    def of(
-        self, name: str, sae: trained.SAE, activations: Mapping[str, jax.Array], valid_RxT: jax.Array
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(row, position, feature, activation) of everything that is active in a batch, [A] each."""
-        while True:
-            K = self._slots[name]
-            arrays = self._params[name], sae_inputs(sae, activations), valid_RxT
-            dictionary = streaming.Dictionary.of(self._mesh, sae)
-            indices, values, counts = map(np.asarray, streaming.codes(dictionary, K, *arrays))
-            most = int(counts.max(initial=0))
-            if most <= K:
-                break
-            self._slots[name] = min(batching.padded_size(most), sae.config.width)
-        row, position, slot = np.nonzero(indices < sae.config.width)
-        return row, position, indices[row, position, slot], values[row, position, slot]
-
-
 def _contexts(
     collection: Collection,
     states: Mapping[str, streaming.State],
@@ -290,7 +263,8 @@ def _contexts(
     """The second pass: write each feature's contexts, with its activations in their rows."""
     places = {name: chosen(state) for name, state in states.items()}
     needed = np.unique(np.concatenate([each.row for each in places.values()]))
-    codes, texts = _Codes(collection), Texts(collection.lm.tokenizer)
+    params = {name: streaming.params_on(collection.mesh, sae) for name, sae in collection.saes.items()}
+    texts = Texts(collection.lm.tokenizer)
     done = min((writer.about()["rows_done"] for writer in writers.values()), default=0)
     for part, activations, valid in collection.batches(needed[done:]):
         tokens = {int(row): collection.rows[int(row)] for row in part}
@@ -298,8 +272,9 @@ def _contexts(
             of = places[name]
             mine = slice(*np.searchsorted(of.row, [part[0], part[-1] + 1]))
             wanted = _Places(*(column[mine] for column in of))
-            active = codes.of(name, sae, activations, valid_RxT)
-            writers[name].insert("contexts", _with_activations(wanted, tokens, active, sae.config.width))
+            inputs = params[name], sae_inputs(sae, activations), valid_RxT
+            along = _along_rows(streaming.Dictionary.of(collection.mesh, sae), inputs, wanted, part)
+            writers[name].insert("contexts", _with_activations(wanted, tokens, along))
             rows = [
                 (row, json.dumps(tokens[row].tolist()), texts.of(tokens[row])) for row in np.unique(wanted.row).tolist()
             ]
@@ -311,32 +286,39 @@ def _contexts(
         progress("contexts", done, len(needed))
 
 
+def _along_rows(
+    dictionary: streaming.Dictionary, inputs: tuple[Any, ...], places: _Places, part: np.ndarray
+) -> np.ndarray:
+    """The activations [places, T] of features in their rows; `inputs` are those of `streaming.along_rows`."""
+    shards = int(dictionary.mesh.shape["data"])
+    row = np.searchsorted(part, places.row)
+    shard = row // ROWS
+    counts = np.bincount(shard, minlength=shards)
+    slot = np.arange(len(row)) - (np.cumsum(counts) - counts)[shard]  # rows ascend, and so do shards
+    size = batching.padded_size(int(counts.max(initial=1)))
+    rows, features = np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32)
+    rows[shard, slot], features[shard, slot] = row % ROWS, places.feature
+    return np.asarray(streaming.along_rows(dictionary, *inputs, rows, features))[shard, slot]
+
+
 def _with_activations(
-    places: _Places, tokens: Mapping[int, np.ndarray], active: tuple[np.ndarray, ...], width: int
+    places: _Places, tokens: Mapping[int, np.ndarray], along: np.ndarray
 ) -> Iterator[tuple[Any, ...]]:
-    """Rows of the table `contexts` for places in a batch.
+    """Rows of the table `contexts`.
 
     Args:
-        places: by ascending row.
-        tokens: of each row of the batch, by its number; in their order.
-        active: what `_Codes.of` gives of the batch.
-        width: features.
+        places: of the contexts.
+        tokens: of each row, by its number.
+        along: [places, T], the feature's activations in the row.
     """
-    row, position, feature, activation = active
-    key = row * width + feature
-    wanted = np.searchsorted(list(tokens), places.row) * width + places.feature
-    kept = np.isin(key, wanted)
-    key, position, activation = key[kept], position[kept], activation[kept]
-    order = np.argsort(key, kind="stable")  # positions of one row and feature ascend already
-    key, position, activation = key[order], position[order], activation[order]
-    starts, ends = np.searchsorted(key, wanted), np.searchsorted(key, wanted, "right")
-    for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        at = int(places.position[n])
-        here = position[start:end]
-        (value,) = activation[start:end][here == at]
-        token = int(tokens[int(places.row[n])][at])
-        context = (int(column[n]) for column in (places.feature, places.quantile, places.rank, places.row))
-        yield *context, at, token, float(value), tables.pairs(here, activation[start:end])
+    for feature, quantile, rank, row, position, f_T in zip(
+        *(places.feature.tolist(), places.quantile.tolist(), places.rank.tolist()),
+        *(places.row.tolist(), places.position.tolist(), along),
+        strict=True,
+    ):
+        (active,) = np.nonzero(f_T)
+        pairs, token = tables.pairs(active, f_T[active]), int(tokens[row][position])
+        yield feature, quantile, rank, row, position, token, float(f_T[position]), pairs
 
 
 class Texts:
@@ -362,11 +344,13 @@ def _together(collection: Collection) -> dict[str, tuple[np.ndarray, np.ndarray]
     length = len(collection.rows[0])
     count = min(len(collection.rows), max(1, COFIRING_TOKENS // length))
     numbers = np.arange(count) * len(collection.rows) // count
-    codes = _Codes(collection)
+    params = {name: streaming.params_on(collection.mesh, sae) for name, sae in collection.saes.items()}
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in collection.saes}
     for part, activations, valid in collection.batches(numbers):
         for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):
-            row, position, feature, _ = codes.of(name, sae, activations, valid_RxT)
+            dictionary = streaming.Dictionary.of(collection.mesh, sae)
+            on = streaming.active(dictionary, params[name], sae_inputs(sae, activations), valid_RxT)
+            row, position, feature = np.nonzero(on[: len(part)])
             parts[name].append((part[row] * length + position, feature))
     return {
         name: (np.concatenate([t for t, _ in each]), np.concatenate([f for _, f in each]))

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 from gsae_jax import batching
 from gsae_jax.activations import masking
-from gsae_jax.kernels import active
 from gsae_jax.lms import loading
 from gsae_jax.saes import contract, inference, trained
 
@@ -179,12 +178,14 @@ def update(
 
         def part(carry: dict[str, jax.Array], chunk: Any) -> tuple[dict[str, jax.Array], None]:
             f_RxtxF, priority_Rxt, start = chunk
-            strongest, at = f_RxtxF.max(1), f_RxtxF.argmax(1)
+            # Two reductions are ten times as fast as `argmax` on a CPU.
+            t, strongest = jnp.arange(f_RxtxF.shape[1])[None, :, None], f_RxtxF.max(1)
+            at = jnp.where(f_RxtxF == strongest[:, None], t, T).min(1)
             stronger = strongest > carry["top_value"]
-            masked = jnp.where(f_RxtxF > 0, priority_Rxt[..., None], EMPTY)
-            first, where = masked.min(1), masked.argmin(1)
+            first = jnp.where(f_RxtxF > 0, priority_Rxt[..., None], EMPTY).min(1)
+            is_first = priority_Rxt[..., None] == first[:, None]
+            where, value = jnp.where(is_first, t, 0).max(1), jnp.where(is_first, f_RxtxF, 0).max(1)
             earlier = first < carry["sample_priority"]
-            value = jnp.take_along_axis(f_RxtxF, where[:, None], 1)[:, 0]
             flat_BxF = f_RxtxF.reshape(-1, width)
             bins = jnp.where(flat_BxF > 0, _bins(flat_BxF), BINS)
             histogram = carry["histogram"].at[jnp.arange(width)[None], bins].add(1, mode="drop")
@@ -242,44 +243,72 @@ def _best(state: State, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return merged
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def codes(
+@partial(jax.jit, static_argnums=0)
+def along_rows(
     dictionary: Dictionary,
-    K: int,
     params: Mapping[str, jax.Array],
     inputs: contract.Activations,
     valid_RxT: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(indices [R, T, K], values [R, T, K], how many [R, T]) of each token's active features, ascending.
+    row_SxP: jax.Array,
+    feature_SxP: jax.Array,
+) -> jax.Array:
+    """The activations [S, P, T] of pairs of a row and a feature, for each of the S parts of the rows along `data`.
 
-    `indices` is the SAE's width in slots that a token does not need.
+    `row_SxP`: numbers of rows within a part.
     """
 
-    width = dictionary.config.width
-
-    def per_device(params: Any, inputs: Any, valid_RxT: jax.Array) -> Any:
-        def part(carry: tuple[()], chunk: Any) -> tuple[tuple[()], Any]:
+    def per_device(params: Any, inputs: Any, valid_RxT: jax.Array, row_1xP: jax.Array, feature_1xP: jax.Array) -> Any:
+        def part(carry: tuple[()], chunk: Any) -> tuple[tuple[()], jax.Array]:
             f_RxtxF, _, _ = chunk
-            if dictionary.along:
-                f_RxtxF = jax.lax.all_gather(f_RxtxF, "latent", axis=2, tiled=True)
-            f_BxF = f_RxtxF.reshape(-1, width)
-            mask = active.pack(f_BxF != 0)
-            slots = active.Slots.of(mask, K, width)
-            indices, values = jax.lax.sort((slots.features, slots.take(f_BxF)), num_keys=1)
-            shape = f_RxtxF.shape[:2]
-            return carry, tuple(y.reshape(*shape, *y.shape[1:]) for y in (indices, values, mask.upto[:, -1]))
+            width = f_RxtxF.shape[2]
+            first = width * jax.lax.axis_index("latent") if dictionary.along else 0
+            here = feature_1xP[0] - first
+            picked_Pxt = f_RxtxF[row_1xP[0], :, jnp.clip(here, 0, width - 1)]
+            picked_Pxt = jnp.where(((here >= 0) & (here < width))[:, None], picked_Pxt, 0)
+            return carry, jax.lax.psum(picked_Pxt, "latent") if dictionary.along else picked_Pxt
 
-        T = valid_RxT.shape[1]
         zeros = jnp.zeros(valid_RxT.shape, jnp.uint32)
         _, parts = _scan(dictionary, params, inputs, valid_RxT, zeros, part, (), signed=True)
-        return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :T], parts)
+        return parts.swapaxes(0, 1).reshape(parts.shape[1], -1)[None, :, : valid_RxT.shape[1]]
 
-    of_params, _ = dictionary.specs(params)
+    over_data = P("data")
     mapped = jax.shard_map(
         per_device,
         mesh=dictionary.mesh,
-        in_specs=(of_params, P("data"), P("data")),
-        out_specs=P("data"),
+        in_specs=(dictionary.specs(params)[0], *[over_data] * 4),
+        out_specs=over_data,
+        check_vma=False,
+    )
+    return mapped(params, inputs, valid_RxT, row_SxP, feature_SxP)
+
+
+def active(
+    dictionary: Dictionary, params: Mapping[str, jax.Array], inputs: contract.Activations, valid_RxT: jax.Array
+) -> np.ndarray:
+    """Which features are active, as a NumPy array [R, T, F]."""
+    bits = np.asarray(_packed(dictionary, params, inputs, valid_RxT))
+    F, shards = dictionary.config.width, dictionary.mesh.shape["latent"] if dictionary.along else 1
+    on = np.unpackbits(bits.reshape(*valid_RxT.shape, shards, -1), axis=-1, count=F // shards)
+    return on.reshape(*valid_RxT.shape, F).astype(bool)
+
+
+@partial(jax.jit, static_argnums=0)
+def _packed(dictionary: Dictionary, params: Any, inputs: contract.Activations, valid_RxT: jax.Array) -> jax.Array:
+    """The bits of `active`, those of each shard of the dictionary in bytes of their own."""
+
+    def per_device(params: Any, inputs: Any, valid_RxT: jax.Array) -> jax.Array:
+        def part(carry: tuple[()], chunk: Any) -> tuple[tuple[()], jax.Array]:
+            return carry, jnp.packbits(chunk[0] != 0, axis=-1)
+
+        zeros = jnp.zeros(valid_RxT.shape, jnp.uint32)
+        _, parts = _scan(dictionary, params, inputs, valid_RxT, zeros, part, ())
+        return parts.swapaxes(0, 1).reshape(parts.shape[1], -1, parts.shape[3])[:, : valid_RxT.shape[1]]
+
+    mapped = jax.shard_map(
+        per_device,
+        mesh=dictionary.mesh,
+        in_specs=(dictionary.specs(params)[0], P("data"), P("data")),
+        out_specs=P("data", None, dictionary.along),
         check_vma=False,
     )
     return mapped(params, inputs, valid_RxT)

@@ -8,7 +8,7 @@ larger than this bound: only these are gathered and searched.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def largest(
 
     B, F = values_BxF.shape
     n = jnp.asarray(k * shards.batch_size(B) if of_batch else k, jnp.int32)
-    most = int(k) if most is None else most
+    most = cast(int, k) if most is None else most
     slots = min(SLOTS * most, F)
     if of_batch and shards.batch_size(B) * F * shards.count > INT32:
         what = f"is {shards.batch_size(B)}, too many tokens to compare {F * shards.count} features of each"
