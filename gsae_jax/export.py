@@ -1,9 +1,10 @@
-"""Write the SAEs of a run for other libraries, each as a folder.
+"""Write the SAEs of a run, or their collected features, for other libraries, each as a folder.
 
 python -m gsae_jax.export --workdir runs/quickstart --format saelens --out OUT [--sae gated_1] [--step N]
+python -m gsae_jax.export --workdir runs/quickstart --format neuronpedia --out OUT [--sae gated_1]
 
 Without --sae, OUT gets one folder for each SAE. With --sae, OUT is the folder of that SAE. --workdir may also be
-an exported folder, or any SAE that gsae_jax.load reads.
+an exported folder, or any SAE that gsae_jax.load reads. For neuronpedia and delphi it may be a folder of features.
 """
 
 import logging
@@ -11,7 +12,7 @@ import os
 
 from absl import flags
 
-from gsae_jax import cli, errors, plugins, sae_loading
+from gsae_jax import cli, errors, features, plugins, sae_loading
 from gsae_jax.errors import UserError, known_names
 from gsae_jax.formats import records
 from gsae_jax.saes import trained
@@ -27,6 +28,10 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
         UserError: the SAE, step or format does not exist, the format cannot store one of the SAEs, `out` exists, or all
             SAEs have diverged. If only some have diverged, they are left out with a warning.
     """
+    if format in plugins.known("features", having="write"):
+        if step is not None:
+            raise UserError("does not go with a format of features; leave it out", "--step")
+        return _export_features(path, format, out, name)
     with errors.about("--format"):
         module = plugins.load("formats", format, having="write")
     with errors.about("--workdir", step="--step"):
@@ -39,6 +44,21 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
         return [name]
     with errors.about("--out"):
         return write(saes, format, out)
+
+
+def _export_features(path: str, format: str, out: str, name: str) -> list[str]:
+    """The same for collected features."""
+    module = plugins.load("features", format, having="write")
+    with errors.about("--workdir", path="--workdir"):
+        every = features.load(path)
+    if name and name not in every:
+        raise UserError(f"{name!r} has no features in {path}; {known_names(name, every)}", "--sae")
+    with errors.about("--out"), writing.new_folder(out) as folder:
+        for each in [name] if name else every:
+            place = folder if name else folder / each
+            place.mkdir(exist_ok=True)
+            module.write(every[each], place)
+    return [name] if name else list(every)
 
 
 def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]) -> list[str]:
@@ -70,7 +90,11 @@ if __name__ == "__main__":
         "workdir", None, "Directory of a training run, local or gs://bucket/folder.", required=True
     )
     FORMAT = flags.DEFINE_string(
-        "format", None, "saelens, dictionary_learning, gemma_scope, jumprelu, llamascopium or sparsify.", required=True
+        "format",
+        None,
+        "saelens, dictionary_learning, gemma_scope, jumprelu, llamascopium or sparsify. Of collected features: "
+        "neuronpedia or delphi.",
+        required=True,
     )
     OUT = flags.DEFINE_string("out", None, "The new folder.", required=True)
     SAE = flags.DEFINE_string("sae", "", "The name of one SAE; all of them by default.")

@@ -7,10 +7,13 @@ import sqlite3
 import filelock
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import collecting, features
 from gsae_jax.collecting import Wanted, collect
+from gsae_jax.export import export
+from gsae_jax.features import neuronpedia
 from tests.conftest import tiny
 from tests.refusals import refused
 
@@ -123,6 +126,61 @@ def test_an_imported_sae_has_the_numbers_that_it_has_in_its_run(run, lm_dir, col
     assert name == "gated_1"
     for column, values in ours.columns().items():
         np.testing.assert_allclose(values, theirs[column], rtol=1e-4, atol=1e-5, err_msg=column)
+
+
+def test_features_are_written_for_neuronpedia(run, collected, tmp_path, monkeypatch):
+    """The fields of SAEDashboard's batches."""
+    monkeypatch.setattr(neuronpedia, "PER_FILE", 48)
+    assert export(str(run), "neuronpedia", str(tmp_path / "out")) == list(collected)
+    read = collected["gated_0"]
+    files = sorted((tmp_path / "out" / "gated_0").iterdir())
+    assert [file.name for file in files] == ["batch-0.json", "batch-1.json"]
+    batches = [json.loads(file.read_text()) for file in files]
+    about = {"model_id": "small", "layer": 0, "sae_set": "gated", "sae_id_suffix": "gated_0"}
+    for batch in batches:
+        assert {name: batch[name] for name in about} == about
+    written = [feature for batch in batches for feature in batch["features"]]
+    assert [feature["feature_index"] for feature in written] == [*range(64)]
+    for theirs, ours in zip(written, read, strict=True):
+        assert theirs["frac_nonzero"] == ours.numbers["density"]
+        assert sum(theirs["freq_hist_data_bar_heights"]) == ours.numbers["fired"]
+        assert len(theirs["freq_hist_data_bar_heights"]) == len(theirs["freq_hist_data_bar_values"])
+        assert [*theirs["pos_str"], *theirs["neg_str"]] == [each.text for each in ours.effects["direct"]]
+        assert [*theirs["pos_values"], *theirs["neg_values"]] == [each.effect for each in ours.effects["direct"]]
+        for activation, context in zip(theirs["activations"], ours.contexts, strict=True):
+            assert activation["tokens"] == list(context.tokens)
+            assert activation["values"][activation["qualifying_token_index"]] == context.activation
+            if context.quantile is None:
+                assert (activation["bin_min"], activation["bin_contains"]) == (-1, -1)
+                assert activation["bin_max"] == ours.numbers["strongest"]
+            else:
+                assert activation["bin_min"] <= context.activation <= activation["bin_max"]
+
+
+def test_features_are_written_for_delphi(run, collected, tmp_path):
+    """The cache of activations on the sample of rows."""
+    assert export(str(run), "delphi", str(tmp_path / "out"), "gated_1") == ["gated_1"]
+    folder = tmp_path / "out" / "latents" / "blocks.0.hook_mlp_out"
+    assert json.loads((folder / "config.json").read_text())["ctx_len"] == 16
+    tensors = safetensors.numpy.load_file(folder / "0_63.safetensors")
+    numbers = collected["gated_1"].about["sample_rows"]
+    tokens = gsae_jax.held_out(run, 4096).reshape(-1, 16)[numbers]
+    np.testing.assert_array_equal(tensors["tokens"], tokens)
+    sae, lm = (
+        gsae_jax.load(run)["gated_1"],
+        gsae_jax.load_lm(json.loads((run / "config.json").read_text())["lm"]["path"]),
+    )
+    f = np.array(sae.encode(lm.activations(tokens, [sae.site])[sae.site]))
+    f[np.isin(tokens, lm.special_tokens)] = 0
+    np.testing.assert_array_equal(tensors["locations"], np.argwhere(f))
+    np.testing.assert_allclose(tensors["activations"], f[f != 0], rtol=1e-4, atol=1e-6)
+    with refused("--sae", "gated_9"):
+        export(str(run), "delphi", str(tmp_path / "two"), "gated_9")
+    with refused("--step"):
+        export(str(run), "delphi", str(tmp_path / "two"), step=3)
+    with refused("--workdir", "gsae_jax.collect"):
+        export(str(tmp_path), "delphi", str(tmp_path / "two"))
+    assert not (tmp_path / "two").exists()
 
 
 def test_what_cannot_be_collected_is_refused(run, collected, tmp_path, monkeypatch):

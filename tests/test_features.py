@@ -136,6 +136,13 @@ def test_what_is_kept_of_each_feature_equals_numpy(collected, tokens, kind):
             expected = [[int(t), f[row, t, feature]] for t in np.flatnonzero(on[row])]
             assert [[t, np.float32(value)] for t, value in json.loads(pairs)] == expected
     assert {feature for feature, contexts in kept.items() if contexts} == set(np.flatnonzero(active.any((0, 1))))
+    assert facts["sample_rows"] == [*range(ROWS)]
+    sample = dict(db.execute("SELECT * FROM sample"))
+    assert sample.keys() == {feature for feature, contexts in kept.items() if contexts}
+    for feature, pairs in sample.items():
+        places, values = zip(*json.loads(pairs), strict=True)
+        np.testing.assert_array_equal(places, np.flatnonzero(f[..., feature]))
+        np.testing.assert_array_equal(np.float32(values), f[..., feature][f[..., feature] != 0])
 
 
 @pytest.mark.parametrize("kind", ["gated", "signed_gated"])
@@ -341,6 +348,14 @@ def test_features_that_are_alike_equal_numpy(collected, tokens):
         assert [other for other, _, _ in rows] == order
         assert [count for _, count, _ in rows] == [both[other] for other in order]
         np.testing.assert_allclose([value for _, _, value in rows], jaccard[order], rtol=1e-6)
+
+
+def test_the_sample_of_rows_is_spread_over_the_text():
+    rows = collection_lib.sample_rows(1000, 128)
+    assert len(rows) == collection_lib.SAMPLE_TOKENS // 128 == 128
+    assert set(np.diff(rows)) == {7, 8}
+    assert collection_lib.sample_rows(3, 128).tolist() == [0, 1, 2]
+    assert collection_lib.sample_rows(3, 2**20).tolist() == [0]
 
 
 def test_alike_in_parts(monkeypatch):

@@ -6,6 +6,7 @@ they were stopped.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -34,8 +35,9 @@ ALIKE, ALIKE_ELSEWHERE, COFIRING = (
     3,
     10,
 )  # features that are listed as like one: in its SAE, in each other, by firing
-COFIRING_TOKENS = 2**15  # on which firing together is counted, at most
+SAMPLE_TOKENS = 2**14  # of which all activations are kept, at most
 ROWS = 32  # on each device in one forward pass
+PAIRS = 2**15  # of a row and a feature, whose activations are read at once
 SAVE_EVERY = 60.0  # seconds
 STREAM = ".streaming.safetensors"  # the state of the first pass
 
@@ -121,14 +123,15 @@ def collect(collection: Collection, folder: Path, progress: Callable[[str, int, 
     writers = {name: _writer(folder, name, sae, collection.about[name]) for name, sae in missing.items()}
     try:
         _contexts(some, states, writers, progress)
-        together = _together(some)
+        sample, texts = _sample(some), Texts(collection.lm.tokenizer)
         for number, (name, sae) in enumerate(missing.items()):
             writer = writers[name]
             _features(sae, states[name], writer)
             for done in _effects(collection, sae, writer):
                 progress("effects", number * sae.config.width + done, len(missing) * sae.config.width)
-            _alike(collection, sae, together[name], writer)
-            _texts(collection, writer)
+            _alike(collection, sae, sample[name], writer)
+            _write_sample(collection, sample[name], writer, texts)
+            _texts(texts, writer)
             numbers = {"tokens": int(states[name].tokens), "bins": streaming.edges().tolist()}
             made_with = dict(collection.made_with)
             writer.state(collection=dict(collection.about[name]), made_with=made_with, **numbers, format=tables.FORMAT)
@@ -270,15 +273,14 @@ def _contexts(
         tokens = {int(row): collection.rows[int(row)] for row in part}
         for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):
             of = places[name]
-            mine = slice(*np.searchsorted(of.row, [part[0], part[-1] + 1]))
-            wanted = _Places(*(column[mine] for column in of))
+            here = slice(*np.searchsorted(of.row, [part[0], part[-1] + 1]))
+            wanted = _Places(*(column[here] for column in of))
             inputs = params[name], sae_inputs(sae, activations), valid_RxT
-            along = _along_rows(streaming.Dictionary.of(collection.mesh, sae), inputs, wanted, part)
+            row = np.searchsorted(part, wanted.row)
+            along = _along_rows(streaming.Dictionary.of(collection.mesh, sae), inputs, row, wanted.feature)
             writers[name].insert("contexts", _with_activations(wanted, tokens, along))
-            rows = [
-                (row, json.dumps(tokens[row].tolist()), texts.of(tokens[row])) for row in np.unique(wanted.row).tolist()
-            ]
-            writers[name].insert("rows", rows)
+            mine = {row: tokens[row] for row in np.unique(wanted.row).tolist()}
+            writers[name].insert("rows", _text_rows(mine, texts))
         done += len(part)
         for writer in writers.values():
             writer.state(rows_done=done)
@@ -287,17 +289,16 @@ def _contexts(
 
 
 def _along_rows(
-    dictionary: streaming.Dictionary, inputs: tuple[Any, ...], places: _Places, part: np.ndarray
+    dictionary: streaming.Dictionary, inputs: tuple[Any, ...], row: np.ndarray, feature: np.ndarray
 ) -> np.ndarray:
-    """The activations [places, T] of features in their rows; `inputs` are those of `streaming.along_rows`."""
+    """The activations [P, T] of features in rows of a batch, which ascend; `inputs` as of `streaming.along_rows`."""
     shards = int(dictionary.mesh.shape["data"])
-    row = np.searchsorted(part, places.row)
     shard = row // ROWS
     counts = np.bincount(shard, minlength=shards)
     slot = np.arange(len(row)) - (np.cumsum(counts) - counts)[shard]  # rows ascend, and so do shards
     size = batching.padded_size(int(counts.max(initial=1)))
     rows, features = np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32)
-    rows[shard, slot], features[shard, slot] = row % ROWS, places.feature
+    rows[shard, slot], features[shard, slot] = row % ROWS, feature
     return np.asarray(streaming.along_rows(dictionary, *inputs, rows, features))[shard, slot]
 
 
@@ -339,23 +340,69 @@ class Texts:
         return "".join(self.each(tokens.tolist()))
 
 
-def _together(collection: Collection) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(tokens, features) of what is active on a part of the text, for `neighbours.cofiring`, of each SAE."""
+def sample_rows(rows: int, length: int) -> np.ndarray:
+    """The numbers of the rows of which all activations are kept: evenly spread over so many of this length."""
+    count = min(rows, max(1, SAMPLE_TOKENS // length))
+    return np.arange(count) * rows // count
+
+
+class _Active(NamedTuple):
+    """Everything that is active on the sample of rows, [A] each, by ascending feature and token.
+
+    Attributes:
+        token: place of the row in the sample, times the length of a row, plus the position.
+        feature: the feature.
+        activation: its activation.
+    """
+
+    token: np.ndarray
+    feature: np.ndarray
+    activation: np.ndarray
+
+
+def _sample(collection: Collection) -> dict[str, _Active]:
+    """What is active on the sample of rows, of each SAE."""
     length = len(collection.rows[0])
-    count = min(len(collection.rows), max(1, COFIRING_TOKENS // length))
-    numbers = np.arange(count) * len(collection.rows) // count
     params = {name: streaming.params_on(collection.mesh, sae) for name, sae in collection.saes.items()}
-    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in collection.saes}
-    for part, activations, valid in collection.batches(numbers):
+    parts: dict[str, list[_Active]] = {name: [] for name in collection.saes}
+    done = 0
+    for part, activations, valid in collection.batches(sample_rows(len(collection.rows), length)):
         for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):
+            inputs = params[name], sae_inputs(sae, activations), valid_RxT
             dictionary = streaming.Dictionary.of(collection.mesh, sae)
-            on = streaming.active(dictionary, params[name], sae_inputs(sae, activations), valid_RxT)
-            row, position, feature = np.nonzero(on[: len(part)])
-            parts[name].append((part[row] * length + position, feature))
-    return {
-        name: (np.concatenate([t for t, _ in each]), np.concatenate([f for _, f in each]))
-        for name, each in parts.items()
-    }
+            on = streaming.active(dictionary, *inputs)[: len(part)]
+            row, feature = np.nonzero(on.any(1))
+            for start in range(0, len(row), PAIRS):
+                some = slice(start, start + PAIRS)
+                along = _along_rows(dictionary, inputs, row[some], feature[some])
+                pair, position = np.nonzero(along)
+                token = (done + row[some][pair]) * length + position
+                parts[name].append(_Active(token, feature[some][pair], along[pair, position]))
+        done += len(part)
+    sample = {}
+    for name, each in parts.items():
+        whole = _Active(*map(np.concatenate, zip(*each, strict=True)))
+        order = np.lexsort((whole.token, whole.feature))
+        sample[name] = _Active(*(column[order] for column in whole))
+    return sample
+
+
+def _write_sample(collection: Collection, active: _Active, writer: tables.Writer, texts: Texts) -> None:
+    """Write the table `sample`, and its rows of text."""
+    numbers = sample_rows(len(collection.rows), len(collection.rows[0])).tolist()
+    writer.state(sample_rows=numbers)
+    writer.insert("rows", _text_rows({row: collection.rows[row] for row in numbers}, texts))
+    starts = np.flatnonzero(np.diff(active.feature, prepend=-1))
+    for start, end in itertools.pairwise([*starts.tolist(), len(active.feature)]):
+        some = slice(start, end)
+        pairs = tables.pairs(active.token[some], active.activation[some])
+        writer.insert("sample", [(int(active.feature[start]), pairs)])
+
+
+def _text_rows(tokens: Mapping[int, np.ndarray], texts: Texts) -> Iterator[tuple[int, str, str]]:
+    """Rows of the table `rows`."""
+    for row, each in tokens.items():
+        yield row, json.dumps(each.tolist()), texts.of(each)
 
 
 def _features(sae: trained.SAE, state: streaming.State, writer: tables.Writer) -> None:
@@ -404,9 +451,7 @@ def _effects(collection: Collection, sae: trained.SAE, writer: tables.Writer) ->
         yield done
 
 
-def _alike(
-    collection: Collection, sae: trained.SAE, together: tuple[np.ndarray, np.ndarray], writer: tables.Writer
-) -> None:
+def _alike(collection: Collection, sae: trained.SAE, sample: _Active, writer: tables.Writer) -> None:
     """Write the tables `neighbours` and `cofiring`."""
     rows_FxD = neighbours.unit_rows(sae)
     for name, other in collection.saes.items():
@@ -416,14 +461,14 @@ def _alike(
         for each in neighbours.nearest(rows_FxD, neighbours.unit_rows(other), count, name == sae.name):
             pairs = zip(each.others.tolist(), each.scores.tolist(), strict=True)
             writer.insert("neighbours", ((each.feature, name, rank, *pair) for rank, pair in enumerate(pairs)))
-    for each in neighbours.cofiring(*together, sae.config.width, COFIRING):
+    for each in neighbours.cofiring(sample.token, sample.feature, sae.config.width, COFIRING):
         assert each.counts is not None
         columns = zip(each.others.tolist(), each.counts.tolist(), each.scores.tolist(), strict=True)
         writer.insert("cofiring", ((each.feature, rank, *column) for rank, column in enumerate(columns)))
 
 
-def _texts(collection: Collection, writer: tables.Writer) -> None:
+def _texts(texts: Texts, writer: tables.Writer) -> None:
     """Write the table `tokens`: those of all rows and effects."""
     of_rows = "SELECT DISTINCT json_each.value FROM rows, json_each(rows.tokens)"
     tokens = [token for (token,) in writer.execute(f"{of_rows} UNION SELECT token FROM effects ORDER BY 1")]
-    writer.insert("tokens", zip(tokens, Texts(collection.lm.tokenizer).each(tokens), strict=True))
+    writer.insert("tokens", zip(tokens, texts.each(tokens), strict=True))

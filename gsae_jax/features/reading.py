@@ -167,6 +167,22 @@ class Features:
         )
         return [feature for (feature,) in self._db.execute(query, (kind, text.strip(" \n\t")))]
 
+    def sample(self) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """Rows of text that are evenly spread over the held-out text, with all activations on them.
+
+        Returns:
+            Their tokens [rows, T], int32; and for each feature that is active there (places [A] of the tokens in the
+            flattened array, activations [A]).
+        """
+        numbers = self.about["sample_rows"]
+        rows = dict(self._db.execute("SELECT row, tokens FROM rows"))
+        tokens = np.array([json.loads(rows[number]) for number in numbers], np.int32)
+        active = {}
+        for feature, pairs in self._db.execute("SELECT feature, active FROM sample"):
+            places, values = zip(*json.loads(pairs), strict=True)
+            active[feature] = np.array(places), np.array(values, np.float32)
+        return tokens, active
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()

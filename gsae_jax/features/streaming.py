@@ -23,7 +23,7 @@ TOP = 20  # strongest contexts of a feature, from as many rows
 SAMPLE = 100  # random contexts of a feature, from as many rows
 # Four bins in each octave of |f|, from 2**FIRST; the first and the last also have what is below and above.
 FIRST, BINS = -16, 128
-EMPTY = np.uint32(2**32 - 1)  # the priority of no token
+EMPTY = np.float32(np.inf)  # the priority of no token
 
 
 Array = Any  # of JAX, of NumPy, or the placement of one
@@ -89,12 +89,14 @@ def _bins(magnitude: jax.Array) -> jax.Array:
 
 
 def priorities(row: Any, position: Any, length: int) -> Any:
-    """A random number of each token: the finaliser of MurmurHash3 of the token's number in the text."""
+    """A random float32 of each token: by the finaliser of MurmurHash3, of the token's number in the text."""
     x = (row.astype(np.uint32) * np.uint32(length) + position.astype(np.uint32)) + np.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     x ^= x >> np.uint32(16)
-    return x - (x == EMPTY).astype(np.uint32)  # which stands for no token
+    # As a float32 that is normal and finite: XLA finds the smallest floats faster than the smallest integers.
+    bits = np.uint32(1 << 23) + x % np.uint32(254 << 23)
+    return bits.view(np.float32)
 
 
 class Dictionary(NamedTuple):
@@ -238,7 +240,7 @@ def _best(state: State, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     for kind, size, key in (("top", TOP, "top_value"), ("sample", SAMPLE, "sample_priority")):
         names = [name for name in State._fields if name.startswith(kind)]
         whole = {name: jnp.concatenate([getattr(state, name), rows[name]], 1) for name in names}
-        order = jax.lax.top_k(whole[key] if kind == "top" else EMPTY - whole[key], size)[1]
+        order = jax.lax.top_k(whole[key] if kind == "top" else -whole[key], size)[1]
         merged |= {name: jnp.take_along_axis(value, order, 1) for name, value in whole.items()}
     return merged
 
@@ -267,7 +269,7 @@ def along_rows(
             picked_Pxt = jnp.where(((here >= 0) & (here < width))[:, None], picked_Pxt, 0)
             return carry, jax.lax.psum(picked_Pxt, "latent") if dictionary.along else picked_Pxt
 
-        zeros = jnp.zeros(valid_RxT.shape, jnp.uint32)
+        zeros = jnp.zeros(valid_RxT.shape)
         _, parts = _scan(dictionary, params, inputs, valid_RxT, zeros, part, (), signed=True)
         return parts.swapaxes(0, 1).reshape(parts.shape[1], -1)[None, :, : valid_RxT.shape[1]]
 
@@ -300,7 +302,7 @@ def _packed(dictionary: Dictionary, params: Any, inputs: contract.Activations, v
         def part(carry: tuple[()], chunk: Any) -> tuple[tuple[()], jax.Array]:
             return carry, jnp.packbits(chunk[0] != 0, axis=-1)
 
-        zeros = jnp.zeros(valid_RxT.shape, jnp.uint32)
+        zeros = jnp.zeros(valid_RxT.shape)
         _, parts = _scan(dictionary, params, inputs, valid_RxT, zeros, part, ())
         return parts.swapaxes(0, 1).reshape(parts.shape[1], -1, parts.shape[3])[:, : valid_RxT.shape[1]]
 

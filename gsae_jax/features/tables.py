@@ -38,6 +38,7 @@ CREATE TABLE neighbours (
     feature INTEGER NOT NULL, sae TEXT NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, cosine REAL NOT NULL,
     PRIMARY KEY (feature, sae, rank)
 ) WITHOUT ROWID;
+CREATE TABLE sample (feature INTEGER PRIMARY KEY, active TEXT NOT NULL);
 CREATE TABLE cofiring (
     feature INTEGER NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, both INTEGER NOT NULL,
     jaccard REAL NOT NULL, PRIMARY KEY (feature, rank)
