@@ -232,7 +232,7 @@ def test_the_sites_of_transcoders_are_given_to_the_command(config_dict, tmp_path
 
     theirs = measured("one", "lens", "sae")
     found = measured("two", "scope", "sae", site=(READS, WRITES))
-    assert "it is measured at" not in capsys.readouterr().err
+    assert "is used, as --" not in capsys.readouterr().err
     assert found == {"scope_0": theirs["stack_2"], "sae_0": theirs["sae_0"]}
     assert found["scope_0"][0] == found["sae_0"][0] == WRITES
     with refused("--site", "is missing", "scope"):
@@ -249,9 +249,9 @@ def test_the_sites_of_transcoders_are_given_to_the_command(config_dict, tmp_path
     assert measured("three", "lens", site=("", WRITES)) == {"lens_0": theirs["stack_2"]}
     other = "blocks.0.hook_resid_post"
     assert measured("four", "lens", site=("", other))["lens_0"][0] == other
-    assert "it is measured at" not in capsys.readouterr().err
+    assert "is used, as --" not in capsys.readouterr().err
     assert measured("five", "lens", site=(WRITES, other))["lens_0"][0] == other
-    assert f"it is measured at {WRITES!r}, as --site says" in capsys.readouterr().err
+    assert f"{WRITES!r} is used, as --site says" in capsys.readouterr().err
 
 
 def test_the_weights_of_a_norm_are_divided_out_of_an_encoder(tmp_path, capsys):
@@ -274,7 +274,7 @@ def test_the_weights_of_a_norm_are_divided_out_of_an_encoder(tmp_path, capsys):
             params = jumprelu_transcoder.init(jax.random.key(0), config)
             placed = dataclasses.replace(sae, config=config, params=params, site=reads, run=run)
             lm_config = config_lib.LM(str(FIXTURES / path))
-            measuring._at_sites({"a": placed}, lm_config, "", "")
+            sae_sources._at_sites({"a": placed}, lm_config, "", "")
             warned = "divided by these weights" in capsys.readouterr().err
             assert warned == (is_warned and (path, reads) == ("gemma2", READS))
 
