@@ -18,12 +18,14 @@ def main() -> None:
     """The command."""
     if not WORKDIR.value and not SAE.value:
         raise UserError("is missing; give --workdir for a run, or --sae and --out for SAEs from elsewhere", "--workdir")
-    for name, flag, other in (("--site", SITE, WORKDIR.value), ("--step", STEP, not WORKDIR.value)):
+    elsewhere = (("--site", SITE, WORKDIR.value), ("--target", TARGET, WORKDIR.value))
+    for name, flag, other in (*elsewhere, ("--step", STEP, not WORKDIR.value)):
         if flag.value and other:
             raise UserError(f"does not go with --{'workdir' if WORKDIR.value else 'sae'}; leave it out", name)
     config = None if CONFIG.value is None else cli.stated(CONFIG)
+    site = (SITE.value, TARGET.value)
     wanted = collecting.Wanted(
-        WORKDIR.value, SAE.value, OUT.value, TOKENS.value, STEP.value, MODEL.value, SITE.value, OVERWRITE.value
+        WORKDIR.value, SAE.value, OUT.value, TOKENS.value, STEP.value, MODEL.value, site, OVERWRITE.value
     )
     logger.info(f"features: {collecting.collect(wanted, config)}")
 
@@ -43,6 +45,7 @@ if __name__ == "__main__":
         "model", "", "Checkpoint directory or hub name of the language model, if the run's has moved or none is named."
     )
     SITE = flags.DEFINE_string("site", "", "With --sae alone: the site that the SAEs read, if their files name none.")
+    TARGET = flags.DEFINE_string("target", "", "With --sae alone: the site that transcoders predict; --site is theirs.")
     OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace files that were collected with other settings.")
     CONFIG = cli.define_config()  # its language model and its text
     cli.run(main)

@@ -40,7 +40,7 @@ class Wanted:
         tokens: of held-out text; by default TOKENS.
         step: of the run's checkpoint; by default the newest undamaged one.
         model: path of the language model, if it is not the run's, or has moved.
-        site: that SAEs from elsewhere read.
+        site: that SAEs from elsewhere read; a pair (site, target) for transcoders, as `sae_sources.of_names` takes it.
         overwrite: replace files that were collected with other settings.
     """
 
@@ -50,7 +50,7 @@ class Wanted:
     tokens: int | None = None
     step: int | None = None
     model: str = ""
-    site: str = ""
+    site: str | tuple[str, str] = ""
     overwrite: bool = False
 
 

@@ -26,7 +26,7 @@ def main() -> None:
             "is missing; give --workdir for one run, or --sae for several runs or for SAEs of other libraries",
             "--workdir",
         )
-    tokens, ito = TOKENS.value, [int(number) for number in ITO.value]
+    tokens, ito, published = TOKENS.value, [int(number) for number in ITO.value], PUBLISHED.value
     config = None if CONFIG.value is None else cli.stated(CONFIG)
     if SAE.value:
         if OUT.value is None:
@@ -40,14 +40,14 @@ def main() -> None:
                     "was given together with --config, and both name the text; leave one of them out", "--text"
                 )
             config = {"data": {"corpus": "text", "path": TEXT.value, "name": ""}}
-        report = evaluate_saes(SAE.value, OUT.value, config, MODEL.value, SITE.value, tokens, ito, PUBLISHED.value)
+        site = (SITE.value, TARGET.value)
+        report = evaluate_saes(SAE.value, OUT.value, config, MODEL.value, site, tokens, ito, published)
     else:
-        for name, flag in (("--out", OUT), ("--site", SITE), ("--text", TEXT)):
+        for name, flag in (("--out", OUT), ("--site", SITE), ("--target", TARGET), ("--text", TEXT)):
             if flag.value:
                 raise UserError("works only with --sae; a run is measured at its own sites and on its own text", name)
-        folder, published = WORKDIR.value, PUBLISHED.value
         earlier: Earlier = "replace" if OVERWRITE.value else "beside"
-        report = evaluate(folder, tokens, ito, published, STEP.value, MODEL.value, config, earlier)
+        report = evaluate(WORKDIR.value, tokens, ito, published, STEP.value, MODEL.value, config, earlier)
     logger.info(report)
 
 
@@ -74,5 +74,6 @@ if __name__ == "__main__":
         "text", "", "With --sae: text files to measure on; default: the first run's text, or Python's library."
     )
     SITE = flags.DEFINE_string("site", "", "With --sae: the site that the SAEs read, also if their files name another.")
+    TARGET = flags.DEFINE_string("target", "", "With --sae: the site that transcoders predict; --site is theirs then.")
     CONFIG = cli.define_config()  # its language model, its text and how much of it; with --workdir, the run's own
     cli.run(main, several=True)

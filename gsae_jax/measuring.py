@@ -71,7 +71,7 @@ def evaluate_saes(
     out: str,
     config: Mapping[str, Any] | None = None,
     model: str = "",
-    site: str = "",
+    site: str | tuple[str, str] = "",
     tokens: int | None = None,
     ito: Sequence[int] = (),
     published: str = "",
@@ -85,7 +85,9 @@ def evaluate_saes(
             Without a run, they are the embedded model and Python's library, in rows of the length on which the SAEs
             were trained.
         model: another language model.
-        site: the site that the SAEs read; by default the site that each SAE's file names.
+        site: the site that the SAEs read; by default the site that each SAE's file names. A pair (site, target) is for
+            transcoders only: the sites that they read and predict. With it, Gemma Scope's files are read as those of
+            transcoders. A site that their files name may be "".
         tokens: as in `evaluate`; so are `ito` and `published`.
 
     Returns:

@@ -31,7 +31,11 @@ EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
 
 def load(
-    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
+    path: epath.PathLike,
+    mesh: jax.sharding.Mesh | None = None,
+    step: int | None = None,
+    site: str = "",
+    target: str = "",
 ) -> dict[str, trained.SAE]:
     """The SAEs of a run, by name (`{stack}_{index}`), or the SAEs of a folder in another library's format.
 
@@ -40,18 +44,24 @@ def load(
             `gsae_jax/formats/`; or a folder of such folders. An SAE of another library has the name of its folder.
         mesh: features are sharded over its devices. By default they are on this process's first device.
         step: the checkpoint's step; by default the newest undamaged checkpoint.
+        site: the site that the SAE of another library reads, if its file names none or another one.
+        target: the site that a transcoder of another library predicts, in the same way. A Gemma Scope file does not say
+            whether it is of an SAE or of a transcoder: with `target`, it is read as a transcoder.
 
     Raises:
         UserError: `path` is not a run, the checkpoint is missing or damaged, or gs:// cannot be read. For another
             format, the error lists everything that is wrong.
     """
     workdir = run_directory.Workdir(path, field="")
-    if imported := imports.read(workdir.path.local) if workdir.path.local else {}:
+    if imported := _imported(path, mesh, bool(target)):
         if step is not None:
             raise UserError(f"is {step}, and {path} is not a run; leave it out", "step")
-        return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in imported.items()}
+        return {name: _placed(sae, site, target) for name, sae in imported.items()}
     if workdir.path.local and not workdir.holds_run():
         raise UserError(_nothing(os.fspath(path)))
+    for field, value in (("site", site), ("target", target)):
+        if value:
+            raise UserError(f"is {value!r}, and {path} is a run, which knows its own; leave it out", field)
     config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
@@ -77,6 +87,35 @@ def load(
         for name in config.stacks
         for sae in _members(name, config, *built[name], params[name], facts, run)
     }
+
+
+def _imported(
+    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, transcoders: bool = False
+) -> dict[str, trained.SAE]:
+    """The SAEs of a path in another library's format; none if it is something else."""
+    local = run_directory.Workdir(path, field="").path.local
+    saes = imports.read(local, transcoders) if local else {}
+    return {name: dataclasses.replace(sae, params=measure.spread(mesh, sae)) for name, sae in saes.items()}
+
+
+def _placed(sae: trained.SAE, site: str, target: str) -> trained.SAE:
+    """The SAE with the sites that the user names; warns if its file names others.
+
+    Raises:
+        UserError: a target of an SAE that writes what it reads, or one site of an SAE that reads several.
+    """
+    if target and not contract.writes_others(sae.functions):
+        raise UserError(
+            f"is {target!r}, but the file of {sae.name} says that it is no transcoder; leave it out", "target"
+        )
+    for field, value in (("site", site), ("target", target)):
+        named = getattr(sae, field)
+        if value and isinstance(named, tuple):
+            raise UserError(f"is {value!r}, but {sae.name} has {len(named)} sites, which its file names", field)
+        if value and named not in ("", value):
+            logger.warning(f"the file of {sae.name} names the {field} {named!r}; it is taken for {value!r}")
+    named = {name: value for name, value in (("site", site), ("target", target)) if value}
+    return dataclasses.replace(sae, **named)
 
 
 def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
@@ -125,14 +164,19 @@ def _built(name: str, config: Experiment, widths: dict[str, int], workdir: run_d
         raise
 
 
-def load_named(name: str, mesh: jax.sharding.Mesh | None = None) -> dict[str, trained.SAE]:
+def load_named(name: str, mesh: jax.sharding.Mesh | None = None, transcoders: bool = False) -> dict[str, trained.SAE]:
     """The SAEs that a user names: what `load` reads from a path, or one stack of a run, as RUN:STACK.
+
+    Args:
+        name: the path.
+        mesh: as in `load`.
+        transcoders: as in `imports.read`.
 
     Raises:
         UserError: as `load`, and for a run without that stack.
     """
     path, stack = divided(name)
-    saes = load(path, mesh)
+    saes = _imported(path, mesh, transcoders) or load(path, mesh)
     if not stack:
         return saes
     stacks = {sae.stack for sae in saes.values()}
@@ -200,16 +244,18 @@ def starts(config: Experiment) -> dict[str, dict[str, np.ndarray]]:
 def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     """The parameters [N, ...] that one stack starts from."""
     with errors.caused_by("start_from"):
-        members = _members_of(stack.start_from)
+        members = _members_of(stack.start_from, bool(stack.target))
     with errors.about("architecture"):
         convert = contract.converter(members[0].architecture, stack.architecture)
-    reads = members[0].sites
-    if not reads[0].startswith("blocks."):  # another library's name for it, or none
-        if reads[0]:
-            as_read = f"taken for {_shown(stack.sites)}, as {name} does"
-            logger.warning(f"{stack.start_from} says that it reads {reads[0]!r}; {as_read}")
-        reads = stack.sites
-    writes = members[0].targets if members[0].target else reads
+    reads, writes = members[0].sites, members[0].targets
+    for verb, named, taken in (("reads", reads, stack.sites), ("writes", members[0].target and writes, stack.targets)):
+        if named and named[0] and not named[0].startswith("blocks."):
+            logger.warning(
+                f"{stack.start_from} says that it {verb} {named[0]!r}; taken for {_shown(taken)}, as {name} does"
+            )
+    # Other names are another library's, or none.
+    reads = reads if reads[0].startswith("blocks.") else stack.sites
+    writes = writes if writes[0].startswith("blocks.") else stack.targets
     theirs = {"site": reads, "target": writes, "width": members[0].config.width, "as many SAEs": len(members)}
     ours = {"site": stack.sites, "target": stack.targets, "width": stack.width, "as many SAEs": len(stack)}
     differing = [
@@ -242,12 +288,12 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     return params
 
 
-def _members_of(start: str) -> list[trained.SAE]:
-    """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path."""
+def _members_of(start: str, transcoders: bool = False) -> list[trained.SAE]:
+    """The SAEs that `start_from` names: a stack of a run, or whatever SAEs lie in a path (as `imports.read` does)."""
     if divided(start)[1]:
         return list(load_named(start).values())
     local = paths.of_user(start).local
-    elsewhere = imports.read(local) if local else {}
+    elsewhere = imports.read(local, transcoders) if local else {}
     if not elsewhere:
         raise UserError(f"is {start!r}; write RUN_DIRECTORY:STACK, or the folder of an exported SAE")
     if len(kinds := {(sae.architecture, sae.config, sae.sites, sae.targets) for sae in elsewhere.values()}) > 1:

@@ -19,7 +19,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.evaluation import measure, provenance
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.saes import trained
+from gsae_jax.saes import contract, trained
 from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
 
@@ -93,7 +93,12 @@ def of_run(
     return Chosen(saes, settings, mesh, _targets(run, saes), runs, step)
 
 
-def of_names(names: Sequence[str], config: Mapping[str, Any] | None = None, model: str = "", site: str = "") -> Chosen:
+def of_names(
+    names: Sequence[str],
+    config: Mapping[str, Any] | None = None,
+    model: str = "",
+    site: str | tuple[str, str] = "",
+) -> Chosen:
     """SAEs of several runs and of other libraries, on one language model and text.
 
     Args:
@@ -102,19 +107,29 @@ def of_names(names: Sequence[str], config: Mapping[str, Any] | None = None, mode
             Without a run, they are the embedded model and Python's library, in rows of the length on which the SAEs
             were trained.
         model: another language model.
-        site: the site that the SAEs read; by default the site that each SAE's file names.
+        site: the site that the SAEs read; by default the site that each SAE's file names. A pair (site, target) is for
+            transcoders only: the sites that they read and predict. With it, Gemma Scope's files are read as those of
+            transcoders. A site that their files name may be "".
 
     Raises:
         UserError: an SAE cannot be read or does not fit the model, or an SAE names another model and none was given.
     """
+    site, target = (site, "") if isinstance(site, str) else site
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
-    with errors.about("--sae"):
-        sources = _told_apart([_source(name, mesh) for name in names])
+    with errors.about("--sae", target="--target"):
+        sources = _told_apart([_source(name, mesh, bool(target)) for name in names])
     saes = {name: sae for source in sources for name, sae in source.saes.items()}
     for source in sources:
         if not site and not all(sae.sites[0] for sae in source.saes.values()):
             why = f"is missing, and the files of {source.name} name no site; write one like blocks.0.hook_mlp_out"
             raise UserError(why, "--site")
+        if not target and not all(
+            sae.targets[0] for sae in source.saes.values() if contract.writes_others(sae.functions)
+        ):
+            why = f"is missing, and the files of {source.name} name no target; write one like blocks.0.hook_mlp_out"
+            raise UserError(why, "--target")
+    if target and not any(contract.writes_others(sae.functions) for sae in saes.values()):
+        raise UserError(f"is {target!r}, but none of the SAEs is a transcoder; leave it out", "--target")
     settings = _settings(sources, config)
     if model:
         settings = dataclasses.replace(settings, lm=dataclasses.replace(settings.lm, path=model, revision=""))
@@ -124,7 +139,7 @@ def of_names(names: Sequence[str], config: Mapping[str, Any] | None = None, mode
             if source.run is not None:
                 _check_run(source, settings, given)
         _check_told({name: sae for s in sources if s.run is None for name, sae in s.saes.items()}, settings, given)
-        saes = _at_sites(saes, settings.lm, site)
+        saes = _at_sites(saes, settings.lm, site, target)
     texts = _text_names({settings.data, *(source.run.data for source in sources if source.run is not None)})
     chosen = Chosen(saes, settings, mesh, {}, {}, text=texts[settings.data])
     for source in sources:
@@ -254,10 +269,10 @@ class _Source:
         return provenance.of_run(self.run, self.facts, self.step, next(iter(self.saes.values())).metadata)
 
 
-def _source(name: str, mesh: jax.sharding.Mesh) -> _Source:
+def _source(name: str, mesh: jax.sharding.Mesh, transcoders: bool) -> _Source:
     """What one of the names of `of_names` stands for; its label is still to be given."""
     path = sae_loading.divided(name)[0]
-    saes = sae_loading.load_named(name, mesh)
+    saes = sae_loading.load_named(name, mesh, transcoders)
     workdir = run_directory.Workdir(path, field="")
     place = Path(paths.absolute(path))
     if not workdir.holds_run():
@@ -394,13 +409,14 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> dict[str, trained.SAE]:
-    """SAEs with the language model's name for the site that each reads.
+def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, target: str) -> dict[str, trained.SAE]:
+    """SAEs with the language model's names for the sites of each.
 
     Args:
         saes: by name.
         lm: where the language model lies.
-        site: the site of all of them; "" where each one's file says its own.
+        site: the site that all of them read; "" where each one's file says its own.
+        target: the site that transcoders write, in the same way; with it, `site` is theirs alone.
 
     Raises:
         UserError: the language model has no such site, or the site has another width than the SAE.
@@ -413,18 +429,33 @@ def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str) -> 
 
     placed = {}
     for name, sae in saes.items():
-        if site and len(sae.sites) == len(sae.targets) == 1:
-            if ours(sae.sites[0]) not in ("", ours(site)):
-                logger.warning(f"{name} says that it reads {sae.site!r}; {site!r} is used, as --site says")
-            sae = dataclasses.replace(sae, site=site)
-        for its_site in (*sae.sites, *sae.targets):
-            if not site and ours(its_site) not in widths:
-                why = f"is missing, and {name} says that it reads {its_site!r}, which this language model does not have"
-                raise UserError(f"{why}; write one of {', '.join(widths)}", "--site")
-            sites.check(ours(its_site), widths, "--site")
+        transcodes, given = contract.writes_others(sae.functions), {"site": site, "target": target}
+        if not transcodes:
+            given = {"site": "" if target else site, "target": ""}
+        for field, verb, named in (("site", "reads", sae.sites), ("target", "writes", sae.targets)):
+            if given[field] and len(named) == 1:
+                if ours(named[0]) not in ("", ours(given[field])):
+                    used = f"{given[field]!r} is used, as --{field} says"
+                    logger.warning(f"{name} says that it {verb} {named[0]!r}; {used}")
+                chosen: dict[str, Any] = {field: given[field]}
+                sae = dataclasses.replace(sae, **chosen)
+        for field, verb, names in (("site", "reads", sae.sites), ("target", "writes", sae.targets)):
+            for its_site in names:
+                if not given[field] and ours(its_site) not in widths:
+                    lacks = f"{its_site!r}, which this language model does not have"
+                    why = f"is missing, and {name} says that it {verb} {lacks}"
+                    raise UserError(f"{why}; write one of {', '.join(widths)}", f"--{field}")
+                sites.check(ours(its_site), widths, f"--{field}")
         reads, writes = tuple(map(ours, sae.sites)), tuple(map(ours, sae.targets)) if sae.target else ""
         placed[name] = dataclasses.replace(sae, site=reads[0] if len(reads) == 1 else reads, target=writes)
         measure.check_sites(placed[name], widths)  # now, as `measure` would only find it when the text is prepared
+        after_norm = [its_site for its_site in reads if its_site.endswith(sites.MLP_INPUT)]
+        if after_norm and not sae.run and checkpoint.config.normalization == "RMS":
+            logger.warning(
+                f"{name} reads {after_norm[0]}, which has the weights of RMSNorm here, and lacks them in "
+                "TransformerLens. If this transcoder was trained there or is of Gemma Scope, its encoder must be "
+                "divided by these weights (docs/exchange.md)"
+            )
     return placed
 
 

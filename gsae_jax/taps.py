@@ -112,7 +112,8 @@ def _site(sae: SAE, sites: tuple[str, ...]) -> str:
     if len(sites) != 1:
         raise UserError(f"writes {len(sites)} sites; give an SAE of one", "sae")
     if not sites[0]:
-        raise UserError("does not say its site; give `dataclasses.replace(sae, site='...')`", "sae")
+        field = "site" if sae.sites == sites else "target"
+        raise UserError(f"does not say its {field}; give `dataclasses.replace(sae, {field}='...')`", "sae")
     return sites[0]
 
 

@@ -22,6 +22,7 @@ from dictionary_learning import training
 from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
 from dictionary_learning.utils import load_dictionary
 from huggingface_hub.errors import EntryNotFoundError
+from llamascopium.models.crosscoder import Crosscoder, CrosscoderConfig
 from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
 from llamascopium.models.sparse_dictionary import SparseDictionary
 from sae_lens import SAE, evals
@@ -35,18 +36,19 @@ from safetensors.torch import load_file
 from sparsify import SparseCoder, SparseCoderConfig
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-SITE, STEPS, BATCH, K = "blocks.0.hook_mlp_out", 50, 256, 8
+SITE, TARGET, STEPS, BATCH, K = "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post", 50, 256, 8
 
 
 def gemma_scope(folder):
-    """By SAELens' reader of Gemma Scope, with the file that the hub would have given."""
+    """By SAELens' readers of Gemma Scope, with the file that the hub would have given."""
 
     def converter(path, device, cfg_overrides):
-        sizes = dict(zip(("d_sae", "d_in"), np.load(path / "params.npz")["W_dec"].shape, strict=True))
+        sizes, reader, kind = {}, loaders.gemma_2_sae_huggingface_loader, "res"
+        sizes["d_sae"], sizes["d_in"] = np.load(path / "params.npz")["W_dec"].shape
+        if "transcoder" in path.name:
+            sizes["d_out"], reader, kind = sizes["d_in"], loaders.gemma_2_transcoder_huggingface_loader, "transcoders"
         with mock.patch.object(loaders, "hf_hub_download", return_value=path / "params.npz"):
-            return loaders.gemma_2_sae_huggingface_loader(
-                "google/gemma-scope-2b-pt-res", "layer_0/width_16k", device, cfg_overrides=sizes
-            )[:2]
+            return reader(f"google/gemma-scope-2b-pt-{kind}", "layer_0/width_16k", device, cfg_overrides=sizes)[:2]
 
     return SAE.load_from_disk(folder, converter=converter)
 
@@ -59,19 +61,43 @@ def sparsify(folder):
         values, indices, pre_acts = coder.encode(x)
         return torch.zeros_like(pre_acts).scatter_(1, indices, values)
 
-    return SimpleNamespace(encode=encode, decode=lambda f: coder.decode(*f.topk(coder.cfg.k)))
+    return SimpleNamespace(
+        encode=encode,
+        decode=lambda f: coder.decode(*f.topk(coder.cfg.k)),
+        W_skip=coder.W_skip,
+        forward=lambda x: coder(x).sae_out,
+    )
 
 
 def llamascopium(folder):
     """Its SAE for activations as they are. Where a TopK SAE compares features by their rows' norms, ours have these."""
     sae = SparseDictionary.from_pretrained(str(folder))
-    scale = 1.0
+    scales = dict.fromkeys(sae.cfg.associated_hook_points, 1.0)
     if sae.cfg.norm_activation == "dataset-wise":  # folding that into its parameters would leave thresholds as they are
-        scale = sae.cfg.d_model**0.5 / sae.dataset_average_activation_norm[sae.cfg.hook_point_in]
+        scales = {name: sae.cfg.d_model**0.5 / sae.dataset_average_activation_norm[name] for name in scales}
+    if isinstance(sae, Crosscoder):  # its features are the same at each site
+        factors = torch.tensor(list(scales.values()))[:, None]
+        return SimpleNamespace(
+            encode=lambda x: same(sae.encode(of_sites(x) * factors)) / factors[0],
+            decode=lambda f: sae.decode((f * factors[0])[:, None].expand(-1, len(factors), -1)) / factors,
+        )
     norms = sae.decoder_norm() if sae.cfg.act_fn == "topk" and sae.cfg.sparsity_include_decoder_norm else torch.ones(())
+    read, written = (scales[name] for name in (sae.cfg.hook_point_in, sae.cfg.hook_point_out))
     return SimpleNamespace(
-        encode=lambda x: sae.encode(x * scale) * norms / scale, decode=lambda f: sae.decode(f * scale / norms) / scale
+        encode=lambda x: sae.encode(x * read) * norms / written,
+        decode=lambda f: sae.decode(f * written / norms) / written,
     )
+
+
+def of_sites(x):
+    """Inputs [B, 2, D] of a crosscoder of two sites."""
+    return torch.stack([x, x.flip(0)], 1)
+
+
+def same(f_BxHxF):
+    """The features of the first site, up to rounding those of each."""
+    torch.testing.assert_close(f_BxHxF, f_BxHxF[:, :1].expand_as(f_BxHxF), rtol=1e-5, atol=1e-7)
+    return f_BxHxF[:, 0]
 
 
 READERS = {
@@ -137,7 +163,8 @@ STEPPED = {
 @torch.no_grad()
 def outputs(sae, x):
     f = sae.encode(x)
-    return {"f": f.numpy(), "x_hat": sae.decode(f).numpy()}
+    x_hat = sae.decode(f) if getattr(sae, "W_skip", None) is None else sae.forward(x)
+    return {"f": f.numpy(), "x_hat": x_hat.numpy()}
 
 
 def save(file, found):
@@ -184,6 +211,19 @@ def made_by_saelens(D, folder, batches):
             path = folder / "theirs" / f"{name}_{int(centred)}"
             sae.save_inference_model(path)
             yield "saelens", path
+    for name in ("Transcoder", "SkipTranscoder", "JumpReLUTranscoder", "JumpReLUSkipTranscoder"):
+        metadata = SAEMetadata(hook_name=SITE, hook_name_out=TARGET, model_name="small")
+        config_class = getattr(sae_lens_saes, f"{name}Config")
+        config = config_class(d_in=D, d_sae=96, d_out=D, apply_b_dec_to_input=False, metadata=metadata)
+        sae = getattr(sae_lens_saes, name)(config)
+        with torch.no_grad():
+            for parameter in sae.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+            if "JumpReLU" in name:
+                sae.threshold.abs_()
+        path = folder / "theirs" / f"{config_class.architecture()}_0"
+        sae.save_model(path)
+        yield "saelens", path
 
 
 def made_by_dictionary_learning(D, folder, batches):
@@ -213,37 +253,48 @@ def made_by_dictionary_learning(D, folder, batches):
 
 
 def made_by_sparsify(D, folder):
-    """(Reader, folder) of an SAE with random parameters; in a folder with the name of the module that it reads."""
-    coder = SparseCoder(D, SparseCoderConfig(k=K, num_latents=96))
-    path = folder / "theirs" / "layers.0_0"
-    with torch.no_grad():
-        coder.b_dec += 0.1 * torch.randn(D)
-        coder.encoder.bias += 0.1 * torch.randn(96)
-    coder.save_to_disk(path)
-    yield "sparsify", path
+    """(Reader, folder) of an SAE and of transcoders with random parameters, in folders with the names of modules."""
+    transcoders = ({"transcode": True}, {"transcode": True, "skip_connection": True})
+    for name, options in zip(("layers.0_0", "layers.0.mlp_0", "layers.0.mlp_1"), ({}, *transcoders), strict=True):
+        coder = SparseCoder(D, SparseCoderConfig(k=K, num_latents=96, **options))
+        path = folder / "theirs" / name
+        with torch.no_grad():
+            coder.b_dec += 0.1 * torch.randn(D)
+            coder.encoder.bias += 0.1 * torch.randn(96)
+            if options:  # in which it starts from zeros
+                coder.W_dec += 0.1 * torch.randn_like(coder.W_dec)
+            if coder.W_skip is not None:
+                coder.W_skip += 0.1 * torch.randn(D, D)
+        coder.save_to_disk(path)
+        yield "sparsify", path
 
 
 def made_by_llamascopium(D, folder, x):
-    """(Reader, folder) of SAEs with random parameters, of each activation function."""
-    for index, (act_fn, by_norm) in enumerate((("relu", True), ("jumprelu", True), ("topk", True), ("topk", False))):
-        config = SAEConfig(
-            d_model=D,
-            expansion_factor=2,
-            act_fn=act_fn,
-            top_k=K,
-            sparsity_include_decoder_norm=by_norm,
-            hook_point_in=SITE,
-            hook_point_out=SITE,
-        )
-        sae = SparseAutoEncoder(config)
+    """(Reader, folder) of SAEs and transcoders with random parameters, of each activation function; of a crosscoder."""
+    options = (("relu", True, SITE), ("jumprelu", True, SITE), ("topk", True, SITE), ("topk", False, SITE))
+    options += (
+        ("relu", True, TARGET),
+        ("jumprelu", True, TARGET),
+        ("topk", True, TARGET),
+        ("crosscoder", True, TARGET),
+    )
+    for index, (act_fn, by_norm, target) in enumerate(options):
+        sizes, sites = {"d_model": D, "expansion_factor": 2}, {"hook_point_in": SITE, "hook_point_out": target}
+        if act_fn == "crosscoder":
+            sae = Crosscoder(CrosscoderConfig(**sizes, hook_points=[SITE, TARGET]))
+        else:
+            config = SAEConfig(**sizes, **sites, act_fn=act_fn, top_k=K, sparsity_include_decoder_norm=by_norm)
+            sae = SparseAutoEncoder(config)
         sae.init_parameters(
             encoder_uniform_bound=D**-0.5, decoder_uniform_bound=D**-0.5, init_log_jumprelu_threshold_value=-1.0
         )
         with torch.no_grad():
-            sae.b_D += 0.1 * torch.randn(D)
-            sae.b_E += 0.1 * torch.randn(2 * D)
-        sae.set_dataset_average_activation_norm({SITE: x.norm(dim=1).mean().item()})
-        path = folder / "theirs" / f"llamascopium_{index}"
+            sae.b_D += 0.1 * torch.randn_like(sae.b_D)
+            sae.b_E += 0.1 * torch.randn_like(sae.b_E)
+        norm = x.norm(dim=1).mean().item()
+        norms = {SITE: norm} if target == SITE else {SITE: norm, TARGET: 2 * norm}
+        sae.set_dataset_average_activation_norm(norms)
+        path = folder / "theirs" / ("crosscoder_0" if act_fn == "crosscoder" else f"llamascopium_{index}")
         sae.save_pretrained(path)
         sae.cfg.save_hyperparameters(path)
         yield "llamascopium", path

@@ -11,31 +11,51 @@ import pytest
 import safetensors.numpy
 
 from gsae_jax.formats import jumprelu
-from gsae_jax.saes import batch_topk, gated, matryoshka, relu, topk, trained
+from gsae_jax.saes import (
+    batch_topk,
+    batch_topk_transcoder,
+    contract,
+    gated,
+    gated_transcoder,
+    jumprelu_transcoder,
+    matryoshka,
+    relu,
+    relu_april,
+    relu_crosscoder,
+    relu_transcoder,
+    topk,
+    topk_transcoder,
+    trained,
+)
 from tests.test_saes import away_from_init
 
 D, F, K = 12, 40, 6
 
 
-SITE = "blocks.3.hook_resid_post"
+SITE, TARGET = "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out"
+SITES = ("blocks.3.hook_resid_mid", SITE)  # of crosscoders
 
 
-def make(module, **options):
-    config = module.Config(D, F, **options)
+def make(module, d_out=D, **options):
+    """An SAE of random parameters; `d_out` is the width of what a transcoder writes."""
+    transcodes, several = contract.writes_others(module), contract.reads_several(module)
+    sizes = {"d_in": (D,) * len(SITES) if several else D} | ({"d_out": d_out} if transcodes else {})
+    config = module.Config(width=F, **sizes, **options)
     params = away_from_init(module, config)
-    if module in (batch_topk, matryoshka):  # one for all features, as training makes it
+    if module in (batch_topk, matryoshka, batch_topk_transcoder):  # one for all features, as training makes it
         params["threshold"] = jnp.full(F, 0.4)
     return trained.SAE(
         name="stack_2",
         architecture=module.__name__.rpartition(".")[2],
         config=config,
-        site=SITE,
+        site=SITES if several else SITE,
+        target=TARGET if transcodes else "",
         params=params,
         l1_coefficient=0.01,
         learning_rate=3e-4,
         seed=7,
         scale=1.5,
-        norm_limit=20.0,
+        norm_limit=(20.0, math.inf) if several else 20.0,
         metadata={"model_name": "small", "context_size": 16, "prepend_bos": True, "dataset_path": "texts"},
     )
 
@@ -49,6 +69,18 @@ SAES = {
     "topk": lambda: make(topk, k=K),
     "batch_topk": lambda: make(batch_topk, k=K, auxk_coefficient=0.5),
     "matryoshka": lambda: make(matryoshka, k=K, prefixes=(0.25, 1.0)),
+    "relu_april": lambda: make(relu_april),
+    "relu_transcoder": lambda: make(relu_transcoder),
+    "relu_transcoder to others": lambda: make(relu_transcoder, d_out=D + 3, skip=True),
+    "gated_transcoder": lambda: make(gated_transcoder),
+    "gated_transcoder skip": lambda: make(gated_transcoder, skip=True),
+    "jumprelu_transcoder": lambda: make(jumprelu_transcoder),
+    "jumprelu_transcoder skip": lambda: make(jumprelu_transcoder, skip=True),
+    "topk_transcoder": lambda: make(topk_transcoder, k=K),
+    "topk_transcoder skip": lambda: make(topk_transcoder, k=K, skip=True),
+    "batch_topk_transcoder": lambda: make(batch_topk_transcoder, k=K, auxk_coefficient=0.5),
+    "batch_topk_transcoder skip": lambda: make(batch_topk_transcoder, k=K, skip=True),
+    "relu_crosscoder": lambda: make(relu_crosscoder),
 }
 
 
@@ -59,11 +91,19 @@ CONFIGS = ("cfg.json", "config.json", "gsae_jax.json")  # the first of them is t
 
 def holds(format, kind):
     """Whether a format can hold an SAE, and whether as its own architecture."""
+    name, _, rest = kind.partition(" ")
+    activation, transcodes, has_skip = name.removesuffix("_transcoder"), "transcoder" in name, bool(rest)
+    if name == "relu_crosscoder":
+        return format == "llamascopium", True
     if format in ("jumprelu", "gemma_scope"):
-        return kind != "topk", kind == "jumprelu"
+        return activation != "topk" and not (has_skip and format == "gemma_scope"), activation == "jumprelu"
     if format == "sparsify":
-        return kind == "topk", True
-    return True, format != "llamascopium" or kind in ("relu", "topk", "jumprelu")
+        return activation == "topk", True
+    if format == "saelens":
+        return name != "topk_transcoder", name not in ("relu_april", "gated_transcoder")
+    if format == "llamascopium":
+        return not has_skip, activation in ("relu", "topk", "jumprelu")
+    return not transcodes and name != "relu_april", True
 
 
 def pairs(formats=None, kinds=None):
@@ -83,6 +123,11 @@ def config_of(folder):
 
 def inputs():
     return jax.random.normal(jax.random.key(5), (200, D)) + 0.5
+
+
+def inputs_of(sae):
+    """The same as an SAE takes them; a crosscoder takes them of each site."""
+    return tuple(inputs() * (1 + number) for number in range(len(sae.sites))) if len(sae.sites) > 1 else inputs()
 
 
 def contents(folder):
@@ -158,9 +203,21 @@ LLAMASCOPIUM = {
 }
 
 
+CROSSCODER = {
+    "sae_type": "crosscoder",
+    "d_model": D,
+    "expansion_factor": F / D,
+    "use_decoder_bias": True,
+    "act_fn": "relu",
+    "norm_activation": "dataset-wise",
+    "sparsity_include_decoder_norm": True,
+    "hook_points": list(SITES),
+}
+
+
 def llamascopium(folder, **changes):
     """A folder as OpenMOSS' library writes it, and its tensors."""
-    config = LLAMASCOPIUM | changes
+    config = changes if changes.get("sae_type") == "crosscoder" and "hook_points" in changes else LLAMASCOPIUM | changes
     random = np.random.default_rng(0)
     shapes = {
         "W_E": (D, F),
@@ -171,11 +228,19 @@ def llamascopium(folder, **changes):
     }
     if config["act_fn"] != "jumprelu":
         del shapes["activation_function.log_jumprelu_threshold"]
+    names = config.get("hook_points", [config.get("hook_point_in"), config.get("hook_point_out")])
+    if "hook_points" in config:
+        shapes = {name: (len(names), *shape) for name, shape in shapes.items()}
     tensors = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
-    norm = np.float32(5.0 if config["norm_activation"] == "dataset-wise" else math.nan)  # it is not set otherwise
+    is_set = config["norm_activation"] == "dataset-wise"
+    # The second site's is twice the first's.
+    norms = {name: 5.0 * (1 + number) for number, name in reversed([*enumerate(names)])}
+    norms = {
+        f"dataset_average_activation_norm.{name}": np.array(norm if is_set else math.nan, np.float32)
+        for name, norm in norms.items()
+    }
     folder.mkdir()
-    file = folder / "sae_weights.safetensors"
-    safetensors.numpy.save_file(tensors | {f"dataset_average_activation_norm.{SITE}": np.array(norm)}, file)
+    safetensors.numpy.save_file(tensors | norms, folder / "sae_weights.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return {name.rpartition(".")[2]: np.asarray(value, np.float64) for name, value in tensors.items()}
 
@@ -187,6 +252,7 @@ def sparsify(folder, **changes):
     """A folder as EleutherAI's library writes it, and its tensors."""
     random = np.random.default_rng(0)
     shapes = {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    shapes |= {"W_skip": (D, D)} if changes.get("skip_connection") and changes.get("transcode") else {}
     tensors = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
     folder.mkdir(parents=True)
     safetensors.numpy.save_file(tensors, folder / "sae.safetensors")

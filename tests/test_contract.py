@@ -26,7 +26,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import config_trees, measuring, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
-from gsae_jax.formats import llamascopium, saelens
+from gsae_jax.formats import jumprelu, llamascopium, saelens
 from gsae_jax.saes import contract, linalg, parameters, trained
 from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
@@ -39,8 +39,12 @@ F, B = 64, 32
 
 def holds(format, name):
     """Whether a format can hold an architecture."""
-    in_jumprelu_form = contract.converter(name, "jumprelu") is not None
-    of_their_own = {"saelens": saelens.ARCHITECTURES, "llamascopium": llamascopium.HELD, "sparsify": ("topk",)}
+    in_jumprelu_form = any(contract.converter(name, form) for form in jumprelu.FORMS)
+    of_their_own = {
+        "saelens": (*saelens.ARCHITECTURES, *saelens.FORMS),
+        "llamascopium": (*llamascopium.HELD, llamascopium.CROSSCODER),
+        "sparsify": ("topk", "topk_transcoder"),
+    }
     own = name in of_their_own.get(format, ())
     return own or (in_jumprelu_form and format in ("jumprelu", "gemma_scope", "llamascopium"))
 

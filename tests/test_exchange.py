@@ -6,6 +6,7 @@ import math
 import re
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,12 +14,24 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import export as export_lib
 from gsae_jax.formats import files, jumprelu
-from gsae_jax.saes import contract, gated, parameters, relu, topk
+from gsae_jax.saes import (
+    contract,
+    gated,
+    linalg,
+    parameters,
+    relu,
+    relu_crosscoder,
+    relu_transcoder,
+    topk,
+    topk_transcoder,
+)
 from tests import references
 from tests.refusals import refused
 from tests.sae_files import (
     FORMATS,
     SAES,
+    SITE,
+    SITES,
     D,
     F,
     K,
@@ -26,6 +39,7 @@ from tests.sae_files import (
     contents,
     holds,
     inputs,
+    inputs_of,
     load_tensors,
     make,
     pairs,
@@ -36,23 +50,28 @@ from tests.sae_files import (
 
 @pytest.mark.parametrize(("format", "kind"), pairs())
 def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_path, format, kind):
-    sae, x = SAES[kind](), inputs()
+    sae = SAES[kind]()
+    x = inputs_of(sae)
     if (format, kind) == ("dictionary_learning", "relu"):  # else its features are others there
         sae = dataclasses.replace(sae, params=parameters.with_unit_rows(sae.functions, sae.params))
+    if kind == "relu_april":  # which is stored with unit rows
+        sae = dataclasses.replace(sae, params=linalg.with_unit_rows(sae.params))
     sae.save(tmp_path / "first", format)
     ((name, back),) = gsae_jax.load(tmp_path / "first").items()
     assert name == back.name == "stack_2"
-    told = ("site", "l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")
+    told = ("site", "target", "l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")
     assert [getattr(back, field) for field in told] == [getattr(sae, field) for field in told]
     assert sae.metadata.items() <= back.metadata.items()
     if holds(format, kind)[1]:
         assert (back.architecture, back.config) == (sae.architecture, sae.config)
     else:
-        assert back.architecture == "jumprelu"
+        suffix = "_transcoder" * bool(sae.target)
+        assert back.architecture == ("relu" if (format, kind) == ("saelens", "relu_april") else f"jumprelu{suffix}")
     f = np.asarray(sae.encode(x))
     np.testing.assert_array_equal(np.asarray(back.encode(x)) > 0, f > 0)
     np.testing.assert_allclose(back.encode(x), f, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(back(x), sae(x), rtol=1e-5, atol=1e-5)
+    for theirs, ours in zip(jax.tree.leaves(back(x)), jax.tree.leaves(sae(x)), strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-5)
     back.save(tmp_path / "second", format)
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
@@ -139,6 +158,75 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert contents(tmp_path / "a") == before
 
 
+@pytest.mark.parametrize(
+    ("format", "kind", "facts"),
+    [
+        ("saelens", "topk_transcoder", ("'topk_transcoder", "it holds gated")),
+        ("saelens", "relu_crosscoder", ("'relu_crosscoder'", "cannot hold")),
+        ("jumprelu", "topk_transcoder", ("no JumpReLU form",)),
+        ("jumprelu", "relu_crosscoder", ("no JumpReLU form",)),
+        ("gemma_scope", "jumprelu_transcoder skip", ("skip=True", "cannot hold")),
+        ("sparsify", "relu_transcoder", ("'relu_transcoder'", "it holds topk, topk_transcoder")),
+        ("llamascopium", "topk_transcoder skip", ("skip=True", "cannot hold")),
+        pytest.param("dictionary_learning", "relu_transcoder", ("cannot hold",), marks=pytest.mark.torch),
+        pytest.param("dictionary_learning", "relu_crosscoder", ("cannot hold",), marks=pytest.mark.torch),
+    ],
+)
+def test_transcoders_and_crosscoders_that_a_format_cannot_hold(tmp_path, format, kind, facts):
+    with refused("stack_2", *facts):
+        SAES[kind]().save(tmp_path / "a", format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sites_that_a_format_cannot_hold(tmp_path):
+    """Of two widths, of none and of the same name; and rows of zeros, by whose norms llamascopium divides."""
+    for module, format in ((relu_transcoder, "llamascopium"), (topk_transcoder, "sparsify")):
+        with refused("stack_2", f"from width {D} to width {D + 1}", "saelens"):
+            make(module, d_out=D + 1).save(tmp_path / "a", format)
+    for site in ("", SITE):
+        with refused("stack_2", f"reads and writes {site!r}", "target="):
+            dataclasses.replace(make(relu_transcoder), site=site, target=site).save(tmp_path / "a", "llamascopium")
+    crosscoder = make(relu_crosscoder)
+    widths = relu_crosscoder.Config(d_in=(D, D + 1), width=F)
+    params = relu_crosscoder.init(jax.random.key(0), widths)
+    with refused("stack_2", f"different widths ({crosscoder.sites[0]} {D}, {crosscoder.sites[1]} {D + 1})"):
+        dataclasses.replace(crosscoder, config=widths, params=params).save(tmp_path / "a", "llamascopium")
+    params = crosscoder.params | {"W_dec_1": crosscoder.params["W_dec_1"].at[3].set(0)}
+    with refused("stack_2", "1 features", crosscoder.sites[1], "zero"):
+        dataclasses.replace(crosscoder, params=params).save(tmp_path / "a", "llamascopium")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_several_sites_says_as_much_of_each(tmp_path):
+    make(relu_crosscoder).save(tmp_path / "a", "llamascopium")
+    file = tmp_path / "a" / "gsae_jax.json"
+    whole = json.loads(file.read_text())
+    assert (whole["site"], whole["gsae_jax"]["norm_limit"]) == (list(SITES), [20.0, None])
+    for change, field, fact in (
+        ({"site": SITE}, "gsae_jax.json", "not a list of sites"),
+        ({"site": [SITE, 3]}, "gsae_jax.json", "not a list of names"),
+        ({"site": [*SITES, SITE]}, "", "site is a list of 3, but the tensors are of 2 sites"),
+        ({"target": list(SITES)}, "gsae_jax.json", "target is given"),
+        ({"gsae_jax": whole["gsae_jax"] | {"norm_limit": [1.0]}}, "", "norm_limit is a list of 1"),
+        ({"gsae_jax": whole["gsae_jax"] | {"norm_limit": [1.0, -1]}}, "gsae_jax.json", "not from 0"),
+        ({"gsae_jax": whole["gsae_jax"] | {"norm_limit": [1.0, "x"]}}, "gsae_jax.json", "not from 0"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        with refused(str(tmp_path / "a" / field), fact):
+            gsae_jax.load(tmp_path / "a")
+    make(relu_transcoder).save(tmp_path / "b", "llamascopium")
+    file = tmp_path / "b" / "gsae_jax.json"
+    whole = json.loads(file.read_text())
+    for change, fact in (
+        ({"site": [SITE]}, "not one site"),
+        ({"target": [SITE]}, "not one site"),
+        ({"gsae_jax": whole["gsae_jax"] | {"norm_limit": [1.0]}}, "norm_limit is a list"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        with refused(str(file), fact):
+            gsae_jax.load(tmp_path / "b")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
     sae = dataclasses.replace(make(relu), architecture="tanh")
@@ -150,7 +238,7 @@ def test_an_architecture_of_ones_own_is_refused(tmp_path, format):
 
 
 # What a file may lack or have too much of without being refused: it says nothing of the function.
-DESCRIPTIONS = {"hook_name", "model_name", "context_size", "prepend_bos", "dataset_path"}
+DESCRIPTIONS = {"hook_name", "hook_name_out", "target", "model_name", "context_size", "prepend_bos", "dataset_path"}
 
 
 def leaves(tree, path=()):
@@ -177,7 +265,10 @@ def changed(tree, path, change):
     return tree
 
 
-JUST = ["gated", "relu", "jumprelu", "topk", "batch_topk", "matryoshka"]  # one of each architecture
+# One of each architecture.
+JUST = ["gated", "relu", "jumprelu", "topk", "batch_topk", "matryoshka", "relu_crosscoder"]
+JUST += ["relu_transcoder", "relu_transcoder to others", "jumprelu_transcoder skip", "topk_transcoder skip"]
+JUST += ["batch_topk_transcoder"]
 
 
 @pytest.mark.parametrize(("format", "kind"), pairs(["saelens", "gemma_scope", "dictionary_learning"], JUST))
@@ -215,9 +306,8 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
 @pytest.mark.parametrize(("format", "kind"), pairs(["saelens", "gemma_scope", "dictionary_learning"]))
 def test_a_switch_that_is_flipped_is_refused_or_leaves_the_function(tmp_path, format, kind):
     sae, x = SAES[kind](), inputs()
-    if format == "gemma_scope":
-        sae = jumprelu.form(sae)
     sae.save(tmp_path / "a", format)
+    sae = gsae_jax.load(tmp_path / "a")["stack_2"]  # it may have another form
     file = config_of(tmp_path / "a")
     whole = json.loads(file.read_text())
     f, flipped = np.asarray(gsae_jax.load(tmp_path / "a")["stack_2"].encode(x)), set()
@@ -231,7 +321,10 @@ def test_a_switch_that_is_flipped_is_refused_or_leaves_the_function(tmp_path, fo
         flipped.add(path[-1])
         file.write_text(json.dumps(changed(whole, path, "flipped")))
         unlike = {"tie_encoder", "aligned"} | ({"use_r_mag"} if kind == "gated" else set())
-        if kind == "aligned" and path[-1] in ("tie_encoder", "only_magnitude"):  # which exclude each other
+        if path[-1] == "skip":  # which the file says elsewhere
+            with refused(str(file if format == "saelens" else tmp_path / "a"), "skip"):
+                gsae_jax.load(tmp_path / "a")
+        elif kind == "aligned" and path[-1] in ("tie_encoder", "only_magnitude"):  # which exclude each other
             with refused(str(file), path[-1]):
                 gsae_jax.load(tmp_path / "a")
         elif kind != "aligned" and path[-1] in unlike:
@@ -286,7 +379,7 @@ def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
         for what, tensors in {
             "is missing": {other: kept for other, kept in whole.items() if other != name},
             "is not of this architecture": {other + "_" * (other == name): kept for other, kept in whole.items()},
-            "has shape": whole | {name: value.T if value.ndim == 2 else value[:-1]},
+            "has shape": whole | {name: value.T if value.T.shape != value.shape else value[:-1]},
             "has shape ": whole | {name: value[None]},
             "is of type": whole | {name: value.astype(np.float64)},
             "is of type ": whole | {name: value.astype(np.int32)},
@@ -300,8 +393,8 @@ def test_tensors_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
             # Gemma Scope's sizes are those of its biases, so that there another tensor may not fit.
             named = r"\w+" if format == "gemma_scope" and "shape" in what else re.escape(name)
             assert re.search(rf"the tensor {named}_? {what.strip()}", message), (what, message)
-    save_tensors(file, whole | {"W_skip": next(value for value in whole.values() if value.ndim == 2)})
-    with refused(str(file), "tensor W_skip", "not of this architecture"):
+    save_tensors(file, whole | {"W_other": next(value for value in whole.values() if value.ndim >= 2)})
+    with refused(str(file), "tensor W_other", "not of this architecture"):
         gsae_jax.load(tmp_path / "a")
     save_tensors(file, whole)
     for cut in (10, file.stat().st_size // 2, file.stat().st_size - 1):

@@ -1,5 +1,6 @@
 """Files that other libraries wrote: what is read, what is refused, and what cannot harm."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,14 +16,17 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import sae_loading
 from gsae_jax.lms import sites as sites_lib
-from gsae_jax.saes import gated, topk
+from gsae_jax.saes import gated, jumprelu_transcoder, relu_crosscoder, topk
 from tests import references
 from tests.refusals import refused
 from tests.sae_files import (
+    CROSSCODER,
     EARLIER_SAELENS,
     SAES,
     SITE,
+    SITES,
     SPARSIFY,
+    TARGET,
     D,
     F,
     K,
@@ -175,13 +179,14 @@ def test_saes_of_llamascopium(tmp_path, act_fn, norm_activation, by_norm):
         ({"act_fn": "topk", "top_k": F + 1}, (f"top_k is {F + 1}", f"({F})")),
         ({"use_glu_encoder": True}, ("use_glu_encoder true", "not supported")),
         ({"norm_activation": "token-wise"}, ("norm_activation", "not supported")),
-        ({"hook_point_out": "blocks.3.hook_mlp_out"}, ("hook_point_in and hook_point_out differ", "transcoder")),
         ({"something": 1}, ("something is not known",)),
         ({"use_decoder_bias": False}, ("tensor b_D", "not of this architecture")),
         ({"expansion_factor": 2}, ("tensor W_E", "shape")),
         ({"expansion_factor": 1e308}, ("d_model and expansion_factor", "above 0")),
         ({"d_model": 10**400}, ("d_model and expansion_factor", "above 0")),
-        ({"sae_type": "crosscoder"}, ('sae_type "crosscoder"', "not supported")),
+        ({"sae_type": "clt"}, ('sae_type "clt"', "not supported", '"sae", "crosscoder"')),
+        ({"sae_type": "crosscoder"}, ('act_fn "jumprelu"', "not supported", '"relu"')),
+        ({"sae_type": "crosscoder", "act_fn": "relu"}, ("hook_points is missing", "hook_point_in is not known")),
     ],
 )
 def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, facts):
@@ -189,6 +194,166 @@ def test_what_llamascopium_has_and_we_do_not_is_refused(tmp_path, change, facts)
     file = "sae_weights.safetensors" if "tensor" in facts[0] else "config.json"
     with refused(str(tmp_path / "a" / file), *facts):
         gsae_jax.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "topk"])
+def test_transcoders_of_llamascopium(tmp_path, architecture):
+    """Against its steps in float64: inputs and outputs have norms of their own. Features have the outputs' units."""
+    changes = {"act_fn": architecture, "hook_point_out": TARGET, "sparsity_include_decoder_norm": False}
+    t = llamascopium(tmp_path / "a", **changes)
+    sae = gsae_jax.load(tmp_path / "a")["a_0"]
+    assert (sae.architecture, sae.site, sae.target) == (f"{architecture}_transcoder", SITE, TARGET)
+    x = np.asarray(inputs(), np.float64)
+    read, written = math.sqrt(D) / 5, math.sqrt(D) / 10
+    pi = np.maximum(read * x @ t["W_E"] + t["b_E"], 0)
+    on = pi > (np.exp(t["log_jumprelu_threshold"]) if architecture == "jumprelu" else 0)
+    f = np.where(references.largest(pi, K) if architecture == "topk" else on, pi, 0)
+    assert 0.02 < (f > 0).mean() < 0.7
+    np.testing.assert_allclose(sae.encode(x), f / written, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae(x), (f @ t["W_D"] + t["b_D"]) / written, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_activation", ["dataset-wise", "inference"])
+def test_crosscoders_of_llamascopium(tmp_path, norm_activation):
+    """Against its steps in float64. Features have the first site's units, and each site's bias counts."""
+    t = llamascopium(tmp_path / "a", **CROSSCODER | {"norm_activation": norm_activation})
+    sae = gsae_jax.load(tmp_path / "a")["a_0"]
+    assert (sae.architecture, sae.site, sae.target, sae.d_in) == ("relu_crosscoder", SITES, "", (D, D))
+    x = [np.asarray(inputs(), np.float64), 2 * np.asarray(inputs(), np.float64)[::-1]]
+    scales = [math.sqrt(D) / 5, math.sqrt(D) / 10] if norm_activation == "dataset-wise" else [1, 1]
+    f = np.maximum(
+        sum(scale * each @ W + b for scale, each, W, b in zip(scales, x, t["W_E"], t["b_E"], strict=True)), 0
+    )
+    np.testing.assert_allclose(sae.encode(x), f / scales[0], rtol=1e-5, atol=1e-5)
+    for x_hat, scale, W, b in zip(sae(x), scales, t["W_D"], t["b_D"], strict=True):
+        np.testing.assert_allclose(x_hat, (f @ W + b) / scale, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({"act_fn": "jumprelu"}, ('act_fn "jumprelu"', '"relu"')),
+        ({"use_decoder_bias": False}, ("use_decoder_bias",)),
+        ({"sparsity_include_decoder_norm": False}, ("sparsity_include_decoder_norm",)),
+        ({"hook_points": []}, ("hook_points",)),
+        ({"hook_points": [SITE, SITE]}, ("hook_points", "different")),
+        ({"hook_points": [SITE, 3]}, ("hook_points",)),
+        ({"hook_points": [f"blocks.{n}.hook_resid_post" for n in range(65)]}, ("hook_points", "64")),
+        ({"hook_points": [*SITES, TARGET]}, ("tensor W_E", "shape", f"[2, {D}, {F}], not [3, {D}, {F}]")),
+        ({"hook_point_in": SITE}, ("hook_point_in is not known",)),
+    ],
+)
+def test_crosscoders_of_llamascopium_that_we_do_not_have(tmp_path, change, facts):
+    llamascopium(tmp_path / "a", **CROSSCODER | {"norm_activation": "inference"})
+    (tmp_path / "a" / "config.json").write_text(json.dumps(CROSSCODER | {"norm_activation": "inference"} | change))
+    file = "sae_weights.safetensors" if "tensor" in facts[0] else "config.json"
+    with refused(str(tmp_path / "a" / file), *facts):
+        gsae_jax.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"])
+def test_transcoders_of_saelens(tmp_path, kind):
+    """Against its steps in float64; outputs have another width, and come first in W_skip."""
+    random, D_out = np.random.default_rng(0), D + 3
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D_out), "b_dec": (D_out,)}
+    shapes |= {"threshold": (F,)} if "jumprelu" in kind else {}
+    shapes |= {"W_skip": (D_out, D)} if "skip" in kind else {}
+    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    config = {"architecture": kind, "d_in": D, "d_sae": F, "d_out": D_out, "dtype": "float32", "device": "cpu"}
+    config |= {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
+    told = {"hook_name": SITE, "hook_name_out": TARGET, "model_name": "small", "sae_lens_version": "6.54.12"}
+    (tmp_path / "a").mkdir()
+    safetensors.numpy.save_file(tensors, tmp_path / "a" / "sae_weights.safetensors")
+    file = tmp_path / "a" / "cfg.json"
+    file.write_text(json.dumps(config | {"metadata": told}))
+    (sae,) = gsae_jax.load(tmp_path / "a").values()
+    assert (sae.site, sae.target, sae.metadata["model_name"]) == (SITE, TARGET, "small")
+    assert sae.architecture == ("jumprelu_transcoder" if "jumprelu" in kind else "relu_transcoder")
+    x, t = np.asarray(inputs(), np.float64), {name: np.asarray(value, np.float64) for name, value in tensors.items()}
+    pi = x @ t["W_enc"] + t["b_enc"]
+    f = np.where(pi > np.maximum(t.get("threshold", 0), 0), pi, 0)
+    x_hat = f @ t["W_dec"] + t["b_dec"] + (x @ t["W_skip"].T if "skip" in kind else 0)
+    np.testing.assert_allclose(sae.encode(x), f, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae(x), x_hat, rtol=1e-5, atol=1e-4)
+    for change, fact in (
+        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input is true"),
+        ({"d_out": None}, "d_out is null"),
+        ({"architecture": "standard"}, "d_out is not a field"),
+    ):
+        file.write_text(json.dumps(config | {"metadata": told} | change))
+        with refused(str(file), fact):
+            gsae_jax.load(tmp_path / "a")
+    # A file that does not name its target.
+    file.write_text(json.dumps(config | {"metadata": told | {"hook_name_out": None}}))
+    (sae,) = gsae_jax.load(tmp_path / "a").values()
+    assert (sae.target, sae.targets) == ("", ("",))
+    assert f"{SITE} -> an unknown site" in repr(sae)
+    (sae,) = gsae_jax.load(tmp_path / "a", target=TARGET).values()
+    assert (sae.site, sae.target) == (SITE, TARGET)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders_of_sparsify(tmp_path, skip):
+    """Against its steps in float64. The folder has the name of the module whose output is predicted."""
+    t = sparsify(tmp_path / "layers.3", transcode=True, skip_connection=skip)
+    (sae,) = gsae_jax.load(tmp_path / "layers.3").values()
+    assert (sae.architecture, sae.config.k, sae.config.skip) == ("topk_transcoder", K, skip)
+    assert (sae.site, sae.target) == ("", SITE)
+    sparsify(tmp_path / "layers.4.mlp", transcode=True)
+    (of_mlp,) = gsae_jax.load(tmp_path / "layers.4.mlp").values()
+    assert (of_mlp.site, of_mlp.target) == ("blocks.4.ln2.hook_normalized", "layers.4.mlp")
+    x = np.asarray(inputs(), np.float64)
+    pi = np.maximum(x @ t["encoder.weight"].T + t["encoder.bias"], 0)
+    f = np.where(references.largest(pi, K), pi, 0)
+    np.testing.assert_allclose(sae.encode(x), f, rtol=1e-5, atol=1e-5)
+    skipped = x @ t["W_skip"].T if skip else 0
+    np.testing.assert_allclose(sae(x), f @ t["W_dec"] + t["b_dec"] + skipped, rtol=1e-5, atol=1e-5)
+
+
+def test_the_user_says_that_a_file_of_gemma_scope_is_of_a_transcoder(tmp_path):
+    """Against its steps in float64: nothing is subtracted from inputs."""
+    make(jumprelu_transcoder).save(tmp_path / "a", "gemma_scope")
+    (ours,) = gsae_jax.load(tmp_path / "a").values()
+    assert (ours.architecture, ours.site, ours.target) == ("jumprelu_transcoder", SITE, TARGET)
+    assert gsae_jax.load(tmp_path / "a", target="blocks.4.hook_mlp_out")["stack_2"].target == "blocks.4.hook_mlp_out"
+    (tmp_path / "a" / "gsae_jax.json").unlink()
+    (sae,) = gsae_jax.load(tmp_path / "a").values()
+    assert (sae.architecture, sae.site, sae.target) == ("jumprelu", "", "")
+    for path in (tmp_path / "a", tmp_path / "a" / "params.npz", tmp_path):
+        (sae,) = gsae_jax.load(path, site=SITE, target=TARGET).values()
+        assert (sae.architecture, sae.site, sae.target) == ("jumprelu_transcoder", SITE, TARGET)
+    x, p = np.asarray(inputs(), np.float64), {key: np.asarray(value, np.float64) for key, value in ours.params.items()}
+    pi = x @ p["W_enc"] + p["b_enc"]
+    f = np.where(pi > np.maximum(p["threshold"], 0), pi, 0)
+    np.testing.assert_allclose(sae.encode(x), f, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae(x), f @ p["W_dec"] + p["b_dec"], rtol=1e-5, atol=1e-5)
+    # From one width to another, it can be nothing else.
+    make(jumprelu_transcoder, d_out=D + 3).save(tmp_path / "b", "gemma_scope")
+    (tmp_path / "b" / "gsae_jax.json").unlink()
+    with refused("target", "is missing", f"from width {D} to width {D + 3}"):
+        gsae_jax.load(tmp_path / "b")
+    (sae,) = gsae_jax.load(tmp_path / "b", target=TARGET).values()
+    assert (sae.config.d_in, sae.config.d_out, sae.site, sae.target) == (D, D + 3, "", TARGET)
+    with refused("sae", "site="):
+        gsae_jax.taps.splice(dataclasses.replace(sae, target="", site=""))
+    with refused("sae", "target="):
+        gsae_jax.taps.splice(dataclasses.replace(sae, target="", site=SITE))
+
+
+def test_sites_of_files_that_say_otherwise(tmp_path, capsys):
+    make(gated).save(tmp_path / "a")
+    with refused("target", f"'{TARGET}'", "stack_2", "no transcoder"):
+        gsae_jax.load(tmp_path / "a", target=TARGET)
+    assert gsae_jax.load(tmp_path / "a", site=SITE)["stack_2"].site == SITE
+    assert capsys.readouterr().err == ""
+    assert gsae_jax.load(tmp_path / "a", site=TARGET)["stack_2"].site == TARGET
+    assert f"the site {SITE!r}; it is taken for {TARGET!r}" in capsys.readouterr().err
+    make(gated).save(tmp_path / "b", "gemma_scope")  # with a file that says that it is an SAE
+    with refused("target", "no transcoder"):
+        gsae_jax.load(tmp_path / "b", target=TARGET)
+    make(relu_crosscoder).save(tmp_path / "c", "llamascopium")
+    with refused("site", "has 2 sites"):
+        gsae_jax.load(tmp_path / "c", site=SITE)
 
 
 @pytest.mark.parametrize("version", [{}, {"activation": "topk", "transcode": False, "multi_topk": True}])
@@ -213,8 +378,8 @@ def test_saes_of_sparsify(tmp_path, version):
     ("change", "facts"),
     [
         ({"activation": "groupmax"}, ('activation "groupmax"', "not supported", '"topk"')),
-        ({"transcode": True}, ("transcode true", "not supported")),
-        ({"skip_connection": True}, ("skip_connection true", "not supported")),
+        ({"transcode": True, "k": F + 1}, (f"k is {F + 1}", f"({F})")),
+        ({"skip_connection": True}, ("skip_connection is true", "transcode")),
         ({"k": 0}, ("k is 0", f"({F})")),
         ({"k": None}, ("k is null", "not int")),
         ({"encoder_pkm": True}, ("encoder_pkm is not known",)),
@@ -327,6 +492,7 @@ def test_dictionary_learning_says_that_it_needs_torch(tmp_path, monkeypatch):
         ("blocks.4.hook_resid_pre", *["blocks.4.hook_resid_pre"] * 3),
         ("blocks.4.attn.hook_z.hook_sae_input", *["blocks.4.attn.hook_z"] * 3),
         ("blocks.4.hook_out", *["blocks.4.hook_resid_post"] * 3),
+        ("blocks.4.mlp.hook_in", *["blocks.4.ln2.hook_normalized"] * 3),
         ("blocks." + "9" * 9000 + ".hook_in", *["blocks." + "9" * 9000 + ".hook_resid_pre"] * 3),
         ("model.layers.1.input_layernorm", None, None, None),
         ("model.layers.x", None, None, None),

@@ -17,12 +17,14 @@ from gsae_jax import export as export_lib
 from gsae_jax import sae_loading, sae_sources
 from gsae_jax.lms import checkpoints
 from gsae_jax.measuring import evaluate, evaluate_saes
-from gsae_jax.saes import gated, relu
+from gsae_jax.saes import gated, gated_transcoder, jumprelu_transcoder, relu
 from gsae_jax.training import loop
+from tests.fixtures.lms import make as fixtures
 from tests.refusals import refused
 from tests.sae_files import make
 from tests.test_saes import away_from_init
 
+FIXTURES = Path(fixtures.__file__).parent
 REAL = next(
     (above / "shared" / "real" for above in Path(__file__).parents if (above / "shared" / "real").exists()), None
 )
@@ -168,6 +170,113 @@ def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_p
     dead.save(tmp_path / "dead")
     with refused(field, "2 features", "decoder row is zero"):
         starts(tmp_path / "dead")
+
+
+READS, WRITES = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
+
+
+@pytest.fixture
+def transcoders(tmp_path):
+    """A transcoder in a file of Gemma Scope, which says nothing of it, and in SAELens', which names its sites."""
+    config = jumprelu_transcoder.Config(d_in=32, d_out=32, width=64)
+    sae = dataclasses.replace(
+        make(jumprelu_transcoder),
+        config=config,
+        params=away_from_init(jumprelu_transcoder, config),
+        site=READS,
+        target=WRITES,
+        norm_limit=math.inf,
+        metadata={},
+    )
+    sae.save(tmp_path / "scope", "gemma_scope")
+    (tmp_path / "scope" / "gsae_jax.json").unlink()
+    sae.save(tmp_path / "lens", "saelens")
+    return sae
+
+
+def test_a_stack_of_transcoders_starts_from_a_file_that_does_not_say_what_it_is(experiment, tmp_path, transcoders):
+    """Its decoder rows made unit; a JumpReLU one also as the gated transcoder that it is."""
+    stack, x = experiment.stacks["gated"], jax.random.normal(jax.random.key(2), (50, 32))
+
+    def starts(path, **changes):
+        own = {"architecture": "gated_transcoder", "site": READS, "target": WRITES, "l1_coefficients": (0.01,)}
+        own |= {"learning_rates": (1e-3,), "seeds": (0,), "start_from": str(tmp_path / path)}
+        changed = dataclasses.replace(stack, **own | changes)
+        return sae_loading.starts(dataclasses.replace(experiment, stacks={"second": changed}))["second"]
+
+    for path in ("scope", "lens"):
+        for module in (gated_transcoder, jumprelu_transcoder):
+            params = starts(path, architecture=module.__name__.rpartition(".")[2])
+            params = {name: value[0] for name, value in params.items()}
+            np.testing.assert_allclose(np.linalg.norm(params["W_dec"], axis=-1), 1, rtol=1e-5)
+            f = module.encode(params, x, module.Config(d_in=32, d_out=32, width=64))
+            assert np.asarray(f > 0).mean() > 0.1
+            np.testing.assert_allclose(module.decode(params, f), transcoders(x), rtol=1e-4, atol=1e-4)
+    with refused("stacks.second.start_from", "differs in target", f"{WRITES} there"):
+        starts("lens", target="blocks.0.hook_resid_post")
+    with refused("stacks.second.start_from", "architecture (jumprelu there, relu_april here)"):
+        starts("scope", architecture="relu_april", target="")
+
+
+def test_the_sites_of_transcoders_are_given_to_the_command(config_dict, tmp_path, transcoders, capsys):
+    config = relu.Config(32, 64)
+    sae = dataclasses.replace(make(relu), config=config, params=away_from_init(relu, config), site=WRITES, metadata={})
+    dataclasses.replace(sae, name="sae_0").save(tmp_path / "sae")
+    config_dict = config_dict.to_dict() | {"stacks": {}}
+
+    def measured(out, *names, **options):
+        folders = [str(tmp_path / name) for name in names]
+        evaluate_saes(folders, str(tmp_path / out), config_dict, tokens=256, **options)
+        saes = json.loads((tmp_path / out / "report.json").read_text())["saes"]
+        return {sae["name"]: [sae[field] for field in ("site", "l0", "fvu", "loss_recovered")] for sae in saes}
+
+    theirs = measured("one", "lens", "sae")
+    found = measured("two", "scope", "sae", site=(READS, WRITES))
+    assert "is used, as --" not in capsys.readouterr().err
+    assert found == {"scope_0": theirs["stack_2"], "sae_0": theirs["sae_0"]}
+    assert found["scope_0"][0] == found["sae_0"][0] == WRITES
+    with refused("--site", "is missing", "scope"):
+        measured("three", "scope")
+    with refused("--target", "none of the SAEs is a transcoder"):
+        measured("three", "sae", site=("", WRITES))
+    with refused("--target", "'blocks.0.hook'"):
+        measured("three", "scope", site=(READS, "blocks.0.hook"))
+    tree = json.loads((tmp_path / "lens" / "cfg.json").read_text())
+    del tree["metadata"]["hook_name_out"], tree["metadata"]["gsae_jax"]
+    (tmp_path / "lens" / "cfg.json").write_text(json.dumps(tree))
+    with refused("--target", "is missing", "lens"):
+        measured("three", "lens")
+    assert measured("three", "lens", site=("", WRITES)) == {"lens_0": theirs["stack_2"]}
+    other = "blocks.0.hook_resid_post"
+    assert measured("four", "lens", site=("", other))["lens_0"][0] == other
+    assert "is used, as --" not in capsys.readouterr().err
+    assert measured("five", "lens", site=(WRITES, other))["lens_0"][0] == other
+    assert f"{WRITES!r} is used, as --site says" in capsys.readouterr().err
+
+
+def test_the_weights_of_a_norm_are_divided_out_of_an_encoder(tmp_path, capsys):
+    """Of a transcoder that was trained in TransformerLens, as in docs/exchange.md: its hook lacks RMSNorm's weights."""
+    lm = gsae_jax.load_lm(FIXTURES / "gemma2")
+    D = lm.sites[READS]
+    config = jumprelu_transcoder.Config(d_in=D, d_out=D, width=64, skip=True)
+    params = away_from_init(jumprelu_transcoder, config)
+    sae = dataclasses.replace(make(jumprelu_transcoder), config=config, params=params, site=READS, target=WRITES)
+    weights = 1 + np.asarray(lm.params["blocks.0"]["ln2"]["w"])
+    x = np.asarray(lm.activations([list(range(10))], [READS])[READS])
+    folded = {name: sae.params[name] / weights[:, None] for name in ("W_enc", "W_skip")}
+    folded = dataclasses.replace(sae, params=sae.params | folded)
+    np.testing.assert_allclose(folded.encode(x), sae.encode(x / weights), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(folded(x), sae(x / weights), rtol=1e-4, atol=1e-4)
+    for run, is_warned in (("", True), ("mine", False)):
+        for path, reads in (("gemma2", READS), ("gemma2", WRITES), ("gpt2", READS)):
+            widths = gsae_jax.load_lm(FIXTURES / path).sites
+            config = jumprelu_transcoder.Config(d_in=widths[reads], d_out=widths[WRITES], width=64)
+            params = jumprelu_transcoder.init(jax.random.key(0), config)
+            placed = dataclasses.replace(sae, config=config, params=params, site=reads, run=run)
+            lm_config = config_lib.LM(str(FIXTURES / path))
+            sae_sources._at_sites({"a": placed}, lm_config, "", "")
+            warned = "divided by these weights" in capsys.readouterr().err
+            assert warned == (is_warned and (path, reads) == ("gemma2", READS))
 
 
 HOOKS = ("transformer.h.0.mlp.output", "blocks.0.mlp.hook_out", "x.y")

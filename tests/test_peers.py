@@ -23,7 +23,8 @@ from gsae_jax.data import rows
 from gsae_jax.formats import jumprelu
 from gsae_jax.lms import checkpoints
 from gsae_jax.publishing import model_card
-from gsae_jax.saes import batch_topk, contract, trained
+from gsae_jax.saes import batch_topk, contract, crosscoder, linalg, parameters, relu, relu_crosscoder, trained
+from gsae_jax.saes import jumprelu as jumprelu_lib
 from gsae_jax.storage.run_directory import Workdir
 from gsae_jax.training.stacks import Stack
 from tests import references, sae_files
@@ -63,29 +64,56 @@ def other_kinds(tmp_path_factory):
     return folder
 
 
-KINDS = ("relu", "jumprelu", "topk", "batch_topk", "matryoshka")
+TRANSCODERS = ("relu_transcoder", "gated_transcoder", "jumprelu_transcoder", "topk_transcoder", "batch_topk_transcoder")
+KINDS = ("relu", "relu_april", "jumprelu", "topk", "batch_topk", "matryoshka", "relu_crosscoder", *TRANSCODERS)
+KINDS += tuple(f"{name} skip" for name in TRANSCODERS)
+TARGET, SITES = "blocks.0.hook_resid_post", (SITE, "blocks.0.hook_resid_mid")
 
 
 def of_kind(name, x, width=512, k=16):
     """An SAE with about k active features on a token, and an encoder that is not the decoder's transpose."""
-    module = contract.module_of(name)
+    if name == "relu_crosscoder":
+        sae, widths = of_kind("relu", np.concatenate(of_sites(x), 1), width, k), x.shape[1:] * 2
+        params = crosscoder.split(relu.PARAMETERS, sae.params, widths)
+        config = relu_crosscoder.Config(width=width, d_in=widths)
+        return dataclasses.replace(sae, name=f"{name}_0", architecture=name, config=config, site=SITES, params=params)
+    architecture, _, skip = name.partition(" ")
+    module = contract.module_of(architecture)
+    transcodes, random = contract.writes_others(module), np.random.default_rng(1)
     options = {"k": k} if contract.sparsity(module) else {}
-    config = module.Config(x.shape[1], width, **options)
+    options |= {"d_out": x.shape[1], "skip": bool(skip)} if transcodes else {}
+    config = module.Config(d_in=x.shape[1], width=width, **options)
     params = {key: np.array(value) for key, value in module.init(jax.random.key(0), config).items()}
-    random = np.random.default_rng(1)
-    params["W_enc"] += 0.02 * random.standard_normal(params["W_enc"].shape, np.float32)
+    if architecture == "relu_april":
+        params = {key: np.array(value) for key, value in linalg.with_unit_rows(params).items()}
+    encoder, bias = ("W_gate", "b_gate") if "W_gate" in params else ("W_enc", "b_enc")
+    params[encoder] += 0.02 * random.standard_normal(params[encoder].shape, np.float32)
     params["b_dec"] = x.mean(0)
-    pi = (x - params["b_dec"]) @ params["W_enc"]
-    params["b_enc"] = -pi.mean(0)
-    threshold = np.quantile(pi + params["b_enc"], 1 - k / width).astype(np.float32)
+    center = "b_in" if "b_in" in params else "b_dec"
+    params[center] = x.mean(0)
+    if skip:
+        params["W_skip"] = 0.1 * random.standard_normal(params["W_skip"].shape, np.float32)
+    pi = (x - x.mean(0)) @ params[encoder]
+    params[bias] = -pi.mean(0)
+    threshold = np.quantile(pi + params[bias], 1 - k / width).astype(np.float32)
     if "threshold" in params:
         params["threshold"] = np.full(width, threshold)
-    if name == "relu":
-        params["b_enc"] -= threshold / 4  # more are active, so that no token has only features that are hardly active
-    if name == "jumprelu":
-        params["b_enc"] -= params["b_dec"] @ params["W_enc"]
+    if "b_mag" in params:
+        params |= {"b_mag": params[bias], bias: params[bias] - 1.01 * threshold}
+        params["r_mag"] = 0.1 * random.standard_normal(width, np.float32)
+    if architecture.startswith("relu"):
+        params[bias] -= threshold / 4  # more are active, so that no token has only features that are hardly active
+    if architecture.startswith("jumprelu"):
         params["threshold"] *= random.uniform(0.8, 1.2, width).astype(np.float32)
-    return trained.SAE(f"{name}_0", name, config, SITE, {key: jnp.asarray(value) for key, value in params.items()})
+    if parameters.input_bias(module) is None:
+        params[bias] -= x.mean(0) @ params[encoder]
+    params, target = {key: jnp.asarray(value) for key, value in params.items()}, TARGET * transcodes
+    return trained.SAE(f"{name}_0", architecture, config, SITE, params, target=target)
+
+
+def of_sites(x):
+    """Inputs of a crosscoder of two sites, as `peers_worker.of_sites` makes them."""
+    return x, x[::-1]
 
 
 def ask(order, folder):
@@ -104,22 +132,28 @@ def outputs(file):
 
 def assert_same(sae, x, theirs):
     """Features to 1e-5 of a token's largest, reconstructions to 1e-5 of their norm."""
-    f = np.asarray(sae.encode(x))
+    several = len(sae.sites) > 1
+    x = of_sites(x) if several else x
+    f, whole = np.asarray(sae.encode(x)), np.concatenate(x, 1) if several else x
     assert 0.01 < (f > 0).mean() < 0.9
-    references.assert_same_support(f, theirs["f"], x, form_of(sae, x))
+    references.assert_same_support(f, theirs["f"], whole, form_of(sae, whole))
     close = np.abs(f - theirs["f"]) <= 1e-5 * f.max(-1, keepdims=True)
     assert close[(f > 0) == (theirs["f"] > 0)].all()
-    x_hat = np.asarray(sae.decode(f))
+    x_hat = np.stack(sae(x), 1) if several else np.asarray(sae(x))
     error, norms = (np.linalg.norm(value, axis=-1) for value in (x_hat - theirs["x_hat"], x_hat))
     assert (error <= 1e-5 * norms).all()
 
 
 def form_of(sae, x):
     """The parameters of the JumpReLU form; of a TopK SAE with thresholds [B, 1], each the least selected activation."""
-    if sae.architecture != "topk":
+    if sae.architecture == "relu_crosscoder":
+        whole = crosscoder.joined(relu.PARAMETERS, sae.params)
+        return jumprelu_lib.from_relu(whole, None)
+    if not sae.architecture.startswith("topk"):
         return jumprelu.form(sae).params
-    W_enc, b_enc, b_dec = (np.asarray(sae.params[name], np.float64) for name in ("W_enc", "b_enc", "b_dec"))
-    b_enc -= b_dec @ W_enc
+    center = parameters.input_bias(sae.functions)
+    W_enc, b_enc, center = (np.asarray(sae.params[name], np.float64) for name in ("W_enc", "b_enc", center))
+    b_enc -= center @ W_enc
     pi = np.sort(x @ W_enc + b_enc, 1)
     return {"W_enc": W_enc, "b_enc": b_enc, "threshold": pi[:, [-sae.config.k]]}
 
@@ -148,18 +182,30 @@ def test_their_saes_give_the_same_features_here(other_kinds):
     x, saes = np.load(folder / "x.npy"), gsae_jax.load(folder / "theirs")
     found = outputs(folder / "made.npz")
     assert sorted(found) == sorted(saes)
-    assert len(found) == 26
+    assert len(found) == 36
     kinds = {"gated": "gated", "standard": "relu", "topk": "topk", "free rows": "topk"}
+    kinds |= dict.fromkeys(("transcoder", "skip_transcoder"), "relu_transcoder")
+    kinds |= dict.fromkeys(("jumprelu_transcoder", "jumprelu_skip_transcoder"), "jumprelu_transcoder")
     kinds |= dict.fromkeys(("jumprelu", "batchtopk", "matryoshka"), "jumprelu")
     numbered = {
         "trainer": ("gated", "relu", "jumprelu", "relu", "topk", "batch_topk", "matryoshka"),
         "layers.0": ("topk",),
-        "llamascopium": ("relu", "jumprelu", "topk", "topk"),
+        "layers.0.mlp": ("topk_transcoder", "topk_transcoder"),
+        "llamascopium": (
+            "relu",
+            "jumprelu",
+            "topk",
+            "topk",
+            *(f"{name}_transcoder" for name in ("relu", "jumprelu", "topk")),
+        ),
+        "crosscoder": ("relu_crosscoder",),
     }
     for name, theirs in found.items():
         stack, _, index = name.rpartition("_")
         assert saes[name].architecture == (numbered[stack][int(index)] if stack in numbered else kinds[stack]), name
-        assert saes[name].metadata.get("model_name") == (None if stack in ("layers.0", "llamascopium") else "small")
+        tells = stack not in ("layers.0", "layers.0.mlp", "llamascopium", "crosscoder")
+        assert saes[name].metadata.get("model_name") == ("small" if tells else None)
+        assert bool(saes[name].target) == ("transcoder" in saes[name].architecture)
         assert_same(saes[name], x, theirs)
 
 

@@ -163,7 +163,7 @@ def read(path: Path) -> trained.SAE:
         params = records.recentered(architecture, params)
     with errors.about(str(path / WEIGHTS)):
         params = _as_loaded(trainer["dict_class"], params)
-    sae = records.build(path, architecture, params, site, record, metadata, options)
+    sae = records.build(path, architecture, params, records.Told(site or "", metadata, record), options)
     if sizes and sae.config.sizes != sizes:
         files.refuse(path / WEIGHTS, [f"group_sizes are not those of the options ({sae.config.prefixes})"])
     return sae

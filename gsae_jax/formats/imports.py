@@ -13,10 +13,15 @@ logger = logging.getLogger(__name__)
 LANGUAGE_MODEL = ("model.safetensors", "model.safetensors.index.json", "tokenizer.json")
 
 
-def read(path: Path) -> dict[str, trained.SAE]:
+def read(path: Path, transcoders: bool = False) -> dict[str, trained.SAE]:
     """The SAE of a path in a known format, or those of a folder of such folders, by name; none where it is neither.
 
     Warns of folders beside them that are no SAE, one that was copied in part for example.
+
+    Args:
+        path: of a folder or a file.
+        transcoders: read files that do not say what they are of as those of transcoders. A format with such files has
+            the function `read_transcoder`.
 
     Raises:
         UserError: a file that does not fit its format, a folder of a language model, or two SAEs of one name.
@@ -34,7 +39,8 @@ def read(path: Path) -> dict[str, trained.SAE]:
         if format is None:
             others.append(folder.name)
             continue
-        sae = format.read(folder)
+        read_one = getattr(format, "read_transcoder", format.read) if transcoders else format.read
+        sae = read_one(folder)
         if sae.name in saes:
             raise UserError(f"has the second SAE called {sae.name!r}; load them one by one", str(folder))
         saes[sae.name] = sae

@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "learning_rate": (float, int, None),
     "seed": (int, None),
     "scale": (float, int, None),
-    "norm_limit": (float, int, None),
+    "norm_limit": (float, int, None, list),  # a list of them where several sites are written
     # Where an export of another architecture would have the same file.
     "architecture": (str, ...),
     # Exports of earlier versions have none of these.
@@ -59,8 +59,30 @@ METADATA: dict[str, tuple[Any, ...]] = {
     "dataset_path": (str, None, ...),
     "prepend_bos": (bool, None, ...),
 }
-# Of the file beside.
-BESIDE: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), KEY: (dict,)}
+# Of the file beside. Lists have the names of several sites.
+BESIDE: dict[str, tuple[Any, ...]] = {
+    "site": (str, list),
+    "target": (str, list, ...),  # of a transcoder
+    "metadata": (dict,),
+    KEY: (dict,),
+}
+Names = str | tuple[str, ...]  # of a site, or of several
+
+
+class Told(NamedTuple):
+    """What the files of an SAE say besides its function.
+
+    Attributes:
+        site: that it reads; "" is unknown.
+        target: that it writes if it is a transcoder; "" is unknown, or that it is none.
+        metadata: about its model and text.
+        record: of our own exports; None for other files.
+    """
+
+    site: Names
+    metadata: dict[str, Any]
+    record: dict[str, Any] | None
+    target: Names = ""
 
 
 class DivergedError(UserError):
@@ -88,7 +110,7 @@ def raise_for(failed: Mapping[str, UserError], written: Sequence[str]) -> None:
 def record(sae: trained.SAE) -> dict[str, Any]:
     """What no other format has a place for; null is unknown, or no limit of norms."""
     numbers = {name: getattr(sae, name) for name in ("l1_coefficient", "learning_rate", "scale", "norm_limit")}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()} | {
+    return {name: _finite(value) for name, value in numbers.items()} | {
         "name": sae.name,
         "run": sae.run,
         "stack": sae.stack,
@@ -99,35 +121,69 @@ def record(sae: trained.SAE) -> dict[str, Any]:
     }
 
 
-def write_beside(sae: trained.SAE, folder: Path) -> None:
-    """Write the record, the site and the metadata to a file of their own."""
-    files.write_json(folder / FILE, {"site": sae.site, "metadata": sae.metadata, KEY: record(sae)})
+def _finite(value: float | tuple[float, ...]) -> Any:
+    if isinstance(value, tuple):
+        return [_finite(number) for number in value]
+    return value if math.isfinite(value) else None
+
+
+def write_beside(sae: trained.SAE, folder: Path, architecture: str | None = None) -> None:
+    """Write the record, the sites and the metadata to a file of their own.
+
+    Args:
+        sae: the SAE.
+        folder: of the file.
+        architecture: is written if an export of another architecture would have the same files.
+    """
+    named = {} if architecture is None else {"architecture": architecture}
+    tree = {"site": sae.site, "metadata": sae.metadata, KEY: record(sae) | named}
+    files.write_json(folder / FILE, tree | ({"target": sae.target} if sae.target else {}))
 
 
 def read_beside(
-    folder: Path, architecture: str, width: int = 1, options: Mapping[str, Any] = NONE
-) -> tuple[str | None, dict[str, Any], dict[str, Any] | None]:
-    """(Site, metadata, record) of such a file; (None, {}, None) where there is none.
+    folder: Path, candidates: str | Sequence[str], width: int = 1, options: Mapping[str, Any] = NONE
+) -> tuple[str, Told]:
+    """(The architecture, what such a file says); the first candidate and nothing where there is no file.
 
     Args:
         folder: of the file.
-        architecture: as for `misfits`.
+        candidates: the architectures that the SAE may be of.
         width: as for `misfits`.
         options: as for `misfits`.
 
     Raises:
         UserError: everything that does not fit.
     """
+    candidates = (candidates,) if isinstance(candidates, str) else candidates
     beside = folder / FILE
     if not beside.exists():
-        return None, {}, None
+        return candidates[0], Told("", {}, None)
     tree = reading.read_json(beside, strict=True)
     faults = files.misfits(tree, BESIDE)
     faults += [f"{name} is not known" for name in sorted(set(tree) - set(BESIDE))]
     files.refuse(beside, faults)
+    kind = architecture(tree[KEY], candidates)
     faults = files.misfits(tree["metadata"], METADATA, "metadata.")
-    files.refuse(beside, faults + misfits(tree[KEY], architecture, f"{KEY}.", width, options))
-    return tree["site"], tree["metadata"], tree[KEY]
+    faults += misfits(tree[KEY], kind, f"{KEY}.", width, options)
+    module = contract.module_of(kind)
+    for name, writes in (("site", False), ("target", True)):
+        faults += [] if name not in tree else _of_wrong_sites(tree[name], name, module, writes)
+    files.refuse(beside, faults)
+    site, target = (
+        tuple(names) if isinstance(names, list) else names for names in (tree["site"], tree.get("target", ""))
+    )
+    return kind, Told(site, tree["metadata"], tree[KEY], target)
+
+
+def _of_wrong_sites(names: Any, field: str, module: contract.Architecture, writes: bool) -> list[str]:
+    """What is wrong with the names of the sites that an architecture reads or writes."""
+    if writes and not contract.writes_others(module):
+        return [f"{field} is given, but the architecture writes the site that it reads"]
+    several = contract.reads_several(module)
+    if isinstance(names, list) != several:
+        return [f"{field} is {json.dumps(names)[:60]}, not {'a list of sites' if several else 'one site'}"]
+    is_list_of_names = several and names and all(isinstance(name, str) and name for name in names)
+    return [] if is_list_of_names or not several else [f"{field} is {json.dumps(names)[:60]}, not a list of names"]
 
 
 def arrays(sae: trained.SAE) -> dict[str, Any]:
@@ -143,18 +199,19 @@ def arrays(sae: trained.SAE) -> dict[str, Any]:
     return params_on_host
 
 
-def held(sae: trained.SAE, tensors: Mapping[str, Collection[str]]) -> dict[str, Any]:
+def held(sae: trained.SAE, tensors: Mapping[str, Collection[str]], optional: Collection[str] = ()) -> dict[str, Any]:
     """The `arrays` of an SAE that a format can hold.
 
     Args:
         sae: the SAE.
         tensors: the names of parameters that the format has, by architecture.
+        optional: the names of parameters that an SAE of any of these may also have.
 
     Raises:
         UserError: an SAE of another architecture, or with other parameters.
         DivergedError: as `arrays`.
     """
-    if set(sae.params) != set(tensors.get(sae.architecture, ())):
+    if set(sae.params) - set(optional) != set(tensors.get(sae.architecture, ())) - set(optional):
         kind = contract.variant(sae.architecture, sae.config)
         raise UserError(
             f"is of the kind {kind!r}, which this format cannot hold; it holds {', '.join(tensors)}", sae.name
@@ -162,10 +219,49 @@ def held(sae: trained.SAE, tensors: Mapping[str, Collection[str]]) -> dict[str, 
     return arrays(sae)
 
 
-def shapes(architecture: str, names: Iterable[str], D: int, F: int) -> dict[str, files.Shape]:
-    """Of parameters, by our names."""
+def converted(sae: trained.SAE, architecture: str) -> trained.SAE:
+    """The same function as an SAE of another architecture, which has the default options.
+
+    The architecture must have a converter from that of the SAE. A skip stays.
+
+    Raises:
+        UserError: the architecture has no parameters with this function.
+        DivergedError: numbers that are not finite, or overflow in this form.
+    """
+    convert = contract.converter(sae.architecture, architecture)
+    assert convert is not None, "callers have asked"
+    before = arrays(sae)
+    with errors.within(sae.name):
+        params: dict[str, Any] = convert(before, sae.config)
+    module = contract.module_of(architecture)
+    if names := tables.not_finite(module, params):
+        raise DivergedError(sae.name, names)
+    config = sae.config
+    if sae.architecture != architecture:
+        kept = {name: getattr(config, name) for name in (*contract.OWN, "skip") if hasattr(config, name)}
+        config = module.Config(**kept)
+    return dataclasses.replace(sae, architecture=architecture, config=config, params=params)
+
+
+def shapes(architecture: str, names: Iterable[str], D: int, F: int, D_out: int | None = None) -> dict[str, files.Shape]:
+    """Of parameters, by our names; `D_out` is the width of what a transcoder writes."""
     table = contract.module_of(architecture).PARAMETERS
-    return {name: table[name].sizes(types.SimpleNamespace(d_in=D, width=F)) for name in names}
+    sizes = types.SimpleNamespace(d_in=D, d_out=D if D_out is None else D_out, width=F)
+    return {name: table[name].sizes(sizes) for name in names}
+
+
+def without_center(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a transcoder for a file without b_in, which becomes a part of the encoders' biases."""
+    if "b_in" not in params:
+        return params
+    moved = contract.shifted(contract.module_of(architecture), params, -params["b_in"])
+    return {name: value for name, value in moved.items() if name != "b_in"}
+
+
+def with_center(architecture: str, params: dict[str, Any], D: int) -> dict[str, Any]:
+    """The parameters of a transcoder from such a file, with b_in = 0 if its architecture centres inputs."""
+    centres = "b_in" in contract.module_of(architecture).PARAMETERS
+    return params | ({"b_in": np.zeros(D, np.float32)} if centres else {})
 
 
 def recentered(architecture: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +333,8 @@ def misfits(
         faults += [
             f"{where}{name} is {json.dumps(record[name])[:60]}, not from {low:g} to {high:g}"
             for name, (low, high) in RANGES.items()
-            if record.get(name) is not None and not low <= record[name] <= high
+            for value in _listed(record.get(name))
+            if value is not None and not (type(value) in (int, float) and low <= value <= high)
         ]
         faults += [
             f"{where}options.{name} is {json.dumps(record['options'][name])[:60]}, but {name} is {value}"
@@ -245,6 +342,8 @@ def misfits(
             if record["options"].get(name, value) != value
         ]
         module, given = contract.module_of(architecture), {**options, **record["options"]}
+        if isinstance(record["norm_limit"], list) and not contract.reads_several(module):
+            faults.append(f"{where}norm_limit is a list, but the architecture writes one site")
         try:
             contract.build_config(module, architecture, (1,), None, width, record["dtype"], given)
         except UserError as error:
@@ -254,17 +353,16 @@ def misfits(
 
 
 def build(
-    path: Path,
-    architecture: str,
-    params: dict[str, Any],
-    site: str | None,
-    record: dict[str, Any] | None,
-    metadata: dict[str, Any],
-    options: Mapping[str, Any] = NONE,
+    path: Path, architecture: str, params: dict[str, Any], told: Told, options: Mapping[str, Any] = NONE
 ) -> trained.SAE:
     """The SAE of a file, with its record; one that is not ours has the name of its folder, or file.
 
-    `options`: those that the other fields of the file state, such as `k`.
+    Args:
+        path: of the file, or of its folder.
+        architecture: of the SAE.
+        params: all of its parameters.
+        told: what its files say besides.
+        options: those that the other fields of the file state, such as `k`.
 
     Raises:
         UserError: parameters that do not fit the record, or overflow.
@@ -274,14 +372,22 @@ def build(
     stem = path.name if path.is_dir() else path.parent.name if path.stem == "params" else path.stem
     stem = re.sub(r"^[. ]|[^\w .=+-]", "_", stem)[:100]
     name = stem if re.search(r"._\d+$", stem) else f"{stem}_0"
-    ours, record = record is not None, record or {"name": name, "options": {}, "dtype": "float32"}
+    record = told.record or {"name": name, "options": {}, "dtype": "float32"}
     module = contract.module_of(architecture)
     names = tables.not_finite(module, params)
     files.refuse(path, [f"the parameter {name} has numbers that are not finite or overflow" for name in names])
-    width, d_in = params["W_dec"].shape
+    sizes = {
+        (size, module.PARAMETERS[name].site): length
+        for name, value in params.items()
+        for size, length in zip(module.PARAMETERS[name].shape, value.shape, strict=True)
+    }
+    d_in, d_out = (
+        tuple(length for (size, _), length in sorted(sizes.items()) if size == which) for which in ("d_in", "d_out")
+    )
     with errors.within(name):
         given = {**options, **record["options"]}
-        config = contract.build_config(module, architecture, (d_in,), None, width, record["dtype"], given)
+        width, dtype = sizes["width", 0], record["dtype"]
+        config = contract.build_config(module, architecture, d_in, d_out or None, width, dtype, given)
     wanted = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
     if wanted.keys() != params.keys():
         kind = contract.variant(architecture, config)
@@ -291,20 +397,48 @@ def build(
     files.refuse(
         path, [f"its options are those of {kind!r}, with which the tensor {name} would be another" for name in unlike]
     )
+    limit, sites_read = _limit(record.get("norm_limit")), _site(told.site, told.record is not None)
+    lists = {"site": sites_read, "norm_limit": limit}
+    files.refuse(
+        path,
+        [
+            f"{field} is a list of {len(value)}, but the tensors are of {len(d_in)} sites"
+            for field, value in lists.items()
+            if isinstance(value, tuple) and len(value) != len(d_in)
+        ],
+    )
     numbers = {name: record.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
-    limit = record.get("norm_limit")
     sae = trained.SAE(
         name=record["name"],
         architecture=architecture,
         config=config,
-        site=site if ours and site else sites.hook_name(site or "") or site or "",
+        site=sites_read,
         params={name: jnp.asarray(value) for name, value in params.items()},
         seed=record.get("seed"),
-        norm_limit=math.inf if limit is None else limit,
-        metadata=metadata,
+        norm_limit=limit,
+        metadata=told.metadata,
+        target=_site(told.target, told.record is not None),
         **_identity(record),
     )
     return dataclasses.replace(sae, **{name: value for name, value in numbers.items() if value is not None})
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _site(names: Any, ours: bool) -> Any:
+    """The site that a file names, or several."""
+    if isinstance(names, tuple):
+        return tuple(_site(name, ours) for name in names)
+    return names if ours and names else sites.hook_name(names or "") or names or ""
+
+
+def _limit(value: Any) -> Any:
+    """The limits of norms; null is none."""
+    if isinstance(value, list):
+        return tuple(_limit(number) for number in value)
+    return math.inf if value is None else value
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:

@@ -132,9 +132,11 @@ def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
         for site in getattr(tap, "edits", ()):
             check(site, sites, "tap")
         return tap
-    if not tap.site:
-        raise UserError("does not say its site; give `lambda site, x: sae(x) if site == '...' else x`", "tap")
     reads, writes = getattr(tap, "sites", (tap.site,)), getattr(tap, "targets", (tap.site,))
+    if not all(reads):
+        raise UserError("does not say its site; give `lambda site, x: sae(x) if site == '...' else x`", "tap")
+    if not all(writes):
+        raise UserError("does not say its target; give `dataclasses.replace(sae, target='...')`", "tap")
     if len(writes) > 1:
         why = f"writes {len(writes)} sites, {', '.join(writes)}"
         raise UserError(f"{why}; give an SAE that writes one site, or a function of (site, activations)", "tap")
@@ -190,6 +192,7 @@ def stream_before(site: str) -> str:
     return f"blocks.{layer_of(site)}.hook_resid_pre"
 
 
+MLP_INPUT = "ln2.hook_normalized"
 # Modules of a Hugging Face block and hooks of TransformerLens 3, by their names after the block's number, and the sites
 # that their outputs are.
 OUTPUTS = {
@@ -197,6 +200,7 @@ OUTPUTS = {
     "hook_in": "hook_resid_pre",
     "hook_out": "hook_resid_post",
     "mlp.act": "mlp.hook_post",
+    "mlp.hook_in": MLP_INPUT,
 }
 # The same for blocks without norms after attention and MLP. In other blocks, those of Gemma 2 and 3, the norms' outputs
 # are the sites.

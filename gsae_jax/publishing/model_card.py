@@ -184,7 +184,7 @@ def card(
             # A revision is known of the run's own name on the hub, and not of another that stands in a label.
             "lm_revision": training.get(REVISION, "") if labels.base_model == model else "",
             "architectures": sorted({plugins.label(sae.architecture) for sae in saes.values()}),
-            "sites": sorted({site for sae in saes.values() for site in sae.sites}),
+            "sites": sorted({site for sae in saes.values() for site in (*sae.sites, *sae.targets)}),
             "model": model,
             "labels": labels,
             "dataset": example.metadata["dataset_path"],

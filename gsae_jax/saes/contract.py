@@ -535,6 +535,16 @@ def normal_form(architecture: Architecture, params: Params, config: Any) -> Para
     return own(params, config) if own else params
 
 
+def reads_several(architecture: Architecture) -> bool:
+    """Whether it reads a tuple of sites, as crosscoders do."""
+    return typing.get_type_hints(architecture.Config)["d_in"] is not int
+
+
+def writes_others(architecture: Architecture) -> bool:
+    """Whether it writes other sites than it reads, as transcoders do."""
+    return "d_out" in typing.get_type_hints(architecture.Config)
+
+
 def can_shift(architecture: Architecture) -> bool:
     """Whether the architecture has `shifted`."""
     return hasattr(architecture, "shifted")

@@ -115,7 +115,7 @@ def from_relu_april(params: dict[str, jax.Array], config: Any) -> dict[str, jax.
 
 def from_batch_topk(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
     """The same function as a BatchTopK SAE's after training, with its running threshold."""
-    b_enc = linalg.shifted(params["b_enc"], -params["b_dec"], params["W_enc"])
+    b_enc = linalg.shifted(params["b_enc"], -linalg.center(params), params["W_enc"])
     return params | {"b_enc": b_enc, "threshold": jax.nn.relu(params["threshold"])}
 
 

@@ -1,6 +1,6 @@
 """The JumpReLU transcoder: `transcoder` says what it computes, `jumprelu` how thresholds are trained.
 
-It is also the exact form of gated transcoders with a tied encoder, and of ReLU transcoders.
+It is also the exact form of gated transcoders with a tied encoder, and of ReLU and BatchTopK transcoders.
 """
 
 import dataclasses
@@ -40,3 +40,8 @@ def from_gated_transcoder(params: dict[str, jax.Array], config: gated_transcoder
 def from_relu_transcoder(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
     """The same function as a ReLU transcoder's."""
     return {name: value for name, value in jumprelu.from_relu(params, config).items() if name != "b_in"}
+
+
+def from_batch_topk_transcoder(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The same function as a BatchTopK transcoder's after training, with its running threshold."""
+    return {name: value for name, value in jumprelu.from_batch_topk(params, config).items() if name != "b_in"}

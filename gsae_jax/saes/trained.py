@@ -43,7 +43,8 @@ class SAE(Sites):
         norm_limit: activations of the target with a larger norm were not used for training. A tuple of limits if the
             SAE writes several sites.
         metadata: facts about its model and text, under SAELens' names. An imported SAE has all metadata of its file.
-        target: the site that it reconstructs; by default the site that it reads.
+        target: the site that it reconstructs; by default the site that it reads. Of a transcoder whose file does not
+            name its target, it is "".
         run, stack, index: the run and the stack in which it was trained, and its position in the stack. If an imported
             SAE does not record them, `run` is "" and the others are derived from the name of its folder.
     """
@@ -63,6 +64,12 @@ class SAE(Sites):
     run: str = ""
     stack: str = ""
     index: int = 0
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The sites that it writes; by default those that it reads. ("",) if that is not known."""
+        is_unknown = not self.target and contract.writes_others(self.functions)
+        return ("",) if is_unknown else super().targets
 
     @property
     def functions(self) -> contract.Architecture:
@@ -102,7 +109,7 @@ class SAE(Sites):
         numbers = {"l1_coefficient": self.l1_coefficient, "learning_rate": self.learning_rate, "seed": self.seed}
         known = [f"{name} {value:g}" for name, value in numbers.items() if value is not None and not math.isnan(value)]
         place = ", ".join(self.sites) or "an unknown site"
-        written = f" -> {', '.join(self.targets)}" if self.target else ""
+        written = f" -> {', '.join(self.targets) or 'an unknown site'}" if self.targets != self.sites else ""
         sizes = f"{self.architecture}, {self.width} features of {place}{written}, d_in {self.d_in}"
         return f"<SAE {self.name}: {', '.join([sizes, *known])}>"
 
