@@ -12,7 +12,7 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax import collecting, features
 from gsae_jax.collecting import Wanted, collect
-from gsae_jax.export import export
+from gsae_jax.exporting import export
 from gsae_jax.features import neuronpedia
 from tests.conftest import tiny
 from tests.refusals import refused

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
-from gsae_jax import export as export_lib
+from gsae_jax import exporting as export_lib
 from gsae_jax.formats import files, jumprelu
 from gsae_jax.saes import (
     contract,

@@ -13,7 +13,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import export as export_lib
+from gsae_jax import exporting as export_lib
 from gsae_jax import sae_loading, sae_sources
 from gsae_jax.lms import checkpoints
 from gsae_jax.measuring import evaluate, evaluate_saes

@@ -38,12 +38,12 @@ FLOOR = {
     "sae_sources": 5,
     "measuring": 6,
     "collecting": 6,
-    "export": 5,  # a command, and what the model card is made with
+    "exporting": 5,
     "reporting": 7,
     "publishing": 7,
 }
 # On the highest floor.
-COMMANDS = ("train", "evaluate", "collect", "plan", "push", "pretrain", "convert_lm", "sites", "settings")
+COMMANDS = ("train", "evaluate", "collect", "export", "plan", "push", "pretrain", "convert_lm", "sites", "settings")
 FLOOR |= dict.fromkeys(COMMANDS, 8)
 FLOOR["fitting"] = 9  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 
 import gsae_jax
-from gsae_jax import errors, export, plugins, rendering, sae_loading
+from gsae_jax import errors, exporting, plugins, rendering, sae_loading
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import report
 from gsae_jax.saes import contract, trained
@@ -79,7 +79,7 @@ def write(workdir: str, repo: str, formats: list[str], out: Path, labels: Labels
         saes = sae_loading.load(workdir, step=step)
     with writing.new_folder(out) as folder:
         for format in formats:  # without SAEs that have diverged
-            written = export.write(saes, format, folder / format)
+            written = exporting.write(saes, format, folder / format)
             saes = {name: sae for name, sae in saes.items() if name in written}
         (folder / "report").mkdir()
         for file in (place.report / name for name in report.FILES):
