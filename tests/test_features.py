@@ -16,6 +16,7 @@ from gsae_jax.features import collection as collection_lib
 from gsae_jax.features import effects, neighbours, streaming, tables
 from gsae_jax.lms import loading
 from gsae_jax.saes import batch_topk, gated, gated_crosscoder, inference, relu_transcoder, signed_gated, topk, trained
+from tests import feature_files
 from tests.measuring import SITE, on_mesh
 
 D, F, T, ROWS = 32, 48, 16, 80
@@ -105,44 +106,11 @@ def test_what_is_kept_of_each_feature_equals_numpy(collected, tokens, kind):
     db = tables.opened(folder / f"{kind}_0.sqlite")
     about = tables.known(folder / f"{kind}_0.sqlite")
     assert about == collection.about[f"{kind}_0"]
-    facts = {name: json.loads(value) for name, value in db.execute("SELECT * FROM about")}
-    assert facts["tokens"] == valid.sum() < ROWS * (T - 1)
-    edges = np.array(facts["bins"])
-    magnitude, active = np.abs(f), f != 0
-    assert active.sum((0, 1)).min() == 0 or kind in ("topk", "batch_topk", "gated_crosscoder")
-    assert active.sum((0, 1)).max() > collection_lib.effects.CONTEXTS
-    kept = {}
-    for feature, fired, density, strongest, histogram, *_ in db.execute("SELECT * FROM features"):
-        on = active[..., feature]
-        assert (fired, density) == (on.sum(), fired / valid.sum())
-        assert strongest == magnitude[..., feature].max()
-        counts = np.histogram(magnitude[..., feature][on], [*edges, math.inf])[0]
-        assert json.loads(histogram) == [[int(b), int(counts[b])] for b in np.flatnonzero(counts)]
-        kept[feature] = contexts = list(
-            db.execute(
-                "SELECT quantile, rank, row, position, activation, active, token FROM contexts WHERE feature = ?",
-                (feature,),
-            )
-        )
-        # The strongest token of each row, in descending order; of equal ones the first.
-        best = magnitude[..., feature].max(1)
-        rows = np.lexsort((np.arange(ROWS), -best))[: streaming.TOP]
-        rows = [row for row in rows if best[row] > 0]
-        strongest = sorted((rank, row, at) for q, rank, row, at, *_ in contexts if q == tables.STRONGEST)
-        assert strongest == [(n, row, magnitude[row, :, feature].argmax()) for n, row in enumerate(rows)]
-        for _, _, row, position, activation, pairs, token in contexts:
-            assert token == tokens[row, position]
-            assert activation == f[row, position, feature]
-            expected = [[int(t), f[row, t, feature]] for t in np.flatnonzero(on[row])]
-            assert [[t, np.float32(value)] for t, value in json.loads(pairs)] == expected
-    assert {feature for feature, contexts in kept.items() if contexts} == set(np.flatnonzero(active.any((0, 1))))
-    assert facts["sample_rows"] == [*range(ROWS)]
-    sample = dict(db.execute("SELECT * FROM sample"))
-    assert sample.keys() == {feature for feature, contexts in kept.items() if contexts}
-    for feature, pairs in sample.items():
-        places, values = zip(*json.loads(pairs), strict=True)
-        np.testing.assert_array_equal(places, np.flatnonzero(f[..., feature]))
-        np.testing.assert_array_equal(np.float32(values), f[..., feature][f[..., feature] != 0])
+    assert valid.sum() < ROWS * (T - 1)
+    active = (f != 0).sum((0, 1))
+    assert active.min() == 0 or kind in ("topk", "batch_topk", "gated_crosscoder")
+    assert active.max() > effects.CONTEXTS
+    feature_files.assert_kept(db, tokens, f, valid)
 
 
 @pytest.mark.parametrize("kind", ["gated", "signed_gated"])

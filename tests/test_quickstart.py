@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 import gsae_jax
+from gsae_jax import collecting, config_trees, exporting, measuring
 from gsae_jax import config as config_lib
-from gsae_jax import config_trees, export, measuring
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows
 from gsae_jax.evaluation import measure, metrics
+from gsae_jax.features import tables
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.saes import jumprelu
 from gsae_jax.storage.run_directory import Workdir
 from gsae_jax.training import preparation
-from tests import references
+from tests import feature_files, references
 
 ROOT = Path(__file__).parent.parent
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
@@ -183,7 +184,7 @@ def test_the_jumprelu_form_is_the_same_function_on_real_activations(run, held_ou
 
 @pytest.mark.quickstart
 def test_exported_saes_measure_as_they_did(run, tmp_path):
-    assert export.export(str(run), "saelens", str(tmp_path / "exported")) == list(gsae_jax.load(run))
+    assert exporting.export(str(run), "saelens", str(tmp_path / "exported")) == list(gsae_jax.load(run))
     measuring.evaluate_saes([str(tmp_path / "exported")], str(tmp_path / "report"), tokens=2**16)
     here, there = (
         json.loads((folder / "report.json").read_text())["saes"] for folder in (tmp_path / "report", run / "report")
@@ -194,6 +195,31 @@ def test_exported_saes_measure_as_they_did(run, tmp_path):
         assert [ours[name] for name in told] == [theirs[name] for name in told]
         numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
         assert {name: ours[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+
+
+@pytest.mark.quickstart
+@pytest.mark.parametrize("name", ["gated_1", "baseline_1"])
+def test_collected_features_equal_numpy(run, tmp_path, name):
+    """On 16,384 tokens; and the activations themselves equal float64."""
+    collecting.collect(collecting.Wanted(str(run), [name], str(tmp_path), 2**14))
+    lm, sae = gsae_jax.load_lm(), gsae_jax.load(run)[name]
+    tokens = gsae_jax.held_out(run, 2**14)
+    x = np.concatenate([lm.activations(part, [sae.site])[sae.site] for part in np.array_split(tokens, 4)])
+    f = np.concatenate([sae.encode(part) for part in np.array_split(x, 4)])
+    valid = ~np.isin(tokens, lm.special_tokens) & (np.linalg.norm(x, axis=-1) <= sae.norm_limit)
+    f[~valid] = 0
+    feature_files.assert_kept(tables.opened(tmp_path / f"{name}.sqlite"), tokens, f, valid)
+    p = {key: np.asarray(value, np.float64) for key, value in sae.params.items()}
+    if name.startswith("gated"):
+        pi = (x.astype(np.float64) - p["b_dec"]) @ p["W_gate"]
+        expected = np.where(pi + p["b_gate"] > 0, np.maximum(np.exp(p["r_mag"]) * pi + p["b_mag"], 0), 0)
+    else:
+        expected = np.maximum((x.astype(np.float64) - p["b_dec"]) @ p["W_enc"] + p["b_enc"], 0)
+    expected[~valid] = 0
+    # Rounding may open or close a gate that is just at its threshold.
+    apart = np.abs(f - expected) > 1e-4
+    assert apart.sum() < 1e-5 * f.size
+    assert ((f == 0) | (expected == 0))[apart].all()
 
 
 @pytest.mark.quickstart
