@@ -1,8 +1,10 @@
 """Taps for common interventions with SAEs: `lm.run(tokens, taps.steer(sae, 3, 5.0))`.
 
-Each is a tap for `LM.run` and `LM.generate`. `chain` combines several into one.
+Each is a tap for `LM.run` and `LM.generate`. `chain` combines several into one. The taps of `steer` and `ablate` are
+pytrees of their arrays: what is jitted with such a tap as an argument is not compiled again for another feature.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -31,7 +33,7 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
     if np.ndim(feature):
         raise UserError(f"is {feature}; give one number, and `chain` taps for several features", "feature")
     site, (row,) = _site(sae, sae.targets), _rows(sae, feature)
-    return sites_lib.splice({site: lambda x: x + (strength * row)[None, None].astype(x.dtype)})
+    return sites_lib.splice({site: _Shift(strength * row)})
 
 
 def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
@@ -51,12 +53,7 @@ def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
     if sae.sites != sae.targets:
         raise UserError(f"reads {', '.join(sae.sites)} and writes {site}; give one that reads what it writes", "sae")
     numbers = np.unique(features)
-    rows_KxD = _rows(sae, numbers)
-
-    def edit(x: jax.Array) -> jax.Array:
-        return x - (sae.encode(x)[..., numbers] @ rows_KxD).astype(x.dtype)
-
-    return sites_lib.splice({site: edit})
+    return sites_lib.splice({site: _Ablation(sae, numbers, _rows(sae, numbers))})
 
 
 def splice(*saes: SAE) -> sites_lib.Chain:
@@ -106,6 +103,30 @@ class read:
 def chain(*taps: sites_lib.Tap | SAE) -> sites_lib.Chain:
     """Combines taps into one. Each gets the activations that the tap before it returns. An SAE means `splice(sae)`."""
     return sites_lib.Chain(tuple(splice(tap) if isinstance(tap, SAE) else tap for tap in taps))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Shift:
+    """Adds a vector [D] to activations [B, T, D]."""
+
+    vector: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.vector[None, None].astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Ablation:
+    """Subtracts the contributions of features `numbers` [K] with decoder rows [K, D] from activations [B, T, D]."""
+
+    sae: SAE
+    numbers: np.ndarray
+    rows_KxD: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x - (self.sae.encode(x)[..., self.numbers] @ self.rows_KxD).astype(x.dtype)
 
 
 def _site(sae: SAE, sites: tuple[str, ...]) -> str:

@@ -11,12 +11,13 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import batching, taps
-from gsae_jax.lms import loading, sites
+from gsae_jax.lms import generation, loading, sites
 from gsae_jax.lms.checkpoints import EMBEDDED
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.saes import gated, relu, relu_transcoder
 from gsae_jax.saes.trained import SAE
 from tests import references
+from tests.measuring import on_mesh
 from tests.refusals import refused
 from tests.test_saes import away_from_init
 
@@ -442,6 +443,44 @@ def test_ready_made_taps(lm_dir):
         taps.ablate(dataclasses.replace(sae, site="blocks.0.hook_resid_mid", target=sae.site), 3)
     with refused("saes", "two of"):
         taps.splice(sae, sae)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_generation_under_ready_made_taps_is_compiled_once_for_all_features(lm_dir, devices):
+    """And gives what the same edits give as plain functions, which are compiled one by one."""
+    lm = gsae_jax.load_lm(lm_dir, mesh=on_mesh(devices // 2, 2) if devices > 1 else None)
+    sae = a_gated_sae(gsae_jax.load_lm(lm_dir))
+    f = sae.encode
+
+    def plain(feature, strength, ablated):
+        def edit(x):
+            x = x + strength * jnp.asarray(np.asarray(sae.W_dec)[feature])[None, None]
+            return x - f(x)[..., ablated] @ jnp.asarray(np.asarray(sae.W_dec)[ablated])
+
+        return sites.splice({sae.site: edit})
+
+    generation._compiled.cache_clear()
+    cases = ((3, 9.0, [1, 5]), (4, -90.0, [2, 7]), (7, 90.0, [1, 5]))
+    ready = [taps.chain(taps.steer(sae, feature, strength), taps.ablate(sae, of)) for feature, strength, of in cases]
+    written = [lm.generate("import os", tap, max_new_tokens=12) for tap in ready]
+    assert generation._compiled.cache_info().misses == 1
+    assert len({*written}) == 3
+    if devices == 1:
+        assert written == [lm.generate("import os", plain(*case), max_new_tokens=12) for case in cases]
+        assert generation._compiled.cache_info().misses == 4
+        run = jax.jit(lambda tap, tokens: lm.run(tokens, tap))
+        for tap in ready:
+            run(tap, some_tokens(lm))
+        assert run._cache_size() == 1
+    with refused("tap", "hashable"):
+        lm.generate("import os", sites.splice({sae.site: Unhashable()}), max_new_tokens=2)
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x):
+        return x
 
 
 def test_a_transcoder_replaces_its_target(lm_dir):

@@ -1,14 +1,17 @@
 """Text that a language model writes: keys and values are kept, so that each new token costs one token's computation."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
+from jax.sharding import NamedSharding, PartitionSpec
 
+from gsae_jax.errors import UserError
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms.transformer import Cache
 
@@ -16,12 +19,44 @@ EVERY = 16  # tokens between two reports to the bar, which leave the device
 _bars: list[Any] = []  # those of the calls that are running
 
 
-@lru_cache(maxsize=8)
 def compiled(
     module: Any, tap: sites_lib.Tap | sites_lib.Edit, sites: tuple[str, ...], count: int, with_bar: bool
 ) -> Callable[..., Any]:
-    """`new_tokens` for one tap. The newest few are kept, and not all, as a tap may hold the weights of an SAE."""
-    return jax.jit(partial(new_tokens, module, sites_lib.as_tap(tap, sites), count, with_bar))
+    """`new_tokens` for one tap. A tap that is a pytree is compiled once for all values of its arrays.
+
+    Raises:
+        UserError: it is no tap, or a part of it that is not an array is not hashable.
+    """
+    sites_lib.as_tap(tap, sites)
+    leaves, structure = jax.tree.flatten(tap)
+    arrays = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
+    others = tuple((number, leaf) for number, leaf in enumerate(leaves) if number not in arrays)
+    for _, leaf in others:
+        if not isinstance(leaf, Hashable):
+            raise UserError(f"is a {type(leaf).__name__}, which is not hashable; give a function", "tap")
+    if module.mesh is not None:  # arrays of one device go to those of the language model
+        everywhere = NamedSharding(module.mesh, PartitionSpec())
+        arrays = {
+            number: array
+            if isinstance(array, jax.Array) and array.sharding.device_set == everywhere.device_set
+            else jax.device_put(array, everywhere)
+            for number, array in arrays.items()
+        }
+    return partial(_compiled(module, structure, others, sites, count, with_bar), arrays)
+
+
+@lru_cache(maxsize=8)
+def _compiled(
+    module: Any, structure: Any, others: tuple[tuple[int, Any], ...], sites: tuple[str, ...], count: int, with_bar: bool
+) -> Callable[..., Any]:
+    """`new_tokens`, jitted, for taps that differ in their arrays, which come first. The newest few are kept."""
+
+    def function(arrays: dict[int, Any], *inputs: Any) -> jax.Array:
+        leaves = [leaf for _, leaf in sorted([*arrays.items(), *others], key=lambda pair: pair[0])]
+        tap = sites_lib.as_tap(jax.tree.unflatten(structure, leaves), sites)
+        return new_tokens(module, tap, count, with_bar, *inputs)
+
+    return jax.jit(function)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from typing import Any
 
@@ -179,8 +179,10 @@ class LM:
         Args:
             texts: prompts. `tokenize` converts them to tokens.
             tap: as for `run`. It first gets the activations of whole prompts, padded on the left, and then those of one
-                token at a time. It is compiled: it cannot inspect or store values. Use the same tap object for
-                several calls: a new object is compiled again, as are a new `max_new_tokens` and some prompt lengths.
+                token at a time. It is compiled: it cannot inspect or store values. Use the same function for several
+                calls: a new one is compiled again, as are a new `max_new_tokens` and some prompt lengths. Taps that are
+                pytrees, such as an SAE and those of `gsae_jax.taps`, are compiled again only if their structure
+                differs, and not for another feature or strength.
             max_new_tokens: the largest number of tokens that a text is continued by.
             temperature: logits are divided by it before a token is sampled. 0 chooses the most likely token.
             seed: seed of the sampling.
@@ -204,8 +206,6 @@ class LM:
         length = min(batching.padded_size(max(longest, SHORTEST)), most)
         rows = batching.padded_size(len(ids))
         tokens, mask = tokenizer_lib.padded(ids + ids[-1:] * (rows - len(ids)), length, left=True)
-        if not isinstance(tap, Hashable):
-            raise UserError(f"is a {type(tap).__name__}, which is not hashable; give a function", "tap")
         eos = self.tokenizer.eos_token_id
         with_bar = processes.shows_bars()
         function = generation.compiled(self.module, tap, tuple(self.sites), max_new_tokens, with_bar)

@@ -50,9 +50,10 @@ def capture(sites: Iterable[str], into: dict[str, jax.Array]) -> Tap:
     return tap
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edits:
-    """A tap that applies `edits[site]` to the activations of each of its sites."""
+    """A tap that applies `edits[site]` to the activations of each of its sites. It is a pytree."""
 
     edits: Mapping[str, Callable[[jax.Array], jax.Array]]
 
@@ -61,9 +62,10 @@ class Edits:
         return self.edits[site](x) if site in self.edits else x
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain:
-    """A tap that calls others in turn, each with the activations that the one before it leaves."""
+    """A tap that calls others in turn, each with the activations that the one before it leaves. It is a pytree."""
 
     taps: tuple[Tap, ...]
 
@@ -117,7 +119,7 @@ class Prediction:
 
 def splice(edits: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Edits:
     """A tap that applies `edits[site]` to the activations of each of its sites."""
-    return Edits(edits)
+    return Edits(dict(edits))
 
 
 def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
