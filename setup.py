@@ -35,13 +35,16 @@ setup(
     ],
     keywords=["sparse autoencoder", "mechanistic interpretability", "language model", "JAX"],
     packages=find_packages(include=["gsae_jax", "gsae_jax.*"]),
-    package_data={"gsae_jax": ["lms/embedded/*", "templates/*", "py.typed"]},
+    package_data={
+        "gsae_jax": ["lms/embedded/*", "templates/*", "viewer/static/*", "viewer/templates/*", "py.typed"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
         "einops>=0.8",
         "etils[epath]>=1.9",
         "filelock>=3.13",
+        "flask>=3.1",
         "flax>=0.12",
         "fsspec>=2024.6",
         "grain>=0.2.16",
@@ -63,6 +66,7 @@ setup(
         "tokenizers>=0.23.1",
         "tqdm>=4.66",
         "transformers>=5.23",
+        "waitress>=3.0.1",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -102,7 +102,7 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
         "special_tokens_excluded": bool(special_tokens),
         "step": chosen.step,
     }
-    about = {name: _about(sae) | shared for name, sae in chosen.saes.items()}
+    about = {name: about_sae(sae) | shared for name, sae in chosen.saes.items()}
     collection = collection_lib.Collection(
         lm, chosen.mesh, chosen.saes, text, special_tokens, about, provenance.versions()
     )
@@ -148,7 +148,7 @@ def _chosen(wanted: Wanted, config: Mapping[str, Any] | None) -> sae_sources.Cho
     return dataclasses.replace(chosen, saes=saes)
 
 
-def _about(sae: trained.SAE) -> dict[str, Any]:
+def about_sae(sae: trained.SAE) -> dict[str, Any]:
     """What an SAE is."""
     digest = hashlib.sha256()
     for name in sorted(sae.params):

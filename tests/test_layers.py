@@ -41,9 +41,12 @@ FLOOR = {
     "exporting": 5,
     "reporting": 7,
     "publishing": 7,
+    "viewer": 4,
+    "viewing": 7,
 }
 # On the highest floor.
-COMMANDS = ("train", "evaluate", "collect", "export", "plan", "push", "pretrain", "convert_lm", "sites", "settings")
+COMMANDS = ("train", "evaluate", "collect", "view", "export", "plan", "push", "pretrain", "convert_lm", "sites")
+COMMANDS += ("settings",)
 FLOOR |= dict.fromkeys(COMMANDS, 8)
 FLOOR["fitting"] = 9  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {

@@ -183,6 +183,51 @@ class Features:
             active[feature] = np.array(places), np.array(values, np.float32)
         return tokens, active
 
+    def words(self, promoted: int = 3) -> tuple[list[str | None], list[tuple[str, ...]]]:
+        """For all features: the token on which each is strongest (None if there is none), and what it promotes most.
+
+        `promoted`: how many tokens of the direct effect.
+        """
+        on = self._db.execute(
+            "SELECT text FROM features LEFT JOIN contexts ON contexts.feature = features.feature AND quantile = ? "
+            "AND rank = 0 LEFT JOIN tokens USING (token) ORDER BY features.feature",
+            (tables.STRONGEST,),
+        )
+        promotes: list[tuple[str, ...]] = [()] * len(self)
+        query = (
+            "SELECT feature, text FROM effects JOIN tokens USING (token) WHERE kind = 'direct' AND rank < ? "
+            "AND effect > 0 ORDER BY feature, rank"
+        )
+        for feature, text in self._db.execute(query, (promoted,)):
+            promotes[feature] = (*promotes[feature], text)
+        return [text for (text,) in on], promotes
+
+    def nearest(self, sae: str) -> dict[int, Alike]:
+        """For each feature, the one of another SAE with the most similar decoder row; empty if none was looked for."""
+        query = "SELECT feature, sae, other, cosine FROM neighbours WHERE sae = ? AND rank = 0 ORDER BY feature"
+        return {feature: Alike(*row) for feature, *row in self._db.execute(query, (sae,))}
+
+    def index(self) -> dict[str, Any]:
+        """What `active_on`, `promoting` and `with_context` look in: features by token text, and by text of a row."""
+        stripped = "trim(text, ' ' || char(10) || char(9))"
+        tokens: dict[str, dict[str, list[int]]] = {"active_on": {}, "promoting": {}}
+        for name, query in (
+            ("active_on", f"SELECT DISTINCT {stripped}, feature FROM contexts JOIN tokens USING (token)"),
+            (
+                "promoting",
+                f"SELECT DISTINCT {stripped}, feature FROM effects JOIN tokens USING (token) WHERE kind = 'direct' "
+                "AND effect > 0",
+            ),
+        ):
+            for text, feature in self._db.execute(f"{query} ORDER BY 1, 2"):
+                tokens[name].setdefault(text, []).append(feature)
+        rows: dict[int, tuple[str, list[int]]] = {
+            row: (text, []) for row, text in self._db.execute("SELECT row, text FROM rows ORDER BY row")
+        }
+        for row, feature in self._db.execute("SELECT DISTINCT row, feature FROM contexts ORDER BY row, feature"):
+            rows[row][1].append(feature)
+        return {**tokens, "with_context": [pair for pair in rows.values() if pair[1]]}
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()

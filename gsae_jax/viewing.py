@@ -1,0 +1,161 @@
+"""Looking at collected features: the pages of a run, or of a folder of files, on a server or as files."""
+
+import dataclasses
+import functools
+import json
+import logging
+import threading
+import webbrowser
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gsae_jax import collecting, errors, sae_loading
+from gsae_jax import features as features_lib
+from gsae_jax.errors import UserError
+from gsae_jax.lms import loading
+from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.storage import paths, reading, run_directory, writing
+from gsae_jax.viewer import export as export_lib
+from gsae_jax.viewer import server
+from gsae_jax.viewer.library import Library
+from gsae_jax.viewer.live import Live
+from gsae_jax.viewer.pages import Pages
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to look at.
+
+    Attributes:
+        workdir: the directory of a run; "" for a folder of files alone.
+        features: the folder of the files; by default `features` in the run's directory.
+        model: path of the run's language model, if it has moved.
+    """
+
+    workdir: str = ""
+    features: str = ""
+    model: str = ""
+
+
+def pages(wanted: Wanted, is_static: bool = False) -> tuple[Pages, Callable[[], Live] | None]:
+    """The pages, and what loads the language model and the SAEs of the run when they are first needed.
+
+    Args:
+        wanted: what to look at.
+        is_static: the pages become files, so that nothing is computed.
+
+    Raises:
+        UserError: there is no such run, or it has no collected features.
+    """
+    folder = _folder(wanted)
+    with errors.about("--features" if wanted.features else "--workdir"):
+        library = Library(features_lib.load(folder), _report(wanted.workdir))
+    model = next(iter(library)).about.get("model", "a language model")
+    if not wanted.workdir or is_static:
+        return Pages(library, f"Features of {model}"), None
+    lock = threading.Lock()
+
+    @functools.cache
+    def load() -> Live:
+        return _load(wanted, library)
+
+    def live() -> Live:
+        with lock:  # threads of a server may ask at once
+            return load()
+
+    return Pages(library, f"Features of {model}", can_compute=True), live
+
+
+def _folder(wanted: Wanted) -> Path:
+    """Where the files are."""
+    if wanted.features:
+        with errors.about("--features"):
+            return Path(paths.require_local(wanted.features))
+    if not wanted.workdir:
+        raise UserError("is missing; give --workdir for a run, or --features for a folder of files", "--workdir")
+    if not run_directory.Workdir(wanted.workdir).holds_run():
+        raise UserError(f"{wanted.workdir} holds no run; write the directory of one", "--workdir")
+    run = paths.of(wanted.workdir)
+    if run.local is None:
+        raise UserError(f"is missing, and {wanted.workdir} is not on this machine; write a local folder", "--features")
+    folder = Path(run.local) / collecting.FOLDER
+    if not folder.is_dir():
+        why = f"{wanted.workdir} has no collected features"
+        raise UserError(f"{why}; run `python -m gsae_jax.collect --workdir {wanted.workdir}` first", "--workdir")
+    return folder
+
+
+def _report(workdir: str) -> Mapping[str, Any] | None:
+    """The run's report; None if there is none that can be read."""
+    if not workdir:
+        return None
+    path = run_directory.Workdir(workdir).report / "report.json"
+    try:
+        return reading.load_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning(f"{path} cannot be read ({error}); the pages do without")
+        return None
+
+
+def _load(wanted: Wanted, library: Library) -> Live:
+    """The language model and the SAEs of the run, checked to be those that the features were collected from."""
+    workdir = run_directory.Workdir(wanted.workdir)
+    lm_config = workdir.experiment().lm
+    if wanted.model:
+        lm_config = dataclasses.replace(lm_config, path=wanted.model, revision="")
+    loaded: dict[int | None, dict[str, Any]] = {}
+    saes, models = {}, set()
+    for entry in library:
+        step = entry.about.get("step")
+        if step not in loaded:
+            loaded[step] = sae_loading.load(wanted.workdir, step=step)
+        sae = loaded[step].get(entry.name)
+        if sae is None or collecting.about_sae(sae)["parameters"] != entry.about["parameters"]:
+            raise UserError(f"{entry.name} was not collected from {wanted.workdir}; collect it again", "--features")
+        saes[entry.key] = sae
+        models.add(json.dumps(entry.about["language_model"], sort_keys=True))
+    where = "--model" if wanted.model else "lm.path"
+    with errors.about(where, path=where, revision="lm.revision"):
+        ours = json.dumps(Checkpoint.open(lm_config.path, lm_config.revision).fingerprint(), sort_keys=True)
+        if models != {ours}:
+            raise UserError(f"{lm_config.path} is not the language model that the features were collected with", where)
+        lm = loading.load_lm(lm_config.path, revision=lm_config.revision, dtype=lm_config.dtype)
+    return Live(lm, saes)
+
+
+def serve(wanted: Wanted, host: str, port: int, open_browser: bool = False) -> None:
+    """Serve the pages until the process is interrupted.
+
+    Raises:
+        UserError: there is nothing to look at, or the address cannot be used.
+    """
+    if not 0 <= port < 2**16:
+        raise UserError(f"is {port}; write a number from 1 to {2**16 - 1}, or 0 for any that is free", "--port")
+    shown, live = pages(wanted)
+    token = "" if server.is_loopback(host) else server.new_token()
+    listening = server.listening(server.application(shown, live, host, token), host, port)
+    name = f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{listening.effective_port}/" + (f"?token={token}" if token else "")
+    logger.info(f"features: {address} (Ctrl-C ends it)")
+    if open_browser:
+        webbrowser.open(address)
+    listening.run()
+
+
+def export(wanted: Wanted, out: str) -> Path:
+    """Write the pages as files into a new folder.
+
+    Raises:
+        UserError: there is nothing to look at, or the folder exists.
+    """
+    with errors.about("--export"):
+        writing.check_new(paths.require_local(out), or_empty=True)
+        shown, _ = pages(wanted, is_static=True)
+        with writing.new_folder(out, or_empty=True) as scratch:
+            export_lib.write(shown, scratch)
+    return Path(paths.require_local(out))
