@@ -11,7 +11,7 @@ from gsae_jax.evaluation import frontiers as frontiers_lib
 
 COLOURS = 6  # of the style sheet, s0 to s5
 WIDTH, HEIGHT = 600, 300  # of a frontier
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 40  # its margins
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 28, 46  # its margins
 HISTOGRAM = (600, 120)
 GROUPED = 2  # bins of a file in a bar
 

@@ -18,7 +18,7 @@ const digits = (value, count = 4) => {
   return String(Number(value.toPrecision(count)));
 };
 // As `library.visible_token`.
-const SIGNS = { "\n": "⏎", "\t": "→", " ": "·" };
+const SIGNS = { "\n": "⏎", "\t": "→", " ": "·", "\r": "\\r" };
 const UNSEEN = /[\p{C}\p{Z}]/gu;
 const escaped = (char) => {
   const code = char.codePointAt(0).toString(16);
