@@ -76,11 +76,11 @@ def _folder(wanted: Wanted) -> Path:
             return Path(paths.require_local(wanted.features))
     if not wanted.workdir:
         raise UserError("is missing; give --workdir for a run, or --features for a folder of files", "--workdir")
-    if not run_directory.Workdir(wanted.workdir).holds_run():
-        raise UserError(f"{wanted.workdir} holds no run; write the directory of one", "--workdir")
     run = paths.of(wanted.workdir)
     if run.local is None:
         raise UserError(f"is missing, and {wanted.workdir} is not on this machine; write a local folder", "--features")
+    if not run_directory.Workdir(wanted.workdir).holds_run():
+        raise UserError(f"{wanted.workdir} holds no run; write the directory of one", "--workdir")
     folder = Path(run.local) / collecting.FOLDER
     if not folder.is_dir():
         why = f"{wanted.workdir} has no collected features"
@@ -113,7 +113,11 @@ def _load(wanted: Wanted, library: Library) -> Live:
     for entry in library:
         step = entry.about.get("step")
         if step not in loaded:
-            loaded[step] = sae_loading.load(wanted.workdir, step=step)
+            try:
+                loaded[step] = sae_loading.load(wanted.workdir, step=step)
+            except UserError as error:
+                why = f"{entry.name} was collected at step {step}, which cannot be read ({error})"
+                raise UserError(f"{why}; collect it again", "--features") from error
         sae = loaded[step].get(entry.name)
         if sae is None or collecting.about_sae(sae)["parameters"] != entry.about["parameters"]:
             raise UserError(f"{entry.name} was not collected from {wanted.workdir}; collect it again", "--features")

@@ -2,11 +2,14 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import html.parser
 import http.client
 import json
 import re
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,12 +24,13 @@ import pytest
 
 import gsae_jax
 from gsae_jax import taps, viewing
+from gsae_jax.errors import UserError
 from gsae_jax.viewer import figures, server
 from gsae_jax.viewer import library as library_lib
 from gsae_jax.viewer.pages import Links
 from tests.refusals import refused
+from tests.viewed import HOSTILE, change_about, serving, with_texts
 
-HOSTILE = "</script><img src=x onerror=alert(1)>"
 HERE = {"Host": "127.0.0.1:8000"}
 OURS = {**HERE, "Origin": "http://127.0.0.1:8000"}
 
@@ -191,7 +195,7 @@ def test_search(client, entry):
         rows = Elements(get(client, f"/gated_0/?{query}")).all("tr")[1:]  # without the script
         assert [int(re.match(r"\d+", row[2])[0]) for row in rows] == expected[:100]
     assert "numbers" in json.loads(get(client, "/gated_0/search?kind=number&q=x", 400))["error"]
-    assert "known" in get(client, "/gated_0/search?kind=colour&q=x", 400) or True
+    assert "token" in json.loads(get(client, "/gated_0/search?kind=colour&q=x", 400))["error"]
     with refused("kind", "token"):
         entry.search("colour", "x")
     index = entry.index()
@@ -232,13 +236,10 @@ def test_hostile_texts_are_shown_and_do_nothing(collected_run, tmp_path):
     folder = tmp_path / "features"
     shutil.copytree(collected_run / "features", folder)
     for path in folder.glob("gated_*.sqlite"):
+        with_texts(path, HOSTILE)
+        facts = {"architecture": HOSTILE, "text": HOSTILE, "model": HOSTILE, "sites": [HOSTILE]}
+        change_about(path, sae=f"{HOSTILE}{path.stem}", **facts)
         with contextlib.closing(sqlite3.connect(path)) as db, db:
-            db.execute("UPDATE tokens SET text = ?", (HOSTILE,))
-            db.execute("UPDATE rows SET text = ?", (HOSTILE,))
-            ((about,),) = db.execute("SELECT value FROM about WHERE name = 'collection'")
-            about = json.loads(about) | {"architecture": HOSTILE, "text": HOSTILE, "model": HOSTILE}
-            about |= {"sae": f"{HOSTILE}{path.stem}", "sites": [HOSTILE]}
-            db.execute("UPDATE about SET value = ? WHERE name = 'collection'", (json.dumps(about),))
             db.execute("UPDATE neighbours SET sae = ? || sae WHERE sae LIKE 'gated%'", (HOSTILE,))
     (folder / "gated_0.sqlite").rename(folder / "a b#<i>&'\"%.sqlite")
     pages, _ = viewing.pages(viewing.Wanted(features=str(folder)))
@@ -299,8 +300,9 @@ def test_what_does_not_come_from_the_pages_is_refused(viewed):
         answer = client.post("/api/text", data=json.dumps(body), headers=OURS, content_type=kind)
         assert answer.status_code == 415
     answer = client.options("/api/text", headers={**HERE, "Origin": "http://evil.example"})
-    assert not any(name.startswith("Access-Control") for name in answer.headers)
-    for headers in (client.get("/", headers=HERE).headers, client.get("/static/viewer.js", headers=HERE).headers):
+    assert not any(name.startswith("Access-Control") for name in answer.headers.keys())  # noqa: SIM118 (pairs)
+    for path in ("/", "/static/viewer.js"):
+        headers = client.get(path, headers=HERE, buffered=True).headers
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
@@ -365,6 +367,7 @@ def test_an_address_that_others_reach_asks_for_a_token(viewed):
     assert len(token) >= 32
     assert token != server.new_token()
     app = server.application(*viewed, host="0.0.0.0", token=token)
+    app.test_client = functools.partial(app.test_client, use_cookies=False)  # the test sends its own
     host = {"Host": "10.1.2.3:8000"}
     for path in ("/", "/gated_0/", "/gated_0/list.js", "/gated_0/3", "/?token=", "/?token=wrong", f"/?token={token}x"):
         answer = app.test_client().get(path, headers=host)
@@ -444,18 +447,6 @@ def test_steering_and_ablating_are_those_of_taps(client, collected_run, lm_dir):
     assert min(times) < 1.0  # to compile it takes seconds
 
 
-@contextlib.contextmanager
-def serving(app):
-    """A real server, and its port."""
-    listening = server.listening(app, "127.0.0.1", 0)
-    thread = threading.Thread(target=listening.run, daemon=True)
-    thread.start()
-    try:
-        yield listening.effective_port
-    finally:
-        listening.close()
-
-
 def clients(port, seconds, count=20):
     """What `count` clients at once get for so long: pages read, texts tried; asserts that nothing is lost."""
     kinds = ("/", "/gated_0/", "/gated_0/list.js", "/gated_0/%d", "/gated_1/%d", "/gated_0/search?kind=token&q=def")
@@ -508,14 +499,10 @@ def test_a_real_server_refuses_what_the_application_would_not_see(viewed):
             (b"POST /api/text HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999999999\r\n\r\n", (b"413", b"403")),
             (b"NONSENSE\r\n\r\n", (b"400",)),
         ):
-            import socket
-
             with socket.create_connection(("127.0.0.1", port), 30) as raw:
                 raw.sendall(head)
                 answer = raw.recv(65536)
             assert answer.split(b" ", 2)[1] in statuses, (head, answer[:200])
-        with socket.create_connection(("127.0.0.1", port), 30) as raw:
-            assert server.LARGEST_BODY < 10**7
         with refused("--port", str(port)):
             server.listening(server.application(*viewed), "127.0.0.1", port)
 
@@ -583,18 +570,14 @@ def test_what_cannot_be_looked_at_is_refused(collected_run, lm_dir, tmp_path):
     for change, field in (
         ({"parameters": "x"}, "--features"),
         ({"language_model": {}}, "lm.path"),
-        ({"step": 3}, "--workdir"),
+        ({"step": 3}, "--features"),
     ):
-        with contextlib.closing(sqlite3.connect(other / "gated_0.sqlite")) as db, db:
-            ((about,),) = db.execute("SELECT value FROM about WHERE name = 'collection'")
-            changed = json.dumps(json.loads(about) | change)
-            db.execute("UPDATE about SET value = ? WHERE name = 'collection'", (changed,))
+        before = change_about(other / "gated_0.sqlite", **change)
         _, live = viewing.pages(viewing.Wanted(str(collected_run), str(other)))
-        with pytest.raises(gsae_jax.errors.UserError) as caught:
+        with pytest.raises(UserError) as caught:
             live()
         assert caught.value.field == field, caught.value
-        with contextlib.closing(sqlite3.connect(other / "gated_0.sqlite")) as db, db:
-            db.execute("UPDATE about SET value = ? WHERE name = 'collection'", (about,))
+        change_about(other / "gated_0.sqlite", **before)
 
 
 def test_frontiers_and_histograms_at_their_edges():
@@ -616,8 +599,6 @@ POINTS = ((20.0, 0.9), (float("nan"), 0.9), (20.0, float("nan")), (0.0, 0.5), (3
 
 
 def test_the_command_serves_until_it_is_interrupted(collected_run):
-    import signal
-
     command = [sys.executable, "-m", "gsae_jax.view", f"--workdir={collected_run}", "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()

@@ -106,6 +106,8 @@ class Live:
 
     def _tokens(self, text: str) -> list[int]:
         """The ids of a text."""
+        if not text:
+            raise UserError("is empty; write some", "text")
         (ids,) = tokenizer_lib.tokenize(self.lm.tokenizer, [text])
         if len(ids) > self.lm.config.n_ctx:
             most = self.lm.config.n_ctx

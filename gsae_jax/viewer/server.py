@@ -90,11 +90,11 @@ def _guard(app: flask.Flask, pages: Pages, host: str, token: str) -> None:
                 )
         except ValueError as error:  # no host at all
             raise exceptions.BadRequest("The request names no host.") from error
-        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "same-origin")
+        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
         # A link elsewhere may lead here. Anything else that another page asks for is refused.
         is_link = request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
         if (origin is not None and urlsplit(origin).netloc != request.host) or (
-            site not in ("same-origin", "none") and not is_link
+            site not in ("same-origin", "none", None) and not is_link
         ):
             raise exceptions.Forbidden("The request comes from another page.")
         if request.method == "POST" and origin is None and site != "same-origin":
