@@ -61,7 +61,7 @@ class Bar(NamedTuple):
     height: float
     low: float
     high: float
-    count: int
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)

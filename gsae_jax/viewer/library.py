@@ -261,8 +261,8 @@ def pairing(a: Entry, b: Entry) -> dict[str, Any]:
         columns.append({"name": f"on_{len(columns)}", **label, "kind": "token", "values": on})
     for entry, numbers_of in ((a, mine), (b, theirs)):
         density = entry.columns["density"][numbers_of]
-        label = f"{entry.name} density %"
-        columns.append(_column(f"density_{len(columns)}", density, label=label, about=ABOUT["density"][1]))
+        head = f"{entry.name} density %"
+        columns.append(_column(f"density_{len(columns)}", density, label=head, about=ABOUT["density"][1]))
     return {"columns": columns}
 
 

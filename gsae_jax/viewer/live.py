@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax import batching, taps
@@ -132,7 +133,7 @@ class Live:
             elif type(strength) not in (int, float) or not abs(strength) <= STRONGEST:
                 raise UserError(f"is {strength!r}; write a number up to {STRONGEST:,.0f}", "strength")
             else:
-                steered.append(taps.steer(sae, feature, np.float32(strength)))
+                steered.append(taps.steer(sae, feature, jnp.float32(strength)))
         return taps.chain(*(taps.ablate(self.saes[key], numbers) for key, numbers in ablated.items()), *steered)
 
 

@@ -1,6 +1,5 @@
 """The pages as HTML: the same templates for the server and for files, with links of either kind."""
 
-import functools
 import math
 from typing import Any
 from urllib.parse import quote
@@ -86,6 +85,7 @@ class Pages:
     def __init__(self, library: Library, title: str, can_compute: bool = False):
         """`title`: what the pages are about; `can_compute`: whether there are pages for a text and for steering."""
         self.library, self.title, self.can_compute = library, title, can_compute
+        self._lists: dict[str, str] = {}
 
     def _render(self, template: str, links: Links, **values: Any) -> str:
         pages = {"library": self.library, "title": self.title, "can_compute": self.can_compute, "links": links}
@@ -149,10 +149,6 @@ class Pages:
     def token(self, links: Links) -> str:
         """The page that asks for the server's token."""
         return self._render("token.html", links)
-
-    @functools.cached_property
-    def _lists(self) -> dict[str, str]:
-        return {}
 
     def listing(self, entry: Entry) -> str:
         """A script with the list of an SAE's features, written once."""

@@ -68,13 +68,19 @@ function list(table, columns) {
   let found = null; // a set of features, where something is searched for
   let rows = [];
   let shown = 0;
+  let address = location.hash;
 
   const isNumber = (column) => !["token", "tokens"].includes(column.kind);
   const sortable = (column) => column.kind !== "tokens";
   const keep = () => {
     const kept = new URLSearchParams([...state].filter(([, value]) => value !== ""));
     location.replace(`#${kept}`);
+    address = location.hash;
   };
+  // An address of the same list that somebody opens here.
+  addEventListener("hashchange", () => {
+    if (location.hash !== address) location.reload();
+  });
 
   function cell(column, row) {
     const value = column.values[row];
