@@ -238,7 +238,8 @@ COLOURS = """element => {
     return [getComputedStyle(element).color, getComputedStyle(under).backgroundColor];
 }"""
 SMALL = """() => [...document.querySelectorAll("main *")].filter(element => {
-    if (!element.checkVisibility() || ![...element.childNodes].some(n => n.nodeType === 3 && n.data.trim())) return false;
+    const hasText = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+    if (!element.checkVisibility() || !hasText) return false;
     const svg = element.closest("svg");
     const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
     if (element.tagName === "title") return false;
