@@ -114,8 +114,8 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
         raise UserError(f"{folder} is in use by another collection; wait for it to end", "--out") from error
     with held:
         _check(folder, about, wanted.overwrite)
-        count = "1 SAE" if len(about) == 1 else f"{len(about)} SAEs"
-        logger.info(f"collecting the features of {count} on {len(text) * T:,} held-out tokens")
+        number = "1 SAE" if len(about) == 1 else f"{len(about)} SAEs"
+        logger.info(f"collecting the features of {number} on {len(text) * T:,} held-out tokens")
         with _Bar() as bar:
             collection_lib.collect(collection, folder, bar.update)
     return folder
