@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 import gsae_jax
+from gsae_jax import collecting, config_trees, measuring
 from gsae_jax import config as config_lib
-from gsae_jax import config_trees, measuring
 from gsae_jax.publishing import model_card
 from gsae_jax.publishing.upload import push
 from gsae_jax.saes import gated
@@ -199,6 +199,24 @@ def test_an_upload_is_the_folder_private_by_default_and_takes_the_place_of_an_ea
         assert failed.stderr.splitlines(keepends=True)[-1].startswith(message)
         assert "Traceback" not in failed.stderr
     assert "files" not in hub.seen
+
+
+@pytest.mark.variants
+def test_pages_become_a_static_space(run, hub, tmp_path):
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    failed = command(copy, endpoint, "--space=user/pages")
+    assert failed.returncode == 2
+    assert "has no collected features" in failed.stderr
+    assert hub.seen["tokens"] == set()
+    collecting.collect(collecting.Wanted(str(copy), ["gated_0"], tokens=1024))
+    done = command(copy, endpoint, "--space=user/pages")
+    assert (done.returncode, done.stdout) == (0, f"{endpoint}/user/name\n{endpoint}/spaces/user/pages\n"), done.stderr
+    files = hub.seen["files"]
+    assert {"index.html", "gated_0/index.html", "gated_0/0/index.html", "static/viewer.js"} <= files.keys()
+    fields = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert (fields["sdk"], fields["models"]) == ("static", ["user/name"])
 
 
 def test_the_card_tells_of_the_weights_beside_it(run, tmp_path):

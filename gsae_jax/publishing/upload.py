@@ -1,15 +1,16 @@
-"""Uploads of what `gsae_jax.publishing.model_card` makes to the Hugging Face hub."""
+"""Uploads to the Hugging Face hub: SAEs with their model card, and pages of their features."""
 
 import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import errors as hub_errors
 
-from gsae_jax import plugins
+from gsae_jax import errors, plugins, rendering, viewing
 from gsae_jax.errors import UserError
 from gsae_jax.publishing import model_card
 from gsae_jax.storage.paths import error_line
@@ -33,20 +34,79 @@ def push(
     with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
         folder = Path(scratch) / "repo"
         missing = model_card.write(workdir, repo, formats, folder, labels)
-        with _asking(repo):
-            private = _private(repo)
-        if private is not None and private == public:
-            visibility, say = ("private", "leave --public out") if private else ("public", "add --public")
-            raise UserError(f"{repo} exists and is {visibility}; {say}, or write another name", "--repo")
         ours = [f"{name}/*" for name in ("report", *plugins.known("formats", having="write"))]
-        with _asking(repo):
-            if private is None:
-                huggingface_hub.create_repo(repo, private=not public)
-            huggingface_hub.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message="SAEs of gsae_jax", delete_patterns=ours
-            )
+        address = _upload(_Repository(repo), folder, public, ours)
     tell_missing(missing)
-    return f"{huggingface_hub.constants.ENDPOINT}/{repo}"
+    return address
+
+
+def push_pages(workdir: str, space: str, repo: str, public: bool = False) -> str:
+    """Upload the pages of a run's collected features as a static Space; returns the address.
+
+    They show parts of the held-out text.
+
+    Args:
+        workdir: the run's directory.
+        space: name of the Space.
+        repo: name of the repository of the SAEs, to which the Space refers.
+        public: make a new Space public.
+
+    Raises:
+        UserError: as `push`; or the run has no collected features.
+    """
+    check(space, "--space")
+    with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch:
+        with errors.about("--workdir"):
+            folder = viewing.export(viewing.Wanted(workdir), str(Path(scratch) / "pages"))
+        (folder / "README.md").write_text(rendering.render("space_card.md", repo=repo), "utf-8")
+        return _upload(_Repository(space, "space", "--space"), folder, public, ["*"])
+
+
+class _Repository(NamedTuple):
+    """A repository on the hub.
+
+    Attributes:
+        name: user/name.
+        kind: "model" or "space".
+        field: by which the user named it.
+    """
+
+    name: str
+    kind: str = "model"
+    field: str = "--repo"
+
+    @property
+    def is_private(self) -> bool | None:
+        """None where there is no such repository, or none that the token may see."""
+        try:
+            return bool(huggingface_hub.repo_info(self.name, repo_type=self.kind).private)
+        except hub_errors.RepositoryNotFoundError:
+            return None
+
+
+def _upload(repository: _Repository, folder: Path, public: bool, deleted: list[str]) -> str:
+    """Upload a folder to a repository, which is made if it is not there; returns its address.
+
+    `deleted`: patterns of files of an earlier upload that are deleted.
+    """
+    name, kind = repository.name, repository.kind
+    with _asking(repository):
+        private = repository.is_private
+    if private is not None and private == public:
+        visibility, say = ("private", "leave --public out") if private else ("public", "add --public")
+        raise UserError(f"{name} exists and is {visibility}; {say}, or write another name", repository.field)
+    with _asking(repository):
+        if private is None:
+            sdk = "static" if kind == "space" else None
+            huggingface_hub.create_repo(name, private=not public, repo_type=kind, space_sdk=sdk)
+        huggingface_hub.upload_folder(
+            repo_id=name,
+            repo_type=kind,
+            folder_path=folder,
+            commit_message="SAEs of gsae_jax",
+            delete_patterns=deleted,
+        )
+    return f"{huggingface_hub.constants.ENDPOINT}/{'spaces/' if kind == 'space' else ''}{name}"
 
 
 def tell_missing(fields: list[str]) -> None:
@@ -56,31 +116,23 @@ def tell_missing(fields: list[str]) -> None:
         logger.warning(f"the model card lacks metadata that other people search by; add {flags}")
 
 
-def _private(repo: str) -> bool | None:
-    """None where there is no such repository, or none that the token may see."""
-    try:
-        return bool(huggingface_hub.repo_info(repo).private)
-    except errors.RepositoryNotFoundError:
-        return None
-
-
 @contextlib.contextmanager
-def _asking(repo: str) -> Iterator[None]:
+def _asking(repository: _Repository) -> Iterator[None]:
     """One sentence for what fails; the hub, its transfers and the network have errors of many kinds."""
     try:
         yield
     except Exception as error:
-        why = f"{repo} cannot be written ({error_line(error)})"
+        why = f"{repository.name} cannot be written ({error_line(error)})"
         raise UserError(
-            f"{why}; run `hf auth login` with a token that may write there, or try again", "--repo"
+            f"{why}; run `hf auth login` with a token that may write there, or try again", repository.field
         ) from error
 
 
-def check(repo: str) -> None:
+def check(repo: str, field: str = "--repo") -> None:
     """Raises `UserError` for what cannot be a repository's name."""
     try:
         huggingface_hub.utils.validate_repo_id(repo)
         if not model_card.is_repository(repo):
-            raise errors.HFValidationError("it has no user or organisation")
-    except errors.HFValidationError as error:
-        raise UserError(f"is {repo!r} ({error}); write user/name", "--repo") from error
+            raise hub_errors.HFValidationError("it has no user or organisation")
+    except hub_errors.HFValidationError as error:
+        raise UserError(f"is {repo!r} ({error}); write user/name", field) from error
