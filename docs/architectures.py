@@ -20,6 +20,7 @@ from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import products
 
 LEVELS = (0.85, 0.9, 0.95)  # of loss recovered
+NEAR = 0.1  # how far an L0 may be from its target
 MODELS = {"": "embedded model", "_tinystories": "TinyStories-656K"}
 STYLES = {name: (f"C{number}", "os^vD*Xp<>"[number]) for number, name in enumerate(architectures.KINDS)}
 
@@ -72,13 +73,15 @@ def measured(groups):
 
 
 def best_rates(groups):
-    """For each kind and learning rate: loss recovered, and L0, which differs a little; the best is bold."""
+    """For each kind and learning rate: loss recovered, and L0. The best with an L0 near the target is bold."""
     for name in STYLES:
         records = [groups.get((name, rate, 0), [None])[0] for rate in architectures.SWEPT]
-        best = max((r["loss_recovered"] for r in records if r), default=None)
+        near = [r for r in records if r and abs(r["l0"] / architectures.L0[1] - 1) < NEAR]
+        best = max((r["loss_recovered"] for r in near), default=None)
         shown = [f"{r['loss_recovered']:.3f} at {r['l0']:.1f}" if r else "–" for r in records]
         bold = [
-            f"**{text}**" if r and r["loss_recovered"] == best else text for r, text in zip(records, shown, strict=True)
+            f"**{text}**" if r in near and r["loss_recovered"] == best else text
+            for r, text in zip(records, shown, strict=True)
         ]
         yield [f"`{name}`", *bold]
 
