@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping
@@ -143,7 +144,8 @@ def serve(wanted: Wanted, host: str, port: int, open_browser: bool = False) -> N
     shown, live = pages(wanted)
     token = "" if server.is_loopback(host) else server.new_token()
     listening = server.listening(server.application(shown, live, host, token), host, port)
-    name = f"[{host}]" if ":" in host else host
+    # Those two mean all addresses of this machine; others find it by its name.
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{name}:{listening.effective_port}/" + (f"?token={token}" if token else "")
     logger.info(f"features: {address} (Ctrl-C ends it)")
     if open_browser:

@@ -504,6 +504,13 @@ def test_a_real_server_refuses_what_the_application_would_not_see(viewed):
             assert answer.split(b" ", 2)[1] in statuses, (head, answer[:200])
         with refused("--port", str(port)):
             server.listening(server.application(*viewed), "127.0.0.1", port)
+        with refused("--port", "nowhere.invalid"):
+            server.listening(server.application(*viewed), "nowhere.invalid", 0)
+    for host in ("localhost", "::1"):
+        listening = server.listening(server.application(*viewed), host, 0)
+        assert int(listening.effective_port) > 0
+        listening.task_dispatcher.shutdown()
+        listening.close()
 
 
 def test_pages_as_files_lead_to_files(collected_run, viewed, tmp_path):

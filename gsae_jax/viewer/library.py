@@ -71,13 +71,21 @@ def shown(context: Context, strongest: float) -> Shown:
 
 def _segments(context: Context, strongest: float, start: int, end: int) -> list[Segment]:
     segments: list[Segment] = []
+    others: list[str] = []  # that follow each other
+
+    def flush() -> None:
+        if others:
+            segments.append(Segment("".join(others), 0, 0.0, False))
+            others.clear()
+
     values = context.activations[start:end].tolist()
     for number, (text, value) in enumerate(zip(context.tokens[start:end], values, strict=True), start):
-        here = number == context.position
-        if not value and not here and segments and not segments[-1].level and not segments[-1].is_here:
-            segments[-1] = segments[-1]._replace(text=segments[-1].text + text)
+        if value or number == context.position:
+            flush()
+            segments.append(Segment(text, level(value, strongest), value, number == context.position))
         else:
-            segments.append(Segment(text, level(value, strongest), value, here))
+            others.append(text)
+    flush()
     return segments
 
 
@@ -306,6 +314,8 @@ def place(text: str, library: Library) -> tuple[Entry, int | None]:
 
 def visible(text: str) -> str:
     """A text in which line ends, tabs and other characters that cannot be seen are written as something visible."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else SIGNS.get(char) or ascii(char)[1:-1] for char in text)
 
 

@@ -241,16 +241,24 @@ def listening(app: flask.Flask, host: str, port: int) -> Any:
     """
     try:
         # A name may stand for several addresses, each with a port of its own.
-        host = "127.0.0.1" if host == "localhost" else host
-        return waitress.server.create_server(
-            app,
-            host=host,
-            port=port,
-            threads=THREADS,
-            max_request_body_size=LARGEST_BODY,
-            connection_limit=500,
-            ident=None,
-            clear_untrusted_proxy_headers=True,
-        )
-    except (OSError, ValueError) as error:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            "127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
         raise UserError(f"{host}:{port} cannot be used ({error}); write another --port or --host", "--port") from error
+    return waitress.server.create_server(
+        app,
+        sockets=[bound],
+        threads=THREADS,
+        max_request_body_size=LARGEST_BODY,
+        connection_limit=500,
+        ident=None,
+        clear_untrusted_proxy_headers=True,
+    )
