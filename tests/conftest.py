@@ -18,6 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Small programs are not kept, because to read many of them takes longer than to compile them again.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import filelock
 import jax
 import jax.numpy as jnp
 import pytest
@@ -167,13 +168,18 @@ def lm(lm_dir):
 
 @pytest.fixture(scope="session")
 def collected_run(text_dir, lm_dir, tmp_path_factory):
-    """A run of two gated SAEs and a baseline at one site, with collected features."""
+    """A run of two gated SAEs and a baseline at one site, with collected features. All workers share it."""
     import gsae_jax
     from gsae_jax import collecting
 
-    config = tiny(text_dir, lm_dir, tmp_path_factory.getbasetemp() / "tfds")
-    config.stacks.baseline.site = "blocks.0.hook_mlp_out"
-    folder = tmp_path_factory.mktemp("viewed") / "run"
-    gsae_jax.fit(config, folder)
-    collecting.collect(collecting.Wanted(str(folder), tokens=4096))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "collected" / "run"
+    with filelock.FileLock(shared / "collected.lock"):
+        if not (shared / "collected" / "whole").exists():
+            config = tiny(text_dir, lm_dir, base / "tfds")
+            config.stacks.baseline.site = "blocks.0.hook_mlp_out"
+            gsae_jax.fit(config, folder)
+            collecting.collect(collecting.Wanted(str(folder), tokens=4096))
+            (shared / "collected" / "whole").touch()
     return folder

@@ -14,23 +14,17 @@ from gsae_jax import collecting, features
 from gsae_jax.collecting import Wanted, collect
 from gsae_jax.exporting import export
 from gsae_jax.features import neuronpedia
-from tests.conftest import tiny
 from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")
-def run(text_dir, lm_dir, tmp_path_factory):
-    """A trained run of three SAEs at two sites."""
-    config = tiny(text_dir, lm_dir, tmp_path_factory.getbasetemp() / "tfds")
-    folder = tmp_path_factory.mktemp("collecting") / "run"
-    gsae_jax.fit(config, folder)
-    return folder
+def run(collected_run):
+    return collected_run
 
 
 @pytest.fixture(scope="module")
 def collected(run):
-    """The files of the run, on 4,096 held-out tokens."""
-    assert collect(Wanted(str(run), tokens=4096)) == run / "features"
+    """The files of the run."""
     return features.load(run)
 
 

@@ -147,7 +147,9 @@ def test_contexts_of_quantiles_are_a_random_sample_of_all_active_tokens(collecte
     assert seen > F
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1), *(pytest.param(each, marks=pytest.mark.variants) for each in ((2, 4), (1, 8)))]
+)
 def test_the_files_do_not_depend_on_the_mesh(collected, tokens, lm_dir, tmp_path, shape):
     """To the last bit where devices split the text; up to rounding where they split the dictionary."""
     _, folder = collected
@@ -212,6 +214,7 @@ def test_what_an_unfinished_collection_of_other_facts_left_is_not_used(collected
     assert dump(tmp_path) == dump(folder)
 
 
+@pytest.mark.variants
 def test_chunks_of_a_row_give_the_same(collected, tokens, lm_dir, tmp_path, monkeypatch):
     collection, folder = collected
     monkeypatch.setattr(inference, "floats_at_once", lambda platform: 32 * 5 * F)
