@@ -128,7 +128,9 @@ def values():
         | dict.fromkeys(names, "a")
         | lists
         | {"labels": model_card.UNLABELLED, "training": {"a": "a"}},
-        "saelens_card.md": dict.fromkeys(("name", "architecture", "site", "model"), "a") | {"width": 64},
+        "saelens_card.md": dict.fromkeys(("name", "architecture", "site", "target", "model"), "a")
+        | {"width": 64, "is_transcoder": True},
+        "space_card.md": {"repo": "user/name"},
     }
 
 

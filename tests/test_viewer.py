@@ -605,7 +605,10 @@ POINTS = ((20.0, 0.9), (float("nan"), 0.9), (20.0, float("nan")), (0.0, 0.5), (3
 
 
 def test_the_command_serves_until_it_is_interrupted(collected_run):
-    command = [sys.executable, "-m", "gsae_jax.view", f"--workdir={collected_run}", "--port=0"]
+    # A shell may start what runs in the background without this signal.
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run_it = f"{heeding}; runpy.run_module('gsae_jax.view', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", run_it, f"--workdir={collected_run}", "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)/ ", line)[1])
