@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
+import safetensors
 import tqdm
 
-from gsae_jax import errors, processes, sae_loading, sae_sources
+from gsae_jax import errors, features, processes, sae_loading, sae_sources
 from gsae_jax.data import rows
-from gsae_jax.errors import UserError, known_names
+from gsae_jax.errors import TrainingError, UserError, known_names
 from gsae_jax.evaluation import provenance
 from gsae_jax.features import collection as collection_lib
 from gsae_jax.features import tables
@@ -26,7 +28,6 @@ from gsae_jax.storage import paths, run_directory
 logger = logging.getLogger(__name__)
 
 TOKENS = 2**20  # by default, or as many as the held-out text has
-FOLDER = "features"  # in a run's directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,13 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
     Raises:
         UserError: there is no such run or SAE, it does not fit the language model, there is too little text, or the
             folder has files of other settings.
+        TrainingError: the files cannot be written.
     """
     if jax.process_count() > 1:
         raise UserError("is above 1; collect features in one process, on one machine", "--num_processes")
     if wanted.tokens is not None and not 1 <= wanted.tokens < 2**31:
         raise UserError(f"is {wanted.tokens}; write a number from 1 to {2**31 - 1:,}", "--tokens")
-    folder = _folder(wanted)
+    folder = folder_of(wanted.workdir, wanted.out, "--out")
     chosen = _chosen(wanted, config)
     settings = chosen.settings
     where = "--model" if wanted.model else "lm.path"
@@ -102,9 +104,11 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
         "special_tokens_excluded": bool(special_tokens),
         "step": chosen.step,
     }
-    about = {name: about_sae(sae) | shared for name, sae in chosen.saes.items()}
+    only = wanted.saes if wanted.workdir and wanted.saes else list(chosen.saes)
+    saes = {name: chosen.saes[name] for name in chosen.saes if name in only}
+    about = {name: about_sae(sae) | shared for name, sae in saes.items()}
     collection = collection_lib.Collection(
-        lm, chosen.mesh, chosen.saes, text, special_tokens, about, provenance.versions()
+        lm, chosen.mesh, saes, chosen.saes, text, special_tokens, about, provenance.versions()
     )
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
@@ -116,26 +120,34 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
         _check(folder, about, wanted.overwrite)
         number = "1 SAE" if len(about) == 1 else f"{len(about)} SAEs"
         logger.info(f"collecting the features of {number} on {len(text) * T:,} held-out tokens")
-        with _Bar() as bar:
-            collection_lib.collect(collection, folder, bar.update)
+        try:
+            with _Bar() as bar:
+                collection_lib.collect(collection, folder, bar.update)
+        except (OSError, sqlite3.Error, safetensors.SafetensorError) as error:
+            why = f"the features cannot be written to {folder} ({error})"
+            raise TrainingError(f"{why}; make room, and run the command again, which continues") from error
     return folder
 
 
-def _folder(wanted: Wanted) -> Path:
-    """Where the files go."""
-    if wanted.out:
-        with errors.about("--out"):
-            return Path(paths.require_local(wanted.out))
-    if not wanted.workdir:
-        raise UserError("is missing; write the name of a folder for the features", "--out")
-    run = paths.of(wanted.workdir)
+def folder_of(workdir: str, given: str, field: str) -> Path:
+    """The folder of the files: the one that is `given` in a field, or that in a run's directory.
+
+    Raises:
+        UserError: there is neither, or it is not on this machine.
+    """
+    if given:
+        with errors.about(field):
+            return Path(paths.require_local(given))
+    if not workdir:
+        raise UserError("is missing; write the name of a folder for the features", field)
+    run = paths.of(workdir)
     if run.local is None:
-        raise UserError(f"is missing, and {wanted.workdir} is not on this machine; write a local folder", "--out")
-    return Path(run.local) / FOLDER
+        raise UserError(f"is missing, and {workdir} is not on this machine; write a local folder", field)
+    return Path(run.local) / features.FOLDER
 
 
 def _chosen(wanted: Wanted, config: Mapping[str, Any] | None) -> sae_sources.Chosen:
-    """The SAEs that are asked for."""
+    """The SAEs of the run, or those that are asked for."""
     if not wanted.workdir:
         return sae_sources.of_names(wanted.saes, config, wanted.model, wanted.site)
     if not run_directory.Workdir(wanted.workdir).holds_run():
@@ -144,8 +156,7 @@ def _chosen(wanted: Wanted, config: Mapping[str, Any] | None) -> sae_sources.Cho
     for name in wanted.saes:
         if name not in chosen.saes:
             raise UserError(f"{name!r} is not an SAE of this run; {known_names(name, list(chosen.saes))}", "--sae")
-    saes = {name: sae for name, sae in chosen.saes.items() if not wanted.saes or name in wanted.saes}
-    return dataclasses.replace(chosen, saes=saes)
+    return chosen
 
 
 def about_sae(sae: trained.SAE) -> dict[str, Any]:

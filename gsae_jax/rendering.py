@@ -25,8 +25,8 @@ def render(template: str, **values: Any) -> str:
         jinja2.UndefinedError: the template uses a name that is not among these. Filters and formats that get such a
             value raise errors of their own.
     """
-    environment = HTML if template.endswith(".html") else MARKDOWN
-    return environment.get_template(template).render(values)
+    templates = HTML if template.endswith(".html") else MARKDOWN
+    return templates.get_template(template).render(values)
 
 
 def in_markdown(value: Any) -> Markup:
@@ -42,9 +42,10 @@ def in_yaml(value: Any) -> Markup:
     return Markup(text.removesuffix("...\n").rstrip("\n"))  # three dots end a document
 
 
-def _environment(**options: Any) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gsae_jax"),
+def environment(package: str = "gsae_jax", **options: Any) -> jinja2.Environment:
+    """What renders the templates in a package's folder `templates`; `options` are those of jinja2."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -52,11 +53,11 @@ def _environment(**options: Any) -> jinja2.Environment:
         keep_trailing_newline=True,
         **options,
     )
-    environment.filters |= {"markdown": in_markdown, "yaml": in_yaml, "repr": lambda text: repr(str(text))}
+    made.filters |= {"markdown": in_markdown, "yaml": in_yaml, "repr": lambda text: repr(str(text))}
     # Model cards write strings of Python code with `tojson`. Python reads no surrogate pairs.
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    return environment
+    made.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return made
 
 
-HTML = _environment()
-MARKDOWN = _environment(finalize=in_markdown)  # before jinja2's own escape, which then has nothing to do
+HTML = environment()
+MARKDOWN = environment(finalize=in_markdown)  # before jinja2's own escape, which then has nothing to do

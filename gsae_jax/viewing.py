@@ -72,17 +72,13 @@ def pages(wanted: Wanted, is_static: bool = False) -> tuple[Pages, Callable[[], 
 
 def _folder(wanted: Wanted) -> Path:
     """Where the files are."""
-    if wanted.features:
-        with errors.about("--features"):
-            return Path(paths.require_local(wanted.features))
-    if not wanted.workdir:
+    if not wanted.features and not wanted.workdir:
         raise UserError("is missing; give --workdir for a run, or --features for a folder of files", "--workdir")
-    run = paths.of(wanted.workdir)
-    if run.local is None:
-        raise UserError(f"is missing, and {wanted.workdir} is not on this machine; write a local folder", "--features")
+    folder = collecting.folder_of(wanted.workdir, wanted.features, "--features")
+    if wanted.features:
+        return folder
     if not run_directory.Workdir(wanted.workdir).holds_run():
         raise UserError(f"{wanted.workdir} holds no run; write the directory of one", "--workdir")
-    folder = Path(run.local) / collecting.FOLDER
     if not folder.is_dir():
         why = f"{wanted.workdir} has no collected features"
         raise UserError(f"{why}; run `python -m gsae_jax.collect --workdir {wanted.workdir}` first", "--workdir")

@@ -1,5 +1,7 @@
 """What is collected of features, against NumPy; on any mesh, in any chunks, and after a stop."""
 
+import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -67,12 +69,12 @@ def collection_of(lm_dir, kinds, tokens, mesh):
     plain = loading.load_lm(lm_dir)
     saes = {f"{kind}_0": make(kind, plain, tokens) for kind in kinds}
     about = {name: {"sae": name, "architecture": sae.architecture} for name, sae in saes.items()}
-    return collection_lib.Collection(lm, mesh, saes, tokens, lm.special_tokens, about, {"jax": jax.__version__})
+    return collection_lib.Collection(lm, mesh, saes, saes, tokens, lm.special_tokens, about, {"jax": jax.__version__})
 
 
 def dump(folder):
     """The contents of every file of a folder."""
-    return {path.name: list(sqlite3.connect(path).iterdump()) for path in sorted(folder.glob("*.sqlite"))}
+    return {path.name: list(sqlite3.connect(path).iterdump()) for path in sorted(folder.glob("[!.]*.sqlite"))}
 
 
 @pytest.fixture(scope="module")
@@ -171,31 +173,86 @@ class StoppedError(Exception):
     pass
 
 
-def test_a_collection_that_is_stopped_anywhere_goes_on(collected, tokens, lm_dir, tmp_path, monkeypatch):
+def collect_until(collection, folder, stop):
+    """Collect until `stop(stage, done)` is true, or to the end; returns the stages and their steps that were done."""
+    steps = []
+
+    def progress(stage, done, total):
+        steps.append((stage, done))
+        if stop(stage, done):
+            raise StoppedError
+
+    with contextlib.suppress(StoppedError):
+        collection_lib.collect(collection, folder, progress)
+    return steps
+
+
+def test_a_collection_that_is_stopped_anywhere_goes_on(collected, tokens, tmp_path, monkeypatch):
+    """And does nothing twice."""
     collection, folder = collected
     monkeypatch.setattr(collection_lib, "SAVE_EVERY", 0.0)
-    stages = []
+    steps, seen, ablations = [], set(), collections.Counter()
+    ablated = effects.ablated
+
+    def counted(lm, mesh, sae, T, group):
+        ablations.update((sae.name, feature) for feature, *_ in group)
+        return ablated(lm, mesh, sae, T, group)
+
+    monkeypatch.setattr(effects, "ablated", counted)
     for _ in range(40):
 
-        def stop(stage, done, total):
-            if (stage, done) not in stages:
-                stages.append((stage, done))
-                if len(stages) % 3 == 0:
-                    raise StoppedError
+        def stop(stage, done):
+            is_new = (stage, done) not in seen
+            seen.add((stage, done))
+            return is_new and len(seen) % 3 == 0
 
-        try:
-            collection_lib.collect(collection, tmp_path, stop)
-        except StoppedError:
-            assert len(list(tmp_path.glob("*.sqlite"))) <= len(SETTINGS)
-            continue
-        break
-    assert {stage for stage, _ in stages} == {"activations", "contexts", "effects"}
-    assert [done for stage, done in stages if stage == "activations"] == [32, 64, 80]  # none twice
+        steps += collect_until(collection, tmp_path, stop)
+        if len(dump(tmp_path)) == len(SETTINGS):
+            break
+    done = {stage: [number for each, number in steps if each == stage] for stage, _ in steps}
+    assert done["activations"] == done["contexts"] == [32, 64, 80]
+    assert {feature for feature, times in ablations.items() if times != 1} == set()
     assert dump(tmp_path) == dump(folder)
     assert {path.name for path in tmp_path.iterdir()} == {f"{kind}_0.sqlite" for kind in SETTINGS}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    collection_lib.collect(collection, tmp_path)
+    assert collect_until(collection, tmp_path, lambda *_: False) == []
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("stage", ["activations", "contexts", "effects"])
+def test_a_collection_may_go_on_for_some_of_its_saes(collected, tmp_path, monkeypatch, stage):
+    """Their files are those of a collection of all; and the first pass is not made again."""
+    collection, folder = collected
+    monkeypatch.setattr(collection_lib, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(collection_lib, "ROWS", 8)
+    collect_until(collection, tmp_path, lambda each, done: each == stage and done >= 40)
+    for name in ("gated_0", "topk_0"):
+        some = dataclasses.replace(collection, saes={name: collection.saes[name]})
+        steps = collect_until(some, tmp_path, lambda *_: False)
+        assert stage == "activations" or "activations" not in dict(steps) or name == "topk_0"
+    ours, theirs = dump(tmp_path), dump(folder)
+    number = re.compile(r"-?\d+\.\d*(?:e[+-]?\d+)?")  # other batches, other last bits
+    assert {"gated_0.sqlite", "topk_0.sqlite"} <= ours.keys()
+    for name in ("gated_0.sqlite", "topk_0.sqlite"):
+        assert [number.sub("", line) for line in ours[name]] == [number.sub("", line) for line in theirs[name]]
+
+
+def test_a_file_that_was_just_begun_or_nearly_finished_is_finished(collected, tmp_path, monkeypatch):
+    collection, folder = collected
+    only = dataclasses.replace(collection, saes={"gated_0": collection.saes["gated_0"]})
+    (tmp_path / ".gated_0.sqlite").touch()  # by a process that was killed before it wrote anything
+    with monkeypatch.context() as patched:
+        patched.setattr(tables.os, "fsync", lambda _: 1 / 0)  # after the indices
+        with pytest.raises(ZeroDivisionError):
+            collection_lib.collect(only, tmp_path)
+    assert not dump(tmp_path)
+    collection_lib.collect(only, tmp_path)
+    assert dump(tmp_path)["gated_0.sqlite"] == dump(folder)["gated_0.sqlite"]
+    (tmp_path / "gated_0.sqlite").unlink()
+    (tmp_path / ".gated_0.sqlite").write_bytes(b"damaged" * 999)
+    (tmp_path / collection_lib.STREAM).write_bytes(b"damaged")
+    collection_lib.collect(only, tmp_path)
+    assert dump(tmp_path)["gated_0.sqlite"] == dump(folder)["gated_0.sqlite"]
 
 
 def test_what_an_unfinished_collection_of_other_facts_left_is_not_used(collected, tokens, tmp_path, monkeypatch):

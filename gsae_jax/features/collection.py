@@ -30,11 +30,8 @@ from gsae_jax.saes import contract, trained
 logger = logging.getLogger(__name__)
 
 QUANTILES, PER_QUANTILE = 10, 2  # contexts of the sample that are kept
-ALIKE, ALIKE_ELSEWHERE, COFIRING = (
-    10,
-    3,
-    10,
-)  # features that are listed as like one: in its SAE, in each other, by firing
+# How many features are listed as like one: by decoder rows in its own SAE and in each other one, and by firing.
+ALIKE, ALIKE_ELSEWHERE, COFIRING = 10, 3, 10
 SAMPLE_TOKENS = 2**14  # of which all activations are kept, at most
 ROWS = 32  # on each device in one forward pass
 PAIRS = 2**15  # of a row and a feature, whose activations are read at once
@@ -58,6 +55,7 @@ class Collection:
         lm: the whole language model, on `mesh`.
         mesh: of one process.
         saes: by name; with the language model's names for sites.
+        compared: the SAEs in which similar features are looked for; those of `saes` and others.
         rows: of held-out text.
         special_tokens: on which features are not looked at.
         about: facts for the file of each SAE, by name. Two collections that agree in them are the same.
@@ -67,6 +65,7 @@ class Collection:
     lm: LM
     mesh: Mesh
     saes: Mapping[str, trained.SAE]
+    compared: Mapping[str, trained.SAE]
     rows: Rows
     special_tokens: tuple[int, ...]
     about: Mapping[str, Mapping[str, Any]]
@@ -151,14 +150,12 @@ def _writer(folder: Path, name: str, sae: trained.SAE, about: Mapping[str, Any])
     """The unfinished file of an SAE, as it was left if it is of the same facts."""
     path = folder / f".{place(folder, name).name}"
     facts = tuple(contract.feature_facts(sae.functions, sae.params, sae.config))
-    if path.exists():
-        writer = tables.Writer(path, facts)
-        if writer.about().get("collection") == about:
-            return writer
-        writer.close()
+    if path.exists() and tables.begun(path) != about:
         path.unlink()
     writer = tables.Writer(path, facts)
-    writer.state(collection=dict(about), rows_done=0)
+    if writer.about():
+        return writer
+    writer.state(collection=dict(about), next_row=0)
     writer.commit()
     return writer
 
@@ -168,7 +165,7 @@ def _stream(
 ) -> dict[str, streaming.State]:
     """The first pass: the state of each SAE after all rows, on the host."""
     mesh, saes, total = collection.mesh, collection.saes, len(collection.rows)
-    about = json.dumps({name: collection.about[name] for name in saes}, sort_keys=True)
+    about = {name: collection.about[name] for name in saes}
     done, states = _saved(folder / STREAM, about, saes)
     params = {name: streaming.params_on(mesh, sae) for name, sae in saes.items()}
     on_mesh = {name: streaming.state_on(mesh, sae, states[name]) for name, sae in saes.items()}
@@ -178,10 +175,10 @@ def _stream(
             inputs = sae_inputs(sae, activations)
             dictionary = streaming.Dictionary.of(mesh, sae)
             on_mesh[name] = streaming.update(dictionary, on_mesh[name], params[name], inputs, valid_RxT, part[0])
-        progress("activations", int(part[-1]) + 1, total)
         if time.monotonic() - saved > SAVE_EVERY or part[-1] + 1 == total:
             _save(folder / STREAM, about, int(part[-1]) + 1, on_mesh)
             saved = time.monotonic()
+        progress("activations", int(part[-1]) + 1, total)
     return {name: jax.tree.map(np.asarray, state) for name, state in on_mesh.items()}
 
 
@@ -191,7 +188,7 @@ def sae_inputs(sae: trained.SAE, activations: Mapping[str, jax.Array]) -> contra
     return inputs if isinstance(sae.config.d_in, tuple) else inputs[0]
 
 
-def _save(path: Path, about: str, done: int, states: Mapping[str, streaming.State]) -> None:
+def _save(path: Path, about: Mapping[str, Any], done: int, states: Mapping[str, streaming.State]) -> None:
     """Write the states after so many rows, whole or not at all."""
     tensors = {
         f"{number}.{field}": np.asarray(value)
@@ -199,29 +196,31 @@ def _save(path: Path, about: str, done: int, states: Mapping[str, streaming.Stat
         for field, value in state._asdict().items()
     }
     scratch = path.with_name(f"{path.name}.new")
-    safetensors.numpy.save_file(tensors, scratch, {"about": about, "done": str(done)})
+    safetensors.numpy.save_file(tensors, scratch, {"about": json.dumps(about), "done": str(done)})
     scratch.replace(path)
 
 
-def _saved(path: Path, about: str, saes: Mapping[str, trained.SAE]) -> tuple[int, dict[str, streaming.State]]:
-    """(Rows that are done, the states after them) of a collection of the same facts; else the empty ones."""
+def _saved(
+    path: Path, about: Mapping[str, Any], saes: Mapping[str, trained.SAE]
+) -> tuple[int, dict[str, streaming.State]]:
+    """(Rows that are done, the states after them) of a collection of these SAEs and others; else the empty ones."""
     states = {name: streaming.empty(sae.config.width) for name, sae in saes.items()}
     if not path.exists():
         return 0, states
     try:
         with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata()
-            if metadata.get("about") != about:
+            saved = json.loads(file.metadata()["about"])
+            if any(saved.get(name) != facts for name, facts in about.items()):
                 logger.info(f"{path.parent} has an unfinished collection with other settings; it begins anew")
                 return 0, states
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, safetensors.SafetensorError):
-        return 0, states
-    fields = streaming.State._fields
-    read = {
-        name: streaming.State(*(tensors[f"{number}.{field}"] for field in fields)) for number, name in enumerate(saes)
-    }
-    return int(metadata["done"]), read
+            numbers = {name: number for number, name in enumerate(saved)}
+            for name in saes:
+                tensors = (file.get_tensor(f"{numbers[name]}.{field}") for field in streaming.State._fields)
+                states[name] = streaming.State(*tensors)
+            return int(file.metadata()["done"]), states
+    except (OSError, safetensors.SafetensorError) as error:
+        logger.warning(f"{path} cannot be read ({error}); the collection begins anew")
+        return 0, {name: streaming.empty(sae.config.width) for name, sae in saes.items()}
 
 
 class _Places(NamedTuple):
@@ -268,8 +267,9 @@ def _contexts(
     needed = np.unique(np.concatenate([each.row for each in places.values()]))
     params = {name: streaming.params_on(collection.mesh, sae) for name, sae in collection.saes.items()}
     texts = Texts(collection.lm.tokenizer)
-    done = min((writer.about()["rows_done"] for writer in writers.values()), default=0)
-    for part, activations, valid in collection.batches(needed[done:]):
+    # A number of a row and not of rows, as an earlier call may have needed others for other SAEs.
+    begin = int(np.searchsorted(needed, min(writer.about()["next_row"] for writer in writers.values())))
+    for part, activations, valid in collection.batches(needed[begin:]):
         tokens = {int(row): collection.rows[int(row)] for row in part}
         for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):
             of = places[name]
@@ -281,11 +281,11 @@ def _contexts(
             writers[name].insert("contexts", _with_activations(wanted, tokens, along))
             mine = {row: tokens[row] for row in np.unique(wanted.row).tolist()}
             writers[name].insert("rows", _text_rows(mine, texts))
-        done += len(part)
+        begin += len(part)
         for writer in writers.values():
-            writer.state(rows_done=done)
+            writer.state(next_row=int(part[-1]) + 1)
             writer.commit()
-        progress("contexts", done, len(needed))
+        progress("contexts", begin, len(needed))
 
 
 def _along_rows(
@@ -454,7 +454,7 @@ def _effects(collection: Collection, sae: trained.SAE, writer: tables.Writer) ->
 def _alike(collection: Collection, sae: trained.SAE, sample: _Active, writer: tables.Writer) -> None:
     """Write the tables `neighbours` and `cofiring`."""
     rows_FxD = neighbours.unit_rows(sae)
-    for name, other in collection.saes.items():
+    for name, other in collection.compared.items():
         if other.targets != sae.targets:
             continue
         count = ALIKE if name == sae.name else ALIKE_ELSEWHERE

@@ -131,7 +131,7 @@ class Dictionary(NamedTuple):
 
 
 def params_on(mesh: Mesh, sae: trained.SAE) -> dict[str, jax.Array]:
-    """The SAE's parameters on the mesh, as `update` and `codes` take them."""
+    """The SAE's parameters on the mesh, as `update`, `along_rows` and `active` take them."""
     specs, _ = Dictionary.of(mesh, sae).specs(sae.params)
     return {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in sae.params.items()}
 

@@ -18,37 +18,37 @@ from gsae_jax.errors import UserError
 FORMAT = 1
 SUFFIX = ".sqlite"
 SCHEMA = """
-CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE features (
+CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS features (
     feature INTEGER PRIMARY KEY, fired INTEGER NOT NULL, density REAL NOT NULL, strongest REAL NOT NULL,
     histogram TEXT NOT NULL, divergence REAL
 );
-CREATE TABLE rows (row INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL);
-CREATE TABLE tokens (token INTEGER PRIMARY KEY, text TEXT NOT NULL);
-CREATE TABLE contexts (
+CREATE TABLE IF NOT EXISTS rows (row INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS tokens (token INTEGER PRIMARY KEY, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS contexts (
     feature INTEGER NOT NULL, quantile INTEGER NOT NULL, rank INTEGER NOT NULL, row INTEGER NOT NULL,
     position INTEGER NOT NULL, token INTEGER NOT NULL, activation REAL NOT NULL, active TEXT NOT NULL,
     PRIMARY KEY (feature, quantile, rank)
 ) WITHOUT ROWID;
-CREATE TABLE effects (
+CREATE TABLE IF NOT EXISTS effects (
     feature INTEGER NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL, token INTEGER NOT NULL, effect REAL NOT NULL,
     PRIMARY KEY (feature, kind, rank)
 ) WITHOUT ROWID;
-CREATE TABLE neighbours (
+CREATE TABLE IF NOT EXISTS neighbours (
     feature INTEGER NOT NULL, sae TEXT NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, cosine REAL NOT NULL,
     PRIMARY KEY (feature, sae, rank)
 ) WITHOUT ROWID;
-CREATE TABLE sample (feature INTEGER PRIMARY KEY, active TEXT NOT NULL);
-CREATE TABLE cofiring (
+CREATE TABLE IF NOT EXISTS sample (feature INTEGER PRIMARY KEY, active TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS cofiring (
     feature INTEGER NOT NULL, rank INTEGER NOT NULL, other INTEGER NOT NULL, both INTEGER NOT NULL,
     jaccard REAL NOT NULL, PRIMARY KEY (feature, rank)
 ) WITHOUT ROWID;
 """
 # Made last, as they slow down writing.
 INDICES = """
-CREATE INDEX contexts_of_rows ON contexts (row);
-CREATE INDEX contexts_of_tokens ON contexts (token);
-CREATE INDEX effects_of_tokens ON effects (token, kind);
+CREATE INDEX IF NOT EXISTS contexts_of_rows ON contexts (row);
+CREATE INDEX IF NOT EXISTS contexts_of_tokens ON contexts (token);
+CREATE INDEX IF NOT EXISTS effects_of_tokens ON effects (token, kind);
 """
 STRONGEST = 10  # the `quantile` of the strongest contexts, above those of the sample, 0 to 9
 
@@ -58,13 +58,11 @@ class Writer:
 
     def __init__(self, path: Path, facts: Sequence[str] = ()):
         """Opens a new file, or one that was begun with the same `facts`, the names of numbers of features."""
-        new = not path.exists()
         self._db = sqlite3.connect(path)
         # The file appears under its name when it is whole, so a crash of the machine loses a collection at most.
         self._db.execute("PRAGMA synchronous = OFF")
-        if new:
-            columns = "".join(f', "{name}" REAL' for name in facts)
-            self._db.executescript(SCHEMA.replace("divergence REAL", f"divergence REAL{columns}"))
+        columns = "".join(f', "{name}" REAL' for name in facts)
+        self._db.executescript(SCHEMA.replace("divergence REAL", f"divergence REAL{columns}"))
 
     def about(self) -> dict[str, Any]:
         """The facts of the file."""
@@ -140,19 +138,23 @@ def known(path: Path) -> Any:
         db.close()
 
 
+def begun(path: Path) -> Any:
+    """The facts of a file that is being written; None if it cannot be read or has none yet."""
+    db = sqlite3.connect(path)
+    try:
+        return about(db).get("collection")
+    except (sqlite3.Error, ValueError):
+        return None
+    finally:
+        db.close()
+
+
 def about(db: sqlite3.Connection) -> dict[str, Any]:
     """The facts of a file, by name."""
     return {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM about")}
 
 
 def pairs(first: Iterable[Any], second: np.ndarray) -> str:
-    """JSON of pairs of an integer and a number, which is written with as few digits as float32 needs."""
+    """JSON of pairs of an integer and a number; a float32 is written with as few digits as give it back."""
     both = zip(np.asarray(first).tolist(), second, strict=True)
-    return "[" + ",".join(f"[{a},{number(b)}]" for a, b in both) + "]"
-
-
-def number(value: Any) -> str:
-    """A float32 or an integer with as few digits as give it back."""
-    if isinstance(value, np.floating):
-        return str(value) if np.isfinite(value) else "null"
-    return str(value)
+    return "[" + ",".join(f"[{a},{b!s}]" for a, b in both) + "]"

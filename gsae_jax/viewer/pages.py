@@ -4,8 +4,7 @@ import math
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
-
+from gsae_jax import rendering
 from gsae_jax.viewer import library as library_lib
 from gsae_jax.viewer.library import Entry, Library
 
@@ -64,13 +63,7 @@ def _number(value: Any, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("gsae_jax.viewer"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+ENVIRONMENT = rendering.environment("gsae_jax.viewer")
 ENVIRONMENT.filters |= {
     "number": _number,
     "visible": library_lib.visible,

@@ -60,7 +60,6 @@ def application(pages: Pages, live: Callable[[], Live] | None, host: str = "127.
     """
     app = flask.Flask("gsae_jax.viewer")
     app.config |= {"MAX_CONTENT_LENGTH": LARGEST_BODY}
-    app.json.ensure_ascii = True  # type: ignore[attr-defined]
     _guard(app, pages, host, token)
     _show(app, pages, live is not None)
     if live is not None:
