@@ -183,3 +183,19 @@ def collected_run(text_dir, lm_dir, tmp_path_factory):
             collecting.collect(collecting.Wanted(str(folder), tokens=4096))
             (shared / "collected" / "whole").touch()
     return folder
+
+
+@pytest.fixture(scope="module")
+def viewed(collected_run):
+    """(pages, what loads the language model) of the run."""
+    from gsae_jax import viewing
+
+    return viewing.pages(viewing.Wanted(str(collected_run)))
+
+
+@pytest.fixture(scope="module")
+def client(viewed):
+    """Asks the server of the pages, without a network."""
+    from gsae_jax.viewer import server
+
+    return server.application(*viewed).test_client()

@@ -27,7 +27,7 @@ from gsae_jax.saes import (
     topk_transcoder,
     trained,
 )
-from tests.test_saes import away_from_init
+from tests.small_saes import away_from_init
 
 D, F, K = 12, 40, 6
 

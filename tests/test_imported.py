@@ -22,7 +22,7 @@ from gsae_jax.training import loop
 from tests.fixtures.lms import make as fixtures
 from tests.refusals import refused
 from tests.sae_files import make
-from tests.test_saes import away_from_init
+from tests.small_saes import away_from_init
 
 FIXTURES = Path(fixtures.__file__).parent
 REAL = next(

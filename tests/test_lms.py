@@ -19,7 +19,7 @@ from gsae_jax.saes.trained import SAE
 from tests import references
 from tests.measuring import on_mesh
 from tests.refusals import refused
-from tests.test_saes import away_from_init
+from tests.small_saes import away_from_init
 
 SUFFIXES = [
     "hook_resid_pre",

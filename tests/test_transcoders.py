@@ -31,7 +31,7 @@ from gsae_jax.training.stacks import Stack
 from tests import references
 from tests.measuring import as_sae, batches
 from tests.refusals import refused
-from tests.test_saes import assert_close, away_from_init
+from tests.small_saes import assert_close, away_from_init
 
 D_IN, D_OUT, F, B, K = 12, 9, 40, 64, 6
 TRANSCODERS = {

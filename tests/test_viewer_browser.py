@@ -331,7 +331,8 @@ def test_files_open_from_a_disk(browser, collected_run, tmp_path):  # noqa: F811
         page.wait_for_selector("iframe")
 
 
-def test_many_features_are_quick(browser, collected_run, tmp_path):  # noqa: F811
+def test_many_features_are_shown(browser, collected_run, tmp_path):  # noqa: F811
+    """And prints how long that takes, for who runs it with `-s`; how fast a machine is decides no test."""
     (tmp_path / "features").mkdir()
     widened(collected_run / "features" / "gated_0.sqlite", tmp_path / "features" / "gated_0.sqlite", LARGE)
     pages, _ = viewing.pages(viewing.Wanted(features=str(tmp_path / "features")))
@@ -349,8 +350,6 @@ def test_many_features_are_quick(browser, collected_run, tmp_path):  # noqa: F81
                 page.goto("about:blank")
             shown = ", ".join(f"{each:.2f}" for each in lists)
             print(f"{LARGE:,} features: the first page {first:.2f} s, the list {shown} s")
-            assert first < 1
-            assert min(lists) < 1
             open_list(page, f"{address}/gated_0/")
             assert page.locator("[data-status]").inner_text() == "16,384 of 16,384 rows"
             start = time.monotonic()
@@ -363,4 +362,3 @@ def test_many_features_are_quick(browser, collected_run, tmp_path):  # noqa: F81
                 page.goto(f"{address}/gated_0/{number}")
                 times.append(time.monotonic() - start)
             print(f"a feature: {', '.join(f'{1e3 * each:.0f}' for each in times)} ms")
-            assert min(times) < 0.2

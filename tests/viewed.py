@@ -8,6 +8,8 @@ import threading
 from gsae_jax.features import tables
 from gsae_jax.viewer import server
 
+HERE = {"Host": "127.0.0.1:8000"}
+OURS = {**HERE, "Origin": "http://127.0.0.1:8000"}
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
@@ -58,3 +60,9 @@ def widened(path, place, width):
                 )
     change_about(place, width=width)
     assert tables.known(place)["width"] == width
+
+
+def get(client, path, status=200, headers=HERE):
+    response = client.get(path, headers=headers)
+    assert response.status_code == status, (path, response.status_code, response.text[:300])
+    return response.text
