@@ -17,7 +17,17 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax.features import collection as collection_lib
 from gsae_jax.features import effects, neighbours, streaming, tables
 from gsae_jax.lms import loading
-from gsae_jax.saes import batch_topk, gated, gated_crosscoder, inference, relu_transcoder, signed_gated, topk, trained
+from gsae_jax.saes import (
+    batch_topk,
+    gated,
+    gated_crosscoder,
+    inference,
+    relu,
+    relu_transcoder,
+    signed_gated,
+    topk,
+    trained,
+)
 from tests import feature_files
 from tests.measuring import SITE, on_mesh
 
@@ -257,8 +267,8 @@ def test_a_file_that_was_just_begun_or_nearly_finished_is_finished(collected, tm
 
 def test_what_an_unfinished_collection_of_other_facts_left_is_not_used(collected, tokens, tmp_path, monkeypatch):
     collection, folder = collected
-    other = dataclasses.replace(collection, rows=tokens[:64])
-    other = dataclasses.replace(other, about={name: dict(about) | {"rows": 64} for name, about in other.about.items()})
+    facts = {name: dict(about) | {"text": "other"} for name, about in collection.about.items()}
+    other = dataclasses.replace(collection, rows=tokens[::-1], about=facts)
     monkeypatch.setattr(collection_lib, "SAVE_EVERY", 0.0)
 
     def stop(stage, done, total):
@@ -269,6 +279,30 @@ def test_what_an_unfinished_collection_of_other_facts_left_is_not_used(collected
         collection_lib.collect(other, tmp_path, stop)
     collection_lib.collect(collection, tmp_path)
     assert dump(tmp_path) == dump(folder)
+
+
+@pytest.mark.parametrize("floats", [2**22, 3 * 8])  # whole rows, and chunks of one token of each
+def test_of_equal_activations_the_first_is_kept(monkeypatch, floats):
+    """Of a row and of all rows: activations are small integers."""
+    monkeypatch.setattr(inference, "floats_at_once", lambda platform: floats)
+    jax.clear_caches()
+    random, R, T, D = np.random.default_rng(0), 30, 7, 8
+    x = random.integers(0, 3, (R, T, D)).astype(np.float32)
+    params = {"W_enc": jnp.eye(D), "b_enc": jnp.zeros(D), "W_dec": jnp.eye(D), "b_dec": jnp.zeros(D)}
+    sae = trained.SAE("a_0", "relu", relu.Config(D, D), SITE, params)
+    mesh = mesh_lib.make_mesh(mesh_lib.config_lib.Mesh(1, 1), jax.devices()[:1])
+    dictionary, placed = streaming.Dictionary.of(mesh, sae), streaming.params_on(mesh, sae)
+    state = streaming.state_on(mesh, sae, streaming.empty(D))
+    for start in range(0, R, 3):
+        valid = jnp.ones((3, T), bool)
+        state = streaming.update(dictionary, state, placed, jnp.asarray(x[start : start + 3]), valid, start)
+    best, at = x.max(1), x.argmax(1)
+    order = np.lexsort((np.broadcast_to(np.arange(R)[:, None], best.shape), -best), 0)[: streaming.TOP].T
+    features = np.arange(D)[:, None]
+    np.testing.assert_array_equal(state.top_row, order)
+    np.testing.assert_array_equal(state.top_position, at[order, features])
+    np.testing.assert_array_equal(state.top_value, best[order, features])
+    jax.clear_caches()
 
 
 @pytest.mark.variants
