@@ -36,7 +36,14 @@ setup(
     keywords=["sparse autoencoder", "mechanistic interpretability", "language model", "JAX"],
     packages=find_packages(include=["gsae_jax", "gsae_jax.*"]),
     package_data={
-        "gsae_jax": ["lms/embedded/*", "templates/*", "viewer/static/*", "viewer/templates/*", "py.typed"],
+        "gsae_jax": [
+            "lms/embedded/*",
+            "templates/*",
+            "viewer/templates/*",
+            "web/static/*",
+            "web/templates/*",
+            "py.typed",
+        ],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -12,6 +12,7 @@ from playwright.sync_api import sync_playwright
 
 from gsae_jax import viewing
 from gsae_jax.viewer import server
+from gsae_jax.web import server as web
 
 HERE = Path(__file__).parent
 SAE, FEATURE = "gated_1", 79
@@ -21,7 +22,7 @@ RESULTS = "[data-results]:not([hidden])"
 
 def main(run, folder=""):
     app = server.application(*viewing.pages(viewing.Wanted(run, folder)))
-    listening = server.listening(app, "127.0.0.1", 0)
+    listening = web.listening(app, "127.0.0.1", 0)
     threading.Thread(target=listening.run, daemon=True).start()
     address = f"http://127.0.0.1:{listening.effective_port}"
     with sync_playwright() as playwright:

@@ -42,10 +42,10 @@ def in_yaml(value: Any) -> Markup:
     return Markup(text.removesuffix("...\n").rstrip("\n"))  # three dots end a document
 
 
-def environment(package: str = "gsae_jax", **options: Any) -> jinja2.Environment:
-    """What renders the templates in a package's folder `templates`; `options` are those of jinja2."""
+def environment(*packages: str, **options: Any) -> jinja2.Environment:
+    """What renders the templates in the folders `templates` of packages; `options` are those of jinja2."""
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader(package),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package) for package in packages]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -59,5 +59,5 @@ def environment(package: str = "gsae_jax", **options: Any) -> jinja2.Environment
     return made
 
 
-HTML = environment()
-MARKDOWN = environment(finalize=in_markdown)  # before jinja2's own escape, which then has nothing to do
+HTML = environment("gsae_jax")
+MARKDOWN = environment("gsae_jax", finalize=in_markdown)  # before jinja2's own escape, which then has nothing to do

@@ -22,6 +22,7 @@ from gsae_jax.viewer import server
 from gsae_jax.viewer.library import Library
 from gsae_jax.viewer.live import Live
 from gsae_jax.viewer.pages import Pages
+from gsae_jax.web import server as web
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,8 @@ def serve(wanted: Wanted, host: str, port: int, open_browser: bool = False) -> N
     if not 0 <= port < 2**16:
         raise UserError(f"is {port}; write a number from 1 to {2**16 - 1}, or 0 for any that is free", "--port")
     shown, live = pages(wanted)
-    token = "" if server.is_loopback(host) else server.new_token()
-    listening = server.listening(server.application(shown, live, host, token), host, port)
+    token = "" if web.is_loopback(host) else web.new_token()
+    listening = web.listening(server.application(shown, live, host, token), host, port)
     # Those two mean all addresses of this machine; others find it by its name.
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{name}:{listening.effective_port}/" + (f"?token={token}" if token else "")

@@ -30,6 +30,7 @@ FLOOR = {
     "formats": 2,
     "evaluation": 3,
     "features": 3,
+    "web": 3,
     "training": 4,
     "planning": 4,
     "pretraining": 4,
@@ -51,6 +52,7 @@ FLOOR |= dict.fromkeys(COMMANDS, 9)
 FLOOR["fitting"] = 10  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {
     ("storage", "loggers"),
+    ("web", "features"),
     ("lms", "storage"),  # who reads and writes files does it with storage's readers and writers
     ("data", "storage"),
     ("batching", "processes"),

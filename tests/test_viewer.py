@@ -18,8 +18,8 @@ from gsae_jax import taps, viewing
 from gsae_jax.errors import UserError
 from gsae_jax.lms import generation
 from gsae_jax.viewer import figures, server
-from gsae_jax.viewer import library as library_lib
 from gsae_jax.viewer.pages import Links
+from gsae_jax.web import contexts, histograms
 from tests.refusals import refused
 from tests.viewed import HERE, HOSTILE, OURS, change_about, get, with_texts
 
@@ -87,7 +87,7 @@ def test_a_feature_has_a_page_with_everything_in_the_file(client, entry):
     page = Elements(get(client, f"/gated_0/{number}"))
     shown = [each[2] for each in page.all("code", class_="row")]
     assert len(shown) == len(feature.contexts) > 5
-    texts = ["".join(map(library_lib.visible, context.tokens)) for context in feature.contexts]
+    texts = ["".join(map(contexts.visible, context.tokens)) for context in feature.contexts]
     for row, text in zip(shown, texts, strict=True):  # in the order of the file: the strongest, then from the highest
         assert re.sub(r"[…·∅]", "", row).replace(" ", "") == re.sub(r"[…·∅]", "", text).replace(" ", "")
     marks = [each for each in page.all("mark")]
@@ -96,7 +96,7 @@ def test_a_feature_has_a_page_with_everything_in_the_file(client, entry):
     words = {each[2] for each in page.all("code", class_="chip")}
     for effects in feature.effects.values():
         assert len(effects) == 20
-        assert {library_lib.visible_token(effect.text) for effect in effects} <= words
+        assert {contexts.visible_token(effect.text) for effect in effects} <= words
     links = {each[1]["href"] for each in page.all("a")}
     for sae, each in feature.neighbours.items():
         assert {f"/{sae}/{other.feature}" for other in each} <= links
@@ -120,13 +120,13 @@ def test_segments_are_the_row_with_levels_of_activation(entry):
             ].tolist()
             assert [part.text for part in parts if part.is_here] == [context.tokens[context.position]]
             assert shown.window[[part.is_here for part in shown.window].index(True)].activation == context.activation
-    assert [library_lib.level(value, 2.0) for value in (0, 0.01, 1, 2, 3, -0.01, -2)] == [0, 1, 5, 9, 9, -1, -9]
+    assert [contexts.level(value, 2.0) for value in (0, 0.01, 1, 2, 3, -0.01, -2)] == [0, 1, 5, 9, 9, -1, -9]
 
 
 def test_what_cannot_be_seen_is_written(entry):
-    assert library_lib.visible("a\n\tb \u202e\x00é\u2028\U000e0001") == "a⏎→b \\u202e\\x00é\\u2028\\U000e0001"
-    assert library_lib.visible_token(" a\n") == "·a⏎"
-    assert library_lib.visible_token("") == "∅"
+    assert contexts.visible("a\n\tb \u202e\x00é\u2028\U000e0001") == "a⏎→b \\u202e\\x00é\\u2028\\U000e0001"
+    assert contexts.visible_token(" a\n") == "·a⏎"
+    assert contexts.visible_token("") == "∅"
 
 
 def script_of(text, name):
@@ -358,7 +358,7 @@ def test_what_cannot_be_looked_at_is_refused(collected_run, lm_dir, tmp_path):
 
 
 def test_frontiers_and_histograms_at_their_edges():
-    nothing = figures.histogram(np.array([0.0, 1.0, 2.0]), np.zeros(3, int))
+    nothing = histograms.histogram(np.array([0.0, 1.0, 2.0]), np.zeros(3, int))
     assert nothing is None
     assert figures.frontiers([]) == []
     base = {"site": "s", "variant": "relu", "width": 8, "stack": "a", "run": "r"}

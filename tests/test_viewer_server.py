@@ -14,6 +14,7 @@ import time
 import pytest
 
 from gsae_jax.viewer import server
+from gsae_jax.web import server as web
 from tests.refusals import refused
 from tests.viewed import HERE, OURS, get, serving
 
@@ -78,7 +79,7 @@ def test_paths_outside_and_large_or_wrong_bodies_are_refused(client):
         "/config.json",
     ):
         assert client.get(path, headers=HERE).status_code in (308, 400, 404), path
-    large = json.dumps({"sae": "gated_0", "text": "x" * server.LARGEST_BODY})
+    large = json.dumps({"sae": "gated_0", "text": "x" * web.LARGEST_BODY})
     assert client.post("/api/text", data=large, headers=OURS, content_type="application/json").status_code == 413
     edit = {"sae": "gated_0", "feature": 3, "strength": 1.0}
     steer = {"text": "def", "edits": [edit], "tokens": 16, "temperature": 0, "seed": 0}
@@ -117,9 +118,9 @@ def test_paths_outside_and_large_or_wrong_bodies_are_refused(client):
 
 
 def test_an_address_that_others_reach_asks_for_a_token(viewed):
-    token = server.new_token()
+    token = web.new_token()
     assert len(token) >= 32
-    assert token != server.new_token()
+    assert token != web.new_token()
     app = server.application(*viewed, host="0.0.0.0", token=token)
     app.test_client = functools.partial(app.test_client, use_cookies=False)  # the test sends its own
     host = {"Host": "10.1.2.3:8000"}
@@ -146,8 +147,8 @@ def test_an_address_that_others_reach_asks_for_a_token(viewed):
     assert (
         app.test_client().get(f"//evil.example/?token={token}", headers=host).headers.get("Location", "/")[:2] != "//"
     )
-    assert [server.is_loopback(each) for each in ("127.0.0.1", "::1", "localhost", "127.0.0.5")] == [True] * 4
-    assert [server.is_loopback(each) for each in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
+    assert [web.is_loopback(each) for each in ("127.0.0.1", "::1", "localhost", "127.0.0.5")] == [True] * 4
+    assert [web.is_loopback(each) for each in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
 
 
 def clients(port, seconds, count=20):
@@ -207,11 +208,11 @@ def test_a_real_server_refuses_what_the_application_would_not_see(viewed):
                 answer = raw.recv(65536)
             assert answer.split(b" ", 2)[1] in statuses, (head, answer[:200])
         with refused("--port", str(port)):
-            server.listening(server.application(*viewed), "127.0.0.1", port)
+            web.listening(server.application(*viewed), "127.0.0.1", port)
         with refused("--port", "nowhere.invalid"):
-            server.listening(server.application(*viewed), "nowhere.invalid", 0)
+            web.listening(server.application(*viewed), "nowhere.invalid", 0)
     for host in ("localhost", "::1"):
-        listening = server.listening(server.application(*viewed), host, 0)
+        listening = web.listening(server.application(*viewed), host, 0)
         assert int(listening.effective_port) > 0
         listening.task_dispatcher.shutdown()
         listening.close()

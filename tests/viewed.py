@@ -6,7 +6,7 @@ import sqlite3
 import threading
 
 from gsae_jax.features import tables
-from gsae_jax.viewer import server
+from gsae_jax.web import server as web
 
 HERE = {"Host": "127.0.0.1:8000"}
 OURS = {**HERE, "Origin": "http://127.0.0.1:8000"}
@@ -16,7 +16,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 @contextlib.contextmanager
 def serving(app):
     """A real server, and its port."""
-    listening = server.listening(app, "127.0.0.1", 0)
+    listening = web.listening(app, "127.0.0.1", 0)
     thread = threading.Thread(target=listening.run, daemon=True)
     thread.start()
     try:

@@ -12,7 +12,7 @@ from gsae_jax.viewer.pages import Links, Pages
 
 def write(pages: Pages, folder: Path) -> None:
     """Write all pages into an empty folder. Each has an address of its own: folders with `index.html` in them."""
-    static = importlib.resources.files("gsae_jax.viewer") / "static"
+    static = importlib.resources.files("gsae_jax.web") / "static"
     with importlib.resources.as_file(static) as source:
         shutil.copytree(source, folder / "static")
     _put(folder / "index.html", pages.home(Links(0)))

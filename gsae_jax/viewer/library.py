@@ -6,16 +6,16 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gsae_jax.errors import UserError
-from gsae_jax.features import Context, Feature, Features
+from gsae_jax.features import Feature, Features
 from gsae_jax.viewer import figures
+from gsae_jax.web import histograms
+from gsae_jax.web.contexts import Shown, shown
 
-BEFORE, AFTER = 14, 10  # tokens around the active one that a context shows at first
-LEVELS = 9  # of colour
 RESERVED = ("compare", "static", "steer", "text")  # first parts of addresses that are no SAEs
 KINDS = {
     "token": "active on token",
@@ -37,65 +37,6 @@ EXACT = ("feature", "other", "fired")  # integers
 QUANTILES = 10
 
 
-class Segment(NamedTuple):
-    """A part of a row's text: one active token, or all others up to the next one.
-
-    Attributes:
-        text: as the text has it.
-        level: of colour, -LEVELS to LEVELS, of activation / strongest; 0 where the feature is not active.
-        activation: of the feature.
-        is_here: whether it is the token that the context is about.
-    """
-
-    text: str
-    level: int
-    activation: float
-    is_here: bool
-
-
-class Shown(NamedTuple):
-    """A context as a page shows it: segments before a window around its token, in it, and after it."""
-
-    context: Context
-    before: list[Segment]
-    window: list[Segment]
-    after: list[Segment]
-
-
-def shown(context: Context, strongest: float) -> Shown:
-    """A context with its tokens as segments."""
-    start, end = max(0, context.position - BEFORE), context.position + AFTER + 1
-    parts = ((0, start), (start, end), (end, len(context.tokens)))
-    return Shown(context, *(_segments(context, strongest, *part) for part in parts))
-
-
-def _segments(context: Context, strongest: float, start: int, end: int) -> list[Segment]:
-    segments: list[Segment] = []
-    others: list[str] = []  # that follow each other
-
-    def flush() -> None:
-        if others:
-            segments.append(Segment("".join(others), 0, 0.0, False))
-            others.clear()
-
-    values = context.activations[start:end].tolist()
-    for number, (text, value) in enumerate(zip(context.tokens[start:end], values, strict=True), start):
-        if value or number == context.position:
-            flush()
-            segments.append(Segment(text, level(value, strongest), value, number == context.position))
-        else:
-            others.append(text)
-    flush()
-    return segments
-
-
-def level(value: float, strongest: float) -> int:
-    """The level of colour of an activation; every active token has one."""
-    if not value or not strongest:
-        return 0
-    return int(math.copysign(max(1, min(LEVELS, math.ceil(LEVELS * abs(value) / strongest))), value))
-
-
 @dataclasses.dataclass(frozen=True)
 class Page:
     """One feature as its page shows it.
@@ -112,7 +53,7 @@ class Page:
     feature: Feature
     strongest: list[Shown]
     quantiles: list[tuple[str, list[Shown]]]
-    bars: figures.Histogram | None
+    bars: histograms.Histogram | None
 
     @property
     def number(self) -> int:
@@ -182,7 +123,7 @@ class Entry:
             if contexts:
                 size = 100 // QUANTILES
                 quantiles.append((f"{size * quantile}–{size * (quantile + 1)}%", contexts))
-        bars = figures.histogram(self.features.bins, feature.histogram)
+        bars = histograms.histogram(self.features.bins, feature.histogram)
         return Page(self.key, feature, strongest, quantiles, bars)
 
     def search(self, kind: str, text: str) -> list[int]:
@@ -310,21 +251,6 @@ def place(text: str, library: Library) -> tuple[Entry, int | None]:
     if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < len(entry)):
         raise UserError(f"is {number!r}; {key} has features 0 to {len(entry) - 1}", "feature")
     return entry, int(number)
-
-
-def visible(text: str) -> str:
-    """A text in which line ends, tabs and other characters that cannot be seen are written as something visible."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else SIGNS.get(char) or ascii(char)[1:-1] for char in text)
-
-
-def visible_token(text: str | None) -> str:
-    """The text of a token that stands alone: also its spaces are visible."""
-    return "" if text is None else visible(text).replace(" ", "·") or "∅"
-
-
-SIGNS = {"\n": "⏎", "\t": "→"}
 
 
 def to_json(value: Any) -> str:

@@ -7,6 +7,7 @@ from urllib.parse import quote
 from gsae_jax import rendering
 from gsae_jax.viewer import library as library_lib
 from gsae_jax.viewer.library import Entry, Library
+from gsae_jax.web import contexts
 
 ROWS = 100  # of a list that the server writes; the script adds others
 
@@ -63,11 +64,11 @@ def _number(value: Any, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-ENVIRONMENT = rendering.environment("gsae_jax.viewer")
+ENVIRONMENT = rendering.environment("gsae_jax.viewer", "gsae_jax.web")
 ENVIRONMENT.filters |= {
     "number": _number,
-    "visible": library_lib.visible,
-    "token": library_lib.visible_token,
+    "visible": contexts.visible,
+    "token": contexts.visible_token,
 }
 ENVIRONMENT.globals |= {"ABOUT": library_lib.ABOUT, "KINDS": library_lib.KINDS}
 
