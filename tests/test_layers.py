@@ -43,6 +43,7 @@ FLOOR = {
     "reporting": 7,
     "publishing": 8,
     "viewer": 4,
+    "rating": 4,
     "viewing": 7,
 }
 # On the highest floor.

@@ -18,7 +18,7 @@ CONFIDENCE = 0.9
 RESAMPLES = 9999  # of the bootstrap
 
 
-class Rating(NamedTuple):
+class Paired(NamedTuple):
     """What one rater says of the two features of a pair.
 
     Attributes:
@@ -80,7 +80,7 @@ class Test:
     why: str = ""
 
 
-def differences(ratings: Iterable[Rating]) -> np.ndarray:
+def differences(ratings: Iterable[Paired]) -> np.ndarray:
     """[pairs]: first minus second, the mean over the raters of each pair."""
     by_pair: dict[int, list[float]] = {}
     for rating in ratings:
@@ -127,7 +127,7 @@ def wilcoxon(values: np.ndarray) -> Test:
     return Test(name, about, len(values), float(result.statistic), float(result.pvalue))
 
 
-def mann_whitney(ratings: Sequence[Rating]) -> list[Test]:
+def mann_whitney(ratings: Sequence[Paired]) -> list[Test]:
     """Mann-Whitney U test, two-sided, of all ratings of each two models."""
     groups = _by(ratings, "model")
     return [
@@ -141,7 +141,7 @@ def mann_whitney(ratings: Sequence[Rating]) -> list[Test]:
     ]
 
 
-def kruskal_wallis(ratings: Sequence[Rating]) -> Test:
+def kruskal_wallis(ratings: Sequence[Paired]) -> Test:
     """Kruskal-Wallis test of all ratings over the models."""
     groups = _by(ratings, "model")
     name, about, n = "Kruskal-Wallis", "ratings over models", sum(map(len, groups.values()))
@@ -150,7 +150,7 @@ def kruskal_wallis(ratings: Sequence[Rating]) -> Test:
     return _safely(name, about, n, lambda: stats.kruskal(*groups.values()))
 
 
-def friedman(ratings: Sequence[Rating], over: str) -> Test:
+def friedman(ratings: Sequence[Paired], over: str) -> Test:
     """Friedman test over sites, layers or raters.
 
     A block has the mean rating for every site (layer, rater), with all else equal. Blocks that lack one are left out.
@@ -167,7 +167,7 @@ def friedman(ratings: Sequence[Rating], over: str) -> Test:
     return _safely(name, about, len(blocks), lambda: stats.friedmanchisquare(*blocks.T))
 
 
-def page(ratings: Sequence[Rating]) -> Test:
+def page(ratings: Sequence[Paired]) -> Test:
     """Page's test for a trend of ratings over layers: whether they increase with depth.
 
     Blocks are those of `friedman`.
@@ -184,7 +184,7 @@ def _paged(blocks: np.ndarray) -> Any:
     return result.statistic, result.pvalue
 
 
-def tests(ratings: Sequence[Rating]) -> list[Test]:
+def tests(ratings: Sequence[Paired]) -> list[Test]:
     """All tests of the paper, in its order."""
     return [
         wilcoxon(differences(ratings)),
@@ -195,7 +195,7 @@ def tests(ratings: Sequence[Rating]) -> list[Test]:
     ]
 
 
-def _by(ratings: Iterable[Rating], field: str) -> dict[str, list[float]]:
+def _by(ratings: Iterable[Paired], field: str) -> dict[str, list[float]]:
     """All ratings of both sides, by a field."""
     groups: dict[str, list[float]] = {}
     for rating in ratings:
@@ -203,7 +203,7 @@ def _by(ratings: Iterable[Rating], field: str) -> dict[str, list[float]]:
     return groups
 
 
-def _blocks(ratings: Sequence[Rating], over: str, least: int) -> tuple[np.ndarray, str]:
+def _blocks(ratings: Sequence[Paired], over: str, least: int) -> tuple[np.ndarray, str]:
     """[blocks, treatments] of mean ratings; and why there can be no test, or ""."""
     treatments = _treatments(ratings, over)
     number = len(set(treatments))
@@ -221,7 +221,7 @@ def _blocks(ratings: Sequence[Rating], over: str, least: int) -> tuple[np.ndarra
     return blocks, ""
 
 
-def _treatments(ratings: Sequence[Rating], over: str) -> list[Any]:
+def _treatments(ratings: Sequence[Paired], over: str) -> list[Any]:
     """What each rating is of; layers by their order in their model, as models differ in depth."""
     if over != "layer":
         return [getattr(rating, over) for rating in ratings]
