@@ -1,6 +1,7 @@
 """What was collected of features, for Python: `gsae_jax.features.load(path)`."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,9 @@ import numpy as np
 
 from gsae_jax import rendering
 from gsae_jax.errors import UserError
+from gsae_jax.features import ratings as ratings_lib
 from gsae_jax.features import tables
+from gsae_jax.features.ratings import Rating
 
 FOLDER = "features"  # in a run's directory
 
@@ -75,6 +78,7 @@ class Feature:
         effects: by "direct" and "ablation", the tokens that it promotes most, and then those that it suppresses most.
         neighbours: features with similar decoder rows, of its own SAE and of others, by name.
         cofiring: features of its SAE that are active on the same tokens.
+        ratings: by raters that run by themselves, by their names.
     """
 
     sae: str
@@ -85,6 +89,7 @@ class Feature:
     effects: Mapping[str, tuple[Effect, ...]]
     neighbours: Mapping[str, tuple[Alike, ...]]
     cofiring: tuple[Alike, ...]
+    ratings: Mapping[str, Rating]
 
     def _repr_html_(self) -> str:
         """A card for a notebook."""
@@ -128,16 +133,28 @@ class Features:
         """The lower edges of the bins of `Feature.histogram`."""
         return np.array(self.about["bins"])
 
+    @functools.cached_property
+    def ratings(self) -> dict[str, dict[int, Rating]]:
+        """Ratings by raters that run by themselves, by rater and feature, as they are when first asked for."""
+        return ratings_lib.read(self.path, self.about["collection"])
+
     def columns(self) -> dict[str, np.ndarray]:
-        """Numbers [F] of all features, by name; NaN where there is none. `pandas.DataFrame` takes them."""
+        """Numbers [F] of all features, by name; NaN where there is none. `pandas.DataFrame` takes them.
+
+        The scores of a rater are named `score of RATER`.
+        """
         cursor = self._db.execute("SELECT * FROM features ORDER BY feature")
         names = [column[0] for column in cursor.description]
         columns = zip(names, zip(*cursor, strict=True), strict=True)
-        return {
+        numbers = {
             name: np.array(values, None if name in ("feature", "fired") else float)
             for name, values in columns
             if name != "histogram"
         }
+        for rater, ratings in self.ratings.items():
+            numbers[f"score of {rater}"] = scores = np.full(len(self), np.nan)
+            scores[list(ratings)] = [rating.score for rating in ratings.values()]
+        return numbers
 
     def active_on(self, text: str) -> list[int]:
         """Features that have a context whose token is this text, apart from spaces around it."""
@@ -201,12 +218,10 @@ class Features:
                 rows[row] = pairs[:, 0].astype(int), pairs[:, 1].astype(np.float32)
         return rows
 
-    @property
+    @functools.cached_property
     def texts(self) -> Mapping[int, str]:
         """The text of each token that occurs in rows or effects."""
-        if not hasattr(self, "_known_texts"):
-            self._known_texts = dict(self._db.execute("SELECT token, text FROM tokens"))
-        return self._known_texts
+        return dict(self._db.execute("SELECT token, text FROM tokens"))
 
     def words(self, promoted: int = 3) -> tuple[list[str | None], list[tuple[str, ...]]]:
         """For all features: the token on which each is strongest (None if there is none), and what it promotes most.
@@ -276,9 +291,9 @@ class Features:
             neighbours[sae] = (*neighbours.get(sae, ()), Alike(sae, other, cosine))
         rows = self._db.execute("SELECT other, jaccard FROM cofiring WHERE feature = ? ORDER BY rank", (number,))
         cofiring = tuple(Alike(self.sae, *row) for row in rows)
-        return Feature(
-            self.sae, number, numbers, histogram, tuple(self._contexts(number)), effects, neighbours, cofiring
-        )
+        ratings = {rater: each[number] for rater, each in self.ratings.items() if number in each}
+        contexts = tuple(self._contexts(number))
+        return Feature(self.sae, number, numbers, histogram, contexts, effects, neighbours, cofiring, ratings)
 
     def _contexts(self, number: int) -> Iterator[Context]:
         rows = self._db.execute(

@@ -10,6 +10,7 @@ feature is to a person.
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ class Rule:
 class Association:
     """The rater. It is deterministic, and rates a feature in some milliseconds."""
 
-    name = "association"
+    name = "rules"
 
     def __init__(self) -> None:
         """There is nothing to set."""
@@ -256,7 +257,7 @@ def _shifted(codes: np.ndarray, offset: int, filler: int) -> np.ndarray:
 
 
 def _quoted(text: str) -> str:
-    return f'"{text}"'.replace("\n", "\\n").replace("\t", "\\t")
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _word(text: str) -> str:

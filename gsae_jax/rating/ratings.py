@@ -1,29 +1,11 @@
-"""What a rater that runs by itself says of a feature."""
+"""What a rater that runs by itself is."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from gsae_jax.features import Features
+from gsae_jax.features.ratings import Rating
 
-
-@dataclasses.dataclass(frozen=True)
-class Rating:
-    """How interpretable a feature is.
-
-    Attributes:
-        score: 0 to 1: balanced accuracy of what the explanation predicts. 0.5 is chance.
-        low: lower end of the score's 95% interval.
-        high: its upper end.
-        explanation: in words.
-        details: other numbers, as JSON holds them.
-    """
-
-    score: float
-    low: float
-    high: float
-    explanation: str
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+__all__ = ["Rater", "Rating"]
 
 
 class Rater(Protocol):

@@ -215,8 +215,15 @@ def pairing(a: Entry, b: Entry) -> dict[str, Any]:
     return {"columns": columns}
 
 
+def about_column(name: str) -> tuple[str, str]:
+    """The label of a column, and what it is."""
+    if name.startswith("score of "):
+        return name, "how well the rater's explanation predicts where the feature is active: balanced accuracy"
+    return ABOUT.get(name, (name, ""))
+
+
 def _column(name: str, values: np.ndarray, label: str = "", about: str = "", **more: str) -> dict[str, Any]:
-    known = ABOUT.get(name, (name, ""))
+    known = about_column(name)
     head = {"name": name, "label": label or known[0], "about": about or known[1], "kind": "number", **more}
     if name in EXACT:
         return head | {"values": values.tolist()}

@@ -70,7 +70,7 @@ ENVIRONMENT.filters |= {
     "visible": contexts.visible,
     "token": contexts.visible_token,
 }
-ENVIRONMENT.globals |= {"ABOUT": library_lib.ABOUT, "KINDS": library_lib.KINDS}
+ENVIRONMENT.globals |= {"about_column": library_lib.about_column, "KINDS": library_lib.KINDS}
 
 
 class Pages:
