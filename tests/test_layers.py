@@ -45,10 +45,11 @@ FLOOR = {
     "viewer": 4,
     "rating": 4,
     "viewing": 7,
+    "scoring": 7,
 }
 # On the highest floor.
 COMMANDS = ("train", "evaluate", "collect", "view", "export", "plan", "push", "pretrain", "convert_lm", "sites")
-COMMANDS += ("settings",)
+COMMANDS += ("settings", "rate")
 FLOOR |= dict.fromkeys(COMMANDS, 9)
 FLOOR["fitting"] = 10  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {

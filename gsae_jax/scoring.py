@@ -1,0 +1,135 @@
+"""Rating features by raters that run by themselves."""
+
+import contextlib
+import dataclasses
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import filelock
+import numpy as np
+import tqdm
+
+from gsae_jax import collecting, errors, processes
+from gsae_jax import features as features_lib
+from gsae_jax.errors import TrainingError, UserError, known_names
+from gsae_jax.features import Features, Rating
+from gsae_jax.features import ratings as ratings_lib
+from gsae_jax.rating.ratings import Rater
+
+logger = logging.getLogger(__name__)
+
+KEEP_EVERY = 2.0  # seconds, between writes of ratings
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to rate.
+
+    Attributes:
+        workdir: the directory of a run; "" for a folder of files alone.
+        features: the folder of the features' files; by default `features` in the run's directory.
+        saes: names of SAEs, by default all.
+        numbers: of features, by default all that are active on some token.
+        overwrite: rate again what the rater has rated.
+    """
+
+    workdir: str = ""
+    features: str = ""
+    saes: Sequence[str] = ()
+    numbers: Sequence[int] = ()
+    overwrite: bool = False
+
+
+def files(wanted: Wanted) -> tuple[Path, dict[str, Features]]:
+    """The folder, and the chosen files of features by the names of their SAEs.
+
+    Raises:
+        UserError: there are no such features.
+    """
+    folder = collecting.folder_of(wanted.workdir, wanted.features, "--features")
+    with errors.about("--features" if wanted.features else "--workdir"):
+        every = features_lib.load(folder)
+    for name in wanted.saes:
+        if name not in every:
+            raise UserError(f"{name!r} has no collected features; {known_names(name, list(every))}", "--sae")
+    return folder, {name: each for name, each in every.items() if not wanted.saes or name in wanted.saes}
+
+
+def to_rate(wanted: Wanted, features: Features, rater: str) -> list[int]:
+    """Numbers of the features that are still to be rated.
+
+    Raises:
+        UserError: there is no feature of a number.
+    """
+    for number in wanted.numbers:
+        if not 0 <= number < len(features):
+            raise UserError(f"is {number}; {features.sae} has features 0 to {len(features) - 1}", "--feature")
+    alive = np.nonzero(features.columns()["fired"])[0].tolist()
+    rated: Mapping[int, Rating] = {} if wanted.overwrite else features.ratings.get(rater, {})
+    return [number for number in wanted.numbers or alive if number not in rated]
+
+
+def rate(wanted: Wanted, rater: Rater) -> dict[str, dict[int, Rating]]:
+    """Rate features, and keep the ratings in a file beside that of the features.
+
+    What an earlier call has rated stays, so that a call that was interrupted is continued by the next one.
+
+    Args:
+        wanted: what to rate.
+        rater: who rates.
+
+    Returns:
+        All ratings of the rater, by SAE and feature.
+
+    Raises:
+        UserError: there are no such features.
+        TrainingError: the rater cannot go on, or the ratings cannot be written. Those that were made are kept.
+    """
+    folder, chosen = files(wanted)
+    with _held(folder):
+        left = {name: to_rate(wanted, features, rater.name) for name, features in chosen.items()}
+        hidden = None if processes.first() else True  # None: where there is no terminal
+        with tqdm.tqdm(total=sum(map(len, left.values())), desc="ratings", unit="feature", disable=hidden) as bar:
+            for name, features in chosen.items():
+                _rate(features, left[name], rater, bar)
+    return {name: ratings_lib.read(f.path, f.about["collection"]).get(rater.name, {}) for name, f in chosen.items()}
+
+
+def _rate(features: Features, numbers: Sequence[int], rater: Rater, bar: tqdm.tqdm) -> None:
+    made: list[tuple[int, Rating]] = []
+    written = time.monotonic()
+    try:
+        for number in numbers:
+            rating = rater.rate(features, number)
+            if rating is not None:
+                made.append((number, rating))
+            bar.update()
+            if time.monotonic() - written > KEEP_EVERY:
+                _keep(features, rater.name, made)
+                written = time.monotonic()
+    finally:
+        _keep(features, rater.name, made)
+
+
+def _keep(features: Features, rater: str, made: list[tuple[int, Rating]]) -> None:
+    """Write ratings, and forget them."""
+    try:
+        if made:
+            ratings_lib.write(features.path, features.about["collection"], rater, made)
+    except sqlite3.Error as error:
+        path = ratings_lib.place(features.path)
+        raise TrainingError(f"{path} cannot be written ({error}); make room, and run the command again") from error
+    made.clear()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Nobody else collects or rates in the folder."""
+    try:
+        with filelock.FileLock(folder / ".lock").acquire(blocking=False):
+            yield
+    except filelock.Timeout as error:
+        raise UserError(f"{folder} is in use by another command; wait for it to end", "--features") from error
