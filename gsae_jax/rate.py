@@ -17,7 +17,7 @@ logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
 
 def main() -> None:
     """The command."""
-    numbers = [int(number) for number in FEATURE.value]
+    numbers = scoring.numbers(FEATURE.value)
     wanted = scoring.Wanted(WORKDIR.value, FEATURES.value, SAE.value, numbers, OVERWRITE.value)
     for name, ratings in scoring.rate(wanted, association.Association()).items():
         scores = [rating.score for rating in ratings.values()]

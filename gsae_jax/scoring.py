@@ -50,12 +50,25 @@ def files(wanted: Wanted) -> tuple[Path, dict[str, Features]]:
         UserError: there are no such features.
     """
     folder = collecting.folder_of(wanted.workdir, wanted.features, "--features")
-    with errors.about("--features" if wanted.features else "--workdir"):
+    where = "--features" if wanted.features else "--workdir"
+    with errors.about(where, path=where):
         every = features_lib.load(folder)
     for name in wanted.saes:
         if name not in every:
             raise UserError(f"{name!r} has no collected features; {known_names(name, list(every))}", "--sae")
     return folder, {name: each for name, each in every.items() if not wanted.saes or name in wanted.saes}
+
+
+def numbers(given: Sequence[str]) -> list[int]:
+    """Numbers of features, as the command line has them.
+
+    Raises:
+        UserError: one is no number.
+    """
+    for each in given:
+        if not (each.strip().isascii() and each.strip().isdigit()):
+            raise UserError(f"is {each!r}; write numbers of features, such as 3,17", "--feature")
+    return list(dict.fromkeys(map(int, given)))
 
 
 def to_rate(wanted: Wanted, features: Features, rater: str) -> list[int]:

@@ -55,3 +55,49 @@ def assert_kept(db, tokens, f, valid):
         places, values = zip(*json.loads(pairs), strict=True)
         np.testing.assert_array_equal(places, np.flatnonzero(there[..., feature]))
         np.testing.assert_array_equal(np.float32(values), there[..., feature][there[..., feature] != 0])
+
+
+def write(path, tokens, f, texts, sample_rows, **about):
+    """A file of features from activations, without effects and neighbours.
+
+    Args:
+        path: of the file.
+        tokens: [rows, T].
+        f: [rows, T, F], activations.
+        texts: the text of each token, by its number.
+        sample_rows: numbers of the rows of the sample.
+        about: facts of the collection.
+    """
+    writer = tables.Writer(path.with_suffix(".begun"))
+    F = f.shape[2]
+    strongest, at = f.max(1), f.argmax(1)  # [rows, F]
+    shown = set(sample_rows)
+    for feature in range(F):
+        fired = int((f[..., feature] > 0).sum())
+        histogram = "[]" if not fired else json.dumps([[0, fired]])
+        values = (feature, fired, fired / tokens.size, float(strongest[:, feature].max()), histogram, None)
+        writer.insert("features", [values])
+        rows = np.lexsort((np.arange(len(f)), -strongest[:, feature]))
+        rows = [int(row) for row in rows if strongest[row, feature] > 0]
+        spread = rows[:: max(1, len(rows) // 20)][:20]
+        chosen = [(tables.STRONGEST, rank, row) for rank, row in enumerate(rows[:20])]
+        chosen += [(9 - place // 2, place % 2, row) for place, row in enumerate(spread)]
+        shown |= {row for _, _, row in chosen}
+        for quantile, rank, row in chosen:
+            position = int(at[row, feature])
+            (on,) = np.nonzero(f[row, :, feature])
+            active = tables.pairs(on, f[row, on, feature])
+            place = (row, position, int(tokens[row, position]), float(f[row, position, feature]))
+            writer.insert("contexts", [(feature, quantile, rank, *place, active)])
+        there = f[sample_rows][..., feature].ravel()
+        if there.any():
+            (on,) = np.nonzero(there)
+            writer.insert("sample", [(feature, tables.pairs(on, there[on]))])
+    rows = ((row, json.dumps(tokens[row].tolist()), "".join(texts[t] for t in tokens[row])) for row in sorted(shown))
+    writer.insert("rows", rows)
+    writer.insert("tokens", [(int(token), texts[token]) for token in np.unique(tokens)])
+    facts = {"sae": "a_0", "width": F, "targets": ["blocks.0.hook_mlp_out"], "sites": ["blocks.0.hook_mlp_out"]}
+    writer.state(format=tables.FORMAT, tokens=tokens.size, bins=[0.0], sample_rows=list(sample_rows), made_with={})
+    writer.state(collection=facts | {"model": "a model", "architecture": "gated", "l1_coefficient": None} | about)
+    writer.commit()
+    writer.finish(path)

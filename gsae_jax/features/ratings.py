@@ -67,7 +67,7 @@ def read(features: Path, collection: Mapping[str, Any]) -> dict[str, dict[int, R
             for rater, feature, *numbers, details in db.execute(query, (_identity(collection),)):
                 ratings.setdefault(rater, {})[feature] = Rating(*numbers, details=json.loads(details))
     except (sqlite3.Error, ValueError) as error:
-        raise UserError(f"cannot be read as a file of ratings ({error}); remove it", str(path)) from error
+        raise UserError(f"cannot be read as a file of ratings ({error}); move it elsewhere", str(path)) from error
     return ratings
 
 

@@ -188,7 +188,7 @@ def _correlation(sums: np.ndarray) -> np.ndarray:
     """Pearson's, from [..., 4:] sums of 1, x, y, x x, y y, x y; NaN where one does not vary."""
     n, x, y, xx, yy, xy = np.moveaxis(sums[..., 4:], -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y))
+        return np.clip((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y)), -1, 1)
 
 
 def _number(value: np.ndarray) -> float | None:
@@ -211,6 +211,14 @@ def _kinds(tokens: np.ndarray, texts: Mapping[int, str]) -> list[Kind]:
     shifted = {offset: _shifted(known, offset, start) for offset in OFFSETS}
     for offset, place in zip(OFFSETS, PLACES, strict=True):
         kinds.append(Kind(shifted[offset], lambda code, place=place: f"{place} {names[code]}"))
+        if not offset:
+            positions = np.minimum(np.arange(tokens.shape[1]), 8)
+            kinds.append(
+                Kind(
+                    np.broadcast_to(positions, tokens.shape),
+                    lambda code: f"at position {code}" if code < 8 else "at position 8 or later",
+                )
+            )
     for length in (2, 3):
         parts = [shifted[-back] for back in reversed(range(length))]
         flat = functools.reduce(lambda all_, part: all_.astype(np.int64) * (start + 1) + part, parts)
@@ -228,13 +236,6 @@ def _kinds(tokens: np.ndarray, texts: Mapping[int, str]) -> list[Kind]:
             codes = np.append(of_token, len(values))[shifted[offset]]
             labels = [*values, "the row's edge"]
             kinds.append(Kind(codes, lambda code, where=where, labels=labels: f"{where} {labels[code]}"))
-    positions = np.minimum(np.arange(tokens.shape[1]), 8)
-    kinds.append(
-        Kind(
-            np.broadcast_to(positions, tokens.shape),
-            lambda code: f"at position {code}" if code < 8 else "at position 8 or later",
-        )
-    )
     seen = np.zeros(tokens.shape, int)
     for row, line in enumerate(known):
         _, first = np.unique(line, return_index=True)

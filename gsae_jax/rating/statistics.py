@@ -88,12 +88,13 @@ def differences(ratings: Iterable[Paired]) -> np.ndarray:
     return np.array([np.mean(by_pair[pair]) for pair in sorted(by_pair)], float)
 
 
-def mean_difference(values: np.ndarray, seed: int = 0) -> Difference:
+def mean_difference(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
     """The mean and its BCa bootstrap interval.
 
     Args:
         values: [pairs], of `differences`.
         seed: of the bootstrap's draws.
+        resamples: how many draws.
 
     Raises:
         ValueError: there are no pairs.
@@ -108,7 +109,7 @@ def mean_difference(values: np.ndarray, seed: int = 0) -> Difference:
         interval = stats.bootstrap(
             (values,),
             np.mean,
-            n_resamples=RESAMPLES,
+            n_resamples=resamples,
             batch=max(1, 2**22 // len(values)),  # bounds the memory
             confidence_level=CONFIDENCE,
             method="BCa",
