@@ -45,9 +45,22 @@ FLOOR = {
     "viewer": 4,
     "rating": 4,
     "viewing": 7,
+    "studying": 7,
 }
 # On the highest floor.
-COMMANDS = ("train", "evaluate", "collect", "view", "export", "plan", "push", "pretrain", "convert_lm", "sites")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "collect",
+    "view",
+    "study",
+    "export",
+    "plan",
+    "push",
+    "pretrain",
+    "convert_lm",
+    "sites",
+)
 COMMANDS += ("settings",)
 FLOOR |= dict.fromkeys(COMMANDS, 9)
 FLOOR["fitting"] = 10  # a function for notebooks, which does what the command `train` does
