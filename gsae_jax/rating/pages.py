@@ -103,10 +103,7 @@ def item(
         other: what was saved elsewhere meanwhile.
     """
     sample = [
-        (
-            f"{100 // QUANTILES * part}–{100 // QUANTILES * (part + 1)}%",
-            [_shown(each) for each in shown["sample"][part]],
-        )
+        (_part(QUANTILES - part), [_shown(each) for each in shown["sample"][part]])
         for part in range(QUANTILES - 1, -1, -1)
     ]
     return _render(
@@ -133,6 +130,10 @@ def overview(places: Collection[tuple[bool, bool]]) -> str:
 def end(count: int, missing: list[int]) -> str:
     """The last page; `missing`: places that are not answered."""
     return _render("end.html", count=count, missing=missing)
+
+
+def _part(number: int) -> str:
+    return f"Part {number} of {QUANTILES}" + {1: ", the strongest", QUANTILES: ", the weakest"}.get(number, "")
 
 
 def _render(template: str, **values: Any) -> str:

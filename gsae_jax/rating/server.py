@@ -90,10 +90,9 @@ def application(study: Study, host: str = "127.0.0.1") -> flask.Flask:
             typed["version"] = _typed(study.said(rater.rater, number))["version"] if status == 409 else typed["version"]
             shown = pages.item(study.page(number), place, count, done, typed, problem, other)
             return shown, status
-        if lead == "overview":
-            return flask.redirect("overview", 303)
         following = max(1, place + LEADS.get(lead, 1))
-        return flask.redirect(f"{following}" if following <= count else "end", 303)
+        page = "overview" if lead == "overview" else f"{following}" if following <= count else "end"
+        return flask.redirect(f"{page}#main", 303)  # else the browser goes to that page's question
 
     return app
 
