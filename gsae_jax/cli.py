@@ -195,9 +195,11 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
 
     Args:
         main: the command.
-        positional: names of the arguments that `main` takes from the command line.
+        positional: names of the arguments that `main` takes from the command line. Those in brackets, `[NAME]`, come
+            last and may be left out.
         several: the command may run in several processes, which find each other by the cluster or by flags.
     """
+    needed = [name for name in positional if not name.startswith("[")]
     sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))
     if several:
         flags.DEFINE_string("coordinator", None, "host:port of process 0. Not needed on a cluster that JAX detects.")
@@ -220,8 +222,8 @@ def run(main: Callable[..., int | None], *positional: str, several: bool = False
         if len(argv) - 1 > len(positional):
             unexpected = argv[1 + len(positional)]
             _refuse(f"unexpected argument {unexpected!r}; flags are written --name=value (--help lists them)")
-        if len(argv) - 1 < len(positional):
-            _refuse(f"{' '.join(positional[len(argv) - 1 :])} missing; --help shows how the command is written")
+        if len(argv) - 1 < len(needed):
+            _refuse(f"{' '.join(needed[len(argv) - 1 :])} missing; --help shows how the command is written")
         try:
             if several:
                 processes.join(*(flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")))

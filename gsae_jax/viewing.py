@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import logging
-import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping
@@ -136,14 +135,11 @@ def serve(wanted: Wanted, host: str, port: int, open_browser: bool = False) -> N
     Raises:
         UserError: there is nothing to look at, or the address cannot be used.
     """
-    if not 0 <= port < 2**16:
-        raise UserError(f"is {port}; write a number from 1 to {2**16 - 1}, or 0 for any that is free", "--port")
+    web.check_port(port)
     shown, live = pages(wanted)
     token = "" if web.is_loopback(host) else web.new_token()
     listening = web.listening(server.application(shown, live, host, token), host, port)
-    # Those two mean all addresses of this machine; others find it by its name.
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    address = f"http://{name}:{listening.effective_port}/" + (f"?token={token}" if token else "")
+    address = web.address(host, listening.effective_port) + (f"?token={token}" if token else "")
     logger.info(f"features: {address} (Ctrl-C ends it)")
     if open_browser:
         webbrowser.open(address)

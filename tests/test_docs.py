@@ -120,7 +120,8 @@ def check_command(module, arguments):
     kind = config_lib.Pretrain if module == "pretrain" else config_lib.Experiment
     config = cli.define_config(names["values"], ["", *arguments], kind) if "cli.define_config(" in source else None
     rest = cli.parse(["", *arguments], names["values"])[1:]
-    if len(rest) != len(run.args) - 1:
+    needed = [name for name in run.args[1:] if not ast.literal_eval(name).startswith("[")]
+    if not len(needed) <= len(rest) <= len(run.args) - 1:
         raise UserError(f"arguments without a name: {rest}", "command line")
     if config is not None and config.value is not None:
         config_trees.from_dict(kind, cli.given(config))
@@ -164,6 +165,7 @@ def test_commands_are_found_and_wrong_ones_noticed(monkeypatch):
     wrong = [("train", [*run, "--config.train.stps=1"]), ("train", [*run, "--config.stacks.gate.width=8"])]
     wrong += [("evaluate", ["--workdir=x", "--token=5"]), ("evaluate", ["--workdir=x", "--tokens=many"])]
     wrong += [("export", ["--workdir=x", "--out=y"]), ("convert_lm", ["one"]), ("sites", ["DIR"])]
+    wrong += [("study", ["--pairs=5"]), ("study", ["serve", "one", "two"])]
     for module, arguments in wrong:
         with pytest.raises(UserError):
             check_command(module, arguments)

@@ -46,10 +46,11 @@ FLOOR = {
     "rating": 4,
     "viewing": 7,
     "scoring": 7,
+    "studying": 7,
 }
 # On the highest floor.
-COMMANDS = ("train", "evaluate", "collect", "view", "export", "plan", "push", "pretrain", "convert_lm", "sites")
-COMMANDS += ("settings", "rate")
+COMMANDS = ("train", "evaluate", "collect", "view", "rate", "study", "export", "plan", "push", "pretrain")
+COMMANDS += ("convert_lm", "sites", "settings")
 FLOOR |= dict.fromkeys(COMMANDS, 9)
 FLOOR["fitting"] = 10  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {

@@ -156,6 +156,14 @@ class Features:
             scores[list(ratings)] = [rating.score for rating in ratings.values()]
         return numbers
 
+    def rows_active(self) -> np.ndarray:
+        """[F]: in how many rows each feature has one of its strongest contexts, of which there are a few at most."""
+        counts = np.zeros(len(self), int)
+        query = "SELECT feature, count(*) FROM contexts WHERE quantile = ? GROUP BY feature"
+        for feature, count in self._db.execute(query, (tables.STRONGEST,)):
+            counts[feature] = count
+        return counts
+
     def active_on(self, text: str) -> list[int]:
         """Features that have a context whose token is this text, apart from spaces around it."""
         query = (

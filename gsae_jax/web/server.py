@@ -26,7 +26,7 @@ HEADERS = {
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with none at all, browsers do not say where a form comes from
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
@@ -137,12 +137,26 @@ def _let_in(request: flask.Request, token: str, ask: Callable[[], str] | None) -
     return ask(), 403
 
 
+def check_port(port: int) -> None:
+    """Raises `UserError` for a number that no port has."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"is {port}; write a number from 1 to {2**16 - 1}, or 0 for any that is free", "--port")
+
+
+def address(host: str, port: int) -> str:
+    """What browsers open, http://NAME:PORT/."""
+    # Those two mean all addresses of this machine; others find it by its name.
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/"
+
+
 def listening(app: flask.Flask, host: str, port: int) -> Any:
     """A server that listens, and answers when its `run` is called; `effective_port` is its port.
 
     Raises:
         UserError: the address cannot be used.
     """
+    check_port(port)
     try:
         # A name may stand for several addresses, each with a port of its own.
         family, kind, protocol, _, address = socket.getaddrinfo(
