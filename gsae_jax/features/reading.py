@@ -183,6 +183,31 @@ class Features:
             active[feature] = np.array(places), np.array(values, np.float32)
         return tokens, active
 
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows of text that have a context, or are of the sample: their numbers [rows], and tokens [rows, T]."""
+        numbers, tokens = zip(*self._db.execute("SELECT row, tokens FROM rows ORDER BY row"), strict=True)
+        return np.array(numbers), np.array([json.loads(row) for row in tokens], np.int32)
+
+    def active_in(self, number: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """For each row in which a feature has a context: (positions [A] of all active tokens, activations [A]).
+
+        Rows of the strongest contexts come first, in descending order.
+        """
+        query = "SELECT row, active FROM contexts WHERE feature = ? ORDER BY quantile DESC, rank"
+        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for row, active in self._db.execute(query, (number,)):
+            if row not in rows:
+                pairs = np.array(json.loads(active))
+                rows[row] = pairs[:, 0].astype(int), pairs[:, 1].astype(np.float32)
+        return rows
+
+    @property
+    def texts(self) -> Mapping[int, str]:
+        """The text of each token that occurs in rows or effects."""
+        if not hasattr(self, "_known_texts"):
+            self._known_texts = dict(self._db.execute("SELECT token, text FROM tokens"))
+        return self._known_texts
+
     def words(self, promoted: int = 3) -> tuple[list[str | None], list[tuple[str, ...]]]:
         """For all features: the token on which each is strongest (None if there is none), and what it promotes most.
 
@@ -266,16 +291,9 @@ class Features:
             activations = np.zeros(len(ids), np.float32)
             for at, value in json.loads(active):
                 activations[at] = value
-            texts = tuple(self._texts[token] for token in ids)
+            texts = tuple(self.texts[token] for token in ids)
             of_sample = None if quantile == tables.STRONGEST else quantile
             yield Context(row, position, activation, of_sample, texts, activations)
-
-    @property
-    def _texts(self) -> Mapping[int, str]:
-        """The text of each token."""
-        if not hasattr(self, "_known_texts"):
-            self._known_texts = dict(self._db.execute("SELECT token, text FROM tokens"))
-        return self._known_texts
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Features]:
