@@ -139,15 +139,15 @@ class Client:
         """
         stopped = threading.Event()
         with futures.ThreadPoolExecutor(self.parallel) as pool:
-            asked = [pool.submit(self._ask, prompt, max_tokens, stopped) for prompt in prompts]
+            asked = {prompt: pool.submit(self._ask, prompt, max_tokens, stopped) for prompt in dict.fromkeys(prompts)}
             try:
-                done, _ = futures.wait(asked, return_when=futures.FIRST_EXCEPTION)
+                done, _ = futures.wait(asked.values(), return_when=futures.FIRST_EXCEPTION)
             finally:  # requests that are being answered are waited for, and kept
                 stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         for each in done:
             each.result()  # raises the first error
-        return [each.result() for each in asked]
+        return [asked[prompt].result() for prompt in prompts]
 
     def close(self) -> None:
         """Close the file."""

@@ -42,11 +42,20 @@ class Window(NamedTuple):
     tokens: tuple[str, ...]
     activations: np.ndarray
 
-    @classmethod
-    def of(cls, tokens: Sequence[str], activations: np.ndarray, start: int) -> "Window":
-        """That of a whole row that begins at a token."""
-        some = slice(start, start + WINDOW)
-        return cls(tuple(tokens[some]), activations[some])
+
+class _Sample(NamedTuple):
+    """The sample of rows.
+
+    Attributes:
+        tokens: [rows, T].
+        active: of each feature its places in the flattened array, and activations there.
+        first: the first token to show: 1 where all rows begin with the same one, which is BOS. No feature is active
+            on it, so that it would give wrong marks away.
+    """
+
+    tokens: np.ndarray
+    active: dict[int, tuple[np.ndarray, np.ndarray]]
+    first: int
 
 
 class Examples(NamedTuple):
@@ -117,7 +126,7 @@ class Judge:
         sources = [LOADER.get_source(PROMPTS, name)[0] for name in sorted(LOADER.list_templates())]
         facts = json.dumps([sources, seed, max_tokens])
         self.name = f"{client.model} {hashlib.sha256(facts.encode()).hexdigest()[:8]}"
-        self._sampled: tuple[Features, np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]] | None = None
+        self._sampled: tuple[Features, _Sample] | None = None
 
     def rate(self, features: Features, number: int) -> Rating | None:
         """The rating of a feature.
@@ -207,7 +216,7 @@ class Judge:
             for batch in self._batches(features, number, examples):
                 question = batch.question(explanation)
                 prompts.append(question.prompt(False) if missing else self._missing(question)[0])
-        prompts = [prompt for prompt in prompts if prompt]
+        prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         return Cost(
             len(prompts), sum(math.ceil(len(prompt) / 4) for prompt in prompts), len(prompts) * self._max_tokens
         )
@@ -247,30 +256,36 @@ class Judge:
 
     def _examples(self, features: Features, number: int) -> Examples | None:
         """What a feature is explained and scored by; None if there is too little."""
-        halves = _halves(features[number])
+        halves = _halves(features[number], self._sample(features).first)
         if min(map(len, halves)) < LEAST:
             return None
         others = self._others(features, number, len(halves[1]))
         return Examples(*halves, others) if len(others) >= LEAST else None
 
+    def _sample(self, features: Features) -> "_Sample":
+        """The sample of rows, which is read once for each SAE."""
+        if self._sampled is None or self._sampled[0] is not features:
+            tokens, active = features.sample()
+            self._sampled = features, _Sample(tokens, active, int(len(np.unique(tokens[:, 0])) == 1))
+        return self._sampled[1]
+
     def _others(self, features: Features, number: int, most: int) -> list[Window]:
         """Windows without the feature, from random rows of the sample, at most one of each."""
-        if self._sampled is None or self._sampled[0] is not features:
-            self._sampled = (features, *features.sample())
-        _, tokens, active = self._sampled
-        rows, length = tokens.shape
-        on = np.zeros(rows * length, bool)
+        tokens, active, first = self._sample(features)
+        on = np.zeros(tokens.size, bool)
         if number in active:
             on[active[number][0]] = True
-        before = np.pad(np.cumsum(on.reshape(rows, length), 1), ((0, 0), (1, 0)))
+        on, tokens = on.reshape(tokens.shape)[:, first:], tokens[:, first:]
+        length = tokens.shape[1]
+        before = np.pad(np.cumsum(on, 1), ((0, 0), (1, 0)))
         size = min(WINDOW, length)
         is_free = before[:, size:] == before[:, : length - size + 1]  # [rows, starts]
         random = self._random(features, number, 0)
         windows = []
         for row in random.permutation(np.flatnonzero(is_free.any(1)))[:most]:
             start = random.choice(np.flatnonzero(is_free[row]))
-            texts = [features.texts[token] for token in tokens[row].tolist()]
-            windows.append(Window.of(texts, np.zeros(length, np.float32), start))
+            texts = [features.texts[token] for token in tokens[row, start : start + size].tolist()]
+            windows.append(Window(tuple(texts), np.zeros(size, np.float32)))
         return windows
 
     def _batches(self, features: Features, number: int, examples: Examples) -> list[_Batch]:
@@ -319,8 +334,7 @@ def quoted(text: str) -> str:
 
 def cleaned(text: str) -> str | None:
     """An explanation in one line of bounded length; None if nothing is left."""
-    line = " ".join(_answered(text).split())
-    line = "".join(char for char in line if char.isprintable())
+    line = "".join(char for char in " ".join(_answered(text).split()) if char.isprintable()).strip()
     return (line if len(line) <= LONGEST else f"{line[: LONGEST - 1].rstrip()}…") or None
 
 
@@ -353,10 +367,11 @@ def mean_of_fractions(parts: Sequence[tuple[int, int]]) -> tuple[float, float, f
     return mean, max(0.0, mean - math.sqrt(below)), min(1.0, mean + math.sqrt(above))
 
 
-def _halves(feature: Feature) -> tuple[list[Window], list[Window]]:
+def _halves(feature: Feature, first: int) -> tuple[list[Window], list[Window]]:
     """A window of every row that has a context: of every second one, and of the others.
 
     The strongest contexts and those of quantiles alternate, each by themselves, so that both halves have both.
+    `first`: the first token of a row that is shown.
     """
     halves: tuple[list[Window], list[Window]] = ([], [])
     seen: set[int] = set()
@@ -366,8 +381,9 @@ def _halves(feature: Feature) -> tuple[list[Window], list[Window]]:
             continue
         seen.add(context.row)
         is_strongest = context.quantile is None
-        start = min(max(0, context.position - BEFORE), max(0, len(context.tokens) - WINDOW))
-        halves[turn[is_strongest] % 2].append(Window.of(context.tokens, context.activations, start))
+        start = max(first, min(context.position - BEFORE, len(context.tokens) - WINDOW))
+        some = slice(start, start + WINDOW)
+        halves[turn[is_strongest] % 2].append(Window(context.tokens[some], context.activations[some]))
         turn[is_strongest] += 1
     return halves
 
