@@ -38,6 +38,7 @@ setup(
     package_data={
         "gsae_jax": [
             "lms/embedded/*",
+            "rating/prompts/*",
             "rating/templates/*",
             "templates/*",
             "viewer/templates/*",

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -18,6 +18,7 @@ from gsae_jax.errors import TrainingError, UserError, known_names
 from gsae_jax.features import Features, Rating
 from gsae_jax.features import ratings as ratings_lib
 from gsae_jax.rating.ratings import Rater
+from gsae_jax.rating.study import Item, Study
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,59 @@ def rate(wanted: Wanted, rater: Rater) -> dict[str, dict[int, Rating]]:
             for name, features in chosen.items():
                 _rate(features, left[name], rater, bar)
     return {name: ratings_lib.read(f.path, f.about["collection"]).get(rater.name, {}) for name, f in chosen.items()}
+
+
+def rate_study(folder: str, rater: Rater) -> int:
+    """Rate the features of a study, and keep the ratings as answers of the study.
+
+    What an earlier call has rated stays. A rating that is in a file beside that of the features is taken from there.
+
+    Args:
+        folder: of the study.
+        rater: who rates.
+
+    Returns:
+        How many features of the study have a rating of the rater.
+
+    Raises:
+        UserError: there is no such study, or files of its features are not there any more, or are others.
+        TrainingError: the rater cannot go on, or the ratings cannot be written. Those that were made are kept.
+    """
+    study = Study(folder)
+    try:
+        number = study.add_rater(rater.name)
+        answered = study.answered(number)
+        items = [item for item in study.items() if item.item not in answered]
+        rated = len(answered)
+        hidden = None if processes.first() else True
+        with tqdm.tqdm(total=len(items), desc="ratings", unit="feature", disable=hidden) as bar:
+            for item, features in _of_study(study, items):
+                bar.update()
+                known = features.ratings.get(rater.name, {})
+                rating = known.get(item.feature) or rater.rate(features, item.feature)
+                if rating is not None:
+                    about = {"low": rating.low, "high": rating.high, **rating.details}
+                    study.answer(number, item.item, rating.score, rating.explanation, about)
+                    rated += 1
+    except sqlite3.Error as error:
+        raise TrainingError(f"{study.path} cannot be written ({error}); make room, and run it again") from error
+    return rated
+
+
+def _of_study(study: Study, items: Iterable[Item]) -> Iterator[tuple[Item, Features]]:
+    """Items with the files of their features, those of one file after the other."""
+    by_path: dict[str, list[Item]] = {}
+    for item in items:
+        by_path.setdefault(item.path, []).append(item)
+    for path, mine in by_path.items():
+        with errors.about("--study", path="--study"):
+            (features,) = features_lib.load(path).values()
+        theirs = {
+            sae["path"]: sae["parameters"] for group in study.about["groups"] for sae in group["saes"].values()
+        }
+        if features.about["collection"]["parameters"] != theirs[path]:
+            raise UserError(f"{path} has features of another SAE than when the study was made", "--study")
+        yield from ((item, features) for item in mine)
 
 
 def _rate(features: Features, numbers: Sequence[int], rater: Rater, bar: tqdm.tqdm) -> None:

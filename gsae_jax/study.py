@@ -2,6 +2,7 @@
 
 python -m gsae_jax.study new --runs runs/quickstart --first gated --second baseline --pairs 20 --raters 3 --out STUDY
 python -m gsae_jax.study serve STUDY
+python -m gsae_jax.study analyse STUDY
 """
 
 import logging
@@ -32,10 +33,18 @@ def serve(study: str) -> None:
     studying.serve(study, HOST.value, PORT.value)
 
 
+def analyse(study: str) -> None:
+    """Print and write what the ratings of a study say."""
+    for each in studying.analyse(study, OUT.value):
+        print(f"{each.rater}\n{each.summary}\n")
+    logger.info(f"report: {OUT.value or f'{study}/analysis'}/report.html")
+
+
 # By name: the function, whether it takes the folder of a study, and its flags.
 ACTIONS = {
     "new": (new, False, ("runs", "first", "second", "pairs", "raters", "shared", "seed", "out")),
     "serve": (serve, True, ("host", "port")),
+    "analyse": (analyse, True, ("out",)),
 }
 
 
@@ -66,7 +75,7 @@ if __name__ == "__main__":
         "shared", False, "new: all people rate the same pairs; else each has pairs of their own."
     )
     SEED = flags.DEFINE_integer("seed", 0, "new: of the draw of features and of their order.")
-    OUT = flags.DEFINE_string("out", "", "new: a new folder for the study.")
+    OUT = flags.DEFINE_string("out", "", "new: a new folder for the study. analyse: a folder for the report; default: STUDY/analysis.")
     HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: address to listen on.")
     PORT = flags.DEFINE_integer("port", 8000, "serve: port to listen on; 0: any that is free.")
     cli.run(main, "ACTION", "[STUDY]")

@@ -13,15 +13,16 @@ from gsae_jax import errors
 from gsae_jax import features as features_lib
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import provenance
-from gsae_jax.rating import pages, pairs, server
+from gsae_jax.rating import analysis, pages, pairs, server
 from gsae_jax.rating import study as study_lib
-from gsae_jax.rating.study import FIRST, PERSON, SECOND, Item, Study
+from gsae_jax.rating.study import AUTOMATIC, FIRST, PERSON, SECOND, Item, Study
 from gsae_jax.storage import paths, writing
 from gsae_jax.web import server as web
 
 logger = logging.getLogger(__name__)
 
 MOST_PEOPLE = 1000
+PEOPLE = "people"  # what their ratings are called together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,3 +205,40 @@ def serve(folder: str, host: str, port: int) -> None:
         logger.info(f"rater {person.rater}, {done} of {count} answered: {address}r/{person.token}/")
     logger.info("Ctrl-C ends it; answers are kept")
     listening.run()
+
+
+def analyse(folder: str, out: str = "") -> list[analysis.Analysis]:
+    """Analyse the ratings of a study: those of all people together, and those of each automatic rater.
+
+    Writes `analysis.json`, `answers.csv` and `report.html`, in place of earlier ones.
+
+    Args:
+        folder: of the study.
+        out: where to write; by default `analysis` in the folder of the study.
+
+    Raises:
+        UserError: there is no such study, or nobody has rated both features of a pair.
+    """
+    with errors.about("--out"):
+        place = Path(paths.require_local(out)) if out else Path(folder).expanduser() / "analysis"
+    study = Study(folder)
+    ratings = study.ratings()
+    names = {rater.rater: rater.name or "" for rater in study.raters(AUTOMATIC)}
+    sides = (study.about["first"], study.about["second"])
+    analyses = []
+    if ratings[PERSON]:
+        analyses.append(analysis.analyse(PEOPLE, sides, ratings[PERSON], people=True))
+    for rater, name in names.items():
+        paired = [each for each in ratings[AUTOMATIC] if each.rater == rater]
+        if paired:
+            analyses.append(analysis.analyse(name, sides, paired, people=False))
+    if not analyses:
+        how = "serve it to people, or run `python -m gsae_jax.rate --study`"
+        raise UserError(f"{folder} has no pair of which one rater has rated both features; {how}", "STUDY")
+    saes = [
+        {"model": group["model"], "site": group["target"], "side": study.about[side], **group["saes"][side]}
+        for group in study.about["groups"]
+        for side in (FIRST, SECOND)
+    ]
+    analysis.write(analyses, {"sides": list(sides), "saes": saes}, place)
+    return analyses

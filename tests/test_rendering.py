@@ -153,3 +153,5 @@ def test_a_built_package_carries_the_templates(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
     carried = {path.name for path in (tmp_path / "gsae_jax" / "templates").iterdir()}
     assert carried == {path.name for path in TEMPLATES.iterdir()} >= {"report.html", "table.md", "texts.jinja"}
+    prompts = {path.name for path in (tmp_path / "gsae_jax" / "rating" / "prompts").iterdir()}
+    assert prompts == {"explain.txt", "detection.txt", "fuzzing.txt"}

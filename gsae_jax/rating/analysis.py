@@ -100,6 +100,17 @@ class Analysis:
                 said.append("The interval lies above 0 nevertheless: the test compares ranks, and not means.")
         return said
 
+    @property
+    def summary(self) -> str:
+        """All of it as text for a terminal."""
+        lines = [f"  {sentence}" for sentence in self.sentences]
+        for side, counts in self.answers.items():
+            lines.append(f"  {side}: {', '.join(f'{count} {answer}' for answer, count in counts.items())}")
+        for test in self.tests:
+            result = f"not made: {test.why}" if test.p is None else f"{test.statistic:.6g}, p = {test.p:.3g}"
+            lines.append(f"  {test.name}, {test.about} (n = {test.n}): {result}")
+        return "\n".join(lines)
+
     def record(self) -> dict[str, Any]:
         """All numbers, as JSON holds them."""
         return {
