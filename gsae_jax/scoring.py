@@ -157,9 +157,7 @@ def _of_study(study: Study, items: Iterable[Item]) -> Iterator[tuple[Item, Featu
     for path, mine in by_path.items():
         with errors.about("--study", path="--study"):
             (features,) = features_lib.load(path).values()
-        theirs = {
-            sae["path"]: sae["parameters"] for group in study.about["groups"] for sae in group["saes"].values()
-        }
+        theirs = {sae["path"]: sae["parameters"] for group in study.about["groups"] for sae in group["saes"].values()}
         if features.about["collection"]["parameters"] != theirs[path]:
             raise UserError(f"{path} has features of another SAE than when the study was made", "--study")
         yield from ((item, features) for item in mine)

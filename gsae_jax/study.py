@@ -75,7 +75,9 @@ if __name__ == "__main__":
         "shared", False, "new: all people rate the same pairs; else each has pairs of their own."
     )
     SEED = flags.DEFINE_integer("seed", 0, "new: of the draw of features and of their order.")
-    OUT = flags.DEFINE_string("out", "", "new: a new folder for the study. analyse: a folder for the report; default: STUDY/analysis.")
+    OUT = flags.DEFINE_string(
+        "out", "", "new: a new folder for the study. analyse: a folder for the report; default: STUDY/analysis."
+    )
     HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: address to listen on.")
     PORT = flags.DEFINE_integer("port", 8000, "serve: port to listen on; 0: any that is free.")
     cli.run(main, "ACTION", "[STUDY]")
