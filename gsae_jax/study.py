@@ -76,7 +76,7 @@ if __name__ == "__main__":
     )
     SEED = flags.DEFINE_integer("seed", 0, "new: of the draw of features and of their order.")
     OUT = flags.DEFINE_string(
-        "out", "", "new: a new folder for the study. analyse: a folder for the report; default: STUDY/analysis."
+        "out", "", "new: a new folder. analyse: a folder for the report; default: STUDY/analysis."
     )
     HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: address to listen on.")
     PORT = flags.DEFINE_integer("port", 8000, "serve: port to listen on; 0: any that is free.")
