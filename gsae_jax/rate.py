@@ -1,28 +1,29 @@
 """Rate how interpretable features are, without people: by rules about tokens, or by a language model as judge.
 
-python -m gsae_jax.rate --workdir runs/quickstart [--sae gated_1]
-python -m gsae_jax.rate --workdir runs/quickstart --judge_url http://127.0.0.1:8080/v1 --judge_model NAME [--yes]
+python -m gsae_jax.rate --workdir runs/quickstart [--sae gated_1] [--feature 3,17]
+python -m gsae_jax.rate --study STUDY
+python -m gsae_jax.rate --workdir runs/quickstart --judge_url http://localhost:8000/v1 --judge_model NAME [--yes]
 """
 
-import logging
-
-import numpy as np
 from absl import flags
 
 from gsae_jax import cli, scoring
-from gsae_jax.rating import association
-
-logger = logging.getLogger("gsae_jax")  # __name__ is __main__ in a command
+from gsae_jax.errors import UserError
 
 
 def main() -> None:
     """The command."""
-    numbers = scoring.numbers(FEATURE.value)
-    wanted = scoring.Wanted(WORKDIR.value, FEATURES.value, SAE.value, numbers, OVERWRITE.value)
-    for name, ratings in scoring.rate(wanted, association.Association()).items():
-        scores = [rating.score for rating in ratings.values()]
-        mean = f", mean score {np.mean(scores):.3f}" if scores else ""
-        logger.info(f"{name}: {len(scores):,} features are rated{mean}")
+    wanted = scoring.Wanted(
+        WORKDIR.value, FEATURES.value, SAE.value, scoring.numbers(FEATURE.value), STUDY.value, OVERWRITE.value
+    )
+    judge = None
+    if JUDGE_URL.value:
+        judge = scoring.Judge(JUDGE_URL.value, JUDGE_MODEL.value, PARALLEL.value, TOKENS.value, YES.value)
+    else:
+        for name in ("judge_model", "judge_parallel", "judge_tokens", "yes"):
+            if flags.FLAGS[name].present:
+                raise UserError("goes with --judge_url only; write that as well, or leave it out", f"--{name}")
+    scoring.command(wanted, judge)
 
 
 if __name__ == "__main__":
@@ -32,5 +33,13 @@ if __name__ == "__main__":
     )
     SAE = flags.DEFINE_multi_string("sae", [], "Name of an SAE; default: all. May be repeated.")
     FEATURE = flags.DEFINE_list("feature", [], "Numbers of features, such as 3,17; default: all that are active.")
+    STUDY = flags.DEFINE_string("study", "", "Rate the features of this study, and keep the ratings in it.")
     OVERWRITE = flags.DEFINE_bool("overwrite", False, "Rate again what was rated.")
+    JUDGE_URL = flags.DEFINE_string(
+        "judge_url", "", "A language model rates: server of the OpenAI chat protocol. OPENAI_API_KEY has its key."
+    )
+    JUDGE_MODEL = flags.DEFINE_string("judge_model", "", "The model's name on the server.")
+    PARALLEL = flags.DEFINE_integer("judge_parallel", 4, "Requests at once.")
+    TOKENS = flags.DEFINE_integer("judge_tokens", 400, "The most tokens of an answer; a model that thinks needs more.")
+    YES = flags.DEFINE_bool("yes", False, "Send the requests. Without it, their number is shown and nothing is sent.")
     cli.run(main)

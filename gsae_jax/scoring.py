@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import sqlite3
 import time
@@ -17,8 +18,10 @@ from gsae_jax import features as features_lib
 from gsae_jax.errors import TrainingError, UserError, known_names
 from gsae_jax.features import Features, Rating
 from gsae_jax.features import ratings as ratings_lib
+from gsae_jax.rating import association, chat
+from gsae_jax.rating import judge as judge_lib
 from gsae_jax.rating.ratings import Rater
-from gsae_jax.rating.study import Item, Study
+from gsae_jax.rating.study import AUTOMATIC, Item, Study
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class Wanted:
         features: the folder of the features' files; by default `features` in the run's directory.
         saes: names of SAEs, by default all.
         numbers: of features, by default all that are active on some token.
+        study: the folder of a study, whose features are rated; nothing else is given then.
         overwrite: rate again what the rater has rated.
     """
 
@@ -41,7 +45,100 @@ class Wanted:
     features: str = ""
     saes: Sequence[str] = ()
     numbers: Sequence[int] = ()
+    study: str = ""
     overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A language model that rates, on a server.
+
+    Attributes:
+        url: of the server.
+        model: its name there.
+        parallel: requests at once.
+        max_tokens: of an answer.
+        send: whether requests are sent; else only their number is shown.
+    """
+
+    url: str
+    model: str
+    parallel: int = 4
+    max_tokens: int = 400
+    send: bool = False
+
+
+def command(wanted: Wanted, judge: Judge | None = None) -> None:
+    """Rate features, and print the mean scores.
+
+    Args:
+        wanted: what to rate.
+        judge: the language model that rates; by default, rules about tokens do.
+
+    Raises:
+        UserError: as `rate` and `rate_study`, or the server cannot be used.
+        TrainingError: as `rate` and `rate_study`.
+    """
+    if wanted.study and (wanted.workdir or wanted.features or wanted.saes or wanted.numbers or wanted.overwrite):
+        raise UserError("goes without the flags that choose features; leave those out", "--study")
+    if judge is None:
+        _rate_and_tell(wanted, association.Association())
+        return
+    if judge.max_tokens < 1:
+        raise UserError(f"is {judge.max_tokens}; write at least 1", "--judge_tokens")
+    names = {name: f"--judge_{name}" for name in ("url", "model", "parallel")}
+    with errors.about("--judge_url", **names):
+        client = chat.Client(judge.url, judge.model, _replies(wanted), judge.parallel)
+    with contextlib.closing(client):
+        rater = judge_lib.Judge(client, max_tokens=judge.max_tokens)
+        costs = [rater.cost(features, numbers) for features, numbers in _left(wanted, rater.name)]
+        requests, asked, answered = (sum(cost[part] for cost in costs) for part in range(3))
+        tokens = f"about {asked:,} tokens to {judge.model}, at most {answered:,} from it"
+        logger.info(f"{requests:,} requests to {judge.url}: {tokens}")
+        if requests and not judge.send:
+            logger.info("nothing was sent; --yes sends them")
+            return
+        try:
+            _rate_and_tell(wanted, rater)
+        finally:
+            spent = client.spent
+            logger.info(
+                f"{spent.requests:,} requests: {spent.input_tokens:,} tokens, {spent.output_tokens:,} in answers"
+            )
+
+
+def _rate_and_tell(wanted: Wanted, rater: Rater) -> None:
+    if wanted.study:
+        logger.info(f"{wanted.study}: {rate_study(wanted.study, rater):,} features are rated")
+        return
+    for name, ratings in rate(wanted, rater).items():
+        scores = [rating.score for rating in ratings.values()]
+        mean = f", mean score {np.mean(scores):.3f}" if scores else ""
+        logger.info(f"{name}: {len(scores):,} features are rated{mean}")
+
+
+def _replies(wanted: Wanted) -> Path:
+    """The file with the replies of servers, beside what is rated."""
+    folder = Study(wanted.study).path.parent if wanted.study else files(wanted)[0]
+    return folder / "replies.cache"
+
+
+def _left(wanted: Wanted, rater: str) -> Iterator[tuple[Features, list[int]]]:
+    """The features that are still to be rated, by file."""
+    if not wanted.study:
+        yield from ((features, to_rate(wanted, features, rater)) for features in files(wanted)[1].values())
+        return
+    study = Study(wanted.study)
+    left = _of_study(study, _unrated(study, rater))
+    for features, pairs in itertools.groupby(left, key=lambda pair: pair[1]):
+        known = features.ratings.get(rater, {})
+        yield features, [item.feature for item, _ in pairs if item.feature not in known]
+
+
+def _unrated(study: Study, rater: str) -> list[Item]:
+    """The items that an automatic rater has not rated."""
+    answered = {item for each in study.raters(AUTOMATIC) if each.name == rater for item in study.answered(each.rater)}
+    return [item for item in study.items() if item.item not in answered]
 
 
 def files(wanted: Wanted) -> tuple[Path, dict[str, Features]]:
@@ -131,9 +228,8 @@ def rate_study(folder: str, rater: Rater) -> int:
     study = Study(folder)
     try:
         number = study.add_rater(rater.name)
-        answered = study.answered(number)
-        items = [item for item in study.items() if item.item not in answered]
-        rated = len(answered)
+        items = _unrated(study, rater.name)
+        rated = len(study.answered(number))
         hidden = None if processes.first() else True
         with tqdm.tqdm(total=len(items), desc="ratings", unit="feature", disable=hidden) as bar:
             for item, features in _of_study(study, items):
