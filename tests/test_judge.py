@@ -242,6 +242,16 @@ def test_the_cost_is_what_is_sent_then_and_nothing_is_sent_twice(server, client,
     assert judge.Judge(client, seed=1).name != rater.name == judge.Judge(client).name
 
 
+def test_the_features_of_a_run_cost_what_is_sent(server, client, collected_run):
+    gated = features_lib.load(collected_run)["gated_1"]
+    rater, server.answer = judge.Judge(client), guessing
+    cost = rater.cost(gated, range(len(gated)))
+    ratings = [rater.rate(gated, number) for number in range(len(gated))]
+    assert len(server.seen) == cost.requests > 30
+    assert sum(rating is not None for rating in ratings) == sum("Active: " in body for body in server.seen) > 5
+    assert all(0 <= rating.low < rating.score < rating.high <= 1 for rating in ratings if rating)
+
+
 def judge_question(client, body):
     return client._question(prompt_of(body), json.loads(body)["max_tokens"])[0]
 
@@ -416,8 +426,10 @@ def status(code, text="", **headers):
 def drips(handler, prompt):
     handler.send_response(200)
     handler.end_headers()
-    while not handler.server.ended.wait(0.05):
+    for _ in range(100):
         handler.wfile.write(b" ")
+        if handler.server.ended.wait(0.05):
+            break
 
 
 def hangs(handler, prompt):
@@ -453,9 +465,10 @@ def test_what_may_pass_is_tried_again_and_then_told(server, tmp_path, name, capl
     client = made(server, tmp_path / "replies.sqlite", timeout=timeout)
     server.faults, server.answer = [fault, fault], lambda prompt: "fine"
     assert client.ask(["one"], 10) == [("fine", "")]
-    assert client.waits == ([7, 7] if name == "429" else [1, 2])
-    assert len(server.seen) == 3
-    assert len(caplog.messages) == 2
+    assert client.waits[:2] == ([7, 7] if name == "429" else [1, 2])
+    # On a busy machine, an answer too may take longer than the short timeout.
+    assert len(client.waits) == 2 or timeout < 1
+    assert len(server.seen) - 1 == len(caplog.messages) == len(client.waits)
     assert said in caplog.messages[0]
     server.always = fault
     client.waits.clear()
@@ -465,9 +478,11 @@ def test_what_may_pass_is_tried_again_and_then_told(server, tmp_path, name, capl
         assert fact in str(caught.value)
     assert client.waits == ([7, 7, 7, 8, 16] if name == "429" else [1, 2, 4, 8, 16])
     server.always = None
-    sent = len(server.seen)
+    server.seen.clear()
+    client.waits.clear()
     assert client.ask(["one", "two"], 10) == [("fine", "")] * 2
-    assert len(server.seen) == sent + 1
+    assert {prompt_of(body) for body in server.seen} == {"two"}
+    assert len(server.seen) - 1 == len(client.waits)
     client.close()
 
 
@@ -526,9 +541,11 @@ def test_a_redirect_is_not_followed(server, client, code):
         assert (other.seen, len(server.seen)) == ([], 1)
 
 
-def test_the_key_goes_to_the_server_and_nowhere_else(server, client, features, tmp_path, capfd, caplog, monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):  # nor to a proxy, which would see it
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+def test_the_key_goes_to_the_server_and_nowhere_else(server, features, tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # it would see the key
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    client = made(server, tmp_path / "replies.sqlite")
     server.answer = lambda prompt: f"{SECRET} {knowing(prompt)}"
     rating = judge.Judge(client).rate(features, planted.RULE)
     assert rating.explanation == "*** It is active on the word cat."
@@ -541,6 +558,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, client, features, t
     assert SECRET not in repr(vars(caught.value.__cause__))
     assert all(SECRET.encode() not in file.read_bytes() for file in tmp_path.iterdir())
     assert b"active on the word" in (tmp_path / "replies.sqlite").read_bytes()
+    client.close()
 
 
 def test_without_a_key_nothing_is_sent_but_to_this_machine(server, tmp_path, monkeypatch):

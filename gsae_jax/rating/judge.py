@@ -117,10 +117,12 @@ class Judge:
     """
 
     def __init__(self, client: chat.Client, seed: int = 0, max_tokens: int = MAX_TOKENS):
-        """Args:
-        client: of the server.
-        seed: of the random texts, the wrongly marked tokens and the order.
-        max_tokens: of each answer. A model that thinks before it answers needs more than the default.
+        """A judge that asks nothing yet.
+
+        Args:
+            client: of the server.
+            seed: of the random texts, the wrongly marked tokens and the order.
+            max_tokens: of each answer. A model that thinks before it answers needs more than the default.
         """
         self._client, self._seed, self._max_tokens = client, seed, max_tokens
         sources = [LOADER.get_source(PROMPTS, name)[0] for name in sorted(LOADER.list_templates())]
