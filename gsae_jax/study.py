@@ -5,6 +5,7 @@ python -m gsae_jax.study serve STUDY
 """
 
 import logging
+from collections.abc import Callable
 
 from absl import flags
 
@@ -33,7 +34,7 @@ def serve(study: str) -> None:
 
 
 # By name: the function, whether it takes the folder of a study, and its flags.
-ACTIONS = {
+ACTIONS: dict[str, tuple[Callable[..., None], bool, tuple[str, ...]]] = {
     "new": (new, False, ("runs", "first", "second", "pairs", "raters", "shared", "seed", "out")),
     "serve": (serve, True, ("host", "port")),
 }
