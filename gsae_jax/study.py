@@ -6,6 +6,7 @@ python -m gsae_jax.study analyse STUDY
 """
 
 import logging
+from collections.abc import Callable
 
 from absl import flags
 
@@ -41,7 +42,7 @@ def analyse(study: str) -> None:
 
 
 # By name: the function, whether it takes the folder of a study, and its flags.
-ACTIONS = {
+ACTIONS: dict[str, tuple[Callable[..., None], bool, tuple[str, ...]]] = {
     "new": (new, False, ("runs", "first", "second", "pairs", "raters", "shared", "seed", "out")),
     "serve": (serve, True, ("host", "port")),
     "analyse": (analyse, True, ("out",)),

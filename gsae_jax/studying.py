@@ -116,7 +116,8 @@ def _numbered(groups: Sequence[pairs.Group]) -> list[tuple[pairs.Group, int, int
     """
     numbered, number = [], 0
     for group in groups:
-        sides = sorted((0, 1), key=lambda side, group=group: group.sources[side].about["parameters"])
+        digests = [source.about["parameters"] for source in group.sources]
+        sides = sorted((0, 1), key=digests.__getitem__)
         for place in range(len(group.pairs)):
             numbered += [(group, place, number, side) for side in sides]
             number += 1

@@ -170,7 +170,7 @@ def _group(
     l0 = {id(source): source.l0() for side in here for source in side}
     possible = [
         both
-        for both in itertools.product(*here)
+        for both in itertools.product(here[0], here[1])
         if both[0].about["parameters"] != both[1].about["parameters"] and all(l0[id(source)] > 0 for source in both)
     ]
     if not possible:

@@ -256,7 +256,7 @@ class Study:
     def _answers(self, table: str, rater: int | None) -> list[Answer]:
         of = () if rater is None else (rater,)
         rows = self._rows(f"SELECT * FROM {table} {'WHERE rater = ?' * len(of)} ORDER BY rater, item, version", *of)
-        return [Answer(*row[:5], json.loads(row[5]), row[6]) for row in rows]
+        return list(map(_answer, rows))
 
     def answered(self, rater: int) -> set[int]:
         """The items that a rater has answered."""
@@ -267,7 +267,7 @@ class Study:
         with self._lock:
             rows = self._rows("SELECT * FROM answers WHERE rater = ? AND item = ?", rater, item)
             if rows:
-                return Answer(*rows[0][:5], json.loads(rows[0][5]), rows[0][6])
+                return _answer(rows[0])
             query = "SELECT version, choice, explanation FROM drafts WHERE rater = ? AND item = ?"
             return next((Draft(*row) for row in self._rows(query, rater, item)), None)
 
@@ -328,6 +328,11 @@ class Study:
         for kind, rater, pair, first, second, model, layer, site in self._rows(query, FIRST, SECOND):
             ratings[kind].append(Paired(pair, model, layer, site, rater, first, second))
         return ratings
+
+
+def _answer(row: Sequence[Any]) -> Answer:
+    rater, item, version, score, explanation, details, time = row
+    return Answer(rater, item, version, score, explanation, json.loads(details), time)
 
 
 def _now() -> str:
