@@ -63,41 +63,43 @@ def write(path, tokens, f, texts, sample_rows, **about):
     Args:
         path: of the file.
         tokens: [rows, T].
-        f: [rows, T, F], activations.
+        f: [rows, T, F], activations, float32.
         texts: the text of each token, by its number.
         sample_rows: numbers of the rows of the sample.
         about: facts of the collection.
     """
-    writer = tables.Writer(path.with_suffix(".begun"))
-    F = f.shape[2]
-    strongest, at = f.max(1), f.argmax(1)  # [rows, F]
-    shown = set(sample_rows)
-    for feature in range(F):
-        fired = int((f[..., feature] > 0).sum())
-        histogram = "[]" if not fired else json.dumps([[0, fired]])
-        values = (feature, fired, fired / tokens.size, float(strongest[:, feature].max()), histogram, None)
-        writer.insert("features", [values])
-        rows = np.lexsort((np.arange(len(f)), -strongest[:, feature]))
-        rows = [int(row) for row in rows if strongest[row, feature] > 0]
-        spread = rows[:: max(1, len(rows) // 20)][:20]
-        chosen = [(tables.STRONGEST, rank, row) for rank, row in enumerate(rows[:20])]
-        chosen += [(9 - place // 2, place % 2, row) for place, row in enumerate(spread)]
-        shown |= {row for _, _, row in chosen}
-        for quantile, rank, row in chosen:
-            position = int(at[row, feature])
-            (on,) = np.nonzero(f[row, :, feature])
-            active = tables.pairs(on, f[row, on, feature])
-            place = (row, position, int(tokens[row, position]), float(f[row, position, feature]))
-            writer.insert("contexts", [(feature, quantile, rank, *place, active)])
-        there = f[sample_rows][..., feature].ravel()
-        if there.any():
-            (on,) = np.nonzero(there)
-            writer.insert("sample", [(feature, tables.pairs(on, there[on]))])
-    rows = ((row, json.dumps(tokens[row].tolist()), "".join(texts[t] for t in tokens[row])) for row in sorted(shown))
-    writer.insert("rows", rows)
-    writer.insert("tokens", [(int(token), texts[token]) for token in np.unique(tokens)])
-    facts = {"sae": "a_0", "width": F, "targets": ["blocks.0.hook_mlp_out"], "sites": ["blocks.0.hook_mlp_out"]}
-    writer.state(format=tables.FORMAT, tokens=tokens.size, bins=[0.0], sample_rows=list(sample_rows), made_with={})
-    writer.state(collection=facts | {"model": "a model", "architecture": "gated", "l1_coefficient": None} | about)
-    writer.commit()
+    random, magnitude = np.random.default_rng(0), np.abs(f)
+    writer = tables.Writer(path.with_suffix(".part"))
+    facts = {"sae": "a_0", "width": f.shape[2], "targets": ["blocks.0.hook_mlp_out"], "model": "m", "text": "t"}
+    writer.state(
+        collection=facts | about,
+        tokens=tokens.size,
+        bins=streaming.edges().tolist(),
+        sample_rows=list(sample_rows),
+        format=tables.FORMAT,
+    )
+    writer.insert("tokens", enumerate(texts))
+    lines = ((row, str(line), "".join(texts[token] for token in line)) for row, line in enumerate(tokens.tolist()))
+    writer.insert("rows", lines)
+    for feature in range(f.shape[2]):
+        on, size = f[..., feature], magnitude[..., feature]
+        fired = int(np.count_nonzero(on))
+        writer.insert("features", [(feature, fired, fired / on.size, float(size.max()), "[]", None)])
+        best = [row for row in np.argsort(-size.max(1), kind="stable")[: streaming.TOP] if size[row].any()]
+        places = [(tables.STRONGEST, rank, row, size[row].argmax()) for rank, row in enumerate(best)]
+        there = np.argwhere(on)
+        drawn = there[random.permutation(len(there))[: streaming.SAMPLE]]
+        drawn = drawn[np.argsort(size[tuple(drawn.T)])]
+        for quantile, part in enumerate(np.array_split(drawn, 10)):
+            places += [(quantile, rank, *place) for rank, place in enumerate(part[:2])]
+        for quantile, rank, row, position in places:
+            (active,) = np.nonzero(on[row])
+            where = (int(row), int(position), int(tokens[row, position]), float(on[row, position]))
+            pairs = tables.pairs(active, on[row][active])
+            writer.insert("contexts", [(feature, quantile, rank, *where, pairs)])
+        sampled = on[list(sample_rows)].ravel()
+        (flat,) = np.nonzero(sampled)
+        if len(flat):
+            writer.insert("sample", [(feature, tables.pairs(flat, sampled[flat]))])
     writer.finish(path)
+    return path

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gsae_jax.features import streaming, tables
+from tests import feature_files
 
 WORDS = [
     "<|endoftext|>",
@@ -41,37 +41,4 @@ def write(path, rows=160, length=24, seed=0):
     f[..., RANDOM] = ((rng.random((rows, length)) < 0.03) & (tokens > 0)) * size
     f[..., DENSE] = (tokens > 0) * size
     f[..., SIGNED] = ((tokens == 2) * 1.0 - (tokens == CAT)) * size
-    writer = tables.Writer(path.with_suffix(".part"))
-    writer.state(
-        collection={"sae": "planted", "width": 5, "targets": ["blocks.0.hook_mlp_out"], "model": "m", "text": "t"},
-        tokens=tokens.size,
-        bins=streaming.edges().tolist(),
-        sample_rows=list(range(0, rows, 2)),
-        format=tables.FORMAT,
-    )
-    writer.insert("tokens", enumerate(WORDS))
-    lines = ((row, str(tokens[row].tolist()), "".join(WORDS[token] for token in tokens[row])) for row in range(rows))
-    writer.insert("rows", lines)
-    for feature in range(5):
-        on = f[..., feature]
-        magnitude, fired = np.abs(on), int(np.count_nonzero(on))
-        writer.insert("features", [(feature, fired, fired / on.size, float(magnitude.max()), "[]", None)])
-        best = [row for row in np.argsort(-magnitude.max(1), kind="stable")[: streaming.TOP] if magnitude[row].any()]
-        places = [(tables.STRONGEST, rank, row, magnitude[row].argmax()) for rank, row in enumerate(best)]
-        there = np.argwhere(on)
-        drawn = there[rng.permutation(len(there))[: streaming.SAMPLE]]
-        drawn = drawn[np.argsort(magnitude[tuple(drawn.T)])]
-        for quantile, part in enumerate(np.array_split(drawn, 10)):
-            places += [(quantile, rank, *place) for rank, place in enumerate(part[:2])]
-        for quantile, rank, row, position in places:
-            (active,) = np.nonzero(on[row])
-            where = (int(row), int(position), int(tokens[row, position]), float(on[row, position]))
-            writer.insert(
-                "contexts",
-                [(feature, quantile, rank, *where, tables.pairs(active, on[row][active].astype(np.float32)))],
-            )
-        (flat,) = np.nonzero(on[::2].ravel())
-        if len(flat):
-            writer.insert("sample", [(feature, tables.pairs(flat, on[::2].ravel()[flat]))])
-    writer.finish(path)
-    return path
+    return feature_files.write(path, tokens, f, WORDS, range(0, rows, 2), sae="planted")

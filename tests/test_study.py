@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import studying
-from gsae_jax.rating import pages, pairs, server
+from gsae_jax import scoring, studying
+from gsae_jax.rating import association, pages, pairs, server
 from gsae_jax.rating import study as study_lib
 from gsae_jax.rating.statistics import Paired
 from gsae_jax.rating.study import AUTOMATIC, FIRST, PERSON, SCORES, SECOND, Changed, Study
@@ -627,3 +627,98 @@ def test_the_command(collected_run, tmp_path):
         done = command(*arguments)
         assert done.returncode == 2, arguments
         assert done.stderr.startswith(f"error: {field}"), (arguments, done.stderr)
+
+
+def analysed(folder, out=""):
+    analyses = studying.analyse(str(folder), out)
+    return {each.rater: each for each in analyses}
+
+
+def test_people_and_programs_are_analysed(made, tmp_path):
+    folder = made.path.parent
+    with refused("STUDY"):
+        studying.analyse(str(folder))
+    items = {item.item: item for item in made.items()}
+    for rater in made.raters(PERSON):
+        for item in made.order(rater.rater):
+            better = items[item].side == FIRST
+            made.answer(rater.rater, item, 2.0 if better else float(items[item].pair % 2), "words")
+    rater = association.Association()
+    assert scoring.rate_study(str(folder), rater) == len(items)
+    analyses = analysed(folder)
+    assert analyses.keys() == {"people", "rules"}
+    people, rules = analyses["people"], analyses["rules"]
+    assert people.sides == ("gated", "baseline")
+    assert people.difference.pairs == len(items) / 2 == 6
+    assert people.difference.mean == np.mean([2 - pair % 2 for pair in range(6)])
+    assert people.answers["gated"] == {"yes": 6, "maybe": 0, "no": 0}
+    each = gsae_jax.features.load(made.about["groups"][0]["saes"][FIRST]["path"]).popitem()[1]
+    first = [item for item in items.values() if item.side == FIRST]
+    scores = {item.pair: rater.rate(each, item.feature).score for item in first}
+    assert {p.pair: p.first for p in rules.paired} == scores
+    analyses = json.loads((folder / "analysis" / "analysis.json").read_text())["analyses"]
+    assert [each["rater"] for each in analyses] == ["people", "rules"]
+    page = (folder / "analysis" / "report.html").read_text()
+    assert all(person.token not in page for person in made.raters(PERSON))
+    analysed(folder, str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "answers.csv").read_bytes() == (folder / "analysis" / "answers.csv").read_bytes()
+
+
+def test_ratings_of_a_study_are_continued_and_known_ones_are_taken(folder, tmp_path, monkeypatch):
+    study = Study(studying.new(wanted(folder, raters=0), str(tmp_path / "study")))
+    scoring.rate(scoring.Wanted(features=str(folder), saes=[study.items()[0].sae]), association.Association())
+    rater, seen = association.Association(), []
+    rate = rater.rate
+
+    def stop(features, number):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append((features.sae, number))
+        return rate(features, number)
+
+    monkeypatch.setattr(rater, "rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.rate_study(str(study.path.parent), rater)
+    (program,) = study.raters(AUTOMATIC)
+    known = sum(item.sae == study.items()[0].sae for item in study.items())
+    assert len(study.answers(program.rater)) == known + len(seen)
+    assert scoring.rate_study(str(study.path.parent), association.Association()) == len(study.items())
+    assert study.earlier_answers() == []
+    assert study.raters(AUTOMATIC) == [program]
+
+
+def test_a_study_whose_features_are_others_is_not_rated(folder, tmp_path):
+    study = Study(studying.new(wanted(folder, raters=0), str(tmp_path / "study")))
+    path = study.items()[0].path
+    change_about(path, parameters="others")
+    with refused("--study", path):
+        scoring.rate_study(str(study.path.parent), association.Association())
+    (tmp_path / "moved").mkdir()
+    shutil.move(path, tmp_path / "moved")
+    with refused("--study", path):
+        scoring.rate_study(str(study.path.parent), association.Association())
+
+
+def test_the_commands_of_an_automatic_study(folder, tmp_path):
+    def run(*command):
+        command = [sys.executable, "-m", *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    sides = ("--first=gated", "--second=baseline", "--pairs=all", "--raters=0", "--out=study")
+    assert run("gsae_jax.study", "new", f"--runs={folder}", *sides)[0] == 0
+    code, said = run("gsae_jax.rate", "--study=study")
+    assert code == 0, said
+    code, said = run("gsae_jax.study", "analyse", "study", "--out=report")
+    assert code == 0, said
+    contents = json.loads((tmp_path / "report" / "analysis.json").read_text())["analyses"][0]
+    assert f"{contents['difference']['mean']:+.3f}" in said
+    for command, field in (
+        (("gsae_jax.rate", "--study=study", "--sae=gated_0"), "--study"),
+        (("gsae_jax.rate", "--study=study", "--yes"), "--yes"),
+        (("gsae_jax.study", "analyse", "nowhere"), "STUDY"),
+        (("gsae_jax.study", "analyse"), "STUDY"),
+    ):
+        code, said = run(*command)
+        assert code == 2
+        assert f"error: {field}" in said, said
