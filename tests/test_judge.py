@@ -1,6 +1,7 @@
 """A language model as judge, against a server on this machine that speaks the chat protocol."""
 
 import contextlib
+import dataclasses
 import email.utils
 import hashlib
 import http.server
@@ -20,6 +21,7 @@ import pytest
 from scipy import stats
 
 from gsae_jax import features as features_lib
+from gsae_jax import scoring
 from gsae_jax.errors import TrainingError
 from gsae_jax.rating import chat, judge
 from tests import planted, viewed
@@ -691,3 +693,39 @@ def test_intervals_cover_the_truth_and_have_a_width_at_one():
         ends = np.array([judge.mean_of_fractions([(int(right), 20) for right in draw]) for draw in draws])
         covered = np.mean((ends[:, 1] <= np.mean(truth)) & (np.mean(truth) <= ends[:, 2]))
         assert 0.93 < covered < 0.99, (truth, covered)
+
+
+def test_the_command_sends_only_when_it_is_told(server, path, tmp_path, caplog):
+    (tmp_path / "planted.sqlite").write_bytes(path.read_bytes())
+    wanted = scoring.Wanted(features=str(tmp_path), numbers=[planted.RULE, planted.RANDOM])
+    asks = scoring.Judge(server.url, "judge-1")
+    with caplog.at_level("INFO"):
+        scoring.command(wanted, asks)
+    assert server.seen == []
+    requests = int(re.search(r"(\d+) requests to", caplog.text)[1])
+    scoring.command(wanted, dataclasses.replace(asks, send=True))
+    assert len(server.seen) == requests
+    (ratings,) = features_lib.load(tmp_path)["planted"].ratings.values()
+    assert ratings.keys() == {planted.RULE, planted.RANDOM}
+    assert ratings[planted.RULE].score > 0.95
+    scoring.command(wanted, dataclasses.replace(asks, send=True))
+    assert len(server.seen) == requests  # all are rated
+    scoring.command(dataclasses.replace(wanted, overwrite=True), asks)  # nothing is left to send
+    assert len(server.seen) == requests
+
+
+def test_what_the_command_cannot_use_is_refused(server, path, tmp_path, monkeypatch):
+    (tmp_path / "planted.sqlite").write_bytes(path.read_bytes())
+    wanted, asks = scoring.Wanted(features=str(tmp_path)), scoring.Judge(server.url, "judge-1", send=True)
+    for changes, field in (
+        ({"url": "ftp://localhost"}, "--judge_url"),
+        ({"model": ""}, "--judge_model"),
+        ({"parallel": 0}, "--judge_parallel"),
+        ({"max_tokens": 0}, "--judge_tokens"),
+    ):
+        with refused(field):
+            scoring.command(wanted, dataclasses.replace(asks, **changes))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with refused("OPENAI_API_KEY"):
+        scoring.command(wanted, dataclasses.replace(asks, url="https://example.org/v1"))
+    assert server.seen == []
