@@ -111,6 +111,7 @@ def test_pairs_are_of_the_nearest_l0_alive_and_drawn_by_the_seed(collected, coll
     np.testing.assert_array_equal(group.pairs, more.pairs[:10])
     np.testing.assert_array_equal(group.pairs, swapped.pairs[:, ::-1])
     assert len(every.pairs) == min(every.alive)
+    assert [len({*numbers}) for numbers in every.pairs.T] == [len(every.pairs)] * 2
     assert (group.pairs != other.pairs).any()
 
 

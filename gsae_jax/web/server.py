@@ -143,7 +143,7 @@ def check_port(port: int) -> None:
         raise UserError(f"is {port}; write a number from 1 to {2**16 - 1}, or 0 for any that is free", "--port")
 
 
-def address(host: str, port: int) -> str:
+def address(host: str, port: int | str) -> str:
     """What browsers open, http://NAME:PORT/."""
     # Those two mean all addresses of this machine; others find it by its name.
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
@@ -156,7 +156,6 @@ def listening(app: flask.Flask, host: str, port: int) -> Any:
     Raises:
         UserError: the address cannot be used.
     """
-    check_port(port)
     try:
         # A name may stand for several addresses, each with a port of its own.
         family, kind, protocol, _, address = socket.getaddrinfo(
