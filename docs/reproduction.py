@@ -182,6 +182,22 @@ def pursuit_rows(records):
         yield f"{encoder['name']}", f"{encoder['l0']:.1f}", f"{encoder['loss_recovered']:.3f}", *cells
 
 
+def study_rows(studies):
+    rows = []
+    for path in studies:
+        contents = json.loads((path / "analysis" / "analysis.json").read_text())
+        l0 = {sae["side"]: sae["l0"] for sae in contents["study"]["saes"]}
+        for each in contents["analyses"]:
+            difference, test = each["difference"], each["tests"][0]
+            interval = "[{low:+.3f}, {high:+.3f}]".format(**difference)
+            means = [f"{mean:.3f}" for mean in each["means"]]
+            rows.append(
+                [*(f"{l0[side]:.1f}" for side in each["sides"]), f"{difference['pairs']:,}", *means]
+                + [f"{difference['mean']:+.3f} {interval}", f"{test['p']:.1g}"]
+            )
+    return sorted(rows, key=lambda row: float(row[0]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -214,6 +230,9 @@ def main():
         ks = sorted({r["ito"] for r in quickstart} - {0})
         columns = ["Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in ks)]
         tables["pursuit"] = table(columns, pursuit_rows(quickstart))
+    if studies := [path.parent for path in sorted(arguments.runs.glob("study_*/analysis"))]:
+        columns = ["Gated L0", "Baseline L0", "Pairs", "Gated score", "Baseline score", "Difference [90%]", "p"]
+        tables["studies"] = table(columns, study_rows(studies))
     if not tables:
         raise SystemExit(f"{arguments.runs} has no run with a report")
     text = arguments.write.read_text("utf-8")

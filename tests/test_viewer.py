@@ -16,6 +16,7 @@ import pytest
 import gsae_jax
 from gsae_jax import taps, viewing
 from gsae_jax.errors import UserError
+from gsae_jax.features import ratings
 from gsae_jax.lms import generation
 from gsae_jax.viewer import figures, server
 from gsae_jax.viewer.pages import Links
@@ -373,3 +374,22 @@ def test_frontiers_and_histograms_at_their_edges():
 
 
 POINTS = ((20.0, 0.9), (float("nan"), 0.9), (20.0, float("nan")), (0.0, 0.5), (30.0, -40.0))
+
+
+def test_ratings_are_shown(collected_run, tmp_path):
+    """Of raters that run by themselves: on the feature's page, and as a column of the list."""
+    shutil.copytree(collected_run / "features", tmp_path / "features")
+    features = gsae_jax.features.load(tmp_path / "features")["gated_0"]
+    rating = gsae_jax.features.Rating(0.75, 0.5, 1.0, f"words {HOSTILE}")
+    ratings.write(features.path, features.about["collection"], "a rater", [(3, rating)])
+    pages, _ = viewing.pages(viewing.Wanted(features=str(tmp_path / "features")))
+    client = server.application(pages, None).test_client()
+    page = get(client, "/gated_0/3")
+    assert HOSTILE not in page
+    assert "0.75 (0.50 to 1.00)" in page
+    assert "a rater" not in get(client, "/gated_0/4")
+    (heading,) = (each for each in Elements(get(client, "/gated_0/")).all("th", data_name="score of a rater"))
+    assert heading[2] == "score of a rater"
+    listing = json.loads(get(client, "/gated_0/list.js").removeprefix("LIST = "))
+    (column,) = (each for each in listing["columns"] if each["name"] == "score of a rater")
+    assert column["values"][2:5] == [None, 0.75, None]

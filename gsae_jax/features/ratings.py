@@ -64,8 +64,8 @@ def read(features: Path, collection: Mapping[str, Any]) -> dict[str, dict[int, R
     ratings: dict[str, dict[int, Rating]] = {}
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            for rater, feature, *numbers, details in db.execute(query, (_identity(collection),)):
-                ratings.setdefault(rater, {})[feature] = Rating(*numbers, details=json.loads(details))
+            for rater, feature, *rating, details in db.execute(query, (_identity(collection),)):
+                ratings.setdefault(rater, {})[feature] = Rating(*rating, json.loads(details))
     except (sqlite3.Error, ValueError) as error:
         raise UserError(f"cannot be read as a file of ratings ({error}); move it elsewhere", str(path)) from error
     return ratings
