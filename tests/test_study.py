@@ -614,15 +614,10 @@ def test_the_command(collected_run, tmp_path):
         started.send_signal(signal.SIGINT)
         assert started.wait(60) in (0, 130)
     for arguments, field in (
-        ((), "ACTION missing"),
         (("serv", str(out)), "ACTION: "),
         (("serve",), "STUDY: "),
-        (("serve", str(tmp_path)), "STUDY: "),
         (("serve", str(out), "more"), "unexpected argument"),
         (("serve", str(out), "--pairs=3"), "--pairs: "),
-        (("serve", str(out), "--port=70000"), "--port: "),
-        (("new", "--first=gated"), "--runs: "),
-        (("new", str(out), f"--runs={collected_run}", *sides, "--pairs=2"), "STUDY: "),
         (("new", f"--runs={collected_run}", *sides, "--pairs=many", "--out=x"), "--pairs: "),
     ):
         done = command(*arguments)
