@@ -188,13 +188,13 @@ def study_rows(studies):
         contents = json.loads((path / "analysis" / "analysis.json").read_text())
         l0 = {sae["side"]: sae["l0"] for sae in contents["study"]["saes"]}
         for each in contents["analyses"]:
-            difference, test = each["difference"], each["tests"][0]
-            interval = "[{low:+.3f}, {high:+.3f}]".format(**difference)
+            difference, p = each["difference"], each["tests"][0]["p"]
+            ends = [difference["low"], difference["high"]]
+            interval = "" if None in ends else f" [{', '.join(f'{end:+.3f}' for end in ends)}]"
+            sides = [f"{l0[side]:.1f}" for side in each["sides"]]
             means = [f"{mean:.3f}" for mean in each["means"]]
-            rows.append(
-                [*(f"{l0[side]:.1f}" for side in each["sides"]), f"{difference['pairs']:,}", *means]
-                + [f"{difference['mean']:+.3f} {interval}", f"{test['p']:.1g}"]
-            )
+            both = f"{difference['mean']:+.3f}{interval}"
+            rows.append([*sides, f"{difference['pairs']:,}", *means, both, "–" if p is None else f"{p:.1g}"])
     return sorted(rows, key=lambda row: float(row[0]))
 
 

@@ -13,9 +13,7 @@ from gsae_jax.errors import UserError
 
 def main() -> None:
     """The command."""
-    wanted = scoring.Wanted(
-        WORKDIR.value, FEATURES.value, SAE.value, scoring.numbers(FEATURE.value), STUDY.value, OVERWRITE.value
-    )
+    wanted = scoring.Wanted(WORKDIR.value, FEATURES.value, SAE.value, scoring.numbers(FEATURE.value), STUDY.value)
     judge = None
     if JUDGE_URL.value:
         judge = scoring.Judge(JUDGE_URL.value, JUDGE_MODEL.value, PARALLEL.value, TOKENS.value, YES.value)
@@ -34,7 +32,6 @@ if __name__ == "__main__":
     SAE = flags.DEFINE_multi_string("sae", [], "Name of an SAE; default: all. May be repeated.")
     FEATURE = flags.DEFINE_list("feature", [], "Numbers of features, such as 3,17; default: all that are active.")
     STUDY = flags.DEFINE_string("study", "", "Rate the features of this study, and keep the ratings in it.")
-    OVERWRITE = flags.DEFINE_bool("overwrite", False, "Rate again what was rated.")
     JUDGE_URL = flags.DEFINE_string(
         "judge_url", "", "A language model rates: server of the OpenAI chat protocol. OPENAI_API_KEY has its key."
     )

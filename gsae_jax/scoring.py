@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -38,7 +38,6 @@ class Wanted:
         saes: names of SAEs, by default all.
         numbers: of features, by default all that are active on some token.
         study: the folder of a study, whose features are rated; nothing else is given then.
-        overwrite: rate again what the rater has rated.
     """
 
     workdir: str = ""
@@ -46,7 +45,6 @@ class Wanted:
     saes: Sequence[str] = ()
     numbers: Sequence[int] = ()
     study: str = ""
-    overwrite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +77,11 @@ def command(wanted: Wanted, judge: Judge | None = None) -> None:
         UserError: as `rate` and `rate_study`, or the server cannot be used.
         TrainingError: as `rate` and `rate_study`.
     """
-    if wanted.study and (wanted.workdir or wanted.features or wanted.saes or wanted.numbers or wanted.overwrite):
-        raise UserError("goes without the flags that choose features; leave those out", "--study")
+    for name, given in (("workdir", wanted.workdir), ("features", wanted.features), ("sae", wanted.saes)):
+        if wanted.study and given:
+            raise UserError("does not go with --study, which has its own features; leave it out", f"--{name}")
+    if wanted.study and wanted.numbers:
+        raise UserError("does not go with --study, which has its own features; leave it out", "--feature")
     if judge is None:
         _rate_and_tell(wanted, association.Association())
         return
@@ -119,8 +120,10 @@ def _rate_and_tell(wanted: Wanted, rater: Rater) -> None:
 
 def _replies(wanted: Wanted) -> Path:
     """The file with the replies of servers, beside what is rated."""
-    folder = Study(wanted.study).path.parent if wanted.study else files(wanted)[0]
-    return folder / "replies.cache"
+    if not wanted.study:
+        return files(wanted)[0] / "replies.cache"
+    with contextlib.closing(Study(wanted.study)) as study:
+        return study.path.parent / "replies.cache"
 
 
 def _left(wanted: Wanted, rater: str) -> Iterator[tuple[Features, list[int]]]:
@@ -128,11 +131,10 @@ def _left(wanted: Wanted, rater: str) -> Iterator[tuple[Features, list[int]]]:
     if not wanted.study:
         yield from ((features, to_rate(wanted, features, rater)) for features in files(wanted)[1].values())
         return
-    study = Study(wanted.study)
-    left = _of_study(study, _unrated(study, rater))
-    for features, pairs in itertools.groupby(left, key=lambda pair: pair[1]):
-        known = features.ratings.get(rater, {})
-        yield features, [item.feature for item, _ in pairs if item.feature not in known]
+    with contextlib.closing(Study(wanted.study)) as study:
+        for features, items in _of_study(study, _unrated(study, rater)):
+            known = features.scores().get(rater, {})
+            yield features, [item.feature for item in items if item.feature not in known]
 
 
 def _unrated(study: Study, rater: str) -> list[Item]:
@@ -154,6 +156,7 @@ def files(wanted: Wanted) -> tuple[Path, dict[str, Features]]:
     for name in wanted.saes:
         if name not in every:
             raise UserError(f"{name!r} has no collected features; {known_names(name, list(every))}", "--sae")
+    folder = folder if folder.is_dir() else folder.parent
     return folder, {name: each for name, each in every.items() if not wanted.saes or name in wanted.saes}
 
 
@@ -179,7 +182,7 @@ def to_rate(wanted: Wanted, features: Features, rater: str) -> list[int]:
         if not 0 <= number < len(features):
             raise UserError(f"is {number}; {features.sae} has features 0 to {len(features) - 1}", "--feature")
     alive = np.nonzero(features.columns()["fired"])[0].tolist()
-    rated: Mapping[int, Rating] = {} if wanted.overwrite else features.ratings.get(rater, {})
+    rated = features.scores().get(rater, {})
     return [number for number in wanted.numbers or alive if number not in rated]
 
 
@@ -200,7 +203,7 @@ def rate(wanted: Wanted, rater: Rater) -> dict[str, dict[int, Rating]]:
         TrainingError: the rater cannot go on, or the ratings cannot be written. Those that were made are kept.
     """
     folder, chosen = files(wanted)
-    with _held(folder):
+    with _held(folder, "--features" if wanted.features else "--workdir"):
         left = {name: to_rate(wanted, features, rater.name) for name, features in chosen.items()}
         hidden = None if processes.first() else True  # None: where there is no terminal
         with tqdm.tqdm(total=sum(map(len, left.values())), desc="ratings", unit="feature", disable=hidden) as bar:
@@ -225,38 +228,54 @@ def rate_study(folder: str, rater: Rater) -> int:
         UserError: there is no such study, or files of its features are not there any more, or are others.
         TrainingError: the rater cannot go on, or the ratings cannot be written. Those that were made are kept.
     """
-    study = Study(folder)
+    hidden = None if processes.first() else True  # None: where there is no terminal
+    with contextlib.closing(Study(folder)) as study, _held(study.path.parent, "--study"):
+        try:
+            number, items = study.add_rater(rater.name), _unrated(study, rater.name)
+            with tqdm.tqdm(total=len(items), desc="ratings", unit="feature", disable=hidden) as bar:
+                for features, mine in _of_study(study, items):
+                    _rate_items(study, number, features, mine, rater, bar)
+            return len(study.answered(number))
+        except sqlite3.Error as error:
+            raise TrainingError(f"{study.path} cannot be written ({error}); make room, and run it again") from error
+
+
+def _rate_items(
+    study: Study, number: int, features: Features, items: Sequence[Item], rater: Rater, bar: tqdm.tqdm
+) -> None:
+    """Rate items of one file, and keep the ratings every few seconds."""
+    known = ratings_lib.read(features.path, features.about["collection"]).get(rater.name, {})
+    made: list[tuple[int, float, str, Mapping[str, Any]]] = []
+    written = time.monotonic()
     try:
-        number = study.add_rater(rater.name)
-        items = _unrated(study, rater.name)
-        rated = len(study.answered(number))
-        hidden = None if processes.first() else True
-        with tqdm.tqdm(total=len(items), desc="ratings", unit="feature", disable=hidden) as bar:
-            for item, features in _of_study(study, items):
-                bar.update()
-                known = features.ratings.get(rater.name, {})
-                rating = known.get(item.feature) or rater.rate(features, item.feature)
-                if rating is not None:
-                    about = {"low": rating.low, "high": rating.high, **rating.details}
-                    study.answer(number, item.item, rating.score, rating.explanation, about)
-                    rated += 1
-    except sqlite3.Error as error:
-        raise TrainingError(f"{study.path} cannot be written ({error}); make room, and run it again") from error
-    return rated
+        for item in items:
+            rating = known.get(item.feature) or rater.rate(features, item.feature)
+            if rating is not None:
+                details = {"low": rating.low, "high": rating.high, **rating.details}
+                made.append((item.item, rating.score, rating.explanation, details))
+            bar.update()
+            if time.monotonic() - written > KEEP_EVERY:
+                study.answer_all(number, made)
+                made.clear()
+                written = time.monotonic()
+    finally:
+        study.answer_all(number, made)
 
 
-def _of_study(study: Study, items: Iterable[Item]) -> Iterator[tuple[Item, Features]]:
-    """Items with the files of their features, those of one file after the other."""
+def _of_study(study: Study, items: Iterable[Item]) -> Iterator[tuple[Features, list[Item]]]:
+    """The files of features that items are from, with their items."""
     by_path: dict[str, list[Item]] = {}
     for item in items:
         by_path.setdefault(item.path, []).append(item)
+    saes = [sae for group in study.about["groups"] for sae in group["saes"].values()]
+    parameters = {sae["path"]: sae["parameters"] for sae in saes}
     for path, mine in by_path.items():
         with errors.about("--study", path="--study"):
             (features,) = features_lib.load(path).values()
-        theirs = {sae["path"]: sae["parameters"] for group in study.about["groups"] for sae in group["saes"].values()}
-        if features.about["collection"]["parameters"] != theirs[path]:
-            raise UserError(f"{path} has features of another SAE than when the study was made", "--study")
-        yield from ((item, features) for item in mine)
+        with contextlib.closing(features):
+            if features.about["collection"]["parameters"] != parameters[path]:
+                raise UserError(f"{path} has features of another SAE than when the study was made", "--study")
+            yield features, mine
 
 
 def _rate(features: Features, numbers: Sequence[int], rater: Rater, bar: tqdm.tqdm) -> None:
@@ -287,10 +306,16 @@ def _keep(features: Features, rater: str, made: list[tuple[int, Rating]]) -> Non
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _held(folder: Path, field: str) -> Iterator[None]:
     """Nobody else collects or rates in the folder."""
+    lock = filelock.FileLock(folder / ".lock")
     try:
-        with filelock.FileLock(folder / ".lock").acquire(blocking=False):
-            yield
+        lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise UserError(f"{folder} is in use by another command; wait for it to end", "--features") from error
+        raise UserError(f"{folder} is in use by another command; wait for it to end", field) from error
+    except OSError as error:
+        raise UserError(f"ratings cannot be written to {folder} ({error})", field) from error
+    try:
+        yield
+    finally:
+        lock.release()

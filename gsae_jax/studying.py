@@ -1,5 +1,6 @@
 """The blinded study of features: made from collected files, and served to the people who rate."""
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -22,6 +23,7 @@ from gsae_jax.web import server as web
 logger = logging.getLogger(__name__)
 
 MOST_PEOPLE = 1000
+NEAR = 1.1  # ratio of L0s from which on there is a warning
 PEOPLE = "people"  # what their ratings are called together
 
 
@@ -81,6 +83,8 @@ def new(wanted: Wanted, out: str) -> Path:
             for source, l0, alive in zip(group.sources, group.l0, group.alive, strict=True)
         )
         logger.info(f"{group.model} {group.target}: {len(group.pairs):,} pairs of {both}")
+        if max(group.l0) > NEAR * min(group.l0):
+            logger.warning("their L0s differ; sparser SAEs often have more interpretable features (see target_l0)")
     orders = _orders(groups, wanted)
     items = _items(groups, {item for order in orders for item in order})
     tokens = [web.new_token() for _ in orders]
@@ -166,11 +170,11 @@ def _about(groups: Sequence[pairs.Group], wanted: Wanted) -> dict[str, Any]:
     for group in groups:
         saes = {
             side: {
+                **source.about,
                 "run": source.run,
                 "path": str(source.features.path.absolute()),
                 "l0": l0,
                 "alive": alive,
-                **source.about,
             }
             for side, source, l0, alive in zip((FIRST, SECOND), group.sources, group.l0, group.alive, strict=True)
         }
@@ -222,24 +226,54 @@ def analyse(folder: str, out: str = "") -> list[analysis.Analysis]:
     """
     with errors.about("--out"):
         place = Path(paths.require_local(out)) if out else Path(folder).expanduser() / "analysis"
-    study = Study(folder)
-    ratings = study.ratings()
-    names = {rater.rater: rater.name or "" for rater in study.raters(AUTOMATIC)}
-    sides = (study.about["first"], study.about["second"])
-    analyses = []
-    if ratings[PERSON]:
-        analyses.append(analysis.analyse(PEOPLE, sides, ratings[PERSON], people=True))
-    for rater, name in names.items():
-        paired = [each for each in ratings[AUTOMATIC] if each.rater == rater]
-        if paired:
-            analyses.append(analysis.analyse(name, sides, paired, people=False))
+    with contextlib.closing(Study(folder)) as study:
+        analyses, facts, answers = _analysed(study)
     if not analyses:
         how = "serve it to people, or run `python -m gsae_jax.rate --study`"
         raise UserError(f"{folder} has no pair of which one rater has rated both features; {how}", "STUDY")
+    try:
+        analysis.write(analyses, facts, answers, place)
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error}); write another folder", "--out") from error
+    return analyses
+
+
+def _analysed(study: Study) -> tuple[list[analysis.Analysis], dict[str, Any], list[dict[str, Any]]]:
+    """The analyses of a study, facts for its report, and all answers without names."""
+    ratings, sides = study.ratings(), (study.about["first"], study.about["second"])
+    items = {item.item: item for item in study.items()}
+    people = [person.rater for person in study.raters(PERSON)]
+    shown = {items[item].pair for person in people for item in study.order(person)}
+    analyses = []
+    if ratings[PERSON]:
+        analyses.append(analysis.analyse(PEOPLE, sides, ratings[PERSON], people=True, of_pairs=len(shown)))
+    names = {rater.rater: rater.name or "" for rater in study.raters(AUTOMATIC)}
+    every = len({item.pair for item in items.values()})
+    for rater, name in names.items():
+        if paired := [each for each in ratings[AUTOMATIC] if each.rater == rater]:
+            analyses.append(analysis.analyse(name, sides, paired, people=False, of_pairs=every))
+    kept = ("run", "sae", "architecture", "l0", "alive")
     saes = [
-        {"model": group["model"], "site": group["target"], "side": study.about[side], **group["saes"][side]}
+        {"model": group["model"], "site": group["target"], "side": study.about[side]}
+        | {name: group["saes"][side][name] for name in kept}
         for group in study.about["groups"]
         for side in (FIRST, SECOND)
     ]
-    analysis.write(analyses, {"sides": list(sides), "saes": saes}, place)
-    return analyses
+    answers = [
+        {
+            "rater": names.get(answer.rater, PEOPLE),
+            "person": answer.rater if answer.rater in people else "",
+            "pair": item.pair,
+            "side": study.about[item.side],
+            "model": item.model,
+            "layer": item.layer,
+            "site": item.site,
+            "sae": item.sae,
+            "feature": item.feature,
+            "rating": f"{answer.score:g}",
+            "explanation": answer.explanation,
+        }
+        for answer in study.answers()
+        for item in [items[answer.item]]
+    ]
+    return analyses, {"sides": list(sides), "saes": saes}, answers

@@ -322,7 +322,7 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
     tree = config_dict.to_dict() | {"stacks": {}}
     capsys.readouterr()
     evaluate_saes([str(tmp_path / "out"), str(tmp_path / "one")], str(tmp_path / "report"), tree, site=stack.site)
-    assert "warning" not in capsys.readouterr().err
+    assert "--site" not in capsys.readouterr().err
     folders = (tmp_path / "run" / "report", tmp_path / "report")
     there, here = ({r["name"]: r for r in json.loads((f / "report.json").read_text())["saes"]} for f in folders)
     assert list(here) == ["gated_0", "gated_1", "one_0"]

@@ -705,13 +705,15 @@ def test_the_command_sends_only_when_it_is_told(server, path, tmp_path, caplog):
     requests = int(re.search(r"(\d+) requests to", caplog.text)[1])
     scoring.command(wanted, dataclasses.replace(asks, send=True))
     assert len(server.seen) == requests
-    (ratings,) = features_lib.load(tmp_path)["planted"].ratings.values()
+    (ratings,) = features_lib.load(tmp_path)["planted"].ratings().values()
     assert ratings.keys() == {planted.RULE, planted.RANDOM}
     assert ratings[planted.RULE].score > 0.95
     scoring.command(wanted, dataclasses.replace(asks, send=True))
     assert len(server.seen) == requests  # all are rated
-    scoring.command(dataclasses.replace(wanted, overwrite=True), asks)  # nothing is left to send
+    (tmp_path / "planted.ratings").unlink()
+    scoring.command(wanted, asks)  # all replies are known, so that nothing has to be sent
     assert len(server.seen) == requests
+    assert features_lib.load(tmp_path)["planted"].ratings() != {}
 
 
 def test_what_the_command_cannot_use_is_refused(server, path, tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ from tests import feature_files
 from tests.refusals import refused
 
 R, T, V = 600, 32, 50
+NAME = association.Association.name
 TEXTS = [f" w{number}" for number in range(V)]
 TEXTS[7], TEXTS[8], TEXTS[9] = "\n", '"', " 42"
-ON_TOKEN, ON_PAIR, AFTER, AT_START, DIGITS, RANDOM, RARE, DEAD = range(8)
+ON_TOKEN, ON_PAIR, AFTER, AT_START, DIGITS, RANDOM, RARE, DEAD, ALWAYS = range(9)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def planted(tmp_path_factory):
     tokens = random.integers(0, V, (R, T)).astype(np.int32)
     before = np.pad(tokens, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     two_before = np.pad(tokens, ((0, 0), (2, 0)), constant_values=-1)[:, :-2]
-    on = np.zeros((R, T, 8), bool)
+    on = np.zeros((R, T, 9), bool)
     on[..., ON_TOKEN] = tokens == 3
     on[..., ON_PAIR] = (tokens == 4) & (before == 5)
     on[..., AFTER] = two_before == 8
@@ -33,6 +34,7 @@ def planted(tmp_path_factory):
     on[..., DIGITS] = tokens == 9
     on[..., RANDOM] = random.random((R, T)) < 0.02
     on[3, 5, RARE] = True
+    on[..., ALWAYS] = True
     f = np.where(on, random.uniform(1, 2, on.shape), 0).astype(np.float32)
     path = tmp_path_factory.mktemp("planted") / "a_0.sqlite"
     feature_files.write(path, tokens, f, TEXTS, list(range(0, R, 5)))
@@ -99,9 +101,9 @@ def test_scores_equal_numpy(planted, rated):
     assert rating.score == pytest.approx(reference, abs=1e-12)
 
 
-def test_what_is_hardly_active_is_not_rated(rated):
-    assert rated[RARE] is None
-    assert rated[DEAD] is None
+@pytest.mark.parametrize("feature", [RARE, DEAD, ALWAYS])
+def test_what_cannot_be_told_apart_is_not_rated(rated, feature):
+    assert rated[feature] is None
 
 
 def test_ratings_are_the_same_each_time(planted, rated):
@@ -129,24 +131,24 @@ def test_ratings_are_kept_and_continued(folder, rated, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         scoring.rate(scoring.Wanted(features=str(folder)), rater)
     kept = features.load(folder)["a_0"]
-    assert kept.ratings["rules"] == {number: rated[number] for number in seen}
+    assert kept.ratings()[NAME] == {number: rated[number] for number in seen}
     ratings = scoring.rate(scoring.Wanted(features=str(folder)), association.Association())
     assert ratings == {"a_0": {number: rating for number, rating in enumerate(rated) if rating}}
     now = features.load(folder)["a_0"]
-    assert now[ON_TOKEN].ratings["rules"] == rated[ON_TOKEN]
+    assert now[ON_TOKEN].ratings[NAME] == rated[ON_TOKEN]
     assert "w3" in now[ON_TOKEN]._repr_html_()
-    scores = now.columns()["score of rules"]
+    scores = now.columns()[f"score of {NAME}"]
     np.testing.assert_array_equal(scores, [rating.score if rating else np.nan for rating in rated])
-    assert not scoring.to_rate(scoring.Wanted(numbers=[ON_TOKEN]), now, "rules")
-    assert scoring.to_rate(scoring.Wanted(numbers=[ON_TOKEN], overwrite=True), now, "rules") == [ON_TOKEN]
+    assert not scoring.to_rate(scoring.Wanted(numbers=[ON_TOKEN]), now, NAME)
+    assert scoring.to_rate(scoring.Wanted(numbers=[ON_TOKEN]), now, "another") == [ON_TOKEN]
 
 
 def test_ratings_of_features_of_other_settings_do_not_count(folder, rated):
     each = features.load(folder)["a_0"]
     ratings_lib.write(each.path, each.about["collection"] | {"rows": 1}, "rules", [(0, rated[0])])
-    assert features.load(folder)["a_0"].ratings == {}
+    assert features.load(folder)["a_0"].ratings() == {}
     ratings_lib.write(each.path, each.about["collection"], "rules", [(0, rated[0])])
-    assert features.load(folder)["a_0"].ratings == {"rules": {0: rated[0]}}
+    assert features.load(folder)["a_0"].ratings() == {"rules": {0: rated[0]}}
 
 
 def test_what_cannot_be_rated_is_refused(folder):
@@ -154,7 +156,7 @@ def test_what_cannot_be_rated_is_refused(folder):
         (scoring.Wanted(), "--features"),
         (scoring.Wanted(features=str(folder / "nothing")), "--features"),
         (scoring.Wanted(features=str(folder), saes=["a_1"]), "--sae"),
-        (scoring.Wanted(features=str(folder), numbers=[8]), "--feature"),
+        (scoring.Wanted(features=str(folder), numbers=[9]), "--feature"),
     ):
         with refused(field):
             scoring.rate(wanted, association.Association())
@@ -167,7 +169,7 @@ def test_the_command(folder):
     command = [sys.executable, "-m", "gsae_jax.rate", f"--features={folder}", "--feature=0,1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert features.load(folder)["a_0"].ratings["rules"].keys() == {0, 1}
+    assert features.load(folder)["a_0"].ratings()[NAME].keys() == {0, 1}
     done = subprocess.run([*command[:-1], "--feature=x"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--feature" in done.stderr

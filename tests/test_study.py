@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import csv
 import http.client
 import json
 import re
@@ -642,8 +643,8 @@ def test_people_and_programs_are_analysed(made, tmp_path):
     rater = association.Association()
     assert scoring.rate_study(str(folder), rater) == len(items)
     analyses = analysed(folder)
-    assert analyses.keys() == {"people", "rules"}
-    people, rules = analyses["people"], analyses["rules"]
+    assert analyses.keys() == {"people", association.Association.name}
+    people, rules = analyses["people"], analyses[association.Association.name]
     assert people.sides == ("gated", "baseline")
     assert people.difference.pairs == len(items) / 2 == 6
     assert people.difference.mean == np.mean([2 - pair % 2 for pair in range(6)])
@@ -653,9 +654,15 @@ def test_people_and_programs_are_analysed(made, tmp_path):
     scores = {item.pair: rater.rate(each, item.feature).score for item in first}
     assert {p.pair: p.first for p in rules.paired} == scores
     analyses = json.loads((folder / "analysis" / "analysis.json").read_text())["analyses"]
-    assert [each["rater"] for each in analyses] == ["people", "rules"]
+    assert [each["rater"] for each in analyses] == ["people", association.Association.name]
     page = (folder / "analysis" / "report.html").read_text()
-    assert all(person.token not in page for person in made.raters(PERSON))
+    written = page + (folder / "analysis" / "analysis.json").read_text()
+    assert all(person.token not in written for person in made.raters(PERSON))
+    lines = list(csv.DictReader((folder / "analysis" / "answers.csv").read_text().splitlines()))
+    assert len(lines) == 2 * len(items)
+    by_person = [line for line in lines if line["rater"] == "people"]
+    assert [line["explanation"] for line in by_person] == ["words"] * len(items)
+    assert {(line["sae"], int(line["feature"])) for line in lines} == {(i.sae, i.feature) for i in items.values()}
     analysed(folder, str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere" / "answers.csv").read_bytes() == (folder / "analysis" / "answers.csv").read_bytes()
 
@@ -710,7 +717,8 @@ def test_the_commands_of_an_automatic_study(folder, tmp_path):
     contents = json.loads((tmp_path / "report" / "analysis.json").read_text())["analyses"][0]
     assert f"{contents['difference']['mean']:+.3f}" in said
     for command, field in (
-        (("gsae_jax.rate", "--study=study", "--sae=gated_0"), "--study"),
+        (("gsae_jax.rate", "--study=study", "--sae=gated_0"), "--sae"),
+        (("gsae_jax.study", "analyse", "study", "--out=study/study.sqlite"), "--out"),
         (("gsae_jax.rate", "--study=study", "--yes"), "--yes"),
         (("gsae_jax.study", "analyse", "nowhere"), "STUDY"),
         (("gsae_jax.study", "analyse"), "STUDY"),
@@ -718,3 +726,23 @@ def test_the_commands_of_an_automatic_study(folder, tmp_path):
         code, said = run(*command)
         assert code == 2
         assert f"error: {field}" in said, said
+
+
+def test_a_damaged_study_is_refused(made, tmp_path):
+    shutil.copytree(made.path.parent, tmp_path / "damaged")
+    with contextlib.closing(sqlite3.connect(tmp_path / "damaged" / "study.sqlite")) as db, db:
+        db.execute("DROP TABLE answers")
+    with refused("STUDY"):
+        Study(tmp_path / "damaged")
+
+
+def test_who_stopped_early_counts_as_far_as_they_came(made):
+    order = made.order(made.raters(PERSON)[0].rater)
+    items = {item.item: item for item in made.items()}
+    pair = items[order[0]].pair
+    for item in order:
+        if items[item].pair == pair or item == order[-1]:
+            made.answer(made.raters(PERSON)[0].rater, item, 2.0, "words")
+    (people,) = studying.analyse(str(made.path.parent))
+    assert (people.difference.pairs, people.of_pairs) == (1, 6)
+    assert "1 of 6 pairs" in people.summary

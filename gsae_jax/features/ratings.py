@@ -12,6 +12,7 @@ from typing import Any
 from gsae_jax.errors import UserError
 
 SUFFIX = ".ratings"
+WAIT = 60  # seconds for another process that writes
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS ratings (
     collection TEXT NOT NULL, rater TEXT NOT NULL, feature INTEGER NOT NULL, score REAL NOT NULL, low REAL NOT NULL,
@@ -44,31 +45,46 @@ def place(features: Path) -> Path:
     return features.with_suffix(SUFFIX)
 
 
-def read(features: Path, collection: Mapping[str, Any]) -> dict[str, dict[int, Rating]]:
-    """All ratings, by rater and feature; none of features that were collected with other settings.
+def read(features: Path, collection: Mapping[str, Any], number: int | None = None) -> dict[str, dict[int, Rating]]:
+    """Ratings, by rater and feature; none of features that were collected with other settings.
 
     Args:
         features: the file of the features.
         collection: its facts of that name.
+        number: of the feature; None for all.
 
     Raises:
         UserError: the file is damaged.
     """
+    query = "SELECT rater, feature, score, low, high, explanation, details FROM ratings WHERE collection = ?"
+    ratings: dict[str, dict[int, Rating]] = {}
+    for rater, feature, *rating, details in _rows(features, collection, query, number):
+        ratings.setdefault(rater, {})[feature] = Rating(*rating, json.loads(details))
+    return ratings
+
+
+def scores(features: Path, collection: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Scores alone, by rater and feature; arguments and errors are those of `read`."""
+    numbers: dict[str, dict[int, float]] = {}
+    query = "SELECT rater, feature, score FROM ratings WHERE collection = ?"
+    for rater, feature, score in _rows(features, collection, query):
+        numbers.setdefault(rater, {})[feature] = score
+    return numbers
+
+
+def _rows(features: Path, collection: Mapping[str, Any], query: str, number: int | None = None) -> list[Any]:
     path = place(features)
     if not path.exists():
-        return {}
-    query = (
-        "SELECT rater, feature, score, low, high, explanation, details FROM ratings WHERE collection = ? "
-        "ORDER BY rater, feature"
-    )
-    ratings: dict[str, dict[int, Rating]] = {}
+        return []
+    values: list[Any] = [_identity(collection)]
+    if number is not None:
+        query, values = f"{query} AND feature = ?", [*values, number]
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            for rater, feature, *rating, details in db.execute(query, (_identity(collection),)):
-                ratings.setdefault(rater, {})[feature] = Rating(*rating, json.loads(details))
-    except (sqlite3.Error, ValueError) as error:
-        raise UserError(f"cannot be read as a file of ratings ({error}); move it elsewhere", str(path)) from error
-    return ratings
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", WAIT, uri=True)) as db:
+            return db.execute(f"{query} ORDER BY rater, feature", values).fetchall()
+    except sqlite3.Error as error:
+        how = "try again" if "locked" in str(error) else "move it elsewhere"
+        raise UserError(f"cannot be read as a file of ratings ({error}); {how}", str(path)) from error
 
 
 def write(features: Path, collection: Mapping[str, Any], rater: str, ratings: Iterable[tuple[int, Rating]]) -> None:
@@ -82,7 +98,7 @@ def write(features: Path, collection: Mapping[str, Any], rater: str, ratings: It
         (identity, rater, feature, r.score, r.low, r.high, r.explanation, json.dumps(dict(r.details), sort_keys=True))
         for feature, r in ratings
     ]
-    with contextlib.closing(sqlite3.connect(place(features), timeout=60)) as db, db:
+    with contextlib.closing(sqlite3.connect(place(features), WAIT)) as db, db:
         db.executescript(SCHEMA)
         db.executemany(f"INSERT OR REPLACE INTO ratings VALUES ({', '.join('?' * 8)})", rows)
 

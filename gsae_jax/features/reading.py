@@ -133,10 +133,13 @@ class Features:
         """The lower edges of the bins of `Feature.histogram`."""
         return np.array(self.about["bins"])
 
-    @functools.cached_property
     def ratings(self) -> dict[str, dict[int, Rating]]:
-        """Ratings by raters that run by themselves, by rater and feature, as they are when first asked for."""
+        """All ratings by raters that run by themselves, by rater and feature."""
         return ratings_lib.read(self.path, self.about["collection"])
+
+    def scores(self) -> dict[str, dict[int, float]]:
+        """The scores of all ratings, by rater and feature."""
+        return ratings_lib.scores(self.path, self.about["collection"])
 
     def columns(self) -> dict[str, np.ndarray]:
         """Numbers [F] of all features, by name; NaN where there is none. `pandas.DataFrame` takes them.
@@ -151,9 +154,9 @@ class Features:
             for name, values in columns
             if name != "histogram"
         }
-        for rater, ratings in self.ratings.items():
-            numbers[f"score of {rater}"] = scores = np.full(len(self), np.nan)
-            scores[list(ratings)] = [rating.score for rating in ratings.values()]
+        for rater, scores in self.scores().items():
+            numbers[f"score of {rater}"] = column = np.full(len(self), np.nan)
+            column[list(scores)] = list(scores.values())
         return numbers
 
     def rows_active(self) -> np.ndarray:
@@ -299,7 +302,8 @@ class Features:
             neighbours[sae] = (*neighbours.get(sae, ()), Alike(sae, other, cosine))
         rows = self._db.execute("SELECT other, jaccard FROM cofiring WHERE feature = ? ORDER BY rank", (number,))
         cofiring = tuple(Alike(self.sae, *row) for row in rows)
-        ratings = {rater: each[number] for rater, each in self.ratings.items() if number in each}
+        by_rater = ratings_lib.read(self.path, self.about["collection"], number)
+        ratings = {rater: each[number] for rater, each in by_rater.items()}
         contexts = tuple(self._contexts(number))
         return Feature(self.sae, number, numbers, histogram, contexts, effects, neighbours, cofiring, ratings)
 

@@ -1,5 +1,6 @@
 """The analysis of a study: what its ratings say, as numbers, tables, figures and sentences."""
 
+import base64
 import csv
 import dataclasses
 import io
@@ -18,7 +19,7 @@ from gsae_jax.rating.statistics import Difference, Paired, Test
 from gsae_jax.storage import writing
 
 ANSWERS = {2.0: "yes", 1.0: "maybe", 0.0: "no"}
-COLOURS = ("#d9730d", "#0b6e99")  # of the first and the second side
+COLOURS = ("#d9730d", "#0b6e99")
 LEVEL = 0.05  # of the sentences about p-values
 
 
@@ -57,6 +58,7 @@ class Analysis:
         tests: of `statistics.tests`.
         groups: by model, layer and site.
         answers: of people: how often each was given, by side; empty for automatic raters.
+        of_pairs: pairs of the study that could have been rated.
     """
 
     rater: str
@@ -68,36 +70,40 @@ class Analysis:
     tests: Sequence[Test]
     groups: Sequence[Group]
     answers: Mapping[str, Mapping[str, int]]
+    of_pairs: int
 
     @property
     def sentences(self) -> list[str]:
         """What the numbers mean."""
         first, second = self.sides
-        each = self.difference
-        unit = "points of 2" if self.people else "in the score"
+        each, wilcoxon = self.difference, self.tests[0]
+        number = f"{each.pairs:,} pairs" if each.pairs != 1 else "1 pair"
+        rated = number if each.pairs == self.of_pairs else f"{each.pairs:,} of {self.of_pairs:,} pairs"
         said = [
-            f"The mean rating is {self.means[0]:.3f} for {first} and {self.means[1]:.3f} for {second}, over "
-            f"{_pairs(each.pairs)}. The mean difference is {each.mean:+.3f} {unit}."
+            f"The mean rating is {self.means[0]:.3f} for {first} and {self.means[1]:.3f} for {second}, over {rated}.",
+            f"The mean difference is {each.mean:+.3f}.",
         ]
         if each.low is None or each.high is None:
-            said.append("All differences are equal, so there is no interval.")
+            said.append("There is one pair" if each.pairs == 1 else "All differences are equal")
+            said[-1] += ", so there is no interval."
         else:
-            said[0] = said[0][:-1] + f", with a {each.confidence:.0%} interval of {each.low:+.3f} to {each.high:+.3f}."
-        wilcoxon = self.tests[0]
+            said[-1] = (
+                said[-1][:-1] + f", with a {each.confidence:.0%} interval of {each.low:+.3f} to {each.high:+.3f}."
+            )
         if wilcoxon.p is None:
-            said.append(f"The Wilcoxon test cannot be made: {wilcoxon.why}.")
-        elif wilcoxon.p < LEVEL:
+            return [*said, f"The Wilcoxon test cannot be made: {wilcoxon.why}."]
+        test = f"The one-sided Wilcoxon test has p = {wilcoxon.p:.2g}"
+        if wilcoxon.p < LEVEL:
+            said.append(f"{test}: features of {first} are rated above those of {second}.")
+        elif each.high is not None and each.high < 0:
             said.append(
-                f"The one-sided Wilcoxon test has p = {wilcoxon.p:.2g}: features of {first} are rated above those of "
-                f"{second}."
+                f"{test}, and the interval lies below 0: features of {second} are rated above those of {first}."
             )
         else:
-            said.append(
-                f"The one-sided Wilcoxon test has p = {wilcoxon.p:.2g}: the ratings do not show that features of "
-                f"{first} are more interpretable than those of {second}."
-            )
-            if each.low is not None and each.low > 0:
-                said.append("The interval lies above 0 nevertheless: the test compares ranks, and not means.")
+            claim = f"features of {first} are more interpretable than those of {second}"
+            said.append(f"{test}: the ratings do not show that {claim}.")
+        if each.low is not None and (each.low > 0) != (wilcoxon.p < LEVEL):
+            said.append("The interval says otherwise: it is about means, and the test compares ranks.")
         return said
 
     @property
@@ -121,10 +127,13 @@ class Analysis:
             "tests": [dataclasses.asdict(test) for test in self.tests],
             "groups": [dataclasses.asdict(group) for group in self.groups],
             "answers": {side: dict(counts) for side, counts in self.answers.items()},
+            "of_pairs": self.of_pairs,
         }
 
 
-def analyse(rater: str, sides: tuple[str, str], paired: Sequence[Paired], people: bool) -> Analysis:
+def analyse(
+    rater: str, sides: tuple[str, str], paired: Sequence[Paired], people: bool, of_pairs: int | None = None
+) -> Analysis:
     """The analysis of all ratings of people, or of an automatic rater.
 
     Args:
@@ -132,61 +141,62 @@ def analyse(rater: str, sides: tuple[str, str], paired: Sequence[Paired], people
         sides: names of the two sides.
         paired: the ratings; at least one.
         people: whether ratings are 2, 1 or 0 for yes, maybe or no.
+        of_pairs: pairs of the study that could have been rated; by default, those that were.
     """
+    difference = statistics.mean_difference(statistics.differences(paired))
     groups = []
     for key in sorted({(each.model, each.layer, each.site) for each in paired}):
         mine = [each for each in paired if (each.model, each.layer, each.site) == key]
-        groups.append(Group(*key, *_means(mine), statistics.mean_difference(statistics.differences(mine))))
+        own = difference if len(mine) == len(paired) else statistics.mean_difference(statistics.differences(mine))
+        groups.append(Group(*key, *_means(mine), own))
     answers: dict[str, dict[str, int]] = {}
     if people:
         for side, values in zip(sides, ([p.first for p in paired], [p.second for p in paired]), strict=True):
             answers[side] = {name: values.count(score) for score, name in ANSWERS.items()}
-    difference = statistics.mean_difference(statistics.differences(paired))
-    tests = statistics.tests(paired)
-    return Analysis(rater, sides, people, list(paired), _means(paired), difference, tests, groups, answers)
+    tests, pairs = statistics.tests(paired), difference.pairs if of_pairs is None else of_pairs
+    return Analysis(rater, sides, people, list(paired), _means(paired), difference, tests, groups, answers, pairs)
 
 
 def _means(paired: Sequence[Paired]) -> tuple[float, float]:
-    return float(np.mean([each.first for each in paired])), float(np.mean([each.second for each in paired]))
+    """Of both sides, over pairs; several raters of a pair count as their mean."""
+    by_pair: dict[int, list[tuple[float, float]]] = {}
+    for each in paired:
+        by_pair.setdefault(each.pair, []).append((each.first, each.second))
+    first, second = np.mean([np.mean(both, axis=0) for both in by_pair.values()], axis=0)
+    return float(first), float(second)
 
 
-def write(analyses: Sequence[Analysis], facts: Mapping[str, Any], folder: Path) -> None:
+def write(
+    analyses: Sequence[Analysis], facts: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], folder: Path
+) -> None:
     """Write `analysis.json`, `answers.csv` and `report.html`, in place of earlier ones.
 
     Args:
         analyses: of people and of automatic raters; at least one.
         facts: of the study, for the report.
+        answers: lines of the table, all with the same columns. People have numbers in it, and no names.
         folder: is made if it is not there.
+
+    Raises:
+        OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    report = rendering.render(
-        "study.html", analyses=analyses, facts=facts, figures=[figures(each) for each in analyses]
-    )
+    drawn = [figures(each) for each in analyses]
+    report = rendering.render("study.html", analyses=analyses, facts=facts, figures=drawn)
     contents = {"study": dict(facts), "analyses": [each.record() for each in analyses]}
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(answers[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(answers)
     writing.write_text(folder / "analysis.json", json.dumps(contents, indent=1, sort_keys=True) + "\n")
-    writing.write_text(folder / "answers.csv", table(analyses))
+    writing.write_text(folder / "answers.csv", text.getvalue())
     writing.write_text(folder / "report.html", report)
 
 
-def table(analyses: Sequence[Analysis]) -> str:
-    """CSV of all ratings, a line for each pair and rater. People have numbers in it, and no names."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    first, second = analyses[0].sides
-    writer.writerow(["rater", "person", "pair", "model", "layer", "site", first, second])
-    for each in analyses:
-        for paired in each.paired:
-            person = paired.rater if each.people else ""
-            place = (paired.pair, paired.model, paired.layer, paired.site)
-            writer.writerow([each.rater, person, *place, f"{paired.first:g}", f"{paired.second:g}"])
-    return text.getvalue()
-
-
 def figures(analysis: Analysis) -> list[str]:
-    """SVG of the ratings of both sides, and of their difference at each site."""
+    """Data URLs of SVG pictures: the ratings of both sides, and their difference at each site."""
     # Names are no formulas; with a fixed salt and no date, the same analysis has the same bytes.
-    settings = {"text.parse_math": False, "svg.hashsalt": "gsae_jax", "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "gsae_jax"}):
         return [_svg(_ratings(analysis)), _svg(_differences(analysis))]
 
 
@@ -235,15 +245,11 @@ def _differences(analysis: Analysis) -> Figure:
 
 
 def _svg(figure: Figure) -> str:
-    with io.StringIO() as file:
+    with io.BytesIO() as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
-        text = file.getvalue()
-    return text[text.index("<svg") :]
+        return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:11] + "…" + name[-12:]
-
-
-def _pairs(number: int) -> str:
-    return "1 pair" if number == 1 else f"{number:,} pairs"
+    """The end of a long name, which tells SAEs and sites apart."""
+    return name if len(name) <= 30 else f"…{name[-29:]}"

@@ -20,6 +20,7 @@ import numpy as np
 from gsae_jax.features import Features
 from gsae_jax.rating.ratings import Rating
 
+VERSION = 1  # of the rater; its ratings depend on it and on nothing else
 RULES = 8  # of an explanation, at most
 LEAST_GAIN = 0.01  # of a rule, in sensitivity plus specificity
 LEAST_ROWS = 4  # in which a feature has a context, for it to be rated
@@ -64,14 +65,14 @@ class Rule:
 class Association:
     """The rater. It is deterministic, and rates a feature in some milliseconds."""
 
-    name = "rules"
+    name = f"rules {VERSION}"
 
     def __init__(self) -> None:
         """There is nothing to set."""
         self._text: _Text | None = None
 
     def rate(self, features: Features, number: int) -> Rating | None:
-        """The rating of a feature; None if it has contexts in fewer than 4 rows."""
+        """The rating of a feature; None if it has contexts in fewer than 4 rows, or is active on all tokens."""
         if self._text is None or self._text.features is not features:
             self._text = _Text(features)
         return self._text.rate(number)
@@ -100,9 +101,9 @@ class _Text:
         if len(contexts) < LEAST_ROWS:
             return None
         T = self._tokens.shape[1]
-        rows = [self._place[row] for row in contexts]
-        others = [row for row in self._sampled if row not in set(rows)]
         activations = {self._place[row]: pair for row, pair in contexts.items()}
+        rows = list(activations)
+        others = [row for row in self._sampled if row not in activations]
         places, values = self._sample.get(number, (np.empty(0, int), np.empty(0, np.float32)))
         for order, row in enumerate(self._sampled):
             if row not in activations:
@@ -142,9 +143,11 @@ class _Text:
             left &= ~holds
         return rules
 
-    def _judge(self, rules: Sequence[Rule], rows: Sequence[int], a: np.ndarray, contexts: int) -> Rating:
+    def _judge(self, rules: Sequence[Rule], rows: Sequence[int], a: np.ndarray, contexts: int) -> Rating | None:
         """How well rules predict activations on other rows, of which the first `contexts` are of contexts."""
         a = np.abs(a)
+        if not a.any() or a.all():
+            return None  # there is nothing to tell apart
         predicted = np.zeros(a.shape)
         for rule in reversed(rules):
             predicted[self._codes[rows, :, rule.kind] == rule.code] = rule.activation
@@ -204,7 +207,7 @@ def _draws(rows: int) -> np.ndarray:
 def _kinds(tokens: np.ndarray, texts: Mapping[int, str]) -> list[Kind]:
     """All kinds of rules, for tokens [rows, T]."""
     ids, known = np.unique(tokens, return_inverse=True)
-    known = known.reshape(tokens.shape)
+    known = known.reshape(tokens.shape).astype(np.int32)
     start = len(ids)  # stands for what lies before the row, or after it
     names = [_quoted(texts[int(token)]) for token in ids] + ["the row's edge"]
     kinds = []
@@ -228,15 +231,15 @@ def _kinds(tokens: np.ndarray, texts: Mapping[int, str]) -> list[Kind]:
             pieces = [int(grams[code]) // (start + 1) ** back % (start + 1) for back in reversed(range(length))]
             return "on " + " ".join(names[piece] for piece in pieces)
 
-        kinds.append(Kind(codes.reshape(tokens.shape), gram))
+        kinds.append(Kind(codes.reshape(tokens.shape).astype(np.int32), gram))
     for describe, place in ((_word, "on the word"), (_shape, "on")):
         described = [describe(texts[int(token)]) for token in ids]
         values, of_token = np.unique(described, return_inverse=True)
         for offset, where in ((0, place), (-1, f"after{place[2:]}")):
-            codes = np.append(of_token, len(values))[shifted[offset]]
+            codes = np.append(of_token, len(values)).astype(np.int32)[shifted[offset]]
             labels = [*values, "the row's edge"]
             kinds.append(Kind(codes, lambda code, where=where, labels=labels: f"{where} {labels[code]}"))
-    seen = np.zeros(tokens.shape, int)
+    seen = np.zeros(tokens.shape, np.int32)
     for row, line in enumerate(known):
         _, first = np.unique(line, return_index=True)
         seen[row] = 1

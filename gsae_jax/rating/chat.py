@@ -195,6 +195,8 @@ class Client:
                 seconds = max(wait, error.after)
                 logger.warning(f"{self.url} {error}; the next attempt is in {seconds:.0f} s")
                 (self._sleep or stopped.wait)(seconds)  # the second ends early where another question has failed
+                if stopped.is_set():
+                    raise TrainingError(f"{self.url} {error}; another question has failed meanwhile") from error
                 wait *= 2
         raise AssertionError("the last attempt returns or raises")
 

@@ -126,7 +126,8 @@ class Judge:
         """
         self._client, self._seed, self._max_tokens = client, seed, max_tokens
         sources = [LOADER.get_source(PROMPTS, name)[0] for name in sorted(LOADER.list_templates())]
-        facts = json.dumps([sources, seed, max_tokens])
+        constants = [WINDOW, BEFORE, BATCH, LEAST, LONGEST, LEVELS]
+        facts = json.dumps([sources, constants, seed, max_tokens])
         self.name = f"{client.model} {hashlib.sha256(facts.encode()).hexdigest()[:8]}"
         self._sampled: tuple[Features, _Sample] | None = None
 
@@ -204,24 +205,30 @@ class Judge:
         Raises:
             UserError: there is no such feature.
         """
-        prompts: list[str] = []
+        seen: set[bytes] = set()  # hashes, as all prompts of an SAE are large
+        asked = 0
+
+        def add(prompt: str) -> None:
+            nonlocal asked
+            name = hashlib.sha256(prompt.encode()).digest()[:16]
+            if prompt and name not in seen:
+                seen.add(name)
+                asked += math.ceil(len(prompt) / 4)
+
         for number in numbers:
             examples = self._examples(features, number)
             if examples is None:
                 continue
             missing, explanation = self._missing(_explaining(examples.explaining))
             if missing:
-                prompts.append(missing)
+                add(missing)
                 explanation = "x" * LONGEST
             if explanation is None:  # the model does not explain it
                 continue
             for batch in self._batches(features, number, examples):
                 question = batch.question(explanation)
-                prompts.append(question.prompt(False) if missing else self._missing(question)[0])
-        prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt]
-        return Cost(
-            len(prompts), sum(math.ceil(len(prompt) / 4) for prompt in prompts), len(prompts) * self._max_tokens
-        )
+                add(question.prompt(False) if missing else self._missing(question)[0])
+        return Cost(len(seen), asked, len(seen) * self._max_tokens)
 
     def _answers(self, questions: Sequence[_Question]) -> list[tuple[Any, str]]:
         """To each question its answer and "", or None and the problem."""

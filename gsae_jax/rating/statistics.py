@@ -4,18 +4,20 @@ A rating is a number for one feature by one rater: 2, 1 or 0 of a person, or an 
 pair have the same model, layer and site, and the same rater.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 CONFIDENCE = 0.9
 RESAMPLES = 9999  # of the bootstrap
+LEAST = 3  # sites, layers or raters that a test over them needs
 
 
 class Paired(NamedTuple):
@@ -104,19 +106,27 @@ def mean_difference(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLE
     mean = float(np.mean(values))
     if len(values) < 2 or np.ptp(values) == 0:
         return Difference(len(values), mean, None, None)  # nothing varies, so an interval would have no width
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a degenerate distribution, whose ends are NaN
-        interval = stats.bootstrap(
-            (values,),
-            np.mean,
-            n_resamples=resamples,
-            batch=max(1, 2**22 // len(values)),  # bounds the memory
-            confidence_level=CONFIDENCE,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    low, high = (float(end) if math.isfinite(end) else None for end in interval)
+    low, high = _bca(values, np.random.default_rng(seed), resamples)
     return Difference(len(values), mean, low, high)
+
+
+def _bca(values: np.ndarray, random: np.random.Generator, resamples: int) -> tuple[float, float]:
+    """Ends of the BCa interval of a mean (Efron 1987).
+
+    As of `scipy.stats.bootstrap`, whose time grows with the square of the number of values: it does not know that the
+    jackknife of a mean has a closed form.
+    """
+    n, mean = len(values), np.mean(values)
+    batch = max(1, 2**22 // n)  # bounds the memory
+    sizes = [min(batch, resamples - start) for start in range(0, resamples, batch)]
+    means = np.concatenate([values[random.integers(0, n, (size, n))].mean(1) for size in sizes])
+    bias = special.ndtri((np.sum(means < mean) + np.sum(means <= mean)) / (2 * resamples))
+    jackknife = (values.sum() - values) / (n - 1)
+    centred = jackknife.mean() - jackknife
+    acceleration = np.sum(centred**3) / (6 * np.sum(centred**2) ** 1.5)
+    z = bias + special.ndtri(np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    low, high = np.quantile(means, special.ndtr(bias + z / (1 - acceleration * z)))
+    return float(low), float(high)
 
 
 def wilcoxon(values: np.ndarray) -> Test:
@@ -154,27 +164,35 @@ def kruskal_wallis(ratings: Sequence[Paired]) -> Test:
 def friedman(ratings: Sequence[Paired], over: str) -> Test:
     """Friedman test over sites, layers or raters.
 
-    A block has the mean rating for every site (layer, rater), with all else equal. Blocks that lack one are left out.
-    Layers count by their order in their model.
+    A block has the mean rating of each site (layer, rater), with all else equal. Raters who have rated less than
+    others are left out, and then blocks that lack a site (layer, rater).
 
     Args:
-        ratings: of the study.
+        ratings: of the study; over layers, of one model.
         over: `site`, `layer` or `rater`.
     """
     name, about = "Friedman", f"ratings over {over}s"
-    blocks, why = _blocks(ratings, over, 3)
+    if over == "rater":
+        cells = collections.Counter(
+            each.rater for each in {each._replace(pair=0, first=0.0, second=0.0) for each in ratings}
+        )
+        some = [each for each in ratings if cells[each.rater] == max(cells.values())]
+        if left := len(cells) - len({each.rater for each in some}):
+            about += f", without {left} who rated less"
+        ratings = some
+    blocks, why = _blocks(ratings, over)
     if why:
         return Test(name, about, len(blocks), why=why)
     return _safely(name, about, len(blocks), lambda: stats.friedmanchisquare(*blocks.T))
 
 
 def page(ratings: Sequence[Paired]) -> Test:
-    """Page's test for a trend of ratings over layers: whether they increase with depth.
+    """Page's test for a trend of the ratings of one model over layers: whether they increase with depth.
 
     Blocks are those of `friedman`.
     """
     name, about = "Page's trend", "ratings increase over layers"
-    blocks, why = _blocks(ratings, "layer", 3)
+    blocks, why = _blocks(ratings, "layer")
     if why:
         return Test(name, about, len(blocks), why=why)
     return _safely(name, about, len(blocks), lambda: _paged(blocks))
@@ -186,51 +204,43 @@ def _paged(blocks: np.ndarray) -> Any:
 
 
 def tests(ratings: Sequence[Paired]) -> list[Test]:
-    """All tests of the paper, in its order."""
-    return [
-        wilcoxon(differences(ratings)),
-        *mann_whitney(ratings),
-        *(friedman(ratings, over) for over in ("site", "layer", "rater")),
-        page(ratings),
-        kruskal_wallis(ratings),
-    ]
+    """All tests of the paper, in its order. Models differ in depth, so each has its own tests over layers."""
+    models = sorted({rating.model for rating in ratings})
+    made = [wilcoxon(differences(ratings)), *mann_whitney(ratings), friedman(ratings, "site")]
+    for test in (lambda mine: friedman(mine, "layer"), page):
+        for model in models:
+            result = test([rating for rating in ratings if rating.model == model])
+            made.append(dataclasses.replace(result, about=f"{result.about} of {model}"))
+    return [*made, friedman(ratings, "rater"), kruskal_wallis(ratings)]
 
 
 def _by(ratings: Iterable[Paired], field: str) -> dict[str, list[float]]:
-    """All ratings of both sides, by a field."""
-    groups: dict[str, list[float]] = {}
+    """The ratings of all features, by a field. Several raters of a feature count as their mean."""
+    features: dict[tuple[str, int, int], list[float]] = {}
     for rating in ratings:
-        groups.setdefault(getattr(rating, field), []).extend((rating.first, rating.second))
+        for side, value in enumerate((rating.first, rating.second)):
+            features.setdefault((getattr(rating, field), rating.pair, side), []).append(value)
+    groups: dict[str, list[float]] = {}
+    for (group, _, _), values in features.items():
+        groups.setdefault(group, []).append(float(np.mean(values)))
     return groups
 
 
-def _blocks(ratings: Sequence[Paired], over: str, least: int) -> tuple[np.ndarray, str]:
+def _blocks(ratings: Sequence[Paired], over: str) -> tuple[np.ndarray, str]:
     """[blocks, treatments] of mean ratings; and why there can be no test, or ""."""
-    treatments = _treatments(ratings, over)
-    number = len(set(treatments))
+    treatments = {getattr(rating, over) for rating in ratings}
     cells: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
     others = [field for field in ("model", "layer", "site", "rater") if field != over]
-    for rating, treatment in zip(ratings, treatments, strict=True):
-        block = tuple(getattr(rating, field) for field in others)
-        cells.setdefault(block, {}).setdefault(treatment, []).extend((rating.first, rating.second))
-    whole = [block for block in sorted(cells) if len(cells[block]) == number]
-    blocks = np.array([[np.mean(cells[block][each]) for each in sorted(cells[block])] for block in whole], float)
-    if number < least:
-        return blocks, f"there are fewer than {least} {over}s"
+    for rating in ratings:
+        block = cells.setdefault(tuple(getattr(rating, field) for field in others), {})
+        block.setdefault(getattr(rating, over), []).extend((rating.first, rating.second))
+    whole = [cells[block] for block in sorted(cells) if cells[block].keys() == treatments]
+    blocks = np.array([[np.mean(block[each]) for each in sorted(block)] for block in whole], float)
+    if len(treatments) < LEAST:
+        return blocks, f"there are fewer than {LEAST} {over}s"
     if len(blocks) < 2:
         return blocks, f"fewer than 2 blocks have a rating for every {over}"
     return blocks, ""
-
-
-def _treatments(ratings: Sequence[Paired], over: str) -> list[Any]:
-    """What each rating is of; layers by their order in their model, as models differ in depth."""
-    if over != "layer":
-        return [getattr(rating, over) for rating in ratings]
-    layers: Mapping[str, list[int]] = {
-        model: sorted({rating.layer for rating in ratings if rating.model == model})
-        for model in {rating.model for rating in ratings}
-    }
-    return [layers[rating.model].index(rating.layer) for rating in ratings]
 
 
 def _safely(name: str, about: str, n: int, test: Any) -> Test:

@@ -1,7 +1,7 @@
 """The file of a study: what raters see, in which order, and what they answered.
 
 SQLite, with a rollback journal and `synchronous = EXTRA`: an answer is on the disk before it counts as saved, also when
-the machine loses its power. All answers are in the one file, so that it can be copied at any time.
+the machine loses its power.
 """
 
 import contextlib
@@ -182,6 +182,8 @@ class Study:
             self._db.execute("PRAGMA synchronous = EXTRA")
             self._db.execute("PRAGMA foreign_keys = ON")
             facts = self._rows("SELECT name, value FROM about")
+            for table in ("items", "raters", "orders", "answers", "history", "drafts"):
+                self._rows(f"SELECT 1 FROM {table} LIMIT 1")
             self.about: dict[str, Any] = {name: json.loads(value) for name, value in facts}
         except (sqlite3.Error, ValueError) as error:
             raise UserError(f"{path} cannot be read as a study ({error})", "STUDY") from error
@@ -294,13 +296,26 @@ class Study:
             Changed: there is another version than the one that was `seen`; nothing is saved.
             sqlite3.Error: it cannot be written.
         """
-        text = json.dumps(dict(details or {}), allow_nan=False, ensure_ascii=False)
+        texts = _texts(explanation, details or {})
         with self._writing() as db:
             version = self._next(rater, item, seen)
             db.execute("INSERT INTO history SELECT * FROM answers WHERE rater = ? AND item = ?", (rater, item))
             db.execute("DELETE FROM drafts WHERE rater = ? AND item = ?", (rater, item))
-            values = (rater, item, version, float(score), explanation, text, _now())
+            values = (rater, item, version, float(score), *texts, _now())
             db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def answer_all(self, rater: int, answers: Sequence[tuple[int, float, str, Mapping[str, Any]]]) -> None:
+        """Save several answers of a program that has not answered these items: (item, score, explanation, details).
+
+        Raises:
+            sqlite3.Error: they cannot be written; then none is.
+        """
+        rows = [
+            (rater, item, 1, float(score), *_texts(text, details), _now()) for item, score, text, details in answers
+        ]
+        if rows:
+            with self._writing() as db:
+                db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def draft(self, rater: int, item: int, choice: str, explanation: str, seen: int) -> None:
         """Keep what a person wrote of an item that is not answered yet; arguments and errors are those of `answer`."""
@@ -333,6 +348,11 @@ class Study:
 def _answer(row: Sequence[Any]) -> Answer:
     rater, item, version, score, explanation, details, time = row
     return Answer(rater, item, version, score, explanation, json.loads(details), time)
+
+
+def _texts(explanation: str, details: Mapping[str, Any]) -> tuple[str, str]:
+    """An explanation and the JSON of details."""
+    return explanation, json.dumps(dict(details), allow_nan=False, ensure_ascii=False)
 
 
 def _now() -> str:

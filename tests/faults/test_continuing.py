@@ -271,7 +271,7 @@ def test_what_more_steps_change_is_said(experiment, tmp_path, capsys):
     assert loop.train(with_(experiment, train={"steps": 32}), tmp_path / "run")
     out = capsys.readouterr().out
     rate = 0.5 * (1 + np.cos(np.pi * (16 - 4) / (32 - 4)))
-    assert f"the learning rate was at 0% of its value and goes on at {rate:.0%}" in out
+    assert f"the learning rate was at 0% of its value and continues at {rate:.0%}" in out
     assert "the loss will rise" in out
     assert "the l1 coefficients of gated to reach target_l0 until step 21 (until 10 before)" in out
     rows = [(steps + 32) * 64 // 15 for steps in (16, 32)]
