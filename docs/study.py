@@ -1,4 +1,6 @@
-"""Takes the pictures of `docs/guides/study.md`: `python docs/study.py STUDY`, with a new study, in which it answers.
+"""Takes the pictures of `docs/guides/study.md`: `python docs/study.py STUDY [REPORT]`.
+
+STUDY is a new study, in which it answers. REPORT is the folder of a report that `study analyse` wrote.
 
 Playwright and Debian's package `chromium` must be installed.
 """
@@ -19,7 +21,7 @@ PLACE = 7  # of the feature in the pictures
 SCREEN, PHONE = {"width": 1100, "height": 800}, {"width": 390, "height": 844}
 
 
-def main(folder):
+def main(folder, report=""):
     study = Study(folder)
     listening = web.listening(server.application(study), "127.0.0.1", 0)
     threading.Thread(target=listening.run, daemon=True).start()
@@ -46,6 +48,10 @@ def main(folder):
         page = browser.new_page(viewport=PHONE, color_scheme="dark")
         page.goto(f"{address}{PLACE}")
         take("phone")
+        if report:
+            page = browser.new_page(viewport=SCREEN, color_scheme="light")
+            page.goto(f"{(Path(report) / 'report.html').absolute().as_uri()}")
+            take("report")
         browser.close()
 
 
