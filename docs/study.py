@@ -39,7 +39,7 @@ def main(folder, report=""):
             page.goto(f"{address}{place}")
             page.get_by_label("No").check()
             page.get_by_role("button", name="Save").click()
-        page.get_by_label("Explanation").fill("indentation at the beginning of a line")
+        page.get_by_label("Explanation").fill("the @ of a decorator")
         page.get_by_label("Yes").check()
         take("feature")
         page.goto(f"{address}overview")

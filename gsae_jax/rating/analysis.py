@@ -240,7 +240,8 @@ def _differences(analysis: Analysis) -> Figure:
             axis.plot([each.low, each.high], [-place, -place], color=COLOURS[0], linewidth=2)
         axis.plot([each.mean], [-place], "o", color=COLOURS[0])
     axis.set_yticks([-place for place in range(len(rows))], [name for name, _ in rows])
-    axis.set_xlabel(f"mean difference, {_short(analysis.sides[0])} minus {_short(analysis.sides[1])}")
+    axis.set_ylim(0.5 - len(rows), 0.5)
+    axis.set_xlabel("mean difference and 90% interval")
     return figure
 
 
