@@ -21,9 +21,7 @@ def new() -> None:
     for name in ("runs", "first", "second", "pairs", "out"):
         if not flags.FLAGS[name].value:
             raise UserError("is missing; --help shows how the command is written", f"--{name}")
-    if PAIRS.value != "all" and not PAIRS.value.isdecimal():
-        raise UserError(f"is {PAIRS.value!r}; write a number of pairs, or all", "--pairs")
-    pairs = None if PAIRS.value == "all" else int(PAIRS.value)
+    pairs = studying.count(PAIRS.value)
     wanted = studying.Wanted(RUNS.value, FIRST.value, SECOND.value, pairs, RATERS.value, SEED.value, SHARED.value)
     out = studying.new(wanted, OUT.value)
     logger.info(f"study: {out}; `python -m gsae_jax.study serve {out}` shows it to raters")
@@ -66,16 +64,12 @@ def main(action: str, study: str = "") -> None:
 
 if __name__ == "__main__":
     RUNS = flags.DEFINE_multi_string("runs", [], "new: a run with collected features; may be repeated.")
-    FIRST = flags.DEFINE_string(
-        "first", "", "new: the side that is expected to be better: a stack or an SAE, or RUN:NAME."
-    )
+    FIRST = flags.DEFINE_string("first", "", "new: the side that should be better: a stack, an SAE, or RUN:NAME.")
     SECOND = flags.DEFINE_string("second", "", "new: the other side.")
     PAIRS = flags.DEFINE_string("pairs", "", "new: pairs of features from each model and site for each rater, or all.")
     RATERS = flags.DEFINE_integer("raters", 1, "new: how many people rate; 0: only programs.")
-    SHARED = flags.DEFINE_bool(
-        "shared", False, "new: all people rate the same pairs; else each has pairs of their own."
-    )
-    SEED = flags.DEFINE_integer("seed", 0, "new: of the draw of features and of their order.")
+    SHARED = flags.DEFINE_bool("shared", False, "new: all people rate the same pairs; else each has their own.")
+    SEED = flags.DEFINE_integer("seed", 0, "new: of the draw of features.")
     OUT = flags.DEFINE_string(
         "out", "", "new: a new folder. analyse: a folder for the report; default: STUDY/analysis."
     )

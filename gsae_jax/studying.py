@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ class Wanted:
         second: the other side.
         pairs: of features, from each language model and site, for each person; None for as many as there are.
         raters: how many people rate; 0 for programs alone, with pairs that are nobody's.
-        seed: of all that is random.
+        seed: of the draw of features.
         is_shared: all people rate the same pairs. By default each has pairs of their own.
     """
 
@@ -48,6 +49,19 @@ class Wanted:
     raters: int = 1
     seed: int = 0
     is_shared: bool = False
+
+
+def count(pairs: str) -> int | None:
+    """A number of pairs as the command line has it; None for `all`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if pairs == "all":
+        return None
+    if not pairs.isdecimal():
+        raise UserError(f"is {pairs!r}; write a number of pairs, or all", "--pairs")
+    return int(pairs)
 
 
 def new(wanted: Wanted, out: str) -> Path:
@@ -85,9 +99,9 @@ def new(wanted: Wanted, out: str) -> Path:
         logger.info(f"{group.model} {group.target}: {len(group.pairs):,} pairs of {both}")
         if max(group.l0) > NEAR * min(group.l0):
             logger.warning("their L0s differ; sparser SAEs often have more interpretable features (see target_l0)")
-    orders = _orders(groups, wanted)
+    tokens = [web.new_token() for _ in range(wanted.raters)]
+    orders = _orders(groups, wanted, tokens)
     items = _items(groups, {item for order in orders for item in order})
-    tokens = [web.new_token() for _ in orders]
     with errors.about("--out"), writing.new_folder(out) as scratch:
         study_lib.create(scratch, _about(groups, wanted), items, tokens, orders)
     return Path(paths.require_local(out))
@@ -150,17 +164,18 @@ def _items(groups: Sequence[pairs.Group], shown: set[int]) -> list[Item]:
     return items
 
 
-def _orders(groups: Sequence[pairs.Group], wanted: Wanted) -> list[list[int]]:
-    """The items of each person, in random order."""
+def _orders(groups: Sequence[pairs.Group], wanted: Wanted, tokens: Sequence[str]) -> list[list[int]]:
+    """The items of each person, in random order. It depends on a secret, so that the seed does not tell it."""
     numbered = _numbered(groups)
     orders = []
-    for rater in range(wanted.raters):
+    for rater, token in enumerate(tokens):
         mine = []
         for item, (group, place, _, _) in enumerate(numbered):
             each = len(group.pairs) // wanted.raters
             if wanted.is_shared or place // each == rater:
                 mine.append(item)
-        orders.append(np.random.default_rng([wanted.seed, rater]).permutation(mine).tolist())
+        secret = int.from_bytes(hashlib.sha256(token.encode()).digest(), "big")
+        orders.append(np.random.default_rng(secret).permutation(mine).tolist())
     return orders
 
 

@@ -58,8 +58,9 @@ def read(features: Path, collection: Mapping[str, Any], number: int | None = Non
     """
     query = "SELECT rater, feature, score, low, high, explanation, details FROM ratings WHERE collection = ?"
     ratings: dict[str, dict[int, Rating]] = {}
-    for rater, feature, *rating, details in _rows(features, collection, query, number):
-        ratings.setdefault(rater, {})[feature] = Rating(*rating, json.loads(details))
+    for rater, feature, score, low, high, explanation, details in _rows(features, collection, query, number):
+        rating = Rating(score, low, high, explanation, json.loads(details))
+        ratings.setdefault(rater, {})[feature] = rating
     return ratings
 
 

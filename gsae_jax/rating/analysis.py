@@ -222,7 +222,7 @@ def _ratings(analysis: Analysis) -> Figure:
             ([p.first for p in analysis.paired], [p.second for p in analysis.paired]),
             strict=True,
         ):
-            axis.hist(values, bins, histtype="step", color=colour, linewidth=1.5, label=_short(side))
+            axis.hist(values, bins.tolist(), histtype="step", color=colour, linewidth=1.5, label=_short(side))
         axis.set_xlabel("score")
         axis.set_ylabel("features")
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

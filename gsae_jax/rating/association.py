@@ -125,7 +125,8 @@ class _Text:
         self._local[candidates] = np.arange(len(candidates))
         local = self._local[codes] + 1  # 0: a code that no active token has
         self._local[candidates] = -1
-        left, rules = np.ones(len(a), bool), []
+        left = np.ones(len(a), bool)
+        rules: list[Rule] = []
         while len(rules) < RULES:
             hits = np.bincount(local[left & active].ravel(), minlength=len(candidates) + 1)[1:]
             misses = np.bincount(local[left & ~active].ravel(), minlength=len(candidates) + 1)[1:]
@@ -213,7 +214,7 @@ def _kinds(tokens: np.ndarray, texts: Mapping[int, str]) -> list[Kind]:
     kinds = []
     shifted = {offset: _shifted(known, offset, start) for offset in OFFSETS}
     for offset, place in zip(OFFSETS, PLACES, strict=True):
-        kinds.append(Kind(shifted[offset], lambda code, place=place: f"{place} {names[code]}"))
+        kinds.append(Kind(shifted[offset], _namer(place, names)))
         if not offset:
             positions = np.minimum(np.arange(tokens.shape[1]), 8)
             kinds.append(
@@ -238,7 +239,7 @@ def _kinds(tokens: np.ndarray, texts: Mapping[int, str]) -> list[Kind]:
         for offset, where in ((0, place), (-1, f"after{place[2:]}")):
             codes = np.append(of_token, len(values)).astype(np.int32)[shifted[offset]]
             labels = [*values, "the row's edge"]
-            kinds.append(Kind(codes, lambda code, where=where, labels=labels: f"{where} {labels[code]}"))
+            kinds.append(Kind(codes, _namer(where, labels)))
     seen = np.zeros(tokens.shape, np.int32)
     for row, line in enumerate(known):
         _, first = np.unique(line, return_index=True)
@@ -246,6 +247,11 @@ def _kinds(tokens: np.ndarray, texts: Mapping[int, str]) -> list[Kind]:
         seen[row, first] = 0
     kinds.append(Kind(seen, lambda code: "on a token that the row has before" if code else "on a token that is new"))
     return kinds
+
+
+def _namer(place: str, names: Sequence[str]) -> Callable[[int], str]:
+    """What writes a rule: where the thing is that a code stands for, and its name."""
+    return lambda code: f"{place} {names[code]}"
 
 
 def _shifted(codes: np.ndarray, offset: int, filler: int) -> np.ndarray:
