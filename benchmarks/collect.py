@@ -2,10 +2,12 @@
 
     python benchmarks/collect.py --workdir runs/quickstart [--tokens 1048576]
         [--out benchmarks/results/collect-NAME.json]
+    python benchmarks/collect.py --model DIR --width 65536
 
 `collect` is the whole command's work for all SAEs of the run, with effects, neighbours and the files; `measure` is that
 of `evaluate`. Both are timed in this process, one after the other, after a first call on few tokens that compiles. The
-peak of memory is that of a process of its own for each number of tokens.
+peak of memory is that of a process of its own for each number of tokens. `--width` collects one gated SAE of this width
+with random weights, of which each feature is active on one token in a thousand, on 64 rows of random tokens.
 """
 
 import argparse
@@ -18,8 +20,16 @@ import time
 from pathlib import Path
 
 import common
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from gsae_jax import collecting, features, measuring
+from gsae_jax import config as config_lib
+from gsae_jax import mesh as mesh_lib
+from gsae_jax.features import collection
+from gsae_jax.lms import loading
+from gsae_jax.saes import gated, trained
 
 
 def timed(function, *args, **kwargs):
@@ -35,6 +45,35 @@ def collect(workdir, tokens, folder, name):
     return next(iter(features.load(out).values())).about["tokens"]
 
 
+def own_peak():
+    """The peak of memory of this process in MiB. Not getrusage's, which begins with that of the process before it."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def wide(model, width, folder):
+    """Collect the features of a wide SAE; prints the seconds until the end of each stage."""
+    mesh = mesh_lib.make_mesh(config_lib.Mesh(1, 1))
+    lm = loading.load_lm(model, mesh=mesh)
+    site = "blocks.0.hook_mlp_out"
+    rows = np.random.default_rng(0).integers(5, lm.config.d_vocab, (64, 128)).astype(np.int32)
+    x = lm.activations(rows[:16], [site])[site].reshape(-1, lm.sites[site])
+    config = gated.Config(x.shape[1], width)
+    params = dict(gated.init(jax.random.key(0), config))
+    center = x.mean(0)
+    threshold = -jnp.quantile((x - center) @ params["W_gate"], 0.999, axis=0)
+    params |= {"b_dec": center, "b_gate": threshold, "b_mag": threshold}
+    sae = trained.SAE("wide_0", "gated", config, site, params, stack="wide")
+    about = {"wide_0": {"sae": "wide_0", "width": width, "targets": [site], "model": model}}
+    start, seconds = time.perf_counter(), {}
+
+    def show(stage, done, total):
+        seconds[stage] = round(time.perf_counter() - start, 1)
+
+    each = {"wide_0": sae}
+    collection.collect(collection.Collection(lm, mesh, each, each, rows, lm.special_tokens, about, {}), folder, show)
+    print(f"{width:,} features of {rows.size:,} tokens: {seconds} s; peak of memory {own_peak():,.0f} MiB")
+
+
 def peak(workdir, tokens):
     """The tokens and the peak of memory in MiB of a process that collects."""
     command = [sys.executable, __file__, "--workdir", workdir, "--tokens", str(tokens), "--peak"]
@@ -44,18 +83,23 @@ def peak(workdir, tokens):
 def main():
     """Measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir")
+    parser.add_argument("--model", help="with --width: directory of a language model")
+    parser.add_argument("--width", type=int)
     parser.add_argument("--tokens", type=int, default=2**20)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak", action="store_true", help="collect once, and print the peak of memory")
     arguments = parser.parse_args()
     workdir, tokens = arguments.workdir, arguments.tokens
+    if bool(workdir) == bool(arguments.model) or bool(arguments.model) != bool(arguments.width):
+        parser.error("write --workdir, or --model and --width")
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.width:
+            wide(arguments.model, arguments.width, Path(folder))
+            return
         if arguments.peak:
             seen = collect(workdir, tokens, folder, "peak")
-            # Not getrusage, which begins with the memory of the process that started this one.
-            kib = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-            print(json.dumps({"tokens": seen, "peak_mib": int(kib) / 1024}))
+            print(json.dumps({"tokens": seen, "peak_mib": own_peak()}))
             return
         for count in (8192, tokens):
             collecting_took, seen = timed(collect, workdir, count, folder, f"features_{count}")
