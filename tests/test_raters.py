@@ -16,7 +16,7 @@ R, T, V = 600, 32, 50
 NAME = association.Association.name
 TEXTS = [f" w{number}" for number in range(V)]
 TEXTS[7], TEXTS[8], TEXTS[9] = "\n", '"', " 42"
-ON_TOKEN, ON_PAIR, AFTER, AT_START, DIGITS, RANDOM, RARE, DEAD, ALWAYS = range(9)
+ON_TOKEN, ON_PAIR, AFTER, AT_START, DIGITS, RANDOM, RARE, DEAD, ALWAYS, ON_TWO = range(10)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def planted(tmp_path_factory):
     tokens = random.integers(0, V, (R, T)).astype(np.int32)
     before = np.pad(tokens, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     two_before = np.pad(tokens, ((0, 0), (2, 0)), constant_values=-1)[:, :-2]
-    on = np.zeros((R, T, 9), bool)
+    on = np.zeros((R, T, 10), bool)
     on[..., ON_TOKEN] = tokens == 3
     on[..., ON_PAIR] = (tokens == 4) & (before == 5)
     on[..., AFTER] = two_before == 8
@@ -35,6 +35,7 @@ def planted(tmp_path_factory):
     on[..., RANDOM] = random.random((R, T)) < 0.02
     on[3, 5, RARE] = True
     on[..., ALWAYS] = True
+    on[..., ON_TWO] = (tokens == 11) | (tokens == 12)
     f = np.where(on, random.uniform(1, 2, on.shape), 0).astype(np.float32)
     path = tmp_path_factory.mktemp("planted") / "a_0.sqlite"
     feature_files.write(path, tokens, f, TEXTS, list(range(0, R, 5)))
@@ -72,6 +73,15 @@ def test_a_feature_that_fires_at_random_is_near_chance(rated):
     assert rating.low < 0.5 + 0.02
     assert rating.high - rating.low < 0.15
     assert abs(rating.details["correlation"] or 0) < 0.1
+
+
+def test_a_rule_is_about_what_earlier_ones_leave(rated):
+    assert {*rated[ON_TWO].explanation.split("; ")} == {'on " w11"', 'on " w12"'}
+
+
+def test_what_chance_alone_would_give_is_no_rule(rated):
+    """Among thousands of possible rules, some fit a random feature a little."""
+    assert len(rated[RANDOM].details["rules"]) < association.RULES / 2
 
 
 def test_scores_equal_numpy(planted, rated):
@@ -156,7 +166,7 @@ def test_what_cannot_be_rated_is_refused(folder):
         (scoring.Wanted(), "--features"),
         (scoring.Wanted(features=str(folder / "nothing")), "--features"),
         (scoring.Wanted(features=str(folder), saes=["a_1"]), "--sae"),
-        (scoring.Wanted(features=str(folder), numbers=[9]), "--feature"),
+        (scoring.Wanted(features=str(folder), numbers=[10]), "--feature"),
     ):
         with refused(field):
             scoring.rate(wanted, association.Association())

@@ -9,7 +9,6 @@ import contextlib
 import email.utils
 import hashlib
 import http.client
-import ipaddress
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gsae_jax.errors import TrainingError, UserError
+from gsae_jax.web.server import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -374,18 +374,9 @@ def _key(url: str) -> str:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UserError("has characters that no key has; copy it again", KEY)
     host = urllib.parse.urlsplit(url).hostname or ""
-    if not key and not _is_this_machine(host):
+    if not key and not is_loopback(host):
         raise UserError(f"is not set, and {host} is not this machine; set it to the key of the server", KEY)
     return key
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _message(body: bytes) -> str:

@@ -33,7 +33,7 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address to listen on."""
+    """Whether an address is this machine's own, which no other can reach."""
     if host == "localhost":
         return True
     try:
