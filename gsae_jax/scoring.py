@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import filelock
 import numpy as np
@@ -208,7 +208,8 @@ def rate(wanted: Wanted, rater: Rater) -> dict[str, dict[int, Rating]]:
         hidden = None if processes.first() else True  # None: where there is no terminal
         with tqdm.tqdm(total=sum(map(len, left.values())), desc="ratings", unit="feature", disable=hidden) as bar:
             for name, features in chosen.items():
-                _rate(features, left[name], rater, bar)
+                places = [(number, number) for number in left[name]]
+                _rate(features, places, rater, {}, functools.partial(_keep, features, rater.name), bar)
     return {name: ratings_lib.read(f.path, f.about["collection"]).get(rater.name, {}) for name, f in chosen.items()}
 
 
@@ -243,23 +244,14 @@ def rate_study(folder: str, rater: Rater) -> int:
 def _rate_items(
     study: Study, number: int, features: Features, items: Sequence[Item], rater: Rater, bar: tqdm.tqdm
 ) -> None:
-    """Rate items of one file, and keep the ratings every few seconds."""
+    """Rate items of a study, which are of one file."""
+
+    def keep(made: Sequence[tuple[int, Rating]]) -> None:
+        answers = [(key, r.score, r.explanation, {"low": r.low, "high": r.high, **r.details}) for key, r in made]
+        study.answer_all(number, answers)
+
     known = ratings_lib.read(features.path, features.about["collection"]).get(rater.name, {})
-    made: list[tuple[int, float, str, Mapping[str, Any]]] = []
-    written = time.monotonic()
-    try:
-        for item in items:
-            rating = known.get(item.feature) or rater.rate(features, item.feature)
-            if rating is not None:
-                details = {"low": rating.low, "high": rating.high, **rating.details}
-                made.append((item.item, rating.score, rating.explanation, details))
-            bar.update()
-            if time.monotonic() - written > KEEP_EVERY:
-                study.answer_all(number, made)
-                made.clear()
-                written = time.monotonic()
-    finally:
-        study.answer_all(number, made)
+    _rate(features, [(item.item, item.feature) for item in items], rater, known, keep, bar)
 
 
 def _of_study(study: Study, items: Iterable[Item]) -> Iterator[tuple[Features, list[Item]]]:
@@ -278,31 +270,48 @@ def _of_study(study: Study, items: Iterable[Item]) -> Iterator[tuple[Features, l
             yield features, mine
 
 
-def _rate(features: Features, numbers: Sequence[int], rater: Rater, bar: tqdm.tqdm) -> None:
+def _rate(
+    features: Features,
+    places: Sequence[tuple[int, int]],
+    rater: Rater,
+    known: Mapping[int, Rating],
+    keep: Callable[[Sequence[tuple[int, Rating]]], None],
+    bar: tqdm.tqdm,
+) -> None:
+    """Rate features of one file, and keep the ratings every few seconds and at the end, also of an error.
+
+    Args:
+        features: the file.
+        places: (what to call the rating, number of the feature).
+        rater: who rates.
+        known: ratings that were made before, by feature.
+        keep: keeps ratings, by what they are called.
+        bar: shows progress.
+    """
     made: list[tuple[int, Rating]] = []
     written = time.monotonic()
     try:
-        for number in numbers:
-            rating = rater.rate(features, number)
+        for key, number in places:
+            rating = known.get(number) or rater.rate(features, number)
             if rating is not None:
-                made.append((number, rating))
+                made.append((key, rating))
             bar.update()
             if time.monotonic() - written > KEEP_EVERY:
-                _keep(features, rater.name, made)
+                keep(made)
+                made.clear()
                 written = time.monotonic()
     finally:
-        _keep(features, rater.name, made)
+        keep(made)
 
 
-def _keep(features: Features, rater: str, made: list[tuple[int, Rating]]) -> None:
-    """Write ratings, and forget them."""
+def _keep(features: Features, rater: str, made: Sequence[tuple[int, Rating]]) -> None:
+    """Write ratings."""
     try:
         if made:
             ratings_lib.write(features.path, features.about["collection"], rater, made)
     except sqlite3.Error as error:
         path = ratings_lib.place(features.path)
         raise TrainingError(f"{path} cannot be written ({error}); make room, and run the command again") from error
-    made.clear()
 
 
 @contextlib.contextmanager
