@@ -72,6 +72,7 @@ setup(
         "scipy>=1.13",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
+        "tensorstore>=0.1.78",
         "tokenizers>=0.23.1",
         "tqdm>=4.66",
         "transformers>=5.23",

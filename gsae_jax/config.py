@@ -21,6 +21,7 @@ FLOAT32 = 3.4e38  # and no number in a config may be infinite there
 
 Dtype = Literal["float32", "bfloat16"]
 SAME = object()  # the value of `earlier` for a field whose default is what runs without the field did
+NO_MODEL = "none"  # the `lm.path` of a run from a store without a language model
 REQUIRED: Any = dataclasses.MISSING  # the default of a field that every config must give
 
 
@@ -43,7 +44,9 @@ def setting(default: Any, about: str = "", earlier: Any = dataclasses.MISSING) -
 class LM:
     """The language model whose activations are studied."""
 
-    path: str = setting("", "Hugging Face checkpoint directory or hub name; '' = the embedded model.")
+    path: str = setting(
+        "", "Hugging Face checkpoint directory or hub name; '' = the embedded model; none = none, with a store."
+    )
     dtype: Dtype = setting("float32", "Type of the language model and the exchange buffer.")
     revision: str = setting("", "Branch, tag or commit of a hub name; a run records the commit.", SAME)
 
@@ -52,6 +55,7 @@ class LM:
 class Data:
     """Text, and how it becomes rows of tokens."""
 
+    source: str = setting("", "store:PATH = activations of a store; '' = the language model runs over the text.", SAME)
     corpus: str = setting("stdlib", "stdlib (the library of this Python), text (your files), or tfds (a data set).")
     path: str = setting("", "text: a file, folder or glob of .txt, .md, .json, .jsonl or .parquet, compressed or not.")
     field: str = setting("text", "Field of a JSON object, column of a .parquet, feature of a TFDS set; a.b is nested.")
@@ -361,6 +365,8 @@ class Experiment:
             # It becomes part of SAEs' names, of keys in files and of the report's text.
             if not re.fullmatch(r"[\w-]{1,100}", name, re.ASCII):
                 raise UserError(f"has the name {name!r}; write up to 100 letters, digits, _ and -", "stacks")
+        if self.lm.path == NO_MODEL and not self.data.source:
+            raise UserError(f"is {NO_MODEL!r}, which needs data.source='store:PATH'; write one of the two", "lm.path")
         fresh = self.activations.rows_per_forward * self.data.context_length
         batch = self.train.batch_size
         if fresh % batch and batch % fresh:

@@ -4,12 +4,14 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tqdm
 from etils import epath
 
 from gsae_jax import errors, processes, sae_loading, sae_sources
+from gsae_jax.activations import store
+from gsae_jax.config import NO_MODEL, HeldOut
 from gsae_jax.data import rows
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.evaluation import measure, provenance, report
@@ -121,6 +123,46 @@ class _Wanted:
     set_aside: Callable[[], paths.Path | None] | None = None
 
 
+class _HeldOut(NamedTuple):
+    """What SAEs are measured on.
+
+    Attributes:
+        lm: the language model, if there is one.
+        batches: of tokens, or of rows of a store.
+        counts: tokens in each.
+        special_tokens: ids that are not measured.
+        fingerprint: of the rows.
+    """
+
+    lm: loading.LM | None
+    batches: Sequence[Any]
+    counts: list[int]
+    special_tokens: tuple[int, ...]
+    fingerprint: str
+
+
+def _opened(settings: HeldOut, chosen: sae_sources.Chosen, wanted: "_Wanted", tokens: int, limit: int) -> _HeldOut:
+    """The held-out rows and the language model. `limit`: `tokens` in whole batches."""
+    if settings.lm.path == NO_MODEL:
+        if any(not sae.run for sae in chosen.saes.values()) or not settings.data.source:
+            raise UserError(f"is {NO_MODEL!r}; write the language model to measure with", "lm.path")
+        stored = store.Store.open(store.location(settings.data.source))
+        sites = sorted({site for sae in chosen.saes.values() for site in (*sae.sites, *sae.targets)})
+        test = stored.rows("test", sites).limited(limit)
+        special = stored.manifest.special_tokens if settings.drop_special_tokens else ()
+        batches = store.Batches(test, settings.evaluation.rows_per_forward)
+        counts = [len(rows) * stored.manifest.context_length for rows in batches.parts]
+        return _HeldOut(None, batches, counts, special, test.fingerprint)
+    where = "--model" if wanted.model else "lm.path"
+    with errors.about(where, path=where, revision="lm.revision"):
+        lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=chosen.mesh)
+    loading.check_context(lm.module, settings.data.context_length)
+    of_text = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
+    text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab).fingerprint
+    special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
+    return _HeldOut(lm, of_text, [batch.size for batch in of_text], special_tokens, text)
+
+
 def _write(
     folder: paths.Path, chosen: sae_sources.Chosen, training: Sequence[dict[str, Any]], wanted: "_Wanted"
 ) -> str:
@@ -134,14 +176,10 @@ def _write(
         raise UserError(
             f"goes up to {max(ito)} features, but the narrowest SAE has {narrowest}; write at most {narrowest}", "--ito"
         )
-    where = "--model" if wanted.model else "lm.path"
-    with errors.about(where, path=where, revision="lm.revision"):
-        lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=chosen.mesh)
-    loading.check_context(lm.module, settings.data.context_length)
     tokens = settings.evaluation.tokens if wanted.tokens is None else wanted.tokens
-    batches = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     limit = rows.held_out_tokens(settings, tokens)
-    text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab).fingerprint
+    held_out = _opened(settings, chosen, wanted, tokens, limit)
+    lm, batches, text = held_out.lm, held_out.batches, held_out.fingerprint
     made_with = provenance.Settings(chosen.step, limit, tuple(ito), Path(wanted.published).name, text)
     if wanted.beside and (place := provenance.place(folder, made_with)) != folder:
         logger.info(
@@ -149,12 +187,11 @@ def _write(
             "(--overwrite replaces the other)"
         )
         folder = place
-    special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
-    per_batch = f" ({tokens:,} asked for; a batch has {batches[0].size:,})" if limit != tokens else ""
-    logger.info(f"measuring {len(saes)} SAEs on {sum(batch.size for batch in batches):,} held-out tokens{per_batch}")
+    per_batch = f" ({tokens:,} asked for; a batch has {held_out.counts[0]:,})" if limit != tokens else ""
+    logger.info(f"measuring {len(saes)} SAEs on {sum(held_out.counts):,} held-out tokens{per_batch}")
     hidden = None if processes.first() else True  # None: where there is no terminal
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=hidden) as bar:
-        sums = measure.measure(lm, list(saes.values()), batches, special_tokens, bar.update, ito)
+        sums = measure.measure(lm, list(saes.values()), batches, held_out.special_tokens, bar.update, ito, chosen.mesh)
     model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
     records = report.rows(Path(model).name, saes, sums, chosen.targets, ito)
     gates = report.gates(saes)

@@ -121,6 +121,16 @@ def place_rows(mesh: Mesh, local: np.ndarray, rows: int) -> jax.Array:
     return jax.make_array_from_callback((rows, *local.shape[1:]), sharding(mesh, "data"), part)
 
 
+def local_values(mesh: Mesh, x: jax.Array) -> np.ndarray:
+    """This process's `local_rows` of an array whose rows lie along `data`."""
+    mine = local_rows(mesh, len(x))
+    values = np.empty((len(mine), *x.shape[1:]), x.dtype)
+    for shard in x.addressable_shards:
+        start = np.searchsorted(mine, shard.index[0].start or 0)
+        values[start : start + len(shard.data)] = shard.data
+    return values
+
+
 def fetch(tree: Any) -> Any:
     """Arrays of the mesh, wherever their parts lie, as NumPy arrays; every process calls it."""
     return multihost_utils.process_allgather(tree, tiled=True)

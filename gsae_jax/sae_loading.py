@@ -15,7 +15,7 @@ from etils import epath
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, plugins
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import Experiment
+from gsae_jax.config import NO_MODEL, Experiment
 from gsae_jax.errors import UserError, known_names
 from gsae_jax.evaluation import measure
 from gsae_jax.formats import imports
@@ -211,6 +211,10 @@ def _nothing(path: str) -> str:
 
 def names(lm: config_lib.LM, data: config_lib.Data) -> dict[str, str]:
     """What an SAE's metadata calls its language model and its text: names in full, paths by `without_folders`."""
+    if data.source:
+        text = without_folders(data.source.partition(":")[2])
+        if lm.path == NO_MODEL:
+            return {"model_name": lm.path, "dataset_path": text}
     folder = os.path.abspath(os.path.expanduser(lm.path)) if lm.path else str(checkpoints.EMBEDDED)
     name = EMBEDDED if folder == str(checkpoints.EMBEDDED) else os.path.basename(folder)
     return {
@@ -314,7 +318,7 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     workdir = run_directory.Workdir(path)
     config = _with_known_starts(_as_begun(contract.with_recipes(config), workdir), workdir)
     name, revision = config.lm.path, config.lm.revision
-    if not name or Path(name).is_dir():
+    if not name or name == NO_MODEL or Path(name).is_dir():
         return config
     if workdir.latest_step() is not None and not revision:
         recorded = workdir.experiment().lm

@@ -13,7 +13,8 @@ from etils import epath
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, sae_loading
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import HeldOut
+from gsae_jax.activations import store as store_lib
+from gsae_jax.config import NO_MODEL, HeldOut
 from gsae_jax.data import rows
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import measure, provenance
@@ -212,6 +213,16 @@ def _check_inputs(
     Raises:
         UserError: they are not the same, or the language model lacks a site of the SAEs.
     """
+    if run.lm.path == NO_MODEL:
+        if settings.lm.path != NO_MODEL:
+            why = "is given, but the run was trained from a store without a language model; measure it on one with"
+            raise UserError(f"{why} --sae {workdir.path} --model DIR --out OUT", "--model")
+        store = store_lib.Store.open(store_lib.location(settings.data.source))
+        if store.rows("test").fingerprint != facts.held_out:
+            raise UserError(
+                f"{store.path} is not the store of the run in {workdir.path}; write its path", "data.source"
+            )
+        return
     try:
         checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision)
     except UserError as error:

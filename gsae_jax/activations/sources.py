@@ -1,7 +1,6 @@
 """Where activations come from: a source gives the train program, inside its one jitted call, what the text makes.
 
-`LanguageModel` runs a language model's forward pass there. A source that reads stored activations needs the same four
-members.
+`LanguageModel` runs a language model's forward pass there. `Stored` takes what was read from a store.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.activations import masking
+from gsae_jax.activations import masking, store
 from gsae_jax.lms import loading
 
 
@@ -25,7 +24,10 @@ class Source(Protocol):
     def widths(self) -> dict[str, int]:
         """The width of every site that it gives."""
 
-    def place(self, rows: np.ndarray) -> Any:
+    def tokens(self, rows: Any) -> np.ndarray | None:
+        """The tokens [R, T] of rows, if there are any."""
+
+    def place(self, rows: Any) -> Any:
         """This process's rows (`mesh.local_rows`) of a global batch, on the mesh.
 
         Raises:
@@ -66,6 +68,10 @@ class LanguageModel:
         """The width of every site that it gives, in the order they are computed."""
         return {site: width for site, width in loading.site_widths(self.module).items() if site in self.sites}
 
+    def tokens(self, rows: np.ndarray) -> np.ndarray:
+        """The rows themselves."""
+        return rows
+
     def place(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of tokens, on the mesh; raises `UserError` for ids that the model does not have."""
         loading.check_tokens(rows, self.module.config.d_vocab, "data")
@@ -80,3 +86,36 @@ class LanguageModel:
         by_forward = jnp.swapaxes(batch.reshape(-1, self.forwards, batch.shape[1]), 0, 1)
         activations = jax.lax.map(forward, by_forward)
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), activations), allowed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """Activations that a store holds. Implements `Source`.
+
+    Attributes:
+        widths: of the sites that are read.
+        mesh: of the run.
+        special_tokens: ids of tokens that SAEs never see.
+        rows: in a batch.
+        dtype: of the exchange buffer.
+    """
+
+    widths: dict[str, int]
+    mesh: jax.sharding.Mesh
+    special_tokens: tuple[int, ...]
+    rows: int
+    dtype: str
+
+    def tokens(self, rows: store.Batch) -> np.ndarray | None:
+        """Those that the store has beside the activations."""
+        return rows.tokens
+
+    def place(self, rows: store.Batch) -> Any:
+        """This process's rows, on the mesh: activations of each site, and which tokens may be seen."""
+        allowed = rows.mask if rows.tokens is None else rows.mask & ~np.isin(rows.tokens, self.special_tokens)
+        return jax.tree.map(lambda x: mesh_lib.place_rows(self.mesh, x, self.rows), (rows.activations, allowed))
+
+    def __call__(self, params: Any, batch: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+        """(activations {site: [R, T, D]}, which tokens may be seen [R, T]) of what `place` gave."""
+        activations, allowed = batch
+        return {site: activations[site].astype(self.dtype) for site in self.widths}, allowed

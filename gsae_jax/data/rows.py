@@ -272,16 +272,21 @@ def batches(
             f"{rows.why_few or '; add text'}, or take fewer rows at once",
             "data",
         )
-    ends = sorted({*parts, len(rows)} - {0})
-    shuffled = [
-        grain.MapDataset.source(_Part(rows, start, end)).seed(seed).shuffle()
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    endless = (shuffled[0] if len(shuffled) == 1 else grain.MapDataset.concatenate(shuffled)).repeat()
+    endless = shuffled(rows, seed, parts)
     batched = _Batches(endless, rows_per_batch, range(rows_per_batch) if local is None else local)
     return iter(
         grain.MapDataset.source(batched).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
     )
+
+
+def shuffled(rows: TokenRows, seed: int, parts: Sequence[int] = ()) -> Any:
+    """The endless order in which `batches` gives rows; an element is one row."""
+    ends = sorted({*parts, len(rows)} - {0})
+    each = [
+        grain.MapDataset.source(_Part(rows, start, end)).seed(seed).shuffle()
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    return (each[0] if len(each) == 1 else grain.MapDataset.concatenate(each)).repeat()
 
 
 class _Part:

@@ -1,5 +1,6 @@
 """Measuring SAEs on held-out text: the language model runs with their reconstructions in place of its activations."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,12 +54,13 @@ def written(sae: trained.SAE) -> list[Written]:
 
 
 def measure(
-    lm: LM,
+    lm: LM | None,
     saes: Sequence[trained.SAE],
-    batches: Sequence[np.ndarray],
+    batches: Sequence[Any],
     special_tokens: tuple[int, ...] = (),
     progress: Callable[[], Any] = lambda: None,
     ito: Sequence[int] = (),
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, metrics.Sums]:
     """Sums over `batches` [R, T] of tokens, by `Written.name`, on the LM's mesh.
 
@@ -72,14 +74,21 @@ def measure(
     They keep the language model's own activations in every intervention.
 
     Args:
+        lm: the language model. Without one, activations are those of the batches, and cross-entropies are left out.
+        saes: the SAEs.
+        batches: tokens [R, T]; without a language model, rows of a store.
+        special_tokens: ids of tokens that are not measured.
         progress: called once per batch in each of two passes. The first pass computes the sites' means.
         ito: numbers of features. For each, every SAE's dictionary is also measured with this number of features,
             chosen by gradient pursuit instead of the encoder (Appendix A).
+        mesh: without a language model, over which batches are spread.
     """
-    mesh = lm.module.mesh
+    mesh = mesh if lm is None else lm.module.mesh
     splits = mesh.shape["data"] if mesh else 1
-    for sae in saes:
-        check_sites(sae, lm.sites)
+    module, lm_params = (None, {}) if lm is None else (lm.module, lm.params)
+    if lm is not None:
+        for sae in saes:
+            check_sites(sae, lm.sites)
     params_of = {sae.name: spread(mesh, sae) for sae in saes}
     ks = tuple(sorted(set(ito)))
     each = [one for sae in saes for one in written(sae)]
@@ -89,25 +98,29 @@ def measure(
         others.setdefault(one.place, set()).update({*one.sae.sites} - {one.place[0]})
     places = tuple((*place, tuple(sorted(read))) for place, read in sorted(others.items()))
 
-    def placed(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Tokens, and which are neither special nor padding; both [R, T] with rows for every device."""
-        check_tokens(tokens, lm.config.d_vocab, "data")
-        padding = ((0, -len(tokens) % splits), (0, 0))
-        arrays = [np.pad(array, padding) for array in (tokens, ~np.isin(tokens, special_tokens))]
+    def on_mesh(array: np.ndarray) -> jax.Array:
+        array = np.pad(array, ((0, -len(array) % splits), *[(0, 0)] * (array.ndim - 1)))
         if not mesh:
-            tokens_RxT, allowed_RxT = map(jnp.asarray, arrays)
-        else:
-            rows = len(arrays[0])
-            mine = mesh_lib.local_rows(mesh, rows)
-            tokens_RxT, allowed_RxT = (mesh_lib.place_rows(mesh, array[mine], rows) for array in arrays)
-        return tokens_RxT, allowed_RxT
+            return jnp.asarray(array)
+        return mesh_lib.place_rows(mesh, array[mesh_lib.local_rows(mesh, len(array))], len(array))
 
-    looked_at = batches[: -(-MEDIAN_TOKENS // batches[0].size)]
-    norms = [mesh_lib.fetch(_norms(lm.module, places, lm.params, *placed(tokens))) for tokens in looked_at]
+    def placed(batch: Any) -> tuple[Any, jax.Array]:
+        """Tokens [R, T] or activations [R, T, D] by site, and which tokens are measured; rows for every device."""
+        if lm is None:
+            allowed = batch.mask if batch.tokens is None else batch.mask & ~np.isin(batch.tokens, special_tokens)
+            return jax.tree.map(on_mesh, batch.activations), on_mesh(allowed)
+        check_tokens(batch, lm.config.d_vocab, "data")
+        return on_mesh(batch), on_mesh(~np.isin(batch, special_tokens))
+
+    def shape(batch: Any) -> tuple[int, int]:
+        return batch.shape if lm is not None else batch.mask.shape
+
+    looked_at = batches[: -(-MEDIAN_TOKENS // math.prod(shape(batches[0])))]
+    norms = [mesh_lib.fetch(_norms(module, places, lm_params, *placed(batch))) for batch in looked_at]
     limits = [_extreme(np.concatenate([part.ravel() for part in parts])) for parts in zip(*norms, strict=True)]
     site_sums = []
-    for tokens in batches:
-        site_sums.append(mesh_lib.fetch(_site_sums(lm.module, places, lm.params, limits, *placed(tokens))))
+    for batch in batches:
+        site_sums.append(mesh_lib.fetch(_site_sums(module, places, lm_params, limits, *placed(batch))))
         progress()
     means = []
     for place, *parts in zip(places, *site_sums, strict=True):
@@ -127,10 +140,10 @@ def measure(
         )
 
     totals: dict[str, metrics.Sums] = {name: {} for of_one in names.values() for name in of_one}
-    for tokens in batches:
-        tokens_RxT, allowed_RxT = placed(tokens)
+    for batch in batches:
+        tokens_RxT, allowed_RxT = placed(batch)
         means_of = [mean_D for mean_D, _ in means]
-        hidden_RxTxD, contexts = _clean(lm.module, places, lm.params, means_of, limits, tokens_RxT, allowed_RxT)
+        hidden_RxTxD, contexts = _clean(module, places, lm_params, means_of, limits, tokens_RxT, allowed_RxT)
         sums: dict[str, metrics.Sums] = {}
         for place, means_here, context in zip(places, means, contexts, strict=True):
             mine = [one for one in each if one.place == place[:2]]
@@ -152,18 +165,22 @@ def measure(
                 del by_encoder, by_pursuit
                 for name in names[one.name()]:
                     waiting[name], sums[name] = interventions.pop(0)
-                    if len(waiting) >= AT_ONCE or name == last:
+                    if lm is None:
+                        waiting = {}
+                    elif len(waiting) >= AT_ONCE or name == last:
                         arrays_of_lm = lm.params, context["before"], hidden_RxTxD, tokens_RxT
                         some = _losses(lm.module, place[0], *arrays_of_lm, [*waiting.values()])
                         losses |= dict(zip(waiting, some, strict=True))
                         waiting = {}
-            shared = {f"ce_{kind}": losses[of][0] for kind, of in (("clean", "x"), ("zero", "zero"), ("mean", "mean"))}
-            for name in (name for one in mine for name in names[one.name()]):
+            kinds = (("clean", "x"), ("zero", "zero"), ("mean", "mean")) if losses else ()
+            shared = {f"ce_{kind}": losses[of][0] for kind, of in kinds}
+            for name in (name for one in mine for name in names[one.name()] if losses):
                 sums[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
-        for name, batch in mesh_lib.fetch(sums).items():
-            batch = {key: value if key == "fired" else value[: len(tokens)] for key, value in batch.items()}
-            predictions = {"predictions": np.full(len(tokens), tokens.shape[1] - 1)}
-            metrics.add(totals[name], batch | predictions)
+        R, T = shape(batch)
+        predictions = {} if lm is None else {"predictions": np.full(R, T - 1)}
+        for name, of_one in mesh_lib.fetch(sums).items():
+            of_one = {key: value if key == "fired" else value[:R] for key, value in of_one.items()}
+            metrics.add(totals[name], of_one | predictions)
         progress()
     return totals
 
@@ -210,12 +227,17 @@ def _extreme(norms: np.ndarray) -> np.float32:
     return np.float32(metrics.EXTREME * median if median > 0 else np.inf)
 
 
+def _activations(module: Any, lm_params: Any, tokens: Any, places: tuple[Place, ...]) -> dict[str, jax.Array]:
+    """The activations at the places; without a module, `tokens` are the activations."""
+    return tokens if module is None else loading.capture(module, lm_params, tokens, {site for site, _, _ in places})
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _norms(
-    module: Any, places: tuple[Place, ...], lm_params: Any, tokens_RxT: jax.Array, allowed_RxT: jax.Array
+    module: Any, places: tuple[Place, ...], lm_params: Any, tokens_RxT: Any, allowed_RxT: jax.Array
 ) -> list[jax.Array]:
     """The norms [R, T] of the valid activations at each place, NaN for the others."""
-    activations = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
+    activations = _activations(module, lm_params, tokens_RxT, places)
     return [
         jnp.where(_valid(site, activations[site], allowed_RxT, norm_limit), masking.norms(activations[site]), jnp.nan)
         for site, norm_limit, _ in places
@@ -228,11 +250,11 @@ def _site_sums(
     places: tuple[Place, ...],
     lm_params: Any,
     limits: list[jax.Array],
-    tokens_RxT: jax.Array,
+    tokens_RxT: Any,
     allowed_RxT: jax.Array,
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
     """(sum [D], number) of the activations at each place: of all valid ones, and of those without an extreme norm."""
-    activations = loading.capture(module, lm_params, tokens_RxT, {site for site, _, _ in places})
+    activations = _activations(module, lm_params, tokens_RxT, places)
 
     def sums(site: str, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
         x = activations[site]
@@ -252,7 +274,7 @@ def _clean(
     lm_params: Any,
     means: list[jax.Array],
     limits: list[jax.Array],
-    tokens_RxT: jax.Array,
+    tokens_RxT: Any,
     allowed_RxT: jax.Array,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
     """The untouched forward pass: the last residual stream [R, T, D], and of each place what interventions need.
@@ -262,8 +284,11 @@ def _clean(
     """
     replaced, read = {site for site, _, _ in places}, {site for _, _, others in places for site in others}
     activations: dict[str, jax.Array] = {}
-    tap = sites.capture(replaced | read | {sites.stream_before(site) for site in replaced}, activations)
-    hidden_RxTxD = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
+    if module is None:
+        activations, hidden_RxTxD = tokens_RxT, jnp.zeros(())
+    else:
+        tap = sites.capture(replaced | read | {sites.stream_before(site) for site in replaced}, activations)
+        hidden_RxTxD = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
 
     def context(
         site: str, norm_limit: float, others: tuple[str, ...], mean_D: jax.Array, limit: jax.Array
@@ -275,7 +300,8 @@ def _clean(
         masks = {"valid": valid, "typical": valid & (masking.norms(x) <= limit)}
         interventions = {"x": x, "zero": zero, "mean": mean}
         others_here = {other: activations[other] for other in others}
-        beside = {"before": activations[sites.stream_before(site)], "others": others_here}
+        before = {} if module is None else {"before": activations[sites.stream_before(site)]}
+        beside = before | {"others": others_here}
         return masks | interventions | beside
 
     each = zip(places, means, limits, strict=True)

@@ -29,6 +29,7 @@ RATIOS = {
 }
 # The cross-entropy that each ratio compares with. Where it is not above the clean one, the ratio has no meaning.
 AGAINST = {"loss_recovered": "ce_zero", "loss_recovered_from_mean": "ce_mean"}
+OF_MODEL = (*AGAINST, "kl")  # ratios that need the language model
 EXTREME = 10  # multiple of the site's median norm above which a few tokens would make up nearly all of E||x||^2
 DENSE = 0.1  # a feature that fires on more than this fraction of tokens
 DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
@@ -117,6 +118,8 @@ def add(total: Sums, batch: Sums) -> Sums:
 def combine(sums: Sums) -> dict[str, Any]:
     """The metrics of one SAE. A metric is NaN if it has no meaning for the reconstructions or the text.
 
+    Cross-entropies and what is computed from them are NaN where there was no language model.
+
     Returns:
         l0: mean active features per token.
         loss_recovered: 1 - (ce_sae - ce_clean) / (ce_zero - ce_clean); loss_recovered_from_mean: with ce_mean. NaN
@@ -143,13 +146,14 @@ def combine(sums: Sums) -> dict[str, Any]:
         totals = dict(zip(names, rows.sum(1), strict=True))
     n, fired = totals["tokens"], sums["fired"]
     ratios: dict[str, Any] = _ratios(totals)
-    ratios |= {f"ce_{kind}": totals[f"ce_{kind}"] / totals["predictions"] for kind in ("clean", "sae", "zero", "mean")}
+    predictions = totals.get("predictions", math.nan)  # absent where there is no language model
+    ratios |= {f"ce_{kind}": totals.get(f"ce_{kind}", 0) / predictions for kind in ("clean", "sae", "zero", "mean")}
     ratios |= {"alive": (fired > 0).mean(), "dense": (fired > DENSE * n).mean()}
     ratios = {name: float(value) for name, value in ratios.items()}
     ratios |= {"tokens": int(n), "extreme": int(n - totals["typical"])}
     intervals = _intervals(dict(zip(names, rows, strict=True)))
     for name, other in AGAINST.items():
-        if not _is_certainly_above_0(sums[other] - sums["ce_clean"]):
+        if other not in sums or not _is_certainly_above_0(sums[other] - sums["ce_clean"]):
             ratios[name] = math.nan
             intervals.pop(name, None)
     return ratios | {"intervals": intervals}
@@ -189,5 +193,6 @@ def _intervals(rows: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 def _ratios(totals: dict[str, Any]) -> dict[str, Any]:
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = {name: np.asarray(ratio(totals)) for name, ratio in RATIOS.items()}
+        known = {name: ratio for name, ratio in RATIOS.items() if "predictions" in totals or name not in OF_MODEL}
+        ratios = {name: np.asarray(known[name](totals) if name in known else math.nan) for name in RATIOS}
     return {name: np.where(np.isfinite(value), value, math.nan) for name, value in ratios.items()}

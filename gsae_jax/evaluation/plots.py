@@ -45,8 +45,12 @@ def panels(figure: Figure) -> list[Panel]:
 
 
 def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
-    """Loss recovered against L0, per site."""
-    figure, panels = _against_l0(records, "loss_recovered", "loss recovered", published)
+    """Loss recovered against L0, per site; variance explained where no SAE has a loss recovered."""
+    field, label = "loss_recovered", "loss recovered"
+    if not any(np.isfinite(record[field]) for record in records):
+        records = [record | {"explained": 1 - record["fvu"]} for record in records]
+        field, label, published = "explained", "variance explained (1 - FVU)", ()
+    figure, panels = _against_l0(records, field, label, published)
     for axis in panels.values():
         _focus(axis, -0.5, 1.5)
     _on_one_scale(panels.values())

@@ -90,7 +90,7 @@ def rows(
                 "frontier": contract.frontier(sae.architecture, sae.config),
                 "ito": k,
                 "site": site,
-                "layer": sites.layer_of(site),
+                "layer": sites.layer_of(site) if site.startswith("blocks.") else "",
                 "width": sae.config.width,
                 "l1_coefficient": sae.l1_coefficient,
                 "learning_rate": sae.learning_rate,
@@ -226,6 +226,11 @@ def notes(
                 "with the reconstructions than with its own activations. It predicts text of this kind badly, or there "
                 "are few tokens. Frontiers of loss recovered say little here."
             )
+        if _without_model(r):
+            sentences.append(
+                f"At {site} there was no language model to measure with. Loss recovered and KL are left blank, and the "
+                "frontier shows the variance explained, 1 - FVU."
+            )
         if r.get("mean_share", 0) > LARGE_MEAN:
             gammas = [f"{record['name']} {tables.number(record['gamma_centered'], '.3f')}" for record in here]
             shown = ", ".join(gammas if len(gammas) <= 4 else [*gammas[:3], f"{len(gammas) - 3} more"])
@@ -241,7 +246,12 @@ def notes(
                 "report.json has both, as fvu_all and gamma_all."
             )
     blank = ("l0", "l1", "ce_sae", "kl", "cosine")
-    diverged = [r for r in encoders if not all(math.isfinite(r[name]) for name in blank if name in r)]
+    of_model = ("ce_sae", "kl")
+
+    def sound_fields(r: dict[str, Any]) -> list[str]:
+        return [name for name in blank if name in r and not (name in of_model and _without_model(r))]
+
+    diverged = [r for r in encoders if not all(math.isfinite(r[name]) for name in sound_fields(r))]
     sound = [r for r in encoders if r not in diverged]
     for members, text in (
         (diverged, "reconstructions that are not finite: training diverged. Metrics without a value are left blank"),
@@ -267,6 +277,11 @@ def notes(
     ]
     measured_runs = sorted({frontiers.identity(record)[0] for record in encoders})
     return sentences + _unequal_training({run: runs[run] for run in measured_runs if run in runs})
+
+
+def _without_model(record: dict[str, Any]) -> bool:
+    """Whether an SAE was measured without a language model."""
+    return not math.isfinite(record.get("ce_clean", math.nan))
 
 
 def _unequal_training(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -87,8 +87,8 @@ def measured(records: list[dict[str, Any]]) -> list[Site]:
 def _site(name: str, records: list[dict[str, Any]]) -> Site:
     kinds = ("clean", "zero", "mean")
     losses = {kind: {number(r[f"ce_{kind}"], ".3f") for r in records} for kind in kinds}
-    shared = [kind for kind in kinds if len(losses[kind]) == 1]
-    own = [kind for kind in kinds if kind not in shared]  # SAEs of other norm limits replace other tokens
+    shared = [kind for kind in kinds if len(losses[kind]) == 1 and losses[kind] != {number(math.nan, "")}]
+    own = [kind for kind in kinds if len(losses[kind]) > 1]  # SAEs of other norm limits replace other tokens
     with_target = any(has_target(r) for r in records)
     columns = ["SAE", "L0", *(["Target L0"] if with_target else []), "Loss recovered", "γ", "CE SAE"]
     columns += [*(f"CE {kind}" for kind in own), "KL", "FVU", "Alive", "Dense", "Gate only"]

@@ -71,6 +71,10 @@ class Checkpoint:
         Raises:
             UserError: there is none, or it is of a model that is not supported.
         """
+        if path == config_lib.NO_MODEL:
+            raise UserError(
+                f"is {path!r}, and this needs the language model that the activations are from; write its directory"
+            )
         folder, commit = find(path, revision)
         settings = read_settings(folder)
         if "model_type" not in settings and settings.keys() >= set(gelu.SIZES):

@@ -23,7 +23,7 @@ LOCK = ".lock"  # held by the process that trains here; the kernel lets go of it
 # Groups and fields of the config that may change when a run continues. `Workdir.check` says how far train.steps may.
 FREE = ("mesh", "checkpoint", "loggers", "evaluation", "train.log_every", "train.steps")
 # Fields of the config that say where something lies. What lies there is compared by its fingerprint instead.
-LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir")}
+LOCATIONS = {"lm": ("path", "revision"), "data": ("path", "data_dir", "source")}
 
 
 class Workdir(SavedCheckpoints):
@@ -241,9 +241,12 @@ def reported_step(workdir: Workdir) -> int | None:
 def _located(config: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON config with absolute paths."""
     groups = {group: dict(config.get(group, {})) for group in LOCATIONS}
-    for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir")):
+    for group, field in (("lm", "path"), ("data", "path"), ("data", "data_dir"), ("data", "source")):
         if field in groups[group]:
-            groups[group][field] = paths.absolute(groups[group][field])
+            kind, colon, path = (
+                groups[group][field].rpartition(":") if field == "source" else ("", "", groups[group][field])
+            )
+            groups[group][field] = f"{kind}{colon}{paths.absolute(path)}"
     return {**config, **{group: fields for group, fields in groups.items() if group in config}}
 
 

@@ -27,7 +27,7 @@ class Divergence:
         self.skips = dict(skips)
         self.lost: list[str] = []
 
-    def look(self, step: int, statistics: dict[str, dict[str, jax.Array]], tokens_RxT: np.ndarray) -> None:
+    def look(self, step: int, statistics: dict[str, dict[str, jax.Array]], tokens_RxT: np.ndarray | None) -> None:
         """Say which SAEs begin to diverge in the call that ended at this step; may be called twice for a step."""
         fields = ("skipped_in_row", "mse", "x_hat_sq", "x_hat_dot_x")
         values = jax.device_get({name: {field: of[field] for field in fields} for name, of in statistics.items()})

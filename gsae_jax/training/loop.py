@@ -52,7 +52,7 @@ def train(config: Experiment, path: epath.PathLike, starts: Mapping[str, dict[st
 def _train(run: Prepared) -> bool:
     """Resume or start, and train; the run's directory is made when all that can be checked is."""
     workdir, before = run.workdir, run.before
-    logger.info(f"text: {run.facts.text}")
+    logger.info(run.about)
     state = _started(run) if before is None else None
     if processes.first():
         workdir.create(config_trees.to_dict(run.config))
@@ -135,13 +135,13 @@ class _Call:
         step: after the call.
         statistics: of the call.
         dropped: tokens so far.
-        tokens: [rows, T], what it trained on.
+        tokens: [rows, T], what it trained on; None where a store has no tokens.
     """
 
     step: int
     statistics: Any
     dropped: jax.Array
-    tokens: np.ndarray
+    tokens: np.ndarray | None
 
 
 class _Loop:
@@ -211,18 +211,18 @@ class _Loop:
             logger.info(f"{signals.received}: training is complete and saved; the same command measures the SAEs")
         return self._step == total and not unmeasured
 
-    def _next_batch(self) -> tuple[np.ndarray, Any]:
-        """Rows of tokens, and these on the mesh; where they cannot be used, the stream is as before."""
-        stream = self._prepared.stream
+    def _next_batch(self) -> tuple[np.ndarray | None, Any]:
+        """The tokens of a batch, and the batch on the mesh; where it cannot be used, the stream is as before."""
+        stream, source = self._prepared.stream, self._prepared.program.source
         position = stream.get_state()
         try:
-            tokens = next(stream)
-            return tokens, self._prepared.program.source.place(tokens)
+            rows = next(stream)
+            return source.tokens(rows), source.place(rows)
         except (TrainingError, UserError):
             stream.set_state(position)  # what was not trained on is not passed over when the run continues
             raise
 
-    def _call(self, tokens: np.ndarray, placed: Any, progress: Progress) -> _Call:
+    def _call(self, tokens: np.ndarray | None, placed: Any, progress: Progress) -> _Call:
         """Train on a batch, and resample where it is time."""
         config, program = self._prepared.config, self._prepared.program
         if new := [name for name in config.kl_stacks(self._step) if config.kl_start(name) == self._step]:

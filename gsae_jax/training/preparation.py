@@ -1,16 +1,20 @@
 """Everything that a run needs before its first step, checked before anything is written."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, loggers, plugins, processes
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.config import Experiment
+from gsae_jax.activations import store as store_lib
+from gsae_jax.config import NO_MODEL, Experiment
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import provenance
@@ -20,6 +24,8 @@ from gsae_jax.saes import contract, parameters
 from gsae_jax.storage import run_directory
 from gsae_jax.storage.facts import Facts, Text
 from gsae_jax.training.step import Program
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -33,6 +39,7 @@ class Prepared:
         source_params: what the source of activations computes with.
         stream: batches of rows of tokens.
         parts: rows of text that are read in one pass, for each `train.steps` that the run has had; the last is now.
+        about: a sentence about what it reads.
         facts: what checkpoints will say, but for the units of the sites and what training moves.
         latest: the step of the checkpoint that the run continues from, if there is one.
         before: what that checkpoint says.
@@ -46,6 +53,7 @@ class Prepared:
     source_params: Any
     stream: Any
     parts: list[int]
+    about: str
     facts: Facts
     latest: int | None
     before: Facts | None
@@ -88,30 +96,27 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     if processes.first():  # which alone logs
         loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
-    with errors.about("lm.path", revision="lm.revision"):
-        checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
-        program, tokenizer = build(config, mesh, checkpoint)
-        _check_starts(program, starts)
-        source_params = checkpoint.params(program.loaded, config.lm.dtype)
-        fingerprint = checkpoint.fingerprint()
+    origin = _of_store(config, mesh) if config.data.source else _of_text(config, mesh)
+    program, fingerprint = origin.program, origin.fingerprint
+    _check_starts(program, starts)
     processes.agree("lm.path", fingerprint, "give every process the same language model")
-    d_vocab = program.module.config.d_vocab
     latest = _sound_step(workdir)
     before = None if latest is None else workdir.facts(latest)
-    if before is not None:
+    if before is not None and config.lm.path != NO_MODEL:
         with errors.about("lm.path"):
             workdir.check_model(before, config.lm, fingerprint)
     known = [] if latest is None or before is None else _known_lengths(config, workdir, latest, before)
     limit = max([tokens_needed(config), *(lengths[-1]["tokens"] for lengths in known)])
-    rows = rows_lib.open_rows(config.data, "train", tokenizer, limit, d_vocab)
+    rows = origin.rows(limit)
     processes.agree("data", rows.fingerprint, "give every process the same text")
     lengths = _lengths(config, latest or 0, before, known, rows)
     rows = rows.limited(lengths[-1]["tokens"])
     parts = [len(rows.limited(length["tokens"])) for length in lengths]
     local = mesh_lib.local_rows(mesh, config.rows_per_call)
-    stream = rows_lib.batches(rows, config.rows_per_call, config.seed, local, parts)
+    stream = origin.batches(rows, config.rows_per_call, config.seed, local, parts)
     # The report's text must be there too.
-    held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab)
+    held_out = origin.held_out()
+    text = None if config.data.source else _text(config, rows.extent, held_out.extent)
     fingerprints = {name: parameters.fingerprint(params) for name, params in starts.items()}
     facts = Facts(
         rows=rows.fingerprint,
@@ -122,7 +127,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         buffer=config.checkpoint.buffer,
         machine=_machine(mesh),
         skips=before.skips if before else {},
-        text=_text(config, rows.extent, held_out.extent),
+        text=text,
         lengths=lengths,
         held_out_tokens=rows_lib.held_out_tokens(config, config.evaluation.tokens),
         code={
@@ -136,14 +141,124 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         config=config,
         workdir=workdir,
         program=program,
-        source_params=source_params,
+        source_params=origin.params,
         stream=stream,
         parts=parts,
+        about=_about(config, rows) if text is None else f"text: {text}",
         facts=facts,
         latest=latest,
         before=before,
         steps_before=lengths[-2]["steps"] if has_new_length else None,
         starts=starts,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where activations come from, and what they are measured on.
+
+    Attributes:
+        program: the train program.
+        params: what its source computes with.
+        fingerprint: of the language model; empty where there is none.
+        rows: opens the rows to train on, of about so many tokens.
+        batches: makes the stream of their batches; the arguments are those of `data.rows.batches`.
+        held_out: opens the rows to measure on.
+    """
+
+    program: Program
+    params: Any
+    fingerprint: dict[str, str]
+    rows: Callable[[int], Any]
+    batches: Callable[..., Any]
+    held_out: Callable[[], Any]
+
+
+def _of_text(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
+    """The language model runs over the text."""
+    with errors.about("lm.path", revision="lm.revision"):
+        checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
+        program, tokenizer = build(config, mesh, checkpoint)
+        params, d_vocab = checkpoint.params(program.loaded, config.lm.dtype), checkpoint.config.d_vocab
+        fingerprint = checkpoint.fingerprint()
+    return _Origin(
+        program,
+        params,
+        fingerprint,
+        lambda tokens: rows_lib.open_rows(config.data, "train", tokenizer, tokens, d_vocab),
+        rows_lib.batches,
+        lambda: rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab),
+    )
+
+
+def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
+    """Activations are read from a store. The language model, if there is one, is only measured with."""
+    with errors.about("data.source"):
+        store = store_lib.Store.open(store_lib.location(config.data.source))
+    manifest = store.manifest
+    program = Program.build(config, mesh, None, manifest.special_tokens, store)
+    _check_memory(program)
+    rows = functools.partial(store.rows, sites=config.sites)
+    batches = lambda rows, *arguments: rows.batches(*arguments)  # noqa: E731
+    if config.lm.path == NO_MODEL:
+        if not manifest.rows["test"]:
+            raise UserError(
+                f"is {NO_MODEL!r}, but the store {store.path} has no held-out rows to measure on; write it again with "
+                "--held_out=0.05",
+                "lm.path",
+            )
+        return _Origin(program, {}, {}, lambda tokens: rows("train").limited(tokens), batches, lambda: rows("test"))
+    with errors.about("lm.path", revision="lm.revision"):
+        checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
+        tokenizer, fingerprint = checkpoint.tokenizer(), checkpoint.fingerprint()
+        _check_model(config, store, checkpoint, fingerprint, tokenizer)
+    return _Origin(
+        program,
+        {},
+        fingerprint,
+        lambda tokens: rows("train").limited(tokens),
+        batches,
+        lambda: rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, checkpoint.config.d_vocab),
+    )
+
+
+def _check_model(
+    config: Experiment, store: store_lib.Store, checkpoint: Checkpoint, fingerprint: dict[str, str], tokenizer: Any
+) -> None:
+    """Raises `UserError` for a language model or a tokenizer that is not that of the store."""
+    manifest, name = store.manifest, config.lm.path or "the embedded model"
+    without = f"or {NO_MODEL!r} to measure reconstructions alone"
+    widths = loading.site_widths(checkpoint.module())
+    for site in config.sites:
+        if widths.get(site) != manifest.widths[site]:
+            there = f"width {widths[site]}" if site in widths else "no such site"
+            raise UserError(
+                f"is {name}, which has {there} where the store has {site} of width {manifest.widths[site]}; write the "
+                f"language model of the store, {without}"
+            )
+    if not manifest.model:
+        logger.warning(
+            f"the store {store.path} does not say which language model its activations are from; loss recovered is "
+            f"measured with {name}"
+        )
+        return
+    if fingerprint != manifest.model:
+        raise UserError(
+            f"is {name}, but the store {store.path} is of {manifest.source['model']}, which has another config.json or "
+            f"other weights; write that model, {without}"
+        )
+    if config_lib.fingerprint(tokenizer.backend_tokenizer.to_str()) != manifest.tokenizer:
+        raise UserError(f"{name} has another tokenizer than the store {store.path}; put its tokenizer back, {without}")
+
+
+def _about(config: Experiment, rows: store_lib.StoredRows) -> str:
+    """A sentence about a store and how much of it the run reads."""
+    manifest, T = rows.store.manifest, config.data.context_length
+    read = tokens_needed(config) - config.activations.buffer_size
+    of_store = manifest.rows["train"] * T
+    return (
+        f"activations: {of_store:,} tokens in {rows.store.path}; this run reads {read:,}, about "
+        f"{read / max(1, of_store):.2g} passes"
     )
 
 
@@ -158,7 +273,7 @@ def _known_lengths(
 
 
 def _lengths(
-    config: Experiment, step: int, before: Facts | None, known: list[list[dict[str, int]]], rows: rows_lib.TokenRows
+    config: Experiment, step: int, before: Facts | None, known: list[list[dict[str, int]]], rows: Any
 ) -> list[dict[str, int]]:
     """`Facts.lengths` of a run that continues from this step.
 
@@ -170,7 +285,8 @@ def _lengths(
         return [now]
     lengths = next((each for each in known if rows.limited(each[-1]["tokens"]).fingerprint == before.rows), None)
     if lengths is None:
-        raise UserError("the text has changed since this run began; put it back, or start a new --workdir", "data")
+        what = "store" if config.data.source else "text"
+        raise UserError(f"the {what} has changed since this run began; put it back, or start a new --workdir", "data")
     if lengths[-1]["steps"] == config.train.steps:
         return lengths
     # A run of an earlier version that is killed before its next checkpoint must be able to tell its length again.
@@ -215,13 +331,18 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
     rows_lib.corpus(config.data)
     tokenizer = checkpoint.tokenizer()
     program = Program.build(config, mesh, checkpoint, loading.special_tokens(tokenizer))
-    state = program.abstract_state()
+    _check_memory(program)
+    return program, tokenizer
+
+
+def _check_memory(program: Program) -> None:
+    """Raises `UserError` for sizes that the devices have no room for."""
+    config, mesh, state = program.config, program.mesh, program.abstract_state()
     fresh = config.rows_per_call * config.data.context_length * sum(program.widths.values())
     needed = {f"stacks.{name}": mesh_lib.device_bytes(stack) for name, stack in state.stacks.items()}
     needed["activations.buffer_size"] = mesh_lib.device_bytes(state.store)
     needed["activations.rows_per_forward"] = fresh * jnp.dtype(config.lm.dtype).itemsize // mesh.shape["data"]
     mesh_lib.check_memory(mesh, needed)
-    return program, tokenizer
 
 
 def tokens_needed(config: Experiment, steps: int | None = None) -> int:

@@ -19,6 +19,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import loggers
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import buffer, masking, scaling, sources
+from gsae_jax.activations import store as store_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms.checkpoints import Checkpoint
@@ -67,9 +68,10 @@ class Program:
     Attributes:
         config: the experiment.
         mesh: of the run.
-        module: the language model, with no more layers than the sites need.
+        module: the language model, with no more layers than the sites need; None where activations are stored.
         special_tokens: ids of tokens that SAEs never see.
         stacks: of the experiment.
+        widths: of every site that a stack reads or writes.
         whole: the whole language model, if the loss of a stack has the KL divergence of its predictions; else None.
     """
 
@@ -78,26 +80,42 @@ class Program:
     module: Any
     special_tokens: tuple[int, ...]
     stacks: tuple[Stack, ...]
+    widths: dict[str, int]
     whole: Any = None
 
     @classmethod
     def build(
-        cls, config: config_lib.Experiment, mesh: Any, checkpoint: Checkpoint, special_tokens: tuple[int, ...]
+        cls,
+        config: config_lib.Experiment,
+        mesh: Any,
+        checkpoint: Checkpoint | None,
+        special_tokens: tuple[int, ...],
+        stored: store_lib.Store | None = None,
     ) -> "Program":
         """The program of an experiment, from the settings of its language model alone; the trainer's and the planner's.
 
+        Args:
+            config: the experiment.
+            mesh: of the run.
+            checkpoint: the language model; None with a store, where nothing of it is needed.
+            special_tokens: of the tokenizer.
+            stored: the store of activations, if the language model does not run.
+
         Raises:
             UserError: a size that the mesh does not divide; a logger or architecture that does not exist; a site or
-                context that the language model does not have; or a stack that cannot be built.
+                context that the language model or the store does not have; or a stack that cannot be built.
         """
         mesh_lib.check(config, mesh)
         loggers.check_names(config.loggers)
-        whole = checkpoint.module()
-        loading.check_context(whole, config.data.context_length)
-        widths = loading.site_widths(whole)
+        if stored is None:
+            assert checkpoint is not None
+            loading.check_context(checkpoint.module(), config.data.context_length)
+            widths = loading.site_widths(checkpoint.module())
+        else:
+            widths = _check_store(config, stored)
         for name, read in config.stacks.items():
             for field, names in (("site", read.sites), ("target", read.targets)):
-                for site in names:
+                for site in names if stored is None else ():
                     check_site(site, widths, f"stacks.{name}.{field}")
         with_kl = [name for name, stack in config.stacks.items() if stack.kl_fraction]
         rows, data = config.rows_per_call // config.updates_per_call, mesh.shape["data"]
@@ -108,7 +126,9 @@ class Program:
                 f"{data * config.data.context_length}, or a larger mesh.latent",
                 "train.batch_size",
             )
-        module = checkpoint.module(1 + max(map(layer_of, config.sites)), mesh)
+        module: Any = None
+        if stored is None and checkpoint is not None:
+            module = checkpoint.module(1 + max(map(layer_of, config.sites)), mesh)
         latent, platform = mesh.shape["latent"], mesh_lib.platform(mesh)
         stacks = tuple(
             Stack.build(name, stack, widths, config.train.compute_dtype, config.train.step, latent, platform)
@@ -122,7 +142,9 @@ class Program:
                     "activations.center",
                 )
         dropped = special_tokens if config.activations.drop_special_tokens else ()
-        return cls(config, mesh, module, dropped, stacks, checkpoint.module(mesh=mesh) if with_kl else None)
+        used = {site: width for site, width in widths.items() if site in config.sites}
+        whole = checkpoint.module(mesh=mesh) if with_kl and checkpoint is not None else None
+        return cls(config, mesh, module, dropped, stacks, used, whole)
 
     @property
     def _norm_multiple(self) -> float:
@@ -134,18 +156,16 @@ class Program:
         return self.module if self.whole is None else self.whole
 
     @cached_property
-    def source(self) -> sources.LanguageModel:
+    def source(self) -> sources.Source:
         """Where the activations come from."""
+        if self.module is None:
+            rows, dtype = self.config.rows_per_call, self.config.lm.dtype
+            return sources.Stored(self.widths, self.mesh, self.special_tokens, rows, dtype)
         return self._source(self.module, self.config.sites)
 
     def _source(self, module: Any, sites: Sequence[str]) -> sources.LanguageModel:
         rows, forwards = self.config.rows_per_call, self.config.forwards_per_call
         return sources.LanguageModel(module, self.mesh, sites, self.special_tokens, rows, forwards)
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The width of every site that a stack reads or writes."""
-        return self.source.widths
 
     def unfolded(self, name: str, params: dict[str, Any], state: TrainState) -> dict[str, np.ndarray]:
         """Parameters [N, ...] of a stack that are in the language model's units, for inputs in those of training."""
@@ -350,7 +370,7 @@ class Program:
         moments = jax.tree.map(lambda x: jnp.where(begins, jnp.zeros_like(x), x), of_stack.second_moments)
         return dataclasses.replace(of_stack, second_moments=moments)
 
-    def _step(self, source: sources.LanguageModel, updates: Callable[..., Any]) -> Step:
+    def _step(self, source: sources.Source, updates: Callable[..., Any]) -> Step:
         """A train step.
 
         Args:
@@ -463,6 +483,27 @@ class Program:
     @staticmethod
     def _key(key: jax.Array, number: jax.Array, purpose: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), number), purpose)
+
+
+def _check_store(config: config_lib.Experiment, stored: store_lib.Store) -> dict[str, int]:
+    """The widths of a store's sites; raises `UserError` for an experiment that cannot be trained from it."""
+    fields: dict[str, str] = {}
+    for name, stack in config.stacks.items():
+        fields |= dict.fromkeys(stack.sites, f"stacks.{name}.site")
+        fields |= {site: f"stacks.{name}.target" for site in stack.targets if site not in fields}
+        if stack.kl_fraction:
+            raise UserError(
+                f"is {stack.kl_fraction:g}, but the KL divergence needs the language model in training; write 0, or "
+                "data.source=''",
+                f"stacks.{name}.kl_fraction",
+            )
+    stored.check_sites(fields)
+    if config.data.context_length != (there := stored.manifest.context_length):
+        raise UserError(
+            f"is {config.data.context_length}, but rows of the store have {there} tokens; write {there}",
+            "data.context_length",
+        )
+    return stored.manifest.widths
 
 
 def _means(metrics: Metrics) -> Metrics:
