@@ -82,10 +82,15 @@ class LanguageModel:
         forward = partial(loading.capture, self.module, params, sites=self.sites)
         allowed = masking.not_special(batch, self.special_tokens)
         if self.forwards == 1:
-            return forward(batch), allowed
-        by_forward = jnp.swapaxes(batch.reshape(-1, self.forwards, batch.shape[1]), 0, 1)
-        activations = jax.lax.map(forward, by_forward)
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), activations), allowed
+            activations = forward(batch)
+        else:
+            by_forward = jnp.swapaxes(batch.reshape(-1, self.forwards, batch.shape[1]), 0, 1)
+            activations = jax.lax.map(forward, by_forward)
+            activations = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), activations)
+        # So the compiler makes the same forward pass of it in every program, whatever follows: a run from a store of
+        # these activations is the same run.
+        activations = jax.lax.with_sharding_constraint(activations, mesh_lib.sharding(self.mesh, "data"))
+        return jax.lax.optimization_barrier(activations), allowed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -106,7 +106,7 @@ class Manifest:
             if not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,199}", site, re.ASCII) or site in ("tokens", "mask", "shards"):
                 raise UserError(f"{site!r} cannot be the name of a site; write letters, digits, ., _ and -", "--sites")
         row = max(fields["widths"].values()) * fields["context_length"] * jnp.dtype(fields["dtype"]).itemsize
-        block_rows = max(1, BLOCK_BYTES // row)
+        block_rows = max(1, min(BLOCK_BYTES, shard_bytes // 8) // row)
         shard_rows = max(1, shard_bytes // (row * block_rows)) * block_rows
         return cls(shard_rows=shard_rows, block_rows=block_rows, **fields)
 
@@ -127,7 +127,8 @@ class Manifest:
         for field in dataclasses.fields(cls):
             kind = kinds.get(field.name, int)
             value: Any = tree.get(field.name)
-            if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+            fits = isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+            if not fits or (kind is int and value < 0):
                 raise ValueError(f"{field.name} is {value!r}")
             known[field.name] = tuple(value) if kind is list else value
         counts = [*known["widths"].values(), *(known[name] for name in ("context_length", "shard_rows", "block_rows"))]
