@@ -217,7 +217,8 @@ def _check_inputs(
         if settings.lm.path != NO_MODEL:
             why = "is given, but the run was trained from a store without a language model; measure it on one with"
             raise UserError(f"{why} --sae {workdir.path} --model DIR --out OUT", "--model")
-        store = store_lib.Store.open(store_lib.location(settings.data.source))
+        with errors.about("data.source"):
+            store = store_lib.Store.open(store_lib.location(settings.data.source))
         if store.rows("test").fingerprint != facts.held_out:
             raise UserError(
                 f"{store.path} is not the store of the run in {workdir.path}; write its path", "data.source"

@@ -108,7 +108,9 @@ def test_run_equals_the_run_with_the_model(made, tmp_path, latent):
     for ours, theirs in zip(stored, with_model, strict=True):
         for name in ("gated/loss", "baseline/loss"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
-    reports = [json.loads((tmp_path / name / "report/report.json").read_text()) for name in ("with_model", "from_store")]
+    reports = [
+        json.loads((tmp_path / name / "report/report.json").read_text()) for name in ("with_model", "from_store")
+    ]
     for ours, theirs in zip(*(report["saes"] for report in reports), strict=True):
         np.testing.assert_allclose(ours["loss_recovered"], theirs["loss_recovered"], atol=1e-3)
 
@@ -292,7 +294,11 @@ def test_what_does_not_belong_to_the_store_is_refused(made, tmp_path, lm_dir):
     (same / "tokenizer.json").write_text(json.dumps(tokenizer))
     with refused("lm.path", "tokenizer"):
         train.run(from_store(config, out, **{"lm.path": str(same)}), tmp_path / "run")
-    for source, field in (("store:", "data.source"), (str(out), "data.source"), (f"store:{tmp_path}/no", "data.source")):
+    for source, field in (
+        ("store:", "data.source"),
+        (str(out), "data.source"),
+        (f"store:{tmp_path}/no", "data.source"),
+    ):
         with refused(field):
             train.run(from_store(config, out, **{"data.source": source}), tmp_path / "run")
     with refused("lm.path", "data.source"):
