@@ -32,7 +32,8 @@ KINDS = {
 SWEPT = dict.fromkeys(KINDS, (6e-3, 1.2e-2, 2.4e-2)) | dict.fromkeys(TOPK, (1.2e-2, 2.4e-2, 4.8e-2))
 SWEPT["signed_gated"] = (1.5e-3, 3e-3, 6e-3)
 # The best of `SWEPT` on the embedded model (docs/architectures.md).
-RATES = dict.fromkeys(KINDS, 6e-3) | dict.fromkeys(TOPK, 1.2e-2) | {"signed_gated": 3e-3}
+RATES = dict.fromkeys(KINDS, 6e-3) | dict.fromkeys(("relu", "relu_april", "topk", "batch_topk"), 1.2e-2)
+RATES |= {"signed_gated": 3e-3, "matryoshka": 2.4e-2}
 
 
 def width(kind):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import config_trees, storing, train
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees, storing, train
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import store as store_lib
 from gsae_jax.data import rows as rows_lib
@@ -353,7 +353,8 @@ from gsae_jax import storing
 from gsae_jax.errors import TrainingError
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 try:
-    storing.of_model({config_trees.plain(config.to_dict())!r}, storing.Wanted({str(tmp_path / "s")!r}, shard_bytes={SMALL}))
+    wanted = storing.Wanted({str(tmp_path / "s")!r}, shard_bytes={SMALL})
+    storing.of_model({config_trees.plain(config.to_dict())!r}, wanted)
 except TrainingError as error:
     print(error)
     sys.exit(1)

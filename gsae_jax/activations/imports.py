@@ -1,8 +1,8 @@
 """Activations in files of other programs: .npy, .npz, .safetensors, .parquet, .arrow, and `datasets.save_to_disk`.
 
 An array or column has a row for each token, [N, D], or for each sequence, [S, T, D]. Its name is that of its site; a
-.npy file has no names. Arrays `tokens`, `token_ids` or `input_ids`, and `mask` or `attention_mask`, are beside them. Tokens
-are taken one after the other and cut into new rows, which are shuffled. So sequences may have any length.
+.npy file has no names. Arrays `tokens`, `token_ids` or `input_ids`, and `mask` or `attention_mask`, are beside them.
+Tokens are taken one after the other and cut into new rows, which are shuffled. So sequences may have any length.
 """
 
 import bisect
