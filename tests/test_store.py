@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from tests import training
 from tests.conftest import tiny
 from tests.refusals import refused
+from tests.test_processes import SHORT, same
 
 ROOT = Path(__file__).parent.parent
 SMALL = 16 * 64 * 4 * 32  # bytes of a shard of 32 rows: several in a store of the tiny experiment
@@ -481,3 +483,54 @@ def test_local_values_are_the_rows_of_this_process():
     x = np.arange(48.0).reshape(16, 3)
     placed = mesh_lib.place_rows(mesh, x, 16)
     np.testing.assert_array_equal(mesh_lib.local_values(mesh, placed), x)
+
+
+def together(count, store, run, *overrides):
+    """Exit codes and outputs of `count` processes with 8 devices together: the store is written, or a run trained."""
+    module = ["gsae_jax.train", "--workdir", str(run)] if run else ["gsae_jax.store", "--out", str(store)]
+    command = [sys.executable, "-m", *module, "--config", "configs/quickstart.py", *SHORT, *overrides]
+    if run:
+        command += [f"--config.data.source=store:{store}"]
+    else:
+        command += ["--shard_megabytes=1"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(8 // count)}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    flags = [[f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={n}"] for n in range(count)]
+    started = [
+        subprocess.Popen(
+            command + (flags[n] if count > 1 else []),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(count)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+
+@pytest.mark.processes
+def test_two_processes(tmp_path):
+    for count in (1, 2):
+        codes, outputs = together(count, tmp_path / f"store_{count}", "")
+        assert codes == [0] * count, outputs
+    one, two = (store_lib.Store.open(tmp_path / f"store_{count}") for count in (1, 2))
+    assert one.manifest == two.manifest
+    assert one.manifest.shards("train") > 8
+    for split in ("train", "test"):
+        ours, theirs = (each.rows(split).arrays.read(range(one.manifest.rows[split])) for each in (one, two))
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        for site, x in ours.activations.items():
+            np.testing.assert_allclose(x, theirs.activations[site], atol=1e-5)
+    for count in (1, 2):
+        codes, outputs = together(count, tmp_path / f"store_{count}", tmp_path / f"run_{count}")
+        assert codes == [0] * count, outputs
+    same(tmp_path / "run_1", tmp_path / "run_2")
+    codes, outputs = together(1, tmp_path / "store_1", "", "--config.seed=3")
+    assert codes == [2]
+    assert "seed" in outputs[0]
