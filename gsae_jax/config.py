@@ -55,7 +55,6 @@ class LM:
 class Data:
     """Text, and how it becomes rows of tokens."""
 
-    source: str = setting("", "store:PATH = activations of a store; '' = the language model runs over the text.", SAME)
     corpus: str = setting("stdlib", "stdlib (the library of this Python), text (your files), or tfds (a data set).")
     path: str = setting("", "text: a file, folder or glob of .txt, .md, .json, .jsonl or .parquet, compressed or not.")
     field: str = setting("text", "Field of a JSON object, column of a .parquet, feature of a TFDS set; a.b is nested.")
@@ -75,6 +74,7 @@ class Data:
     on_bad_row: Literal["error", "skip"] = setting(
         "error", "text: whether a row without text is an error or is skipped.", SAME
     )
+    source: str = setting("", "store:PATH = activations of a store; '' = the language model runs over the text.", SAME)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", plugins.absolute(self.corpus))

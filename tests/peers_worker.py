@@ -4,6 +4,7 @@ read: features and reconstructions of `x.npy` [B, D], for every SAE in `ours/FOR
 make: SAEs of theirs, trained for some steps on `x.npy` and saved by them in `theirs`; with features, as above.
 steps: five steps of dictionary_learning's trainers, each from `start/KIND.npz` on `x.npy` [steps, B, D].
 card: features [B, F] of `x.npy` by the model card in `repo`, in each library.
+cache: activations of `tokens.npy` [rows, T], cached by SAELens in `cached`, with TransformerLens' model of `lm`.
 measure: SAELens' `run_evals` of `ours/saelens/NAME` on `tokens.npy` [batches, rows, T], with TransformerLens' model of
 the weights in `lm`.
 """
@@ -18,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from datasets import Dataset
 from dictionary_learning import training
 from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
 from dictionary_learning.utils import load_dictionary
@@ -25,9 +27,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from llamascopium.models.crosscoder import Crosscoder, CrosscoderConfig
 from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
 from llamascopium.models.sparse_dictionary import SparseDictionary
-from sae_lens import SAE, evals
+from sae_lens import SAE, cache_activations_runner, evals
 from sae_lens import saes as sae_lens_saes
-from sae_lens.config import SAETrainerConfig
+from sae_lens.config import CacheActivationsRunnerConfig, SAETrainerConfig
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -399,7 +401,8 @@ class Tokens:
         self.next = 0
 
 
-def measure(folder):
+def hooked_transformer(folder):
+    """TransformerLens' model of the weights in `lm`."""
     facts = json.loads((folder / "lm" / "config.json").read_text())
     sizes = {name: facts[name] for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")}
     config = HookedTransformerConfig(**sizes, act_fn="gelu", normalization_type="LN", eps=facts["layer_norm_eps"])
@@ -408,6 +411,35 @@ def measure(folder):
     lost = model.load_state_dict(weights, strict=False)
     assert not lost.unexpected_keys, lost
     assert all(name.endswith((".mask", ".IGNORE")) for name in lost.missing_keys), lost
+    return model
+
+
+def cache(folder):
+    """Activations of `tokens.npy` [rows, T], cached by SAELens in `cached`."""
+    tokens = np.load(folder / "tokens.npy")
+    model = hooked_transformer(folder)
+    model.tokenizer = SimpleNamespace(bos_token_id=0)
+    config = CacheActivationsRunnerConfig(
+        dataset_path="tokens",
+        model_name="of `lm`",
+        model_batch_size=8,
+        hook_name=SITE,
+        d_in=model.cfg.d_model,
+        training_tokens=tokens.size,
+        context_size=tokens.shape[1],
+        new_cached_activations_path=str(folder / "cached"),
+        device="cpu",
+        buffer_size_gb=0.002,
+        prepend_bos=False,
+        streaming=False,
+    )
+    dataset = Dataset.from_dict({"tokens": tokens.tolist()})
+    with mock.patch.object(cache_activations_runner, "load_model", return_value=model):
+        cache_activations_runner.CacheActivationsRunner(config, override_dataset=dataset).run()
+
+
+def measure(folder):
+    model = hooked_transformer(folder)
     batches = np.load(folder / "tokens.npy").astype(np.int64)
     special = json.loads((folder / "special_tokens.json").read_text())
     wanted = evals.get_eval_everything_config(batches.shape[1], len(batches), len(batches))
@@ -423,8 +455,8 @@ def measure(folder):
 
 if __name__ == "__main__":
     order, folder = sys.argv[1], Path(sys.argv[2])
-    if order == "measure":
-        measure(folder)
+    if order in ("measure", "cache"):
+        {"measure": measure, "cache": cache}[order](folder)
     else:
         orders = {"read": read, "make": make, "steps": steps, "card": card}
         orders[order](folder, torch.from_numpy(np.load(folder / "x.npy")))

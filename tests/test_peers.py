@@ -19,6 +19,8 @@ import gsae_jax
 from benchmarks.peers_environment import environment
 from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
+from gsae_jax import storing, train
+from gsae_jax.activations import imports, store
 from gsae_jax.data import rows
 from gsae_jax.formats import jumprelu
 from gsae_jax.lms import checkpoints
@@ -304,3 +306,29 @@ def stepped(stack, start, batches, dead):
         state, statistics = step(state, x)
         losses.append(float(statistics["loss"][0]))
     return losses, {name: np.asarray(value[0]) for name, value in state.params.items()}
+
+
+def test_store_of_activations_that_saelens_cached(tmp_path):
+    lm = gsae_jax.load_lm()
+    tokens = np.asarray(lm.tokenize(inspect.getsource(argparse)).tokens_BxT)[0, : 64 * 128].reshape(-1, 128)
+    np.save(tmp_path / "tokens.npy", tokens)
+    shutil.copytree(checkpoints.EMBEDDED, tmp_path / "lm")
+    ask("cache", tmp_path)
+    settings = imports.Settings(held_out=0.25)
+    storing.of_files([str(tmp_path / "cached")], storing.Wanted(str(tmp_path / "store")), settings)
+    stored = store.Store.open(tmp_path / "store")
+    assert stored.manifest.widths == {SITE: lm.sites[SITE]}
+    rows_there = stored.rows("train")
+    batch = rows_there.arrays.read(range(len(rows_there)))
+    assert batch.mask.all()
+    assert {row.tobytes() for row in batch.tokens} <= {row.astype(np.int32).tobytes() for row in tokens}
+    np.testing.assert_allclose(batch.activations[SITE], lm.activations(batch.tokens, [SITE])[SITE], atol=1e-4)
+    config = gsae_jax.experiment_config()
+    config.data.source = f"store:{tmp_path / 'store'}"
+    config.stacks.gated = gsae_jax.stack_config("gated", SITE, 512, (1e-2,), learning_rates=(3e-3,))
+    config.activations.rows_per_forward, config.activations.buffer_size, config.activations.scale_tokens = 8, 4096, 2048
+    config.train.steps, config.train.batch_size, config.train.warmup_steps = 8, 512, 2
+    config.evaluation.tokens = 4096
+    assert train.run(config, tmp_path / "run") == 0
+    (sae,) = gsae_jax.load(tmp_path / "run").values()
+    assert sae.site == SITE

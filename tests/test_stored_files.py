@@ -1,7 +1,9 @@
 """Stores made of other programs' files, and runs from them without a language model."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -305,3 +307,50 @@ def test_a_model_for_activations_of_an_unnamed_one(x, tmp_path, lm_dir, text_dir
     config.lm.path = ""
     with refused("lm.path", "width"):
         train.run(config, tmp_path / "other")
+
+
+def guide(heading):
+    """The functions of the Python code in a section of the guide."""
+    text = (Path(__file__).parent.parent / "docs" / "guides" / "store.md").read_text()
+    section = text.split(f"\n### {heading}\n")[1].split("\n### ")[0]
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], names)
+    return names
+
+
+@pytest.mark.torch
+def test_store_of_a_vision_model_by_the_guide(tmp_path):
+    import torch
+
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    patches = [torch.randn(8, 3, 16, 16) for _ in range(30)]
+
+    class Vit(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unfold, self.embed, self.encoder = torch.nn.Unfold(4, stride=4), torch.nn.Linear(48, 16), encoder
+
+        def forward(self, images):
+            return self.encoder(self.embed(self.unfold(images).mT))
+
+    model, site = Vit().eval(), "encoder.layers.1"
+    guide("From PyTorch")["write_activations"](model, {site: encoder.layers[1]}, patches, str(tmp_path / "a"))
+    assert not encoder.layers[1]._forward_hooks
+    write([tmp_path / "a"], tmp_path / "store", imports.Settings(context_length=16))
+    values, mask, tokens = everything(tmp_path / "store")
+    assert tokens is None
+    with torch.no_grad():
+        expected = torch.cat([model(batch).flatten(0, 1) for batch in patches]).numpy()
+    assert mask.sum() == len(expected)
+    np.testing.assert_allclose(values[site][mask].sum(0), expected.sum(0), rtol=1e-3, atol=1e-3)
+    config = experiment_config()
+    config.data.source, config.lm.path, config.data.context_length = f"store:{tmp_path / 'store'}", "none", 16
+    config.stacks.gated = stack_config("gated", site, 64, (0.003,), learning_rates=(1e-2,))
+    config.activations.rows_per_forward, config.activations.buffer_size = 8, 512
+    config.activations.scale_tokens = 512
+    config.train.steps, config.train.batch_size, config.train.warmup_steps = 200, 64, 20
+    assert train.run(config, tmp_path / "run") == 0
+    (record,) = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["saes"]
+    assert record["fvu"] < 0.5
