@@ -2,8 +2,8 @@
 
     python benchmarks/store.py --config configs/quickstart.py [--out benchmarks/results/store-NAME.json]
 
-Takes a config as `python -m gsae_jax.train` does. Three cases: that config; a random language model of the size of GPT-2
-small, with one gated SAE at blocks.8.hook_resid_pre; and the two formats that a store could have.
+Takes a config as `python -m gsae_jax.train` does. Three cases: that config; a random language model of GPT-2 small's
+size, with one gated SAE at blocks.8.hook_resid_pre; and the two formats that a store could have.
 
 Of the first two, the train loop is measured in turns, for one call of the train step: with the language model inside,
 from a store, and from a batch that is placed already. To write the store is measured too. `--figure` draws the cost of

@@ -29,7 +29,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has, nothing runs on it
     if kind == "cpu" and size.isdigit():
         jax.config.update("jax_num_cpu_devices", int(size))
-    report = planner.plan(config_trees.from_dict(Experiment, cli.given(CONFIG)), TOPOLOGY.value)
+    config = config_trees.from_dict(Experiment, cli.given(CONFIG))
+    report = planner.plan(config, TOPOLOGY.value, STORE_BANDWIDTH.value)
     print(json.dumps(report, indent=2) if JSON.value else planner.describe(report))
 
 
@@ -37,6 +38,9 @@ if __name__ == "__main__":
     CONFIG = cli.define_config()
     TOPOLOGY = flags.DEFINE_string(
         "topology", None, "Such as v5e:4x4, v5p:8x8x8, v6e:16x16, gpu:h100x8 or cpu:8.", required=True
+    )
+    STORE_BANDWIDTH = flags.DEFINE_float(
+        "store_bandwidth", 2.0, "GB/s at which all processes together read a store of activations.", lower_bound=1e-3
     )
     JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
     cli.run(main)

@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from gsae_jax import storing
+from gsae_jax.activations import store
 from gsae_jax.config import Experiment, Mesh
 from gsae_jax.config_trees import from_dict
 from gsae_jax.evaluation import measure
@@ -383,3 +386,22 @@ def test_a_plan_for_tpus(topology, arguments, gigabytes):
     assert estimate["method"] == {"bytes": "estimated", "exchanges": "estimated"}
     assert estimate["bytes_per_device"]["SAEs"] == parts["SAEs"]
     assert estimate["bytes_per_device"]["temporaries"] == pytest.approx(parts["temporaries"], rel=0.45)
+
+
+def test_what_a_store_takes_and_saves(config_dict, tmp_path):
+    report = planner.plan(from_dict(Experiment, config_dict), "cpu:8", bandwidth_of_store=0.5)
+    storing.of_model(config_dict, storing.Wanted(str(tmp_path / "store")))
+    manifest = store.Store.open(tmp_path / "store").manifest
+    stored = report["store"]
+    assert stored["bytes"] == stored["tokens"] * manifest.row_bytes // manifest.context_length
+    assert manifest.rows["train"] == stored["tokens"] // manifest.stride
+    np.testing.assert_allclose(stored["seconds_to_read_per_step"], 64 * stored["bytes"] / stored["tokens"] / 0.5e9)
+    # The model's first block: attention's four products and scores, and W_in. Two sites end at the MLP.
+    T, D, F = 16, 32, 64
+    forward = 64 * (2 * (4 * D * D + 2 * T * D) + 2 * 2 * D * F)
+    share = stored["forward_share"]
+    np.testing.assert_allclose(share * report["flops_per_step"], forward, rtol=0.35)  # norms and softmax are small here
+    np.testing.assert_allclose(stored["operations_of_runs"]["5"], 1 - share + share / 5)
+    with refused("data.source"):
+        config_dict.data.source = f"store:{tmp_path / 'store'}"
+        planner.plan(from_dict(Experiment, config_dict), "cpu:8")

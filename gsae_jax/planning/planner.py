@@ -28,6 +28,7 @@ from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.lms.sites import layer_of
 from gsae_jax.planning import collectives, memory
 from gsae_jax.planning.hardware import CHIPS, GIB, NODE, Topology, bandwidth
+from gsae_jax.training import preparation
 from gsae_jax.training.step import Program, TrainState
 
 UTILISATION = 0.4  # of the chip's rate, assumed for the estimate of time
@@ -47,6 +48,10 @@ class Case:
     @classmethod
     def build(cls, config: Experiment, topology: Topology) -> "Case":
         """Raises `UserError` for a config that cannot run on the topology."""
+        if config.data.source:
+            raise UserError(
+                f"is {config.data.source!r}; write '', and the plan says what a store takes and saves", "data.source"
+            )
         mesh = mesh_of(config, topology)
         rows_lib.corpus(config.data)  # a run would refuse one that does not exist
         with errors.about("lm.path", revision="lm.revision"):
@@ -117,13 +122,14 @@ class Case:
         return parts | {"total": sum(parts.values())}
 
 
-def plan(config: Experiment, topology: str) -> dict[str, Any]:
+def plan(config: Experiment, topology: str, bandwidth_of_store: float = 2.0) -> dict[str, Any]:
     """The cost of an experiment on a topology. Nothing is run, and only `config.json` of the language model is read.
 
     Args:
         config: the experiment.
         topology: "v5e:4x4" and so on (compiled if libtpu is installed, and otherwise estimated), "gpu:h100x8"
             (estimated), or "cpu:8" for this machine's own CPU (compiled).
+        bandwidth_of_store: GB/s at which all processes together read a store of the activations.
 
     Returns:
         A dict for JSON: bytes, seconds, operations. `method` says whether bytes and exchanges are "compiled" or
@@ -137,6 +143,7 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
     case = Case.build(config, where)
     chip, mesh, updates = CHIPS.get(where.chip), dict(case.program.mesh.shape), config.updates_per_call
     parts, exchanged, method = case.measure()
+    forward = forward_operations(case.program, case.lm_params) * config.forwards_per_call / updates
     flops = operations(case.program, case.lm_params) / updates
     devices = math.prod(mesh.values())
     report: dict[str, Any] = {
@@ -153,6 +160,7 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
             for (kind, axes), (count, sent) in sorted(exchanged.items(), key=lambda item: -item[1][1])
         ],
     }
+    report["store"] = _of_store(case, forward / flops, bandwidth_of_store)
     if chip is None:
         return report
     for exchange in report["exchanges_per_step"]:
@@ -173,6 +181,22 @@ def plan(config: Experiment, topology: str) -> dict[str, Any]:
         "tokens_per_second": {name: config.train.batch_size / seconds for name, seconds in step.items()},
         "hours": hours,
         "chip_hours": {name: value * devices for name, value in hours.items()},
+    }
+
+
+def _of_store(case: Case, forward: float, bandwidth_of_store: float) -> dict[str, Any]:
+    """What a store of a run's activations takes and saves; `forward`: the share of the forward pass in a step."""
+    config, widths = case.program.config, case.program.widths
+    of_a_token = sum(widths.values()) * jnp.dtype(config.lm.dtype).itemsize + 5  # its id and the mask
+    tokens = preparation.tokens_needed(config)
+    return {
+        "tokens": tokens,
+        "bytes": tokens * of_a_token,
+        "bandwidth": bandwidth_of_store * 1e9,
+        "seconds_to_read_per_step": config.train.batch_size * of_a_token / (bandwidth_of_store * 1e9),
+        "forward_share": forward,
+        # The forward pass runs once, in place of once in each run.
+        "operations_of_runs": {str(n): (forward + n * (1 - forward)) / n for n in (1, 2, 5, 10)},
     }
 
 
@@ -199,8 +223,19 @@ def describe(report: dict[str, Any]) -> str:
         f"one step: {report['flops_per_step'] / 1e12:,.2f} TFLOP, {report['flops_per_device_and_step'] / 1e12:,.3f} "
         "on each device",
     ]
+    store = report["store"]
+    shares = ", ".join(f"{share:.0%} for {n}" for n, share in store["operations_of_runs"].items() if n != "1")
+    of_store = [
+        "",
+        f"a store of these activations (python -m gsae_jax.store): {store['tokens']:,} tokens, "
+        f"{store['bytes'] / 1e9:,.1f} GB",
+        f"  the forward pass is {store['forward_share']:.0%} of a step's operations. Runs from one store need of the "
+        f"operations of runs with the model: {shares}",
+        f"  {1e3 * store['seconds_to_read_per_step']:,.1f} ms to read a step's activations, at "
+        f"{store['bandwidth'] / 1e9:g} GB/s for all processes together",
+    ]
     if "fits" not in report:
-        return "\n".join(lines)
+        return "\n".join(lines + of_store)
     seconds = report["seconds_per_step"]
     lines += [
         f"  {1e3 * seconds['computation']:,.1f} ms of computation, at {report['utilisation']:.0%} of the chip's rate",
@@ -208,6 +243,8 @@ def describe(report: dict[str, Any]) -> str:
         f"{report['steps']:,} steps, from exchanges overlapped with computation .. to exchanges after computation:",
         f"  {_range(report['tokens_per_second'], ',.0f')} tokens/s",
         f"  {_range(report['hours'], ',.1f')} hours, {_range(report['chip_hours'], ',.0f')} chip-hours",
+        *of_store,
+        "",
     ]
     largest = max(sizes["total"], measuring["total"])
     used = f"{largest / 2**30:.1f} of {report['memory_of_a_device'] / 2**30:.1f} GiB"
@@ -239,11 +276,8 @@ def operations(program: Program, lm_params: Any) -> float:
     In the mean over training, where only a part of it has the KL divergence.
     """
     config = program.config
-    bare = dataclasses.replace(program.module, mesh=None)
     plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
-    rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
-    forward = _flops(lambda params, tokens: loading.capture(bare, params, tokens, config.sites), plain, rows)
-    updates = 0.0
+    forward, updates = forward_operations(program, lm_params), 0.0
     for stack in program.stacks:
         params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
         B = config.train.batch_size
@@ -257,6 +291,14 @@ def operations(program: Program, lm_params: Any) -> float:
         updates += len(stack.config) * _flops(jax.grad(loss), *stack.split(params), batch)
     kl = _kl_operations(program, plain, forward) if program.whole is not None else 0.0
     return config.forwards_per_call * forward + config.updates_per_call * updates + kl
+
+
+def forward_operations(program: Program, lm_params: Any) -> float:
+    """Floating-point operations of one forward pass of the language model, as far as the sites."""
+    config, bare = program.config, dataclasses.replace(program.module, mesh=None)
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
+    rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
+    return _flops(lambda params, tokens: loading.capture(bare, params, tokens, config.sites), plain, rows)
 
 
 def _kl_operations(program: Program, lm_params: Any, forward: float) -> float:
