@@ -526,3 +526,35 @@ def test_folders_of_a_bucket_that_cannot_be_used(environment, text):
     for path, message in zip(paths, expected, strict=True):
         assert next(lines).startswith(f"{path} {message.format(path)}"), checked
         assert next(lines).startswith(f"{path} --workdir: {path} holds no run"), checked
+
+
+@pytest.mark.gcs
+def test_a_store_in_a_bucket(environment, text, tmp_path):
+    """Written in a bucket, continued after a shard was lost, and trained from; the same as on the disk."""
+    small = ["--config=configs/quickstart.py", *SHORT, *text, "--shard_megabytes=1"]
+    store = "gs://bucket/stores/x"
+    for out in (store, str(tmp_path / "store")):
+        log = tmp_path / f"written_{out.startswith('gs')}"
+        assert command(environment, log, "store", *small, f"--out={out}").wait(300) == 0, log.read_text()
+    lose = """
+import fsspec
+files = fsspec.filesystem("gcs")
+for name in ("index.json", "train/shards/1.json", "train/blocks.0.hook_mlp_out/c/1/0/0"):
+    files.rm(f"bucket/stores/x/{name}")
+"""
+    assert python(environment, lose).returncode == 0
+    log = tmp_path / "half"
+    flags = ["--config=configs/quickstart.py", *SHORT, *text, f"--config.data.source=store:{store}"]
+    assert command(environment, log, "train", *flags, "--workdir=gs://bucket/runs/half").wait(300) == 2
+    assert "shards" in log.read_text()
+    log = tmp_path / "continued"
+    assert command(environment, log, "store", *small, f"--out={store}").wait(300) == 0, log.read_text()
+    assert python(environment, DOWNLOAD, "bucket/stores/x/", tmp_path / "copy/").returncode == 0
+    ours, theirs = (
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (tmp_path / "copy", tmp_path / "store")
+    )
+    theirs.pop(".lock", None)
+    assert ours == theirs
+    log = tmp_path / "trained"
+    assert command(environment, log, "train", *flags, f"--workdir={tmp_path / 'run'}").wait(300) == 0, log.read_text()
