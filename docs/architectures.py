@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from configs import architectures
 from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import products
 
 LEVELS = (0.85, 0.9, 0.95)  # of loss recovered
-NEAR = 0.1  # how far an L0 may be from its target
 MODELS = {"": "embedded model", "_tinystories": "TinyStories-656K"}
 STYLES = {name: (f"C{number}", "os^vD*Xp<>"[number]) for number, name in enumerate(architectures.KINDS)}
 
@@ -40,11 +40,23 @@ def l0_at(records, level):
     return math.exp(frontiers.log_l0_at(level, recovered, l0))
 
 
-def mean_and_range(values, form=".2f"):
-    """ "1.23 [1.20, 1.27]" of seeds; "-" where one of them is not a number."""
+def mean_and_interval(values, form=".2f"):
+    """ "1.23 [1.15, 1.31]": the mean over seeds and its 95% t interval; "-" where one of them is not a number."""
+    values = np.asarray(values)
     if not np.isfinite(values).all():
         return "–"
-    return f"{np.mean(values):{form}} [{np.min(values):{form}}, {np.max(values):{form}}]"
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
+    return f"{values.mean():{form}} [{values.mean() - half:{form}}, {values.mean() + half:{form}}]"
+
+
+def ratio_and_interval(ratios):
+    """The geometric mean over seeds of ratios paired by seed, and its 95% t interval."""
+    logs = np.log(ratios)
+    if not np.isfinite(logs).all():
+        return "–"
+    half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs) if len(logs) > 1 else math.nan
+    low, middle, high = np.exp(logs.mean() + np.array([-half, 0, half]))
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def table(header, rows):
@@ -59,7 +71,7 @@ def ratios(groups):
     for name in of:
         if name != "gated" and of[name]:
             each = [[l0_at(of[name][s], level) / l0_at(of["gated"][s], level) for s in seeds] for level in LEVELS]
-            yield [f"`{name}`", architectures.width(name), *map(mean_and_range, each)]
+            yield [f"`{name}`", architectures.width(name), *map(ratio_and_interval, each)]
 
 
 def measured(groups):
@@ -69,21 +81,28 @@ def measured(groups):
         for members in zip(*frontier, strict=True):
             columns = [[m[field] for m in members] for field in ("l0", "loss_recovered", "fvu", "alive")]
             forms = (".1f", ".3f", ".3f", ".3f")
-            yield [f"`{name}`", *(mean_and_range(*pair) for pair in zip(columns, forms, strict=True))]
+            yield [f"`{name}`", *(mean_and_interval(*pair) for pair in zip(columns, forms, strict=True))]
 
 
 def best_rates(groups):
-    """For each kind and learning rate: loss recovered, and L0. The best with an L0 near the target is bold."""
+    """A header and, for each kind, loss recovered at an L0 of 50 by learning rate. The best of a line is bold."""
+    rates = sorted({rate for swept in architectures.SWEPT.values() for rate in swept})
+    yield ["Architecture", *(f"{rate:g}" for rate in rates)]
     for name in STYLES:
-        records = [groups.get((name, rate, 0), [None])[0] for rate in architectures.SWEPT]
-        near = [r for r in records if r and abs(r["l0"] / architectures.L0[1] - 1) < NEAR]
-        best = max((r["loss_recovered"] for r in near), default=None)
-        shown = [f"{r['loss_recovered']:.3f} at {r['l0']:.1f}" if r else "–" for r in records]
-        bold = [
-            f"**{text}**" if r in near and r["loss_recovered"] == best else text
-            for r, text in zip(records, shown, strict=True)
+        at = [recovered_at(groups.get((name, rate, 0), []), math.log(architectures.L0[1])) for rate in rates]
+        shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in at]
+        yield [
+            f"`{name}`",
+            *(f"**{text}**" if value == np.nanmax(at) else text for text, value in zip(shown, at, strict=True)),
         ]
-        yield [f"`{name}`", *bold]
+
+
+def recovered_at(records, log_l0):
+    """Loss recovered of one frontier at a log L0; of an SAE alone, its own; NaN where it is out of range."""
+    points = [(math.log(r["l0"]), r["loss_recovered"]) for r in records if r["loss_recovered"] is not None]
+    if len(points) == 1:
+        return points[0][1]
+    return float(np.interp(log_l0, *zip(*points, strict=True), left=math.nan, right=math.nan)) if points else math.nan
 
 
 def draw(models):
@@ -120,8 +139,8 @@ def main():
             header = ["Architecture", "L0", "Loss recovered", "FVU", "Alive"]
             tables[f"measured{suffix}"] = table(header, measured(groups))
         if (sweep := arguments.runs / f"architectures{suffix}_rates").exists():
-            header = ["Architecture", *(f"{rate:g}" for rate in architectures.SWEPT)]
-            tables[f"rates{suffix}"] = table(header, best_rates(read(sweep)))
+            header, *lines = best_rates(read(sweep))
+            tables[f"rates{suffix}"] = table(header, lines)
     text = arguments.write.read_text("utf-8")
     for name, content in tables.items():
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{content}\n\n\g<2>", text, flags=re.DOTALL)

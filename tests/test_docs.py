@@ -114,7 +114,7 @@ def check_command(module, arguments):
     ]
     (run,) = (call for call in calls if ast.unparse(call.func) == "cli.run")
     for call in calls + (several if any(keyword.arg == "several" for keyword in run.keywords) else []):
-        if re.fullmatch(r"flags\.DEFINE_(string|integer|bool|list|multi_string)", ast.unparse(call.func)):
+        if re.fullmatch(r"flags\.DEFINE_(string|integer|float|bool|list|multi_string)", ast.unparse(call.func)):
             call.keywords.append(ast.keyword("flag_values", ast.Name("values")))
             eval(ast.unparse(call), names)
     kind = config_lib.Pretrain if module == "pretrain" else config_lib.Experiment

@@ -229,8 +229,8 @@ def describe(report: dict[str, Any]) -> str:
         "",
         f"a store of these activations (python -m gsae_jax.store): {store['tokens']:,} tokens, "
         + (f"{store['bytes'] / 1e9:,.1f} GB" if store["bytes"] < 1e12 else f"{store['bytes'] / 1e12:,.1f} TB"),
-        f"  the forward pass is {store['forward_share']:.0%} of a step's operations. Runs from one store need of the "
-        f"operations of runs with the model: {shares}",
+        f"  the forward pass is {store['forward_share']:.0%} of a step's operations",
+        f"  runs from one store need of the operations of as many runs with the model: {shares}",
         f"  {1e3 * store['seconds_to_read_per_step']:,.1f} ms to read a step's activations, at "
         f"{store['bandwidth'] / 1e9:g} GB/s for all processes together",
     ]
