@@ -418,7 +418,7 @@ def cache(folder):
     """Activations of `tokens.npy` [rows, T], cached by SAELens in `cached`."""
     tokens = np.load(folder / "tokens.npy")
     model = hooked_transformer(folder)
-    model.tokenizer = SimpleNamespace(bos_token_id=0)
+    model.tokenizer = SimpleNamespace(bos_token_id=0, padding_side="right")
     config = CacheActivationsRunnerConfig(
         dataset_path="tokens",
         model_name="of `lm`",
