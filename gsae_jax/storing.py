@@ -231,12 +231,13 @@ class _Writer:
     """Writes shards in the background, and says which are whole.
 
     Attributes:
+        manifest: of the store.
         missing: the shards that are still to be written, by all processes.
     """
 
     def __init__(self, folder: paths.Path, manifest: store_lib.Manifest, check: bool, is_new: bool):
         """Raises `UserError` where there is no room. Nothing was written then."""
-        self._folder, self._manifest = folder, manifest
+        self._folder, self.manifest = folder, manifest
         records = store_lib.whole_shards(folder, manifest)
         if check and processes.first() and (damaged := _damaged(folder, manifest, records)):
             logger.warning(f"{_listed(damaged)} are damaged and are written again")
@@ -261,7 +262,7 @@ class _Writer:
 
     def part(self, shard: Shard) -> range:
         """The rows of a shard."""
-        return self._manifest.part(*shard)
+        return self.manifest.part(*shard)
 
     def _check_room(self, needed: int, number: int) -> None:
         """Say how large the store will be; raises `UserError` where the disk has less room."""
@@ -271,11 +272,11 @@ class _Writer:
         before = f", of which {whole:,} are there" if whole else ""
         free = None if self._folder.local is None else _free(self._folder)
         logger.info(
-            f"{self._folder}: {_described(self._manifest)}; {number:,} shards{before}; "
+            f"{self._folder}: {_described(self.manifest)}; {number:,} shards{before}; "
             f"{_size(needed)} to write{'' if free is None else f', {_size(free)} free'}"
         )
         if free is not None and needed > free:
-            fits = int(free * 0.95) // self._manifest.row_bytes * self._manifest.stride
+            fits = int(free * 0.95) // self.manifest.row_bytes * self.manifest.stride
             raise UserError(
                 f"{self._folder} needs {_size(needed)}, and the disk has {_size(free)} free; write another folder, or "
                 f"at most --tokens={fits}",
@@ -285,14 +286,15 @@ class _Writer:
     def write(self, values: Iterator[tuple[Shard, dict[str, np.ndarray]]]) -> None:
         """Write shards as they come; raises `OSError` where that fails."""
         arrays: dict[str, store_lib.Arrays] = {}
+        mine = -(-len(self.missing) // jax.process_count())
         hidden = None if processes.first() else True  # None: where there is no terminal
-        with ThreadPoolExecutor(1) as pool, tqdm.tqdm(total=len(self.missing), unit="shard", disable=hidden) as bar:
+        with ThreadPoolExecutor(1) as pool, tqdm.tqdm(total=mine, unit="shard", disable=hidden) as bar:
             waiting: Future[None] | None = None
 
             def put(shard: Shard, of_shard: dict[str, np.ndarray]) -> None:
                 split, number = shard
                 if split not in arrays:
-                    arrays[split] = store_lib.Arrays(self._folder, self._manifest, split)
+                    arrays[split] = store_lib.Arrays(self._folder, self.manifest, split)
                 record = arrays[split].write(number, of_shard)
                 path = store_lib.record_path(self._folder, split, number)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +311,7 @@ class _Writer:
     def finish(self) -> str:
         """Write the index, which says that the store is whole; returns a sentence about the store."""
         processes.wait("the last shard of the store")
-        folder, manifest = self._folder, self._manifest
+        folder, manifest = self._folder, self.manifest
         if processes.first() and not (folder / store_lib.INDEX).exists():
             records = store_lib.whole_shards(folder, manifest)
             looked_at = store_lib.Arrays(folder, manifest, "train").read(range(min(SCALE_ROWS, manifest.rows["train"])))
@@ -327,11 +329,11 @@ class _Writer:
     def _seen(self, batch: store_lib.Batch) -> np.ndarray:
         if batch.tokens is None:
             return batch.mask
-        return batch.mask & ~np.isin(batch.tokens, self._manifest.special_tokens)
+        return batch.mask & ~np.isin(batch.tokens, self.manifest.special_tokens)
 
     def stopped(self, error: OSError) -> TrainingError:
         """The error of a store that cannot be written to its end."""
-        whole = sum(map(len, store_lib.whole_shards(self._folder, self._manifest).values()))
+        whole = sum(map(len, store_lib.whole_shards(self._folder, self.manifest).values()))
         return TrainingError(
             f"{self._folder} cannot be written ({error}); {whole:,} shards are whole and stay. Make room, and the same "
             "command continues; with fewer --tokens it ends with what is there"
@@ -346,7 +348,7 @@ def _forward(
     Processes work in lanes: each lane has its own shards, and its rows are a part of every batch. Processes that hold
     copies of the same rows are one lane, and the first of them writes.
     """
-    mesh, manifest, R = source.mesh, writer._manifest, source.rows
+    mesh, manifest, R = source.mesh, writer.manifest, source.rows
     local = mesh_lib.local_rows(mesh, R)
     firsts = multihost_utils.process_allgather(np.array([local[0], len(local)])).reshape(-1, 2)
     lanes = sorted({int(first) for first, _ in firsts})
@@ -376,7 +378,7 @@ def _forward(
             numbers = [part[min(at, len(part) - 1)] if part else 0 for at in range(start, start + len(local))]
             tokens = np.stack([text[number] for number in numbers])
             if start < len(part):
-                values["tokens"][start : start + len(local)] = tokens[: len(part) - start]
+                values["tokens"][start : start + len(local)] = source.tokens(tokens)[: len(part) - start]
             pending.append((start, forward(params, source.place(tokens))))
             if len(pending) > 1:
                 _fetch(mesh, manifest, values, *pending.popleft())
