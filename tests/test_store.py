@@ -386,47 +386,43 @@ storing.of_model(config, storing.Wanted(out, shard_bytes=shard_bytes))
 """
 
 
-def command(config, out, run="", shard_bytes=SMALL // 4):
+def command(config, log, out, run="", shard_bytes=SMALL // 4):
+    """A process that writes a store, or trains a run."""
     arguments = config_trees.plain(config.to_dict()), str(out), str(run), shard_bytes
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND.format(arguments=arguments)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    program = [sys.executable, "-c", COMMAND.format(arguments=arguments)]
+    with log.open("w") as file:
+        return subprocess.Popen(program, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.faults
 def test_killed_while_writing(made, tmp_path):
     config, _ = made
     config = config.copy_and_resolve_references()
-    config.train.steps = 400
-    whole = command(config, tmp_path / "whole")
-    assert whole.wait() == 0, whole.stdout.read()
+    config.train.steps, log = 400, tmp_path / "log"
+    whole = command(config, log, tmp_path / "whole")
+    assert whole.wait() == 0, log.read_text()
     shards = store_lib.read_manifest(tmp_path / "whole").shards("train")
     assert shards > 30
     chance, places = random.Random(0), []
     records = tmp_path / "s" / "train" / "shards"
     while len(places) < 10:
-        process, aim = command(config, tmp_path / "s"), chance.randrange(1, 4)
+        process, aim = command(config, log, tmp_path / "s"), chance.randrange(1, 4)
         before = len(list(records.glob("*.json")))
         while process.poll() is None and len(list(records.glob("*.json"))) < before + aim:
             time.sleep(0.001)
         time.sleep(chance.random() / 50)
-        assert process.poll() is None, (places, process.stdout.read())
+        assert process.poll() is None, (places, log.read_text())
         process.send_signal(signal.SIGKILL)
         process.wait()
         places.append(len(list(records.glob("*.json"))))
     assert places == sorted(places)
-    last = command(config, tmp_path / "s")
-    assert last.wait() == 0, last.stdout.read()
+    last = command(config, log, tmp_path / "s")
+    assert last.wait() == 0, log.read_text()
     assert files_of(tmp_path / "s") == files_of(tmp_path / "whole")
 
 
@@ -434,12 +430,13 @@ def test_killed_while_writing(made, tmp_path):
 def test_killed_while_training(made, tmp_path):
     config, out = made
     config = from_store(config, out, **{"train.steps": 2000, "checkpoint.every": 100, "train.log_every": 100})
-    whole = command(config, "", tmp_path / "whole")
-    assert whole.wait() == 0, whole.stdout.read()
+    log = tmp_path / "log"
+    whole = command(config, log, "", tmp_path / "whole")
+    assert whole.wait() == 0, log.read_text()
     chance, kills = random.Random(1), 0
     checkpoints = tmp_path / "run" / "checkpoints"
     while kills < 10:
-        process = command(config, "", tmp_path / "run")
+        process = command(config, log, "", tmp_path / "run")
         before = max([int(f.name) for f in checkpoints.glob("[0-9]*") if f.name.isdigit()], default=0)
         while process.poll() is None and not any(
             f.name.isdigit() and int(f.name) > before for f in checkpoints.glob("[0-9]*")
@@ -451,8 +448,8 @@ def test_killed_while_training(made, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-    last = command(config, "", tmp_path / "run")
-    assert last.wait() == 0, last.stdout.read()
+    last = command(config, log, "", tmp_path / "run")
+    assert last.wait() == 0, log.read_text()
     assert kills == 10
     training.assert_same(training.params_of(tmp_path / "run"), training.params_of(tmp_path / "whole"))
 
