@@ -126,6 +126,90 @@ def test_the_older_spellings_of_a_config_mean_the_same(tmp_path):
         assert Checkpoint.open(folder).config == Checkpoint.open(FIXTURES / case).config, case
 
 
+SCALINGS = (
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": 3.0, "beta_slow": 0.2},
+    {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25},
+    {"rope_type": "yarn", "factor": None},
+    {"rope_type": "longrope", "factor": 4.0},
+    {"rope_type": "longrope"},
+    {"rope_type": "longrope", "factor": 0.5},
+    {"rope_type": "longrope", "attention_factor": 1.25},
+)
+
+
+def scaled(settings, scaling, pairs):
+    """A `config.json` with a rotary scaling, of layers with full attention where others have their own positions."""
+    rope = settings["rope_parameters"]
+    by_type = "full_attention" in rope
+    old = rope["full_attention"] if by_type else rope
+    kept = {name: old[name] for name in ("rope_theta", "partial_rotary_factor") if name in old}
+    new = kept | {"original_max_position_embeddings": 32} | scaling
+    if scaling["rope_type"] == "longrope":
+        new |= {"short_factor": [1.0 + i / 8 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
+    if scaling["rope_type"] in ("linear", "dynamic"):
+        del new["original_max_position_embeddings"]
+    return settings | {"rope_parameters": rope | {"full_attention": new} if by_type else new}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", [case for case in make.CASES if not case.startswith("gpt2")])
+def test_rotary_positions_are_those_of_torch(case, tmp_path):
+    """Of every family, with every scaling: texts that fill the original context, and longer ones."""
+    import torch
+    import transformers
+
+    for number, scaling in enumerate(SCALINGS):
+        settings = json.loads((FIXTURES / case / "config.json").read_text())
+        pairs = len(Checkpoint.open(FIXTURES / case).config.layers[-1].frequencies)
+        if settings["model_type"] == "phi3" and scaling["rope_type"] != "longrope":
+            continue  # its config knows no other
+        folder = copy(case, tmp_path / str(number), lambda s, scaling=scaling, pairs=pairs: scaled(s, scaling, pairs))
+        theirs = transformers.AutoConfig.from_pretrained(folder)
+        rotary = transformers.AutoModelForCausalLM.from_config(theirs).base_model.rotary_emb
+        types = getattr(theirs, "layer_types", None) if "full_attention" in theirs.rope_parameters else None
+        for index, layer in enumerate(Checkpoint.open(folder).config.layers):
+            for length in (32, 33, 64):
+                kind = {"layer_type": types[index]} if types else {}
+                cos, sin = rotary(torch.zeros(1), torch.arange(length)[None], **kind)
+                is_long = layer.long_frequencies and length > layer.long_after
+                ours = np.array(layer.long_frequencies if is_long else layer.frequencies)
+                angles = np.arange(length)[:, None] * np.concatenate([ours, ours])
+                for turned, expected in ((np.cos(angles), cos), (np.sin(angles), sin)):
+                    error = f"{scaling} {length}"
+                    np.testing.assert_allclose(layer.rotary_scale * turned, expected[0], atol=2e-5, err_msg=error)
+
+
+def test_the_length_of_a_text_chooses_the_frequencies():
+    """And not that of the row that it is computed in, nor the other texts; generation may not change it."""
+    lm, reference = gsae_jax.load_lm(FIXTURES / "qwen2_longrope"), expected("qwen2_longrope")
+    tokens, logits = reference["tokens"], reference["logits"]
+    assert lm.config.lengths == {8}
+    short = tokens[1:2, make.LEFT :]
+    np.testing.assert_allclose(lm.logits(short), logits[1:2, make.LEFT :], atol=1e-4)
+    padded, mask = np.pad(short, ((0, 0), (0, 4))), np.arange(12)[None] < 8
+    ours = [lm.logits(padded, mask), lm.run(padded, lambda site, x: None, mask)]
+    ours.append(jax.jit(lambda *inputs: lm.run(inputs[0], lambda site, x: None, inputs[1]))(padded, mask))
+    for each in ours:
+        np.testing.assert_allclose(each[:, :8], logits[1:2, make.LEFT :], atol=1e-4)
+    np.testing.assert_allclose(lm.logits(tokens[2:, : -make.RIGHT]), logits[2:, : -make.RIGHT], atol=1e-4)
+    assert np.abs(lm.logits(tokens[:1, :8]) - logits[:1, :8]).max() > 0.1
+    with refused("max_new_tokens", "is 5", "8 tokens", "longrope"):
+        lm.generate(["w4 w5 w6", "w4"], max_new_tokens=5)
+    assert lm.generate(["w4 w5 w6", "w4"], max_new_tokens=4)
+
+
+def test_dynamic_scaling_changes_no_text_within_the_context(tmp_path):
+    folder = copy("mistral", tmp_path, with_rope("dynamic", factor=2.0))
+    assert Checkpoint.open(folder).config == Checkpoint.open(FIXTURES / "mistral").config
+    with refused("tokens", "65 positions", "has 64"):
+        gsae_jax.load_lm(folder).logits(np.zeros((1, 65), int))
+
+
 def test_the_original_gpt2_layout(tmp_path):
     """No prefix, and the causal mask among the weights."""
 
@@ -219,8 +303,11 @@ def with_rope(kind, **more):
 @pytest.mark.parametrize(
     ("case", "settings", "facts"),
     [
-        ("llama_2", with_rope("yarn", factor=2.0), ("rope scaling 'yarn'", "not supported", "known: default")),
-        ("llama_2", with_rope("dynamic", factor=2.0), ("rope scaling 'dynamic'", "not supported")),
+        ("llama_2", with_rope("other", factor=2.0), ("rope scaling 'other'", "not supported", "known: default")),
+        ("llama_2", with_rope("yarn", factor=2.0, attention_factor=-1.0), ("attention_factor = -1.0", "positive")),
+        ("llama_3", with_rope("llama3", original_max_position_embeddings=0), ("original_max_position_embeddings = 0",)),
+        ("qwen2_longrope", with_rope("longrope", long_factor=[1.0]), ("long_factor = [1.0]", "4 positive numbers")),
+        ("qwen2_longrope", with_rope("longrope", short_factor=[-1.0] * 4), ("short_factor", "4 positive numbers")),
         ("llama_2", lambda s: s | {"hidden_act": "xielu"}, ("activation 'xielu'", "not supported")),
         ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, ("quantised with",)),
         ("llama_2", lambda s: s | {"num_attention_heads": 5}, ("not valid", "not a multiple")),
@@ -359,7 +446,7 @@ def test_logit_effects(case):
         lm.logit_effects(np.zeros(c.d_model + 1))
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "qwen3"])
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "qwen3", "llama_yarn"])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_generation_with_a_cache_is_generation_without(case, temperature):
     """Each new token is the one that a whole forward pass over all tokens before it gives, under the same tap."""

@@ -36,14 +36,9 @@ def config(settings: Mapping[str, Any]) -> Config:
     by_type = hf.model_type == "gemma3_text"
     if by_type and hf.attn_logit_softcapping:
         raise ValueError("has attn_logit_softcapping, which is not supported (Gemma 3 models have none)")
-    frequencies = {
-        layer_type: hugging_face.frequencies(
-            hf.rope_parameters[layer_type] if by_type else hf.rope_parameters, hf.head_dim
-        )
-        for layer_type in set(types)
-    }
+    rotary = {kind: hugging_face.rotary(hf, hf.head_dim, layer_type=kind if by_type else None) for kind in set(types)}
     return Config(
-        layers=tuple(Layer(scale, hugging_face.window(hf, kind), frequencies[kind]) for kind in types),
+        layers=tuple(Layer(scale, hugging_face.window(hf, kind), **rotary[kind]) for kind in types),
         d_model=hf.hidden_size,
         n_heads=hf.num_attention_heads,
         n_key_value_heads=hf.num_key_value_heads,

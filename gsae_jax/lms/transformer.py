@@ -51,11 +51,17 @@ class Layer:
         window: tokens that a token sees, itself included; 0 = all before it.
         frequencies: radians per position by which pairs of the first 2 * len(frequencies) dimensions of each query
             and key are turned; () = no rotary positions.
+        rotary_scale: what the turned dimensions are multiplied by.
+        long_frequencies: the frequencies in texts of more than `long_after` tokens (longrope); () = `frequencies`.
+        long_after: see there.
     """
 
     attention_scale: float
     window: int = 0
     frequencies: tuple[float, ...] = ()
+    rotary_scale: float = 1.0
+    long_frequencies: tuple[float, ...] = ()
+    long_after: int = 0
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers that no model can have."""
@@ -124,6 +130,11 @@ class Config:
         """How many blocks."""
         return len(self.layers)
 
+    @property
+    def lengths(self) -> set[int]:
+        """Numbers of tokens after which a text has other rotary frequencies."""
+        return {layer.long_after for layer in self.layers if layer.long_frequencies}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -145,6 +156,7 @@ class Call:
     Attributes:
         layer: its settings.
         positions_BxT: of the tokens; B is 1 without padding.
+        lengths_B: tokens of each text without padding, those to come included; B is 1 without padding.
         mask_BxT: False at padding, or None.
         tap: called with the site's name within the block, and its activations.
         cache: where keys and values are kept for later calls; None: they are not.
@@ -152,6 +164,7 @@ class Call:
 
     layer: Layer
     positions_BxT: jax.Array
+    lengths_B: jax.Array
     mask_BxT: jax.Array | None
     tap: Tap
     cache: Cache | None = None
@@ -205,7 +218,7 @@ class Attention(Part):
                 Norm(c, self.mesh, name=name)(y) for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
             )
         if layer.frequencies:
-            q_BxTxHxK, k_BxTxGxK = (rotate(y, call.positions_BxT, layer.frequencies) for y in (q_BxTxHxK, k_BxTxGxK))
+            q_BxTxHxK, k_BxTxGxK = (rotate(y, call) for y in (q_BxTxHxK, k_BxTxGxK))
         window, scale, softcap = layer.window, layer.attention_scale, c.attention_softcap
         if call.cache is None:
             z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh)
@@ -307,6 +320,7 @@ class Model(nn.Module):
         c, tap, T = self.config, checked(tap), tokens_BxT.shape[1]
         mask = mask_BxT if cache is None else cache.mask_BxS
         positions_BxT = jnp.arange(T)[None] if mask is None else jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        lengths_B = jnp.full(1, T) if mask is None else mask.sum(1)
         if cache is not None:
             positions_BxT = jax.lax.dynamic_slice_in_dim(positions_BxT, cache.first, T, axis=1)
         x = partition.lookup(self.W_E, tokens_BxT, self.mesh)
@@ -314,7 +328,8 @@ class Model(nn.Module):
         if c.learned_positions:
             x += partition.gathered("W_pos", self.W_pos, self.mesh)[positions_BxT]
         for number, (block, layer) in enumerate(zip(self.blocks, c.layers, strict=True)):
-            x = block(x, Call(layer, positions_BxT, mask_BxT, _prefixed(tap, f"blocks.{number}."), cache))
+            own_tap = _prefixed(tap, f"blocks.{number}.")
+            x = block(x, Call(layer, positions_BxT, lengths_B, mask_BxT, own_tap, cache))
         return x
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -332,11 +347,15 @@ class Model(nn.Module):
         return self.logits(self.hidden(tokens_BxT, tap, mask_BxT))
 
 
-def rotate(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, frequencies: tuple[float, ...]) -> jax.Array:
+def rotate(x_BxTxHxK: jax.Array, call: Call) -> jax.Array:
     """Rotary positions: dimensions i and i + R of the first 2R are turned by positions * frequencies[i]."""
-    R = len(frequencies)
-    angles = positions_BxT[..., None, None] * jnp.array(frequencies, jnp.float32)[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    layer, R = call.layer, len(call.layer.frequencies)
+    frequencies = jnp.array(layer.frequencies, jnp.float32)[None, None, None]
+    if layer.long_frequencies:
+        is_long = call.lengths_B[:, None, None, None] > layer.long_after
+        frequencies = jnp.where(is_long, jnp.array(layer.long_frequencies, jnp.float32)[None, None, None], frequencies)
+    angles = call.positions_BxT[..., None, None] * frequencies
+    cos, sin = layer.rotary_scale * jnp.cos(angles), layer.rotary_scale * jnp.sin(angles)
     a, b, rest = jnp.split(x_BxTxHxK, (R, 2 * R), axis=-1)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     turned = (a * cos - b * sin, b * cos + a * sin)
