@@ -30,9 +30,10 @@ def check(lm, expected, atol=1e-4):
     assert not mask[2, -1]
     ours = lm.activations(expected["tokens"], lm.sites, mask) | {"logits": lm.logits(expected["tokens"], mask)}
     # The references do not store what the MLP reads.
-    expected = expected | {
-        f"blocks.{n}.ln2.hook_normalized": normalized(lm, n, expected) for n in range(lm.config.n_layers)
-    }
+    if lm.config.norm_before:
+        expected = expected | {
+            f"blocks.{n}.ln2.hook_normalized": normalized(lm, n, expected) for n in range(lm.config.n_layers)
+        }
     assert set(ours) == set(expected) - {"tokens", "mask"}
     for name, x in ours.items():
         np.testing.assert_allclose(np.asarray(x)[mask], expected[name][mask], atol=atol, rtol=1e-4, err_msg=name)
@@ -106,6 +107,10 @@ def test_the_older_spellings_of_a_config_mean_the_same(tmp_path):
     def older(case):
         def settings(s):
             rope = s.pop("rope_parameters")
+            if case == "olmo3":
+                s["rope_theta"] = rope["full_attention"].pop("rope_theta")
+                s["rope_scaling"] = rope["full_attention"]
+                return s
             if case == "gemma3":
                 s["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
                 s["rope_theta"] = rope["full_attention"].pop("rope_theta")
@@ -115,6 +120,7 @@ def test_the_older_spellings_of_a_config_mean_the_same(tmp_path):
             if case.startswith("gpt_neox"):
                 return s | {"rotary_emb_base": theta, "rotary_pct": part}
             kind = rope.pop("rope_type")
+            s |= {"partial_rotary_factor": part} if part else {}
             return s | {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope | {"type": kind}}
 
         return settings
@@ -393,6 +399,20 @@ def test_a_foreign_bias_is_not_taken_for_a_mask(tmp_path):
         gsae_jax.load_lm(copy("gpt2", tmp_path, tensors=tensors))
 
 
+def test_a_tensor_of_several_parameters_has_the_rows_of_all(tmp_path):
+    """As Phi-3's of queries, keys and values: 4 heads and twice 2 of 12 dimensions."""
+
+    def tensors(t):
+        name = "model.layers.1.self_attn.qkv_proj.weight"
+        return t | {name: t[name][:-12].copy()}
+
+    with refused("path", "qkv_proj.weight has shape [84, 48], not [96, 48]"):
+        gsae_jax.load_lm(copy("phi3", tmp_path, tensors=tensors))
+    mesh = on_mesh(2, 4)
+    check(gsae_jax.load_lm(FIXTURES / "phi3", mesh=mesh), expected("phi3"))
+    check(gsae_jax.load_lm(FIXTURES / "olmo2", mesh=mesh), expected("olmo2"))
+
+
 def test_bad_calls():
     with refused("dtype", "'int8'", "'float32' or 'bfloat16'"):
         gsae_jax.load_lm(dtype="int8")
@@ -410,7 +430,7 @@ def test_the_docs_table_lists_the_model_types():
             assert re.search(rf"`{model_type}`", table), model_type
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama_2"])
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama_2", "olmo2"])
 def test_logit_effects(case):
     """Against float64 from the stored weights, and against finite differences of the model's own logits."""
     lm, stored = gsae_jax.load_lm(FIXTURES / case), expected(case)
@@ -446,12 +466,14 @@ def test_logit_effects(case):
         lm.logit_effects(np.zeros(c.d_model + 1))
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "qwen3", "llama_yarn"])
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "qwen3", "llama_yarn", "olmo3", "phi3"])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_generation_with_a_cache_is_generation_without(case, temperature):
     """Each new token is the one that a whole forward pass over all tokens before it gives, under the same tap."""
     lm, new = gsae_jax.load_lm(FIXTURES / case), 9
     texts = ["w4 w17 w9 w30 w8", "w11", "w5 w6 w7"]
+    if lm.config.lengths:  # prompts are to be long ones already
+        texts = [text + " w9 w8 w4 w12 w13 w5 w6 w20" for text in texts]
     site = "blocks.1.hook_resid_pre"
 
     def tap(name, x):

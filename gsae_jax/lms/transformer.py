@@ -1,7 +1,8 @@
 """The decoder-only transformer that every family is a setting of, with TransformerLens' names for parameters and sites.
 
-Per block, sequential: x += attn(ln1(x)); x += mlp(ln2(x)). Parallel: x += attn(ln1(x)) + mlp(ln2(x)); there
-`hook_resid_mid` is the stream between the two additions, which the MLP does not read (TransformerLens has none).
+Per block, sequential: x += attn(ln1(x)); x += mlp(ln2(x)). Norms may also follow attention and MLP, or follow only.
+Parallel: x += attn(ln1(x)) + mlp(ln2(x)); there `hook_resid_mid` is the stream between the two additions, which the MLP
+does not read (TransformerLens has none).
 
 Shape suffixes: B batch, T tokens, D d_model, H heads, G key-value heads, K d_head, M d_mlp, V vocabulary.
 """
@@ -78,10 +79,12 @@ class Config:
         n_ctx: the longest text, in tokens.
         normalization: LayerNorm with bias, or RMSNorm.
         norm_offset: RMSNorm multiplies by `norm_offset + w` (Gemma: 1).
-        norm_after: also normalise what attention and MLP return (Gemma 2 and 3).
+        norm_before: normalise what attention and MLP read.
+        norm_after: normalise what attention and MLP return (Gemma 2 and 3, OLMo).
         parallel: attention and MLP read the same stream (Pythia).
         gated_mlp: activation(x @ W_gate) * (x @ W_in) instead of activation(x @ W_in).
         qk_norm: RMSNorm of every query and key head (Qwen 3, Gemma 3).
+        qk_norm_whole: of all heads of a token together instead (OLMo).
         learned_positions: an embedding of each position is added to the tokens'.
         tied: the unembedding is the transposed embedding.
         embedding_scale: what embeddings are multiplied by (Gemma).
@@ -100,10 +103,12 @@ class Config:
     norm_eps: float
     normalization: Literal["LN", "RMS"] = "RMS"
     norm_offset: float = 0.0
+    norm_before: bool = True
     norm_after: bool = False
     parallel: bool = False
     gated_mlp: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
@@ -215,7 +220,8 @@ class Attention(Part):
         q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = project("Q", H), project("K", G), project("V", G)
         if c.qk_norm:
             q_BxTxHxK, k_BxTxGxK = (
-                Norm(c, self.mesh, name=name)(y) for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
+                Norm(c, self.mesh, name=name)(y.reshape(*x.shape[:2], -1) if c.qk_norm_whole else y).reshape(y.shape)
+                for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
             )
         if layer.frequencies:
             q_BxTxHxK, k_BxTxGxK = (rotate(y, call) for y in (q_BxTxHxK, k_BxTxGxK))
@@ -257,7 +263,7 @@ class MLP(Part):
 
 
 class Block(Part):
-    """Attention and MLP, each normalised before (and in some families after) and added to the stream."""
+    """Attention and MLP, each normalised before or after or both, and added to the stream."""
 
     @nn.compact
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
@@ -268,10 +274,12 @@ class Block(Part):
             return Norm(c, mesh, name=name)(x) if present else x
 
         x = tap("hook_resid_pre", x)
-        attention = Attention(c, mesh, name="attn")(norm("ln1", x), call)
+        attention = Attention(c, mesh, name="attn")(norm("ln1", x, c.norm_before), call)
         attention = tap("hook_attn_out", norm("ln1_post", attention, c.norm_after))
         mid = tap("hook_resid_mid", x + attention)
-        mlp_input = tap("ln2.hook_normalized", norm("ln2", x if c.parallel else mid))
+        mlp_input = x if c.parallel else mid
+        if c.norm_before:
+            mlp_input = tap("ln2.hook_normalized", norm("ln2", mlp_input))
         mlp = MLP(c, mesh, name="mlp")(mlp_input, call)
         mlp = tap("hook_mlp_out", norm("ln2_post", mlp, c.norm_after))
         return tap("hook_resid_post", partition.rows(mid + mlp, mesh))

@@ -171,7 +171,7 @@ def match(
     sources: dict[str, Any] = {}
     faults, used = list(tensors.faults), set()
     for path, leaf in whole.items():
-        name, pattern, index = _source(table, path, len(leaf.shape))
+        name, pattern, part = _source(table, path, len(leaf.shape))
         unembedding = table["unembed.W_U"][0] if tied and path == ("embed.W_E",) else name
         present = [each for each in (name, unembedding) if each in actual]
         used |= set(present)
@@ -182,11 +182,15 @@ def match(
             faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
         source = min((actual[each] for each in present), key=tensors.fineness)
         shape, sizes = _layout(pattern, leaf.shape)
+        if isinstance(part, tuple):  # several parameters are the rows of one tensor
+            rows = [_layout(pattern, whole[*path[:-1], each].shape)[0][0] for each in part]
+            first = sum(rows[: part.index(path[-1])])
+            part, shape = slice(first, first + shape[0]), (sum(rows), *shape[1:])
         stored = tensors.shape(source)
         if stored != shape:
             faults.append(f"{source} has shape {list(stored)}, not {list(shape)}")
         elif path in wanted:
-            sources.setdefault(source, {})[path] = partial(_view, pattern=pattern, sizes=sizes, index=index)
+            sources.setdefault(source, {})[path] = partial(_view, pattern=pattern, sizes=sizes, part=part)
     expected = {name for short, name in actual.items() if short in used or re.search(ignored, short)}
     faults += [f"{name} is not of this model" for name in sorted(tensors.names - expected)]
     faults += [
@@ -197,16 +201,20 @@ def match(
     return sources, faults
 
 
-def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, int | None]:
-    """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout."""
+def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, Any]:
+    """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout.
+
+    The part is None for a whole tensor, an index of the first axis of the layout's result, or the names of all
+    parameters that are the rows of this tensor, in their order.
+    """
     name = ".".join(path)
     layer = re.match(r"blocks\.(\d+)\.", name)
     key = f"blocks.{{}}.{name[layer.end() :]}" if layer else name
     if key not in table:
         axes = " ".join("abcd"[:ndim])
         return name, f"{axes} -> {axes}", None
-    source, pattern, *index = table[key]
-    return source.format(layer[1]) if layer else source, pattern, index[0] if index else None
+    source, pattern, *part = table[key]
+    return source.format(layer[1]) if layer else source, pattern, part[0] if part else None
 
 
 def _layout(pattern: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, int]]:
@@ -219,9 +227,9 @@ def _layout(pattern: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict
     return theirs, {axis: size for axis, size in sizes.items() if axis in axes}
 
 
-def _view(value: np.ndarray, pattern: str, sizes: dict[str, int], index: int | None) -> np.ndarray:
-    ours = einops.rearrange(value, pattern, **sizes)
-    return ours if index is None else ours[index]
+def _view(value: np.ndarray, pattern: str, sizes: dict[str, int], part: int | slice | None) -> np.ndarray:
+    ours = einops.rearrange(value[part] if isinstance(part, slice) else value, pattern, **sizes)
+    return ours[part] if isinstance(part, int) else ours
 
 
 def place(value: np.ndarray, dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
