@@ -277,8 +277,10 @@ def quantised(*names):
         (quantised("a.weight_scale"), ("quantised with compressed-tensors or FP8",)),
         (edit_config(model_type=None, n_layers=None), ("config.json", "no model_type")),
         (edit_config(model_type="gpt-2"), ("'gpt-2'", "not supported", "did you mean 'gpt2'")),
-        (edit_config(model_type="gemma3", text_config={"model_type": "gemma3_text"}), ("of type 'gemma3_text', is",)),
-        (edit_config(model_type="gemma3", text_config={}), ("of type 'gemma3_text', is",)),
+        (
+            edit_config(model_type="shieldgemma2", text_config={"model_type": "gemma3_text"}),
+            ("of type 'gemma3_text', is",),
+        ),
         (edit_config(model_type="llava", text_config={"model_type": "llama"}), ("of type 'llama', is",)),
     ],
 )

@@ -21,13 +21,17 @@ MODEL_TYPES = {
 }
 
 
-def config(settings: Mapping[str, Any]) -> Config:
+def config(settings: Mapping[str, Any], required: tuple[str, ...] = (*hugging_face.SIZES, "head_dim")) -> Config:
     """The model that a `config.json` describes.
+
+    Args:
+        settings: the JSON.
+        required: fields that must be there.
 
     Raises:
         ValueError: fields are missing, or ask for a feature that we lack.
     """
-    hf = hugging_face.read(settings, (*hugging_face.SIZES, "head_dim"), use_bidirectional_attention=False)
+    hf = hugging_face.read(settings, required, use_bidirectional_attention=False)
     first = hf.model_type == "gemma"
     if not first and hf.query_pre_attn_scalar <= 0:
         raise ValueError(f"has query_pre_attn_scalar = {hf.query_pre_attn_scalar}; it must be positive")

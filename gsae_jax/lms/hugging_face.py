@@ -12,6 +12,7 @@ from gsae_jax.errors import known_names
 from gsae_jax.lms.transformer import ACTIVATIONS, check_size
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+QUANTISATION = ("quantization_config", "quantization")  # the second is MLX's
 UNQUANTISED = "quantised weights are not supported: load the unquantised checkpoint"
 
 
@@ -31,8 +32,7 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
         raise ValueError(f"lacks {', '.join(missing)}")
     for name in required:
         check_size(name, settings[name])
-    quantised = settings.get("quantization_config") or settings.get("quantization")  # the second is MLX's
-    if quantised:
+    if quantised := next((settings[name] for name in QUANTISATION if settings.get(name)), None):
         method = quantised.get("quant_method") or ("MLX" if "quantization" in settings else "no named method")
         raise ValueError(f"describes weights quantised with {method!r}; {UNQUANTISED}")
     verbosity = transformers.logging.get_verbosity()

@@ -148,7 +148,7 @@ def match(
     wanted: Mapping[ParamPath, Any],
     whole: Mapping[ParamPath, Any],
     table: Mapping[str, tuple],
-    prefix: str,
+    prefix: str | tuple[str, ...],
     ignored: str,
     tied: bool,
 ) -> tuple[dict[str, dict[ParamPath, Any]], list[str]]:
@@ -159,15 +159,17 @@ def match(
         wanted: the shape of each parameter that is to be loaded, by path.
         whole: of each that the checkpoint must have.
         table: the family's names and layouts of them.
-        prefix: what the checkpoint's names may begin with.
+        prefix: what the checkpoint's names may begin with; of several that fit, the first one counts.
         ignored: a regular expression for tensors that are no parameters.
         tied: the embedding may have the unembedding's name.
 
     Returns:
         {tensor: {path: a function from the tensor to the parameter}} and everything that does not fit.
     """
-    actual = {name.removeprefix(prefix): name for name in sorted(tensors.names)}
-    prefix = prefix if any(name.startswith(prefix) for name in tensors.names) else ""
+    known = (prefix,) if isinstance(prefix, str) else prefix
+    prefixes = {name: next((each for each in known if name.startswith(each)), "") for name in sorted(tensors.names)}
+    actual = {name.removeprefix(its_prefix): name for name, its_prefix in prefixes.items()}
+    prefix = next((each for each in known if each in prefixes.values()), "")
     sources: dict[str, Any] = {}
     faults, used = list(tensors.faults), set()
     for path, leaf in whole.items():
