@@ -44,7 +44,8 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
     finally:
         transformers.logging.set_verbosity(verbosity)
     for name in required:
-        check_size(name, getattr(config, name))  # it may have another spelling too, which wins
+        if not (name == "head_dim" and config.is_heterogeneous):  # Gemma 4 has it by layer
+            check_size(name, getattr(config, name))  # it may have another spelling too, which wins
     for field, ours in ({"is_causal": True} | lacking).items():
         value = getattr(config, field, None)
         if value is not None and value != ours:
@@ -89,6 +90,7 @@ def rotary(config: Any, head_dim: int, part: float = 1.0, layer_type: str | None
       to `beta_slow` times in the original context. It multiplies turned queries and keys by a factor.
     - `longrope` divides each frequency by its own factor, of which there is one for texts within the original context
       and one for longer texts. It multiplies as well.
+    - `proportional` turns the first `partial_rotary_factor` of all pairs, and keeps the others (Gemma 4).
     - `dynamic` changes frequencies of texts longer than `max_position_embeddings` only, which a model here refuses.
 
     Args:
@@ -101,10 +103,10 @@ def rotary(config: Any, head_dim: int, part: float = 1.0, layer_type: str | None
         ValueError: a kind of scaling we lack, or numbers that it cannot have.
     """
     rope = dict(config.rope_parameters[layer_type] if layer_type else config.rope_parameters)
-    if rope.get("partial_rotary_factor", part) != part:
+    kind: str = rope.get("rope_type", "default")
+    if kind != "proportional" and rope.get("partial_rotary_factor", part) != part:
         raise ValueError(f"has partial_rotary_factor = {rope['partial_rotary_factor']}, which is not supported here")
     check_size("head_dim", head_dim)
-    kind: str = rope.get("rope_type", "default")
     context: Any = rope.get("original_max_position_embeddings")
     if kind in ("yarn", "longrope") and rope.get("factor") is None:
         rope["factor"] = config.max_position_embeddings / context
@@ -135,8 +137,11 @@ def rotary(config: Any, head_dim: int, part: float = 1.0, layer_type: str | None
         more = {"long_frequencies": tuple(map(float, long)), "long_after": context}
         scale = math.sqrt(1 + math.log(rope["factor"]) / math.log(context)) if rope["factor"] > 1 else 1.0
         more["rotary_scale"] = _attention_factor(rope, scale)
+    elif kind == "proportional":
+        turned = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+        inverse = np.where(np.arange(len(base)) < turned, inverse, 0) / rope.get("factor", 1.0)
     elif kind not in ("default", "dynamic"):
-        known = "default, linear, llama3, yarn, longrope, dynamic"
+        known = "default, linear, llama3, yarn, longrope, dynamic, proportional"
         raise ValueError(f"has rope scaling {kind!r}, which is not supported; known: {known}")
     return {"frequencies": tuple(map(float, inverse)), **more}
 

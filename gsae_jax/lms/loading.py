@@ -240,7 +240,8 @@ class LM:
         By default it is `(d * w) @ W_U`. d is the direction, minus its mean if the last norm is a LayerNorm. w is the
         gain of this norm (1 + w in Gemma). W_U is the unembedding (the transposed embedding if they are tied). The
         norm's division, a soft-cap of the logits and biases are left out. The division would scale all effects equally.
-        The soft-cap would keep their signs but not their sizes.
+        The soft-cap would keep their signs but not their sizes. In Gemma 4, the numbers that blocks multiply the stream
+        by are included, and what they add for each token is left out.
 
         With `at`, it is the exact derivative of the logits along d, if the residual stream after the last block is
         `at`. It includes the norm's division and the soft-cap.

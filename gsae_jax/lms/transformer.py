@@ -55,6 +55,9 @@ class Layer:
         rotary_scale: what the turned dimensions are multiplied by.
         long_frequencies: the frequencies in texts of more than `long_after` tokens (longrope); () = `frequencies`.
         long_after: see there.
+        d_head, n_key_value_heads, d_mlp: instead of those that `Config` says; 0 = as it says.
+        values_are_keys: values are the keys before their norm and rotation, or before the norm of values (Gemma 4).
+        keys_from: the block whose keys and values are read; None: the layer's own (Gemma 4).
     """
 
     attention_scale: float
@@ -63,6 +66,11 @@ class Layer:
     rotary_scale: float = 1.0
     long_frequencies: tuple[float, ...] = ()
     long_after: int = 0
+    d_head: int = 0
+    n_key_value_heads: int = 0
+    d_mlp: int = 0
+    values_are_keys: bool = False
+    keys_from: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers that no model can have."""
@@ -80,15 +88,18 @@ class Config:
         normalization: LayerNorm with bias, or RMSNorm.
         norm_offset: RMSNorm multiplies by `norm_offset + w` (Gemma: 1).
         norm_before: normalise what attention and MLP read.
-        norm_after: normalise what attention and MLP return (Gemma 2 and 3, OLMo).
+        norm_after: normalise what attention and MLP return (Gemma 2, 3 and 4, OLMo).
         parallel: attention and MLP read the same stream (Pythia).
         gated_mlp: activation(x @ W_gate) * (x @ W_in) instead of activation(x @ W_in).
-        qk_norm: RMSNorm of every query and key head (Qwen 3, Gemma 3).
+        qk_norm: RMSNorm of every query and key head (Qwen 3, Gemma 3 and 4).
         qk_norm_whole: of all heads of a token together instead (OLMo).
         learned_positions: an embedding of each position is added to the tokens'.
         tied: the unembedding is the transposed embedding.
         embedding_scale: what embeddings are multiplied by (Gemma).
         attention_softcap, logit_softcap: c * tanh(x / c) on scores and logits; 0 = none (Gemma 2).
+        v_norm: RMSNorm of every value head, without weights (Gemma 4).
+        d_per_layer: width of what each block adds to the stream for the token itself; 0 = none (Gemma 4).
+        block_scale: each block multiplies the stream that leaves it by a number (Gemma 4).
     """
 
     layers: tuple[Layer, ...]
@@ -118,6 +129,9 @@ class Config:
     embedding_scale: float = 1.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    v_norm: bool = False
+    d_per_layer: int = 0
+    block_scale: bool = False
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for sizes that no model can have."""
@@ -125,10 +139,9 @@ class Config:
             check_size(name, getattr(self, name))
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"gives {self.norm_eps} as the epsilon of its norms; it must be positive")
-        if self.n_heads % self.n_key_value_heads:
-            raise ValueError(
-                f"gives {self.n_heads} attention heads, not a multiple of its {self.n_key_value_heads} key-value heads"
-            )
+        for heads in {self.n_key_value_heads, *(layer.n_key_value_heads for layer in self.layers)} - {0}:
+            if self.n_heads % heads:
+                raise ValueError(f"gives {self.n_heads} attention heads, not a multiple of its {heads} key-value heads")
 
     @property
     def n_layers(self) -> int:
@@ -165,6 +178,10 @@ class Call:
         mask_BxT: False at padding, or None.
         tap: called with the site's name within the block, and its activations.
         cache: where keys and values are kept for later calls; None: they are not.
+        number: of the block.
+        tokens_BxT: token ids.
+        embedded_BxTxD: the stream that enters the first block.
+        read: the keys and values that earlier blocks read, by their numbers; the block adds its own.
     """
 
     layer: Layer
@@ -172,7 +189,11 @@ class Call:
     lengths_B: jax.Array
     mask_BxT: jax.Array | None
     tap: Tap
-    cache: Cache | None = None
+    cache: Cache | None
+    number: int
+    tokens_BxT: jax.Array
+    embedded_BxTxD: jax.Array
+    read: dict[int, tuple[jax.Array, jax.Array]]
 
 
 class Part(nn.Module):
@@ -189,16 +210,19 @@ class Part(nn.Module):
 class Norm(Part):
     """LayerNorm or RMSNorm over the last axis, in float32 whatever the dtype of the stream."""
 
+    has_weights: bool = True
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         c, axes = self.config, tuple(range(x.ndim - 1))
-        w = self.weight("w", zeros if c.norm_offset else ones, x.shape[-1]).astype(jnp.float32) + c.norm_offset
         y = x.astype(jnp.float32)
         if c.normalization == "LN":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + c.norm_eps)
-        y *= jnp.expand_dims(w, axes)
+        if self.has_weights:
+            w = self.weight("w", zeros if c.norm_offset else ones, x.shape[-1]).astype(jnp.float32) + c.norm_offset
+            y *= jnp.expand_dims(w, axes)
         if c.normalization == "LN":
             y += jnp.expand_dims(self.weight("b", zeros, x.shape[-1]).astype(jnp.float32), axes)
         return y.astype(x.dtype)
@@ -211,26 +235,36 @@ class Attention(Part):
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c, layer = self.config, call.layer
-        H, G, D, K = c.n_heads, c.n_key_value_heads, c.d_model, c.d_head
+        H, D, K, G = c.n_heads, c.d_model, layer.d_head or c.d_head, layer.n_key_value_heads or c.n_key_value_heads
 
         def project(name: str, heads: int) -> jax.Array:
             y = jnp.einsum("btd,hdk->bthk", x, self.weight(f"W_{name}", normal(D**-0.5), heads, D, K))
             return y + self.weight(f"b_{name}", zeros, heads, K)[None, None] if c.qkv_bias else y
 
-        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = project("Q", H), project("K", G), project("V", G)
-        if c.qk_norm:
-            q_BxTxHxK, k_BxTxGxK = (
-                Norm(c, self.mesh, name=name)(y.reshape(*x.shape[:2], -1) if c.qk_norm_whole else y).reshape(y.shape)
-                for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
-            )
-        if layer.frequencies:
-            q_BxTxHxK, k_BxTxGxK = (rotate(y, call) for y in (q_BxTxHxK, k_BxTxGxK))
+        def placed(name: str, y: jax.Array) -> jax.Array:
+            if c.qk_norm:
+                whole = y.reshape(*x.shape[:2], -1) if c.qk_norm_whole else y
+                y = Norm(c, self.mesh, name=name)(whole).reshape(y.shape)
+            return rotate(y, call) if layer.frequencies else y
+
+        q_BxTxHxK = placed("q_norm", project("Q", H))
+        if layer.keys_from is None:
+            k_BxTxGxK = project("K", G)
+            v_BxTxGxK = k_BxTxGxK if layer.values_are_keys else project("V", G)
+            k_BxTxGxK = placed("k_norm", k_BxTxGxK)
+            if c.v_norm:
+                v_BxTxGxK = Norm(c, self.mesh, has_weights=False, name="v_norm")(v_BxTxGxK)
+            if call.cache is not None:
+                k_BxTxGxK, v_BxTxGxK = self._kept("k", k_BxTxGxK, call.cache), self._kept("v", v_BxTxGxK, call.cache)
+            call.read[call.number] = k_BxTxGxK, v_BxTxGxK
+        else:
+            k_BxTxGxK, v_BxTxGxK = call.read[layer.keys_from]
         window, scale, softcap = layer.window, layer.attention_scale, c.attention_softcap
         if call.cache is None:
             z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh)
         else:
-            kept = self._kept("k", k_BxTxGxK, call.cache), self._kept("v", v_BxTxGxK, call.cache)
-            z = attend_kept(q_BxTxHxK, *kept, call.cache.first, call.cache.mask_BxS, window, scale, softcap)
+            places = call.cache.first, call.cache.mask_BxS
+            z = attend_kept(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *places, window, scale, softcap)
         z = z.reshape(*x.shape[:2], H * K)
         W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
         out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
@@ -251,7 +285,7 @@ class MLP(Part):
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c = self.config
-        D, M, activation = c.d_model, c.d_mlp, ACTIVATIONS[c.activation]
+        D, M, activation = c.d_model, call.layer.d_mlp or c.d_mlp, ACTIVATIONS[c.activation]
 
         def affine(x: jax.Array, suffix: str, std: float, *shape: int) -> jax.Array:
             y = x @ self.weight(f"W_{suffix}", normal(std), *shape)
@@ -260,6 +294,23 @@ class MLP(Part):
         y = affine(x, "in", D**-0.5, D, M)
         y = activation(affine(x, "gate", D**-0.5, D, M)) * y if c.gated_mlp else activation(y)
         return affine(call.tap("mlp.hook_post", y), "out", (M * 2 * c.n_layers) ** -0.5, M, D)
+
+
+class PerToken(Part):
+    """What Gemma 4 adds to the stream for the token itself, after its MLP: a gate, which the stream opens, times an
+    embedding of the token that the block has for itself and a projection of the model's."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c, mesh = self.config, self.mesh
+        D, P = c.d_model, c.d_per_layer
+        W_E = self.param("W_E", normal(0.5 * P**-0.5), (c.d_vocab, P))
+        own = partition.lookup(W_E, call.tokens_BxT, mesh) * jnp.asarray(P**0.5, x.dtype)
+        context = call.embedded_BxTxD @ self.weight("W_context", normal(D**-0.5), D, P) * D**-0.5
+        value = (Norm(c, mesh, name="norm")(context) + own) * 0.5**0.5
+        gate = ACTIVATIONS[c.activation](x @ self.weight("W_gate", normal(D**-0.5), D, P))
+        return (gate * value) @ self.weight("W_out", normal((P * 2 * c.n_layers) ** -0.5), P, D)
 
 
 class Block(Part):
@@ -282,7 +333,12 @@ class Block(Part):
             mlp_input = tap("ln2.hook_normalized", norm("ln2", mlp_input))
         mlp = MLP(c, mesh, name="mlp")(mlp_input, call)
         mlp = tap("hook_mlp_out", norm("ln2_post", mlp, c.norm_after))
-        return tap("hook_resid_post", partition.rows(mid + mlp, mesh))
+        x = mid + mlp
+        if c.d_per_layer:
+            x += norm("token_post", PerToken(c, mesh, name="token")(x, call))
+        if c.block_scale:
+            x *= self.weight("scale", ones, 1)[None, None]
+        return tap("hook_resid_post", partition.rows(x, mesh))
 
 
 class Model(nn.Module):
@@ -335,9 +391,11 @@ class Model(nn.Module):
         x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.learned_positions:
             x += partition.gathered("W_pos", self.W_pos, self.mesh)[positions_BxT]
+        embedded, read = x, dict[int, tuple[jax.Array, jax.Array]]()
         for number, (block, layer) in enumerate(zip(self.blocks, c.layers, strict=True)):
             own_tap = _prefixed(tap, f"blocks.{number}.")
-            x = block(x, Call(layer, positions_BxT, lengths_B, mask_BxT, own_tap, cache))
+            place = positions_BxT, lengths_B, mask_BxT
+            x = block(x, Call(layer, *place, own_tap, cache, number, tokens_BxT, embedded, read))
         return x
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:

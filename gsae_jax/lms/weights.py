@@ -166,6 +166,7 @@ def match(
     Returns:
         {tensor: {path: a function from the tensor to the parameter}} and everything that does not fit.
     """
+    n_layers = len({path[0] for path in whole if path[0].startswith("blocks.")})
     known = (prefix,) if isinstance(prefix, str) else prefix
     prefixes = {name: next((each for each in known if name.startswith(each)), "") for name in sorted(tensors.names)}
     actual = {name.removeprefix(its_prefix): name for name, its_prefix in prefixes.items()}
@@ -183,9 +184,9 @@ def match(
         if len(present) == 2 and name != unembedding and not tensors.same(actual[name], actual[unembedding]):
             faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
         source = min((actual[each] for each in present), key=tensors.fineness)
-        shape, sizes = _layout(pattern, leaf.shape)
+        shape, sizes = _layout(pattern, leaf.shape, n_layers)
         if isinstance(part, tuple):  # several parameters are the rows of one tensor
-            rows = [_layout(pattern, whole[*path[:-1], each].shape)[0][0] for each in part]
+            rows = [_layout(pattern, whole[*path[:-1], each].shape, n_layers)[0][0] for each in part]
             first = sum(rows[: part.index(path[-1])])
             part, shape = slice(first, first + shape[0]), (sum(rows), *shape[1:])
         stored = tensors.shape(source)
@@ -206,8 +207,8 @@ def match(
 def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, Any]:
     """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout.
 
-    The part is None for a whole tensor, an index of the first axis of the layout's result, or the names of all
-    parameters that are the rows of this tensor, in their order.
+    The part is None for a whole tensor, an index of the first axis of the layout's result (in the table "layer" for
+    the layer's number), or the names of all parameters that are the rows of this tensor, in their order.
     """
     name = ".".join(path)
     layer = re.match(r"blocks\.(\d+)\.", name)
@@ -215,15 +216,21 @@ def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tup
     if key not in table:
         axes = " ".join("abcd"[:ndim])
         return name, f"{axes} -> {axes}", None
-    source, pattern, *part = table[key]
-    return source.format(layer[1]) if layer else source, pattern, part[0] if part else None
+    source, pattern, *rest = table[key]
+    part = rest[0] if rest else None
+    if layer:
+        source, part = source.format(layer[1]), int(layer[1]) if part == "layer" else part
+    return source, pattern, part
 
 
-def _layout(pattern: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The checkpoint's shape of a tensor, and every axis' size, from our shape and the einops pattern."""
+def _layout(pattern: str, shape: tuple[int, ...], n_layers: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The checkpoint's shape of a tensor, and every axis' size, from our shape and the einops pattern.
+
+    Axes that ours lacks are `qkv`, of queries, keys and values, and `l`, of layers.
+    """
     left, right = pattern.split(" -> ")
     axes = right.split()
-    sizes = {"qkv": 3} | dict(zip(axes[-len(shape) :], shape, strict=True))
+    sizes = {"qkv": 3, "l": n_layers} | dict(zip(axes[-len(shape) :], shape, strict=True))
     groups = re.findall(r"\(([^)]+)\)|(\S+)", left)
     theirs = tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups)
     return theirs, {axis: size for axis, size in sizes.items() if axis in axes}
