@@ -177,6 +177,8 @@ def test_rotary_positions_are_those_of_torch(case, tmp_path):
         pairs = len(Checkpoint.open(FIXTURES / case).config.layers[-1].frequencies)
         if settings["model_type"] == "phi3" and scaling["rope_type"] != "longrope":
             continue  # its config knows no other
+        if settings["model_type"] == "gemma4_text" and scaling["rope_type"] == "longrope":
+            continue  # its config refuses this one
         folder = copy(case, tmp_path / str(number), lambda s, scaling=scaling, pairs=pairs: scaled(s, scaling, pairs))
         theirs = transformers.AutoConfig.from_pretrained(folder)
         rotary = transformers.AutoModelForCausalLM.from_config(theirs).base_model.rotary_emb
@@ -350,6 +352,7 @@ def with_text(**more):
         ("gemma4", lambda s: s | {"vocab_size_per_layer_input": 60}, ("vocab_size_per_layer_input = 60", "61")),
         ("gemma4", lambda s: s | {"num_kv_shared_layers": 4}, ("num_kv_shared_layers = 4", "each type")),
         ("gemma4", lambda s: s | {"per_layer_config": {"1": {"intermediate_size": 9}}}, ("intermediate_size in per_",)),
+        ("gemma4", lambda s: scaled(s, {"rope_type": "longrope"}, 8), ("not valid", "head_dim")),
         ("gemma4", lambda s: s | {"per_layer_config": {"1": {"num_key_value_heads": 3}}}, ("3 key-value heads",)),
         ("gemma3_multimodal", lambda s: s | {"text_config": None}, ("lacks text_config",)),
         ("gemma3_multimodal", with_text(hidden_size=None), ("hidden_size = None",)),

@@ -39,7 +39,7 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
     transformers.logging.set_verbosity_error()  # it warns of rotary settings that `rotary` refuses
     try:
         config = transformers_config(settings)
-    except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"is not valid: {' '.join(str(error).split())}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
