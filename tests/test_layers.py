@@ -164,6 +164,7 @@ def test_plugins_are_files():
     assert list(plugins.known("lms", "MODEL_TYPES")) == [
         "gelu",
         "gemma",
+        "gemma4",
         "gpt2",
         "gpt_neox",
         "llama",
