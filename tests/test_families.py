@@ -13,13 +13,17 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import plugins, processes
-from gsae_jax.lms import generation
+from gsae_jax.lms import generation, multimodal
 from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
 from tests.measuring import on_mesh
 from tests.refusals import refused
 
 FIXTURES = Path(make.__file__).parent
+
+
+# The settings of multimodal models have those of the language model inside.
+WITH_ROTARY = [case for case in make.CASES if "rope_parameters" in make.CASES[case][1]]
 
 
 def check(lm, expected, atol=1e-4):
@@ -30,9 +34,10 @@ def check(lm, expected, atol=1e-4):
     assert not mask[2, -1]
     ours = lm.activations(expected["tokens"], lm.sites, mask) | {"logits": lm.logits(expected["tokens"], mask)}
     # The references do not store what the MLP reads.
-    expected = expected | {
-        f"blocks.{n}.ln2.hook_normalized": normalized(lm, n, expected) for n in range(lm.config.n_layers)
-    }
+    if lm.config.norm_before:
+        expected = expected | {
+            f"blocks.{n}.ln2.hook_normalized": normalized(lm, n, expected) for n in range(lm.config.n_layers)
+        }
     assert set(ours) == set(expected) - {"tokens", "mask"}
     for name, x in ours.items():
         np.testing.assert_allclose(np.asarray(x)[mask], expected[name][mask], atol=atol, rtol=1e-4, err_msg=name)
@@ -106,6 +111,10 @@ def test_the_older_spellings_of_a_config_mean_the_same(tmp_path):
     def older(case):
         def settings(s):
             rope = s.pop("rope_parameters")
+            if case == "olmo3":
+                s["rope_theta"] = rope["full_attention"].pop("rope_theta")
+                s["rope_scaling"] = rope["full_attention"]
+                return s
             if case == "gemma3":
                 s["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
                 s["rope_theta"] = rope["full_attention"].pop("rope_theta")
@@ -115,15 +124,101 @@ def test_the_older_spellings_of_a_config_mean_the_same(tmp_path):
             if case.startswith("gpt_neox"):
                 return s | {"rotary_emb_base": theta, "rotary_pct": part}
             kind = rope.pop("rope_type")
+            s |= {"partial_rotary_factor": part} if part else {}
             return s | {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope | {"type": kind}}
 
         return settings
 
-    cases = [case for case in make.CASES if not case.startswith("gpt2")]
-    for case in cases:
+    for case in set(WITH_ROTARY) - {"gemma4"}:
         folder = copy(case, tmp_path, older(case))
         assert "rope_parameters" not in json.loads((folder / "config.json").read_text())
         assert Checkpoint.open(folder).config == Checkpoint.open(FIXTURES / case).config, case
+
+
+SCALINGS = (
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": 3.0, "beta_slow": 0.2},
+    {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25},
+    {"rope_type": "yarn", "factor": None},
+    {"rope_type": "longrope", "factor": 4.0},
+    {"rope_type": "longrope"},
+    {"rope_type": "longrope", "factor": 0.5},
+    {"rope_type": "longrope", "attention_factor": 1.25},
+)
+
+
+def scaled(settings, scaling, pairs):
+    """A `config.json` with a rotary scaling, of layers with full attention where others have their own positions."""
+    rope = settings["rope_parameters"]
+    by_type = "full_attention" in rope
+    old = rope["full_attention"] if by_type else rope
+    kept = {name: old[name] for name in ("rope_theta", *([] if by_type else ["partial_rotary_factor"])) if name in old}
+    new = kept | {"original_max_position_embeddings": 32} | scaling
+    if scaling["rope_type"] == "longrope":
+        new |= {"short_factor": [1.0 + i / 8 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
+    if scaling["rope_type"] in ("linear", "dynamic"):
+        del new["original_max_position_embeddings"]
+    return settings | {"rope_parameters": rope | {"full_attention": new} if by_type else new}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", WITH_ROTARY)
+def test_rotary_positions_are_those_of_torch(case, tmp_path):
+    """Of every family, with every scaling: texts that fill the original context, and longer ones."""
+    import torch
+    import transformers
+
+    for number, scaling in enumerate(SCALINGS):
+        settings = json.loads((FIXTURES / case / "config.json").read_text())
+        pairs = len(Checkpoint.open(FIXTURES / case).config.layers[-1].frequencies)
+        if settings["model_type"] == "phi3" and scaling["rope_type"] != "longrope":
+            continue  # its config knows no other
+        if settings["model_type"] == "gemma4_text" and scaling["rope_type"] == "longrope":
+            continue  # its config refuses this one
+        folder = copy(case, tmp_path / str(number), lambda s, scaling=scaling, pairs=pairs: scaled(s, scaling, pairs))
+        theirs = transformers.AutoConfig.from_pretrained(folder)
+        rotary = transformers.AutoModelForCausalLM.from_config(theirs).base_model.rotary_emb
+        types = getattr(theirs, "layer_types", None) if "full_attention" in theirs.rope_parameters else None
+        for index, layer in enumerate(Checkpoint.open(folder).config.layers):
+            for length in (32, 33, 64):
+                kind = {"layer_type": types[index]} if types else {}
+                cos, sin = rotary(torch.zeros(1), torch.arange(length)[None], **kind)
+                is_long = layer.long_frequencies and length > layer.long_after
+                ours = np.array(layer.long_frequencies if is_long else layer.frequencies)
+                angles = np.arange(length)[:, None] * np.concatenate([ours, ours])
+                for turned, expected in ((np.cos(angles), cos), (np.sin(angles), sin)):
+                    error = f"{scaling} {length}"
+                    np.testing.assert_allclose(layer.rotary_scale * turned, expected[0], atol=2e-5, err_msg=error)
+
+
+def test_the_length_of_a_text_chooses_the_frequencies():
+    """And not that of the row that it is computed in, nor the other texts; generation may not change it."""
+    lm, reference = gsae_jax.load_lm(FIXTURES / "qwen2_longrope"), expected("qwen2_longrope")
+    tokens, logits = reference["tokens"], reference["logits"]
+    assert lm.config.lengths == {8}
+    short = tokens[1:2, make.LEFT :]
+    np.testing.assert_allclose(lm.logits(short), logits[1:2, make.LEFT :], atol=1e-4)
+    padded, mask = np.pad(short, ((0, 0), (0, 4))), np.arange(12)[None] < 8
+    ours = [lm.logits(padded, mask), lm.run(padded, lambda site, x: None, mask)]
+    ours.append(jax.jit(lambda *inputs: lm.run(inputs[0], lambda site, x: None, inputs[1]))(padded, mask))
+    for each in ours:
+        np.testing.assert_allclose(each[:, :8], logits[1:2, make.LEFT :], atol=1e-4)
+    np.testing.assert_allclose(lm.logits(tokens[2:, : -make.RIGHT]), logits[2:, : -make.RIGHT], atol=1e-4)
+    assert np.abs(lm.logits(tokens[:1, :8]) - logits[:1, :8]).max() > 0.1
+    with refused("max_new_tokens", "is 5", "8 tokens", "longrope"):
+        lm.generate(["w4 w5 w6", "w4"], max_new_tokens=5)
+    assert lm.generate(["w4 w5 w6", "w4"], max_new_tokens=4)
+
+
+def test_dynamic_scaling_changes_no_text_within_the_context(tmp_path):
+    folder = copy("mistral", tmp_path, with_rope("dynamic", factor=2.0))
+    assert Checkpoint.open(folder).config == Checkpoint.open(FIXTURES / "mistral").config
+    with refused("tokens", "65 positions", "has 64"):
+        gsae_jax.load_lm(folder).logits(np.zeros((1, 65), int))
 
 
 def test_the_original_gpt2_layout(tmp_path):
@@ -202,9 +297,11 @@ def test_quantised_weights_are_named(tmp_path, settings, method):
         Checkpoint.open(copy("llama_2", tmp_path, lambda s: s | settings))
 
 
-def test_fewer_layers_of_a_sharded_checkpoint():
-    whole, first = gsae_jax.load_lm(FIXTURES / "mistral"), gsae_jax.load_lm(FIXTURES / "mistral", num_layers=1)
-    tokens = expected("mistral")["tokens"]
+@pytest.mark.parametrize("case", ["mistral", "gemma4"])
+def test_fewer_layers(case):
+    """Of a checkpoint in shards, and of one that has what each layer adds for a token in one tensor."""
+    whole, first = gsae_jax.load_lm(FIXTURES / case), gsae_jax.load_lm(FIXTURES / case, num_layers=1)
+    tokens = expected(case)["tokens"]
     assert "blocks.1" not in first.params
     assert "unembed.W_U" not in first.params
     theirs = whole.activations(tokens, first.sites)
@@ -216,11 +313,18 @@ def with_rope(kind, **more):
     return lambda s: s | {"rope_parameters": s["rope_parameters"] | {"rope_type": kind, **more}}
 
 
+def with_text(**more):
+    return lambda s: s | {"text_config": s["text_config"] | more}
+
+
 @pytest.mark.parametrize(
     ("case", "settings", "facts"),
     [
-        ("llama_2", with_rope("yarn", factor=2.0), ("rope scaling 'yarn'", "not supported", "known: default")),
-        ("llama_2", with_rope("dynamic", factor=2.0), ("rope scaling 'dynamic'", "not supported")),
+        ("llama_2", with_rope("other", factor=2.0), ("rope scaling 'other'", "not supported", "known: default")),
+        ("llama_2", with_rope("yarn", factor=2.0, attention_factor=-1.0), ("attention_factor = -1.0", "positive")),
+        ("llama_3", with_rope("llama3", original_max_position_embeddings=0), ("original_max_position_embeddings = 0",)),
+        ("qwen2_longrope", with_rope("longrope", long_factor=[1.0]), ("long_factor = [1.0]", "4 positive numbers")),
+        ("qwen2_longrope", with_rope("longrope", short_factor=[-1.0] * 4), ("short_factor", "4 positive numbers")),
         ("llama_2", lambda s: s | {"hidden_act": "xielu"}, ("activation 'xielu'", "not supported")),
         ("llama_2", lambda s: s | {"quantization_config": {"bits": 4}}, ("quantised with",)),
         ("llama_2", lambda s: s | {"num_attention_heads": 5}, ("not valid", "not a multiple")),
@@ -243,6 +347,17 @@ def with_rope(kind, **more):
         ("gpt2", lambda s: s | {"add_cross_attention": True}, ("add_cross_attention = True", "not supported")),
         ("gemma", lambda s: s | {"use_bidirectional_attention": True}, ("use_bidirectional_attention = True",)),
         ("gemma3", lambda s: s | {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping",)),
+        ("gemma4", lambda s: s | {"enable_moe_block": True}, ("enable_moe_block = True", "not supported")),
+        ("gemma4", lambda s: s | {"use_bidirectional_attention": "all"}, ("= False",)),
+        ("gemma4", lambda s: s | {"vocab_size_per_layer_input": 60}, ("vocab_size_per_layer_input = 60", "61")),
+        ("gemma4", lambda s: s | {"num_kv_shared_layers": 4}, ("num_kv_shared_layers = 4", "each type")),
+        ("gemma4", lambda s: s | {"per_layer_config": {"1": {"intermediate_size": 9}}}, ("intermediate_size in per_",)),
+        ("gemma4", lambda s: scaled(s, {"rope_type": "longrope"}, 8), ("not valid", "head_dim")),
+        ("gemma4", lambda s: s | {"per_layer_config": {"1": {"num_key_value_heads": 3}}}, ("3 key-value heads",)),
+        ("gemma3_multimodal", lambda s: s | {"text_config": None}, ("lacks text_config",)),
+        ("gemma3_multimodal", with_text(hidden_size=None), ("hidden_size = None",)),
+        ("gemma3_multimodal", with_text(final_logit_softcapping=2.0), ("final_logit_softcapping", "not supported")),
+        ("gemma3_multimodal", lambda s: s | {"quantization_config": {"quant_method": "awq"}}, ("with 'awq'",)),
         ("qwen2", lambda s: s | {"layer_types": ["chunked_attention"] * 3}, ("chunked_attention",)),
         ("llama_2", lambda s: s | {"model_type": "mamba"}, ("type 'mamba'", "not supported", "known: gelu, gemma")),
     ],
@@ -306,6 +421,67 @@ def test_a_foreign_bias_is_not_taken_for_a_mask(tmp_path):
         gsae_jax.load_lm(copy("gpt2", tmp_path, tensors=tensors))
 
 
+def test_the_language_model_of_a_multimodal_checkpoint(tmp_path, caplog):
+    """Under the tensors' older and newer names; the log says once that the rest is not read."""
+
+    def renamed(t):
+        newer = {name: name.replace("language_model.model.", "model.language_model.") for name in t}
+        return {new if new != name else f"model.{name}": t[name] for name, new in newer.items()}
+
+    multimodal._say_once.cache_clear()
+    with caplog.at_level("INFO", "gsae_jax.lms.multimodal"):
+        newer = copy("gemma3_multimodal", tmp_path, tensors=renamed)
+        check(gsae_jax.load_lm(newer), expected("gemma3_multimodal"))
+        gsae_jax.load_lm(FIXTURES / "gemma3_multimodal")
+    assert ["vision part is not read" in record.getMessage() for record in caplog.records] == [True]
+
+    def damaged(t):
+        t["language_model.model.extra.weight"] = t["language_model.model.norm.weight"]
+        return {name: value for name, value in t.items() if name != "language_model.model.layers.1.mlp.up_proj.weight"}
+
+    lost, stray = "language_model.model.layers.1.mlp.up_proj.weight is missing", "model.extra.weight is not of this"
+    with refused("path", lost, stray):
+        gsae_jax.load_lm(copy("gemma3_multimodal", tmp_path / "other", tensors=damaged))
+
+
+def test_a_tensor_of_several_parameters_has_the_rows_of_all(tmp_path):
+    """As Phi-3's of queries, keys and values: 4 heads and twice 2 of 12 dimensions."""
+
+    def tensors(t):
+        name = "model.layers.1.self_attn.qkv_proj.weight"
+        return t | {name: t[name][:-12].copy()}
+
+    with refused("path", "qkv_proj.weight has shape [84, 48], not [96, 48]"):
+        gsae_jax.load_lm(copy("phi3", tmp_path, tensors=tensors))
+
+
+@pytest.mark.parametrize("case", ["olmo2", "phi3", "gemma4"])
+def test_models_on_a_mesh(case):
+    check(gsae_jax.load_lm(FIXTURES / case, mesh=on_mesh(2, 4)), expected(case))
+    lm = gsae_jax.load_lm(FIXTURES / case, num_layers=1, mesh=on_mesh(4, 2))
+    tokens = expected(case)["tokens"][[0] * 4]
+    for site, x in lm.activations(tokens, lm.sites).items():
+        if site in expected(case):
+            np.testing.assert_allclose(x[3], expected(case)[site][0], atol=1e-4, err_msg=site)
+
+
+def test_unused_keys_and_values_of_layers_that_read_others(tmp_path):
+    """Gemma 4's checkpoints may have them."""
+
+    def more(t):
+        names = [name for name in t if ".layers.1.self_attn.k_" in name or ".layers.1.self_attn.v_" in name]
+        assert len(names) == 3
+        return t | {name.replace("layers.1", "layers.4"): t[name] + 1 for name in names}
+
+    check(gsae_jax.load_lm(copy("gemma4", tmp_path, tensors=more)), expected("gemma4"))
+
+    def fewer(t):
+        return {name: value for name, value in t.items() if name != "model.layers.2.self_attn.k_norm.weight"}
+
+    with refused("path", "model.layers.2.self_attn.k_norm.weight is missing"):
+        gsae_jax.load_lm(copy("gemma4", tmp_path / "other", tensors=fewer))
+
+
 def test_bad_calls():
     with refused("dtype", "'int8'", "'float32' or 'bfloat16'"):
         gsae_jax.load_lm(dtype="int8")
@@ -323,7 +499,7 @@ def test_the_docs_table_lists_the_model_types():
             assert re.search(rf"`{model_type}`", table), model_type
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama_2"])
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama_2", "olmo2", "gemma4_multimodal"])
 def test_logit_effects(case):
     """Against float64 from the stored weights, and against finite differences of the model's own logits."""
     lm, stored = gsae_jax.load_lm(FIXTURES / case), expected(case)
@@ -359,12 +535,14 @@ def test_logit_effects(case):
         lm.logit_effects(np.zeros(c.d_model + 1))
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "qwen3"])
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "qwen3", "llama_yarn", "olmo3", "phi3", "gemma4"])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_generation_with_a_cache_is_generation_without(case, temperature):
     """Each new token is the one that a whole forward pass over all tokens before it gives, under the same tap."""
     lm, new = gsae_jax.load_lm(FIXTURES / case), 9
     texts = ["w4 w17 w9 w30 w8", "w11", "w5 w6 w7"]
+    if lm.config.lengths:  # prompts are to be long ones already
+        texts = [text + " w9 w8 w4 w12 w13 w5 w6 w20" for text in texts]
     site = "blocks.1.hook_resid_pre"
 
     def tap(name, x):

@@ -161,6 +161,16 @@ def test_plugins_are_files():
     ]
     assert list(plugins.known("saes", "PARAMETERS")) == trainable
     assert list(plugins.known("saes", "loss")) == trainable
-    assert list(plugins.known("lms", "MODEL_TYPES")) == ["gelu", "gemma", "gpt2", "gpt_neox", "llama"]
+    assert list(plugins.known("lms", "MODEL_TYPES")) == [
+        "gelu",
+        "gemma",
+        "gemma4",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "multimodal",
+        "olmo",
+        "phi3",
+    ]
     assert list(plugins.known("experiments", "get_config")) == ["quickstart"]
     assert list(plugins.known("data.corpora", "open_corpus")) == ["stdlib", "text", "tfds"]

@@ -266,7 +266,7 @@ def understand(settings: dict[str, Any], folder: Path) -> tuple[Any, Config]:
     if model_type not in families:
         what, known = f"{folder} is a model of type {model_type!r}, which is not supported", sorted(families)
         inner = settings.get("text_config")
-        text = inner.get("model_type", f"{model_type}_text") if isinstance(inner, dict) else None
+        text = inner.get("model_type") if isinstance(inner, dict) else None
         if text in known:
             advice = (
                 f"its language model alone, of type {text!r}, is supported: save that model, and write its directory"

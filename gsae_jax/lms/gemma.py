@@ -21,13 +21,17 @@ MODEL_TYPES = {
 }
 
 
-def config(settings: Mapping[str, Any]) -> Config:
+def config(settings: Mapping[str, Any], required: tuple[str, ...] = (*hugging_face.SIZES, "head_dim")) -> Config:
     """The model that a `config.json` describes.
+
+    Args:
+        settings: the JSON.
+        required: fields that must be there.
 
     Raises:
         ValueError: fields are missing, or ask for a feature that we lack.
     """
-    hf = hugging_face.read(settings, (*hugging_face.SIZES, "head_dim"), use_bidirectional_attention=False)
+    hf = hugging_face.read(settings, required, use_bidirectional_attention=False)
     first = hf.model_type == "gemma"
     if not first and hf.query_pre_attn_scalar <= 0:
         raise ValueError(f"has query_pre_attn_scalar = {hf.query_pre_attn_scalar}; it must be positive")
@@ -36,14 +40,9 @@ def config(settings: Mapping[str, Any]) -> Config:
     by_type = hf.model_type == "gemma3_text"
     if by_type and hf.attn_logit_softcapping:
         raise ValueError("has attn_logit_softcapping, which is not supported (Gemma 3 models have none)")
-    frequencies = {
-        layer_type: hugging_face.frequencies(
-            hf.rope_parameters[layer_type] if by_type else hf.rope_parameters, hf.head_dim
-        )
-        for layer_type in set(types)
-    }
+    rotary = {kind: hugging_face.rotary(hf, hf.head_dim, layer_type=kind if by_type else None) for kind in set(types)}
     return Config(
-        layers=tuple(Layer(scale, hugging_face.window(hf, kind), frequencies[kind]) for kind in types),
+        layers=tuple(Layer(scale, hugging_face.window(hf, kind), **rotary[kind]) for kind in types),
         d_model=hf.hidden_size,
         n_heads=hf.num_attention_heads,
         n_key_value_heads=hf.num_key_value_heads,

@@ -41,8 +41,8 @@ def config(settings: Mapping[str, Any]) -> Config:
     """
     hf = hugging_face.read(settings)
     d_head = hf.hidden_size // hf.num_attention_heads
-    frequencies = hugging_face.frequencies(hf.rope_parameters, d_head, hf.rope_parameters["partial_rotary_factor"])
-    layer = Layer(d_head**-0.5, frequencies=frequencies)
+    rotary = hugging_face.rotary(hf, d_head, hf.rope_parameters["partial_rotary_factor"])
+    layer = Layer(d_head**-0.5, **rotary)
     return Config(
         layers=(layer,) * hf.num_hidden_layers,
         d_model=hf.hidden_size,

@@ -1,4 +1,4 @@
-"""What the families of Hugging Face checkpoints share: reading `config.json`, and rotary frequencies."""
+"""What the families of Hugging Face checkpoints share: reading `config.json`, and rotary positions."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,6 +12,7 @@ from gsae_jax.errors import known_names
 from gsae_jax.lms.transformer import ACTIVATIONS, check_size
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+QUANTISATION = ("quantization_config", "quantization")  # the second is MLX's
 UNQUANTISED = "quantised weights are not supported: load the unquantised checkpoint"
 
 
@@ -31,20 +32,20 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
         raise ValueError(f"lacks {', '.join(missing)}")
     for name in required:
         check_size(name, settings[name])
-    quantised = settings.get("quantization_config") or settings.get("quantization")  # the second is MLX's
-    if quantised:
+    if quantised := next((settings[name] for name in QUANTISATION if settings.get(name)), None):
         method = quantised.get("quant_method") or ("MLX" if "quantization" in settings else "no named method")
         raise ValueError(f"describes weights quantised with {method!r}; {UNQUANTISED}")
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns of rotary settings that `frequencies` refuses
+    transformers.logging.set_verbosity_error()  # it warns of rotary settings that `rotary` refuses
     try:
         config = transformers_config(settings)
-    except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"is not valid: {' '.join(str(error).split())}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     for name in required:
-        check_size(name, getattr(config, name))  # it may have another spelling too, which wins
+        if not (name == "head_dim" and config.is_heterogeneous):  # Gemma 4 has it by layer
+            check_size(name, getattr(config, name))  # it may have another spelling too, which wins
     for field, ours in ({"is_causal": True} | lacking).items():
         value = getattr(config, field, None)
         if value is not None and value != ours:
@@ -79,36 +80,95 @@ def window(config: Any, layer_type: str) -> int:
     return config.sliding_window or 0 if layer_type == "sliding_attention" else 0
 
 
-def frequencies(rope: Mapping[str, Any], head_dim: int, part: float = 1.0) -> tuple[float, ...]:
-    """Rotary frequencies in radians per position, for transformers' `rope_parameters` of a layer.
+def rotary(config: Any, head_dim: int, part: float = 1.0, layer_type: str | None = None) -> dict[str, Any]:
+    """The rotary settings of a `Layer`, for transformers' `rope_parameters`.
 
-    Linear scaling divides all of them by `factor`; `llama3` divides those whose wavelength exceeds the original
-    context / low_freq_factor, keeps those below the original context / high_freq_factor, and blends between.
+    - `linear` divides all frequencies by `factor`.
+    - `llama3` divides those whose wavelength exceeds the original context / low_freq_factor, keeps those below the
+      original context / high_freq_factor, and blends between.
+    - `yarn` divides those of low dimensions, keeps those of high ones, and blends between where they turn `beta_fast`
+      to `beta_slow` times in the original context. It multiplies turned queries and keys by a factor.
+    - `longrope` divides each frequency by its own factor, of which there is one for texts within the original context
+      and one for longer texts. It multiplies as well.
+    - `proportional` turns the first `partial_rotary_factor` of all pairs, and keeps the others (Gemma 4).
+    - `dynamic` changes frequencies of texts longer than `max_position_embeddings` only, which a model here refuses.
 
     Args:
-        rope: the parameters.
+        config: transformers' object.
         head_dim: dimensions of a head.
         part: the share of them that is turned.
+        layer_type: whose parameters, where `rope_parameters` has them by type.
 
     Raises:
-        ValueError: a kind of scaling we lack.
+        ValueError: a kind of scaling we lack, or numbers that it cannot have.
     """
-    if rope.get("partial_rotary_factor", part) != part:
+    rope = dict(config.rope_parameters[layer_type] if layer_type else config.rope_parameters)
+    kind: str = rope.get("rope_type", "default")
+    if kind != "proportional" and rope.get("partial_rotary_factor", part) != part:
         raise ValueError(f"has partial_rotary_factor = {rope['partial_rotary_factor']}, which is not supported here")
     check_size("head_dim", head_dim)
-    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
+    context: Any = rope.get("original_max_position_embeddings")
+    if kind in ("yarn", "longrope") and rope.get("factor") is None:
+        rope["factor"] = config.max_position_embeddings / context
+    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         if name in rope and not (rope[name] and rope[name] > 0):
             raise ValueError(f"has {name} = {rope[name]}; it must be positive")
-    kind = rope.get("rope_type", "default")
     rotary_dim = int(head_dim * part)
-    inverse = 1.0 / np.float32(rope["rope_theta"]) ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)
+    base = np.float32(rope["rope_theta"]) ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)
+    inverse, more = 1.0 / base, dict[str, Any]()
     if kind == "linear":
         inverse = inverse / rope["factor"]
     elif kind == "llama3":
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)  # in the original context
+        turns = context * inverse / (2 * math.pi)  # in the original context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = np.clip((turns - low) / (high - low), 0, 1)
         inverse = (1 - kept) * inverse / rope["factor"] + kept * inverse
-    elif kind != "default":
-        raise ValueError(f"has rope scaling {kind!r}, which is not supported; known: default, linear, llama3")
-    return tuple(float(x) for x in inverse)
+    elif kind == "yarn":
+        # transformers reads `truncate` beside the types, where it has parameters by type.
+        low, high = _yarn_range(rope, rotary_dim, context, config.rope_parameters.get("truncate", True))
+        kept = 1 - np.clip((np.arange(rotary_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+        inverse = (1 - kept) * inverse / rope["factor"] + kept * inverse
+        more["rotary_scale"] = _attention_factor(rope, _yarn_factor(rope))
+    elif kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if len(rope[name]) != len(base) or not min(rope[name]) > 0:
+                raise ValueError(f"has {name} = {rope[name]}; it must be {len(base)} positive numbers")
+        inverse, long = (1.0 / (np.array(rope[name], np.float32) * base) for name in ("short_factor", "long_factor"))
+        more = {"long_frequencies": tuple(map(float, long)), "long_after": context}
+        scale = math.sqrt(1 + math.log(rope["factor"]) / math.log(context)) if rope["factor"] > 1 else 1.0
+        more["rotary_scale"] = _attention_factor(rope, scale)
+    elif kind == "proportional":
+        turned = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+        inverse = np.where(np.arange(len(base)) < turned, inverse, 0) / rope.get("factor", 1.0)
+    elif kind not in ("default", "dynamic"):
+        known = "default, linear, llama3, yarn, longrope, dynamic, proportional"
+        raise ValueError(f"has rope scaling {kind!r}, which is not supported; known: {known}")
+    return {"frequencies": tuple(map(float, inverse)), **more}
+
+
+def _attention_factor(rope: Mapping[str, Any], recommended: float) -> float:
+    factor = rope.get("attention_factor")
+    if factor is not None and not 0 < factor < math.inf:
+        raise ValueError(f"has attention_factor = {factor}; it must be positive")
+    return float(recommended if factor is None else factor)
+
+
+def _yarn_factor(rope: Mapping[str, Any]) -> float:
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+
+    by, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    return scale(by) / scale(of_all) if by and of_all else scale(1)
+
+
+def _yarn_range(rope: Mapping[str, Any], rotary_dim: int, context: int, whole: bool) -> tuple[float, float]:
+    """The pairs of dimensions between which `yarn` blends: those that turn so often in the original context."""
+
+    def pair(turns: float) -> float:
+        return rotary_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low, high = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
+    if whole:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    return low, high + 0.001 if low == high else high

@@ -45,9 +45,9 @@ def config(settings: Mapping[str, Any]) -> Config:
     d_head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     everywhere = "sliding_attention" if kind == "mistral" else "full_attention"
     types = hf.layer_types if kind.startswith("qwen") else [everywhere] * hf.num_hidden_layers
-    frequencies = hugging_face.frequencies(hf.rope_parameters, d_head)
+    rotary = hugging_face.rotary(hf, d_head)
     return Config(
-        layers=tuple(Layer(d_head**-0.5, hugging_face.window(hf, layer_type), frequencies) for layer_type in types),
+        layers=tuple(Layer(d_head**-0.5, hugging_face.window(hf, layer_type), **rotary) for layer_type in types),
         d_model=hf.hidden_size,
         n_heads=hf.num_attention_heads,
         n_key_value_heads=hf.num_key_value_heads,

@@ -160,7 +160,8 @@ class LM:
         self._check_head()
         tokens, mask = self._inputs(tokens_BxT, mask_BxT)
         tap = sites_lib.as_tap(tap, self.sites)
-        logits = self.module.apply({"params": self.params}, jnp.asarray(tokens), tap, _needed(mask))
+        needed = self._needed(mask, tokens.shape[1])
+        logits = self.module.apply({"params": self.params}, jnp.asarray(tokens), tap, needed)
         return _unless_padding(mask, logits)
 
     def generate(
@@ -203,6 +204,13 @@ class LM:
         if longest > most:
             why = f"{max_new_tokens} more tokens exceed the {self.config.n_ctx} positions of this language model"
             raise UserError(f"have up to {longest} tokens; {why}", "texts")
+        for limit in self.config.lengths:
+            if any(len(row) <= limit < len(row) + max_new_tokens for row in ids):
+                why = (
+                    f"this language model has other rotary frequencies for texts of more than {limit} tokens (longrope)"
+                )
+                how = f"continue texts up to {limit} tokens, or texts that are longer already"
+                raise UserError(f"is {max_new_tokens}, but {why}; {how}", "max_new_tokens")
         length = min(batching.padded_size(max(longest, SHORTEST)), most)
         rows = batching.padded_size(len(ids))
         tokens, mask = tokenizer_lib.padded(ids + ids[-1:] * (rows - len(ids)), length, left=True)
@@ -232,7 +240,8 @@ class LM:
         By default it is `(d * w) @ W_U`. d is the direction, minus its mean if the last norm is a LayerNorm. w is the
         gain of this norm (1 + w in Gemma). W_U is the unembedding (the transposed embedding if they are tied). The
         norm's division, a soft-cap of the logits and biases are left out. The division would scale all effects equally.
-        The soft-cap would keep their signs but not their sizes.
+        The soft-cap would keep their signs but not their sizes. In Gemma 4, the numbers that blocks multiply the stream
+        by are included, and what they add for each token is left out.
 
         With `at`, it is the exact derivative of the logits along d, if the residual stream after the last block is
         `at`. It includes the norm's division and the soft-cap.
@@ -266,7 +275,7 @@ class LM:
     def _forward(self, function: Callable[..., Any], tokens: Any, mask: Any, rows_per_forward: int | None) -> Any:
         """`function(tokens, needed mask, mask)` in batches, and in few shapes unless a shape is compiled anyway."""
         tokens, mask = self._inputs(tokens, mask)
-        needed = _needed(mask)
+        needed = self._needed(mask, tokens.shape[1])
         if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
             return function(tokens, needed, mask)
         if rows_per_forward is not None and rows_per_forward < 1:
@@ -275,9 +284,20 @@ class LM:
         length = min(batching.padded_size(max(T, SHORTEST)), self.config.n_ctx)
         at_once = rows_per_forward or max(1, TOKENS_PER_FORWARD // length)
         rows = max(B, min(at_once, batching.padded_size(B)))
+        if needed is None and length > T:  # what is added to the rows is padding
+            needed = self._needed(np.ones((B, T), bool) if mask is None else mask, length)
         inputs = jax.tree.map(lambda x: batching.pad(x, rows - B, length - T), (tokens, needed, mask))
         results = batching.in_batches(lambda batch: function(*batch), inputs, at_once, "forward passes")
         return results if (rows, length) == (B, T) else jax.tree.map(lambda y: y[:B, :T], results)
+
+    def _needed(self, mask: Any, length: int) -> Any:
+        """The mask for the forward pass: none if all padding is on the right, where no other token attends to it.
+
+        If rows of this length may have other rotary frequencies than shorter ones, the mask says how long each text is.
+        """
+        if mask is None or isinstance(mask, jax.core.Tracer) or not (mask[:, :-1] >= mask[:, 1:]).all():
+            return mask
+        return mask if any(length > most for most in self.config.lengths) else None
 
     def _inputs(self, tokens: Any, mask: Any) -> tuple[Any, Any]:
         """Tokens [B, T], int32, and the mask [B, T] or None. Under `jax.jit` values are not checked."""
@@ -316,13 +336,6 @@ class LM:
         if not traced:
             check_tokens(tokens, self.config.d_vocab, "tokens")
         return tokens.astype(jnp.int32)
-
-
-def _needed(mask: Any) -> Any:
-    """The mask for attention: none if all padding is on the right, where no other token attends to it."""
-    if mask is None or isinstance(mask, jax.core.Tracer) or not (mask[:, :-1] >= mask[:, 1:]).all():
-        return mask
-    return None
 
 
 def _unless_padding(mask_BxT: jax.Array | None, y: jax.Array) -> jax.Array:

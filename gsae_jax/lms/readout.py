@@ -10,19 +10,22 @@ from gsae_jax.errors import UserError
 
 
 def to_stream(module: Any, params: Any, directions: jax.Array, site: str) -> jax.Array:
-    """What directions [..., width of the site] add to the residual stream [..., D].
+    """What directions [..., width of the site] add to the residual stream [..., D] after the last block.
 
     Raises:
         UserError: a norm lies between the site and the stream, so that there is no such linear map.
     """
     layer, _, hook = site.removeprefix("blocks.").partition(".")
     into = {"attn.hook_z": ("attn", "W_O"), "mlp.hook_post": ("mlp", "W_out")}.get(hook)
-    if into is None:
-        return directions
-    if module.config.norm_after:
-        raise UserError(f"is {site}, which this language model normalises before it adds it to the stream", "site")
-    W = params[f"blocks.{layer}"][into[0]][into[1]].astype(jnp.float32)
-    return directions @ W.reshape(-1, W.shape[-1])
+    if into is not None:
+        if module.config.norm_after:
+            raise UserError(f"is {site}, which this language model normalises before it adds it to the stream", "site")
+        W = params[f"blocks.{layer}"][into[0]][into[1]].astype(jnp.float32)
+        directions = directions @ W.reshape(-1, W.shape[-1])
+    if site and module.config.block_scale:
+        for number in range(int(layer) + (hook == "hook_resid_post"), module.config.n_layers):
+            directions *= params[f"blocks.{number}"]["scale"].astype(jnp.float32)[0]
+    return directions
 
 
 def direct_effects(module: Any, params: Any, directions: jax.Array) -> jax.Array:

@@ -204,8 +204,8 @@ OUTPUTS = {
     "mlp.act": "mlp.hook_post",
     "mlp.hook_in": MLP_INPUT,
 }
-# The same for blocks without norms after attention and MLP. In other blocks, those of Gemma 2 and 3, the norms' outputs
-# are the sites.
+# The same for blocks without norms after attention and MLP. In other blocks, those of Gemma 2, 3 and 4 and of OLMo,
+# the norms' outputs are the sites.
 UNNORMED = {
     **dict.fromkeys(("mlp", "mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.hook_out"), "hook_mlp_out"),
     **dict.fromkeys(("attn", "attn.c_proj", "attn.hook_out", "attention", "attention.dense"), "hook_attn_out"),

@@ -1,7 +1,8 @@
 """The decoder-only transformer that every family is a setting of, with TransformerLens' names for parameters and sites.
 
-Per block, sequential: x += attn(ln1(x)); x += mlp(ln2(x)). Parallel: x += attn(ln1(x)) + mlp(ln2(x)); there
-`hook_resid_mid` is the stream between the two additions, which the MLP does not read (TransformerLens has none).
+Per block, sequential: x += attn(ln1(x)); x += mlp(ln2(x)). Norms may also follow attention and MLP, or follow only.
+Parallel: x += attn(ln1(x)) + mlp(ln2(x)); there `hook_resid_mid` is the stream between the two additions, which the MLP
+does not read (TransformerLens has none).
 
 Shape suffixes: B batch, T tokens, D d_model, H heads, G key-value heads, K d_head, M d_mlp, V vocabulary.
 """
@@ -51,11 +52,25 @@ class Layer:
         window: tokens that a token sees, itself included; 0 = all before it.
         frequencies: radians per position by which pairs of the first 2 * len(frequencies) dimensions of each query
             and key are turned; () = no rotary positions.
+        rotary_scale: what the turned dimensions are multiplied by.
+        long_frequencies: the frequencies in texts of more than `long_after` tokens (longrope); () = `frequencies`.
+        long_after: see there.
+        d_head, n_key_value_heads, d_mlp: instead of those that `Config` says; 0 = as it says.
+        values_are_keys: values are the keys before their norm and rotation, or before the norm of values (Gemma 4).
+        keys_from: the block whose keys and values are read; None: the layer's own (Gemma 4).
     """
 
     attention_scale: float
     window: int = 0
     frequencies: tuple[float, ...] = ()
+    rotary_scale: float = 1.0
+    long_frequencies: tuple[float, ...] = ()
+    long_after: int = 0
+    d_head: int = 0
+    n_key_value_heads: int = 0
+    d_mlp: int = 0
+    values_are_keys: bool = False
+    keys_from: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers that no model can have."""
@@ -72,14 +87,19 @@ class Config:
         n_ctx: the longest text, in tokens.
         normalization: LayerNorm with bias, or RMSNorm.
         norm_offset: RMSNorm multiplies by `norm_offset + w` (Gemma: 1).
-        norm_after: also normalise what attention and MLP return (Gemma 2 and 3).
+        norm_before: normalise what attention and MLP read.
+        norm_after: normalise what attention and MLP return (Gemma 2, 3 and 4, OLMo).
         parallel: attention and MLP read the same stream (Pythia).
         gated_mlp: activation(x @ W_gate) * (x @ W_in) instead of activation(x @ W_in).
-        qk_norm: RMSNorm of every query and key head (Qwen 3, Gemma 3).
+        qk_norm: RMSNorm of every query and key head (Qwen 3, Gemma 3 and 4).
+        qk_norm_whole: of all heads of a token together instead (OLMo).
         learned_positions: an embedding of each position is added to the tokens'.
         tied: the unembedding is the transposed embedding.
         embedding_scale: what embeddings are multiplied by (Gemma).
         attention_softcap, logit_softcap: c * tanh(x / c) on scores and logits; 0 = none (Gemma 2).
+        v_norm: RMSNorm of every value head, without weights (Gemma 4).
+        d_per_layer: width of what each block adds to the stream for the token itself; 0 = none (Gemma 4).
+        block_scale: each block multiplies the stream that leaves it by a number (Gemma 4).
     """
 
     layers: tuple[Layer, ...]
@@ -94,10 +114,12 @@ class Config:
     norm_eps: float
     normalization: Literal["LN", "RMS"] = "RMS"
     norm_offset: float = 0.0
+    norm_before: bool = True
     norm_after: bool = False
     parallel: bool = False
     gated_mlp: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
@@ -107,6 +129,9 @@ class Config:
     embedding_scale: float = 1.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    v_norm: bool = False
+    d_per_layer: int = 0
+    block_scale: bool = False
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for sizes that no model can have."""
@@ -114,15 +139,19 @@ class Config:
             check_size(name, getattr(self, name))
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"gives {self.norm_eps} as the epsilon of its norms; it must be positive")
-        if self.n_heads % self.n_key_value_heads:
-            raise ValueError(
-                f"gives {self.n_heads} attention heads, not a multiple of its {self.n_key_value_heads} key-value heads"
-            )
+        for heads in {self.n_key_value_heads, *(layer.n_key_value_heads for layer in self.layers)} - {0}:
+            if self.n_heads % heads:
+                raise ValueError(f"gives {self.n_heads} attention heads, not a multiple of its {heads} key-value heads")
 
     @property
     def n_layers(self) -> int:
         """How many blocks."""
         return len(self.layers)
+
+    @property
+    def lengths(self) -> set[int]:
+        """Numbers of tokens after which a text has other rotary frequencies."""
+        return {layer.long_after for layer in self.layers if layer.long_frequencies}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,16 +174,26 @@ class Call:
     Attributes:
         layer: its settings.
         positions_BxT: of the tokens; B is 1 without padding.
+        lengths_B: tokens of each text without padding, those to come included; B is 1 without padding.
         mask_BxT: False at padding, or None.
         tap: called with the site's name within the block, and its activations.
         cache: where keys and values are kept for later calls; None: they are not.
+        number: of the block.
+        tokens_BxT: token ids.
+        embedded_BxTxD: the stream that enters the first block.
+        read: the keys and values that earlier blocks read, by their numbers; the block adds its own.
     """
 
     layer: Layer
     positions_BxT: jax.Array
+    lengths_B: jax.Array
     mask_BxT: jax.Array | None
     tap: Tap
-    cache: Cache | None = None
+    cache: Cache | None
+    number: int
+    tokens_BxT: jax.Array
+    embedded_BxTxD: jax.Array
+    read: dict[int, tuple[jax.Array, jax.Array]]
 
 
 class Part(nn.Module):
@@ -171,16 +210,19 @@ class Part(nn.Module):
 class Norm(Part):
     """LayerNorm or RMSNorm over the last axis, in float32 whatever the dtype of the stream."""
 
+    has_weights: bool = True
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         c, axes = self.config, tuple(range(x.ndim - 1))
-        w = self.weight("w", zeros if c.norm_offset else ones, x.shape[-1]).astype(jnp.float32) + c.norm_offset
         y = x.astype(jnp.float32)
         if c.normalization == "LN":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + c.norm_eps)
-        y *= jnp.expand_dims(w, axes)
+        if self.has_weights:
+            w = self.weight("w", zeros if c.norm_offset else ones, x.shape[-1]).astype(jnp.float32) + c.norm_offset
+            y *= jnp.expand_dims(w, axes)
         if c.normalization == "LN":
             y += jnp.expand_dims(self.weight("b", zeros, x.shape[-1]).astype(jnp.float32), axes)
         return y.astype(x.dtype)
@@ -193,25 +235,36 @@ class Attention(Part):
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c, layer = self.config, call.layer
-        H, G, D, K = c.n_heads, c.n_key_value_heads, c.d_model, c.d_head
+        H, D, K, G = c.n_heads, c.d_model, layer.d_head or c.d_head, layer.n_key_value_heads or c.n_key_value_heads
 
         def project(name: str, heads: int) -> jax.Array:
             y = jnp.einsum("btd,hdk->bthk", x, self.weight(f"W_{name}", normal(D**-0.5), heads, D, K))
             return y + self.weight(f"b_{name}", zeros, heads, K)[None, None] if c.qkv_bias else y
 
-        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = project("Q", H), project("K", G), project("V", G)
-        if c.qk_norm:
-            q_BxTxHxK, k_BxTxGxK = (
-                Norm(c, self.mesh, name=name)(y) for name, y in (("q_norm", q_BxTxHxK), ("k_norm", k_BxTxGxK))
-            )
-        if layer.frequencies:
-            q_BxTxHxK, k_BxTxGxK = (rotate(y, call.positions_BxT, layer.frequencies) for y in (q_BxTxHxK, k_BxTxGxK))
+        def placed(name: str, y: jax.Array) -> jax.Array:
+            if c.qk_norm:
+                whole = y.reshape(*x.shape[:2], -1) if c.qk_norm_whole else y
+                y = Norm(c, self.mesh, name=name)(whole).reshape(y.shape)
+            return rotate(y, call) if layer.frequencies else y
+
+        q_BxTxHxK = placed("q_norm", project("Q", H))
+        if layer.keys_from is None:
+            k_BxTxGxK = project("K", G)
+            v_BxTxGxK = k_BxTxGxK if layer.values_are_keys else project("V", G)
+            k_BxTxGxK = placed("k_norm", k_BxTxGxK)
+            if c.v_norm:
+                v_BxTxGxK = Norm(c, self.mesh, has_weights=False, name="v_norm")(v_BxTxGxK)
+            if call.cache is not None:
+                k_BxTxGxK, v_BxTxGxK = self._kept("k", k_BxTxGxK, call.cache), self._kept("v", v_BxTxGxK, call.cache)
+            call.read[call.number] = k_BxTxGxK, v_BxTxGxK
+        else:
+            k_BxTxGxK, v_BxTxGxK = call.read[layer.keys_from]
         window, scale, softcap = layer.window, layer.attention_scale, c.attention_softcap
         if call.cache is None:
             z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh)
         else:
-            kept = self._kept("k", k_BxTxGxK, call.cache), self._kept("v", v_BxTxGxK, call.cache)
-            z = attend_kept(q_BxTxHxK, *kept, call.cache.first, call.cache.mask_BxS, window, scale, softcap)
+            places = call.cache.first, call.cache.mask_BxS
+            z = attend_kept(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *places, window, scale, softcap)
         z = z.reshape(*x.shape[:2], H * K)
         W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
         out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
@@ -232,7 +285,7 @@ class MLP(Part):
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c = self.config
-        D, M, activation = c.d_model, c.d_mlp, ACTIVATIONS[c.activation]
+        D, M, activation = c.d_model, call.layer.d_mlp or c.d_mlp, ACTIVATIONS[c.activation]
 
         def affine(x: jax.Array, suffix: str, std: float, *shape: int) -> jax.Array:
             y = x @ self.weight(f"W_{suffix}", normal(std), *shape)
@@ -243,8 +296,25 @@ class MLP(Part):
         return affine(call.tap("mlp.hook_post", y), "out", (M * 2 * c.n_layers) ** -0.5, M, D)
 
 
+class PerToken(Part):
+    """What Gemma 4 adds to the stream for the token itself, after its MLP: a gate, which the stream opens, times an
+    embedding of the token that the block has for itself and a projection of the model's."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c, mesh = self.config, self.mesh
+        D, P = c.d_model, c.d_per_layer
+        W_E = self.param("W_E", normal(0.5 * P**-0.5), (c.d_vocab, P))
+        own = partition.lookup(W_E, call.tokens_BxT, mesh) * jnp.asarray(P**0.5, x.dtype)
+        context = call.embedded_BxTxD @ self.weight("W_context", normal(D**-0.5), D, P) * D**-0.5
+        value = (Norm(c, mesh, name="norm")(context) + own) * 0.5**0.5
+        gate = ACTIVATIONS[c.activation](x @ self.weight("W_gate", normal(D**-0.5), D, P))
+        return (gate * value) @ self.weight("W_out", normal((P * 2 * c.n_layers) ** -0.5), P, D)
+
+
 class Block(Part):
-    """Attention and MLP, each normalised before (and in some families after) and added to the stream."""
+    """Attention and MLP, each normalised before or after or both, and added to the stream."""
 
     @nn.compact
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
@@ -255,13 +325,20 @@ class Block(Part):
             return Norm(c, mesh, name=name)(x) if present else x
 
         x = tap("hook_resid_pre", x)
-        attention = Attention(c, mesh, name="attn")(norm("ln1", x), call)
+        attention = Attention(c, mesh, name="attn")(norm("ln1", x, c.norm_before), call)
         attention = tap("hook_attn_out", norm("ln1_post", attention, c.norm_after))
         mid = tap("hook_resid_mid", x + attention)
-        mlp_input = tap("ln2.hook_normalized", norm("ln2", x if c.parallel else mid))
+        mlp_input = x if c.parallel else mid
+        if c.norm_before:
+            mlp_input = tap("ln2.hook_normalized", norm("ln2", mlp_input))
         mlp = MLP(c, mesh, name="mlp")(mlp_input, call)
         mlp = tap("hook_mlp_out", norm("ln2_post", mlp, c.norm_after))
-        return tap("hook_resid_post", partition.rows(mid + mlp, mesh))
+        x = mid + mlp
+        if c.d_per_layer:
+            x += norm("token_post", PerToken(c, mesh, name="token")(x, call))
+        if c.block_scale:
+            x *= self.weight("scale", ones, 1)[None, None]
+        return tap("hook_resid_post", partition.rows(x, mesh))
 
 
 class Model(nn.Module):
@@ -307,14 +384,18 @@ class Model(nn.Module):
         c, tap, T = self.config, checked(tap), tokens_BxT.shape[1]
         mask = mask_BxT if cache is None else cache.mask_BxS
         positions_BxT = jnp.arange(T)[None] if mask is None else jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        lengths_B = jnp.full(1, T) if mask is None else mask.sum(1)
         if cache is not None:
             positions_BxT = jax.lax.dynamic_slice_in_dim(positions_BxT, cache.first, T, axis=1)
         x = partition.lookup(self.W_E, tokens_BxT, self.mesh)
         x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.learned_positions:
             x += partition.gathered("W_pos", self.W_pos, self.mesh)[positions_BxT]
+        embedded, read = x, dict[int, tuple[jax.Array, jax.Array]]()
         for number, (block, layer) in enumerate(zip(self.blocks, c.layers, strict=True)):
-            x = block(x, Call(layer, positions_BxT, mask_BxT, _prefixed(tap, f"blocks.{number}."), cache))
+            own_tap = _prefixed(tap, f"blocks.{number}.")
+            place = positions_BxT, lengths_B, mask_BxT
+            x = block(x, Call(layer, *place, own_tap, cache, number, tokens_BxT, embedded, read))
         return x
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -332,11 +413,15 @@ class Model(nn.Module):
         return self.logits(self.hidden(tokens_BxT, tap, mask_BxT))
 
 
-def rotate(x_BxTxHxK: jax.Array, positions_BxT: jax.Array, frequencies: tuple[float, ...]) -> jax.Array:
+def rotate(x_BxTxHxK: jax.Array, call: Call) -> jax.Array:
     """Rotary positions: dimensions i and i + R of the first 2R are turned by positions * frequencies[i]."""
-    R = len(frequencies)
-    angles = positions_BxT[..., None, None] * jnp.array(frequencies, jnp.float32)[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    layer, R = call.layer, len(call.layer.frequencies)
+    frequencies = jnp.array(layer.frequencies, jnp.float32)[None, None, None]
+    if layer.long_frequencies:
+        is_long = call.lengths_B[:, None, None, None] > layer.long_after
+        frequencies = jnp.where(is_long, jnp.array(layer.long_frequencies, jnp.float32)[None, None, None], frequencies)
+    angles = call.positions_BxT[..., None, None] * frequencies
+    cos, sin = layer.rotary_scale * jnp.cos(angles), layer.rotary_scale * jnp.sin(angles)
     a, b, rest = jnp.split(x_BxTxHxK, (R, 2 * R), axis=-1)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     turned = (a * cos - b * sin, b * cos + a * sin)

@@ -148,7 +148,7 @@ def match(
     wanted: Mapping[ParamPath, Any],
     whole: Mapping[ParamPath, Any],
     table: Mapping[str, tuple],
-    prefix: str,
+    prefix: str | tuple[str, ...],
     ignored: str,
     tied: bool,
 ) -> tuple[dict[str, dict[ParamPath, Any]], list[str]]:
@@ -159,19 +159,22 @@ def match(
         wanted: the shape of each parameter that is to be loaded, by path.
         whole: of each that the checkpoint must have.
         table: the family's names and layouts of them.
-        prefix: what the checkpoint's names may begin with.
+        prefix: what the checkpoint's names may begin with; of several that fit, the first one counts.
         ignored: a regular expression for tensors that are no parameters.
         tied: the embedding may have the unembedding's name.
 
     Returns:
         {tensor: {path: a function from the tensor to the parameter}} and everything that does not fit.
     """
-    actual = {name.removeprefix(prefix): name for name in sorted(tensors.names)}
-    prefix = prefix if any(name.startswith(prefix) for name in tensors.names) else ""
+    n_layers = len({path[0] for path in whole if path[0].startswith("blocks.")})
+    known = (prefix,) if isinstance(prefix, str) else prefix
+    prefixes = {name: next((each for each in known if name.startswith(each)), "") for name in sorted(tensors.names)}
+    actual = {name.removeprefix(its_prefix): name for name, its_prefix in prefixes.items()}
+    prefix = next((each for each in known if each in prefixes.values()), "")
     sources: dict[str, Any] = {}
     faults, used = list(tensors.faults), set()
     for path, leaf in whole.items():
-        name, pattern, index = _source(table, path, len(leaf.shape))
+        name, pattern, part = _source(table, path, len(leaf.shape))
         unembedding = table["unembed.W_U"][0] if tied and path == ("embed.W_E",) else name
         present = [each for each in (name, unembedding) if each in actual]
         used |= set(present)
@@ -181,12 +184,16 @@ def match(
         if len(present) == 2 and name != unembedding and not tensors.same(actual[name], actual[unembedding]):
             faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
         source = min((actual[each] for each in present), key=tensors.fineness)
-        shape, sizes = _layout(pattern, leaf.shape)
+        shape, sizes = _layout(pattern, leaf.shape, n_layers)
+        if isinstance(part, tuple):  # several parameters are the rows of one tensor
+            rows = [_layout(pattern, whole[*path[:-1], each].shape, n_layers)[0][0] for each in part]
+            first = sum(rows[: part.index(path[-1])])
+            part, shape = slice(first, first + shape[0]), (sum(rows), *shape[1:])
         stored = tensors.shape(source)
         if stored != shape:
             faults.append(f"{source} has shape {list(stored)}, not {list(shape)}")
         elif path in wanted:
-            sources.setdefault(source, {})[path] = partial(_view, pattern=pattern, sizes=sizes, index=index)
+            sources.setdefault(source, {})[path] = partial(_view, pattern=pattern, sizes=sizes, part=part)
     expected = {name for short, name in actual.items() if short in used or re.search(ignored, short)}
     faults += [f"{name} is not of this model" for name in sorted(tensors.names - expected)]
     faults += [
@@ -197,31 +204,41 @@ def match(
     return sources, faults
 
 
-def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, int | None]:
-    """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout."""
+def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, Any]:
+    """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout.
+
+    The part is None for a whole tensor, an index of the first axis of the layout's result (in the table "layer" for
+    the layer's number), or the names of all parameters that are the rows of this tensor, in their order.
+    """
     name = ".".join(path)
     layer = re.match(r"blocks\.(\d+)\.", name)
     key = f"blocks.{{}}.{name[layer.end() :]}" if layer else name
     if key not in table:
         axes = " ".join("abcd"[:ndim])
         return name, f"{axes} -> {axes}", None
-    source, pattern, *index = table[key]
-    return source.format(layer[1]) if layer else source, pattern, index[0] if index else None
+    source, pattern, *rest = table[key]
+    part = rest[0] if rest else None
+    if layer:
+        source, part = source.format(layer[1]), int(layer[1]) if part == "layer" else part
+    return source, pattern, part
 
 
-def _layout(pattern: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The checkpoint's shape of a tensor, and every axis' size, from our shape and the einops pattern."""
+def _layout(pattern: str, shape: tuple[int, ...], n_layers: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The checkpoint's shape of a tensor, and every axis' size, from our shape and the einops pattern.
+
+    Axes that ours lacks are `qkv`, of queries, keys and values, and `l`, of layers.
+    """
     left, right = pattern.split(" -> ")
     axes = right.split()
-    sizes = {"qkv": 3} | dict(zip(axes[-len(shape) :], shape, strict=True))
+    sizes = {"qkv": 3, "l": n_layers} | dict(zip(axes[-len(shape) :], shape, strict=True))
     groups = re.findall(r"\(([^)]+)\)|(\S+)", left)
     theirs = tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups)
     return theirs, {axis: size for axis, size in sizes.items() if axis in axes}
 
 
-def _view(value: np.ndarray, pattern: str, sizes: dict[str, int], index: int | None) -> np.ndarray:
-    ours = einops.rearrange(value, pattern, **sizes)
-    return ours if index is None else ours[index]
+def _view(value: np.ndarray, pattern: str, sizes: dict[str, int], part: int | slice | None) -> np.ndarray:
+    ours = einops.rearrange(value[part] if isinstance(part, slice) else value, pattern, **sizes)
+    return ours[part] if isinstance(part, int) else ours
 
 
 def place(value: np.ndarray, dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
