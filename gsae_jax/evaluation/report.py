@@ -18,13 +18,14 @@ from gsae_jax import plugins, rendering
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
-from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.saes import contract, diffing, parameters, trained
 from gsae_jax.storage import writing
 
-FIGURES = ("frontier", "gamma", "densities", "gates", "training")
+FIGURES = ("frontier", "gamma", "densities", "gates", "models", "training")
 FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for figure in FIGURES))
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
 LARGE_MEAN = 0.5  # a mean with a larger share of E||x||^2 hides shrinkage
+SHARE_BINS = 50
 MISSED = 0.1  # a target is missed where L0 differs from it by more than this fraction
 
 
@@ -60,7 +61,7 @@ def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def rows(
-    model: str,
+    models: str | Mapping[str, str],
     saes: dict[str, trained.SAE],
     sums: dict[str, metrics.Sums],
     targets: Mapping[str, float] = MappingProxyType({}),
@@ -68,12 +69,14 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One record per measured SAE and site that it writes: what it is, and what it measured.
 
+    `models`: what the language model is called; of several, by the names after the @ of their sites.
+
     `variant` is its architecture and the options that are not the default; `frontier` the same without the number of
     active features, where that is an option; `ito` the number of features where they
     were chosen by gradient pursuit (one of `ito`), else 0; `target_l0` of `targets`, by SAE, or None; `not_finite` the
     names of parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
     """
-    records = []
+    models, records = {"": models} if isinstance(models, str) else models, []
     not_finite = {name: parameters.not_finite(sae.functions, sae.params) for name, sae in saes.items()}
     each = [(whose, one) for whose, sae in saes.items() for one in measure.written(sae)]
     for (whose, one), k in itertools.product(each, (0, *ito)):
@@ -84,7 +87,7 @@ def rows(
                 "run": sae.run,
                 "stack": sae.stack or sae.name,
                 "index": sae.index,
-                "model": model,
+                "model": models[sites.parts(site)[1]],
                 "architecture": plugins.label(sae.architecture),
                 "variant": contract.variant(sae.architecture, sae.config),
                 "frontier": contract.frontier(sae.architecture, sae.config),
@@ -103,6 +106,42 @@ def rows(
     return records
 
 
+def differences(
+    saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums], models: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """One record for each crosscoder of several language models, and each model beside its first: `compare_models`.
+
+    They count the features that fired on the measured text: `only_first`, `shared` and `only_second` by the thresholds
+    of `diffing`, and `between` the others. `shares` are counts in `SHARE_BINS` bins of equal width from 0 to 1, and
+    `cosine` is the median of the shared features. Every process calls it, as features lie over all devices.
+
+    `models`: what each language model is called, as for `rows`.
+    """
+    records = []
+    for sae in saes.values():
+        alive = sums[measure.written(sae)[0].name()]["fired"] > 0
+        first, *others = sorted(sae.models)
+        for second in others:
+            found = diffing.compare_models(sae, (first, second))
+            kinds = {name: getattr(found, name) for name in ("only_first", "shared", "only_second")}
+            share, cosine, of_kind = mesh_lib.fetch((found.share, found.cosine, kinds))
+            counts = {name: int((kind & alive).sum()) for name, kind in of_kind.items()}
+            known = cosine[of_kind["shared"] & alive & np.isfinite(cosine)]
+            records.append(
+                {
+                    "name": sae.name,
+                    "first": f"{models[first]} (@{first})" if first else models[first],
+                    "second": f"{models[second]} (@{second})",
+                    "alive": int(alive.sum()),
+                    **counts,
+                    "between": int(alive.sum()) - sum(counts.values()),
+                    "cosine": float(np.median(known)) if known.size else math.nan,
+                    "shares": np.histogram(share[alive & np.isfinite(share)], SHARE_BINS, (0, 1))[0].tolist(),
+                }
+            )
+    return records
+
+
 def write(
     folder: epath.Path,
     step: int | None,
@@ -112,6 +151,7 @@ def write(
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]] = (),
     about: About = NOTHING,
+    compared: Sequence[dict[str, Any]] = (),
 ) -> list[str]:
     """Write the report; an earlier one is replaced when the new one is whole.
 
@@ -123,13 +163,14 @@ def write(
         gates_of: of `gates`.
         published: points to draw beside ours.
         about: how they were measured and trained.
+        compared: of `differences`.
 
     Returns:
         What `notes` says.
     """
     # report.json, which says that a run is finished, comes last.
     with writing.whole_folder(folder, last="report.json") as scratch:
-        return _write_files(scratch, step, records, sums, training, gates_of, published, about)
+        return _write_files(scratch, step, records, sums, training, gates_of, published, about, compared)
 
 
 def _write_files(
@@ -141,11 +182,14 @@ def _write_files(
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]],
     about: About,
+    compared: Sequence[dict[str, Any]],
 ) -> list[str]:
     ratios = frontiers.ratios(records, sums)
     sentences = notes(records, about.runs)
     head = {"step": step, "settings": about.settings, "measured": about.measured, "runs": about.runs}
-    (folder / "report.json").write_text(_json(head | {"notes": sentences}, saes=records, l0_ratios=ratios))
+    (folder / "report.json").write_text(
+        _json(head | {"notes": sentences}, saes=records, l0_ratios=ratios, models=compared)
+    )
     tables.write_csv(folder / "frontier.csv", records)
     encoders = [record for record in records if not record["ito"]]
     densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
@@ -158,10 +202,12 @@ def _write_files(
         figures["training"] = plots.training(training)
     if gates_of:
         figures["gates"] = plots.gates(encoders, gates_of)
+    if compared:
+        figures["models"] = plots.models(compared)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     pictures = {name: plots.panels(figure) for name, figure in figures.items()}
-    for page, text in pages(records, ratios, pictures, about).items():
+    for page, text in pages(records, ratios, pictures, about, compared).items():
         (folder / page).write_text(text, "utf-8")
     return sentences
 
@@ -329,6 +375,7 @@ def pages(
     ratios: list[dict[str, Any]],
     pictures: Mapping[str, Sequence[plots.Panel]],
     about: About = NOTHING,
+    compared: Sequence[dict[str, Any]] = (),
 ) -> dict[str, str]:
     """The texts of `report.md` and `report.html`, by name.
 
@@ -337,6 +384,7 @@ def pages(
         ratios: of `frontiers.ratios`.
         pictures: the panels of each figure, by its name in `FIGURES`.
         about: how they were measured and trained.
+        compared: of `differences`.
     """
     figures = {
         name: [(panel.title, base64.b64encode(panel.svg).decode()) for panel in pictures[name]]
@@ -346,6 +394,7 @@ def pages(
     values = contents(records) | {
         "notes": notes(records, about.runs),
         "ratios": tables.ratios(ratios),
+        "models": tables.models(compared),
         "figures": figures,
         "measured": tables.facts({"": about.measured}),
         "runs": tables.facts(about.runs),
@@ -353,7 +402,7 @@ def pages(
     return {page: rendering.render(page, **values) for page in ("report.md", "report.html")}
 
 
-def _json(head: Mapping[str, Any], **records: list[dict[str, Any]]) -> str:
+def _json(head: Mapping[str, Any], **records: Sequence[dict[str, Any]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
     whole = {**head} | {
         part: [
