@@ -20,6 +20,7 @@ from gsae_jax.errors import UserError, known_names
 from gsae_jax.evaluation import measure
 from gsae_jax.formats import imports
 from gsae_jax.lms import checkpoints
+from gsae_jax.lms import sites as sites_lib
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
@@ -260,8 +261,14 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     # Other names are another library's, or none.
     reads = reads if reads[0].startswith("blocks.") else stack.sites
     writes = writes if writes[0].startswith("blocks.") else stack.targets
+    our_reads, our_writes = stack.sites, stack.targets
+    if len({*map(config_lib.model_of, (*reads, *writes))}) == len(stack.models) == 1:
+        # An SAE of a model may start one of its finetune.
+        reads, writes, our_reads, our_writes = (
+            tuple(sites_lib.parts(site)[0] for site in each) for each in (reads, writes, our_reads, our_writes)
+        )
     theirs = {"site": reads, "target": writes, "width": members[0].config.width, "as many SAEs": len(members)}
-    ours = {"site": stack.sites, "target": stack.targets, "width": stack.width, "as many SAEs": len(stack)}
+    ours = {"site": our_reads, "target": our_writes, "width": stack.width, "as many SAEs": len(stack)}
     differing = [
         f"{what} ({_shown(theirs[what])} there, {_shown(ours[what])} here)"
         for what in ours

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gsae_jax
-from gsae_jax import collecting, config_trees, exporting, measuring, viewing
+from gsae_jax import collecting, config_trees, exporting, measuring, sae_loading, viewing
 from gsae_jax import config as config_lib
 from gsae_jax import train as train_command
 from gsae_jax.evaluation import measure
@@ -288,14 +288,20 @@ def test_features_are_collected_and_shown(run, lm, tuned):
         live().steered(text, [{"sae": "cross_0", "feature": 1, "strength": 1.0}], 16, 0.0, 0)
 
 
-def test_exports_name_hooks_that_their_model_has(run, tmp_path):
+def test_exports_name_hooks_that_their_model_has(run, two, tmp_path):
     exporting.export(str(run), "saelens", str(tmp_path / "alone"), "alone_0")
     config = json.loads((tmp_path / "alone" / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == HOOK
     assert config["metadata"]["model_name"] == "tuned"
-    ours = gsae_jax.load(run)["cross_0"]
-    assert ours.scale == tuple(sorted(ours.scale, key=ours.scale.index))
-    assert len(ours.scale) == 2
+    # It starts SAEs of either model.
+    for site in (HOOK, OTHER):
+        starting = changed(two, stacks={"alone": {"site": site, "start_from": str(tmp_path / "alone")}})
+        started = sae_loading.starts(starting)["alone"]
+        np.testing.assert_allclose(started["W_dec"][0], gsae_jax.load(run)["alone_0"].W_dec, atol=1e-6)
+    with refused("stacks.alone.start_from", "site"):
+        other = {"site": "blocks.0.hook_resid_pre", "start_from": str(tmp_path / "alone")}
+        sae_loading.starts(changed(two, stacks={"alone": other}))
+    assert len(gsae_jax.load(run)["cross_0"].scale) == 2
 
 
 def test_the_plan_counts_both_models(two, lm_dir):
