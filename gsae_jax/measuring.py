@@ -210,13 +210,12 @@ def _write(
     gates, compared = report.gates(saes), report.differences(saes, sums, models)
     name_of_text = chosen.text or sae_loading.names(settings.lm, settings.data)["dataset_path"]
     measured = provenance.of_report(made_with, models, name_of_text, settings)
-    about = report.About(dataclasses.asdict(made_with), measured, chosen.runs)
+    about = report.About(dataclasses.asdict(made_with), measured, chosen.runs, compared)
     if processes.first():
         if wanted.set_aside and (kept := wanted.set_aside()):
             logger.info(f"the earlier report is kept in {kept}")
         try:
-            parts = records, sums, list(training), gates, wanted.points, about, compared
-            sentences = report.write(folder, chosen.step, *parts)
+            sentences = report.write(folder, chosen.step, records, sums, list(training), gates, wanted.points, about)
         except OSError as error:
             raise TrainingError(
                 f"the report cannot be written to {folder} ({error}); make room, and run the command again"

@@ -30,17 +30,19 @@ MISSED = 0.1  # a target is missed where L0 differs from it by more than this fr
 
 
 class About(NamedTuple):
-    """How the SAEs of a report were measured and trained.
+    """How the SAEs of a report were measured and trained, and how they divide their features between models.
 
     Attributes:
         settings: the fields of `provenance.Settings`, by which reports are told apart.
         measured: of `provenance.of_report`.
         runs: of `provenance.of_run` and `provenance.of_imported`, by the name of the run or folder.
+        compared: of `differences`.
     """
 
     settings: Mapping[str, Any] = MappingProxyType({})
     measured: Mapping[str, Any] = MappingProxyType({})
     runs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    compared: Sequence[dict[str, Any]] = ()
 
 
 NOTHING = About()  # of SAEs of which nothing else is known
@@ -151,7 +153,6 @@ def write(
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]] = (),
     about: About = NOTHING,
-    compared: Sequence[dict[str, Any]] = (),
 ) -> list[str]:
     """Write the report; an earlier one is replaced when the new one is whole.
 
@@ -163,14 +164,13 @@ def write(
         gates_of: of `gates`.
         published: points to draw beside ours.
         about: how they were measured and trained.
-        compared: of `differences`.
 
     Returns:
         What `notes` says.
     """
     # report.json, which says that a run is finished, comes last.
     with writing.whole_folder(folder, last="report.json") as scratch:
-        return _write_files(scratch, step, records, sums, training, gates_of, published, about, compared)
+        return _write_files(scratch, step, records, sums, training, gates_of, published, about)
 
 
 def _write_files(
@@ -182,13 +182,12 @@ def _write_files(
     gates_of: dict[str, dict[str, np.ndarray]],
     published: Sequence[dict[str, Any]],
     about: About,
-    compared: Sequence[dict[str, Any]],
 ) -> list[str]:
     ratios = frontiers.ratios(records, sums)
     sentences = notes(records, about.runs)
     head = {"step": step, "settings": about.settings, "measured": about.measured, "runs": about.runs}
     (folder / "report.json").write_text(
-        _json(head | {"notes": sentences}, saes=records, l0_ratios=ratios, models=compared)
+        _json(head | {"notes": sentences}, saes=records, l0_ratios=ratios, models=about.compared)
     )
     tables.write_csv(folder / "frontier.csv", records)
     encoders = [record for record in records if not record["ito"]]
@@ -202,12 +201,12 @@ def _write_files(
         figures["training"] = plots.training(training)
     if gates_of:
         figures["gates"] = plots.gates(encoders, gates_of)
-    if compared:
-        figures["models"] = plots.models(compared)
+    if about.compared:
+        figures["models"] = plots.models(about.compared)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     pictures = {name: plots.panels(figure) for name, figure in figures.items()}
-    for page, text in pages(records, ratios, pictures, about, compared).items():
+    for page, text in pages(records, ratios, pictures, about).items():
         (folder / page).write_text(text, "utf-8")
     return sentences
 
@@ -375,7 +374,6 @@ def pages(
     ratios: list[dict[str, Any]],
     pictures: Mapping[str, Sequence[plots.Panel]],
     about: About = NOTHING,
-    compared: Sequence[dict[str, Any]] = (),
 ) -> dict[str, str]:
     """The texts of `report.md` and `report.html`, by name.
 
@@ -384,7 +382,6 @@ def pages(
         ratios: of `frontiers.ratios`.
         pictures: the panels of each figure, by its name in `FIGURES`.
         about: how they were measured and trained.
-        compared: of `differences`.
     """
     figures = {
         name: [(panel.title, base64.b64encode(panel.svg).decode()) for panel in pictures[name]]
@@ -394,7 +391,7 @@ def pages(
     values = contents(records) | {
         "notes": notes(records, about.runs),
         "ratios": tables.ratios(ratios),
-        "models": tables.models(compared),
+        "models": tables.models(about.compared),
         "figures": figures,
         "measured": tables.facts({"": about.measured}),
         "runs": tables.facts(about.runs),
