@@ -17,12 +17,14 @@ from gsae_jax.experiments import experiment, experiment_config, stack_config
 from gsae_jax.fitting import fit
 from gsae_jax.lms.loading import LM, load_lm
 from gsae_jax.sae_loading import held_out, load
+from gsae_jax.saes.diffing import compare_models
 from gsae_jax.saes.trained import SAE
 
 __version__ = "0.1.0"  # setup.py reads it here
 __all__ = [
     "LM",
     "SAE",
+    "compare_models",
     "experiment",
     "experiment_config",
     "features",

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import tqdm
 
+from gsae_jax import config as config_lib
 from gsae_jax import errors, features, processes, sae_loading, sae_sources
 from gsae_jax.data import rows
 from gsae_jax.errors import TrainingError, UserError, known_names
@@ -21,7 +22,7 @@ from gsae_jax.evaluation import provenance
 from gsae_jax.features import collection as collection_lib
 from gsae_jax.features import tables
 from gsae_jax.lms import loading
-from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.checkpoints import Checkpoint, open_others
 from gsae_jax.saes import contract, trained
 from gsae_jax.storage import paths, run_directory
 
@@ -82,7 +83,12 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
     where = "--model" if wanted.model else "lm.path"
     with errors.about(where, path=where, revision="lm.revision"):
         lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=chosen.mesh)
-    loading.check_context(lm.module, settings.data.context_length)
+    only = wanted.saes if wanted.workdir and wanted.saes else list(chosen.saes)
+    saes = {name: chosen.saes[name] for name in chosen.saes if name in only}
+    used = sorted({name for sae in saes.values() for name in sae.models} - {""})
+    others = loading.load_others({name: settings.lms[name] for name in used}, lm, chosen.mesh)
+    for name, each in {"": lm, **others}.items():
+        loading.check_context(each.module, settings.data.context_length, name)
     T = settings.data.context_length
     count = (wanted.tokens or TOKENS) // T
     if not count:
@@ -93,7 +99,7 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
         raise UserError(f"the held-out text has no row of {T} tokens{text.why_few or '; add text'}", "data")
     if wanted.tokens and len(text) < count:
         logger.warning(f"the held-out text gives {len(text) * T:,} tokens of the {wanted.tokens:,} asked for")
-    special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
+    special_tokens = loading.special_tokens_of(lm, others) if settings.drop_special_tokens else ()
     shared = {
         "language_model": Checkpoint.open(settings.lm.path, settings.lm.revision).fingerprint(),
         "model": sae_loading.names(settings.lm, settings.data)["model_name"],
@@ -104,11 +110,9 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
         "special_tokens_excluded": bool(special_tokens),
         "step": chosen.step,
     }
-    only = wanted.saes if wanted.workdir and wanted.saes else list(chosen.saes)
-    saes = {name: chosen.saes[name] for name in chosen.saes if name in only}
-    about = {name: about_sae(sae) | shared for name, sae in saes.items()}
+    about = {name: about_sae(sae) | shared | _of_others(sae, settings) for name, sae in saes.items()}
     collection = collection_lib.Collection(
-        lm, chosen.mesh, saes, chosen.saes, text, special_tokens, about, provenance.versions()
+        lm, chosen.mesh, saes, chosen.saes, text, special_tokens, about, provenance.versions(), others
     )
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
@@ -178,6 +182,17 @@ def about_sae(sae: trained.SAE) -> dict[str, Any]:
         "targets": list(sae.targets),
         "parameters": digest.hexdigest(),
     }
+
+
+def _of_others(sae: trained.SAE, settings: config_lib.HeldOut) -> dict[str, Any]:
+    """Facts of the language models other than the first of which an SAE has sites."""
+    lms = {name: settings.lms[name] for name in sae.models if name}
+    facts: dict[str, Any] = {}
+    if lms:
+        facts["other_language_models"] = {name: each.fingerprint() for name, each in open_others(lms).items()}
+    if "" not in sae.models:
+        facts["model"] = sae_loading.names(lms[sae.models[0]], settings.data)["model_name"]
+    return facts
 
 
 def _check(folder: Path, about: Mapping[str, Mapping[str, Any]], overwrite: bool) -> None:

@@ -114,6 +114,11 @@ class Activations:
             )
 
 
+def model_of(site: str) -> str:
+    """The name, in `Experiment.lms`, of the language model that a site is of; "" for `Experiment.lm`."""
+    return site.partition("@")[2]
+
+
 class Sites:
     """Something that reads one site or several, and writes the same or others."""
 
@@ -130,6 +135,11 @@ class Sites:
         """The sites that it writes; by default those that it reads."""
         return ((self.target,) if isinstance(self.target, str) else self.target) if self.target else self.sites
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the language models that its sites are of (`model_of`), each once."""
+        return tuple(dict.fromkeys(map(model_of, (*self.sites, *self.targets))))
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack(Sites):
@@ -144,7 +154,10 @@ class Stack(Sites):
         "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka; gated_transcoder, "
         "relu_crosscoder and their like; or your own: my_package.tanh.",
     )
-    site: str | tuple[str, ...] = setting(REQUIRED, "Site to read: a TransformerLens hook name, or a tuple of several.")
+    site: str | tuple[str, ...] = setting(
+        REQUIRED,
+        "Site to read: a TransformerLens hook name, or HOOK@NAME of the model lms.NAME; or a tuple of several.",
+    )
     width: int = setting(REQUIRED, "Features (the paper's M).")
     l1_coefficients: tuple[float, ...] = setting(
         (),
@@ -329,12 +342,13 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """What SAEs are measured with: the language model, the text, and how much of it."""
+    """What SAEs are measured with: the language models, the text, and how much of it."""
 
     lm: LM
     data: Data
     evaluation: Evaluation
     drop_special_tokens: bool
+    lms: dict[str, LM] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +357,9 @@ class Experiment:
 
     seed: int = setting(0, "Seed of the data order and the exchange buffer; SAEs have their own seeds.")
     lm: LM = setting(LM)
+    lms: dict[str, LM] = setting(
+        dict, "Other language models by name, such as a finetune; a stack reads their sites as HOOK@NAME.", {}
+    )
     data: Data = setting(Data)
     activations: Activations = setting(Activations)
     stacks: dict[str, Stack] = setting(dict)
@@ -367,6 +384,7 @@ class Experiment:
                 raise UserError(f"has the name {name!r}; write up to 100 letters, digits, _ and -", "stacks")
         if self.lm.path == NO_MODEL and not self.data.source:
             raise UserError(f"is {NO_MODEL!r}, which needs data.source='store:PATH'; write one of the two", "lm.path")
+        self._check_models()
         fresh = self.activations.rows_per_forward * self.data.context_length
         batch = self.train.batch_size
         if fresh % batch and batch % fresh:
@@ -425,6 +443,45 @@ class Experiment:
                     f"two thirds of training; write less than {2 * self.train.steps // 3}",
                     "train.warmup_steps",
                 )
+
+    def _check_models(self) -> None:
+        """Raises `UserError` for a model without a site, a site without a model, or models that are not read."""
+        if self.lms and self.data.source:
+            raise UserError(
+                f"is {self.data.source!r}, but a store has the activations of one model; write '', or leave out lms",
+                "data.source",
+            )
+        for name in self.lms:
+            if not re.fullmatch(r"[\w-]{1,100}", name, re.ASCII):  # it becomes part of the names of sites
+                raise UserError(f"has the name {name!r}; write up to 100 letters, digits, _ and -", "lms")
+        for name, stack in self.stacks.items():
+            for field, sites in (("site", stack.sites), ("target", stack.targets)):
+                for site in sites:
+                    if (model := model_of(site)) not in {"", *self.lms} or site.endswith("@"):
+                        known = f"write one of {', '.join(self.lms)}" if self.lms else f"set lms.{model or 'NAME'}.path"
+                        raise UserError(
+                            f"has {site!r}, but lms has no language model {model!r}; {known}, or leave out the @",
+                            f"stacks.{name}.{field}",
+                        )
+        read = set(map(model_of, self.sites))
+        for name, lm in self.lms.items():
+            if lm.path == NO_MODEL or (lm.path, lm.revision) == (self.lm.path, self.lm.revision):
+                what = "" if lm.path == NO_MODEL else ", as lm.path is"
+                raise UserError(f"is {lm.path!r}{what}; write the path of the other model", f"lms.{name}.path")
+            if name not in read:
+                raise UserError(
+                    f"is read by no stack; write a site such as HOOK@{name}, or leave it out", f"lms.{name}"
+                )
+        if "" not in read:
+            raise UserError(
+                f"is read by no stack; write the model of lms.{self.sites[0].partition('@')[2]} here, and its sites "
+                "without the @",
+                "lm",
+            )
+
+    def lm_of(self, site: str) -> LM:
+        """The language model that a site is of."""
+        return self.lms[model_of(site)] if model_of(site) else self.lm
 
     @property
     def sites(self) -> list[str]:

@@ -50,7 +50,7 @@ def held_out(tree: Any) -> HeldOut:
     with errors.about("config"):
         groups = _fields(Experiment, plain(tree))
     lm, data, evaluation = groups["lm"], groups["data"], groups["evaluation"]
-    return HeldOut(lm, data, evaluation, groups["activations"].drop_special_tokens)
+    return HeldOut(lm, data, evaluation, groups["activations"].drop_special_tokens, groups["lms"])
 
 
 def plain(tree: Any) -> Any:
@@ -70,15 +70,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def merged(tree: Any, changes: Any) -> Any:
     """The tree of an experiment with the changes of another tree.
 
-    A stack that gets another architecture loses the options of the one before. A stack that is None is left out.
+    A stack that gets another architecture loses the options of the one before. A stack that is None is left out,
+    and so is a language model of `lms`.
     """
     if not isinstance(tree, Mapping) or not isinstance(changes, Mapping):
         return changes
     if changes.get("architecture", tree.get("architecture")) != tree.get("architecture"):
         tree = {name: value for name, value in tree.items() if name != "options"}
     result = {**tree, **{name: merged(tree.get(name), value) for name, value in changes.items()}}
-    if isinstance(stacks := result.get("stacks"), Mapping):
-        result["stacks"] = {name: stack for name, stack in stacks.items() if stack is not None}
+    for group in ("stacks", "lms"):
+        if isinstance(members := result.get(group), Mapping):
+            result[group] = {name: member for name, member in members.items() if member is not None}
     return result
 
 

@@ -31,7 +31,7 @@ def export(path: str, format: str, out: str, name: str = "", step: int | None = 
         if name not in saes:
             raise UserError(f"{name!r} is not in {path}; {known_names(name, saes)}", "--sae")
         with errors.about("--out"):
-            module.write(saes[name], out)
+            module.write(trained.for_export(saes[name]), out)
         return [name]
     with errors.about("--out"):
         return write(saes, format, out)
@@ -60,7 +60,7 @@ def write(saes: dict[str, trained.SAE], format: str, out: str | os.PathLike[str]
     with writing.new_folder(out) as folder:
         for sae in saes.values():
             try:
-                module.write(sae, folder / sae.name)
+                module.write(trained.for_export(sae), folder / sae.name)
             except UserError as error:
                 failed[sae.name] = error
         written = [name for name in saes if name not in failed]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import tqdm
 from etils import epath
 
+from gsae_jax import config as config_lib
 from gsae_jax import errors, processes, sae_loading, sae_sources
 from gsae_jax.activations import store
 from gsae_jax.config import NO_MODEL, HeldOut
@@ -106,6 +107,11 @@ def evaluate_saes(
     return _write(paths.of(out), chosen, (), _Wanted(tokens, ito, published, points, model))
 
 
+def _named(lm: config_lib.LM) -> str:
+    """What a report calls a language model."""
+    return Path(lm.path or f"{sae_loading.EMBEDDED} (embedded)").name
+
+
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
     """What is asked for beside the SAEs, as `evaluate` takes it; `points` are those of the file `published`.
@@ -132,6 +138,7 @@ class _HeldOut(NamedTuple):
         counts: tokens in each.
         special_tokens: ids that are not measured.
         fingerprint: of the rows.
+        others: the other language models of which SAEs have sites, by name.
     """
 
     lm: loading.LM | None
@@ -139,6 +146,7 @@ class _HeldOut(NamedTuple):
     counts: list[int]
     special_tokens: tuple[int, ...]
     fingerprint: str
+    others: Mapping[str, loading.LM]
 
 
 def _opened(settings: HeldOut, chosen: sae_sources.Chosen, wanted: "_Wanted", tokens: int, limit: int) -> _HeldOut:
@@ -152,15 +160,18 @@ def _opened(settings: HeldOut, chosen: sae_sources.Chosen, wanted: "_Wanted", to
         special = stored.manifest.special_tokens if settings.drop_special_tokens else ()
         batches = store.Batches(test, settings.evaluation.rows_per_forward)
         counts = [len(rows) * stored.manifest.context_length for rows in batches.parts]
-        return _HeldOut(None, batches, counts, special, test.fingerprint)
+        return _HeldOut(None, batches, counts, special, test.fingerprint, {})
     where = "--model" if wanted.model else "lm.path"
     with errors.about(where, path=where, revision="lm.revision"):
         lm = loading.load_lm(settings.lm.path, revision=settings.lm.revision, dtype=settings.lm.dtype, mesh=chosen.mesh)
-    loading.check_context(lm.module, settings.data.context_length)
+    used = {name for sae in chosen.saes.values() for name in sae.models} - {""}
+    others = loading.load_others({name: settings.lms[name] for name in sorted(used)}, lm, chosen.mesh)
+    for name, each in {"": lm, **others}.items():
+        loading.check_context(each.module, settings.data.context_length, name)
     of_text = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab).fingerprint
-    special_tokens = lm.special_tokens if settings.drop_special_tokens else ()
-    return _HeldOut(lm, of_text, [batch.size for batch in of_text], special_tokens, text)
+    special_tokens = loading.special_tokens_of(lm, others) if settings.drop_special_tokens else ()
+    return _HeldOut(lm, of_text, [batch.size for batch in of_text], special_tokens, text, others)
 
 
 def _write(
@@ -191,14 +202,15 @@ def _write(
     logger.info(f"measuring {len(saes)} SAEs on {sum(held_out.counts):,} held-out tokens{per_batch}")
     hidden = None if processes.first() else True  # None: where there is no terminal
     with tqdm.tqdm(total=2 * len(batches), unit="batch", desc="evaluate", disable=hidden) as bar:
-        sums = measure.measure(lm, list(saes.values()), batches, held_out.special_tokens, bar.update, ito, chosen.mesh)
-    model = settings.lm.path or f"{sae_loading.EMBEDDED} (embedded)"
-    records = report.rows(Path(model).name, saes, sums, chosen.targets, ito)
-    gates = report.gates(saes)
-    names = sae_loading.names(settings.lm, settings.data)
-    names["dataset_path"] = chosen.text or names["dataset_path"]
-    measured = provenance.of_report(made_with, Path(model).name, names, settings)
-    about = report.About(dataclasses.asdict(made_with), measured, chosen.runs)
+        sums = measure.measure(
+            lm, list(saes.values()), batches, held_out.special_tokens, bar.update, ito, chosen.mesh, held_out.others
+        )
+    models = {name: _named(settings.lms[name] if name else settings.lm) for name in ("", *held_out.others)}
+    records = report.rows(models, saes, sums, chosen.targets, ito)
+    gates, compared = report.gates(saes), report.differences(saes, sums, models)
+    name_of_text = chosen.text or sae_loading.names(settings.lm, settings.data)["dataset_path"]
+    measured = provenance.of_report(made_with, models, name_of_text, settings)
+    about = report.About(dataclasses.asdict(made_with), measured, chosen.runs, compared)
     if processes.first():
         if wanted.set_aside and (kept := wanted.set_aside()):
             logger.info(f"the earlier report is kept in {kept}")

@@ -20,6 +20,7 @@ from gsae_jax.errors import UserError, known_names
 from gsae_jax.evaluation import measure
 from gsae_jax.formats import imports
 from gsae_jax.lms import checkpoints
+from gsae_jax.lms import sites as sites_lib
 from gsae_jax.saes import contract, parameters, trained
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import paths, run_directory
@@ -260,8 +261,14 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     # Other names are another library's, or none.
     reads = reads if reads[0].startswith("blocks.") else stack.sites
     writes = writes if writes[0].startswith("blocks.") else stack.targets
+    our_reads, our_writes = stack.sites, stack.targets
+    if len({*map(config_lib.model_of, (*reads, *writes))}) == len(stack.models) == 1:
+        # An SAE of a model may start one of its finetune.
+        reads, writes, our_reads, our_writes = (
+            tuple(sites_lib.parts(site)[0] for site in each) for each in (reads, writes, our_reads, our_writes)
+        )
     theirs = {"site": reads, "target": writes, "width": members[0].config.width, "as many SAEs": len(members)}
-    ours = {"site": stack.sites, "target": stack.targets, "width": stack.width, "as many SAEs": len(stack)}
+    ours = {"site": our_reads, "target": our_writes, "width": stack.width, "as many SAEs": len(stack)}
     differing = [
         f"{what} ({_shown(theirs[what])} there, {_shown(ours[what])} here)"
         for what in ours
@@ -317,15 +324,24 @@ def pinned(config: Experiment, path: epath.PathLike) -> Experiment:
     """
     workdir = run_directory.Workdir(path)
     config = _with_known_starts(_as_begun(contract.with_recipes(config), workdir), workdir)
-    name, revision = config.lm.path, config.lm.revision
-    if not name or name == NO_MODEL or Path(name).is_dir():
-        return config
-    if workdir.latest_step() is not None and not revision:
-        recorded = workdir.experiment().lm
-        revision = recorded.revision if recorded.path == name else ""
+    recorded = None if workdir.latest_step() is None else workdir.experiment()
     with errors.about("lm.path", revision="lm.revision"):
-        commit = checkpoints.find(name, revision)[1]
-    return dataclasses.replace(config, lm=dataclasses.replace(config.lm, revision=commit))
+        lm = _pinned(config.lm, None if recorded is None else recorded.lm)
+    lms = {}
+    for name, other in config.lms.items():
+        with checkpoints.about_other(name):
+            lms[name] = _pinned(other, None if recorded is None else recorded.lms.get(name))
+    return dataclasses.replace(config, lm=lm, lms=lms)
+
+
+def _pinned(lm: config_lib.LM, recorded: config_lib.LM | None) -> config_lib.LM:
+    """The language model; of the hub's, with its commit."""
+    if not lm.path or lm.path == NO_MODEL or Path(lm.path).is_dir():
+        return lm
+    revision = lm.revision
+    if recorded is not None and not revision:
+        revision = recorded.revision if recorded.path == lm.path else ""
+    return dataclasses.replace(lm, revision=checkpoints.find(lm.path, revision)[1])
 
 
 def _as_begun(config: Experiment, workdir: run_directory.Workdir) -> Experiment:
@@ -398,8 +414,10 @@ def _members(
         for sites in (stack.sites, stack.targets)
     )
     limits = tuple(facts.norm_limits[site] for site in stack.targets)
+    scales = tuple(units.scale for units in targets)
     l1_coefficients = facts.l1_coefficients.get(name) or [l1 for l1, _, _ in stack.numbers()]
-    metadata = names(config.lm, config.data) | {
+    # Of several models, the one whose predictions an SAE changes, which is the last that it writes.
+    metadata = names(config.lm_of(stack.targets[-1]), config.data) | {
         "context_size": config.data.context_length,
         "prepend_bos": config.data.prepend_bos,
         "exclude_special_tokens": config.activations.drop_special_tokens,
@@ -420,7 +438,7 @@ def _members(
             l1_coefficient=l1_coefficients[index],
             learning_rate=learning_rate,
             seed=seed,
-            scale=targets[0].scale,
+            scale=scales if len(scales) > 1 else scales[0],
             norm_limit=limits if len(limits) > 1 else limits[0],
             metadata=metadata,
             run=run,

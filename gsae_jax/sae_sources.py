@@ -19,12 +19,14 @@ from gsae_jax.data import rows
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import measure, provenance
 from gsae_jax.lms import loading, sites
-from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.checkpoints import Checkpoint, about_other, open_others
 from gsae_jax.saes import contract, trained
 from gsae_jax.storage import paths, run_directory
 from gsae_jax.storage.facts import Facts
 
 logger = logging.getLogger(__name__)
+
+GROUPS = ("lm", "lms", "data", "activations", "evaluation")  # of an experiment, that say what SAEs are looked at with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,10 @@ def of_run(
     workdir = run_directory.Workdir(path)
     run = workdir.experiment()
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
-    settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens)
+    settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens, run.lms)
     if config is not None:
-        own = {
-            group: config_trees.to_dict(getattr(run, group)) for group in ("lm", "data", "activations", "evaluation")
-        }
+        recorded_groups = config_trees.to_dict(run)
+        own = {group: recorded_groups[group] for group in GROUPS}
         elsewhere = config_trees.held_out(config_trees.merged(own, config_trees.plain(config)))
         recorded = workdir.config()["data"]
         # Fields that did not exist when the run began keep the values of then.
@@ -90,7 +91,7 @@ def of_run(
     facts = workdir.facts(step)
     with errors.about("--model" if model else "lm.path", revision="lm.revision"):
         _check_inputs(workdir, facts, run, settings, saes)
-    runs = {workdir.path.name: provenance.of_run(run, facts, step, next(iter(saes.values())).metadata)}
+    runs = {workdir.path.name: _of_run(run, facts, step)}
     return Chosen(saes, settings, mesh, _targets(run, saes), runs, step)
 
 
@@ -140,7 +141,7 @@ def of_names(
             if source.run is not None:
                 _check_run(source, settings, given)
         _check_told({name: sae for s in sources if s.run is None for name, sae in s.saes.items()}, settings, given)
-        saes = _at_sites(saes, settings.lm, site, target)
+        saes = _at_sites(saes, settings, site, target)
     texts = _text_names({settings.data, *(source.run.data for source in sources if source.run is not None)})
     chosen = Chosen(saes, settings, mesh, {}, {}, text=texts[settings.data])
     for source in sources:
@@ -169,27 +170,30 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
     Raises:
         UserError: the other config is of another run.
     """
+    lms = {name: _at_location("lm", lm, elsewhere.lms.get(name, lm)) for name, lm in settings.lms.items()}
     moved = {
-        group: dataclasses.replace(
-            getattr(settings, group), **{name: getattr(getattr(elsewhere, group), name) for name in fields}
-        )
-        for group, fields in run_directory.LOCATIONS.items()
+        group: _at_location(group, getattr(settings, group), getattr(elsewhere, group))
+        for group in run_directory.LOCATIONS
     }
-    if moved["lm"] == dataclasses.replace(settings.lm, revision=""):  # the same hub name; the run recorded its commit
-        moved["lm"] = settings.lm
-    for group, value in moved.items():
+    compared = [(group, group, value, getattr(elsewhere, group)) for group, value in moved.items()]
+    compared += [(f"lms.{name}", "lm", lm, elsewhere.lms.get(name, lm)) for name, lm in lms.items()]
+    for path, group, *each in compared:
         there, here = (
-            {
-                name: item
-                for name, item in dataclasses.asdict(each).items()
-                if name not in run_directory.LOCATIONS[group]
-            }
-            for each in (value, getattr(elsewhere, group))
+            {name: item for name, item in dataclasses.asdict(one).items() if name not in run_directory.LOCATIONS[group]}
+            for one in each
         )
-        if differing := config_trees.differences(there, here, f"{group}."):
+        if differing := config_trees.differences(there, here, f"{path}."):
             why = f"is not the config of this run; change these back (the run's value != yours): {'; '.join(differing)}"
             raise UserError(f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT", "--config")
-    return dataclasses.replace(settings, evaluation=elsewhere.evaluation, **moved)
+    return dataclasses.replace(settings, evaluation=elsewhere.evaluation, lms=lms, **moved)
+
+
+def _at_location(group: str, ours: Any, theirs: Any) -> Any:
+    """Our group of the config, with their paths."""
+    moved = dataclasses.replace(ours, **{name: getattr(theirs, name) for name in run_directory.LOCATIONS[group]})
+    if group == "lm" and moved == dataclasses.replace(ours, revision=""):
+        return ours  # the same hub name; the run recorded its commit
+    return moved
 
 
 def _check_inputs(
@@ -239,6 +243,10 @@ def _check_inputs(
             f"{settings.lm.path}"
         )
     widths = loading.site_widths(checkpoint.module())
+    for name, other in open_others(settings.lms).items():
+        with about_other(name):
+            workdir.check_model(facts, settings.lms[name], other.fingerprint(), name)
+        widths |= {sites.at(hook, name): width for hook, width in loading.site_widths(other.module()).items()}
     for sae in saes.values():
         measure.check_sites(sae, widths)
     if not facts.held_out:  # of an earlier version
@@ -278,7 +286,13 @@ class _Source:
         """What is known of the training."""
         if self.run is None or self.facts is None or self.step is None:
             return provenance.of_imported(next(iter(self.saes.values())))
-        return provenance.of_run(self.run, self.facts, self.step, next(iter(self.saes.values())).metadata)
+        return _of_run(self.run, self.facts, self.step)
+
+
+def _of_run(run: config_lib.Experiment, facts: Facts, step: int) -> dict[str, Any]:
+    """`provenance.of_run`."""
+    models = {name: sae_loading.names(lm, run.data)["model_name"] for name, lm in {"": run.lm, **run.lms}.items()}
+    return provenance.of_run(run, facts, step, models, sae_loading.names(run.lm, run.data)["dataset_path"])
 
 
 def _source(name: str, mesh: jax.sharding.Mesh, transcoders: bool) -> _Source:
@@ -362,10 +376,12 @@ def _text_names(texts: Collection[config_lib.Data]) -> dict[config_lib.Data, str
 
 def _settings(sources: Sequence[_Source], config: Any) -> HeldOut:
     """The settings of the first run, or those that all SAEs say they were trained with, changed by a config."""
-    run = next((source.run for source in sources if source.run is not None), None)
-    if run is not None:
-        recorded = config_trees.to_dict(run)
-        base = {group: recorded[group] for group in ("lm", "data", "activations", "evaluation")}
+    runs = [source.run for source in sources if source.run is not None]
+    if runs:
+        recorded = config_trees.to_dict(runs[0])
+        base = {group: recorded[group] for group in GROUPS}
+        for run in runs[1:]:  # `_check_run` compares models of one name
+            base["lms"] = config_trees.to_dict(run)["lms"] | base["lms"]
     else:
         base = _as_trained({name: sae for source in sources for name, sae in source.saes.items()})
     if hasattr(config, "to_dict"):
@@ -398,6 +414,14 @@ def _check_run(source: _Source, settings: HeldOut, given: bool) -> None:
                 f"{why}; leave this SAE out, or write --model with the model to measure all SAEs on", "--sae"
             )
         logger.warning(f"{why}; it is used with {ours}")
+    for name, other in open_others({name: settings.lms[name] for name in source.run.lms}).items():
+        its_own = source.facts.lms.get(name) if source.facts else None
+        if its_own is not None and its_own != other.fingerprint():
+            raise UserError(
+                f"is {settings.lms[name].path}, but {source.name} was trained with another language model of this "
+                "name; leave this SAE out",
+                f"lms.{name}.path",
+            )
     text = {"drop_special_tokens": source.run.activations.drop_special_tokens} | vars(source.run.data)
     here = {"drop_special_tokens": settings.drop_special_tokens} | vars(settings.data)
     ignored = ("data_dir", "train_split")
@@ -421,20 +445,29 @@ def _as_trained(saes: Mapping[str, trained.SAE]) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def _at_sites(saes: Mapping[str, trained.SAE], lm: config_lib.LM, site: str, target: str) -> dict[str, trained.SAE]:
-    """SAEs with the language model's names for the sites of each.
+def _at_sites(saes: Mapping[str, trained.SAE], settings: HeldOut, site: str, target: str) -> dict[str, trained.SAE]:
+    """SAEs with the language models' names for the sites of each.
 
     Args:
         saes: by name.
-        lm: where the language model lies.
+        settings: where the language models lie.
         site: the site that all of them read; "" where each one's file says its own.
         target: the site that transcoders write, in the same way; with it, `site` is theirs alone.
 
     Raises:
         UserError: the language model has no such site, or the site has another width than the SAE.
     """
-    checkpoint = Checkpoint.open(lm.path, lm.revision)
+    checkpoint = Checkpoint.open(settings.lm.path, settings.lm.revision)
     widths = loading.site_widths(checkpoint.module())
+    for other, opened in open_others(settings.lms).items():
+        widths |= {sites.at(hook, other): width for hook, width in loading.site_widths(opened.module()).items()}
+    for name, sae in saes.items():
+        for model in {*sae.models} - {"", *settings.lms}:
+            raise UserError(
+                f"has no language model {model!r}, of which {name} has a site; write its path as lms.{model}.path in "
+                "--config",
+                "lms",
+            )
 
     def ours(name: str) -> str:
         return sites.hook_name(name, checkpoint.config.norm_after) or name

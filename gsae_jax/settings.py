@@ -28,7 +28,7 @@ def settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         name, group = f"{prefix}{field.name}", members[field.name]
         if group is not None:
             name += ".NAME" * (group is not field.type)
-            yield f"{name}.", "", str(group.__doc__).partition("\n")[0]
+            yield f"{name}.", "", field.metadata["about"] or str(group.__doc__).partition("\n")[0]
             yield from settings(group, f"{name}.")
             continue
         value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

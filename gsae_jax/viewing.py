@@ -14,7 +14,7 @@ from gsae_jax import collecting, errors, sae_loading
 from gsae_jax import features as features_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
-from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.checkpoints import Checkpoint, open_others
 from gsae_jax.storage import paths, reading, run_directory, writing
 from gsae_jax.viewer import export as export_lib
 from gsae_jax.viewer import server
@@ -102,7 +102,8 @@ def _report(workdir: str) -> Mapping[str, Any] | None:
 def _load(wanted: Wanted, library: Library) -> Live:
     """The language model and the SAEs of the run, checked to be those that the features were collected from."""
     workdir = run_directory.Workdir(wanted.workdir)
-    lm_config = workdir.experiment().lm
+    run = workdir.experiment()
+    lm_config = run.lm
     if wanted.model:
         lm_config = dataclasses.replace(lm_config, path=wanted.model, revision="")
     loaded: dict[int | None, dict[str, Any]] = {}
@@ -126,7 +127,14 @@ def _load(wanted: Wanted, library: Library) -> Live:
         if models != {ours}:
             raise UserError(f"{lm_config.path} is not the language model that the features were collected with", where)
         lm = loading.load_lm(lm_config.path, revision=lm_config.revision, dtype=lm_config.dtype)
-    return Live(lm, saes)
+    used = {name for sae in saes.values() for name in sae.models} - {""}
+    others = loading.load_others({name: run.lms[name] for name in sorted(used)}, lm)
+    for name, opened in open_others({name: run.lms[name] for name in others}).items():
+        theirs = [entry.about["other_language_models"].get(name) for entry in library if name in saes[entry.key].models]
+        if any(fingerprint != opened.fingerprint() for fingerprint in theirs):
+            why = "is not the language model that the features were collected with"
+            raise UserError(f"{run.lms[name].path} {why}", f"lms.{name}.path")
+    return Live(lm, saes, others)
 
 
 def serve(wanted: Wanted, host: str, port: int, open_browser: bool = False) -> None:

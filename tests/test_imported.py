@@ -274,7 +274,8 @@ def test_the_weights_of_a_norm_are_divided_out_of_an_encoder(tmp_path, capsys):
             params = jumprelu_transcoder.init(jax.random.key(0), config)
             placed = dataclasses.replace(sae, config=config, params=params, site=reads, run=run)
             lm_config = config_lib.LM(str(FIXTURES / path))
-            sae_sources._at_sites({"a": placed}, lm_config, "", "")
+            settings = config_lib.HeldOut(lm_config, config_lib.Data(), config_lib.Evaluation(), True)
+            sae_sources._at_sites({"a": placed}, settings, "", "")
             warned = "divided by these weights" in capsys.readouterr().err
             assert warned == (is_warned and (path, reads) == ("gemma2", READS))
 

@@ -89,11 +89,11 @@ def loss_in_float64(program, state, lm_dir, tokens, weight):
 
 def gradients(program, stack, of_stack, state, lm_params, tokens):
     """Gradients and KL of a stack on these rows."""
-    ours = end_to_end.EndToEnd(program.whole, program.mesh, 1)
+    ours = end_to_end.EndToEnd(program.loaded, program.mesh, 1)
 
     @jax.jit
     def compute(of_stack, tokens):
-        activations = loading.capture(program.whole, lm_params, tokens, ours.sites([stack]))
+        activations = loading.capture(program.loaded, lm_params, tokens, ours.sites([stack]))
         rows = end_to_end.Rows(tokens, masking.not_special(tokens, program.special_tokens), activations)
         return ours.gradients(stack, of_stack, rows, lm_params, (state.scales, state.means), state.norm_limits)
 

@@ -38,6 +38,11 @@ def ratio(text):
     return about | numbers | {"width": 64, "seeds": (0,), "runs": (text,), "baseline_learning_rate": 0.1}
 
 
+def difference(text):
+    counts = dict.fromkeys(("only_first", "shared", "only_second", "between", "alive"), 1)
+    return dict.fromkeys(("name", "first", "second"), text) | counts | {"cosine": 0.5}
+
+
 def hostile_sae():
     metadata = {"model_name": f"{HOSTILE.replace('/', '')}/m", "dataset_path": HOSTILE, "context_size": 16}
     return dataclasses.replace(make(gated), name=HOSTILE, site=HOSTILE, metadata=metadata)
@@ -56,7 +61,7 @@ def check_markdown(page):
 
 def test_text_in_the_reports_pages_is_text():
     picture, facts = plots.Panel(HOSTILE, b"<svg/>"), {HOSTILE: HOSTILE}
-    about = report.About({}, facts, {HOSTILE: facts})
+    about = report.About({}, facts, {HOSTILE: facts}, [difference(HOSTILE)])
     pages = report.pages([record(HOSTILE)], [ratio(HOSTILE)], {key: [picture] for key in report.FIGURES}, about)
     assert check_markdown(pages["report.md"]) == {14, 10, 3}  # bars in a row of each table
 
@@ -76,7 +81,8 @@ def test_text_in_the_reports_pages_is_text():
     reader.feed(pages["report.html"])
     assert "script" not in reader.tags
     assert reader.tags.count("img") == len(report.FIGURES)
-    assert reader.cells.count(HOSTILE) == 6  # a name, a site, and two facts with their names, as they were
+    # A name and two models, a name, a site, and two facts with their names, as they were.
+    assert reader.cells.count(HOSTILE) == 9
 
 
 def test_text_in_a_model_card_is_text():
@@ -121,6 +127,7 @@ def values():
     lists = {name: ["a"] for name in ("formats", "architectures", "sites")}
     facts = tables.facts({"a": {"steps": 1}})
     page = {"ratios": tables.ratios([ratio("a")]), "figures": {"gamma": []}, "measured": facts, "runs": facts}
+    page["models"] = tables.models([difference("a")])
     return {
         "report.md": measured | page,
         "report.html": measured | page,

@@ -10,16 +10,17 @@ import numpy as np
 import gsae_jax
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows as rows_lib
-from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.checkpoints import Checkpoint, open_others
 from gsae_jax.training import preparation, starting
 
 
 def begin(experiment, mesh=None):
     """A program, its first state, language-model parameters and the stream of tokens."""
     mesh = mesh or mesh_lib.make_mesh(experiment.mesh)
-    checkpoint = Checkpoint.open(experiment.lm.path)
-    program, tokenizer = preparation.build(experiment, mesh, checkpoint)
-    lm_params = checkpoint.params(program.loaded, experiment.lm.dtype)
+    checkpoint, others = Checkpoint.open(experiment.lm.path), open_others(experiment.lms)
+    program, tokenizer = preparation.build(experiment, mesh, checkpoint, others)
+    each = {"": checkpoint, **others}
+    lm_params = program.source_params(lambda name, module: each[name].params(module, program.dtype_of(name)))
     rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2**20)
     stream = rows_lib.batches(rows, experiment.rows_per_call, experiment.seed)
     return program, starting.start(program, lm_params, stream), lm_params, stream

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import masking, store
 from gsae_jax.lms import loading
+from gsae_jax.lms import sites as sites_lib
 
 
 class Source(Protocol):
@@ -124,3 +125,40 @@ class Stored:
         """(activations {site: [R, T, D]}, which tokens may be seen [R, T]) of what `place` gave."""
         activations, allowed = batch
         return {site: activations[site].astype(self.dtype) for site in self.widths}, allowed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModels:
+    """Activations of several language models' forward passes over the same rows of tokens. Implements `Source`.
+
+    Its parameters are a dict with those of each model.
+
+    Attributes:
+        models: by name; "" is the name of the first, whose sites have no @.
+    """
+
+    models: Mapping[str, LanguageModel]
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """The width of every site that it gives: model by model, in the order they are computed."""
+        each = self.models.items()
+        return {sites_lib.at(hook, name): width for name, model in each for hook, width in model.widths.items()}
+
+    def tokens(self, rows: np.ndarray) -> np.ndarray:
+        """The rows themselves."""
+        return rows
+
+    def place(self, rows: np.ndarray) -> jax.Array:
+        """As `LanguageModel.place`; every model must have these ids."""
+        for model in self.models.values():
+            loading.check_tokens(rows, model.module.config.d_vocab, "data")
+        return self.models[""].place(rows)
+
+    def __call__(self, params: Mapping[str, Any], batch: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """(activations {site: [R, T, D]} of all models, which tokens are not special [R, T]) of tokens [R, T]."""
+        activations: dict[str, jax.Array] = {}
+        for name, model in self.models.items():
+            of_model, allowed = model(params[name], batch)
+            activations |= {sites_lib.at(hook, name): x for hook, x in of_model.items()}
+        return activations, allowed

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ AT_ONCE = 12  # interventions whose losses are computed at once; beside them are
 MEDIAN_TOKENS = 4096  # how many tokens a site's median norm is taken over
 # A site that is written, the norm above which its activations are left alone, and what else SAEs read that write there.
 Place = tuple[str, float, tuple[str, ...]]
+Modules = tuple[tuple[str, Any], ...]  # (name, module) of each language model
 
 
 class Written(NamedTuple):
@@ -61,12 +63,13 @@ def measure(
     progress: Callable[[], Any] = lambda: None,
     ito: Sequence[int] = (),
     mesh: jax.sharding.Mesh | None = None,
+    others: Mapping[str, LM] = MappingProxyType({}),
 ) -> dict[str, metrics.Sums]:
     """Sums over `batches` [R, T] of tokens, by `Written.name`, on the LM's mesh.
 
     `metrics.combine` makes metrics of them.
 
-    If an SAE writes several sites, each of them is replaced and measured by itself.
+    If an SAE writes several sites, each of them is replaced and measured by itself, in its own language model.
 
     Rows of padding fill a batch up to a multiple of the number of devices. They are not measured.
 
@@ -82,21 +85,24 @@ def measure(
         ito: numbers of features. For each, every SAE's dictionary is also measured with this number of features,
             chosen by gradient pursuit instead of the encoder (Appendix A).
         mesh: without a language model, over which batches are spread.
+        others: the other language models of the run, on the same mesh, by the names after the @ of their sites.
     """
+    lms = {} if lm is None else {"": lm, **others}
+    modules = tuple((name, each.module) for name, each in lms.items())
+    lm_params = {name: each.params for name, each in lms.items()}
     mesh = mesh if lm is None else lm.module.mesh
     splits = mesh.shape["data"] if mesh else 1
-    module, lm_params = (None, {}) if lm is None else (lm.module, lm.params)
-    if lm is not None:
-        for sae in saes:
-            check_sites(sae, lm.sites)
+    widths = {sites.at(hook, name): width for name, each in lms.items() for hook, width in each.sites.items()}
+    for sae in saes if lms else ():
+        check_sites(sae, widths)
     params_of = {sae.name: spread(mesh, sae) for sae in saes}
     ks = tuple(sorted(set(ito)))
     each = [one for sae in saes for one in written(sae)]
     names = {one.name(): [one.name(k) for k in (0, *ks)] for one in each}
-    others: dict[tuple[str, float], set[str]] = {}
+    also_read: dict[tuple[str, float], set[str]] = {}
     for one in each:
-        others.setdefault(one.place, set()).update({*one.sae.sites} - {one.place[0]})
-    places = tuple((*place, tuple(sorted(read))) for place, read in sorted(others.items()))
+        also_read.setdefault(one.place, set()).update({*one.sae.sites} - {one.place[0]})
+    places = tuple((*place, tuple(sorted(read))) for place, read in sorted(also_read.items()))
 
     def on_mesh(array: np.ndarray) -> jax.Array:
         array = np.pad(array, ((0, -len(array) % splits), *[(0, 0)] * (array.ndim - 1)))
@@ -109,18 +115,19 @@ def measure(
         if lm is None:
             allowed = batch.mask if batch.tokens is None else batch.mask & ~np.isin(batch.tokens, special_tokens)
             return jax.tree.map(on_mesh, batch.activations), on_mesh(allowed)
-        check_tokens(batch, lm.config.d_vocab, "data")
+        for each in lms.values():
+            check_tokens(batch, each.config.d_vocab, "data")
         return on_mesh(batch), on_mesh(~np.isin(batch, special_tokens))
 
     def shape(batch: Any) -> tuple[int, int]:
         return batch.shape if lm is not None else batch.mask.shape
 
     looked_at = batches[: -(-MEDIAN_TOKENS // math.prod(shape(batches[0])))]
-    norms = [mesh_lib.fetch(_norms(module, places, lm_params, *placed(batch))) for batch in looked_at]
+    norms = [mesh_lib.fetch(_norms(modules, places, lm_params, *placed(batch))) for batch in looked_at]
     limits = [_extreme(np.concatenate([part.ravel() for part in parts])) for parts in zip(*norms, strict=True)]
     site_sums = []
     for batch in batches:
-        site_sums.append(mesh_lib.fetch(_site_sums(module, places, lm_params, limits, *placed(batch))))
+        site_sums.append(mesh_lib.fetch(_site_sums(modules, places, lm_params, limits, *placed(batch))))
         progress()
     means = []
     for place, *parts in zip(places, *site_sums, strict=True):
@@ -143,10 +150,11 @@ def measure(
     for batch in batches:
         tokens_RxT, allowed_RxT = placed(batch)
         means_of = [mean_D for mean_D, _ in means]
-        hidden_RxTxD, contexts = _clean(module, places, lm_params, means_of, limits, tokens_RxT, allowed_RxT)
+        hidden, contexts = _clean(modules, places, lm_params, means_of, limits, tokens_RxT, allowed_RxT)
         sums: dict[str, metrics.Sums] = {}
         for place, means_here, context in zip(places, means, contexts, strict=True):
             mine = [one for one in each if one.place == place[:2]]
+            hook, model = sites.parts(place[0])
             of_place = dict(zip(("mean", "typical_mean"), means_here, strict=True)) | {
                 name: context[name] for name in ("valid", "typical")
             }
@@ -168,8 +176,8 @@ def measure(
                     if lm is None:
                         waiting = {}
                     elif len(waiting) >= AT_ONCE or name == last:
-                        arrays_of_lm = lm.params, context["before"], hidden_RxTxD, tokens_RxT
-                        some = _losses(lm.module, place[0], *arrays_of_lm, [*waiting.values()])
+                        arrays_of_lm = lm_params[model], context["before"], hidden[model], tokens_RxT
+                        some = _losses(lms[model].module, hook, *arrays_of_lm, [*waiting.values()])
                         losses |= dict(zip(waiting, some, strict=True))
                         waiting = {}
             kinds = (("clean", "x"), ("zero", "zero"), ("mean", "mean")) if losses else ()
@@ -227,17 +235,18 @@ def _extreme(norms: np.ndarray) -> np.float32:
     return np.float32(metrics.EXTREME * median if median > 0 else np.inf)
 
 
-def _activations(module: Any, lm_params: Any, tokens: Any, places: tuple[Place, ...]) -> dict[str, jax.Array]:
-    """The activations at the places; without a module, `tokens` are the activations."""
-    return tokens if module is None else loading.capture(module, lm_params, tokens, {site for site, _, _ in places})
+def _activations(modules: Modules, lm_params: Any, tokens: Any, places: tuple[Place, ...]) -> dict[str, jax.Array]:
+    """The activations at the places; without a language model, `tokens` are the activations."""
+    wanted = {site for site, _, _ in places}
+    return loading.capture_each(modules, lm_params, tokens, wanted) if modules else tokens
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _norms(
-    module: Any, places: tuple[Place, ...], lm_params: Any, tokens_RxT: Any, allowed_RxT: jax.Array
+    modules: Modules, places: tuple[Place, ...], lm_params: Any, tokens_RxT: Any, allowed_RxT: jax.Array
 ) -> list[jax.Array]:
     """The norms [R, T] of the valid activations at each place, NaN for the others."""
-    activations = _activations(module, lm_params, tokens_RxT, places)
+    activations = _activations(modules, lm_params, tokens_RxT, places)
     return [
         jnp.where(_valid(site, activations[site], allowed_RxT, norm_limit), masking.norms(activations[site]), jnp.nan)
         for site, norm_limit, _ in places
@@ -246,7 +255,7 @@ def _norms(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _site_sums(
-    module: Any,
+    modules: Modules,
     places: tuple[Place, ...],
     lm_params: Any,
     limits: list[jax.Array],
@@ -254,7 +263,7 @@ def _site_sums(
     allowed_RxT: jax.Array,
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
     """(sum [D], number) of the activations at each place: of all valid ones, and of those without an extreme norm."""
-    activations = _activations(module, lm_params, tokens_RxT, places)
+    activations = _activations(modules, lm_params, tokens_RxT, places)
 
     def sums(site: str, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
         x = activations[site]
@@ -269,26 +278,31 @@ def _site_sums(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _clean(
-    module: Any,
+    modules: Modules,
     places: tuple[Place, ...],
     lm_params: Any,
     means: list[jax.Array],
     limits: list[jax.Array],
     tokens_RxT: Any,
     allowed_RxT: jax.Array,
-) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
-    """The untouched forward pass: the last residual stream [R, T, D], and of each place what interventions need.
+) -> tuple[dict[str, jax.Array], list[dict[str, jax.Array]]]:
+    """The untouched forward passes: each model's last residual stream [R, T, D], and what interventions at places need.
 
-    That is the activations `x`, which of them are `valid` and which `typical` [R, T], and `x` with the valid ones
-    `zero` or at their `mean`; the residual stream `before` the block they are in; and the activations at `others`.
+    For each place, that is the activations `x`, which of them are `valid` and which `typical` [R, T], and `x` with the
+    valid ones `zero` or at their `mean`; the residual stream `before` the block they are in; and the activations at
+    `others`.
     """
     replaced, read = {site for site, _, _ in places}, {site for _, _, others in places for site in others}
+    wanted = replaced | read | {sites.stream_before(site) for site in replaced}
     activations: dict[str, jax.Array] = {}
-    if module is None:
-        activations, hidden_RxTxD = tokens_RxT, jnp.zeros(())
-    else:
-        tap = sites.capture(replaced | read | {sites.stream_before(site) for site in replaced}, activations)
-        hidden_RxTxD = module.apply({"params": lm_params}, tokens_RxT, tap, method="hidden")
+    hidden: dict[str, jax.Array] = {}
+    if not modules:
+        activations = tokens_RxT
+    for name, module in modules:
+        of_model: dict[str, jax.Array] = {}
+        tap = sites.capture([hook for hook, of in map(sites.parts, wanted) if of == name], of_model)
+        hidden[name] = module.apply({"params": lm_params[name]}, tokens_RxT, tap, method="hidden")
+        activations |= {sites.at(hook, name): x for hook, x in of_model.items()}
 
     def context(
         site: str, norm_limit: float, others: tuple[str, ...], mean_D: jax.Array, limit: jax.Array
@@ -300,12 +314,12 @@ def _clean(
         masks = {"valid": valid, "typical": valid & (masking.norms(x) <= limit)}
         interventions = {"x": x, "zero": zero, "mean": mean}
         others_here = {other: activations[other] for other in others}
-        before = {} if module is None else {"before": activations[sites.stream_before(site)]}
+        before = {} if not modules else {"before": activations[sites.stream_before(site)]}
         beside = before | {"others": others_here}
         return masks | interventions | beside
 
     each = zip(places, means, limits, strict=True)
-    return hidden_RxTxD, [context(*place, mean, limit) for place, mean, limit in each]
+    return hidden, [context(*place, mean, limit) for place, mean, limit in each]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -129,6 +129,27 @@ def _histograms(
         axis.set_ylabel("features")
 
 
+def models(records: Sequence[dict[str, Any]]) -> Figure:
+    """Histograms over features of the share of the decoder norm that is of the second model, a panel for each pair."""
+    pairs = list(dict.fromkeys((record["first"], record["second"]) for record in records))
+    figure = Figure(figsize=(PANEL * len(pairs), 3.8), layout="constrained")
+    for axis, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        members = [record for record in records if (record["first"], record["second"]) == pair]
+        for index, record in enumerate(members):
+            style: dict[str, Any] = dict(color=COLOURS[index % len(COLOURS)], linewidth=1.4)
+            edges = np.linspace(0, 1, len(record["shares"]) + 1)
+            axis.stairs(record["shares"], edges, label=record["name"] if len(members) <= LEGEND else None, **style)
+        first, second = (textwrap.shorten(name.replace("$", r"\$"), 24, placeholder="…") for name in pair)
+        axis.set(xlabel=f"share of the decoder norm: 0 {first}, 1 {second}", ylabel="features", xlim=(0, 1))
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(bottom=0)
+        _plain_numbers(axis.yaxis)
+        axis.set_title(" and ".join(pair).replace("$", r"\$"), fontsize=10, wrap=True)
+        axis.grid(alpha=0.25)
+    _legends(figure)
+    return figure
+
+
 def training(lines: list[dict[str, Any]]) -> Figure:
     """Loss, L0 and gamma of every SAE over training."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import gsae_jax
-from gsae_jax.config import Experiment, HeldOut
+from gsae_jax.config import LM, Experiment, HeldOut
 from gsae_jax.saes import trained
 from gsae_jax.storage import paths, reading
 from gsae_jax.storage.facts import Facts, Text
@@ -78,7 +78,8 @@ def of_run(
     config: Experiment,
     facts: Facts,
     step: int,
-    metadata: Mapping[str, Any],
+    models: Mapping[str, str],
+    text: str,
 ) -> dict[str, Any]:
     """How a run's SAEs were trained, in the order in which a report shows it.
 
@@ -86,12 +87,13 @@ def of_run(
         config: the run's.
         facts: of the checkpoint.
         step: of the checkpoint.
-        metadata: of one of its SAEs.
+        models: what the language models are called, by their names in `config.lms`; "" is the name of `config.lm`.
+        text: what the text is called.
     """
     train, used = config.train, ("gsae_jax", "jax", "python")
     return {
-        "language_model": metadata["model_name"] + (f" at {config.lm.revision}" if config.lm.revision else ""),
-        "text": metadata["dataset_path"],
+        **_of_models(models, {"": config.lm, **config.lms}),
+        "text": text,
         **({} if facts.text is None else _of_text(facts.text)),
         "row_length": config.data.context_length,
         "steps": step if step == train.steps else f"{step:,} of {train.steps:,}",
@@ -107,6 +109,15 @@ def of_run(
         "stack_seeds": sorted({seed for stack in config.stacks.values() for seed in stack.seeds}),
         "devices": facts.machine.get("devices", ""),
         "trained_with": _listed({name: facts.machine[name] for name in used if name in facts.machine}),
+    }
+
+
+def _of_models(models: Mapping[str, str], lms: Mapping[str, LM]) -> dict[str, str]:
+    """What each language model is called, and its revision."""
+    return {
+        f"language_model_{name}" if name else "language_model": model
+        + (f" at {lms[name].revision}" if lms[name].revision else "")
+        for name, model in models.items()
     }
 
 
@@ -130,9 +141,13 @@ def of_imported(sae: trained.SAE) -> dict[str, Any]:
     return {name: value for name, value in known.items() if isinstance(value, str | int) and value}
 
 
-def of_report(settings: Settings, model: str, names: Mapping[str, str], held_out: HeldOut) -> dict[str, Any]:
-    """How the SAEs of a report were measured, in the order in which the report shows it."""
-    about = {"language_model": model, "text": names["dataset_path"], "row_length": held_out.data.context_length}
+def of_report(settings: Settings, models: Mapping[str, str], text: str, held_out: HeldOut) -> dict[str, Any]:
+    """How the SAEs of a report were measured, in the order in which the report shows it.
+
+    `models` and `text`: as of `of_run`.
+    """
+    about: dict[str, Any] = {f"language_model_{name}" if name else "language_model": m for name, m in models.items()}
+    about |= {"text": text, "row_length": held_out.data.context_length}
     about |= {"tokens_asked_for": settings.tokens, "special_tokens_excluded": held_out.drop_special_tokens}
     about |= {} if settings.step is None else {"checkpoint": settings.step}
     about |= {"gradient_pursuit": list(settings.ito)} if settings.ito else {}

@@ -18,28 +18,31 @@ from gsae_jax import plugins, rendering
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
-from gsae_jax.saes import contract, parameters, trained
+from gsae_jax.saes import contract, diffing, parameters, trained
 from gsae_jax.storage import writing
 
-FIGURES = ("frontier", "gamma", "densities", "gates", "training")
+FIGURES = ("frontier", "gamma", "densities", "gates", "models", "training")
 FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for figure in FIGURES))
 HOOKS = {"mlp": "hook_mlp_out", "attn": "attn.hook_z", "resid": "hook_resid_post"}  # of the paper's sites
 LARGE_MEAN = 0.5  # a mean with a larger share of E||x||^2 hides shrinkage
+SHARE_BINS = 50
 MISSED = 0.1  # a target is missed where L0 differs from it by more than this fraction
 
 
 class About(NamedTuple):
-    """How the SAEs of a report were measured and trained.
+    """How the SAEs of a report were measured and trained, and how they divide their features between models.
 
     Attributes:
         settings: the fields of `provenance.Settings`, by which reports are told apart.
         measured: of `provenance.of_report`.
         runs: of `provenance.of_run` and `provenance.of_imported`, by the name of the run or folder.
+        compared: of `differences`.
     """
 
     settings: Mapping[str, Any] = MappingProxyType({})
     measured: Mapping[str, Any] = MappingProxyType({})
     runs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    compared: Sequence[dict[str, Any]] = ()
 
 
 NOTHING = About()  # of SAEs of which nothing else is known
@@ -60,7 +63,7 @@ def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def rows(
-    model: str,
+    models: str | Mapping[str, str],
     saes: dict[str, trained.SAE],
     sums: dict[str, metrics.Sums],
     targets: Mapping[str, float] = MappingProxyType({}),
@@ -68,12 +71,14 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One record per measured SAE and site that it writes: what it is, and what it measured.
 
+    `models`: what the language model is called; of several, by the names after the @ of their sites.
+
     `variant` is its architecture and the options that are not the default; `frontier` the same without the number of
     active features, where that is an option; `ito` the number of features where they
     were chosen by gradient pursuit (one of `ito`), else 0; `target_l0` of `targets`, by SAE, or None; `not_finite` the
     names of parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
     """
-    records = []
+    models, records = {"": models} if isinstance(models, str) else models, []
     not_finite = {name: parameters.not_finite(sae.functions, sae.params) for name, sae in saes.items()}
     each = [(whose, one) for whose, sae in saes.items() for one in measure.written(sae)]
     for (whose, one), k in itertools.product(each, (0, *ito)):
@@ -84,7 +89,7 @@ def rows(
                 "run": sae.run,
                 "stack": sae.stack or sae.name,
                 "index": sae.index,
-                "model": model,
+                "model": models[sites.parts(site)[1]],
                 "architecture": plugins.label(sae.architecture),
                 "variant": contract.variant(sae.architecture, sae.config),
                 "frontier": contract.frontier(sae.architecture, sae.config),
@@ -100,6 +105,42 @@ def rows(
                 **metrics.combine(sums[name]),
             }
         )
+    return records
+
+
+def differences(
+    saes: dict[str, trained.SAE], sums: dict[str, metrics.Sums], models: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """One record for each crosscoder of several language models, and each model beside its first: `compare_models`.
+
+    They count the features that fired on the measured text: `only_first`, `shared` and `only_second` by the thresholds
+    of `diffing`, and `between` the others. `shares` are counts in `SHARE_BINS` bins of equal width from 0 to 1, and
+    `cosine` is the median of the shared features. Every process calls it, as features lie over all devices.
+
+    `models`: what each language model is called, as for `rows`.
+    """
+    records = []
+    for sae in saes.values():
+        alive = sums[measure.written(sae)[0].name()]["fired"] > 0
+        first, *others = sorted(sae.models)
+        for second in others:
+            found = diffing.compare_models(sae, (first, second))
+            kinds = {name: getattr(found, name) for name in ("only_first", "shared", "only_second")}
+            share, cosine, of_kind = mesh_lib.fetch((found.share, found.cosine, kinds))
+            counts = {name: int((kind & alive).sum()) for name, kind in of_kind.items()}
+            known = cosine[of_kind["shared"] & alive & np.isfinite(cosine)]
+            records.append(
+                {
+                    "name": sae.name,
+                    "first": f"{models[first]} (@{first})" if first else models[first],
+                    "second": f"{models[second]} (@{second})",
+                    "alive": int(alive.sum()),
+                    **counts,
+                    "between": int(alive.sum()) - sum(counts.values()),
+                    "cosine": float(np.median(known)) if known.size else math.nan,
+                    "shares": np.histogram(share[alive & np.isfinite(share)], SHARE_BINS, (0, 1))[0].tolist(),
+                }
+            )
     return records
 
 
@@ -145,7 +186,9 @@ def _write_files(
     ratios = frontiers.ratios(records, sums)
     sentences = notes(records, about.runs)
     head = {"step": step, "settings": about.settings, "measured": about.measured, "runs": about.runs}
-    (folder / "report.json").write_text(_json(head | {"notes": sentences}, saes=records, l0_ratios=ratios))
+    (folder / "report.json").write_text(
+        _json(head | {"notes": sentences}, saes=records, l0_ratios=ratios, models=about.compared)
+    )
     tables.write_csv(folder / "frontier.csv", records)
     encoders = [record for record in records if not record["ito"]]
     densities = {name: sums[name]["fired"] / sums[name]["tokens"].sum() for name in (r["name"] for r in encoders)}
@@ -158,6 +201,8 @@ def _write_files(
         figures["training"] = plots.training(training)
     if gates_of:
         figures["gates"] = plots.gates(encoders, gates_of)
+    if about.compared:
+        figures["models"] = plots.models(about.compared)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     pictures = {name: plots.panels(figure) for name, figure in figures.items()}
@@ -346,6 +391,7 @@ def pages(
     values = contents(records) | {
         "notes": notes(records, about.runs),
         "ratios": tables.ratios(ratios),
+        "models": tables.models(about.compared),
         "figures": figures,
         "measured": tables.facts({"": about.measured}),
         "runs": tables.facts(about.runs),
@@ -353,7 +399,7 @@ def pages(
     return {page: rendering.render(page, **values) for page in ("report.md", "report.html")}
 
 
-def _json(head: Mapping[str, Any], **records: list[dict[str, Any]]) -> str:
+def _json(head: Mapping[str, Any], **records: Sequence[dict[str, Any]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
     whole = {**head} | {
         part: [

@@ -3,7 +3,7 @@
 import csv
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,6 +158,27 @@ def ratios(records: list[dict[str, Any]]) -> Table:
             f"{r['low']:.2f} to {r['high']:.2f}" if math.isfinite(r["low"]) else "unknown",
             " and ".join(map(str, r["seeds"])),
         ]
+        for r in records
+    ]
+    return Table(columns, rows)
+
+
+def models(records: Sequence[dict[str, Any]]) -> Table:
+    """A row for each record of `report.differences`."""
+    columns = [
+        "SAE",
+        "First model",
+        "Second model",
+        "Only first",
+        "Shared",
+        "Only second",
+        "Between",
+        "Alive",
+        "Cosine",
+    ]
+    counts = ("only_first", "shared", "only_second", "between", "alive")
+    rows = [
+        [r["name"], r["first"], r["second"], *(f"{r[name]:,}" for name in counts), number(r["cosine"], ".3f")]
         for r in records
     ]
     return Table(columns, rows)

@@ -34,7 +34,8 @@ def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
         base: the experiment that is changed: the name of one of the package's experiments, the path of a config file,
             nested dicts, a `ConfigDict` or an experiment. The default is an experiment without stacks.
         changes: fields of an experiment. A group or a stack is a dict of the fields that change. Its other fields are
-            kept, except the options of a stack that gets another architecture. None removes a stack.
+            kept, except the options of a stack that gets another architecture. None removes a stack, or a
+            language model of `lms`.
 
     Raises:
         UserError: a field is unknown, missing or of a wrong type, a value or combination is impossible, or a config

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from gsae_jax import batching
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.features import effects, neighbours, streaming, tables
+from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.loading import LM, check_tokens
 from gsae_jax.saes import contract, trained
@@ -60,6 +61,7 @@ class Collection:
         special_tokens: on which features are not looked at.
         about: facts for the file of each SAE, by name. Two collections that agree in them are the same.
         made_with: versions of what computes.
+        others: other language models, on `mesh`, by the names after the @ of their sites.
     """
 
     lm: LM
@@ -70,6 +72,12 @@ class Collection:
     special_tokens: tuple[int, ...]
     about: Mapping[str, Mapping[str, Any]]
     made_with: Mapping[str, Any]
+    others: Mapping[str, LM] = dataclasses.field(default_factory=dict)
+
+    @property
+    def lms(self) -> dict[str, LM]:
+        """All language models by name; "" is the name of `lm`."""
+        return {"": self.lm, **self.others}
 
     @property
     def per_batch(self) -> int:
@@ -83,14 +91,17 @@ class Collection:
         for start in range(0, len(numbers), self.per_batch):
             part = np.asarray(numbers[start : start + self.per_batch])
             tokens_RxT = np.stack([self.rows[int(row)] for row in part])
-            check_tokens(tokens_RxT, self.lm.config.d_vocab, "data")
+            for lm in self.lms.values():
+                check_tokens(tokens_RxT, lm.config.d_vocab, "data")
             extra = self.per_batch - len(part)
             allowed_RxT = batching.pad(~np.isin(tokens_RxT, self.special_tokens), extra)
             placed = [
                 mesh_lib.place_rows(self.mesh, array, self.per_batch)
                 for array in (batching.pad(tokens_RxT, extra), allowed_RxT)
             ]
-            yield part, *streaming.read(self.lm.module, tuple(sites), limits, self.lm.params, *placed)
+            modules = tuple((name, lm.module) for name, lm in self.lms.items())
+            params = {name: lm.params for name, lm in self.lms.items()}
+            yield part, *streaming.read(modules, tuple(sites), limits, params, *placed)
 
 
 def _limits(sae: trained.SAE) -> tuple[float, ...]:
@@ -422,7 +433,7 @@ def _features(sae: trained.SAE, state: streaming.State, writer: tables.Writer) -
 
 def _effects(collection: Collection, sae: trained.SAE, writer: tables.Writer) -> Iterator[int]:
     """Write the table `effects`; yields how many features are done."""
-    lm, mesh = collection.lm, collection.mesh
+    lm, mesh = collection.lms[sites_lib.parts(effects.place(sae)[0])[1]], collection.mesh
 
     def rows(kind: str, each: effects.Effects) -> Iterator[tuple[Any, ...]]:
         for rank, (token, effect) in enumerate(zip(each.tokens.tolist(), each.effects.tolist(), strict=True)):

@@ -45,14 +45,17 @@ def place(sae: trained.SAE) -> tuple[str, jax.Array]:
 
 
 def direct(lm: LM, sae: trained.SAE) -> Iterator[Effects]:
-    """`LM.logit_effects` of each feature's decoder row; nothing if no linear map leads from the site to the stream."""
+    """`LM.logit_effects` of each feature's decoder row; nothing if no linear map leads from the site to the stream.
+
+    `lm`: of which `place(sae)` is a site.
+    """
     site, W_FxD = place(sae)
     at_once = max(1, FLOATS // lm.config.d_vocab)
     count = min(TOKENS, lm.config.d_vocab)
     for start in range(0, len(W_FxD), at_once):
         rows = batching.pad(W_FxD[start : start + at_once], max(0, min(at_once, len(W_FxD)) - (len(W_FxD) - start)))
         try:
-            logits = lm.logit_effects(rows, site)
+            logits = lm.logit_effects(rows, sites.parts(site)[0])
         except UserError:
             return
         values, tokens = map(np.asarray, _extremes(logits, count))
@@ -107,7 +110,7 @@ def ablated(
     it.
 
     Args:
-        lm: the language model, on the mesh.
+        lm: the language model of which `place(sae)` is a site, on the mesh.
         mesh: over whose `data` axis features are split.
         sae: the SAE.
         T: tokens of the rows.
@@ -131,7 +134,7 @@ def ablated(
                 batch.activations[g, c, position : position + 1] = activation  # nothing beyond T
     placed = _Batch(*(mesh_lib.place_rows(mesh, x, G) for x in batch))
     count = min(TOKENS, lm.config.d_vocab)
-    values, found, divergences = map(np.asarray, _ablate(lm.module, site, count, lm.params, placed))
+    values, found, divergences = map(np.asarray, _ablate(lm.module, sites.parts(site)[0], count, lm.params, placed))
     for g, (feature, _, _) in enumerate(group):
         yield Effects(feature, found[g], values[g], float(divergences[g]))
 

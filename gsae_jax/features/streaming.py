@@ -144,7 +144,7 @@ def state_on(mesh: Mesh, sae: trained.SAE, state: State) -> State:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def read(
-    module: Any,
+    modules: tuple[tuple[str, Any], ...],
     sites: tuple[str, ...],
     limits: tuple[tuple[tuple[str, float], ...], ...],
     lm_params: Any,
@@ -153,9 +153,10 @@ def read(
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """The activations [R, T, D] of sites, and for each SAE which tokens [R, T] it sees.
 
-    `limits`: for each SAE, the sites that it writes with the norms above which it does not see a token.
+    `modules`, `lm_params`: of each language model, as for `loading.capture_each`; `limits`: for each SAE, the sites
+    that it writes with the norms above which it does not see a token.
     """
-    activations = loading.capture(module, lm_params, tokens_RxT, sites)
+    activations = loading.capture_each(modules, lm_params, tokens_RxT, sites)
     valid = [masking.valid(allowed_RxT, {s: activations[s] for s, _ in each}, dict(each)) for each in limits]
     return activations, valid
 

@@ -31,8 +31,9 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "l1_coefficient": (float, int, None),
     "learning_rate": (float, int, None),
     "seed": (int, None),
-    "scale": (float, int, None),
-    "norm_limit": (float, int, None, list),  # a list of them where several sites are written
+    # Lists of these where several sites are written.
+    "scale": (float, int, None, list),
+    "norm_limit": (float, int, None, list),
     # Where an export of another architecture would have the same file.
     "architecture": (str, ...),
     # Exports of earlier versions have none of these.
@@ -342,8 +343,11 @@ def misfits(
             if record["options"].get(name, value) != value
         ]
         module, given = contract.module_of(architecture), {**options, **record["options"]}
-        if isinstance(record["norm_limit"], list) and not contract.reads_several(module):
-            faults.append(f"{where}norm_limit is a list, but the architecture writes one site")
+        faults += [
+            f"{where}{name} is a list, but the architecture writes one site"
+            for name in ("scale", "norm_limit")
+            if isinstance(record[name], list) and not contract.reads_several(module)
+        ]
         try:
             contract.build_config(module, architecture, (1,), None, width, record["dtype"], given)
         except UserError as error:
@@ -398,7 +402,10 @@ def build(
         path, [f"its options are those of {kind!r}, with which the tensor {name} would be another" for name in unlike]
     )
     limit, sites_read = _limit(record.get("norm_limit")), _site(told.site, told.record is not None)
-    lists = {"site": sites_read, "norm_limit": limit}
+    scale = record.get("scale")
+    if isinstance(scale, list):
+        scale = tuple(math.nan if number is None else number for number in scale)
+    lists = {"site": sites_read, "norm_limit": limit, "scale": scale}
     files.refuse(
         path,
         [
@@ -407,7 +414,7 @@ def build(
             if isinstance(value, tuple) and len(value) != len(d_in)
         ],
     )
-    numbers = {name: record.get(name) for name in ("l1_coefficient", "learning_rate", "scale")}
+    numbers = {name: record.get(name) for name in ("l1_coefficient", "learning_rate")} | {"scale": scale}
     sae = trained.SAE(
         name=record["name"],
         architecture=architecture,

@@ -1,9 +1,11 @@
 """Hugging Face checkpoints, from a directory or the hub."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import safetensors.numpy
 import transformers
 
 from gsae_jax import config as config_lib
-from gsae_jax import plugins
+from gsae_jax import errors, plugins
 from gsae_jax.errors import UserError, known_names
 from gsae_jax.lms import gelu, hugging_face, partition, weights
 from gsae_jax.lms import tokenizer as tokenizer_lib
@@ -189,6 +191,20 @@ class Checkpoint:
                 f"no safetensors weights of {self.name} are here; fetch them with a network, or if the hub has them as "
                 f"a pickle only, {convert_once(self.name, self.revision)}"
             )
+
+
+def open_others(lms: Mapping[str, config_lib.LM]) -> dict[str, Checkpoint]:
+    """The checkpoints of `Experiment.lms`; raises `UserError` as `Checkpoint.open`."""
+    opened = {}
+    for name, lm in lms.items():
+        with about_other(name):
+            opened[name] = Checkpoint.open(lm.path, lm.revision)
+    return opened
+
+
+def about_other(name: str) -> contextlib.AbstractContextManager[None]:
+    """`errors.about` the model with this name of `Experiment.lms`."""
+    return errors.about(f"lms.{name}.path", path=f"lms.{name}.path", revision=f"lms.{name}.revision")
 
 
 def find(path: str | os.PathLike[str], revision: str) -> tuple[Path, str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsae_jax import batching, errors, processes
+from gsae_jax import config as config_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import generation, partition, readout
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms import tokenizer as tokenizer_lib
-from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms.checkpoints import Checkpoint, about_other
 
 TOKENS_PER_FORWARD = 2**14  # rows of more tokens than this are computed in several batches
 SHORTEST = 16  # shorter rows are padded to this length
@@ -364,6 +365,25 @@ def capture(
     return activations
 
 
+def capture_each(
+    modules: Iterable[tuple[str, Any]], params: Mapping[str, Any], tokens_BxT: jax.Array, sites: Iterable[str]
+) -> dict[str, jax.Array]:
+    """Activations [B, T, D] at sites of several language models, one forward pass of each model that has one of them.
+
+    Args:
+        modules: (name, module) of each; "" is the name of the first, whose sites have no @.
+        params: by name.
+        tokens_BxT: the tokens.
+        sites: names as `sites.at` writes them.
+    """
+    activations: dict[str, jax.Array] = {}
+    for name, module in modules:
+        own = [hook for hook, of in map(sites_lib.parts, sites) if of == name]
+        of_model = capture(module, params[name], tokens_BxT, own) if own else {}
+        activations |= {sites_lib.at(hook, name): x for hook, x in of_model.items()}
+    return activations
+
+
 def site_widths(module: Any) -> dict[str, int]:
     """The width of every site of a module, in the order they are computed."""
     widths: dict[str, int] = {}
@@ -407,11 +427,26 @@ def load_lm(
         return LM(str(checkpoint.folder), module, checkpoint.params(module, dtype, allow_nan), tokenizer)
 
 
-def check_context(module: Any, context_length: int) -> None:
-    """Raises `UserError` for rows of more tokens than a language model has positions for."""
+def load_others(lms: Mapping[str, config_lib.LM], first: LM, mesh: jax.sharding.Mesh | None = None) -> dict[str, LM]:
+    """The language models of `Experiment.lms`, beside the first one; raises `UserError` as `load_lm`, and as
+    `tokenizer.check_same`."""
+    loaded = {}
+    for name, lm in lms.items():
+        with about_other(name):
+            loaded[name] = load_lm(lm.path, revision=lm.revision, dtype=lm.dtype, mesh=mesh)
+            tokenizer_lib.check_same(first.tokenizer, loaded[name].tokenizer, (first.path, loaded[name].path))
+    return loaded
+
+
+def check_context(module: Any, context_length: int, name: str = "") -> None:
+    """Raises `UserError` for rows of more tokens than a language model has positions for.
+
+    `name`: of a model other than the first.
+    """
     if context_length > module.config.n_ctx:
+        which = f"the language model {name!r}" if name else "this language model"
         raise UserError(
-            f"is {context_length}; this language model has positions for {module.config.n_ctx}",
+            f"is {context_length}; {which} has positions for {module.config.n_ctx}",
             "data.context_length",
         )
 
@@ -428,3 +463,8 @@ def special_tokens(tokenizer: Any) -> tuple[int, ...]:
     """Ids of BOS, EOS, padding and the tokenizer's other special tokens, in order."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return tuple(sorted(added | set(tokenizer.all_special_ids)))
+
+
+def special_tokens_of(first: LM, others: Mapping[str, LM]) -> tuple[int, ...]:
+    """`special_tokens` of all these language models' tokenizers."""
+    return tuple(sorted({*first.special_tokens}.union(*(lm.special_tokens for lm in others.values()))))

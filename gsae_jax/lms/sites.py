@@ -1,8 +1,10 @@
 """Sites and taps: where activations are read from a language model, and put back.
 
-A site is a TransformerLens hook name, such as `blocks.3.hook_resid_post`. A tap is called by the model with every
-site's name and activations [B, T, D], and what it returns takes their place (None: they stay as they were): reading,
-splicing, ablating and steering are all taps.
+A site is a TransformerLens hook name, such as `blocks.3.hook_resid_post`. In a run with several language models, a site
+of another model than the first is HOOK@NAME, such as `blocks.3.hook_resid_post@finetuned`.
+
+A tap is called by the model with every site's name and activations [B, T, D], and what it returns takes their place
+(None: they stay as they were): reading, splicing, ablating and steering are all taps.
 """
 
 import dataclasses
@@ -177,6 +179,17 @@ def checked(tap: Tap) -> Tap:
     return apply
 
 
+def parts(site: str) -> tuple[str, str]:
+    """(The hook name, the name of the language model) of a site; the first model of a run has the name ""."""
+    hook, _, model = site.partition("@")
+    return hook, model
+
+
+def at(hook: str, model: str) -> str:
+    """The site with this hook name of a language model: the inverse of `parts`."""
+    return f"{hook}@{model}" if model else hook
+
+
 def layer_of(site: str) -> int:
     """The block a site belongs to.
 
@@ -191,7 +204,7 @@ def layer_of(site: str) -> int:
 
 def stream_before(site: str) -> str:
     """The site of the residual stream that enters the block of a site."""
-    return f"blocks.{layer_of(site)}.hook_resid_pre"
+    return at(f"blocks.{layer_of(site)}.hook_resid_pre", parts(site)[1])
 
 
 MLP_INPUT = "ln2.hook_normalized"
@@ -245,9 +258,14 @@ def _number(digits: str) -> str:
 
 
 def check(site: str, sites: Iterable[str], field: str) -> None:
-    """Raises `UserError`, listing the sites, where `site` is none of them."""
-    sites = list(sites)
-    if site not in sites:
-        ours = hook_name(site) or hook_name(site, norm_after=False)
-        hint = f"did you mean {ours!r}? known: {', '.join(sites)}" if ours in sites else known_names(site, sites)
-        raise UserError(f"{site!r} is not a site of this language model; {hint}", field)
+    """Raises `UserError`, listing the sites of the same language model, where `site` is none of them."""
+    sites, (hook, model) = list(sites), parts(site)
+    if site in sites:
+        return
+    known = [name for name in sites if parts(name)[1] == model]
+    ours = at(hook_name(hook) or hook_name(hook, norm_after=False) or hook, model)
+    if model and not known:
+        hint = f"give the model {model!r} of its run, and the SAE with the site {hook!r} (`dataclasses.replace`)"
+    else:
+        hint = f"did you mean {ours!r}? known: {', '.join(known)}" if ours in known else known_names(site, known)
+    raise UserError(f"{site!r} is not a site of this language model; {hint}", field)

@@ -5,6 +5,7 @@ If there is a `tokenizer.json`, it alone decides how a text is split. transforme
 """
 
 import importlib.util
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,6 +203,44 @@ def _compare_with_sentencepiece(tokenizer: Any, file: str, what: str, advice: st
         ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
         if ours != theirs:
             raise UserError(f"{what}: {text!r} is {ours}, and {theirs} in sentencepiece; {advice}")
+
+
+def check_same(first: Any, second: Any, names: tuple[str, str]) -> None:
+    """Raises `UserError` where the second of two language models has another tokenizer than the first.
+
+    Both models get the tokens of the first tokenizer. So the second must split text in the same way, and give each of
+    these tokens the same id. It may have more tokens, and other roles for them, as tokenizers of finetunes often have.
+
+    Args:
+        first: a tokenizer.
+        second: a tokenizer.
+        names: of their language models.
+    """
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    other = min((id for token, id in ours.items() if theirs.get(token) != id), default=None)
+    why = ""
+    if other is not None:
+        token = first.convert_ids_to_tokens(other)
+        why = f"the token {token!r} has the id {other} in the first, and {theirs.get(token, 'none')} in the second"
+    elif differing := [part for part, way in _splitting(first).items() if _splitting(second).get(part, way) != way]:
+        why = f"they split text differently ({', '.join(differing)})"
+    if why:
+        raise UserError(
+            f"{names[0]} and {names[1]} have different tokenizers: {why}; write two models with one tokenizer, such as "
+            "a model and its finetune"
+        )
+
+
+def _splitting(tokenizer: Any) -> dict[str, Any]:
+    """What decides how text is split, but for the vocabulary; nothing for tokenizers that are Python code."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    whole = json.loads(backend.to_str())
+    parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model")}
+    if isinstance(parts["model"], dict):
+        parts["model"] = {name: value for name, value in parts["model"].items() if name != "vocab"}
+    return parts
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from gsae_jax.lms.sites import layer_of
+from gsae_jax.lms.sites import layer_of, parts
 from gsae_jax.training.step import Program
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -54,7 +54,7 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
     divergence, the step is of this part.
     """
     config, shape = program.config, program.mesh.shape
-    compute, item = (jnp.dtype(name).itemsize for name in (config.train.compute_dtype, config.lm.dtype))
+    compute = jnp.dtype(config.train.compute_dtype).itemsize
     exchanges = Exchanges(shape)
 
     def visit(jaxpr: Any, times: int) -> None:
@@ -71,12 +71,14 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
 
     times = config.forwards_per_call
     rows = config.activations.rows_per_forward // shape["data"]
-    stream = rows * config.data.context_length * program.module.config.d_model * item
-    for path, leaf, axes, size in gathered(lm_params, shape):
-        exchanges.count("all-gather", axes, times, size)
-        if path.endswith(("W_O", "W_out")) and leaf.sharding.spec[0] == "latent":
-            exchanges.count("all-reduce", ("latent",), times, stream)
-    exchanges.count("all-to-all", ("data", "latent"), times, stream)
+    for name, model in program.models.items():
+        width = model.module.config.d_model * jnp.dtype(program.dtype_of(name)).itemsize
+        stream = rows * config.data.context_length * width
+        for path, leaf, axes, size in gathered(program.lm_params(lm_params, name), shape):
+            exchanges.count("all-gather", axes, times, size)
+            if path.endswith(("W_O", "W_out")) and leaf.sharding.spec[0] == "latent":
+                exchanges.count("all-reduce", ("latent",), times, stream)
+        exchanges.count("all-to-all", ("data", "latent"), times, stream)
     _count_kl(exchanges, program, lm_params)
     return exchanges
 
@@ -84,7 +86,7 @@ def expected(program: Program, state: Any, lm_params: Any, tokens: Any) -> Excha
 def _count_kl(exchanges: Exchanges, program: Program, lm_params: Any) -> None:
     """Add those of the KL divergence: of each SAE the parameters, their gradients, and the blocks after its site."""
     config, shape = program.config, program.mesh.shape
-    for stack in program.stacks if program.whole is not None else ():
+    for stack in program.stacks:
         if not stack.config.kl_fraction:
             continue
         params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
@@ -94,7 +96,8 @@ def _count_kl(exchanges: Exchanges, program: Program, lm_params: Any) -> None:
         exchanges.count("all-gather", ("data",), times, size)
         exchanges.count("reduce-scatter", ("data",), times, size / shape["data"])
         first = layer_of(stack.config.targets[0])
-        for path, _, axes, size in gathered(lm_params, shape):
+        predicting = program.lm_params(lm_params, parts(stack.config.targets[0])[1])
+        for path, _, axes, size in gathered(predicting, shape):
             block = re.match(r"blocks\.(\d+)/", path)
             if block is None or int(block[1]) >= first:  # once for the predictions, and once for the gradient
                 exchanges.count("all-gather", axes, 2 * times, size)

@@ -10,7 +10,7 @@ from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation.measure import AT_ONCE
 from gsae_jax.lms import attention
 from gsae_jax.lms.loss import logits_per_chunk
-from gsae_jax.lms.sites import layer_of
+from gsae_jax.lms.sites import layer_of, parts
 from gsae_jax.planning import collectives
 from gsae_jax.saes.inference import floats_at_once
 from gsae_jax.training.step import Program, TrainState
@@ -32,16 +32,19 @@ def training(program: Program, state: TrainState, lm_params: Any) -> int:
     """
     config, shape = program.config, program.mesh.shape
     data, latent, T = shape["data"], shape["latent"], config.data.context_length
-    compute, item = (jnp.dtype(name).itemsize for name in (config.train.compute_dtype, config.lm.dtype))
+    compute = jnp.dtype(config.train.compute_dtype).itemsize
     sizes = _sizes(state)
     one = max(size / len(stack.config) for size, stack in zip(sizes, program.stacks, strict=True)) / latent
     kept = max(KEPT * 4 * config.train.batch_size / data * stack.sae.width / latent for stack in program.stacks)
     saes = sum(sizes) / latent * compute + 4 * one + 4 * sum(sizes) / latent / data + kept
     forward = _forward(program, lm_params, config.activations.rows_per_forward / data)
-    fresh = 2 * item * config.rows_per_call / data * T * sum(program.widths.values())
-    if program.whole is None:
+    each = (D * _item(program, parts(site)[1]) for site, D in program.widths.items())
+    fresh = 2 * config.rows_per_call / data * T * sum(each)
+    wholes = {name: model.whole.config for name, model in program.models.items() if model.whole is not None}
+    if not wholes:
         return round(fresh + max(saes, forward))
-    fresh += 4 * item * config.rows_per_call / data * T * program.whole.config.d_model
+    streams = sum(_item(program, name) * lm.d_model for name, lm in wholes.items())
+    fresh += 4 * config.rows_per_call / data * T * streams
     kl_gradients = 4 * sum(sizes) / latent / data
     return round(fresh + kl_gradients + max(saes, forward, _end_to_end(program, state, lm_params)))
 
@@ -59,28 +62,29 @@ def measuring(program: Program, state: TrainState, lm_params: Any, platform: str
         lm_params: of the whole language model; abstract.
         platform: "cpu", "gpu" or "tpu".
     """
-    config, lm, shape = program.config, program.module.config, program.mesh.shape
-    item, latent = jnp.dtype(config.lm.dtype).itemsize, shape["latent"]
+    config, shape, latent = program.config, program.mesh.shape, program.mesh.shape["latent"]
+    lms = [model.module.config for model in program.models.values()]
+    item, d_vocab = max(_item(program, name) for name in program.models), max(lm.d_vocab for lm in lms)
     rows = -(-config.evaluation.rows_per_forward // shape["data"])
     tokens = rows * config.data.context_length
-    stream = item * tokens * max(lm.d_model, *program.widths.values())
+    stream = item * tokens * max(*(lm.d_model for lm in lms), *program.widths.values())
     # Of a site: as it is, zero and at its mean, and the stream before it. Waiting ones are there twice, as a list and
     # as one array.
-    kept = stream * (1 + 4 * len(program.widths) + 3 * AT_ONCE)
+    kept = stream * (len(lms) + 4 * len(program.widths) + 3 * AT_ONCE)
     sizes = _sizes(state)
     one = max(size / len(stack.config) for size, stack in zip(sizes, program.stacks, strict=True)) / latent
     # One token of each row at least, and no more tokens than there are.
     F = max(stack.sae.width for stack in program.stacks) / latent
     features = min(tokens * F, max(floats_at_once(platform), rows * F))
-    logits = min(tokens * lm.d_vocab, max(logits_per_chunk(platform), rows * lm.d_vocab))
+    logits = min(tokens * d_vocab, max(logits_per_chunk(platform), rows * d_vocab))
     encoding = 4 * one + 4 * KEPT * features
     losses = _forward(program, lm_params, rows) + 4 * LOGITS * logits
-    parts = {
+    sizes_of = {
         "language model": mesh_lib.device_bytes(lm_params),
         "SAEs": mesh_lib.device_bytes([stack.params for stack in state.stacks.values()]),
         "temporaries": round(kept + max(encoding, losses)),
     }
-    return parts | {"total": sum(parts.values())}
+    return sizes_of | {"total": sum(sizes_of.values())}
 
 
 def _sizes(state: TrainState) -> list[int]:
@@ -90,34 +94,45 @@ def _sizes(state: TrainState) -> list[int]:
 
 def _end_to_end(program: Program, state: TrainState, lm_params: Any) -> float:
     """Of the KL divergence of one SAE, and its gradient."""
-    config, shape, lm = program.config, program.mesh.shape, program.whole.config
+    config, shape = program.config, program.mesh.shape
     data, latent, T = shape["data"], shape["latent"], config.data.context_length
     rows = config.rows_per_call / config.updates_per_call / config.forwards_per_call / data
-    layers, saes = [], []
+    saes, blocks, losses = [], [], []
     for stack, size in zip(program.stacks, _sizes(state), strict=True):
         if stack.config.kl_fraction:
-            layers.append(lm.n_layers - layer_of(stack.config.targets[0]))
+            name = parts(stack.config.targets[0])[1]
+            lm = program.models[name].whole.config
+            scores = 2 * 4 * rows * lm.n_heads / latent * T * T
+            block = scores + _active(program, name, rows)
+            blocks.append((lm.n_layers - layer_of(stack.config.targets[0])) * block)
             one = size / len(stack.config) / latent
             saes.append(2 * 4 * one + KEPT * 4 * rows * T * stack.sae.width / latent)
-    scores = 2 * 4 * rows * lm.n_heads / latent * T * T
-    block = scores + _active(program, rows)
-    logits = min(rows * T * lm.d_vocab, max(logits_per_chunk(mesh_lib.platform(program.mesh)), rows * lm.d_vocab))
-    return max(saes) + max(layers) * block + _forward(program, lm_params, rows) + 4 * LOGITS * logits
+            of_chunk = max(logits_per_chunk(mesh_lib.platform(program.mesh)), rows * lm.d_vocab)
+            losses.append(4 * LOGITS * min(rows * T * lm.d_vocab, of_chunk))
+    return max(saes) + max(blocks) + _forward(program, lm_params, rows) + max(losses)
 
 
 def _forward(program: Program, lm_params: Any, rows: float) -> float:
-    """Of a forward pass of so many rows on a device."""
-    config, lm, shape = program.config, program.module.config, program.mesh.shape
+    """Of a forward pass of so many rows on a device; of several language models, of the largest."""
+    config, shape = program.config, program.mesh.shape
     latent, T = shape["latent"], config.data.context_length
-    blocks: collections.Counter[str] = collections.Counter()
-    for path, _, _, size in collectives.gathered(lm_params, shape):
-        blocks[path.partition("/")[0]] += size
-    scores = 2 * 4 * rows * lm.n_heads / latent * min(T, attention.QUERIES) * T
-    return 2 * max(blocks.values()) + scores + _active(program, rows)
+    largest = 0.0
+    for name, model in program.models.items():
+        blocks: collections.Counter[str] = collections.Counter()
+        for path, _, _, size in collectives.gathered(program.lm_params(lm_params, name), shape):
+            blocks[path.partition("/")[0]] += size
+        scores = 2 * 4 * rows * model.module.config.n_heads / latent * min(T, attention.QUERIES) * T
+        largest = max(largest, 2 * max(blocks.values()) + scores + _active(program, name, rows))
+    return largest
 
 
-def _active(program: Program, rows: float) -> float:
-    """The activations of one block."""
-    config, lm = program.config, program.module.config
-    T, item = config.data.context_length, jnp.dtype(config.lm.dtype).itemsize
-    return rows * T * (4 * 4 * lm.d_model + 3 * item * lm.d_mlp / program.mesh.shape["latent"])
+def _active(program: Program, name: str, rows: float) -> float:
+    """The activations of one block of a language model."""
+    lm, T = program.models[name].module.config, program.config.data.context_length
+    of_mlp = 3 * _item(program, name) * lm.d_mlp / program.mesh.shape["latent"]
+    return rows * T * (4 * 4 * lm.d_model + of_mlp)
+
+
+def _item(program: Program, name: str) -> int:
+    """Bytes of a number of a language model."""
+    return jnp.dtype(program.dtype_of(name)).itemsize

@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,8 +25,8 @@ from gsae_jax.config import Experiment
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
-from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
-from gsae_jax.lms.sites import layer_of
+from gsae_jax.lms.checkpoints import Checkpoint, abstract_params, open_others
+from gsae_jax.lms.sites import layer_of, parts
 from gsae_jax.planning import collectives, memory
 from gsae_jax.planning.hardware import CHIPS, GIB, NODE, Topology, bandwidth
 from gsae_jax.training import preparation
@@ -56,15 +57,21 @@ class Case:
         rows_lib.corpus(config.data)  # a run would refuse one that does not exist
         with errors.about("lm.path", revision="lm.revision"):
             checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
-        return cls.of(Program.build(config, mesh, checkpoint, special_tokens=(0,)), checkpoint)
+        others = open_others(config.lms)
+        program = Program.build(config, mesh, checkpoint, special_tokens=(0,), others=others)
+        return cls.of(program, checkpoint, others)
 
     @classmethod
-    def of(cls, program: Program, checkpoint: Checkpoint) -> "Case":
-        """The train step of a program, which is of this language model."""
+    def of(
+        cls, program: Program, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] = MappingProxyType({})
+    ) -> "Case":
+        """The train step of a program, which is of these language models."""
         config, mesh = program.config, program.mesh
         shape = (config.rows_per_call, config.data.context_length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.sharding(mesh, "data"))
-        read, whole = (abstract_params(m, config.lm.dtype) for m in (program.loaded, checkpoint.module(mesh=mesh)))
+        wholes = {name: each.module(mesh=mesh) for name, each in {"": checkpoint, **others}.items()}
+        read = program.source_params(lambda name, module: abstract_params(module, program.dtype_of(name)))
+        whole = program.source_params(lambda name, _: abstract_params(wholes[name], program.dtype_of(name)))
         return cls(program, program.abstract_state(), read, whole, tokens)
 
     @property
@@ -143,7 +150,7 @@ def plan(config: Experiment, topology: str, bandwidth_of_store: float = 2.0) -> 
     case = Case.build(config, where)
     chip, mesh, updates = CHIPS.get(where.chip), dict(case.program.mesh.shape), config.updates_per_call
     parts, exchanged, method = case.measure()
-    forward = forward_operations(case.program, case.lm_params) * config.forwards_per_call / updates
+    forward = sum(forward_operations(case.program, case.lm_params).values()) * config.forwards_per_call / updates
     flops = operations(case.program, case.lm_params) / updates
     devices = math.prod(mesh.values())
     report: dict[str, Any] = {
@@ -160,7 +167,8 @@ def plan(config: Experiment, topology: str, bandwidth_of_store: float = 2.0) -> 
             for (kind, axes), (count, sent) in sorted(exchanged.items(), key=lambda item: -item[1][1])
         ],
     }
-    report["store"] = _of_store(case, forward / flops, bandwidth_of_store)
+    if not config.lms:  # a store is of one model
+        report["store"] = _of_store(case, forward / flops, bandwidth_of_store)
     if chip is None:
         return report
     for exchange in report["exchanges_per_step"]:
@@ -223,17 +231,7 @@ def describe(report: dict[str, Any]) -> str:
         f"one step: {report['flops_per_step'] / 1e12:,.2f} TFLOP, {report['flops_per_device_and_step'] / 1e12:,.3f} "
         "on each device",
     ]
-    store = report["store"]
-    shares = ", ".join(f"{share:.0%} for {n}" for n, share in store["operations_of_runs"].items() if n != "1")
-    of_store = [
-        "",
-        f"a store of these activations (python -m gsae_jax.store): {store['tokens']:,} tokens, "
-        + (f"{store['bytes'] / 1e9:,.1f} GB" if store["bytes"] < 1e12 else f"{store['bytes'] / 1e12:,.1f} TB"),
-        f"  the forward pass is {store['forward_share']:.0%} of a step's operations",
-        f"  runs from one store need of the operations of as many runs with the model: {shares}",
-        f"  {1e3 * store['seconds_to_read_per_step']:,.1f} ms to read a step's activations, at "
-        f"{store['bandwidth'] / 1e9:g} GB/s for all processes together",
-    ]
+    of_store = _store_lines(report["store"]) if "store" in report else []
     if "fits" not in report:
         return "\n".join(lines + of_store)
     seconds = report["seconds_per_step"]
@@ -256,6 +254,20 @@ def describe(report: dict[str, Any]) -> str:
     changes = [f"  {change['change']}  ({change['total'] / 2**30:.1f} GiB)" for change in report["advice"]]
     lines += ["by the estimate, each of these changes is enough on its own:", *changes] if changes else [NO_ADVICE]
     return "\n".join(lines)
+
+
+def _store_lines(store: dict[str, Any]) -> list[str]:
+    """`_of_store` as text."""
+    shares = ", ".join(f"{share:.0%} for {n}" for n, share in store["operations_of_runs"].items() if n != "1")
+    return [
+        "",
+        f"a store of these activations (python -m gsae_jax.store): {store['tokens']:,} tokens, "
+        + (f"{store['bytes'] / 1e9:,.1f} GB" if store["bytes"] < 1e12 else f"{store['bytes'] / 1e12:,.1f} TB"),
+        f"  the forward pass is {store['forward_share']:.0%} of a step's operations",
+        f"  runs from one store need of the operations of as many runs with the model: {shares}",
+        f"  {1e3 * store['seconds_to_read_per_step']:,.1f} ms to read a step's activations, at "
+        f"{store['bandwidth'] / 1e9:g} GB/s for all processes together",
+    ]
 
 
 def _range(values: dict[str, float], form: str) -> str:
@@ -289,22 +301,38 @@ def operations(program: Program, lm_params: Any) -> float:
             )[0]
 
         updates += len(stack.config) * _flops(jax.grad(loss), *stack.split(params), batch)
-    kl = _kl_operations(program, plain, forward) if program.whole is not None else 0.0
-    return config.forwards_per_call * forward + config.updates_per_call * updates + kl
+    kl = sum(
+        _kl_operations(program, name, program.lm_params(plain, name), forward[name])
+        for name, model in program.models.items()
+        if model.whole is not None
+    )
+    return config.forwards_per_call * sum(forward.values()) + config.updates_per_call * updates + kl
 
 
-def forward_operations(program: Program, lm_params: Any) -> float:
-    """Floating-point operations of one forward pass of the language model, as far as the sites."""
-    config, bare = program.config, dataclasses.replace(program.module, mesh=None)
+def forward_operations(program: Program, lm_params: Any) -> dict[str, float]:
+    """Floating-point operations of one forward pass of each language model, as far as the sites."""
+    config = program.config
     plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
     rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
-    return _flops(lambda params, tokens: loading.capture(bare, params, tokens, config.sites), plain, rows)
+    forward = {}
+    for name, model in program.models.items():
+        bare = dataclasses.replace(model.module, mesh=None)
+        own = [hook for hook, of in map(parts, config.sites) if of == name]
+
+        def capture(params: Any, tokens: Any, bare: Any = bare, own: list[str] = own) -> Any:
+            return loading.capture(bare, params, tokens, own)
+
+        forward[name] = _flops(capture, program.lm_params(plain, name), rows)
+    return forward
 
 
-def _kl_operations(program: Program, lm_params: Any, forward: float) -> float:
-    """The same of the KL divergence; `forward`: of one forward pass as far as the sites, which is longer with it."""
-    config, lm = program.config, program.whole.config
-    bare = dataclasses.replace(program.whole, mesh=None)
+def _kl_operations(program: Program, name: str, lm_params: Any, forward: float) -> float:
+    """The same of the KL divergence in the language model with this name.
+
+    `forward`: of one forward pass as far as the sites, which is longer with it.
+    """
+    config, lm = program.config, program.models[name].whole.config
+    bare = dataclasses.replace(program.models[name].whole, mesh=None)
     rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
     whole = _flops(lambda params, tokens: bare.apply({"params": params}, tokens, method="hidden"), lm_params, rows)
     tokens = config.rows_per_call * config.data.context_length
@@ -312,7 +340,7 @@ def _kl_operations(program: Program, lm_params: Any, forward: float) -> float:
     logits = 5 * 2 * tokens * lm.d_model * lm.d_vocab
     total, longest = 0.0, 0.0
     for stack in program.stacks:
-        if not stack.config.kl_fraction:
+        if not stack.config.kl_fraction or parts(stack.config.targets[0])[1] != name:
             continue
         share = 1 - config.kl_start(stack.name) / config.train.steps
         params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))

@@ -125,6 +125,7 @@ def _training(place: run_directory.Workdir, step: int | None) -> dict[str, Any]:
         "Versions of training": ", ".join(f"{name} {machine[name]}" for name in ("jax", "python") if name in machine),
         "Version of this export": f"gsae_jax {gsae_jax.__version__}",
         REVISION: config.lm.revision,
+        **{f"{REVISION} {name}": lm.revision for name, lm in config.lms.items()},
     }
 
 
@@ -168,7 +169,7 @@ def card(
     example = next(
         (sae for sae in saes.values() if sae.architecture not in contract.BASELINES), next(iter(saes.values()))
     )
-    model = example.metadata["model_name"]
+    model, model_in_config = example.metadata["model_name"], example.models[-1]
     embedded = model == sae_loading.EMBEDDED
     return rendering.render(
         "model_card.md",
@@ -179,10 +180,12 @@ def card(
             "for_saelens": next((format for format in ("saelens", "jumprelu") if format in formats), ""),
             "count": len(saes),
             "name": example.name,
-            "site": example.sites[0],
+            "site": trained.for_export(example).sites[0],
             "lm": "" if embedded else labels.base_model or model,
             # A revision is known of the run's own name on the hub, and not of another that stands in a label.
-            "lm_revision": training.get(REVISION, "") if labels.base_model == model else "",
+            "lm_revision": training.get(f"{REVISION} {model_in_config}".strip(), "")
+            if labels.base_model == model
+            else "",
             "architectures": sorted({plugins.label(sae.architecture) for sae in saes.values()}),
             "sites": sorted({site for sae in saes.values() for site in (*sae.sites, *sae.targets)}),
             "model": model,

@@ -39,7 +39,8 @@ class SAE(Sites):
         site: the site that it reads, or a tuple of several; "" if the file of an imported SAE names no site.
         params: the architecture's parameters. The sites' means and scales are folded into them.
         l1_coefficient, learning_rate, seed: settings of its training; NaN and None if an imported SAE has none.
-        scale: the factor by which training multiplied activations (minus their mean, if they were centred).
+        scale: the factor by which training multiplied activations of the target (minus their mean, if they were
+            centred). A tuple of factors if the SAE writes several sites.
         norm_limit: activations of the target with a larger norm were not used for training. A tuple of limits if the
             SAE writes several sites.
         metadata: facts about its model and text, under SAELens' names. An imported SAE has all metadata of its file.
@@ -57,7 +58,7 @@ class SAE(Sites):
     l1_coefficient: float = math.nan
     learning_rate: float = math.nan
     seed: int | None = None
-    scale: float = math.nan
+    scale: float | tuple[float, ...] = math.nan
     norm_limit: float | tuple[float, ...] = math.inf
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     target: str | tuple[str, ...] = ""
@@ -181,7 +182,7 @@ class SAE(Sites):
         """
         with errors.about("format"):
             module = plugins.load("formats", format, having="write")
-        module.write(self, path)
+        module.write(for_export(self), path)
 
     def _is_traced(self, inputs: Any) -> bool:
         return any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((inputs, self.params)))
@@ -249,6 +250,17 @@ class SAE(Sites):
             if ((known < 0) | (known > self.width)).any():
                 raise UserError(f"has indices outside 0 to {self.width}, the width, which stands for no feature", "f")
         return indices, values
+
+
+def for_export(sae: SAE) -> SAE:
+    """The SAE as files have it: where it is of one language model, the names of its sites say no model."""
+    if len(sae.models) > 1:
+        return sae
+
+    def hooks(names: Any) -> Any:
+        return tuple(map(hooks, names)) if isinstance(names, tuple) else names.partition("@")[0]
+
+    return dataclasses.replace(sae, site=hooks(sae.site), target=hooks(sae.target))
 
 
 class _Static:

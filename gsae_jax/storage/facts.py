@@ -69,6 +69,7 @@ class Facts:
         l1_coefficients: of the SAEs of each stack, at this step; the config's where `target_l0` does not move them.
         held_out: fingerprint of the held-out text; "" in earlier checkpoints.
         lm: fingerprint of the language model; empty in earlier checkpoints.
+        lms: fingerprints of the other language models, by name.
         starts: fingerprints of what stacks started from, by stack.
         buffer: whether the exchange buffer is saved.
         machine: what must be the same for a run to continue bit for bit: devices, mesh, versions.
@@ -96,6 +97,7 @@ class Facts:
     lengths: list[dict[str, int]] = dataclasses.field(default_factory=list)
     held_out_tokens: int = 0
     code: dict[str, str] = dataclasses.field(default_factory=dict)
+    lms: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes back; JSON has no infinity, so a norm limit that there is not is null."""

@@ -129,17 +129,20 @@ class Workdir(SavedCheckpoints):
         elif not self.path.is_empty(ignored=LOCK) and not self.holds_run():
             raise UserError(f"{self.path} exists and is not a run; write a new or an empty directory", self.field)
 
-    def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str]) -> None:
+    def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str], name: str = "") -> None:
         """Raises `UserError` where a language model is not the one that a checkpoint was trained with.
 
         Args:
             facts: the checkpoint's.
             lm: where the model lies.
             fingerprint: the model's, `lms.checkpoints.Checkpoint.fingerprint`.
+            name: the model's in `lms`; "" for `lm`.
         """
-        recorded = facts.lm
+        recorded = facts.lms.get(name) if name else facts.lm
         if not recorded:  # of an earlier version: where it lay is all that is known of it
-            there, here = ((paths.absolute(each.path), each.revision) for each in (self.experiment().lm, lm))
+            run = self.experiment()
+            theirs = run.lms[name] if name else run.lm
+            there, here = ((paths.absolute(each.path), each.revision) for each in (theirs, lm))
             if there != here:
                 was, now = (f"{path!r}{revision and f' at {revision}'}" for path, revision in (there, here))
                 raise UserError(
@@ -247,7 +250,11 @@ def _located(config: Mapping[str, Any]) -> dict[str, Any]:
                 groups[group][field].rpartition(":") if field == "source" else ("", "", groups[group][field])
             )
             groups[group][field] = f"{kind}{colon}{paths.absolute(path)}"
-    return {**config, **{group: fields for group, fields in groups.items() if group in config}}
+    located = {**config, **{group: fields for group, fields in groups.items() if group in config}}
+    if "lms" in config:
+        others = config["lms"].items()
+        located["lms"] = {name: {**fields, "path": paths.absolute(fields["path"])} for name, fields in others}
+    return located
 
 
 def _as_recorded(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,6 +271,10 @@ def _fixed(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     kept = {group: value for group, value in config.items() if group not in FREE}
     for group, fields in LOCATIONS.items():
         kept[group] = {name: value for name, value in kept[group].items() if name not in fields}
+    kept["lms"] = {
+        name: {field: value for field, value in fields.items() if field not in LOCATIONS["lm"]}
+        for name, fields in kept["lms"].items()
+    }
     kept["train"] = {name: value for name, value in kept["train"].items() if f"train.{name}" not in FREE}
     kept["train"]["resample_steps"] = [at for at in kept["train"]["resample_steps"] if at <= step]
     return kept

@@ -60,11 +60,13 @@ class EndToEnd:
         module: the whole language model.
         mesh: of the run; None: one device.
         parts: in which the rows of an update are computed, one after the other.
+        model: the language model's name, "" of the first. Stacks write its sites.
     """
 
     module: Any
     mesh: jax.sharding.Mesh | None
     parts: int
+    model: str = ""
 
     def sites(self, stacks: Sequence[Stack]) -> set[str]:
         """What `Rows.activations` must have for these stacks."""
@@ -74,7 +76,7 @@ class EndToEnd:
 
     @property
     def _last(self) -> str:
-        return f"blocks.{self.module.config.n_layers - 1}.hook_resid_post"
+        return sites_lib.at(f"blocks.{self.module.config.n_layers - 1}.hook_resid_post", self.model)
 
     def gradients(
         self,
@@ -147,7 +149,8 @@ class EndToEnd:
         x_hat = scaling.outputs(x_hat_BxD.reshape(x.shape), scales[target], means.get(target))
         spliced = jnp.where(valid[..., None], x_hat, x.astype(x_hat.dtype)).astype(x.dtype)
         before = sites_lib.stream_before(target)
-        tap = sites_lib.splice({before: lambda _: rows.activations[before], target: lambda _: spliced})
+        before_hook, hook = (sites_lib.parts(site)[0] for site in (before, target))
+        tap = sites_lib.splice({before_hook: lambda _: rows.activations[before], hook: lambda _: spliced})
         hidden = self.module.apply({"params": lm_params}, rows.tokens, tap, method="hidden")
         kl = divergence(self.module, lm_params, hidden, rows.activations[self._last], rows.tokens)
         return kl.sum(), (jnp.where(valid, errors, 0).sum(), valid.sum().astype(jnp.float32))

@@ -1,9 +1,11 @@
 """Everything that a run needs before its first step, checked before anything is written."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,7 +21,8 @@ from gsae_jax.data import rows as rows_lib
 from gsae_jax.errors import UserError
 from gsae_jax.evaluation import provenance
 from gsae_jax.lms import loading
-from gsae_jax.lms.checkpoints import Checkpoint
+from gsae_jax.lms import tokenizer as tokenizer_lib
+from gsae_jax.lms.checkpoints import Checkpoint, about_other, open_others
 from gsae_jax.saes import contract, parameters
 from gsae_jax.storage import run_directory
 from gsae_jax.storage.facts import Facts, Text
@@ -97,14 +100,17 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
     origin = _of_store(config, mesh) if config.data.source else _of_text(config, mesh)
-    program, fingerprint = origin.program, origin.fingerprint
+    program, of_lms = origin.program, dict(origin.fingerprints)
     _check_starts(program, starts)
-    processes.agree("lm.path", fingerprint, "give every process the same language model")
+    for name, fingerprint in of_lms.items():
+        field = f"lms.{name}.path" if name else "lm.path"
+        processes.agree(field, fingerprint, "give every process the same language model")
     latest = _sound_step(workdir)
     before = None if latest is None else workdir.facts(latest)
     if before is not None and config.lm.path != NO_MODEL:
-        with errors.about("lm.path"):
-            workdir.check_model(before, config.lm, fingerprint)
+        for name, fingerprint in of_lms.items():
+            with _about_model(name):
+                workdir.check_model(before, config.lms[name] if name else config.lm, fingerprint, name)
     known = [] if latest is None or before is None else _known_lengths(config, workdir, latest, before)
     limit = max([tokens_needed(config), *(lengths[-1]["tokens"] for lengths in known)])
     rows = origin.rows(limit)
@@ -122,7 +128,8 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
         rows=rows.fingerprint,
         widths=program.widths,
         held_out=held_out.fingerprint,
-        lm=fingerprint,
+        lm=of_lms.pop(""),
+        lms=of_lms,
         starts=before.starts if before and before.starts else fingerprints,
         buffer=config.checkpoint.buffer,
         machine=_machine(mesh),
@@ -160,7 +167,7 @@ class _Origin:
     Attributes:
         program: the train program.
         params: what its source computes with.
-        fingerprint: of the language model; empty where there is none.
+        fingerprints: of the language models, by name; that of "" is empty where there is none.
         rows: opens the rows to train on, of about so many tokens.
         batches: makes the stream of their batches; the arguments are those of `data.rows.batches`.
         held_out: opens the rows to measure on.
@@ -168,23 +175,31 @@ class _Origin:
 
     program: Program
     params: Any
-    fingerprint: dict[str, str]
+    fingerprints: dict[str, dict[str, str]]
     rows: Callable[[int], Any]
     batches: Callable[..., Any]
     held_out: Callable[[], Any]
 
 
 def _of_text(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
-    """The language model runs over the text."""
+    """The language models run over the text."""
     with errors.about("lm.path", revision="lm.revision"):
-        checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
-        program, tokenizer = build(config, mesh, checkpoint)
-        params, d_vocab = checkpoint.params(program.loaded, config.lm.dtype), checkpoint.config.d_vocab
-        fingerprint = checkpoint.fingerprint()
+        checkpoint, others = Checkpoint.open(config.lm.path, config.lm.revision), open_others(config.lms)
+        program, tokenizer = build(config, mesh, checkpoint, others)
+    checkpoints, fingerprints, d_vocab = {"": checkpoint, **others}, {}, checkpoint.config.d_vocab
+
+    def params_of(name: str, module: Any) -> Any:
+        with _about_model(name):
+            return checkpoints[name].params(module, program.dtype_of(name))
+
+    params = program.source_params(params_of)
+    for name, each in checkpoints.items():
+        with _about_model(name):
+            fingerprints[name] = each.fingerprint()
     return _Origin(
         program,
         params,
-        fingerprint,
+        fingerprints,
         lambda tokens: rows_lib.open_rows(config.data, "train", tokenizer, tokens, d_vocab),
         rows_lib.batches,
         lambda: rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab),
@@ -207,7 +222,9 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
                 "--held_out=0.05",
                 "lm.path",
             )
-        return _Origin(program, {}, {}, lambda tokens: rows("train").limited(tokens), batches, lambda: rows("test"))
+        return _Origin(
+            program, {}, {"": {}}, lambda tokens: rows("train").limited(tokens), batches, lambda: rows("test")
+        )
     with errors.about("lm.path", revision="lm.revision"):
         checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         tokenizer, fingerprint = checkpoint.tokenizer(), checkpoint.fingerprint()
@@ -215,7 +232,7 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
     return _Origin(
         program,
         {},
-        fingerprint,
+        {"": fingerprint},
         lambda tokens: rows("train").limited(tokens),
         batches,
         lambda: rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, checkpoint.config.d_vocab),
@@ -322,15 +339,31 @@ def _sound_step(workdir: run_directory.Workdir) -> int | None:
     return latest
 
 
-def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -> tuple[Program, Any]:
-    """The train program and the tokenizer, from the language model's settings alone.
+def _about_model(name: str) -> contextlib.AbstractContextManager[None]:
+    return about_other(name) if name else errors.about("lm.path", revision="lm.revision")
+
+
+def build(
+    config: Experiment,
+    mesh: jax.sharding.Mesh,
+    checkpoint: Checkpoint,
+    others: Mapping[str, Checkpoint] = MappingProxyType({}),
+) -> tuple[Program, Any]:
+    """The train program and the tokenizer, from the settings of `config.lm` and `config.lms` alone.
 
     Raises:
-        UserError: as `Program.build`, a corpus that does not exist, or sizes that the devices have no room for.
+        UserError: as `Program.build`, a corpus that does not exist, models with different tokenizers, or sizes that the
+            devices have no room for.
     """
     rows_lib.corpus(config.data)
     tokenizer = checkpoint.tokenizer()
-    program = Program.build(config, mesh, checkpoint, loading.special_tokens(tokenizer))
+    special_tokens = {*loading.special_tokens(tokenizer)}
+    for name, other in others.items():
+        with about_other(name):
+            theirs = other.tokenizer()
+            tokenizer_lib.check_same(tokenizer, theirs, (str(checkpoint.folder), str(other.folder)))
+        special_tokens |= {*loading.special_tokens(theirs)}
+    program = Program.build(config, mesh, checkpoint, tuple(sorted(special_tokens)), others=others)
     _check_memory(program)
     return program, tokenizer
 
@@ -338,10 +371,11 @@ def build(config: Experiment, mesh: jax.sharding.Mesh, checkpoint: Checkpoint) -
 def _check_memory(program: Program) -> None:
     """Raises `UserError` for sizes that the devices have no room for."""
     config, mesh, state = program.config, program.mesh, program.abstract_state()
-    fresh = config.rows_per_call * config.data.context_length * sum(program.widths.values())
+    fresh = sum(D * jnp.dtype(config.lm_of(site).dtype).itemsize for site, D in program.widths.items())
+    fresh *= config.rows_per_call * config.data.context_length
     needed = {f"stacks.{name}": mesh_lib.device_bytes(stack) for name, stack in state.stacks.items()}
     needed["activations.buffer_size"] = mesh_lib.device_bytes(state.store)
-    needed["activations.rows_per_forward"] = fresh * jnp.dtype(config.lm.dtype).itemsize // mesh.shape["data"]
+    needed["activations.rows_per_forward"] = fresh // mesh.shape["data"]
     mesh_lib.check_memory(mesh, needed)
 
 

@@ -6,8 +6,9 @@ SAE updates are written for one device and mapped over the mesh by `shard_map`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,9 +23,8 @@ from gsae_jax.activations import buffer, masking, scaling, sources
 from gsae_jax.activations import store as store_lib
 from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
+from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.lms.sites import check as check_site
-from gsae_jax.lms.sites import layer_of
 from gsae_jax.saes import parameters
 from gsae_jax.training import optimiser, resampling
 from gsae_jax.training.end_to_end import EndToEnd, Rows
@@ -62,26 +62,42 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Modules:
+    """A language model of a run, without its parameters.
+
+    Attributes:
+        module: with no more layers than the sites need.
+        whole: the whole model, if the loss of a stack has the KL divergence of its predictions; else None.
+    """
+
+    module: Any
+    whole: Any = None
+
+    @property
+    def loaded(self) -> Any:
+        """The module whose parameters all functions take: `whole`, or `module` where that is enough."""
+        return self.module if self.whole is None else self.whole
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """The compiled functions of an experiment: `measure` and `fill` make the first state, `train_step` moves it on.
 
     Attributes:
         config: the experiment.
         mesh: of the run.
-        module: the language model, with no more layers than the sites need; None where activations are stored.
+        models: the language models by name, "" that of `config.lm`; none where activations are stored.
         special_tokens: ids of tokens that SAEs never see.
         stacks: of the experiment.
         widths: of every site that a stack reads or writes.
-        whole: the whole language model, if the loss of a stack has the KL divergence of its predictions; else None.
     """
 
     config: config_lib.Experiment
     mesh: Mesh
-    module: Any
+    models: Mapping[str, Modules]
     special_tokens: tuple[int, ...]
     stacks: tuple[Stack, ...]
     widths: dict[str, int]
-    whole: Any = None
 
     @classmethod
     def build(
@@ -91,15 +107,17 @@ class Program:
         checkpoint: Checkpoint | None,
         special_tokens: tuple[int, ...],
         stored: store_lib.Store | None = None,
+        others: Mapping[str, Checkpoint] = MappingProxyType({}),
     ) -> "Program":
-        """The program of an experiment, from the settings of its language model alone; the trainer's and the planner's.
+        """The program of an experiment, from the settings of its language models; the trainer's and the planner's.
 
         Args:
             config: the experiment.
             mesh: of the run.
-            checkpoint: the language model; None with a store, where nothing of it is needed.
-            special_tokens: of the tokenizer.
-            stored: the store of activations, if the language model does not run.
+            checkpoint: of `config.lm`; None with a store, where nothing of it is needed.
+            special_tokens: ids of tokens that SAEs do not see if `activations.drop_special_tokens`.
+            stored: the store of activations, if no language model runs.
+            others: of `config.lms`.
 
         Raises:
             UserError: a size that the mesh does not divide; a logger or architecture that does not exist; a site or
@@ -107,16 +125,16 @@ class Program:
         """
         mesh_lib.check(config, mesh)
         loggers.check_names(config.loggers)
-        if stored is None:
-            assert checkpoint is not None
-            loading.check_context(checkpoint.module(), config.data.context_length)
-            widths = loading.site_widths(checkpoint.module())
-        else:
-            widths = _check_store(config, stored)
+        checkpoints = {"": checkpoint, **others} if checkpoint is not None and stored is None else {}
+        widths = {} if stored is None else _check_store(config, stored)
+        for model, each in checkpoints.items():
+            whole = each.module()
+            loading.check_context(whole, config.data.context_length, model)
+            widths |= {sites_lib.at(hook, model): width for hook, width in loading.site_widths(whole).items()}
         for name, read in config.stacks.items():
             for field, names in (("site", read.sites), ("target", read.targets)):
                 for site in names if stored is None else ():
-                    check_site(site, widths, f"stacks.{name}.{field}")
+                    sites_lib.check(site, widths, f"stacks.{name}.{field}")
         with_kl = [name for name, stack in config.stacks.items() if stack.kl_fraction]
         rows, data = config.rows_per_call // config.updates_per_call, mesh.shape["data"]
         if with_kl and rows % data:
@@ -126,9 +144,12 @@ class Program:
                 f"{data * config.data.context_length}, or a larger mesh.latent",
                 "train.batch_size",
             )
-        module: Any = None
-        if stored is None and checkpoint is not None:
-            module = checkpoint.module(1 + max(map(layer_of, config.sites)), mesh)
+        predicted = {sites_lib.parts(config.stacks[name].targets[0])[1] for name in with_kl}
+        models = {}
+        for model, each in checkpoints.items():
+            own = [site for site in config.sites if sites_lib.parts(site)[1] == model]
+            layers = 1 + max(map(sites_lib.layer_of, own))
+            models[model] = Modules(each.module(layers, mesh), each.module(mesh=mesh) if model in predicted else None)
         latent, platform = mesh.shape["latent"], mesh_lib.platform(mesh)
         stacks = tuple(
             Stack.build(name, stack, widths, config.train.compute_dtype, config.train.step, latent, platform)
@@ -143,29 +164,55 @@ class Program:
                 )
         dropped = special_tokens if config.activations.drop_special_tokens else ()
         used = {site: width for site, width in widths.items() if site in config.sites}
-        whole = checkpoint.module(mesh=mesh) if with_kl and checkpoint is not None else None
-        return cls(config, mesh, module, dropped, stacks, used, whole)
+        return cls(config, mesh, models, dropped, stacks, used)
 
     @property
     def _norm_multiple(self) -> float:
         return self.config.activations.max_norm_multiple or math.inf
 
     @property
+    def module(self) -> Any:
+        """`Modules.module` of `config.lm`; None where activations are stored."""
+        return self.models[""].module if self.models else None
+
+    @property
     def loaded(self) -> Any:
-        """The module whose parameters all functions take: `whole`, or `module` where that is enough."""
-        return self.module if self.whole is None else self.whole
+        """`Modules.loaded` of `config.lm`."""
+        return self.models[""].loaded
+
+    def source_params(self, params_of: Callable[[str, Any], Any]) -> Any:
+        """What the source computes with, from the parameters of each model: `params_of(name, module)`.
+
+        They are in a dict by name if there are several models.
+        """
+        params = {name: params_of(name, model.loaded) for name, model in self.models.items()}
+        return params if self.config.lms else params[""]
+
+    def lm_params(self, source_params: Any, model: str) -> Any:
+        """The parameters of one model, of those of the source."""
+        return source_params[model] if self.config.lms else source_params
+
+    def dtype_of(self, model: str) -> str:
+        """The type of one model."""
+        return (self.config.lms[model] if model else self.config.lm).dtype
 
     @cached_property
     def source(self) -> sources.Source:
         """Where the activations come from."""
-        if self.module is None:
+        if not self.models:
             rows, dtype = self.config.rows_per_call, self.config.lm.dtype
             return sources.Stored(self.widths, self.mesh, self.special_tokens, rows, dtype)
-        return self._source(self.module, self.config.sites)
+        return self._source(self.config.sites)
 
-    def _source(self, module: Any, sites: Sequence[str]) -> sources.LanguageModel:
+    def _source(self, sites: Sequence[str], whole: bool = False) -> sources.Source:
+        """`whole`: read from the whole models, where there are any."""
         rows, forwards = self.config.rows_per_call, self.config.forwards_per_call
-        return sources.LanguageModel(module, self.mesh, sites, self.special_tokens, rows, forwards)
+        each = {}
+        for name, model in self.models.items():
+            own = [hook for hook, of in map(sites_lib.parts, sites) if of == name]
+            module = model.loaded if whole else model.module
+            each[name] = sources.LanguageModel(module, self.mesh, own, self.special_tokens, rows, forwards)
+        return sources.LanguageModels(each) if self.config.lms else each[""]
 
     def unfolded(self, name: str, params: dict[str, Any], state: TrainState) -> dict[str, np.ndarray]:
         """Parameters [N, ...] of a stack that are in the language model's units, for inputs in those of training."""
@@ -238,7 +285,7 @@ class Program:
     def _empty_store(self) -> buffer.Store:
         batch = self.config.train.batch_size
         shape = batch, self.config.activations.buffer_size // batch
-        return {site: jnp.zeros((*shape, D), self.config.lm.dtype) for site, D in self.widths.items()}
+        return {site: jnp.zeros((*shape, D), self.config.lm_of(site).dtype) for site, D in self.widths.items()}
 
     def abstract_state(self) -> TrainState:
         """The shape and the placement of every array of the state."""
@@ -324,8 +371,14 @@ class Program:
         """
         update, updates, specs = self._update(), self.config.updates_per_call, self.specs()
         stacks_with_kl = [stack for stack in self.stacks if stack.name in names]
-        end_to_end = EndToEnd(self.whole, self.mesh, self.config.forwards_per_call)
-        sites = {*self.config.sites, *end_to_end.sites(stacks_with_kl)}
+        spliced = {stack.name: sites_lib.parts(stack.config.targets[0])[1] for stack in stacks_with_kl}
+        end_to_end = {
+            model: EndToEnd(self.models[model].whole, self.mesh, self.config.forwards_per_call, model)
+            for model in {*spliced.values()}
+        }
+        sites = {*self.config.sites}
+        for model, of_model in end_to_end.items():
+            sites |= of_model.sites([stack for stack in stacks_with_kl if spliced[stack.name] == model])
         arranged = P(None, "data")
         of_grads = {stack.name: stack.split(specs.stacks[stack.name].params)[0] for stack in stacks_with_kl}
         mapped = jax.shard_map(
@@ -343,8 +396,14 @@ class Program:
                 (stacks, store), (inputs, rows) = carry, inputs
                 grads, kl = {}, {}
                 for stack in stacks_with_kl:
-                    grads[stack.name], kl[stack.name] = end_to_end.gradients(
-                        stack, stacks[stack.name], rows, source_params, units, state.norm_limits
+                    model = spliced[stack.name]
+                    grads[stack.name], kl[stack.name] = end_to_end[model].gradients(
+                        stack,
+                        stacks[stack.name],
+                        rows,
+                        self.lm_params(source_params, model),
+                        units,
+                        state.norm_limits,
                     )
                 inputs = jax.tree.map(lambda x: x[None], inputs)
                 stacks, store, metrics = mapped(stacks, store, inputs, units, state.step, grads)
@@ -358,7 +417,7 @@ class Program:
             (stacks, store), metrics = jax.lax.scan(one_update, start, (inputs, rows.split(updates)))
             return stacks, store, _means(metrics)
 
-        return self._step(self._source(self.whole, tuple(sites)), call)
+        return self._step(self._source(tuple(sites), whole=True), call)
 
     def _as_it_begins(self, stack: Stack, state: TrainState) -> StackState:
         """The stack, without moments of gradients at the step from which its loss has the KL divergence.

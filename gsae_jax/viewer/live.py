@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms import tokenizer as tokenizer_lib
-from gsae_jax.saes.trained import SAE
+from gsae_jax.saes.trained import SAE, for_export
 
 COUNTS = (16, 32, 64, 128)  # new tokens; each is compiled once
 MOST_PAIRS = 200_000  # of a token and an active feature in one answer
@@ -26,9 +27,12 @@ STRONGEST = 1e6  # of strengths; far beyond, numbers are no longer finite
 class Live:
     """A language model and SAEs. Requests are computed one after the other, whichever threads they come from."""
 
-    def __init__(self, lm: loading.LM, saes: Mapping[str, SAE]):
-        """`saes`: by their keys in addresses, with the language model's sites."""
-        self.lm, self.saes = lm, saes
+    def __init__(
+        self, lm: loading.LM, saes: Mapping[str, SAE], others: Mapping[str, loading.LM] = MappingProxyType({})
+    ):
+        """`saes`: by their keys in addresses; `others`: more models, by the names after the @ of sites."""
+        self.lm, self.saes, self._lms = lm, saes, {"": lm, **others}
+        self._special_tokens = loading.special_tokens_of(lm, others)
         self._lock = threading.Lock()
 
     def active(self, sae: str, text: str) -> dict[str, Any]:
@@ -45,8 +49,12 @@ class Live:
         """
         chosen, ids = self._sae(sae), self._tokens(text)
         with self._lock:
-            x = self.lm.activations(np.array([ids]), sorted({*chosen.sites, *chosen.targets}))
-            looked_at = ~np.isin(ids, self.lm.special_tokens)
+            x: dict[str, jax.Array] = {}
+            for model in chosen.models:
+                wanted = map(sites_lib.parts, sorted({*chosen.sites, *chosen.targets}))
+                own = self._lms[model].activations(np.array([ids]), [hook for hook, of in wanted if of == model])
+                x |= {sites_lib.at(hook, model): value for hook, value in own.items()}
+            looked_at = ~np.isin(ids, self._special_tokens)
             limits = chosen.norm_limit if isinstance(chosen.norm_limit, tuple) else (chosen.norm_limit,)
             for site, limit in zip(chosen.targets, limits, strict=True):
                 looked_at &= np.linalg.norm(np.asarray(x[site][0], np.float32), axis=-1) <= limit
@@ -80,19 +88,19 @@ class Live:
         Raises:
             UserError: a value is not one of those above, or the SAE does not allow the intervention.
         """
-        tap, ids = self._tap(edits), self._tokens(text)
+        (lm, tap), ids = self._tap(edits), self._tokens(text)
         if tokens not in COUNTS:
             raise UserError(f"is {tokens}; write one of {', '.join(map(str, COUNTS))}", "tokens")
         if not 0 <= seed < 2**32:
             raise UserError(f"is {seed}; write a whole number from 0 to {2**32 - 1}", "seed")
-        length = min(batching.padded_size(max(len(ids), loading.SHORTEST)), self.lm.config.n_ctx)
+        length = min(batching.padded_size(max(len(ids), loading.SHORTEST)), lm.config.n_ctx)
         padded = np.array([ids + [0] * (length - len(ids))], np.int32)
         written, after = [], []
         with self._lock:
             for each in (taps.chain(), tap):
                 sampling: dict[str, Any] = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed}
-                written.append(self.lm.generate(text, each, **sampling)[len(text) :])
-                after.append(np.asarray(_next(self.lm.module, self.lm.params, each, padded, len(ids) - 1)))
+                written.append(lm.generate(text, each, **sampling)[len(text) :])
+                after.append(np.asarray(_next(lm.module, lm.params, each, padded, len(ids) - 1)))
         if not np.isfinite(after[1]).all():
             raise UserError("are so large that the predictions are not finite; write smaller ones", "strength")
         likely = {int(token) for p_V in after for token in np.argsort(-p_V)[:TOP]}
@@ -110,31 +118,37 @@ class Live:
         if not text:
             raise UserError("is empty; write some", "text")
         (ids,) = tokenizer_lib.tokenize(self.lm.tokenizer, [text])
-        if len(ids) > self.lm.config.n_ctx:
-            most = self.lm.config.n_ctx
+        most = min(lm.config.n_ctx for lm in self._lms.values())
+        if len(ids) > most:
             raise UserError(f"has {len(ids):,} tokens; this language model has {most:,} positions", "text")
         return list(ids)
 
     def _texts(self, ids: list[int]) -> list[str]:
         return tokenizer_lib.token_texts(self.lm.tokenizer, ids)
 
-    def _tap(self, edits: list[Any]) -> sites_lib.Chain:
+    def _tap(self, edits: list[Any]) -> tuple[loading.LM, sites_lib.Chain]:
+        """The language model of which the edited sites are, and the tap that edits them."""
         if not 1 <= len(edits) <= MOST_EDITS:
             raise UserError(f"are {len(edits)}; choose 1 to {MOST_EDITS}", "features")
-        steered, ablated = [], dict[str, list[int]]()
+        steered, ablated, models = [], dict[str, list[int]](), set[str]()
         for edit in edits:
             if not isinstance(edit, dict) or edit.keys() != {"sae", "feature", "strength"}:
                 raise UserError(f"has {edit!r}; write objects of sae, feature and strength", "edits")
             sae, feature, strength = self._sae(edit["sae"]), edit["feature"], edit["strength"]
             if type(feature) is not int or not 0 <= feature < sae.width:
                 raise UserError(f"is {feature!r}; {edit['sae']} has features 0 to {sae.width - 1}", "feature")
+            models |= {*sae.models}
+            sae = for_export(sae)  # its sites have the names that they have in their own language model
+            if len(models) > 1:
+                raise UserError("are of several language models; choose features of one", "features")
             if strength is None:
                 ablated.setdefault(edit["sae"], []).append(feature)
             elif type(strength) not in (int, float) or not abs(strength) <= STRONGEST:
                 raise UserError(f"is {strength!r}; write a number up to {STRONGEST:,.0f}", "strength")
             else:
                 steered.append(taps.steer(sae, feature, jnp.float32(strength)))
-        return taps.chain(*(taps.ablate(self.saes[key], numbers) for key, numbers in ablated.items()), *steered)
+        ablations = [taps.ablate(for_export(self.saes[key]), numbers) for key, numbers in ablated.items()]
+        return self._lms[models.pop()], taps.chain(*ablations, *steered)
 
 
 @partial(jax.jit, static_argnums=0)
