@@ -60,7 +60,7 @@ setup(
         "huggingface_hub>=1.31",
         "importlib_resources>=6.0",  # tensorflow-datasets needs it for builders that live in a package
         "jax>=0.10,<0.13",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",  # earlier sandboxes let templates out
         "matplotlib>=3.9",
         "ml_collections>=1.0",
         "numpy>=2.0",

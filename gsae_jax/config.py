@@ -75,6 +75,12 @@ class Data:
         "error", "text: whether a row without text is an error or is skipped.", SAME
     )
     source: str = setting("", "store:PATH = activations of a store; '' = the language model runs over the text.", SAME)
+    chat: str = setting(
+        "", "text: field with a list of messages, which the model's chat template makes a text of; '' = none.", SAME
+    )
+    roles: tuple[str, ...] = setting(
+        (), "Roles of the messages whose content SAEs see, such as ('assistant',), with data.chat; () = all text.", SAME
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpus", plugins.absolute(self.corpus))
@@ -84,6 +90,15 @@ class Data:
                 "is 'documents', but data.held_out='position' cuts documents in two; write data.held_out='hash', or "
                 "'stream'",
                 "pack",
+            )
+        if self.chat and (self.corpus != "text" or self.held_out == "position"):
+            field, value = ("corpus", "text") if self.corpus != "text" else ("held_out", "hash")
+            raise UserError(f"is {self.chat!r}, which needs data.{field}={value!r}; write that, or ''", "chat")
+        if self.roles and not self.chat:
+            raise UserError(
+                f"is {self.roles}, but only messages have roles; write data.chat='messages' for the field that has "
+                "them, or ()",
+                "roles",
             )
 
 
@@ -557,6 +572,11 @@ class Pretrain:
     def __post_init__(self) -> None:
         _seed("seed", self.seed)
         _at_least("vocab_size", self.vocab_size, 257)  # every byte, and <|endoftext|>
+        if self.data.chat:
+            raise UserError(
+                f"is {self.data.chat!r}, but the new tokenizer has no chat template; write '', and data.field",
+                "data.chat",
+            )
         for field in ("batch_size", "test_tokens"):
             _at_least(field, getattr(self, field), 1)
         _at_least("warmup_steps", self.warmup_steps, 0)

@@ -15,6 +15,7 @@ from etils import epath
 from gsae_jax import config as config_lib
 from gsae_jax import config_trees, errors, plugins
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.activations import masking
 from gsae_jax.config import NO_MODEL, Experiment
 from gsae_jax.errors import UserError, known_names
 from gsae_jax.evaluation import measure
@@ -150,7 +151,7 @@ def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
         if known.fingerprint != facts.held_out:
             logger.warning(f"the held-out text of {run} has changed since training; these rows are of the new text")
     count = config.evaluation.tokens if tokens is None else tokens
-    return np.concatenate(list(rows.held_out(config, tokenizer, count, checkpoint.config.d_vocab)))
+    return masking.tokens_of(np.concatenate(list(rows.held_out(config, tokenizer, count, checkpoint.config.d_vocab))))
 
 
 def _built(name: str, config: Experiment, widths: dict[str, int], workdir: run_directory.Workdir) -> tuple[Any, Any]:

@@ -57,15 +57,17 @@ def test_every_metric_matches_float64(lm, lm_dir):
     }
     params["b_gate"] = params["b_gate"].at[:5].set(-1e6)  # five dead features
     tokens = batches(lm)
+    hidden = np.random.default_rng(4).random(tokens.shape) < 0.2  # as `data.roles` hides them
+    rows = np.where(hidden, ~tokens, tokens)
     ours = metrics.combine(
-        measure.measure(lm.on(on_mesh(4, 2)), [as_sae("a", gated, params, config)], tokens, lm.special_tokens)["a"]
+        measure.measure(lm.on(on_mesh(4, 2)), [as_sae("a", gated, params, config)], rows, lm.special_tokens)["a"]
     )
 
     tensors, settings = checkpoint(lm_dir)
     tokens = tokens.reshape(-1, tokens.shape[-1])
     _, found = references.gelu_lm(tensors, settings, tokens)
     x = found[SITE]
-    valid = ~np.isin(tokens, lm.special_tokens)
+    valid = ~np.isin(tokens, lm.special_tokens) & ~hidden.reshape(tokens.shape)
     _, _, f = references.gated_sae(params, x.reshape(-1, D), 0.0)
     x_hat = (f @ np.asarray(params["W_dec"], np.float64) + np.asarray(params["b_dec"])).reshape(x.shape)
 

@@ -79,7 +79,9 @@ def collection_of(lm_dir, kinds, tokens, mesh):
     plain = loading.load_lm(lm_dir)
     saes = {f"{kind}_0": make(kind, plain, tokens) for kind in kinds}
     about = {name: {"sae": name, "architecture": sae.architecture} for name, sae in saes.items()}
-    return collection_lib.Collection(lm, mesh, saes, saes, tokens, lm.special_tokens, about, {"jax": jax.__version__})
+    hidden = np.random.default_rng(4).random(tokens.shape) < 0.1  # as `data.roles` hides them
+    rows = np.where(hidden, ~tokens, tokens)
+    return collection_lib.Collection(lm, mesh, saes, saes, rows, lm.special_tokens, about, {"jax": jax.__version__})
 
 
 def dump(folder):
@@ -105,7 +107,7 @@ def features_of(collection, name, tokens):
     inputs = tuple(x[site] for site in sae.sites)
     f = np.array(sae.encode(inputs if len(inputs) > 1 else inputs[0]))
     limits = sae.norm_limit if isinstance(sae.norm_limit, tuple) else (sae.norm_limit,) * len(sae.targets)
-    valid = ~np.isin(tokens, collection.special_tokens)
+    valid = ~np.isin(tokens, collection.special_tokens) & (collection.rows >= 0)
     for site, limit in zip(sae.targets, limits, strict=True):
         valid &= np.linalg.norm(np.asarray(x[site], np.float64), axis=-1) <= limit
     return np.where(valid[..., None], f, 0), valid

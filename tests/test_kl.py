@@ -94,7 +94,7 @@ def gradients(program, stack, of_stack, state, lm_params, tokens):
     @jax.jit
     def compute(of_stack, tokens):
         activations = loading.capture(program.loaded, lm_params, tokens, ours.sites([stack]))
-        rows = end_to_end.Rows(tokens, masking.not_special(tokens, program.special_tokens), activations)
+        rows = end_to_end.Rows(tokens, masking.allowed(tokens, program.special_tokens), activations)
         return ours.gradients(stack, of_stack, rows, lm_params, (state.scales, state.means), state.norm_limits)
 
     return jax.device_get(compute(of_stack, tokens))

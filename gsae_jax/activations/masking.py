@@ -1,9 +1,17 @@
-"""Which tokens SAEs see: the one rule that training, evaluation and everything else that looks at features share."""
+"""Which tokens SAEs see: the one rule that training, evaluation and everything else that looks at features share.
+
+A row of tokens from `data.rows` says itself which of its tokens SAEs are not to see (`data.roles`): such a token is
+`~token`, a negative number. So tokens and mask go the same way, and cannot be confused.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Rows = TypeVar("Rows", jax.Array, np.ndarray)
 
 
 def norms(x: jax.Array) -> jax.Array:
@@ -11,9 +19,16 @@ def norms(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
 
 
-def not_special(tokens_RxT: jax.Array, special_tokens: Sequence[int]) -> jax.Array:
-    """Which tokens [R, T] are none of `special_tokens`."""
-    return ~jnp.isin(tokens_RxT, jnp.array(special_tokens, jnp.int32))
+def tokens_of(rows: Rows) -> Rows:
+    """The tokens of rows, of any shape, as the language model reads them."""
+    xp = rows.__array_namespace__()
+    return xp.where(rows < 0, ~rows, rows)
+
+
+def allowed(rows: Rows, special_tokens: Sequence[int]) -> Rows:
+    """Which tokens of rows, of any shape, SAEs may see: those that rows do not hide and none of `special_tokens`."""
+    xp = rows.__array_namespace__()
+    return (rows >= 0) & ~xp.isin(rows, xp.asarray(special_tokens, dtype=xp.int32))
 
 
 def valid(

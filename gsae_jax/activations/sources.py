@@ -70,18 +70,18 @@ class LanguageModel:
         return {site: width for site, width in loading.site_widths(self.module).items() if site in self.sites}
 
     def tokens(self, rows: np.ndarray) -> np.ndarray:
-        """The rows themselves."""
-        return rows
+        """What the language model reads."""
+        return masking.tokens_of(rows)
 
     def place(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of tokens, on the mesh; raises `UserError` for ids that the model does not have."""
-        loading.check_tokens(rows, self.module.config.d_vocab, "data")
+        loading.check_tokens(masking.tokens_of(rows), self.module.config.d_vocab, "data")
         return mesh_lib.place_rows(self.mesh, rows, self.rows)
 
     def __call__(self, params: Any, batch: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        """(activations {site: [R, T, D]}, which tokens are not special [R, T]) of tokens [R, T]."""
+        """(activations {site: [R, T, D]}, which tokens SAEs may see [R, T]) of rows of tokens [R, T]."""
         forward = partial(loading.capture, self.module, params, sites=self.sites)
-        allowed = masking.not_special(batch, self.special_tokens)
+        allowed, batch = masking.allowed(batch, self.special_tokens), masking.tokens_of(batch)
         if self.forwards == 1:
             activations = forward(batch)
         else:

@@ -29,10 +29,12 @@ import fsspec
 from etils import epath
 from fsspec.utils import glob_translate
 
+from gsae_jax.data import chat as chat_lib
 from gsae_jax.errors import UserError
 from gsae_jax.storage import paths
 
 KINDS = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".parquet")
+PLAIN = (".txt", ".md")
 READABLE = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
 CHUNK = 2**20  # characters or bytes that are read at once
 LONGEST = 10_000_000  # characters after which a text file without a separator begins another document
@@ -228,6 +230,9 @@ class Reader:
         separator: what stands between documents of a text file; "" = a file is one document.
         skip_bad_rows: leave rows without text out, instead of refusing them.
         as_before: keep byte order marks, and blank documents except those of text files, as earlier versions did.
+        chat: a row has messages; its text is these, as JSON.
+        where: the file and the row of the current document.
+        roles: of all messages that were read.
         blank, bad_rows: how many documents were blank, and how many rows had no text.
         first_bad_row: what was wrong with the first such row.
         position: gives how many bytes of the current file were read; always 0 for .parquet, as `int()` is.
@@ -237,6 +242,9 @@ class Reader:
     separator: str
     skip_bad_rows: bool = False
     as_before: bool = False
+    chat: bool = False
+    where: str = ""
+    roles: set[str] = dataclasses.field(default_factory=set)
     blank: int = 0
     bad_rows: int = 0
     first_bad_row: str = ""
@@ -250,7 +258,7 @@ class Reader:
                 row and what is there.
         """
         kind, _ = kind_of(file)
-        is_plain = kind in (".txt", ".md")
+        is_plain = kind in PLAIN
         for text in self._texts(file):
             if self.as_before:
                 if not is_plain or text.strip():
@@ -270,11 +278,12 @@ class Reader:
                     rows = self._table_rows(file, binary)
                 else:
                     text = io.TextIOWrapper(binary, encoding="utf-8")
-                    if kind in (".txt", ".md"):
+                    if kind in PLAIN:
                         yield from _split(text, self.separator)
                         return
                     rows = _items(file, text) if kind == ".json" else _lines(file, kind, text)
                 for where, row in rows:
+                    self.where = where
                     try:
                         text_of_row = self._text_of(row, where)
                     except _BadRowError as error:
@@ -296,19 +305,24 @@ class Reader:
     def _text_of(self, row: Any, where: str) -> str:
         if isinstance(row, _BadRowError):
             raise row
-        if not isinstance(row, str | dict):
+        if not isinstance(row, dict if self.chat else str | dict):
             raise _BadRowError(
                 f"{where} is not a JSON object but {_described(row)}",
-                f"write rows that have their text under {self.field!r}; {SKIP}",
+                f"write rows that have their {'messages' if self.chat else 'text'} under {self.field!r}; {SKIP}",
                 "data.path",
             )
         try:
-            text = row if isinstance(row, str) else _reached(row, self.field)
+            text = row if isinstance(row, str) and not self.chat else _reached(row, self.field)
         except LookupError as error:
             names = ", ".join(_names(row)) or "none"
+            what = "messages" if self.chat else "text"
             raise _BadRowError(
-                f"{where} has no text under {self.field!r}", f"its fields: {names}; {SKIP}", "data.field"
+                f"{where} has no {what} under {self.field!r}",
+                f"its fields: {names}; {SKIP}",
+                "data.chat" if self.chat else "data.field",
             ) from error
+        if self.chat:
+            text = self._messages(text, where)
         if not isinstance(text, str):
             nested = [name for name in _names(row) if name.startswith(f"{self.field}.")]
             how = f"data.field={nested[0]!r} reaches into it" if nested else "write the field that has the text"
@@ -321,6 +335,18 @@ class Reader:
             raise _BadRowError(what, f"take it out; {SKIP}", "data.path") from error
         return text
 
+    def _messages(self, value: Any, where: str) -> str:
+        """Messages as JSON; "" for those that say nothing."""
+        try:
+            messages = chat_lib.messages_of(value)
+        except ValueError as error:
+            how = f'write messages such as {{"role": "user", "content": "Hello"}}; {SKIP}'
+            raise _BadRowError(f"{where} has {error} under {self.field!r}", how, "data.chat") from error
+        if chat_lib.says_nothing(messages):
+            return ""
+        self.roles |= {message["role"] for message in messages}
+        return json.dumps(messages, ensure_ascii=False)
+
     def _table_rows(self, file: str, binary: Any) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet  # slow to import, and needed by this format only
 
@@ -331,7 +357,8 @@ class Reader:
         columns = [leaf for leaf in leaves if leaf == self.field or leaf.startswith(f"{self.field}.")]
         if not columns and top not in names:
             has = f"its columns: {', '.join(map(str, names))}"
-            missing = _BadRowError(f"{file} has no column {self.field!r}", has, "data.field")
+            field = "data.chat" if self.chat else "data.field"
+            missing = _BadRowError(f"{file} has no column {self.field!r}", has, field)
             yield from (("", missing) for _ in range(table.metadata.num_rows))
             return
         number = 0

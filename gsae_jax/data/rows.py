@@ -14,6 +14,10 @@ Every document is followed by the tokenizer's EOS (BOS where it has no EOS). Row
   used; a run says how many documents are too short.
 
 With `data.prepend_bos` each row starts with BOS, as language models expect of position 0.
+
+With `data.chat` a document is a conversation, as the chat template of the tokenizer makes it. If it ends with EOS, none
+follows. A BOS at its beginning is left out where rows start with BOS, so that no row has two. With `data.roles`, a
+token that SAEs are not to see is `~token` in rows, a negative number (`activations.masking` reads it).
 """
 
 import contextlib
@@ -32,6 +36,7 @@ from etils import epy
 
 from gsae_jax import config as config_lib
 from gsae_jax import errors, plugins
+from gsae_jax.data import chat as chat_lib
 from gsae_jax.data import progress
 from gsae_jax.data import tokens as tokens_lib
 from gsae_jax.errors import UserError
@@ -66,7 +71,7 @@ class Extent:
 
 
 class TokenRows:
-    """A random-access source of rows [T] of int32 over a flat array of tokens."""
+    """A random-access source of rows [T] of int32 over a flat array of tokens; negative ones are `~token`."""
 
     def __init__(
         self,
@@ -217,8 +222,9 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
         d_vocab: how many tokens the language model has embeddings for, if it is known.
 
     Raises:
-        UserError: what `open_texts` refuses, a tokenizer without the special tokens that rows need, or a token of
-            the text that has no embedding.
+        UserError: what `open_texts` refuses, a tokenizer without the special tokens or the chat template that rows
+            need, a token of the text that has no embedding, a role that the text does not have, or a conversation that
+            the template refuses.
     """
     separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if separator is None:
@@ -228,16 +234,20 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
         )
     if config.prepend_bos and tokenizer.bos_token_id is None:
         raise UserError("is True, but the tokenizer has no BOS with an embedding; write False", "data.prepend_bos")
+    chat = chat_lib.Chat(config, tokenizer, separator) if config.chat else None
     source, feature = open_texts(config, split)
+    _check_roles(config.roles, source)
     folder = paths.of(source.dataset_info.data_dir)
     name = config.train_split if split == "train" else config.test_split
     width = config.context_length - config.prepend_bos if config.pack == "documents" else None
-    layout = () if width is None else (width,)
+    layout: tuple[Any, ...] = () if width is None else (width,)
+    if chat is not None:
+        layout += (chat.key, config.prepend_bos)
     key = config_lib.fingerprint(
         tokens_lib.FORMAT, str(folder), name, feature, separator, tokenizer.backend_tokenizer.to_str(), *layout
     )
-    text = tokens_lib.Text(source, feature, tokenizer, separator, width, d_vocab)
-    with _writable(config):
+    text = tokens_lib.Text(source, feature, tokenizer, separator, width, d_vocab, chat)
+    with _writable(config), contextlib.nullcontext() if chat is None else chat.open():
         tokens = tokens_lib.cached(folder / f"tokens-{key}", text, limit)
     if width and not len(tokens):
         raise UserError(
@@ -245,8 +255,22 @@ def open_rows(config: config_lib.Data, split: str, tokenizer: Any, limit: int, d
             "data.pack='stream'",
             "data.context_length",
         )
+    if config.roles and not tokens.known["seen"]:
+        raise UserError(f"is {config.roles}, but the chat template shows nothing of such messages", "data.roles")
     bos = tokenizer.bos_token_id if config.prepend_bos else None
+    if bos is not None and config.roles:
+        bos = ~bos
     return TokenRows(tokens, config.context_length, bos, limit, source, name, width is not None)
+
+
+def _check_roles(roles: Sequence[str], source: Any) -> None:
+    known = (source.dataset_info.metadata or {}).get("roles", ())
+    for role in roles:
+        if role not in known:
+            shown = ", ".join(known[:20])
+            raise UserError(
+                f"has {role!r}, a role that no message of this text has; write some of {shown}", "data.roles"
+            )
 
 
 def batches(

@@ -1,6 +1,7 @@
 """The tokens of a split in one flat file beside the TFDS data, written once per text and tokenizer.
 
-Where the TFDS data is in a bucket, or can only be read, the machine has a copy of the file.
+Where the TFDS data is in a bucket, or can only be read, the machine has a copy of the file. With `data.roles`, a token
+that SAEs are not to see is `~token`, a negative number.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import filelock
 import numpy as np
 from etils import epy
 
+from gsae_jax.data import chat as chat_lib
 from gsae_jax.data import progress
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import paths, reading, writing
@@ -84,6 +86,7 @@ class Text:
         separator: the token that follows each document.
         width: tokens of each document to take, if it has as many; None to take all tokens of every document.
         d_vocab: how many tokens the language model has embeddings for, if it is known.
+        chat: what makes tokens of the documents if they are conversations, else None.
     """
 
     source: Any
@@ -92,10 +95,14 @@ class Text:
     separator: int
     width: int | None
     d_vocab: int | None
+    chat: chat_lib.Chat | None = None
 
     def ids(self, examples: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The tokens of documents, without separators."""
-        return _ids(self.tokenizer, [_text(example[self.feature]) for example in examples])
+        """The tokens of documents, each with its separator."""
+        texts = [_text(example[self.feature]) for example in examples]
+        if self.chat is not None:
+            return self.chat.tokens(texts, [_text(example["path"]) for example in examples])
+        return [[*ids, self.separator] for ids in _ids(self.tokenizer, texts)]
 
 
 def cached(shared: paths.Path, text: Text, limit: int) -> TokenFile:
@@ -174,7 +181,8 @@ def _write_tokens(folder: Path, text: Text, limit: int) -> dict[str, Any]:
     logger.info(f"tokenizing {len(text.source):,} texts; the tokens go to {folder}")
     with writing.whole_folder(folder) as scratch:
         largest = max(text.separator, *text.tokenizer.get_vocab().values())
-        dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
+        unsigned = np.uint16 if largest < 2**16 else np.uint32
+        dtype = np.dtype(np.int32 if text.chat is not None else unsigned)
         known = _tokenize(scratch / "tokens.bin", dtype, text, limit)
         (scratch / "meta.json").write_text(json.dumps(known))
         return known
@@ -190,8 +198,9 @@ def _tokenize(path: Path, dtype: np.dtype, text: Text, limit: int) -> dict[str, 
         largest: the largest token.
         documents: how many documents were tokenized.
         read: how many tokens they have, with separators. There are fewer in the file if it has beginnings only.
+        seen: how many tokens of the file SAEs may see.
     """
-    count, read, documents, largest = 0, 0, 0, text.separator
+    count, read, seen, documents, largest = 0, 0, 0, 0, text.separator
     texts, chunk = len(text.source), 256
     with open(path, "wb") as file, progress.bar("tokenizing the text", None, " tokens") as bar:
         for start in range(0, texts, chunk):
@@ -199,16 +208,16 @@ def _tokenize(path: Path, dtype: np.dtype, text: Text, limit: int) -> dict[str, 
             examples = text.source.__getitems__(range(start, documents))
             parts = []
             for example, ids in zip(examples, text.ids(examples), strict=True):
-                part = [*ids, text.separator]
-                read += len(part)
+                read += len(ids)
                 if text.width:
-                    part = part[: text.width] if len(part) >= text.width else []
-                most = max(part[: len(ids)], default=0)
-                if text.d_vocab is not None and most >= text.d_vocab:
+                    ids = ids[: text.width] if len(ids) >= text.width else []
+                part = np.array(ids, np.int64)
+                most = int(_plain(part).max(initial=0))
+                if text.d_vocab is not None and most >= text.d_vocab and most != text.separator:
                     raise _no_embedding(text.tokenizer, most, text.d_vocab, _where(example, text.feature))
                 largest = max(largest, most)
-                count += len(part)
-                parts.append(np.array(part, dtype))
+                count, seen = count + len(part), seen + int((part >= 0).sum())
+                parts.append(part.astype(dtype))
             np.concatenate(parts).tofile(file)
             bar.total = min(limit, count * texts // documents)
             bar.update(count - bar.n)
@@ -221,6 +230,7 @@ def _tokenize(path: Path, dtype: np.dtype, text: Text, limit: int) -> dict[str, 
         "largest": largest,
         "documents": documents,
         "read": read,
+        "seen": seen,
     }
 
 
@@ -228,17 +238,24 @@ def _check_kept(tokens: TokenFile, text: Text, d_vocab: int) -> None:
     """Raises `UserError` for a token without an embedding, with the document that has it."""
     separators, many = 0, 2**20
     for start in range(0, len(tokens), many):
-        part = tokens[start : start + many]
+        part = _plain(tokens[start : start + many])
         if part.max() >= d_vocab:
             first = int(np.argmax(part >= d_vocab))
             token = int(part[first])
             last = min(separators + int((part[:first] == text.separator).sum()), len(text.source) - 1)
             # The text of a document may have separators as well, so the token may be in an earlier one. Beginnings of
             # documents have no separators: then the first document that has the token is named.
-            numbers = range(len(text.source)) if text.width else range(last, -1, -1)
-            example = next(each for each in map(text.source.__getitem__, numbers) if token in text.ids([each])[0])
+            whole = text.width or text.chat is not None  # conversations may have separators of their own
+            numbers = range(len(text.source)) if whole else range(last, -1, -1)
+            examples = map(text.source.__getitem__, numbers)
+            example = next(each for each in examples if token in _plain(np.array(text.ids([each])[0], np.int64)))
             raise _no_embedding(text.tokenizer, token, d_vocab, _where(example, text.feature))
         separators += int((part == text.separator).sum())
+
+
+def _plain(tokens: np.ndarray) -> np.ndarray:
+    """Tokens without what says that SAEs are not to see them."""
+    return np.where(tokens < 0, ~tokens, tokens) if tokens.dtype.kind == "i" else tokens
 
 
 def _no_embedding(tokenizer: Any, token: int, d_vocab: int, where: str) -> UserError:

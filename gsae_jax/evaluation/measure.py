@@ -65,7 +65,7 @@ def measure(
     mesh: jax.sharding.Mesh | None = None,
     others: Mapping[str, LM] = MappingProxyType({}),
 ) -> dict[str, metrics.Sums]:
-    """Sums over `batches` [R, T] of tokens, by `Written.name`, on the LM's mesh.
+    """Sums over `batches` [R, T] of rows of tokens, by `Written.name`, on the LM's mesh.
 
     `metrics.combine` makes metrics of them.
 
@@ -73,13 +73,13 @@ def measure(
 
     Rows of padding fill a batch up to a multiple of the number of devices. They are not measured.
 
-    Tokens on which an SAE was not trained (`special_tokens`, and activations above its norm limit) are not measured.
-    They keep the language model's own activations in every intervention.
+    Tokens on which an SAE was not trained (`special_tokens`, those that the rows hide, and activations above its norm
+    limit) are not measured. They keep the language model's own activations in every intervention.
 
     Args:
         lm: the language model. Without one, activations are those of the batches, and cross-entropies are left out.
         saes: the SAEs.
-        batches: tokens [R, T]; without a language model, rows of a store.
+        batches: rows of tokens [R, T]; without a language model, rows of a store.
         special_tokens: ids of tokens that are not measured.
         progress: called once per batch in each of two passes. The first pass computes the sites' means.
         ito: numbers of features. For each, every SAE's dictionary is also measured with this number of features,
@@ -115,9 +115,10 @@ def measure(
         if lm is None:
             allowed = batch.mask if batch.tokens is None else batch.mask & ~np.isin(batch.tokens, special_tokens)
             return jax.tree.map(on_mesh, batch.activations), on_mesh(allowed)
+        tokens = masking.tokens_of(batch)
         for each in lms.values():
-            check_tokens(batch, each.config.d_vocab, "data")
-        return on_mesh(batch), on_mesh(~np.isin(batch, special_tokens))
+            check_tokens(tokens, each.config.d_vocab, "data")
+        return on_mesh(tokens), on_mesh(masking.allowed(batch, special_tokens))
 
     def shape(batch: Any) -> tuple[int, int]:
         return batch.shape if lm is not None else batch.mask.shape
@@ -134,7 +135,7 @@ def measure(
         numbers = [sum(part[which][1] for part in parts) for which in (0, 1)]
         if not all(numbers):
             name = next(one.sae.name for one in each if one.place == place[:2])
-            why = f"has a norm above its norm_limit ({place[1]:g}), is not finite, or belongs to a special token"
+            why = f"has a norm above its norm_limit ({place[1]:g}), is not finite, or is of a special or hidden token"
             raise UserError(
                 f"cannot be measured: every activation {why}; write the language model and the text of its training",
                 name,

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from gsae_jax import batching
 from gsae_jax import mesh as mesh_lib
+from gsae_jax.activations import masking
 from gsae_jax.features import effects, neighbours, streaming, tables
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms import tokenizer as tokenizer_lib
@@ -41,7 +42,7 @@ STREAM = ".streaming.safetensors"  # the state of the first pass
 
 
 class Rows(Protocol):
-    """Rows of tokens of one length."""
+    """Rows of tokens of one length, as `activations.masking` reads them."""
 
     def __len__(self) -> int: ...
 
@@ -84,17 +85,22 @@ class Collection:
         """Rows of a forward pass. Each device has the same number of them whatever the mesh, so that bits agree."""
         return ROWS * int(self.mesh.shape["data"])
 
+    def tokens(self, row: int) -> np.ndarray:
+        """The tokens [T] of a row."""
+        return masking.tokens_of(self.rows[row])
+
     def batches(self, numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, Any, list[jax.Array]]]:
         """For rows in parts of `per_batch`: (their numbers, activations by site, which tokens each SAE sees)."""
         sites = sorted({site for sae in self.saes.values() for site in (*sae.sites, *sae.targets)})
         limits = tuple(tuple(zip(sae.targets, _limits(sae), strict=True)) for sae in self.saes.values())
         for start in range(0, len(numbers), self.per_batch):
             part = np.asarray(numbers[start : start + self.per_batch])
-            tokens_RxT = np.stack([self.rows[int(row)] for row in part])
+            rows_RxT = np.stack([self.rows[int(row)] for row in part])
+            tokens_RxT = masking.tokens_of(rows_RxT)
             for lm in self.lms.values():
                 check_tokens(tokens_RxT, lm.config.d_vocab, "data")
             extra = self.per_batch - len(part)
-            allowed_RxT = batching.pad(~np.isin(tokens_RxT, self.special_tokens), extra)
+            allowed_RxT = batching.pad(masking.allowed(rows_RxT, self.special_tokens), extra)
             placed = [
                 mesh_lib.place_rows(self.mesh, array, self.per_batch)
                 for array in (batching.pad(tokens_RxT, extra), allowed_RxT)
@@ -281,7 +287,7 @@ def _contexts(
     # A number of a row and not of rows, as an earlier call may have needed others for other SAEs.
     begin = int(np.searchsorted(needed, min(writer.about()["next_row"] for writer in writers.values())))
     for part, activations, valid in collection.batches(needed[begin:]):
-        tokens = {int(row): collection.rows[int(row)] for row in part}
+        tokens = {int(row): collection.tokens(int(row)) for row in part}
         for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):
             of = places[name]
             here = slice(*np.searchsorted(of.row, [part[0], part[-1] + 1]))
@@ -402,7 +408,7 @@ def _write_sample(collection: Collection, active: _Active, writer: tables.Writer
     """Write the table `sample`, and its rows of text."""
     numbers = sample_rows(len(collection.rows), len(collection.rows[0])).tolist()
     writer.state(sample_rows=numbers)
-    writer.insert("rows", _text_rows({row: collection.rows[row] for row in numbers}, texts))
+    writer.insert("rows", _text_rows({row: collection.tokens(row) for row in numbers}, texts))
     starts = np.flatnonzero(np.diff(active.feature, prepend=-1))
     for start, end in itertools.pairwise([*starts.tolist(), len(active.feature)]):
         some = slice(start, end)
@@ -452,7 +458,7 @@ def _effects(collection: Collection, sae: trained.SAE, writer: tables.Writer) ->
         for feature in group:
             found = writer.execute(f"SELECT row, position, active {strongest} AND feature = ? ORDER BY rank", feature)
             contexts.append(
-                [effects.Context(collection.rows[row], at, json.loads(active)) for row, at, active in found]
+                [effects.Context(collection.tokens(row), at, json.loads(active)) for row, at, active in found]
             )
         for each in effects.ablated(lm, mesh, sae, T, [(f, W_FxD[f], c) for f, c in zip(group, contexts, strict=True)]):
             writer.insert("effects", rows("ablation", each))

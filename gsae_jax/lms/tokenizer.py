@@ -19,7 +19,7 @@ from gsae_jax.lms import hugging_face
 from gsae_jax.storage import reading
 
 FILE, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
 OLDER = ("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")  # what transformers makes a tokenizer from
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 KEPT = ("chat_template", "model_max_length", "padding_side")  # settings that do not change how a text is split
@@ -89,6 +89,8 @@ def load(folder: Path) -> Any:
     transformers.logging.set_verbosity_error()  # it warns of every model_type it has no class for
     try:
         tokenizer = (_from_file if FILE in settings else _from_older_files)(folder, settings)
+        if not tokenizer.chat_template and (folder / OLDER_TEMPLATE).exists():
+            tokenizer.chat_template = reading.read_json(folder / OLDER_TEMPLATE)["chat_template"]
         tokenizer("a b", add_special_tokens=False)
         if not all(isinstance(number, int) for number in tokenizer.all_special_ids):
             raise ValueError(f"not all of its special tokens have ids: {tokenizer.special_tokens_map}")

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     """Rows of text, and what the untouched forward pass made of them.
 
     Attributes:
-        tokens: [R, T].
+        tokens: [R, T], as `activations.masking` reads them.
         allowed: [R, T], which tokens SAEs may see.
         activations: {site: [R, T, D]}, of `EndToEnd.sites`.
     """
@@ -151,8 +151,9 @@ class EndToEnd:
         before = sites_lib.stream_before(target)
         before_hook, hook = (sites_lib.parts(site)[0] for site in (before, target))
         tap = sites_lib.splice({before_hook: lambda _: rows.activations[before], hook: lambda _: spliced})
-        hidden = self.module.apply({"params": lm_params}, rows.tokens, tap, method="hidden")
-        kl = divergence(self.module, lm_params, hidden, rows.activations[self._last], rows.tokens)
+        tokens = masking.tokens_of(rows.tokens)
+        hidden = self.module.apply({"params": lm_params}, tokens, tap, method="hidden")
+        kl = divergence(self.module, lm_params, hidden, rows.activations[self._last], tokens)
         return kl.sum(), (jnp.where(valid, errors, 0).sum(), valid.sum().astype(jnp.float32))
 
     def _gathered(self, stack: Stack, params: dict[str, jax.Array]) -> dict[str, jax.Array]:

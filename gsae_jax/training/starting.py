@@ -47,7 +47,8 @@ def filled(program: Program, state: TrainState, lm_params: Any, stream: Iterator
         call += 1
         if call > 20 * (slots + 10):
             raise UserError(
-                "the exchange buffer does not fill: nearly every token is dropped; raise activations.max_norm_multiple",
+                "the exchange buffer does not fill: nearly every token is dropped; raise "
+                "activations.max_norm_multiple, or choose more of data.roles",
                 "activations",
             )
     return state

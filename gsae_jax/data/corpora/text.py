@@ -4,10 +4,12 @@ A hash of the text decides what is held out. So held-out text stays held out whe
 document are on the same side. A long document is cut into pieces, of which each has its own hash; neighbouring pieces
 on the same side are joined again. With `data.pack="documents"` nothing is cut, as a part would not begin where its
 document does: the hash of a document's first piece decides for all of it. There, spaces and line breaks around a
-document are left out, as separators often stand on lines of their own.
+document are left out, as separators often stand on lines of their own. With `data.chat` a conversation is a document,
+which is not cut either. The hash of all of it decides, as many conversations begin with the same message.
 """
 
 import array
+import collections
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -37,17 +39,36 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         self._files, self._left_out = listing.stamps, listing.left_out
         if self._before:
             self._files = {file: stamp for file, stamp in self._files.items() if Path(file).suffix in BEFORE}
-        self._piece = None if config.pack == "documents" else PIECE
-        self._reader = files.Reader(config.field, config.separator, config.on_bad_row == "skip", self._before)
+        self._chat = bool(config.chat)
+        if self._chat:
+            self._leave_out_plain(config.path)
+        self._piece = None if config.pack == "documents" or self._chat else PIECE
+        self._reader = files.Reader(
+            config.chat or config.field, config.separator, config.on_bad_row == "skip", self._before, self._chat
+        )
         self.file_bytes = sum(size for size, _ in self._files.values())
         self.bytes_to_read = self.file_bytes * (2 if self._before else 3)  # the survey, and each side
         self.on_bytes_read: Callable[[int], Any] = lambda count: None
         self._limit = 2**64 // HELD_OUT  # text with a lower hash is held out
         stamps = [(file, *stamp) for file, stamp in self._files.items()]
         new = () if self._before and config.on_bad_row == "error" else (config.held_out, config.on_bad_row)
-        whole = () if self._piece else (config.pack,)
+        whole = ("chat", config.chat) if self._chat else () if self._piece else (config.pack,)
         name = config_lib.fingerprint(stamps, config.field, config.separator, *new, *whole)
         super().__init__(config=tfds.core.BuilderConfig(name=name, description=config.path), **kwargs)
+
+    def _leave_out_plain(self, path: str) -> None:
+        """Text files have no messages."""
+        kinds = {file: files.kind_of(file)[0] for file in self._files}
+        plain = collections.Counter(kind for kind in kinds.values() if kind in files.PLAIN)
+        self._left_out = dict(plain + collections.Counter(self._left_out))
+        self._files = {file: stamp for file, stamp in self._files.items() if kinds[file] not in files.PLAIN}
+        if not self._files:
+            kinds_with_rows = ", ".join(kind for kind in files.KINDS if kind not in files.PLAIN)
+            raise UserError(
+                f"{path!r} has only {files.counted(plain)}, which have no messages; write {kinds_with_rows}, or "
+                "data.chat=''",
+                "data.path",
+            )
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -70,7 +91,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         for _, document in self._documents():
             documents.append(_hash(document.strip()))
             for index, piece in enumerate(_pieces(document, self._piece)):
-                mark = _mark(index, piece)
+                mark = self._mark(index, piece)
                 pieces, lowest, highest = pieces + 1, min(lowest, mark), max(highest, mark)
         counts = {
             "documents": len(documents),
@@ -79,6 +100,8 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
             "bad_rows": self._reader.bad_rows,
             "first_bad_row": self._reader.first_bad_row,
         }
+        if self._chat:
+            counts["roles"] = sorted(self._reader.roles)
         if pieces < HELD_OUT or lowest == highest:
             same = ", all the same" if pieces > 1 and lowest == highest else ""
             what = "pieces of text" if self._piece else "documents"
@@ -95,11 +118,16 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
         key = 0
         for file, document in self._documents():
             pieces = enumerate(_pieces(document, self._piece))
-            for is_held_out, part in itertools.groupby(pieces, lambda piece: _mark(*piece) < self._limit):
+            for is_held_out, part in itertools.groupby(pieces, lambda piece: self._mark(*piece) < self._limit):
                 if is_held_out == test:
                     text = "".join(piece for _, piece in part)
-                    yield key, {"text": text if self._piece else text.strip(), "path": file}
+                    path = self._reader.where if self._chat else file
+                    yield key, {"text": text if self._piece else text.strip(), "path": path}
                     key += 1
+
+    def _mark(self, index: int, piece: str) -> int:
+        """The number, below 2**64, that decides the side of a document's piece."""
+        return _hash(piece if self._chat else f"{index}\0{piece[:PIECE].strip()}")
 
     def _every_twentieth(self, test: bool) -> Iterator[tuple[int, dict[str, str]]]:
         """The split of earlier versions: by position, in pieces whose length depends on the files' sizes."""
@@ -157,11 +185,6 @@ def _pieces(document: str, characters: int | None) -> Iterator[str]:
     """Pieces of so many characters; the whole document where that is None."""
     characters = characters or len(document)
     return (document[start : start + characters] for start in range(0, len(document), characters))
-
-
-def _mark(index: int, piece: str) -> int:
-    """The number, below 2**64, that decides the side of a document's piece."""
-    return _hash(f"{index}\0{piece[:PIECE].strip()}")
 
 
 def _hash(text: str) -> int:
