@@ -265,7 +265,7 @@ def quantised(*names):
     [
         (without_weights("model-Q4_K_M.gguf"), ("GGUF (model-Q4_K_M.gguf)",)),
         (without_weights("small.GGUF", model_type=""), ("GGUF (small.GGUF)",)),
-        (without_weights("adapter_config.json", "adapter_model.safetensors"), ("LoRA", "'someone/large'", "merge")),
+        (without_weights("adapter_config.json", "adapter_model.safetensors"), ("adapter_config.json has r = None",)),
         (without_weights("adapter_config.json", "adapter_model.bin", model_type=""), ("LoRA", "'someone/large'")),
         (without_weights("adapter_config.json", "adapters.safetensors"), ("LoRA", "'someone/large'")),
         (a_pointer("model.safetensors"), ("model.safetensors is a git-lfs pointer", "`git lfs pull`")),

@@ -20,14 +20,17 @@ import transformers
 from gsae_jax import config as config_lib
 from gsae_jax import errors, plugins
 from gsae_jax.errors import UserError, known_names
-from gsae_jax.lms import gelu, hugging_face, partition, weights
+from gsae_jax.lms import adapters, gelu, hugging_face, partition, weights
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.transformer import Config, Model
 from gsae_jax.storage import reading, writing
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
-GGUF = "GGUF is not supported: write the Hugging Face checkpoint that it was made from"
+GGUF = (
+    "GGUF is not supported: write the Hugging Face checkpoint that it was made from, or load it in transformers with "
+    "from_pretrained('{folder}', gguf_file='{file}'), save that with save_pretrained, and write the new directory"
+)
 QUANTISED = {  # what the tensors of quantised weights are called
     r"\.qweight$": "GPTQ or AWQ",
     r"\.scales$": "MLX",
@@ -57,6 +60,8 @@ class Checkpoint:
         model_type: `config.json`'s.
         family: the file of `lms/` that knows it.
         config: the model's settings.
+        adapter: the LoRA adapter in `folder`, if it holds one.
+        base: the model that it is for.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Checkpoint:
     model_type: str
     family: Any
     config: Config
+    adapter: adapters.Adapter | None = None
+    base: "Checkpoint | None" = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] = "", revision: str = "") -> "Checkpoint":
@@ -78,12 +85,30 @@ class Checkpoint:
                 f"is {path!r}, and this needs the language model that the activations are from; write its directory"
             )
         folder, commit = find(path, revision)
+        if adapters.is_adapter(folder):
+            return cls._of_adapter(str(path), folder, commit)
         settings = read_settings(folder)
         if "model_type" not in settings and settings.keys() >= set(gelu.SIZES):
             what = f"{path} is a TransformerLens checkpoint, whose weights are a pickle"
             raise UserError(f"{what}; {convert_once(path, commit)}")
         family, config = understand(settings, folder)
         return cls(str(path), folder, commit, settings["model_type"], family, config)
+
+    @classmethod
+    def _of_adapter(cls, path: str, folder: Path, commit: str) -> "Checkpoint":
+        """The base model with what an adapter changes."""
+        adapter = adapters.Adapter.open(folder)
+        name, revision = adapter.base
+        try:
+            base = cls.open(name, revision)
+        except UserError as error:
+            where = f"base_model_name_or_path in {folder / adapters.CONFIG}"
+            raise UserError(f"{where} cannot be used: {error.problem}") from error
+        if base.adapter is not None:
+            raise UserError(
+                f"{folder} is an adapter of {name}, itself an adapter; merge that one first, and name the result"
+            )
+        return dataclasses.replace(base, name=path, folder=folder, revision=commit, adapter=adapter, base=base)
 
     def module(self, num_layers: int | None = None, mesh: Any = None) -> Model:
         """The Linen module without its weights: whole, or its first blocks and no unembedding."""
@@ -100,7 +125,11 @@ class Checkpoint:
         Raises:
             UserError: what `tokenizer.load` refuses, or tokens that the model has no embedding for: words, or EOS.
         """
-        tokenizer = tokenizer_lib.load(self.folder)
+        # An adapter's directory often has a tokenizer, whose chat template may be another one.
+        folder = self.folder
+        if self.base is not None and not (folder / tokenizer_lib.FILE).exists():
+            folder = self.base.folder
+        tokenizer = tokenizer_lib.load(folder)
         # Some models have special tokens without an embedding, such as those for images. Text rarely has them.
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= self.config.d_vocab}
@@ -152,6 +181,10 @@ class Checkpoint:
 
     def fingerprint(self) -> dict[str, str]:
         """Fingerprints of what the model computes: of `config.json` and of the weights."""
+        if self.base is not None and self.adapter is not None:
+            self._fetch_weights()
+            known = self.base.fingerprint()
+            return known | {"weights": config_lib.fingerprint(known["weights"], self.adapter.fingerprint())}
         self._fetch_weights()
         settings = read_settings(self.folder)
         described = {name: value for name, value in settings.items() if name not in PROVENANCE}
@@ -164,12 +197,11 @@ class Checkpoint:
 
     def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[str, dict[tuple, Any]], list[str]]:
         """The tensors, of each that is wanted how its parts become parameters, and every fault."""
-        self._fetch_weights()
-        tensors = weights.Tensors(self.folder)
+        tensors = self._tensors()
         for pattern, method in QUANTISED.items():
             name = next((name for name in sorted(tensors.names) if re.search(pattern, name)), None)
             if name:
-                return tensors, {}, [f"has weights quantised with {method} ({name}); {hugging_face.UNQUANTISED}"]
+                return tensors, {}, [f"has weights quantised with {method} ({name}); {hugging_face.instead_of(method)}"]
         sources, faults = weights.match(
             tensors,
             wanted,
@@ -181,9 +213,24 @@ class Checkpoint:
         )
         return tensors, sources, list(dict.fromkeys(faults))
 
+    def _tensors(self) -> weights.Tensors:
+        """The tensors, with what an adapter changes."""
+        self._fetch_weights()
+        if self.base is None or self.adapter is None:
+            return weights.Tensors(self.folder)
+        tensors = self.base._tensors()
+        table = self.family.MODEL_TYPES[self.model_type]
+        shared = tuple(table[name][0] for name in ("embed.W_E", "unembed.W_U")) if self.config.tied else ()
+        input_first = getattr(self.family, "INPUT_FIRST", False)
+        self.adapter.merge_into(tensors, getattr(self.family, "PREFIX", ""), input_first, shared)
+        return tensors
+
     def _fetch_weights(self) -> None:
         """Download the weights of a hub name."""
         if not self.revision:
+            return
+        if self.adapter is not None:
+            fetch(self.name, self.revision, adapters.FILE)
             return
         fetch(self.name, self.revision, "model*.safetensors")
         if not list(self.folder.glob("model*.safetensors")):
@@ -231,7 +278,8 @@ def find(path: str | os.PathLike[str], revision: str) -> tuple[Path, str]:
                 f"{convert_once(folder)}"
             )
     elif folder.is_file():
-        how = GGUF if folder.suffix.lower() == ".gguf" else "write the directory that it is in"
+        how = GGUF.format(folder=folder.parent, file=folder.name)
+        how = how if folder.suffix.lower() == ".gguf" else "write the directory that it is in"
         raise UserError(f"{str(path)!r} is a file; {how}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = fetch(str(path), revision, "*.json", "*.model", "*.txt", "*.jinja")
@@ -246,19 +294,19 @@ def find(path: str | os.PathLike[str], revision: str) -> tuple[Path, str]:
 
 
 def refuse_other_formats(folder: Path) -> None:
-    """Raises `UserError` for a directory that holds an adapter or GGUF files, and no whole model beside them."""
+    """Raises `UserError` for a directory of GGUF files, or of an adapter in another format, and no whole model."""
     names = sorted(file.name for file in folder.iterdir())
-    if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin|pth)(\.index\.json)?", name) for name in names):
+    if any(map(adapters.WHOLE.fullmatch, names)):
         return
     gguf = [name for name in names if name.lower().endswith(".gguf")]
     if gguf:
-        raise UserError(f"{folder} has its weights as GGUF ({gguf[0]}); {GGUF}")
-    adapters = [name for name in names if re.fullmatch(r"adapters?(_model)?\.(safetensors|bin|npz)", name)]
-    if "adapter_config.json" in names and (adapters or "config.json" not in names):
-        base = reading.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(f"{folder} has its weights as GGUF ({gguf[0]}); {GGUF.format(folder=folder, file=gguf[0])}")
+    others = [name for name in names if re.fullmatch(r"adapters?(_model)?\.(safetensors|bin|npz)", name)]
+    if adapters.CONFIG in names and others and adapters.FILE not in others:
+        base = reading.read_json(folder / adapters.CONFIG).get("base_model_name_or_path")
         raise UserError(
-            f"{folder} is an adapter (LoRA) for {base or 'another model'!r}, not a whole model; merge the two with "
-            "peft's merge_and_unload(), save the result with save_pretrained, and write its directory"
+            f"{folder} is an adapter (LoRA) for {base or 'another model'!r}, but {others[0]} is not {adapters.FILE}; "
+            f"{adapters.MERGE}, or save it as {adapters.FILE}"
         )
 
 

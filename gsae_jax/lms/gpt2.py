@@ -7,6 +7,7 @@ from gsae_jax.lms import hugging_face
 from gsae_jax.lms.transformer import Config, Layer
 
 PREFIX = "transformer."  # which the original checkpoints lack
+INPUT_FIRST = True  # Conv1D
 IGNORED = r"\.attn\.(masked_)?bias$"  # the causal mask
 TENSORS = {
     "embed.W_E": ("wte.weight", "v d -> v d"),

@@ -13,7 +13,15 @@ from gsae_jax.lms.transformer import ACTIVATIONS, check_size
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 QUANTISATION = ("quantization_config", "quantization")  # the second is MLX's
-UNQUANTISED = "quantised weights are not supported: load the unquantised checkpoint"
+# What makes a checkpoint that we read of quantised weights, where a library can.
+DEQUANTISED = {
+    "bitsandbytes": "load it in transformers, call model.dequantize(), and save that with save_pretrained",
+    "mlx": "convert it with `python -m mlx_lm.convert --dequantize`",
+    "fp8": "load it in transformers with quantization_config=FineGrainedFP8Config(dequantize=True), and save that with "
+    "save_pretrained",
+    "compressed-tensors": "load it in transformers with quantization_config=CompressedTensorsConfig(dequantize=True), "
+    "and save that with save_pretrained",
+}
 
 
 def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking: Any) -> Any:
@@ -34,7 +42,7 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
         check_size(name, settings[name])
     if quantised := next((settings[name] for name in QUANTISATION if settings.get(name)), None):
         method = quantised.get("quant_method") or ("MLX" if "quantization" in settings else "no named method")
-        raise ValueError(f"describes weights quantised with {method!r}; {UNQUANTISED}")
+        raise ValueError(f"describes weights quantised with {method!r}; {instead_of(method)}")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of rotary settings that `rotary` refuses
     try:
@@ -51,6 +59,12 @@ def read(settings: Mapping[str, Any], required: Iterable[str] = SIZES, **lacking
         if value is not None and value != ours:
             raise ValueError(f"has {field} = {value!r}, which is not supported (only {ours!r} is)")
     return config
+
+
+def instead_of(method: str) -> str:
+    """What to do with weights that were quantised with a method, or with one of several: "GPTQ or AWQ"."""
+    ways = [DEQUANTISED[each] for each in method.lower().split(" or ") if each in DEQUANTISED]
+    return ", or ".join(["quantised weights are not supported: write the checkpoint that they were made from", *ways])
 
 
 def transformers_config(settings: Mapping[str, Any]) -> Any:

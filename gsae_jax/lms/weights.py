@@ -83,6 +83,14 @@ class Tensors:
         """One whole tensor."""
         return self._files[name].get_tensor(name)
 
+    def source(self, name: str) -> Any:
+        """What a tensor is read from."""
+        return self._files[name]
+
+    def put(self, name: str, source: Any) -> None:
+        """Read a tensor from something else that has `get_tensor` and `get_slice`, as a file has."""
+        self._files[name] = source
+
     def fingerprint(self) -> str:
         """A name for the tensors: equal names, types, shapes and contents have equal fingerprints.
 
@@ -129,6 +137,12 @@ class Tensors:
             if not np.array_equal(a, b, equal_nan=True):
                 return False
         return True
+
+
+def digest(file: Path) -> str:
+    """A hash of everything in a file."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
