@@ -13,10 +13,12 @@ import safetensors.numpy
 import gsae_jax
 from gsae_jax.lms import adapters, weights
 from gsae_jax.lms.checkpoints import Checkpoint
+from tests.fixtures.adapters import make as make_adapters
 from tests.fixtures.lms import make
 from tests.refusals import refused
 
 FIXTURES = Path(make.__file__).parent
+ROOT = FIXTURES.parents[2]
 R, ALPHA = 3, 5
 # By fixture: the modules that are changed, as PEFT names them.
 GPT2 = tuple(f"transformer.h.{module}" for module in ("0.attn.c_attn", "1.attn.c_proj", "0.mlp.c_fc", "1.mlp.c_proj"))
@@ -146,6 +148,15 @@ def test_an_adapter_has_a_fingerprint_of_its_own_and_may_have_a_tokenizer(tmp_pa
     assert Checkpoint.open(tmp_path / "one").tokenizer().chat_template == "own"
     lm = gsae_jax.load_lm(tmp_path / "one", num_layers=1)
     assert "blocks.1" not in lm.params
+
+
+@pytest.mark.parametrize("name", make_adapters.CASES)
+def test_logits_are_those_of_peft(name, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the adapters name their base models by a relative path
+    lm = gsae_jax.load_lm(make_adapters.FOLDER / name)
+    expected = np.load(make_adapters.FOLDER / name / "logits.npy")
+    np.testing.assert_allclose(lm.logits(make_adapters.TOKENS), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(gsae_jax.load_lm(FIXTURES / name).logits(make_adapters.TOKENS) - expected).max() > 0.1
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

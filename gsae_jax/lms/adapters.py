@@ -29,28 +29,9 @@ ROWS = 4096  # of a weight that are computed at once
 ADDED = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 # and those that do not: about training, or about what the names of the tensors say as well. PEFT sets fan_in_fan_out by
 # the kind of layer, whatever the file says.
-NEUTRAL = frozenset(
-    [
-        "auto_mapping",
-        "bias",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "megatron_core",
-        "modules_to_save",
-        "peft_version",
-        "qalora_group_size",
-        "target_modules",
-        "task_type",
-    ]
-)
+NEUTRAL = {"auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"}
+NEUTRAL |= {"fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"}
+NEUTRAL |= {"megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "target_modules", "task_type"}
 KNOWN = NEUTRAL | {*ADDED, "peft_type", "base_model_name_or_path", "revision", "init_lora_weights"}
 # Other ways to begin, such as PiSSA, change the base model's weights as well.
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
