@@ -16,14 +16,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from gsae_jax import config as config_lib
+from gsae_jax import config_trees, storing
 from gsae_jax.activations import masking
+from gsae_jax.activations import store as store_lib
 from gsae_jax.data import chat as chat_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from tests.fixtures.chat import make
 from tests.refusals import refused
 from tests.texts import ALL, data_config
-from tests.training import begin, with_
+from tests.training import begin
 
 CHATML = """{% for message in messages %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
@@ -516,17 +518,20 @@ def test_a_token_without_an_embedding_in_a_conversation(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def chat_experiment(experiment, lm_dir, tmp_path):
+def chat_config(config_dict, lm_dir, tmp_path):
     """The tiny experiment on the committed conversations; SAEs see what the assistant says."""
     folder = shutil.copytree(lm_dir, tmp_path / "lm")
     shutil.copy(make.FILE.parent / "chat_template.jinja", folder)
-    data = {"path": str(make.FILE), "chat": "messages", "roles": ("assistant",), "data_dir": str(tmp_path / "tfds")}
-    return with_(experiment, lm={"path": str(folder)}, data=data, evaluation={"tokens": 512})
+    config_dict.lm.path, config_dict.data.path = str(folder), str(make.FILE)
+    config_dict.data.chat, config_dict.data.roles = "messages", ("assistant",)
+    config_dict.data.data_dir = str(tmp_path / "tfds")
+    config_dict.evaluation.tokens = 512
+    return config_dict
 
 
-def test_sources_hide_what_rows_hide(chat_experiment):
+def test_sources_hide_what_rows_hide(chat_config):
     """The language model reads every token; the mask is that of the roles."""
-    program, _, lm_params, stream = begin(chat_experiment)
+    program, _, lm_params, stream = begin(config_trees.from_dict(config_lib.Experiment, chat_config))
     rows = next(stream)
     assert (rows < 0).mean() > 0.3
     activations, allowed = program.source(lm_params, program.source.place(rows))
@@ -535,6 +540,19 @@ def test_sources_hide_what_rows_hide(chat_experiment):
     assert everything[:, 1:].mean() > allowed.mean() + 0.3
     for site in activations:
         np.testing.assert_array_equal(activations[site], plain[site])
+
+
+def test_a_store_has_the_tokens_and_beside_them_which_are_hidden(chat_config, tmp_path):
+    storing.of_model(chat_config, storing.Wanted(str(tmp_path / "store"), tokens=2000))
+    experiment = config_trees.from_dict(config_lib.Experiment, chat_config)
+    tokenizer = tokenizer_lib.load(tmp_path / "lm")
+    rows = rows_lib.open_rows(experiment.data, "train", tokenizer, 2000)
+    shuffled = rows_lib.shuffled(rows, experiment.seed)  # without an end
+    rows = np.stack([shuffled[number] for number in range(len(rows))])
+    stored = store_lib.Store.open(tmp_path / "store").rows("train").arrays.read(range(len(rows)))
+    np.testing.assert_array_equal(stored.tokens, masking.tokens_of(rows))
+    np.testing.assert_array_equal(stored.mask, rows >= 0)
+    assert 0.1 < stored.mask.mean() < 0.7
 
 
 def test_the_committed_conversations_are_those_of_the_script(tmp_path, monkeypatch):
