@@ -89,12 +89,14 @@ class Adapter:
         described = {name: value for name, value in self.settings.items() if name in ADDED}
         return config_lib.fingerprint(described, weights.digest(self.folder / FILE))
 
-    def merge_into(self, tensors: weights.Tensors, prefix: str, input_first: bool, shared: tuple[str, ...]) -> None:
+    def merge_into(
+        self, tensors: weights.Tensors, prefix: str | tuple[str, ...], input_first: bool, shared: tuple[str, ...]
+    ) -> None:
         """Let the tensors of the base model be read with the adapter merged. What does not fit is one of their faults.
 
         Args:
             tensors: of the base model.
-            prefix: that the names of its tensors may have.
+            prefix: what the names of its tensors may begin with, or several such.
             input_first: whether its weights are [in, out] (Conv1D), except that of the unembedding.
             shared: names of the embedding and of the unembedding if they are one matrix, and have to stay so.
         """
@@ -159,9 +161,11 @@ class Adapter:
         unreadable = [key for key in keys.values() if file.get_slice(key).get_dtype() not in weights.DTYPES]
         return f"{unreadable[0]} of the adapter is not one of {', '.join(weights.DTYPES)}" if unreadable else None
 
-    def _name(self, name: str, tensors: weights.Tensors, prefix: str) -> str:
-        """The base model's name of a tensor, which may have a prefix more or less; "" if it has none."""
-        known = (name, f"{prefix}{name}", name.removeprefix(prefix))
+    def _name(self, name: str, tensors: weights.Tensors, prefix: str | tuple[str, ...]) -> str:
+        """The base model's name of a tensor, which may have another prefix or none; "" if it has no such tensor."""
+        prefixes = (prefix,) if isinstance(prefix, str) else prefix
+        short = name.removeprefix(next((each for each in prefixes if name.startswith(each)), ""))
+        known = (name, *(f"{each}{short}" for each in prefixes), short)
         return next((each for each in known if each in tensors.names), "")
 
     def _number(self, module: str, field: str, patterns: str) -> float:

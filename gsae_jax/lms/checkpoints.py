@@ -164,7 +164,8 @@ class Checkpoint:
         finite: list[tuple[str, jax.Array]] = []
         tensors, sources, faults = self._match(shapes)
         if faults:
-            raise UserError(f"{tensors.label} does not fit {self.folder / 'config.json'}: {'; '.join(faults)}")
+            of_model = (self.base or self).folder / "config.json"
+            raise UserError(f"{tensors.label} does not fit {of_model}: {'; '.join(faults)}")
         for name, views in sources.items():
             value = tensors.read(name)
             for path, view in views.items():
