@@ -134,12 +134,13 @@ class Checkpoint:
         tensors, sources, faults = self._match(shapes)
         if faults:
             raise UserError(f"{tensors.label} does not fit {self.folder / 'config.json'}: {'; '.join(faults)}")
-        for name, views in sources.items():
-            value = tensors.read(name)
+        for names, views in sources.items():
+            value = tensors.read(*names)
             for path, view in views.items():
                 params[path] = weights.place(view(value), dtype, placed[path])
-                finite.append((name, weights.finite(params[path])))
-            del value  # before the next tensor is read: the host holds one
+                label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+                finite.append((label, weights.finite(params[path])))
+            del value  # before the next tensor is read: the host holds one, or one matrix of all experts of a layer
         bad = dict.fromkeys(name for name, ok in finite if not ok)
         if bad and not allow_nan:
             raise UserError(
@@ -160,7 +161,7 @@ class Checkpoint:
         """Everything in which the weights do not fit the model; reads their names and shapes only."""
         return self._match(_shapes(self.module()))[-1]
 
-    def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[str, dict[tuple, Any]], list[str]]:
+    def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[tuple[str, ...], dict], list[str]]:
         """The tensors, of each that is wanted how its parts become parameters, and every fault."""
         self._fetch_weights()
         tensors = weights.Tensors(self.folder)
