@@ -120,4 +120,8 @@ def _active(program: Program, rows: float) -> float:
     """The activations of one block."""
     config, lm = program.config, program.module.config
     T, item = config.data.context_length, jnp.dtype(config.lm.dtype).itemsize
-    return rows * T * (4 * 4 * lm.d_model + 3 * item * lm.d_mlp / program.mesh.shape["latent"])
+    # Each expert that a token uses has a copy of what the MLP reads, and an output.
+    uses = [layer.experts.experts_per_token if layer.experts else 0 for layer in lm.layers]
+    widths = [layer.d_mlp or lm.d_mlp for layer in lm.dense.layers]
+    neurons = 3 * item * max(widths) / program.mesh.shape["latent"]
+    return rows * T * ((4 * 4 + (2 * item + 4) * max(uses)) * lm.d_model + neurons)

@@ -143,8 +143,8 @@ def plan(config: Experiment, topology: str, bandwidth_of_store: float = 2.0) -> 
     case = Case.build(config, where)
     chip, mesh, updates = CHIPS.get(where.chip), dict(case.program.mesh.shape), config.updates_per_call
     parts, exchanged, method = case.measure()
-    forward = forward_operations(case.program, case.lm_params) * config.forwards_per_call / updates
-    flops = operations(case.program, case.lm_params) / updates
+    forward = forward_operations(case.program) * config.forwards_per_call / updates
+    flops = operations(case.program) / updates
     devices = math.prod(mesh.values())
     report: dict[str, Any] = {
         "topology": topology,
@@ -270,14 +270,13 @@ def mesh_of(config: Experiment, topology: Topology) -> Any:
     return mesh_lib.make_mesh(config.mesh, devices)
 
 
-def operations(program: Program, lm_params: Any) -> float:
+def operations(program: Program) -> float:
     """Floating-point operations of one call of the train step, as written, on all devices together.
 
-    In the mean over training, where only a part of it has the KL divergence.
+    In the mean over training, where only a part of it has the KL divergence. Of experts, those that a token uses count.
     """
     config = program.config
-    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
-    forward, updates = forward_operations(program, lm_params), 0.0
+    forward, updates = forward_operations(program), 0.0
     for stack in program.stacks:
         params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
         B = config.train.batch_size
@@ -289,24 +288,29 @@ def operations(program: Program, lm_params: Any) -> float:
             )[0]
 
         updates += len(stack.config) * _flops(jax.grad(loss), *stack.split(params), batch)
-    kl = _kl_operations(program, plain, forward) if program.whole is not None else 0.0
+    kl = _kl_operations(program, forward) if program.whole is not None else 0.0
     return config.forwards_per_call * forward + config.updates_per_call * updates + kl
 
 
-def forward_operations(program: Program, lm_params: Any) -> float:
+def forward_operations(program: Program) -> float:
     """Floating-point operations of one forward pass of the language model, as far as the sites."""
-    config, bare = program.config, dataclasses.replace(program.module, mesh=None)
-    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
+    config, (dense, params) = program.config, _dense(program, program.module)
     rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
-    return _flops(lambda params, tokens: loading.capture(bare, params, tokens, config.sites), plain, rows)
+    return _flops(lambda params, tokens: loading.capture(dense, params, tokens, config.sites), params, rows)
 
 
-def _kl_operations(program: Program, lm_params: Any, forward: float) -> float:
+def _dense(program: Program, module: Any) -> tuple[Any, Any]:
+    """A language model on one device, with `Config.dense`, and the shapes of its parameters."""
+    dense = dataclasses.replace(module, config=module.config.dense, mesh=None)
+    shapes = abstract_params(dense, program.config.lm.dtype)
+    return dense, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+
+
+def _kl_operations(program: Program, forward: float) -> float:
     """The same of the KL divergence; `forward`: of one forward pass as far as the sites, which is longer with it."""
-    config, lm = program.config, program.whole.config
-    bare = dataclasses.replace(program.whole, mesh=None)
+    config, lm, (dense, lm_params) = program.config, program.whole.config, _dense(program, program.whole)
     rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
-    whole = _flops(lambda params, tokens: bare.apply({"params": params}, tokens, method="hidden"), lm_params, rows)
+    whole = _flops(lambda params, tokens: dense.apply({"params": params}, tokens, method="hidden"), lm_params, rows)
     tokens = config.rows_per_call * config.data.context_length
     # Logits of the clean predictions and of the others, both again for the gradient, and the gradient.
     logits = 5 * 2 * tokens * lm.d_model * lm.d_vocab
