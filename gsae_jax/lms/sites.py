@@ -263,11 +263,11 @@ def check(site: str, sites: Iterable[str], field: str) -> None:
     sites, (hook, model) = list(sites), parts(site)
     if site in sites:
         return
-    known = [name for name in sites if parts(name)[1] == model]
     out = at(hook.removesuffix(NEURONS) + "hook_mlp_out", model)
-    if hook.endswith(NEURONS) and out in known:
+    if hook.endswith(NEURONS) and out in sites:
         why = "its layer has experts, whose neurons are not one array"
         raise UserError(f"{site!r} is not a site of this language model: {why}; write {out!r}", field)
+    known = [name for name in sites if parts(name)[1] == model]
     ours = at(hook_name(hook) or hook_name(hook, norm_after=False) or hook, model)
     if model and not known:
         hint = f"give the model {model!r} of its run, and the SAE with the site {hook!r} (`dataclasses.replace`)"

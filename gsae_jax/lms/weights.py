@@ -90,9 +90,13 @@ class Tensors:
             return first
         if name.endswith(BLOCKS):
             return dequantised(first, self.read(*more))
-        whole = np.empty((1 + len(more), *first.shape), self.read(min(more, key=self.fineness)).dtype)
-        for number, each in enumerate((name, *more)):
-            whole[number] = self.read(each)
+        whole = np.empty((1 + len(more), *first.shape), first.dtype)
+        whole[0] = first
+        for number, each in enumerate(more, start=1):
+            value = self.read(each)
+            if value.dtype != whole.dtype:  # float32 holds all types
+                whole = whole.astype(np.float32)
+            whole[number] = value
         return whole
 
     def source(self, name: str) -> Any:
