@@ -485,6 +485,7 @@ def test_dictionary_learning_says_that_it_needs_torch(tmp_path, monkeypatch):
         ("transformer.h.0.attn.output[0]", *["blocks.0.hook_attn_out"] * 3),
         ("transformer.h.0.mlp.act", *["blocks.0.mlp.hook_post"] * 3),
         ("model.layers.2.mlp", None, "blocks.2.hook_mlp_out", None),
+        ("model.layers.2.block_sparse_moe", None, "blocks.2.hook_mlp_out", None),
         ("model.layers.2.self_attn", None, "blocks.2.hook_attn_out", None),
         ("model.layers.2.post_feedforward_layernorm", None, None, "blocks.2.hook_mlp_out"),
         ("model.layers.2.post_attention_layernorm", None, None, "blocks.2.hook_attn_out"),

@@ -168,6 +168,7 @@ def test_plugins_are_files():
         "gpt2",
         "gpt_neox",
         "llama",
+        "moe",
         "multimodal",
         "olmo",
         "phi3",

@@ -18,6 +18,7 @@ def attend(
     scale: float,
     softcap: float,
     mesh: Mesh | None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """What each query [B, T, H, K] reads from the values of the tokens up to its own.
 
@@ -30,8 +31,9 @@ def attend(
         scale: of the scores.
         softcap: scores s become c * tanh(s / c); 0 = they stay.
         mesh: the batch lies along its `data` axis, heads along `latent`; None: one device.
+        sinks_H: of each head, one more score of the softmax, that of no key; None: there is none.
     """
-    if mask_BxT is None and not softcap and _has_fused(q_BxTxHxK):
+    if mask_BxT is None and not softcap and sinks_H is None and _has_fused(q_BxTxHxK):
         return _fused(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, scale, mesh)
     T = q_BxTxHxK.shape[1]
     blocks = []
@@ -47,8 +49,8 @@ def attend(
             seen &= mask_BxT[:, None, None, first:stop]
         block = q_BxTxHxK[:, start:stop], k_BxTxGxK[:, first:stop], v_BxTxGxK[:, first:stop]
         blocks.append(
-            _capped(*block, seen, scale, softcap)
-            if softcap
+            _explicit(*block, seen, scale, softcap, sinks_H)
+            if softcap or sinks_H is not None
             else jax.nn.dot_product_attention(*block, mask=seen, scale=scale, implementation="xla")
         )
     return jnp.concatenate(blocks, axis=1)
@@ -63,6 +65,7 @@ def attend_kept(
     window: int,
     scale: float,
     softcap: float,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """What queries at places `first`, `first` + 1 and so on read from keys and values that are kept for all S places.
 
@@ -75,8 +78,8 @@ def attend_kept(
         seen &= key > query - window
     seen = seen[None, None] & mask_BxS[:, None, None]
     arrays = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
-    if softcap:
-        return _capped(*arrays, seen, scale, softcap)
+    if softcap or sinks_H is not None:
+        return _explicit(*arrays, seen, scale, softcap, sinks_H)
     return jax.nn.dot_product_attention(*arrays, mask=seen, scale=scale, implementation="xla")
 
 
@@ -108,10 +111,24 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, window: int, scale: float, 
     return jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-def _capped(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, softcap: float) -> jax.Array:
+def _explicit(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    softcap: float,
+    sinks_H: jax.Array | None,
+) -> jax.Array:
     B, T, H, K = q.shape
     q = q.reshape(B, T, k.shape[2], H // k.shape[2], K)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(seen[:, :, None], softcap * jnp.tanh(scores / softcap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(B, T, H, K)
+    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+    scores = jnp.where(seen[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    if sinks_H is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = sinks_H.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+        total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, keepdims=True), sinks)
+        weights = jnp.exp(scores - total)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v).reshape(B, T, H, K)

@@ -166,12 +166,13 @@ class Checkpoint:
         if faults:
             of_model = (self.base or self).folder / "config.json"
             raise UserError(f"{tensors.label} does not fit {of_model}: {'; '.join(faults)}")
-        for name, views in sources.items():
-            value = tensors.read(name)
+        for names, views in sources.items():
+            value = tensors.read(*names)
             for path, view in views.items():
                 params[path] = weights.place(view(value), dtype, placed[path])
-                finite.append((name, weights.finite(params[path])))
-            del value  # before the next tensor is read: the host holds one
+                label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+                finite.append((label, weights.finite(params[path])))
+            del value  # before the next tensor is read: the host holds one, or one matrix of all experts of a layer
         bad = dict.fromkeys(name for name, ok in finite if not ok)
         if bad and not allow_nan:
             raise UserError(
@@ -196,7 +197,7 @@ class Checkpoint:
         """Everything in which the weights do not fit the model; reads their names and shapes only."""
         return self._match(_shapes(self.module()))[-1]
 
-    def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[str, dict[tuple, Any]], list[str]]:
+    def _match(self, wanted: dict[tuple, Any]) -> tuple[weights.Tensors, dict[tuple[str, ...], dict], list[str]]:
         """The tensors, of each that is wanted how its parts become parameters, and every fault."""
         tensors = self._tensors()
         for pattern, method in QUANTISED.items():

@@ -12,8 +12,8 @@ import flax
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# The dimension of each matrix that tensor parallelism splits.
-TENSOR_PARALLEL = {"W_Q": 0, "W_K": 0, "W_V": 0, "W_O": 0, "W_gate": 1, "W_in": 1, "W_out": 0, "W_U": 1, "W_E": 0}
+# The dimension of each matrix that tensor parallelism splits. Those of experts have one more dimension, the first.
+TENSOR_PARALLEL = {"W_Q": 0, "W_K": 0, "W_V": 0, "W_O": 0, "W_gate": -1, "W_in": -1, "W_out": -2, "W_U": 1, "W_E": 0}
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

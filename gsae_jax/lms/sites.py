@@ -207,20 +207,21 @@ def stream_before(site: str) -> str:
     return at(f"blocks.{layer_of(site)}.hook_resid_pre", parts(site)[1])
 
 
-MLP_INPUT = "ln2.hook_normalized"
+MLP_INPUT, NEURONS = "ln2.hook_normalized", "mlp.hook_post"
 # Modules of a Hugging Face block and hooks of TransformerLens 3, by their names after the block's number, and the sites
 # that their outputs are.
 OUTPUTS = {
     "": "hook_resid_post",
     "hook_in": "hook_resid_pre",
     "hook_out": "hook_resid_post",
-    "mlp.act": "mlp.hook_post",
+    "mlp.act": NEURONS,
     "mlp.hook_in": MLP_INPUT,
 }
 # The same for blocks without norms after attention and MLP. In other blocks, those of Gemma 2, 3 and 4 and of OLMo,
 # the norms' outputs are the sites.
 UNNORMED = {
     **dict.fromkeys(("mlp", "mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.hook_out"), "hook_mlp_out"),
+    "block_sparse_moe": "hook_mlp_out",
     **dict.fromkeys(("attn", "attn.c_proj", "attn.hook_out", "attention", "attention.dense"), "hook_attn_out"),
     **dict.fromkeys(("self_attn", "self_attn.o_proj"), "hook_attn_out"),
 }
@@ -262,6 +263,10 @@ def check(site: str, sites: Iterable[str], field: str) -> None:
     sites, (hook, model) = list(sites), parts(site)
     if site in sites:
         return
+    out = at(hook.removesuffix(NEURONS) + "hook_mlp_out", model)
+    if hook.endswith(NEURONS) and out in sites:
+        why = "its layer has experts, whose neurons are not one array"
+        raise UserError(f"{site!r} is not a site of this language model: {why}; write {out!r}", field)
     known = [name for name in sites if parts(name)[1] == model]
     ours = at(hook_name(hook) or hook_name(hook, norm_after=False) or hook, model)
     if model and not known:

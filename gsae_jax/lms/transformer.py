@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from gsae_jax.lms import partition
 from gsae_jax.lms.attention import attend, attend_kept
+from gsae_jax.lms.experts import Experts, mixture
 from gsae_jax.lms.sites import Tap, checked, no_tap
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -31,9 +32,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 normal, ones, zeros = nn.initializers.normal, nn.initializers.ones, nn.initializers.zeros
 
 
-# A number in a file must not fill the memory: layers are listed, and a head's rotary frequencies. In Hugging Face's
-# names and ours.
+# A number in a file must not fill the memory: layers are listed, a head's rotary frequencies, and the tensors of
+# experts. In Hugging Face's names and ours.
 MOST = {"n_layers": 1000, "num_hidden_layers": 1000, "n_layer": 1000, "d_head": 2**14, "head_dim": 2**14}
+MOST |= dict.fromkeys(("num_experts", "num_local_experts"), 2**14)
 
 
 def check_size(name: str, size: Any) -> None:
@@ -58,6 +60,7 @@ class Layer:
         d_head, n_key_value_heads, d_mlp: instead of those that `Config` says; 0 = as it says.
         values_are_keys: values are the keys before their norm and rotation, or before the norm of values (Gemma 4).
         keys_from: the block whose keys and values are read; None: the layer's own (Gemma 4).
+        experts: of its MLP; None: the MLP is dense.
     """
 
     attention_scale: float
@@ -71,6 +74,7 @@ class Layer:
     d_mlp: int = 0
     values_are_keys: bool = False
     keys_from: int | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for numbers that no model can have."""
@@ -96,6 +100,7 @@ class Config:
         learned_positions: an embedding of each position is added to the tokens'.
         tied: the unembedding is the transposed embedding.
         embedding_scale: what embeddings are multiplied by (Gemma).
+        attention_sinks: each head's softmax has one more score, of no token: its parameter `sinks` (GPT-OSS).
         attention_softcap, logit_softcap: c * tanh(x / c) on scores and logits; 0 = none (Gemma 2).
         v_norm: RMSNorm of every value head, without weights (Gemma 4).
         d_per_layer: width of what each block adds to the stream for the token itself; 0 = none (Gemma 4).
@@ -122,6 +127,7 @@ class Config:
     qk_norm_whole: bool = False
     qkv_bias: bool = False
     attention_out_bias: bool = False
+    attention_sinks: bool = False
     mlp_bias: bool = False
     unembed_bias: bool = False
     learned_positions: bool = False
@@ -147,6 +153,17 @@ class Config:
     def n_layers(self) -> int:
         """How many blocks."""
         return len(self.layers)
+
+    @property
+    def dense(self) -> "Config":
+        """With a dense MLP in place of the experts that a token uses. It has the same products but the routers'."""
+        layers = (
+            dataclasses.replace(layer, experts=None, d_mlp=layer.experts.experts_per_token * layer.experts.d_mlp)
+            if layer.experts
+            else layer
+            for layer in self.layers
+        )
+        return dataclasses.replace(self, layers=tuple(layers))
 
     @property
     def lengths(self) -> set[int]:
@@ -260,11 +277,12 @@ class Attention(Part):
         else:
             k_BxTxGxK, v_BxTxGxK = call.read[layer.keys_from]
         window, scale, softcap = layer.window, layer.attention_scale, c.attention_softcap
+        sinks_H = self.weight("sinks", zeros, H) if c.attention_sinks else None
         if call.cache is None:
-            z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh)
+            z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh, sinks_H)
         else:
             places = call.cache.first, call.cache.mask_BxS
-            z = attend_kept(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *places, window, scale, softcap)
+            z = attend_kept(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *places, window, scale, softcap, sinks_H)
         z = z.reshape(*x.shape[:2], H * K)
         W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
         out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
@@ -313,6 +331,29 @@ class PerToken(Part):
         return (gate * value) @ self.weight("W_out", normal((P * 2 * c.n_layers) ** -0.5), P, D)
 
 
+class ExpertsMLP(Part):
+    """An MLP with experts (`experts.mixture`). It has no site `mlp.hook_post`: its neurons are not one array."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, call: Call) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c, experts = self.config, call.layer.experts
+        assert experts is not None
+        D, E, M = c.d_model, experts.n_experts, experts.d_mlp
+        W_router = self.weight("W_router", normal(D**-0.5), D, E)
+        logits = jnp.matmul(x, W_router, preferred_element_type=jnp.float32)
+        weights = {
+            "W_gate": self.weight("W_gate", normal(D**-0.5), E, D, M),
+            "W_in": self.weight("W_in", normal(D**-0.5), E, D, M),
+            "W_out": self.weight("W_out", normal((M * 2 * c.n_layers) ** -0.5), E, M, D),
+        }
+        if experts.bias:
+            logits += self.weight("b_router", zeros, E).astype(jnp.float32)[None, None]
+            weights |= {f"b_{name}": self.weight(f"b_{name}", zeros, E, M) for name in ("gate", "in")}
+            weights["b_out"] = self.weight("b_out", zeros, E, D)
+        return mixture(x, logits, weights, experts, ACTIVATIONS[c.activation], self.mesh)
+
+
 class Block(Part):
     """Attention and MLP, each normalised before or after or both, and added to the stream."""
 
@@ -331,7 +372,7 @@ class Block(Part):
         mlp_input = x if c.parallel else mid
         if c.norm_before:
             mlp_input = tap("ln2.hook_normalized", norm("ln2", mlp_input))
-        mlp = MLP(c, mesh, name="mlp")(mlp_input, call)
+        mlp = (ExpertsMLP if call.layer.experts else MLP)(c, mesh, name="mlp")(mlp_input, call)
         mlp = tap("hook_mlp_out", norm("ln2_post", mlp, c.norm_after))
         x = mid + mlp
         if c.d_per_layer:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ DTYPES = ("F32", "F16", "BF16")  # from fine to coarse
 # Fingerprints read all of weights up to WHOLE bytes. Of larger weights they read PAGES pages of each tensor.
 WHOLE, PAGE, PAGES = 2**28, 4096, 64
 ParamPath = tuple[str, ...]
+# MXFP4: blocks of 32 four-bit numbers, two in a byte, the lower bits first; each block has a power of two as its scale.
+POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FOUR_BIT = np.array([*POSITIVE, *(-x for x in POSITIVE)], np.float32)
+BLOCK, BLOCKS = 32, "_blocks"
 
 
 class Tensors:
@@ -79,9 +83,21 @@ class Tensors:
         """Of one tensor, in safetensors' spelling."""
         return self._files[name].get_slice(name).get_dtype()
 
-    def read(self, name: str) -> np.ndarray:
-        """One whole tensor."""
-        return self._files[name].get_tensor(name)
+    def read(self, name: str, *more: str) -> np.ndarray:
+        """One whole tensor, several of one shape as one array, or blocks with their scales as the numbers they mean."""
+        first = self._files[name].get_tensor(name)
+        if not more:
+            return first
+        if name.endswith(BLOCKS):
+            return dequantised(first, self.read(*more))
+        whole = np.empty((1 + len(more), *first.shape), first.dtype)
+        whole[0] = first
+        for number, each in enumerate(more, start=1):
+            value = self.read(each)
+            if value.dtype != whole.dtype:  # float32 holds all types
+                whole = whole.astype(np.float32)
+            whole[number] = value
+        return whole
 
     def source(self, name: str) -> Any:
         """What a tensor is read from."""
@@ -161,64 +177,78 @@ def match(
     tensors: Tensors,
     wanted: Mapping[ParamPath, Any],
     whole: Mapping[ParamPath, Any],
-    table: Mapping[str, tuple],
+    table: Mapping[str, Any],
     prefix: str | tuple[str, ...],
     ignored: str,
     tied: bool,
-) -> tuple[dict[str, dict[ParamPath, Any]], list[str]]:
+) -> tuple[dict[tuple[str, ...], dict[ParamPath, Any]], list[str]]:
     """Which tensor each parameter is a part of.
 
     Args:
         tensors: what is there.
         wanted: the shape of each parameter that is to be loaded, by path.
         whole: of each that the checkpoint must have.
-        table: the family's names and layouts of them.
+        table: the family's names and layouts of them; of several in a list, that which the checkpoint has. A `*` in
+            a name stands for the number of an expert. The blocks of MXFP4 are named, and their scales lie beside them.
         prefix: what the checkpoint's names may begin with; of several that fit, the first one counts.
         ignored: a regular expression for tensors that are no parameters.
         tied: the embedding may have the unembedding's name.
 
     Returns:
-        {tensor: {path: a function from the tensor to the parameter}} and everything that does not fit.
+        {tensors that are read as one array: {path: a function from it to the parameter}}, and everything that does not
+        fit.
     """
     n_layers = len({path[0] for path in whole if path[0].startswith("blocks.")})
     known = (prefix,) if isinstance(prefix, str) else prefix
     prefixes = {name: next((each for each in known if name.startswith(each)), "") for name in sorted(tensors.names)}
     actual = {name.removeprefix(its_prefix): name for name, its_prefix in prefixes.items()}
     prefix = next((each for each in known if each in prefixes.values()), "")
-    sources: dict[str, Any] = {}
+    sources: dict[tuple[str, ...], Any] = {}
     faults, used = list(tensors.faults), set()
     for path, leaf in whole.items():
-        name, pattern, part = _source(table, path, len(leaf.shape))
+        name, pattern, part = _source(table, path, leaf.shape, actual)
         unembedding = table["unembed.W_U"][0] if tied and path == ("embed.W_E",) else name
-        present = [each for each in (name, unembedding) if each in actual]
+        names = _read_together(name, leaf.shape)
+        present = [each for each in dict.fromkeys((*names, unembedding)) if each in actual]
         used |= set(present)
-        if not present:
-            faults.append(f"{'' if path == ('unembed.W_U',) else prefix}{name} is missing")
+        elsewhere = unembedding != name and unembedding in actual
+        if lost := [each for each in names if each not in actual and not elsewhere]:
+            faults += [f"{'' if path == ('unembed.W_U',) else prefix}{each} is missing" for each in lost]
             continue
         if len(present) == 2 and name != unembedding and not tensors.same(actual[name], actual[unembedding]):
             faults.append(f"{actual[name]} and {actual[unembedding]} differ, but config.json says they are tied")
-        source = min((actual[each] for each in present), key=tensors.fineness)
+        if len(names) > 1:
+            source = tuple(actual[each] for each in names)
+        else:
+            source = (min((actual[each] for each in present), key=tensors.fineness),)
         shape, sizes = _layout(pattern, leaf.shape, n_layers)
         if isinstance(part, tuple):  # several parameters are the rows of one tensor
             rows = [_layout(pattern, whole[*path[:-1], each].shape, n_layers)[0][0] for each in part]
             first = sum(rows[: part.index(path[-1])])
             part, shape = slice(first, first + shape[0]), (sum(rows), *shape[1:])
-        stored = tensors.shape(source)
-        if stored != shape:
-            faults.append(f"{source} has shape {list(stored)}, not {list(shape)}")
-        elif path in wanted:
+        wrong = [
+            f"{each} has shape {list(tensors.shape(each))}, not {list(its_shape)}"
+            for each, its_shape in zip(source, _shapes_together(source, shape), strict=True)
+            if tensors.shape(each) != its_shape
+        ]
+        faults += wrong
+        if not wrong and path in wanted:
             sources.setdefault(source, {})[path] = partial(_view, pattern=pattern, sizes=sizes, part=part)
     expected = {name for short, name in actual.items() if short in used or re.search(ignored, short)}
     faults += [f"{name} is not of this model" for name in sorted(tensors.names - expected)]
     faults += [
-        f"{name} is of type {tensors.dtype(name)}, not one of {', '.join(DTYPES)}"
-        for name in sources
-        if tensors.dtype(name) not in DTYPES
+        f"{name} is of type {tensors.dtype(name)}, not one of {', '.join(allowed)}"
+        for names in sources
+        for allowed in (("U8",) if names[0].endswith(BLOCKS) else DTYPES,)
+        for name in names
+        if tensors.dtype(name) not in allowed
     ]
     return sources, faults
 
 
-def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tuple[str, str, Any]:
+def _source(
+    table: Mapping[str, Any], path: tuple[str, ...], shape: tuple[int, ...], actual: Collection[str]
+) -> tuple[str, str, Any]:
     """(tensor, layout, part) of one of our parameters; what is not in the table has our name and layout.
 
     The part is None for a whole tensor, an index of the first axis of the layout's result (in the table "layer" for
@@ -228,23 +258,63 @@ def _source(table: Mapping[str, tuple], path: tuple[str, ...], ndim: int) -> tup
     layer = re.match(r"blocks\.(\d+)\.", name)
     key = f"blocks.{{}}.{name[layer.end() :]}" if layer else name
     if key not in table:
-        axes = " ".join("abcd"[:ndim])
+        axes = " ".join("abcd"[: len(shape)])
         return name, f"{axes} -> {axes}", None
-    source, pattern, *rest = table[key]
-    part = rest[0] if rest else None
-    if layer:
-        source, part = source.format(layer[1]), int(layer[1]) if part == "layer" else part
-    return source, pattern, part
+    entries = table[key] if isinstance(table[key], list) else [table[key]]
+    known: list[tuple[str, str, Any]] = []
+    for source, pattern, *rest in entries:
+        part = rest[0] if rest else None
+        if layer:
+            source, part = source.format(layer[1]), int(layer[1]) if part == "layer" else part
+        known.append((source, pattern, part))
+    if len(known) > 1:  # layers with experts and without have parameters of one name
+        known = [each for each in known if _ndim(*each[1:]) == len(shape)]
+    return next((each for each in known if any(name in actual for name in _read_together(each[0], shape))), known[0])
+
+
+def _ndim(pattern: str, part: Any) -> int:
+    """Axes of a parameter with this layout."""
+    return len(pattern.split(" -> ")[1].split()) - isinstance(part, int)
+
+
+def _read_together(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The tensors that a name of the table means, for a parameter of this shape."""
+    if name.endswith(BLOCKS):
+        return name, name.removesuffix(BLOCKS) + "_scales"
+    return tuple(name.replace("*", str(number)) for number in range(shape[0])) if "*" in name else (name,)
+
+
+def _shapes_together(names: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes of tensors that are read as one array of this shape."""
+    if names[0].endswith(BLOCKS):
+        blocks = (*shape[:-1], shape[-1] // BLOCK)
+        return [(*blocks, BLOCK // 2), blocks]
+    return [shape] if len(names) == 1 else [shape[1:]] * len(names)
+
+
+def dequantised(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The numbers [..., G * 32], bfloat16, of MXFP4 blocks [..., G, 16] and scales [..., G], both uint8. It is exact.
+
+    The scale s means 2^(s - 127), and 255 is not a number: infinite here (OCP Microscaling Formats 1.0).
+    """
+    byte = np.arange(256)
+    pairs = np.stack([FOUR_BIT[byte & 15], FOUR_BIT[byte >> 4]], axis=-1)
+    numbers = np.empty((*scales.shape, BLOCK), jnp.bfloat16)
+    for out, block, scale in zip(numbers, blocks, scales, strict=True):  # one expert at a time: the host has to hold it
+        with np.errstate(invalid="ignore", over="ignore"):  # scales of 254 and 255
+            factors = np.ldexp(np.float32(1), scale.astype(np.int32) - 127)
+            out[:] = pairs[block].reshape(out.shape) * factors[..., None]
+    return numbers.reshape(*scales.shape[:-1], -1)
 
 
 def _layout(pattern: str, shape: tuple[int, ...], n_layers: int) -> tuple[tuple[int, ...], dict[str, int]]:
     """The checkpoint's shape of a tensor, and every axis' size, from our shape and the einops pattern.
 
-    Axes that ours lacks are `qkv`, of queries, keys and values, and `l`, of layers.
+    Axes that ours lacks are `qkv`, of queries, keys and values, `glu`, of gate and other input, and `l`, of layers.
     """
     left, right = pattern.split(" -> ")
     axes = right.split()
-    sizes = {"qkv": 3, "l": n_layers} | dict(zip(axes[-len(shape) :], shape, strict=True))
+    sizes = {"qkv": 3, "glu": 2, "l": n_layers} | dict(zip(axes[-len(shape) :], shape, strict=True))
     groups = re.findall(r"\(([^)]+)\)|(\S+)", left)
     theirs = tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups)
     return theirs, {axis: size for axis, size in sizes.items() if axis in axes}
