@@ -154,14 +154,42 @@ def test_an_estimate_against_the_compiler(experiment, shape, rows):
 def test_a_plans_operations_are_the_products_of_the_method(experiment):
     """Seven products for a gated SAE and five for a baseline, of 2 B D F operations each, and little else."""
     program = program_on(experiment, 1, 1)
-    lm_params = abstract_params(program.module, "float32")
-    alone = planner.operations(dataclasses.replace(program, stacks=()), lm_params)
+    alone = planner.operations(dataclasses.replace(program, stacks=()))
     B, updates = experiment.train.batch_size, experiment.updates_per_call
     for stack in program.stacks:
         products = {"gated": 7, "relu": 5}[stack.config.architecture]
-        found = planner.operations(dataclasses.replace(program, stacks=(stack,)), lm_params) - alone
+        found = planner.operations(dataclasses.replace(program, stacks=(stack,))) - alone
         expected = updates * len(stack.config) * products * 2 * B * stack.sae.d_in * stack.sae.width
         assert expected < found < 1.25 * expected
+
+
+def test_of_experts_those_that_a_token_uses_count(experiment, tmp_path):
+    """All are held."""
+    settings = json.loads((ROOT / "tests/fixtures/lms/qwen3_moe/config.json").read_text())
+    settings |= {"hidden_size": 512, "moe_intermediate_size": 256, "intermediate_size": 512, "num_experts_per_tok": 4}
+    settings |= {"vocab_size": 512, "max_position_embeddings": 4096}
+    reports = []
+    for number in (8, 64):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(settings | {"num_local_experts": number}))
+        stacks = {
+            name: dataclasses.replace(stack, site="blocks.2.hook_resid_post")
+            for name, stack in on(experiment, 4, 2).stacks.items()
+        }
+        lm = dataclasses.replace(experiment.lm, path=str(folder))
+        config = dataclasses.replace(on(experiment, 4, 2), lm=lm, stacks=stacks)
+        reports.append(planner.plan(config, "gpu:h100x8"))
+    few, many = reports
+    assert few["flops_per_step"] == many["flops_per_step"]
+    tokens = config.rows_per_call * config.data.context_length / config.updates_per_call
+    attention = 2 * 512 * 4 * 8 + 2 * 512 * 2 * 8
+    lm = 2 * tokens * (3 * attention + (2 * 4 * 256 + 512) * 3 * 512)
+    program = planner.Case.build(config, Topology.parse("gpu:h100x8")).program
+    products = planner.operations(dataclasses.replace(program, stacks=())) / config.updates_per_call
+    assert lm < products < 1.05 * lm
+    more = many["bytes_per_device"]["language model"] - few["bytes_per_device"]["language model"]
+    assert more == pytest.approx(2 * 56 * 3 * 512 * 256 * 4 / 8, rel=0.01)
 
 
 def test_a_plan_by_hand():

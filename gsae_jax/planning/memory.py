@@ -128,9 +128,12 @@ def _forward(program: Program, lm_params: Any, rows: float) -> float:
 
 def _active(program: Program, name: str, rows: float) -> float:
     """The activations of one block of a language model."""
-    lm, T = program.models[name].module.config, program.config.data.context_length
-    of_mlp = 3 * _item(program, name) * lm.d_mlp / program.mesh.shape["latent"]
-    return rows * T * (4 * 4 * lm.d_model + of_mlp)
+    lm, T, item = program.models[name].module.config, program.config.data.context_length, _item(program, name)
+    # Each expert that a token uses has a copy of what the MLP reads, and an output.
+    uses = [layer.experts.experts_per_token if layer.experts else 0 for layer in lm.layers]
+    widths = [layer.d_mlp or lm.d_mlp for layer in lm.dense.layers]
+    neurons = 3 * item * max(widths) / program.mesh.shape["latent"]
+    return rows * T * ((4 * 4 + (2 * item + 4) * max(uses)) * lm.d_model + neurons)
 
 
 def _item(program: Program, name: str) -> int:

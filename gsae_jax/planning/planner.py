@@ -150,8 +150,8 @@ def plan(config: Experiment, topology: str, bandwidth_of_store: float = 2.0) -> 
     case = Case.build(config, where)
     chip, mesh, updates = CHIPS.get(where.chip), dict(case.program.mesh.shape), config.updates_per_call
     parts, exchanged, method = case.measure()
-    forward = sum(forward_operations(case.program, case.lm_params).values()) * config.forwards_per_call / updates
-    flops = operations(case.program, case.lm_params) / updates
+    forward = sum(forward_operations(case.program).values()) * config.forwards_per_call / updates
+    flops = operations(case.program) / updates
     devices = math.prod(mesh.values())
     report: dict[str, Any] = {
         "topology": topology,
@@ -282,14 +282,13 @@ def mesh_of(config: Experiment, topology: Topology) -> Any:
     return mesh_lib.make_mesh(config.mesh, devices)
 
 
-def operations(program: Program, lm_params: Any) -> float:
+def operations(program: Program) -> float:
     """Floating-point operations of one call of the train step, as written, on all devices together.
 
-    In the mean over training, where only a part of it has the KL divergence.
+    In the mean over training, where only a part of it has the KL divergence. Of experts, those that a token uses count.
     """
     config = program.config
-    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
-    forward, updates = forward_operations(program, lm_params), 0.0
+    forward, updates = forward_operations(program), 0.0
     for stack in program.stacks:
         params = jax.eval_shape(lambda stack=stack: stack.architecture.init(jax.random.key(0), stack.sae))
         B = config.train.batch_size
@@ -302,39 +301,51 @@ def operations(program: Program, lm_params: Any) -> float:
 
         updates += len(stack.config) * _flops(jax.grad(loss), *stack.split(params), batch)
     kl = sum(
-        _kl_operations(program, name, program.lm_params(plain, name), forward[name])
+        _kl_operations(program, name, forward[name])
         for name, model in program.models.items()
         if model.whole is not None
     )
     return config.forwards_per_call * sum(forward.values()) + config.updates_per_call * updates + kl
 
 
-def forward_operations(program: Program, lm_params: Any) -> dict[str, float]:
+def forward_operations(program: Program) -> dict[str, float]:
     """Floating-point operations of one forward pass of each language model, as far as the sites."""
-    config = program.config
-    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_params)
+    config, forward = program.config, {}
     rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
-    forward = {}
     for name, model in program.models.items():
-        bare = dataclasses.replace(model.module, mesh=None)
+        dense, params = _dense(program, name, model.module)
         own = [hook for hook, of in map(parts, config.sites) if of == name]
 
-        def capture(params: Any, tokens: Any, bare: Any = bare, own: list[str] = own) -> Any:
-            return loading.capture(bare, params, tokens, own)
+        def capture(params: Any, tokens: Any, dense: Any = dense, own: list[str] = own) -> Any:
+            return loading.capture(dense, params, tokens, own)
 
-        forward[name] = _flops(capture, program.lm_params(plain, name), rows)
+        forward[name] = _flops(capture, params, rows)
     return forward
 
 
-def _kl_operations(program: Program, name: str, lm_params: Any, forward: float) -> float:
+def _dense(program: Program, name: str, module: Any) -> tuple[Any, Any]:
+    """A language model on one device, with `Config.dense`, and the shapes of its parameters."""
+    dense = dataclasses.replace(module, config=module.config.dense, mesh=None)
+    shapes = abstract_params(dense, program.dtype_of(name))
+    return dense, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+
+
+def _dense(program: Program, name: str, module: Any) -> tuple[Any, Any]:
+    """The language model with this name on one device, with `Config.dense`, and the shapes of its parameters."""
+    dense = dataclasses.replace(module, config=module.config.dense, mesh=None)
+    shapes = abstract_params(dense, program.dtype_of(name))
+    return dense, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+
+
+def _kl_operations(program: Program, name: str, forward: float) -> float:
     """The same of the KL divergence in the language model with this name.
 
     `forward`: of one forward pass as far as the sites, which is longer with it.
     """
-    config, lm = program.config, program.models[name].whole.config
-    bare = dataclasses.replace(program.models[name].whole, mesh=None)
+    model = program.models[name]
+    config, lm, (dense, lm_params) = program.config, model.whole.config, _dense(program, name, model.whole)
     rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
-    whole = _flops(lambda params, tokens: bare.apply({"params": params}, tokens, method="hidden"), lm_params, rows)
+    whole = _flops(lambda params, tokens: dense.apply({"params": params}, tokens, method="hidden"), lm_params, rows)
     tokens = config.rows_per_call * config.data.context_length
     # Logits of the clean predictions and of the others, both again for the gradient, and the gradient.
     logits = 5 * 2 * tokens * lm.d_model * lm.d_vocab
