@@ -185,9 +185,8 @@ def _product(
 ) -> jax.Array:
     """Each block's rows times the matrix of its expert [n, R, M]; 0 for blocks that are not used.
 
-    `jax.lax.ragged_dot` computes the same. But on CPUs, and by default on GPUs, it multiplies every row by the matrix
-    of every expert, and needs memory for it. This loop was 20 to 40 times as fast on a CPU, with 8 or 32 experts. And
-    it was 2 to 5 times as fast as all experts for all tokens, one expert after the other.
+    `jax.lax.ragged_dot` computes the same. But on CPUs it multiplies every row by the matrix of every expert, and needs
+    memory for all these products (`benchmarks/experts.py`).
 
     Args:
         axes: of the mesh, along which the arrays differ.
@@ -196,7 +195,6 @@ def _product(
         expert_n: of each block.
         used_n: whether the block is.
     """
-
     return _each(axes, lambda x_RxK, expert: x_RxK @ W_ExKxM[expert], W_ExKxM.shape[2], x_nxRxK, expert_n, used_n)
 
 
