@@ -178,7 +178,7 @@ def test_fused_attention_is_that_of_xla(window, heads, monkeypatch, record_prope
     scores = np.where(seen, np.einsum("bthk,bshk->bhts", *wide[:2]) * K**-0.5, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("bhts,bshk->bthk", weights / weights.sum(-1, keepdims=True), wide[2])
-    attend = partial(attention.attend, mask_BxT=None, window=window, scale=K**-0.5, softcap=0.0, mesh=None)
+    attend = partial(attention.attend, mask_BxT=None, scores=attention.Scores(window, K**-0.5), mesh=None)
     errors = {}
     for kernel, fused in (("cuDNN", True), ("XLA", False)):
         monkeypatch.setattr(attention, "_has_fused", lambda q, fused=fused: fused)

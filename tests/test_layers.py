@@ -107,7 +107,8 @@ def test_only_one_file_knows_orbax_and_few_map_over_devices():
 
     assert users("import orbax") == {"storage/checkpoints.py"}
     # The second is one kernel, which the compiler cannot split by itself. In the third, devices must not affect bits.
-    mapped = {"training/step.py", "lms/attention.py", "features/streaming.py"}
+    # In the last, each device has experts of its own.
+    mapped = {"training/step.py", "lms/attention.py", "features/streaming.py", "lms/experts.py"}
     assert users("jax.shard_map(") | users("jax.shard_map,") == mapped
     # Who writes does it with storage/writing.py, and who reads a path does not ask where it is.
     assert users("os.replace(") | users("mkdtemp") == users('startswith("gs://")') == {"storage/paths.py"}

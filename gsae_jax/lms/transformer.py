@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gsae_jax.lms import partition
-from gsae_jax.lms.attention import attend, attend_kept
+from gsae_jax.lms.attention import Scores, attend, attend_kept
 from gsae_jax.lms.experts import Experts, mixture
 from gsae_jax.lms.sites import Tap, checked, no_tap
 
@@ -276,13 +276,13 @@ class Attention(Part):
             call.read[call.number] = k_BxTxGxK, v_BxTxGxK
         else:
             k_BxTxGxK, v_BxTxGxK = call.read[layer.keys_from]
-        window, scale, softcap = layer.window, layer.attention_scale, c.attention_softcap
         sinks_H = self.weight("sinks", zeros, H) if c.attention_sinks else None
+        scores = Scores(layer.window, layer.attention_scale, c.attention_softcap, sinks_H)
         if call.cache is None:
-            z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, window, scale, softcap, self.mesh, sinks_H)
+            z = attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, call.mask_BxT, scores, self.mesh)
         else:
             places = call.cache.first, call.cache.mask_BxS
-            z = attend_kept(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *places, window, scale, softcap, sinks_H)
+            z = attend_kept(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, *places, scores)
         z = z.reshape(*x.shape[:2], H * K)
         W_O = self.weight("W_O", normal((H * K * 2 * c.n_layers) ** -0.5), H, K, D)
         out = call.tap("attn.hook_z", z) @ W_O.reshape(H * K, D)
