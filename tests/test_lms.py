@@ -298,7 +298,7 @@ def test_a_file_is_no_directory(tmp_path, lm_dir):
         gsae_jax.load_lm(lm_dir / "model.safetensors")
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_neo", "gemma3n", "qwen2_moe", "qwen3_moe", "phimoe", "llama4"])
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gemma3n", "qwen2_moe", "phimoe", "llama4"])
 def test_another_model_is_not_taken_for_a_slip_of_the_pen(tmp_path, lm_dir, model_type):
     folder = damaged(tmp_path, lm_dir, edit_config(model_type=model_type))
     with refused("path", f"type '{model_type}'", "not supported", "known: gelu, gemma") as error:

@@ -294,7 +294,7 @@ def _clean(
     `others`.
     """
     replaced, read = {site for site, _, _ in places}, {site for _, _, others in places for site in others}
-    wanted = replaced | read | {sites.stream_before(site) for site in replaced}
+    wanted = replaced | read | {sites.stream_before(site) for site in (replaced if modules else ())}
     activations: dict[str, jax.Array] = {}
     hidden: dict[str, jax.Array] = {}
     if not modules:

@@ -47,7 +47,7 @@ def panels(figure: Figure) -> list[Panel]:
 def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
     """Loss recovered against L0, per site; variance explained where there was no language model."""
     field, label = "loss_recovered", "loss recovered"
-    if not any(np.isfinite(record["ce_clean"]) for record in records):
+    if not any(np.isfinite(record.get("ce_clean", 0.0)) for record in records):
         records = [record | {"explained": 1 - record["fvu"]} for record in records]
         field, label, published = "explained", "variance explained (1 - FVU)", ()
     figure, panels = _against_l0(records, field, label, published)

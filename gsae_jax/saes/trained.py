@@ -254,7 +254,8 @@ class SAE(Sites):
 
 def for_export(sae: SAE) -> SAE:
     """The SAE as files have it: where it is of one language model, the names of its sites say no model."""
-    if len(sae.models) > 1:
+    named = [name for names in (sae.site, sae.target) for name in ((names,) if isinstance(names, str) else names)]
+    if len({name.partition("@")[2] for name in named if name}) > 1:
         return sae
 
     def hooks(names: Any) -> Any:
