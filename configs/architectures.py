@@ -13,7 +13,7 @@ from gsae_jax import stack_config
 from gsae_jax.errors import UserError
 from gsae_jax.saes import products
 
-WIDTH = 1024  # of gated kinds; the others have the width of equal compute
+WIDTHS = {"saes": 1024, "transcoders": 512, "crosscoders": 512}  # of gated kinds; others have that of equal compute
 L0 = (20, 50, 100)  # of the kinds that have a k
 # The architecture and options of each kind, and its values of λ. They are fixed, as an L0 that is reached at a high
 # learning rate does not stay when the rate falls. All others of a family are compared with its first kind.
@@ -34,7 +34,6 @@ FAMILIES = {
     },
     "transcoders": {
         "gated_transcoder": ("gated_transcoder", {}, GATED),
-        "gated_skip_transcoder": ("gated_transcoder", {"skip": True}, GATED),
         "relu_transcoder": ("relu_transcoder", {}, RELU),
         "batch_topk_transcoder": ("batch_topk_transcoder", {}, ()),
     },
@@ -53,14 +52,18 @@ SWEPT |= {"signed_gated": (1.5e-3, 3e-3, 6e-3)} | dict.fromkeys(
 # The best of `SWEPT` (docs/architectures.md).
 RATES = dict.fromkeys(SWEPT, 6e-3) | dict.fromkeys(("relu", "relu_april", "topk", "batch_topk"), 1.2e-2)
 RATES |= {"signed_gated": 3e-3, "matryoshka": 2.4e-2}
+# Of the activation alone, as transcoders and crosscoders were not searched.
+RATES |= {
+    kind: RATES[kind.rpartition("_")[0]] for family in ("transcoders", "crosscoders") for kind in FAMILIES[family]
+}
 
 
 def width(family, kind):
     """Of equal compute. Each feature of a sign-aware SAE counts as two, as their paper compares them."""
     if kind == "signed_gated":
-        return WIDTH // 2
+        return WIDTHS[family] // 2
     architecture, options, _ = FAMILIES[family][kind]
-    return products.equal_width(architecture, WIDTH, of=next(iter(FAMILIES[family])), **options)
+    return products.equal_width(architecture, WIDTHS[family], of=next(iter(FAMILIES[family])), **options)
 
 
 def get_config(which=""):
