@@ -34,9 +34,12 @@ FAMILIES = {
         "matryoshka": ("matryoshka", {}, ()),
     },
     "transcoders": {
-        "gated_transcoder": ("gated_transcoder", {}, GATED),
-        "relu_transcoder": ("relu_transcoder", {}, RELU),
+        "gated_transcoder": ("gated_transcoder", {}, (1e-3, 5e-3, 1.8e-2)),
+        "relu_transcoder": ("relu_transcoder", {}, (5e-4, 3e-3, 1e-2)),
         "batch_topk_transcoder": ("batch_topk_transcoder", {}, ()),
+        # As wide as gated ones.
+        "relu_transcoder_narrow": ("relu_transcoder", {}, (5e-4, 3e-3, 1e-2)),
+        "batch_topk_transcoder_narrow": ("batch_topk_transcoder", {}, ()),
     },
     "crosscoders": {
         "gated_crosscoder": ("gated_crosscoder", {}, GATED),
@@ -50,19 +53,18 @@ SWEPT = {name: (6e-3, 1.2e-2, 2.4e-2) for kinds in FAMILIES.values() for name in
 SWEPT |= {"signed_gated": (1.5e-3, 3e-3, 6e-3)} | dict.fromkeys(
     ("topk", "batch_topk", "matryoshka"), (1.2e-2, 2.4e-2, 4.8e-2)
 )
-# The best of `SWEPT` (docs/architectures.md).
-RATES = dict.fromkeys(SWEPT, 6e-3) | dict.fromkeys(("relu", "relu_april", "topk", "batch_topk"), 1.2e-2)
-RATES |= {"signed_gated": 3e-3, "matryoshka": 2.4e-2}
-# Of the activation alone, as transcoders and crosscoders were not searched.
-RATES |= {
-    kind: RATES[kind.rpartition("_")[0]] for family in ("transcoders", "crosscoders") for kind in FAMILIES[family]
-}
+# The best of `SWEPT` (docs/architectures.md). Those of crosscoders are of their SAEs, and were not searched.
+RATES = dict.fromkeys(SWEPT, 1.2e-2) | dict.fromkeys(("signed_gated",), 3e-3) | dict.fromkeys(("matryoshka",), 2.4e-2)
+RATES |= dict.fromkeys(("gated", "gated_tanh", "gated_aligned", "jumprelu", "gated_crosscoder"), 6e-3)
+RATES |= dict.fromkeys(("batch_topk_transcoder", "batch_topk_transcoder_narrow"), 2.4e-2)
 
 
 def width(family, kind, model="embedded"):
     """Of equal compute. Each feature of a sign-aware SAE counts as two, as their paper compares them."""
     if kind == "signed_gated":
         return WIDTHS[model] // 2
+    if kind.endswith("_narrow"):
+        return WIDTHS[model]
     architecture, options, _ = FAMILIES[family][kind]
     return products.equal_width(architecture, WIDTHS[model], of=next(iter(FAMILIES[family])), **options)
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from configs import architectures
 from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import products
+
+sys.path.insert(1, str(Path(__file__).parents[1]))  # configs/ is no package that is installed
+from configs import architectures
 
 LEVELS = (0.85, 0.9, 0.95)  # of loss recovered
 # Of each run: its family, its model, and the title of its figure.
