@@ -29,7 +29,7 @@ STORE, RUN, RECORDS = "store", "run", "recovery.json"
 STORED = 2**18  # tokens in the store, which longer runs read several times
 MEASURED = 2**15  # tokens, which are not in the store
 PART = 2**16  # tokens that are drawn at once
-ROW, ROWS, BATCH = 128, 16, 512  # tokens in a row of the store, rows that are read at once, tokens of an update
+ROW, ROWS, BATCH = 128, 16, 256  # tokens in a row of the store, rows that are read at once, tokens of an update
 HELD_OUT = 0.02  # of the rows, for the reports that other commands make
 TO_TRAIN, TO_MEASURE = 1, 2  # the seeds of the two draws begin with these
 
@@ -72,7 +72,7 @@ def study(
         stacks: of SAEs that read and write one site, by name, as a config has them. Their site is replaced.
         settings: of the dictionary.
         directory: of the study, local or gs://bucket/folder. It is created if it does not exist.
-        steps: of training; a multiple of 4.
+        steps: of training; a multiple of 8.
         seed: of the dictionary and its activations. SAEs have their own seeds.
 
     Returns:
