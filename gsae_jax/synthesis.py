@@ -28,9 +28,9 @@ SITE = "synthetic"
 STORE, RUN, RECORDS = "store", "run", "recovery.json"
 STORED = 2**18  # tokens in the store, which longer runs read several times
 MEASURED = 2**15  # tokens, which are not in the store
-PART = 2**16  # tokens that are drawn at once
+PART = 2**13  # tokens that are drawn at once
 ROW, ROWS, BATCH = 128, 16, 256  # tokens in a row of the store, rows that are read at once, tokens of an update
-HELD_OUT = 0.02  # of the rows, for the reports that other commands make
+HELD_OUT = 0.02  # of the rows, on which `python -m gsae_jax.evaluate` measures the run
 TO_TRAIN, TO_MEASURE = 1, 2  # the seeds of the two draws begin with these
 
 
@@ -38,7 +38,7 @@ def experiment(stacks: Mapping[str, Any], store: epath.PathLike, steps: int) -> 
     """An experiment on a store of synthetic activations: all fields that differ from the defaults.
 
     Args:
-        stacks: of SAEs, by name, as a config has them. Their site is replaced.
+        stacks: by name, as a config has them. Their site is replaced.
         store: where the store is or will be.
         steps: of training, a multiple of `ROW` * `ROWS` / `BATCH`.
     """
@@ -65,11 +65,11 @@ def study(
 ) -> list[dict[str, Any]]:
     """Train SAEs on activations of a known dictionary, and measure how well they recover it.
 
-    A study that was interrupted continues. The directory gets the `store` of activations, the `run`, and
-    `recovery.json` with the settings and the records.
+    A study that was interrupted continues, and one that is finished is measured again. The directory gets the `store`
+    of activations, the `run`, and `recovery.json` with the settings and the records.
 
     Args:
-        stacks: of SAEs that read and write one site, by name, as a config has them. Their site is replaced.
+        stacks: by name, as a config has them, of SAEs that read and write one site. Their site is replaced.
         settings: of the dictionary.
         directory: of the study, local or gs://bucket/folder. It is created if it does not exist.
         steps: of training; a multiple of 8.
@@ -86,10 +86,10 @@ def study(
     """
     if seed < 0:
         raise UserError(f"is {seed}; write 0 or more", "seed")
-    folder = paths.of_user(directory)
-    config = experiments.experiment(experiment(stacks, folder / STORE, steps))
-    _check(config)
     with errors.about("directory", **{"--out": "directory", "--workdir": "directory"}):
+        folder = paths.of_user(directory)
+        config = experiments.experiment(experiment(stacks, folder / STORE, steps))
+        _check(config)
         if not folder.is_empty(ignored="") and not (folder / STORE).exists():
             raise UserError(f"{folder} has other files; write the name of a new folder")
         truth = synthetic.Truth.make(settings, seed)

@@ -45,7 +45,7 @@ class Settings:
 
     dimension: int = 64
     atoms: int = 128
-    active: float = 8.0
+    active: float = 4.0
     exponent: float = 0.5
     parents: int = 8
     children: int = 3
