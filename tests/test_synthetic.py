@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import synthetic as experiment
 from gsae_jax import plugins, stack_config, synthesis
 from gsae_jax.evaluation import synthetic
 from gsae_jax.evaluation.synthetic import Settings, Truth
@@ -273,7 +272,6 @@ def test_stacks_without_one_site(tmp_path, field, stack):
 EASY = Settings(dimension=24, atoms=32, active=2.0, parents=4, children=2, with_child=0.5)
 TRAIN = """
 import sys
-from configs import synthetic as experiment
 from gsae_jax import synthesis
 from tests import test_synthetic
 
