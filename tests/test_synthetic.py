@@ -291,15 +291,11 @@ def test_every_architecture_recovers_the_dictionary(tmp_path):
     }
     assert {record["architecture"] for record in records} == one_site
     found = {record["stack"]: record for record in records}
-    for kind, record in found.items():
-        print(kind, record)
-    for kind, record in found.items():
+    for kind, record in found.items():  # at the start, none has a cosine above 0.8
         assert record["cosine"] > 0.85, kind
-        assert record["recovered"] > 0.6, kind
-        assert record["f1"] > 0.6, kind
+        assert record["recovered"] > 0.5, kind
+        assert record["f1"] > 0.65, kind
         assert record["l0"] == pytest.approx(2, abs=0.5), kind
-    # L1 shrinks the features of the baselines.
-    baselines = {kind for kind in found if kind.startswith("relu")}
-    assert max(found[kind]["gamma"] for kind in baselines) < min(
-        found[kind]["gamma"] for kind in found.keys() - baselines
-    )
+        # L1 shrinks the features of the baselines.
+        assert (record["gamma"] < 0.6) == (record["architecture"] in ("relu", "relu_april")), kind
+        assert record["gamma"] < 1.05, kind
