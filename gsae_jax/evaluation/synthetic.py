@@ -268,7 +268,7 @@ def _absorption(
     rates, parent_of = [], truth.settings.parent_of
     for parent in range(truth.settings.parents):
         absorbed, tokens = 0, 0
-        for child in np.flatnonzero(parent_of == parent):
+        for child in np.flatnonzero(parent_of == parent).tolist():
             both = (magnitudes[:, parent] > 0) & (magnitudes[:, child] > 0)
             tokens += both.sum()
             if matched[child] >= 0:
