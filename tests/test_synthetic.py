@@ -272,10 +272,12 @@ def test_stacks_without_one_site(tmp_path, field, stack):
 EASY = Settings(dimension=24, atoms=32, active=2.0, parents=4, children=2, with_child=0.5)
 TRAIN = """
 import sys
-from gsae_jax import synthesis
-from tests import test_synthetic
 
-synthesis.study(experiment.stacks(test_synthetic.EASY), test_synthetic.EASY, sys.argv[1], 800)
+from configs import synthetic as experiment
+from gsae_jax import synthesis
+from tests.test_synthetic import EASY
+
+synthesis.study(experiment.stacks(EASY), EASY, sys.argv[1], 800)
 """
 
 
