@@ -48,6 +48,7 @@ FLOOR = {
     "scoring": 7,
     "studying": 7,
     "storing": 6,
+    "synthesis": 7,
 }
 # On the highest floor.
 COMMANDS = ("train", "evaluate", "collect", "view", "rate", "study", "export", "plan", "push", "pretrain")
