@@ -3,7 +3,8 @@
 import io
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -54,6 +55,15 @@ def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] 
     for axis in panels.values():
         _focus(axis, -0.5, 1.5)
     _on_one_scale(panels.values())
+    return figure
+
+
+def metric(records: list[dict[str, Any]], field: str, label: str, lines: Mapping[str, float] = MappingProxyType({})) -> Figure:
+    """Any metric against L0, per site; `lines`: by site, a value to draw across."""
+    figure, panels = _against_l0(records, field, label, ())
+    for site, axis in panels.items():
+        if site in lines:
+            axis.axhline(lines[site], color="0.4", linewidth=1, linestyle="--")
     return figure
 
 
