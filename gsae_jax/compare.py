@@ -36,6 +36,8 @@ if __name__ == "__main__":
     FEATURES = flags.DEFINE_integer("features", 200, "Features of each SAE that the automatic rater scores; 0: none.")
     PROBE_TOKENS = flags.DEFINE_integer("probe_tokens", 2**16, "Tokens of labelled text for probes; 0: no probes.")
     LABELS = flags.DEFINE_string(
-        "labels", "", "JSON lines of text with labels; default: the held-out text of the runs, if it is Python's library."
+        "labels",
+        "",
+        "JSON lines of text with labels; default: the held-out text of the runs, if it is Python's library.",
     )
     cli.run(main)

@@ -5,7 +5,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ def compare(wanted: Wanted, out: str) -> Path:
     records = _records(runs)
     references = _references(records, wanted.reference)
     text = _labelled(runs[0], wanted) if wanted.probe_tokens else None
-    notes = report.unequal_training({run.label: next(iter(run.report["runs"].values())) for run in runs})
+    notes = _differences(runs)
     if wanted.features:
         notes += _score(runs, records, wanted.features)
     probes = None if text is None else _probe(runs, records, text)
@@ -109,6 +110,17 @@ def compare(wanted: Wanted, out: str) -> Path:
     with errors.about("--out"), writing.new_folder(out) as scratch:
         _write(scratch, wanted, records, references, probes, notes)
     return Path(paths.require_local(out))
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each way in which the training or the reports of runs are not alike."""
+    notes = report.unequal_training({run.label: next(iter(run.report.get("runs", {}).values()), {}) for run in runs})
+    measured = {json.dumps([run.report.get("settings", {}).get(name) for name in ("tokens", "text")]) for run in runs}
+    if len(measured) > 1:
+        notes.append(
+            "The reports of the runs were made on different text. `python -m gsae_jax.evaluate` measures again."
+        )
+    return notes
 
 
 def _runs(names: Sequence[str]) -> list[Run]:
@@ -149,27 +161,29 @@ def _run(name: str, label: str) -> Run:
 def _records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A record for each SAE of the runs, and site that it writes, with its kind and without scores so far.
 
-    If runs have kinds of one name, they are one kind if they differ in nothing but seeds. Otherwise the name of each
-    begins with its run's.
+    A kind is a stack; stacks that differ in the option that says how many features are active are one, with the name
+    of their variant. If runs have kinds of one name, they are one kind if they differ in nothing but seeds. Otherwise
+    the name of each begins with its run's.
     """
-    records: list[dict[str, Any]] = []
-    parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        own = [_record(run, record) for record in run.report["saes"] if not record["ito"]]
-        records += own
-        for (_, name), members in frontiers.stacks(own).items():
-            rates = {f"{member['learning_rate']:g}" for member in members}
-            for member in members:
-                rate = f"{member['learning_rate']:g}"
-                parts[name if len(rates) == 1 else f"{name}, rate {rate}"][run.label].append(member)
-    of_label = {run.label: run for run in runs}
-    for name, by_run in parts.items():
-        recipes = {_recipe(of_label[label], members) for label, members in by_run.items()}
+    records = [_record(run, record) for run in runs for record in run.report["saes"] if not record["ito"]]
+    recipes, rates = defaultdict(set), defaultdict(set)
+    for r in records:
+        recipes[r["run"], r["site"], r["kind"]].add(r["recipe"])
+    for r in records:
+        if len(recipes[r["run"], r["site"], r["kind"]]) > 1:  # of one architecture, but not of one recipe
+            r["kind"] = re.sub(r"_\d+$", "", r["stack"])
+        rates[r["run"], r["kind"]].add(f"{r['learning_rate']:g}")
+    by_kind: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for r in records:
+        if len(rates[r["run"], r["kind"]]) > 1:
+            r["kind"] = f"{r['kind']}, rate {r['learning_rate']:g}"
+        by_kind[r["kind"]][r["run"]].append(r)
+    for kind, by_run in by_kind.items():
         seeds = [seed for members in by_run.values() for seed in {member["replicate"] for member in members}]
-        is_one = len(recipes) == 1 and len({*seeds}) == len(seeds)
-        for label, members in by_run.items():
-            for member in members:
-                member["kind"] = name if is_one else f"{label}/{name}"
+        is_one = len({r["recipe"] for members in by_run.values() for r in members}) == 1 and len({*seeds}) == len(seeds)
+        for run, members in by_run.items():
+            for r in members:
+                r["kind"] = kind if is_one or len(by_run) == 1 else f"{run}/{kind}"
     return records
 
 
@@ -184,7 +198,10 @@ def _record(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
         **record,
         **known,
         "run": run.label,
+        "stack": stack,
         "sae": f"{stack}_{index}",
+        "kind": record.get("frontier") or stack,
+        "recipe": _recipe(run, stack),
         "replicate": f"{run.config.seed}/{record['seed']}",
         "sparsity": f"{record['variant']}, target {target:g}" if target else f"{record['variant']}, {l1_coefficient:g}",
         "rated": 0,
@@ -192,13 +209,13 @@ def _record(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _recipe(run: Run, members: Iterable[Mapping[str, Any]]) -> str:
-    """All settings of a kind's training but seeds."""
+def _recipe(run: Run, name: str) -> str:
+    """All settings of a stack's training but its seeds, and how many features are active where that is an option."""
     tree = config_trees.to_dict(run.config)
-    stacks = [tree["stacks"][name] for name in sorted({frontiers.identity(dict(member))[1] for member in members})]
-    recipe = {name: tree[name] for name in ("train", "activations")}
-    recipe["stacks"] = [{name: value for name, value in stack.items() if name != "seeds"} for stack in stacks]
-    return json.dumps(recipe | {"text": run.facts.rows}, sort_keys=True)
+    stack = {field: value for field, value in tree["stacks"][name].items() if field != "seeds"}
+    sparsity = contract.sparsity(contract.module_of(run.config.stacks[name].architecture))
+    stack["options"] = {option: value for option, value in stack["options"].items() if option != sparsity}
+    return json.dumps([stack, tree["train"], tree["activations"], run.facts.rows], sort_keys=True)
 
 
 def _references(records: Sequence[Mapping[str, Any]], wanted: str) -> dict[str, str]:
@@ -398,7 +415,8 @@ def _write(
         }
         tree["sites"][site] = found
         dense = _dense_at(records, site, probes)
-        l0 = sorted(wanted.l0)[len(wanted.l0) // 2]
+        # That of most kinds.
+        l0 = Counter(row["l0"] for row in found["at_equal_l0"]).most_common(1)
         pages.append(
             {
                 "name": site,
@@ -406,8 +424,8 @@ def _write(
                 "ratios": comparison.ratios_table(found["l0_ratios"]),
                 "equal_l0": comparison.equal_l0_table(found["at_equal_l0"], names),
                 "measured": comparison.measured_table(found["measured"], names),
-                "labels": comparison.labels_table(of_site, l0, dense) if dense else None,
-                "l0": l0,
+                "labels": comparison.labels_table(of_site, l0[0][0], dense) if dense and l0 else None,
+                "l0": l0[0][0] if l0 else None,
             }
         )
     if probes is not None:

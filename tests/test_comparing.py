@@ -29,10 +29,10 @@ def record(kind, seed, l0, recovered, **others):
 
 @pytest.fixture
 def records():
-    """A kind that needs half, and in the second seed a quarter, of the features of the other."""
+    """Two kinds. The second needs 1.5 times the features of the first, and in the second seed twice as many."""
     levels = (0.75, 0.85, 0.97)
     made = [record("first", seed, np.exp(5 * level), level) for seed in (0, 1) for level in levels]
-    for seed, factor in ((0, 2.0), (1, 4.0)):
+    for seed, factor in ((0, 1.5), (1, 2.0)):
         made += [record("second", seed, factor * np.exp(5 * level), level) for level in levels]
     return made
 
@@ -62,14 +62,14 @@ def test_kinds_are_compared_by_seed(records):
     of_site = comparison.kinds(records, SITE)
     (*rows,) = comparison.l0_ratios(of_site, "first")
     assert [row["level"] for row in rows] == list(frontiers.LEVELS)
-    expected = frontiers.ratio_over_seeds([2, 4])
+    expected = frontiers.ratio_over_seeds([1.5, 2])
     for row in rows:
         assert (row["kind"], row["seeds"]) == ("second", 2)
         np.testing.assert_allclose(row["ratio"], expected)
     # A seed that the reference does not have is no pair.
     alone = [each for each in records if (each["kind"], each["replicate"]) != ("first", "0/1")]
     row, *_ = comparison.l0_ratios(comparison.kinds(alone, SITE), "first")
-    assert (row["seeds"], row["ratio"].middle) == (1, pytest.approx(2))
+    assert (row["seeds"], row["ratio"].middle) == (1, pytest.approx(1.5))
     assert comparison.ratios_table(rows).rows[0][:2] == ["second", expected.text(".2f")]
 
 
@@ -77,7 +77,7 @@ def test_differences_at_equal_l0(records):
     of_site = comparison.kinds(records, SITE)
     rows = {(row["l0"], row["kind"]): row for row in comparison.at_equal_l0(of_site, "first", (100, 10**6))}
     assert rows.keys() == {(100, "first"), (100, "second")}  # no frontier reaches a million
-    values = [(np.log(100) - np.log(factor)) / 5 for factor in (2, 4)]
+    values = [(np.log(100) - np.log(factor)) / 5 for factor in (1.5, 2)]
     row = rows[100, "second"]
     np.testing.assert_allclose(row["values"]["loss_recovered"], frontiers.over_seeds(values))
     differences = [value - np.log(100) / 5 for value in values]
@@ -116,7 +116,7 @@ def labelled(text_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(collected_run, labelled, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared") / "out"
-    wanted = comparing.Wanted([str(collected_run)], features=20, probe_tokens=4096, labels=labelled, l0=(10, 20))
+    wanted = comparing.Wanted([str(collected_run)], features=20, probe_tokens=4096, labels=labelled, l0=(29, 60))
     return comparing.compare(wanted, str(out))
 
 
@@ -136,7 +136,7 @@ def test_a_run_is_compared(compared, collected_run):
     assert (task["kind"], task["value"]) == ("keyword", "word")
     ((reads, (ceiling,)),) = tree["probes"]["dense"].items()
     assert reads == SITE
-    assert ceiling > 0.8
+    assert ceiling > 0.6
     assert {sae["kind"] for sae in tree["saes"]} == {"gated", "baseline"}
 
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_compared(copied, labelled, tmp_path):
     with refused("--runs", "blocks.1.hook_mlp_out", SITE):
         compare([copied, elsewhere], out)
     other = shutil.copytree(copied, tmp_path / "other")
-    (facts,) = other.glob("checkpoints/16/facts/*")
+    facts = other / "checkpoints" / "16" / "facts" / "metadata"
     tree = json.loads(facts.read_text())
     tree["lm"] = dict.fromkeys(tree["lm"], "another")
     facts.write_text(json.dumps(tree))

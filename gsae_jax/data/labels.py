@@ -1,7 +1,7 @@
 """Text with labels: documents of which parts have a label of some kind, and rows of tokens that have these labels.
 
-A kind of labels, such as `keyword`, has values, such as `import`. A character has at most one value of each kind. A token
-has the value of its first character that is not a space; a token of spaces alone, of its first character.
+A kind of labels, such as `keyword`, has values, such as `import`. A character has at most one value of each kind. A
+token has the value of its first character that is not a space; a token of spaces alone, of its first character.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Kinds of SAEs compared over seeds: the numbers and the tables of `python -m gsae_jax.compare`.
 
-A kind is a frontier of a report: the SAEs of one recipe that differ in sparsity and seed. Kinds are compared by seed, as
-SAEs of one seed read the same activations in the same order.
+A kind is the SAEs of one recipe, which differ in sparsity and seed. Kinds are compared by seed, as SAEs of one seed
+read the same activations in the same order.
 """
 
 import math

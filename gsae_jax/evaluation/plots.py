@@ -58,7 +58,9 @@ def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] 
     return figure
 
 
-def metric(records: list[dict[str, Any]], field: str, label: str, lines: Mapping[str, float] = MappingProxyType({})) -> Figure:
+def metric(
+    records: list[dict[str, Any]], field: str, label: str, lines: Mapping[str, float] = MappingProxyType({})
+) -> Figure:
     """Any metric against L0, per site; `lines`: by site, a value to draw across."""
     figure, panels = _against_l0(records, field, label, ())
     for site, axis in panels.items():

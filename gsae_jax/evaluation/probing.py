@@ -1,9 +1,9 @@
 """Sparse probes: how well a few features of an SAE tell whether a token has a label.
 
-As of Gurnee et al. (2305.01610) and SAEBench (2503.09532). For each value of each kind of labels there is one task: tokens
-with this value against other tokens. The k features are those with the largest difference of their means on the two
-classes, in units of the decoder's rows. A logistic regression learns from them on the training documents, and is judged
-on other documents. A dense probe, on all activations that the SAE reads, is what they are compared with.
+As of Gurnee et al. (2305.01610) and SAEBench (2503.09532). For each value of each kind of labels there is one task:
+tokens with this value against other tokens. The k features are those with the largest difference of their means on the
+two classes, in units of the decoder's rows. A logistic regression learns from them on the training documents, and is
+judged on other documents. A dense probe, on all activations that the SAE reads, is what they are compared with.
 
 Both classes of a task have as many tokens, drawn at random, in training and in testing. So the score, the fraction of
 test tokens that are told right, is the balanced accuracy. Chance is 0.5.
