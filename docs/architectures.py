@@ -2,7 +2,7 @@
 
     python docs/architectures.py --runs runs --write docs/architectures.md
 
-`--runs` holds `architectures` and `architectures_tinystories`, and `..._rates` of each. What is absent stays as it is.
+`--runs` holds the runs that `RUNS` names, and `..._rates` of each. What is absent stays as it is.
 """
 
 import argparse
@@ -21,17 +21,27 @@ from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import products
 
 LEVELS = (0.85, 0.9, 0.95)  # of loss recovered
-MODELS = {"": "embedded model", "_tinystories": "TinyStories-656K"}
-STYLES = {name: (f"C{number}", "os^vD*Xp<>"[number]) for number, name in enumerate(architectures.KINDS)}
+# Of each run: its family, and the title of its panel. The panels of a figure are the runs of one family.
+RUNS = {
+    "architectures": ("saes", "embedded model"),
+    "architectures_tinystories": ("saes", "TinyStories-656K"),
+    "transcoders_tinystories": ("transcoders", "TinyStories-656K, MLP of layer 1"),
+    "crosscoders_tinystories": ("crosscoders", "TinyStories-656K, residual stream of layer 1"),
+}
 
 
 def read(path):
-    """The records of a run, by (architecture, learning rate, seed), each a frontier by ascending L0."""
+    """The records of a run, by (site, kind, learning rate, seed), each a frontier by ascending L0."""
     groups = defaultdict(list)
     for record in json.loads((path / "report" / "report.json").read_text())["saes"]:
-        name = re.sub(r"_\d+$", "", frontiers.identity(record)[1])
-        groups[name, record["learning_rate"], record["seed"]].append(record)
+        kind = re.sub(r"_\d+$", "", frontiers.identity(record)[1])
+        groups[record["site"], kind, record["learning_rate"], record["seed"]].append(record)
     return {key: sorted(group, key=lambda record: record["l0"]) for key, group in groups.items()}
+
+
+def named(site, kind, sites):
+    """The first cells of a line. Where there are several sites, the first is the site."""
+    return [f"`{site}`"] * (len(sites) > 1) + [f"`{kind}`"]
 
 
 def l0_at(records, level):
@@ -59,42 +69,50 @@ def ratio_and_interval(ratios):
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def table(header, rows):
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+def table(header, *rows):
+    lines = [header, [":--" if cell in ("Site", "Architecture") else "--:" for cell in header], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def ratios(groups):
-    """For each architecture and level: the L0 that it needs, divided by that of gated SAEs of the same seed."""
-    seeds = sorted({seed for _, _, seed in groups})
-    of = {name: {seed: group for (other, _, seed), group in groups.items() if other == name} for name in STYLES}
-    for name in of:
-        if name != "gated" and of[name]:
-            each = [[l0_at(of[name][s], level) / l0_at(of["gated"][s], level) for s in seeds] for level in LEVELS]
-            yield [f"`{name}`", architectures.width(name), *map(ratio_and_interval, each)]
+def ratios(family, groups):
+    """A header and, for each kind and level, its L0 divided by that of the family's first kind of the same seed."""
+    sites, seeds = (sorted({key[place] for key in groups}) for place in (0, 3))
+    first, *others = architectures.FAMILIES[family]
+    yield [*["Site"] * (len(sites) > 1), "Architecture", "Width", *(f"at {level}" for level in LEVELS)]
+    for site in sites:
+        of = {(kind, seed): group for (at, kind, _, seed), group in groups.items() if at == site}
+        for kind in others:
+            each = [[l0_at(of[kind, s], level) / l0_at(of[first, s], level) for s in seeds] for level in LEVELS]
+            width = architectures.width(family, kind)
+            yield [*named(site, kind, sites), width, *map(ratio_and_interval, each)]
 
 
-def measured(groups):
-    """For each architecture and target of L0, the means over seeds."""
-    for name in STYLES:
-        frontier = [group for (other, _, _), group in groups.items() if other == name]
-        for members in zip(*frontier, strict=True):
-            columns = [[m[field] for m in members] for field in ("l0", "loss_recovered", "fvu", "alive")]
-            forms = (".1f", ".3f", ".3f", ".3f")
-            yield [f"`{name}`", *(mean_and_interval(*pair) for pair in zip(columns, forms, strict=True))]
+def measured(family, groups):
+    """A header and, for each kind and value of λ or k, the means over seeds."""
+    sites = sorted({key[0] for key in groups})
+    yield [*["Site"] * (len(sites) > 1), "Architecture", "L0", "Loss recovered", "FVU", "Alive"]
+    for site in sites:
+        for kind in architectures.FAMILIES[family]:
+            frontier = [group for (at, other, _, _), group in groups.items() if (at, other) == (site, kind)]
+            for members in zip(*frontier, strict=True):
+                columns = [[m[field] for m in members] for field in ("l0", "loss_recovered", "fvu", "alive")]
+                forms = (".1f", ".3f", ".3f", ".3f")
+                cells = (mean_and_interval(*pair) for pair in zip(columns, forms, strict=True))
+                yield [*named(site, kind, sites), *cells]
 
 
-def best_rates(groups):
+def best_rates(family, groups):
     """A header and, for each kind, loss recovered at an L0 of 50 by learning rate. The best of a line is bold."""
-    rates = sorted({rate for swept in architectures.SWEPT.values() for rate in swept})
-    yield ["Architecture", *(f"{rate:g}" for rate in rates)]
-    for name in STYLES:
-        at = [recovered_at(groups.get((name, rate, 0), []), math.log(architectures.L0[1])) for rate in rates]
-        shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in at]
-        yield [
-            f"`{name}`",
-            *(f"**{text}**" if value == np.nanmax(at) else text for text, value in zip(shown, at, strict=True)),
-        ]
+    sites = sorted({key[0] for key in groups})
+    rates = sorted({rate for kind in architectures.FAMILIES[family] for rate in architectures.SWEPT[kind]})
+    yield [*["Site"] * (len(sites) > 1), "Architecture", *(f"{rate:g}" for rate in rates)]
+    for site in sites:
+        for kind in architectures.FAMILIES[family]:
+            log_l0 = math.log(architectures.L0[1])
+            at = [recovered_at(groups.get((site, kind, rate, 0), []), log_l0) for rate in rates]
+            shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in at]
+            cells = [f"**{text}**" if value == np.nanmax(at) else text for text, value in zip(shown, at, strict=True)]
+            yield [*named(site, kind, sites), *cells]
 
 
 def recovered_at(records, log_l0):
@@ -105,15 +123,25 @@ def recovered_at(records, log_l0):
     return float(np.interp(log_l0, *zip(*points, strict=True), left=math.nan, right=math.nan)) if points else math.nan
 
 
-def draw(models):
-    """Loss recovered against L0: a line for each architecture and seed, a panel for each model."""
-    figure = Figure(figsize=(6.4 * len(models), 5), layout="constrained")
-    for axis, (title, groups) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
-        for (name, _, seed), records in sorted(groups.items(), key=lambda item: list(STYLES).index(item[0][0])):
-            colour, marker = STYLES[name]
+def draw(family, panels):
+    """Loss recovered against L0: a line for each kind, site and seed, a panel for each run."""
+    figure = Figure(figsize=(6.4 * len(panels), 5), layout="constrained")
+    kinds = list(architectures.FAMILIES[family])
+    for axis, (title, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        sites = sorted({key[0] for key in groups})
+        for (site, kind, _, seed), records in sorted(groups.items(), key=lambda item: kinds.index(item[0][1])):
+            number = kinds.index(kind)
             l0, recovered = ([r[field] for r in records] for field in ("l0", "loss_recovered"))
-            label = name if seed == 0 else None
-            axis.plot(l0, recovered, color=colour, marker=marker, markersize=4, linewidth=0.9, label=label)
+            axis.plot(
+                l0,
+                recovered,
+                color=f"C{number}",
+                marker="os^vD*Xp<>"[number],
+                linestyle=("-", "--")[sites.index(site)],
+                markersize=4,
+                linewidth=0.9,
+                label=" at ".join([kind] + [site] * (len(sites) > 1)) if seed == 0 else None,
+            )
         axis.set(xscale="log", xlabel="L0", ylabel="loss recovered", title=title)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.25)
@@ -126,27 +154,28 @@ def main():
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--write", type=Path, required=True)
     arguments = parser.parse_args()
-    counts = {name: products.count(kind, **options) for name, (kind, options, _) in architectures.KINDS.items()}
-    costs = [[f"`{name}`", f"{count:g}", architectures.width(name)] for name, count in counts.items()]
-    tables = {"products": table(["Architecture", "Products", "Width"], costs)}
-    models = {}
-    for suffix, title in MODELS.items():
-        run = arguments.runs / f"architectures{suffix}"
-        if (run / "report").exists():
-            models[title] = groups = read(run)
-            header = ["Architecture", "Width", *(f"at {level}" for level in LEVELS)]
-            tables[f"ratios{suffix}"] = table(header, ratios(groups))
-            header = ["Architecture", "L0", "Loss recovered", "FVU", "Alive"]
-            tables[f"measured{suffix}"] = table(header, measured(groups))
-        if (sweep := arguments.runs / f"architectures{suffix}_rates").exists():
-            header, *lines = best_rates(read(sweep))
-            tables[f"rates{suffix}"] = table(header, lines)
+    costs = [["Architecture", "Products", "Width"]]
+    for family, kinds in architectures.FAMILIES.items():
+        for kind, (architecture, options, _) in kinds.items():
+            costs.append(
+                [f"`{kind}`", f"{products.count(architecture, **options):g}", architectures.width(family, kind)]
+            )
+    tables, figures = {"products": table(*costs)}, defaultdict(dict)
+    for name, (family, title) in RUNS.items():
+        suffix = f"_{name}".replace("_architectures", "")
+        if (arguments.runs / name / "report").exists():
+            figures[family][title] = groups = read(arguments.runs / name)
+            tables[f"ratios{suffix}"] = table(*ratios(family, groups))
+            tables[f"measured{suffix}"] = table(*measured(family, groups))
+        if (arguments.runs / f"{name}_rates" / "report").exists():
+            tables[f"rates{suffix}"] = table(*best_rates(family, read(arguments.runs / f"{name}_rates")))
     text = arguments.write.read_text("utf-8")
     for name, content in tables.items():
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{content}\n\n\g<2>", text, flags=re.DOTALL)
     arguments.write.write_text(text, "utf-8")
-    if models:
-        draw(models).savefig(arguments.write.with_suffix(".png"), dpi=110)
+    for family, panels in figures.items():
+        name = "architectures" if family == "saes" else family
+        draw(family, panels).savefig(arguments.write.with_name(f"{name}.png"), dpi=110)
 
 
 if __name__ == "__main__":
