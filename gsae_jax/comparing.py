@@ -224,13 +224,13 @@ def _references(records: Sequence[Mapping[str, Any]], wanted: str) -> dict[str, 
     Raises:
         UserError: no site has the kind that is asked for.
     """
-    found = {}
+    found: dict[str, str] = {}
     for site in dict.fromkeys(record["site"] for record in records):
         kinds = comparison.kinds(records, site)
         gated = [
             kind
             for kind, seeds in kinds.items()
-            if any(contract.is_gated(frontiers.family(r)) for members in seeds.values() for r in members)
+            if any(contract.is_gated(r["variant"]) for members in seeds.values() for r in members)
         ]
         for kind in [wanted] if wanted else (gated or kinds):
             if kind in kinds:
@@ -281,7 +281,7 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
             for name in names[run.label]:
                 bar.update()
                 features = every.get(name)
-                about = None if features is None else features.about["collection"]
+                about = features.about["collection"] if features else {}
                 if features is None or about["parameters"] != collecting.about_sae(saes[name])["parameters"]:
                     lacking.append(name)
                     continue
@@ -452,7 +452,12 @@ def _write(
             lines = {site: float(np.mean([*each.values()])) for site, each in ceilings.items() if each}
         figure = plots.metric(drawn, name, comparison.METRICS[name].title, lines)
         figure.savefig(folder / f"{name}.png", dpi=120)
-    values = {"sites": pages, "notes": notes, "figures": shown, "runs": {r["run"]: None for r in records}}
+    values: dict[str, Any] = {
+        "sites": pages,
+        "notes": notes,
+        "figures": shown,
+        "runs": {r["run"]: None for r in records},
+    }
     values |= {"ks": probing.KS, "features": wanted.features, "most": probing.MOST}
     (folder / "compare.md").write_text(rendering.render("compare.md", **values), "utf-8")
 

@@ -79,19 +79,19 @@ class OverSeeds(NamedTuple):
 NOT_KNOWN = OverSeeds(math.nan, math.nan, math.nan)
 
 
-def over_seeds(values: Sequence[float]) -> OverSeeds:
+def over_seeds(values: Sequence[float] | np.ndarray) -> OverSeeds:
     """The mean of a number of each seed, at least one, and its interval."""
-    values = np.asarray(values, float)
-    if not np.isfinite(values).all():
+    numbers = np.asarray(values, float)
+    if not np.isfinite(numbers).all():
         return NOT_KNOWN
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
-    return OverSeeds(*(float(values.mean() + side * half) if side else float(values.mean()) for side in (0, -1, 1)))
+    mean = float(numbers.mean())
+    half = float(stats.t.ppf(0.975, len(numbers) - 1) * stats.sem(numbers)) if len(numbers) > 1 else math.nan
+    return OverSeeds(mean, mean - half, mean + half)
 
 
-def ratio_over_seeds(values: Sequence[float]) -> OverSeeds:
+def ratio_over_seeds(ratios: Sequence[float]) -> OverSeeds:
     """The geometric mean of a ratio of each seed, and its interval."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return OverSeeds(*map(math.exp, over_seeds(np.log(np.asarray(values, float)))))
+    return OverSeeds(*map(math.exp, over_seeds(np.log(ratios))))
 
 
 def l0_at(records: Sequence[Mapping[str, Any]], level: float) -> float:

@@ -156,17 +156,27 @@ def fit(x_NxK: np.ndarray, has_value: np.ndarray) -> tuple[np.ndarray, float]:
     x_NxK = np.asarray(x_NxK, np.float64)
     mean, spread = x_NxK.mean(0), x_NxK.std(0)
     spread = np.where(spread > 0, spread, 1.0)
-    z_NxK, sign = (x_NxK - mean) / spread, np.where(has_value, 1.0, -1.0)
+    z_NxL = np.column_stack([(x_NxK - mean) / spread, np.ones(len(x_NxK))])
+    z_LxN, sign = np.ascontiguousarray(z_NxL.T), np.where(has_value, 1.0, -1.0)
+    penalty = np.append(np.ones(x_NxK.shape[1]), 0.0)
+
+    # `einsum` has one thread. For products as small as these, several threads mostly wait for each other.
+    def times(values: np.ndarray) -> np.ndarray:
+        return np.einsum("nl,l->n", z_NxL, values)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        weights, margin = values[:-1], sign * (z_NxK @ values[:-1] + values[-1])
-        slope = -sign * special.expit(-margin)
-        total = np.logaddexp(0, -margin).sum() + weights @ weights / 2
-        return float(total), np.append(z_NxK.T @ slope + weights, slope.sum())
+        margin = sign * times(values)
+        total = np.logaddexp(0, -margin).sum() + np.square(penalty * values).sum() / 2
+        return float(total), np.einsum("ln,n->l", z_LxN, -sign * special.expit(-margin)) + penalty * values
 
-    found = optimize.minimize(loss, np.zeros(x_NxK.shape[1] + 1), jac=True, method="L-BFGS-B")
-    weights = found.x[:-1] / spread
-    return weights, float(found.x[-1] - mean @ weights)
+    def curvature(values: np.ndarray, along: np.ndarray) -> np.ndarray:
+        chance = special.expit(times(values))
+        return np.einsum("ln,n->l", z_LxN, chance * (1 - chance) * times(along)) + penalty * along
+
+    start = np.zeros(len(penalty))
+    found = optimize.minimize(loss, start, jac=True, hessp=curvature, method="trust-ncg").x
+    weights = found[:-1] / spread
+    return weights, float(found[-1] - mean @ weights)
 
 
 def _score(x_PxK: np.ndarray, task: Task) -> float:
