@@ -13,7 +13,8 @@ from gsae_jax import stack_config
 from gsae_jax.errors import UserError
 from gsae_jax.saes import products
 
-WIDTH = 1024  # of gated kinds; the others have the width of equal compute
+# Of gated kinds: four features for each dimension of the site. The others have the width of equal compute.
+WIDTHS = {"embedded": 1024, "tinystories": 512}
 L0 = (20, 50, 100)  # of the kinds that have a k
 # The architecture and options of each kind, and its values of λ. They are fixed, as an L0 that is reached at a high
 # learning rate does not stay when the rate falls. All others of a family are compared with its first kind.
@@ -34,7 +35,6 @@ FAMILIES = {
     },
     "transcoders": {
         "gated_transcoder": ("gated_transcoder", {}, GATED),
-        "gated_skip_transcoder": ("gated_transcoder", {"skip": True}, GATED),
         "relu_transcoder": ("relu_transcoder", {}, RELU),
         "batch_topk_transcoder": ("batch_topk_transcoder", {}, ()),
     },
@@ -53,14 +53,18 @@ SWEPT |= {"signed_gated": (1.5e-3, 3e-3, 6e-3)} | dict.fromkeys(
 # The best of `SWEPT` (docs/architectures.md).
 RATES = dict.fromkeys(SWEPT, 6e-3) | dict.fromkeys(("relu", "relu_april", "topk", "batch_topk"), 1.2e-2)
 RATES |= {"signed_gated": 3e-3, "matryoshka": 2.4e-2}
+# Of the activation alone, as transcoders and crosscoders were not searched.
+RATES |= {
+    kind: RATES[kind.rpartition("_")[0]] for family in ("transcoders", "crosscoders") for kind in FAMILIES[family]
+}
 
 
-def width(family, kind):
+def width(family, kind, model="embedded"):
     """Of equal compute. Each feature of a sign-aware SAE counts as two, as their paper compares them."""
     if kind == "signed_gated":
-        return WIDTH // 2
+        return WIDTHS[model] // 2
     architecture, options, _ = FAMILIES[family][kind]
-    return products.equal_width(architecture, WIDTH, of=next(iter(FAMILIES[family])), **options)
+    return products.equal_width(architecture, WIDTHS[model], of=next(iter(FAMILIES[family])), **options)
 
 
 def get_config(which=""):
@@ -73,8 +77,8 @@ def get_config(which=""):
     if len(families) > 1:
         raise UserError(f"has {' and '.join(sorted(families))}; write one of them after the colon")
     (family,) = families
-    config = tinystories.get_config() if "tinystories" in words else quickstart.get_config()
-    last = 1 if "tinystories" in words else 0  # block
+    model = "tinystories" if "tinystories" in words else "embedded"
+    config, last = (quickstart.get_config(), 0) if model == "embedded" else (tinystories.get_config(), 1)  # last block
     site = {
         "saes": {"site": config.stacks.gated.site},
         "transcoders": {"site": f"blocks.{last}.ln2.hook_normalized", "target": f"blocks.{last}.hook_mlp_out"},
@@ -86,7 +90,7 @@ def get_config(which=""):
             numbers = {"learning_rates": SWEPT[kind], "seeds": (0,)}
         else:
             numbers = {"learning_rates": (RATES[kind],), "seeds": (0, 1, 2)}
-        common = {**site, "width": width(family, kind), "grid": True, **numbers, **options}
+        common = {**site, "width": width(family, kind, model), "grid": True, **numbers, **options}
         if not l1_coefficients:
             for k in L0[1:2] if "rates" in words else L0:
                 config.stacks[f"{kind}_{k}"] = stack_config(architecture, k=k, **common)

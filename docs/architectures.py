@@ -20,12 +20,12 @@ from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import products
 
 LEVELS = (0.85, 0.9, 0.95)  # of loss recovered
-# Of each run: its family, and the title of its panel. The panels of a figure are the runs of one family.
+# Of each run: its family, its model, and the title of its figure.
 RUNS = {
-    "architectures": ("saes", "embedded model"),
-    "architectures_tinystories": ("saes", "TinyStories-656K"),
-    "transcoders_tinystories": ("transcoders", "TinyStories-656K, MLP of layer 1"),
-    "crosscoders_tinystories": ("crosscoders", "TinyStories-656K, residual stream of layer 1"),
+    "architectures": ("saes", "embedded", "embedded model"),
+    "architectures_tinystories": ("saes", "tinystories", "TinyStories-656K"),
+    "transcoders_tinystories": ("transcoders", "tinystories", "TinyStories-656K, MLP of layer 1"),
+    "crosscoders_tinystories": ("crosscoders", "tinystories", "TinyStories-656K, residual stream of layer 1"),
 }
 
 
@@ -48,7 +48,7 @@ def table(header, *rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def ratios(family, groups):
+def ratios(family, model, groups):
     """A header and, for each kind and level, its L0 divided by that of the family's first kind of the same seed."""
     sites, seeds = (sorted({key[place] for key in groups}) for place in (0, 3))
     first, *others = architectures.FAMILIES[family]
@@ -60,8 +60,8 @@ def ratios(family, groups):
                 [frontiers.l0_at(of[kind, s], level) / frontiers.l0_at(of[first, s], level) for s in seeds]
                 for level in LEVELS
             ]
-            cells = (frontiers.ratio_over_seeds(ratios).text(".2f") for ratios in each)
-            yield [*named(site, kind, sites), architectures.width(family, kind), *cells]
+            cells = (frontiers.ratio_over_seeds(at_level).text(".2f") for at_level in each)
+            yield [*named(site, kind, sites), architectures.width(family, kind, model), *cells]
 
 
 def measured(family, groups):
@@ -97,29 +97,27 @@ def recovered_at(records, l0):
     return known[0]["loss_recovered"] if len(known) == 1 else frontiers.at_l0(known, "loss_recovered", l0)
 
 
-def draw(family, panels):
-    """Loss recovered against L0: a line for each kind, site and seed, a panel for each run."""
-    figure = Figure(figsize=(6.4 * len(panels), 5), layout="constrained")
-    kinds = list(architectures.FAMILIES[family])
-    for axis, (title, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        sites = sorted({key[0] for key in groups})
-        for (site, kind, _, seed), records in sorted(groups.items(), key=lambda item: kinds.index(item[0][1])):
-            number = kinds.index(kind)
-            l0, recovered = ([r[field] for r in records] for field in ("l0", "loss_recovered"))
-            axis.plot(
-                l0,
-                recovered,
-                color=f"C{number}",
-                marker="os^vD*Xp<>"[number],
-                linestyle=("-", "--")[sites.index(site)],
-                markersize=4,
-                linewidth=0.9,
-                label=" at ".join([kind] + [site] * (len(sites) > 1)) if seed == 0 else None,
-            )
-        axis.set(xscale="log", xlabel="L0", ylabel="loss recovered", title=title)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
+def draw(family, title, groups):
+    """Loss recovered against L0: a line for each kind, site and seed."""
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axis, kinds, sites = figure.subplots(), list(architectures.FAMILIES[family]), sorted({key[0] for key in groups})
+    for (site, kind, _, seed), records in sorted(groups.items(), key=lambda item: kinds.index(item[0][1])):
+        number = kinds.index(kind)
+        l0, recovered = ([r[field] for r in records] for field in ("l0", "loss_recovered"))
+        axis.plot(
+            l0,
+            recovered,
+            color=f"C{number}",
+            marker="os^vD*Xp<>"[number],
+            linestyle=("-", "--")[sites.index(site)],
+            markersize=4,
+            linewidth=0.9,
+            label=" at ".join([kind] + [site] * (len(sites) > 1)) if seed == 0 else None,
+        )
+    axis.set(xscale="log", xlabel="L0", ylabel="loss recovered", title=title)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
     return figure
 
 
@@ -129,27 +127,23 @@ def main():
     parser.add_argument("--write", type=Path, required=True)
     arguments = parser.parse_args()
     costs = [["Architecture", "Products", "Width"]]
-    for family, kinds in architectures.FAMILIES.items():
-        for kind, (architecture, options, _) in kinds.items():
-            costs.append(
-                [f"`{kind}`", f"{products.count(architecture, **options):g}", architectures.width(family, kind)]
-            )
-    tables, figures = {"products": table(*costs)}, defaultdict(dict)
-    for name, (family, title) in RUNS.items():
+    for kind, (architecture, options, _) in architectures.FAMILIES["saes"].items():
+        count = products.count(architecture, **options)
+        costs.append([f"`{kind}`", f"{count:g}", architectures.width("saes", kind)])
+    tables = {"products": table(*costs)}
+    for name, (family, model, title) in RUNS.items():
         suffix = f"_{name}".replace("_architectures", "")
         if (arguments.runs / name / "report").exists():
-            figures[family][title] = groups = read(arguments.runs / name)
-            tables[f"ratios{suffix}"] = table(*ratios(family, groups))
+            groups = read(arguments.runs / name)
+            tables[f"ratios{suffix}"] = table(*ratios(family, model, groups))
             tables[f"measured{suffix}"] = table(*measured(family, groups))
+            draw(family, title, groups).savefig(arguments.write.with_name(f"{name}.png"), dpi=110)
         if (arguments.runs / f"{name}_rates" / "report").exists():
             tables[f"rates{suffix}"] = table(*best_rates(family, read(arguments.runs / f"{name}_rates")))
     text = arguments.write.read_text("utf-8")
     for name, content in tables.items():
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{content}\n\n\g<2>", text, flags=re.DOTALL)
     arguments.write.write_text(text, "utf-8")
-    for family, panels in figures.items():
-        name = "architectures" if family == "saes" else family
-        draw(family, panels).savefig(arguments.write.with_name(f"{name}.png"), dpi=110)
 
 
 if __name__ == "__main__":

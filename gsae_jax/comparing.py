@@ -117,9 +117,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     notes = report.unequal_training({run.label: next(iter(run.report.get("runs", {}).values()), {}) for run in runs})
     measured = {json.dumps([run.report.get("settings", {}).get(name) for name in ("tokens", "text")]) for run in runs}
     if len(measured) > 1:
-        notes.append(
-            "The reports of the runs were made on different text. `python -m gsae_jax.evaluate` measures again."
-        )
+        notes.append("The reports of the runs were made on different text.")
     return notes
 
 
@@ -296,10 +294,9 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
             for features in every.values():
                 features.close()
             if lacking:
-                command = f"python -m gsae_jax.collect --workdir {run.path}"
-                which = "all SAEs" if len(lacking) == len(names[run.label]) else ", ".join(lacking)
-                why = f"{which} of {run.label} have no score, as their features were not collected"
-                notes.append(f"{why}. Run `{command}` (add --overwrite if it was trained since), and compare again.")
+                which = "All SAEs" if len(lacking) == len(names[run.label]) else ", ".join(lacking)
+                how = f"python -m gsae_jax.collect --workdir {run.path} --overwrite"
+                notes.append(f"{which} of {run.label} have no score: their features were not collected. Collect: {how}")
     if len(texts) > 1:
         notes.append("Features were collected on different text, so that scores of different runs do not compare.")
     return notes

@@ -117,17 +117,31 @@ def _l0(records: Sequence[Mapping[str, Any]], level: float) -> float:
     return frontiers.l0_at(known, level) if known else math.nan
 
 
+def _shown(value: frontiers.OverSeeds, form: str, sign: str = "") -> str:
+    """`0.512 ±0.058`, with half of the interval."""
+    half = f" ±{value.high - value.middle:{form}}" if math.isfinite(value.high) else ""
+    return tables.number(value.middle, sign + form) + half
+
+
+def _ratio(value: frontiers.OverSeeds) -> str:
+    """`0.62 (0.57 to 0.68)`, with the interval."""
+    interval = f" ({value.low:.2f} to {value.high:.2f})" if math.isfinite(value.high) else ""
+    return tables.number(value.middle, ".2f") + interval
+
+
 def measured_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     """A row for each of `measured`, with the metrics of these names."""
     columns = ["Kind", "Seeds", *(METRICS[name].title for name in names)]
-    lines = [[row["kind"], str(row["seeds"]), *(row[name].text(METRICS[name].form) for name in names)] for row in rows]
+    lines = [
+        [row["kind"], str(row["seeds"]), *(_shown(row[name], METRICS[name].form) for name in names)] for row in rows
+    ]
     return Table(columns, lines)
 
 
 def ratios_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each kind of `l0_ratios`."""
     kinds = dict.fromkeys(row["kind"] for row in rows)
-    of = {(row["kind"], row["level"]): row["ratio"].text(".2f") for row in rows}
+    of = {(row["kind"], row["level"]): _ratio(row["ratio"]) for row in rows}
     lines = [[kind, *(of[kind, level] for level in frontiers.LEVELS)] for kind in kinds]
     return Table(["Kind", *(f"at {level:g}" for level in frontiers.LEVELS)], lines)
 
@@ -143,7 +157,7 @@ def equal_l0_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> T
             return "–"
         shown = f"{value.middle:{form}}"
         is_other = math.isfinite(difference.middle) and difference.middle != 0
-        return f"{shown} ({difference.text('+' + form)})" if is_other else shown
+        return f"{shown} ({_shown(difference, form, '+')})" if is_other else shown
 
     columns = ["L0", "Kind", *(METRICS[name].title for name in names)]
     return Table(columns, [[f"{row['l0']:g}", row["kind"], *(cell(row, name) for name in names)] for row in rows])
