@@ -48,6 +48,7 @@ FLOOR = {
     "scoring": 7,
     "studying": 7,
     "storing": 6,
+    "synthesis": 7,
     "comparing": 8,
 }
 # On the highest floor.
