@@ -1,4 +1,4 @@
-"""Compare kinds of SAEs of finished runs: frontiers, an automatic interpretability score, and sparse probes.
+"""Compare kinds of SAEs of finished runs: frontiers, an automatic interpretability score, sparse probes.
 
 python -m gsae_jax.compare --runs runs/architectures[,runs/others] --out compared [--reference gated]
 """
@@ -22,7 +22,9 @@ def main() -> None:
         l0 = [float(value) for value in L0.value]
     except ValueError as error:
         raise UserError(f"is {','.join(L0.value)!r}; write numbers such as 20,50,100", "--l0") from error
-    wanted = comparing.Wanted(RUNS.value, REFERENCE.value, l0, FEATURES.value, PROBE_TOKENS.value, LABELS.value)
+    wanted = comparing.Wanted(
+        RUNS.value, REFERENCE.value, l0, FEATURES.value, PROBE_TOKENS.value, LABELS.value, SYNTHETIC_STEPS.value
+    )
     logger.info(f"comparison: {comparing.compare(wanted, OUT.value)}/compare.md")
 
 
@@ -39,5 +41,8 @@ if __name__ == "__main__":
         "labels",
         "",
         "JSON lines of text with labels; default: the held-out text of the runs, if it is Python's library.",
+    )
+    SYNTHETIC_STEPS = flags.DEFINE_integer(
+        "synthetic_steps", 0, "Steps for which each kind is trained on a known dictionary, such as 2000; 0: none."
     )
     cli.run(main)

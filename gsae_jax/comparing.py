@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from gsae_jax import collecting, config_trees, errors, processes, rendering, sae_loading, sae_sources
+from gsae_jax import collecting, config_trees, errors, processes, rendering, sae_loading, sae_sources, synthesis
 from gsae_jax import config as config_lib
 from gsae_jax import features as features_lib
 from gsae_jax.activations import masking
 from gsae_jax.data import labels, rows
 from gsae_jax.errors import UserError, known_names
-from gsae_jax.evaluation import comparison, frontiers, plots, probing, provenance, report
+from gsae_jax.evaluation import comparison, frontiers, plots, probing, provenance, report, synthetic
 from gsae_jax.lms import loading, sites
 from gsae_jax.lms.checkpoints import Checkpoint
 from gsae_jax.rating import association, pairs
@@ -46,6 +47,7 @@ class Wanted:
         features: of each SAE, that the automatic rater scores; 0 for none.
         probe_tokens: of labelled text, for probes; 0 for none.
         labels: a file of labelled text; by default, the runs' own held-out text, if it is Python's library.
+        synthetic_steps: for which each kind is trained on a known dictionary, a multiple of 8; 0 for no such study.
     """
 
     runs: Sequence[str]
@@ -54,6 +56,7 @@ class Wanted:
     features: int = 200
     probe_tokens: int = 2**16
     labels: str = ""
+    synthetic_steps: int = 0
 
 
 class Run(NamedTuple):
@@ -92,7 +95,11 @@ def compare(wanted: Wanted, out: str) -> Path:
     """
     with errors.about("--out"):
         writing.check_new(paths.require_local(out))
-    for value, field in ((wanted.features, "--features"), (wanted.probe_tokens, "--probe_tokens")):
+    for value, field in (
+        (wanted.features, "--features"),
+        (wanted.probe_tokens, "--probe_tokens"),
+        (wanted.synthetic_steps, "--synthetic_steps"),
+    ):
         if value < 0:
             raise UserError(f"is {value}; write 0 to leave this part out, or more", field)
     if not wanted.l0 or min(wanted.l0) <= 0:
@@ -101,6 +108,7 @@ def compare(wanted: Wanted, out: str) -> Path:
     records = _records(runs)
     references = _references(records, wanted.reference)
     text = _labelled(runs[0], wanted) if wanted.probe_tokens else None
+    recovery = _recovery(runs, records, wanted.synthetic_steps) if wanted.synthetic_steps else []
     notes = _differences(runs)
     if wanted.features:
         notes += _score(runs, records, wanted.features)
@@ -108,7 +116,7 @@ def compare(wanted: Wanted, out: str) -> Path:
     for note in notes:
         logger.warning(note)
     with errors.about("--out"), writing.new_folder(out) as scratch:
-        _write(scratch, wanted, records, references, probes, notes)
+        _write(scratch, wanted, records, references, _Extras(probes, recovery, notes))
     return Path(paths.require_local(out))
 
 
@@ -383,6 +391,59 @@ def _inputs(
     return tuple(whole) if isinstance(sae.config.d_in, tuple) else whole[0]
 
 
+def _recovery(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """What SAEs of each kind recover of a known dictionary: the records of `synthesis.study`, with their kinds.
+
+    All kinds have two features for each atom, as many active features as there are active atoms, and their own options,
+    learning rates and seeds. Kinds that need several sites or a language model are left out.
+
+    Raises:
+        UserError: no kind is left, or a number of steps that cannot be trained.
+    """
+    settings, kind_of = synthetic.Settings(), {}
+    stacks: dict[str, dict[str, Any]] = {}
+    of_label = {run.label: run.config for run in runs}
+    for kind in dict.fromkeys(record["kind"] for record in records):
+        members = [record for record in records if record["kind"] == kind]
+        config = of_label[members[0]["run"]].stacks[members[0]["stack"]]
+        architecture = contract.module_of(config.architecture)
+        if contract.reads_several(architecture) or contract.writes_others(architecture) or config.kl_fraction:
+            continue
+        name = f"kind_{len(stacks)}"
+        kind_of[name] = kind
+        sparsity = contract.sparsity(architecture)
+        numbers = sorted(set(config.l1_coefficients))
+        stacks[name] = config_trees.to_dict(config) | {
+            "width": settings.atoms * (1 if contract.is_signed(architecture) else 2),
+            "learning_rates": [members[0]["learning_rate"]],
+            "seeds": sorted({record["seed"] for record in members}),
+            "l1_coefficients": [] if sparsity else [numbers[len(numbers) // 2]],  # where the search for a target begins
+            "target_l0": [] if sparsity else [settings.active],
+            "options": config.options | ({sparsity: round(settings.active)} if sparsity else {}),
+            "start_from": "",
+        }
+    if not stacks:
+        raise UserError("is given, but no kind of the runs is of SAEs of one site; leave it out", "--synthetic_steps")
+    where = errors.about("--synthetic_steps", **{"train.steps": "--synthetic_steps"})
+    with tempfile.TemporaryDirectory(prefix="gsae_jax-") as scratch, where:
+        found = synthesis.study(stacks, settings, Path(scratch) / "synthetic", steps, SEED)
+    return [record | {"kind": kind_of[record["stack"]]} for record in found]
+
+
+class _Extras(NamedTuple):
+    """What a comparison has beside the records of SAEs.
+
+    Attributes:
+        probes: what was probed.
+        recovery: the records of `_recovery`.
+        notes: what readers should know.
+    """
+
+    probes: _Probes | None
+    recovery: list[dict[str, Any]]
+    notes: list[str]
+
+
 @contextlib.contextmanager
 def _bar(total: int, description: str) -> Iterator[tqdm.tqdm]:
     hidden = None if processes.first() else True  # None: where there is no terminal
@@ -395,10 +456,10 @@ def _write(
     wanted: Wanted,
     records: Sequence[dict[str, Any]],
     references: Mapping[str, str],
-    probes: _Probes | None,
-    notes: Sequence[str],
+    extras: _Extras,
 ) -> None:
     """The files of a comparison."""
+    probes, recovery, notes = extras
     tree: dict[str, Any] = {"made_with": provenance.versions(), "settings": dataclasses.asdict(wanted), "notes": notes}
     tree |= {"references": references, "sites": {}, "saes": [_shown(record) for record in records]}
     pages = []
@@ -434,6 +495,8 @@ def _write(
             "dense": probes.dense,
             "saes": {name: found._asdict() for name, found in probes.scores.items()},
         }
+    if recovery:
+        tree["synthetic"] = recovery
     text = json.dumps(report.finite(tree), indent=1, allow_nan=False)
     (folder / "compare.json").write_text(text + "\n", "utf-8")
     drawn = [
@@ -456,6 +519,7 @@ def _write(
         "runs": {r["run"]: None for r in records},
     }
     values |= {"ks": probing.KS, "features": wanted.features, "most": probing.MOST}
+    values |= {"recovery": comparison.recovery_table(recovery), "atoms": synthetic.Settings()}
     (folder / "compare.md").write_text(rendering.render("compare.md", **values), "utf-8")
 
 

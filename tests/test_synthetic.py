@@ -192,7 +192,9 @@ def test_absorbed_parents():
     one = absorbing(truth, 1.0)
     W_enc = np.array(one.W_enc)
     W_enc[:, 0] = truth.atoms[0]  # the first parent is on, so that it is not absorbed
-    assert measured(dataclasses.replace(one, params=one.params | {"W_enc": jnp.asarray(W_enc)}), truth).absorption == 0.5
+    assert (
+        measured(dataclasses.replace(one, params=one.params | {"W_enc": jnp.asarray(W_enc)}), truth).absorption == 0.5
+    )
 
 
 def test_a_child_that_is_similar_to_its_parent_is_no_absorption():

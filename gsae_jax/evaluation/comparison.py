@@ -36,6 +36,17 @@ METRICS = {
     "probe_1": Metric("Probe of 1", ".3f"),
     "probe_5": Metric("Probe of 5", ".3f"),
 }
+# Of a known dictionary (`evaluation.synthetic.Recovery`).
+RECOVERY = {
+    "l0": Metric("L0", ".2f"),
+    "recovered": Metric("Recovered", ".3f"),
+    "f1": Metric("F1", ".3f"),
+    "cosine": Metric("Cosine", ".3f"),
+    "gamma": Metric("γ", ".3f"),
+    "absorption": Metric("Absorption", ".3f"),
+    "dead": Metric("Dead", ".3f"),
+    "fvu": Metric("FVU", ".3f"),
+}
 # By kind and seed: the SAEs, by ascending L0.
 Kinds = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 
@@ -177,3 +188,15 @@ def labels_table(of_site: Kinds, l0: float, dense: Mapping[str, float]) -> Table
     lines = [[kind, *(cell(seeds, label) for label in dense)] for kind, seeds in of_site.items()]
     whole = ["all activations", *(f"{score:.3f}" for score in dense.values())]
     return Table(["Kind", *dense], [*lines, whole])
+
+
+def recovery_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """For each kind: what its SAEs recover of a known dictionary, over seeds. `records`: of `synthesis.study`."""
+    lines = []
+    for kind in dict.fromkeys(record["kind"] for record in records):
+        members = [record for record in records if record["kind"] == kind]
+        columns = [[math.nan if r[name] is None else r[name] for r in members] for name in RECOVERY]
+        values = [frontiers.over_seeds(column) for column in columns]
+        shown = [_shown(value, metric.form) for value, metric in zip(values, RECOVERY.values(), strict=True)]
+        lines.append([kind, str(len(members)), *shown])
+    return Table(["Kind", "Seeds", *(metric.title for metric in RECOVERY.values())], lines)
