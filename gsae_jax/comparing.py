@@ -325,12 +325,14 @@ class _Probes(NamedTuple):
     """What was probed.
 
     Attributes:
+        documents: how many there were.
         tasks: the tasks.
         groups: the numbers of the tasks of each kind of labels.
         dense: by what SAEs read, the scores [tasks] of dense probes.
         scores: by run and SAE, those of sparse probes.
     """
 
+    documents: int
     tasks: list[probing.Task]
     groups: dict[str, list[int]]
     dense: dict[str, np.ndarray]
@@ -347,7 +349,7 @@ def _probe(runs: Sequence[Run], records: Sequence[dict[str, Any]], text: labels.
     groups: dict[str, list[int]] = defaultdict(list)
     for number, task in enumerate(tasks.each):
         groups[task.kind].append(number)
-    probes = _Probes(tasks.each, dict(groups), {}, {})
+    probes = _Probes(len({*text.document_R.tolist()}), tasks.each, dict(groups), {}, {})
     inputs: dict[str, contract.Activations] = {}
     with _bar(len({(r["run"], r["sae"]) for r in records}), "probes") as bar:
         for run in runs:
@@ -415,7 +417,7 @@ def _recovery(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], steps: 
         numbers = sorted(set(config.l1_coefficients))
         stacks[name] = config_trees.to_dict(config) | {
             "width": settings.atoms * (1 if contract.is_signed(architecture) else 2),
-            "learning_rates": [members[0]["learning_rate"]],
+            "learning_rates": [] if math.isnan(rate := members[0]["learning_rate"]) else [rate],
             "seeds": sorted({record["seed"] for record in members}),
             "l1_coefficients": [] if sparsity else [numbers[len(numbers) // 2]],  # where the search for a target begins
             "target_l0": [] if sparsity else [settings.active],
@@ -488,6 +490,7 @@ def _write(
         )
     if probes is not None:
         tree["probes"] = {
+            "documents": probes.documents,
             "tasks": [
                 {"kind": t.kind, "value": t.value, "train": len(t.train.places), "test": len(t.test.places)}
                 for t in probes.tasks
@@ -518,7 +521,7 @@ def _write(
         "figures": shown,
         "runs": {r["run"]: None for r in records},
     }
-    values |= {"ks": probing.KS, "features": wanted.features, "most": probing.MOST}
+    values |= {"ks": probing.KS, "features": wanted.features, "most": probing.MOST, "probes": probes}
     values |= {"recovery": comparison.recovery_table(recovery), "atoms": synthetic.Settings()}
     (folder / "compare.md").write_text(rendering.render("compare.md", **values), "utf-8")
 
