@@ -282,7 +282,8 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
     names = {run.label: list(dict.fromkeys(r["sae"] for r in mine if r["run"] == run.label)) for run in runs}
     with _bar(sum(map(len, names.values())), "scores") as bar:
         for run in runs:
-            every, saes = _collected(run), sae_loading.load(run.path, step=run.step)
+            every = _collected(run)
+            saes = sae_loading.load(run.path, step=run.step) if every else {}
             lacking = []
             for name in names[run.label]:
                 bar.update()
@@ -462,7 +463,9 @@ def _write(
 ) -> None:
     """The files of a comparison."""
     probes, recovery, notes = extras
-    tree: dict[str, Any] = {"made_with": provenance.versions(), "settings": dataclasses.asdict(wanted), "notes": notes}
+    settings = dataclasses.asdict(wanted) | {"runs": [*dict.fromkeys(record["run"] for record in records)]}
+    settings["labels"] = sae_loading.without_folders(wanted.labels)  # as others may see it
+    tree: dict[str, Any] = {"made_with": provenance.versions(), "settings": settings, "notes": notes}
     tree |= {"references": references, "sites": {}, "saes": [_shown(record) for record in records]}
     pages = []
     for site in references:
@@ -482,7 +485,7 @@ def _write(
                 "name": site,
                 "reference": reference,
                 "ratios": comparison.ratios_table(found["l0_ratios"]),
-                "equal_l0": comparison.equal_l0_table(found["at_equal_l0"], names),
+                "equal_l0": comparison.equal_l0_table(found["at_equal_l0"], names, reference),
                 "measured": comparison.measured_table(found["measured"], names),
                 "labels": comparison.labels_table(of_site, l0[0][0], dense) if dense and l0 else None,
                 "l0": l0[0][0] if l0 else None,
@@ -515,12 +518,7 @@ def _write(
             lines = {site: float(np.mean([*each.values()])) for site, each in ceilings.items() if each}
         figure = plots.metric(drawn, name, comparison.METRICS[name].title, lines)
         figure.savefig(folder / f"{name}.png", dpi=120)
-    values: dict[str, Any] = {
-        "sites": pages,
-        "notes": notes,
-        "figures": shown,
-        "runs": {r["run"]: None for r in records},
-    }
+    values: dict[str, Any] = {"sites": pages, "notes": notes, "figures": shown, "runs": settings["runs"]}
     values |= {"ks": probing.KS, "features": wanted.features, "most": probing.MOST, "probes": probes}
     values |= {"recovery": comparison.recovery_table(recovery), "atoms": synthetic.Settings()}
     (folder / "compare.md").write_text(rendering.render("compare.md", **values), "utf-8")

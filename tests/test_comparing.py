@@ -27,7 +27,7 @@ NAN = math.nan
 
 def record(kind, seed, l0, recovered, **others):
     known = {"loss_recovered": recovered, "kl": 1 - recovered, "fvu": NAN, "score": NAN, "probe_1": NAN, "probe_5": NAN}
-    about = {"site": SITE, "kind": kind, "replicate": f"0/{seed}", "sparsity": f"{recovered}"}
+    about = {"site": SITE, "kind": kind, "replicate": f"0/{seed}", "sparsity": f"{recovered}", "width": 8}
     return about | known | {"l0": l0} | others
 
 
@@ -87,7 +87,7 @@ def test_differences_at_equal_l0(records):
     differences = [value - np.log(100) / 5 for value in values]
     np.testing.assert_allclose(row["differences"]["loss_recovered"], frontiers.over_seeds(differences))
     assert math.isnan(row["values"]["score"].middle)
-    table = comparison.equal_l0_table([*rows.values()], comparison.known(of_site))
+    table = comparison.equal_l0_table([*rows.values()], comparison.known(of_site), "first")
     assert table.columns == ["L0", "Kind", "Loss recovered", "KL"]
     assert [line[2].count("(") for line in table.rows] == [0, 1]
 
@@ -245,9 +245,10 @@ def test_what_cannot_be_compared(copied, labelled, tmp_path):
     with refused("--runs", "blocks.1.hook_mlp_out", SITE):
         compare([copied, elsewhere], out)
     other = shutil.copytree(copied, tmp_path / "other")
+    (other / "checkpoints" / "16" / "manifest.json").unlink()  # which has hashes of what is changed now
     facts = other / "checkpoints" / "16" / "facts" / "metadata"
     fingerprint = next(iter(json.loads(facts.read_text())["lm"].values()))
-    facts.write_text(facts.read_text().replace(fingerprint, fingerprint[::-1]))  # of the same size
+    facts.write_text(facts.read_text().replace(fingerprint, fingerprint[::-1]))
     with refused("--runs", "another language model"):
         comparing._runs([str(copied), str(other)])
     assert not out.exists()

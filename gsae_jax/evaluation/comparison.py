@@ -79,7 +79,9 @@ def measured(of_site: Kinds) -> list[dict[str, Any]]:
                 by_sparsity.setdefault(record["sparsity"], []).append(record)
         for sparsity, members in by_sparsity.items():
             values = {name: frontiers.over_seeds([record[name] for record in members]) for name in METRICS}
-            rows.append({"kind": kind, "sparsity": sparsity, "seeds": len(members), **values})
+            rows.append(
+                {"kind": kind, "sparsity": sparsity, "width": members[0]["width"], "seeds": len(members), **values}
+            )
     order = list(of_site)
     return sorted(rows, key=lambda row: (order.index(row["kind"]), row["l0"].middle))
 
@@ -157,18 +159,15 @@ def ratios_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(["Kind", *(f"at {level:g}" for level in frontiers.LEVELS)], lines)
 
 
-def equal_l0_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+def equal_l0_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> Table:
     """A row for each of `at_equal_l0`: a metric, and in parentheses its difference from the reference."""
     names = [name for name in names if name != "l0"]
 
     def cell(row: Mapping[str, Any], name: str) -> str:
-        value, difference = row["values"][name], row["differences"][name]
-        form = METRICS[name].form
-        if not math.isfinite(value.middle):
-            return "–"
-        shown = f"{value.middle:{form}}"
-        is_other = math.isfinite(difference.middle) and difference.middle != 0
-        return f"{shown} ({_shown(difference, form, '+')})" if is_other else shown
+        value, difference, form = row["values"][name], row["differences"][name], METRICS[name].form
+        if not math.isfinite(difference.middle) or row["kind"] == reference:
+            return _shown(value, form)
+        return f"{value.middle:{form}} ({_shown(difference, form, '+')})"
 
     columns = ["L0", "Kind", *(METRICS[name].title for name in names)]
     return Table(columns, [[f"{row['l0']:g}", row["kind"], *(cell(row, name) for name in names)] for row in rows])
