@@ -1,10 +1,8 @@
-"""The figure and tables of docs/synthetic.md: SAEs of every architecture on activations of known dictionaries.
+"""The figure and table of docs/synthetic.md: SAEs of every architecture on activations of known dictionaries.
 
     python docs/synthetic.py --directory runs/synthetic --write docs/synthetic.md
-    python docs/synthetic.py --directory runs/synthetic --write docs/synthetic.md --rates
 
-The second command trains every kind at all learning rates of configs/synthetic.py, and writes the table of these. What
-was trained in `--directory` before is measured again, and not trained.
+What was trained in `--directory` before is measured again, and not trained.
 """
 
 import argparse
@@ -38,23 +36,13 @@ def values(records, kind, measure):
     return [math.nan if r[measure] is None else r[measure] for r in records if r["stack"] == kind]
 
 
-def table(header, rows):
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def of_kinds(records):
+def table(records):
     """The means over seeds."""
+    lines = [["Architecture", *(title for title, _ in COLUMNS.values())], [":--", *["--:"] * len(COLUMNS)]]
     for kind in config.KINDS:
         means = [format(np.mean(values(records, kind, name)), form) for name, (_, form) in COLUMNS.items()]
-        yield [f"`{kind}`", *means]
-
-
-def of_rates(records):
-    """F1 at each learning rate; the best is bold."""
-    for kind in config.KINDS:
-        of_kind = values(records, kind, "f1")
-        yield [f"`{kind}`", *(f"**{f1:.3f}**" if f1 == max(of_kind) else f"{f1:.3f}" for f1 in of_kind)]
+        lines.append([f"`{kind}`", *means])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(records):
@@ -74,23 +62,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--write", type=Path, required=True)
-    parser.add_argument("--rates", action="store_true")
     arguments = parser.parse_args()
-    if arguments.rates:
-        stacks = config.stacks(rates=config.SWEPT)
-        records = synthesis.study(stacks, config.SETTINGS, arguments.directory / "rates", config.STEPS)
-        name, content = "rates", table(["Architecture", *map(str, config.SWEPT)], of_rates(records))
-    else:
-        records = []
-        for seed in SEEDS:
-            stacks = config.stacks(seeds=(seed,))
-            records += synthesis.study(stacks, config.SETTINGS, arguments.directory / f"{seed}", config.STEPS, seed)
-        header = ["Architecture", *(title for title, _ in COLUMNS.values())]
-        name, content = "kinds", table(header, of_kinds(records))
-        draw(records).savefig(arguments.write.with_suffix(".png"), dpi=110)
+    records = []
+    for seed in SEEDS:
+        stacks = config.stacks(seeds=(seed,))
+        records += synthesis.study(stacks, config.SETTINGS, arguments.directory / f"{seed}", config.STEPS, seed)
     text = arguments.write.read_text("utf-8")
-    text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{content}\n\n\g<2>", text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", rf"\g<1>\n{table(records)}\n\n\g<2>", text, flags=re.DOTALL)
     arguments.write.write_text(text, "utf-8")
+    draw(records).savefig(arguments.write.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """SAEs trained on activations of a known dictionary, and how well each recovers it."""
 
-import contextlib
 import dataclasses
 import json
 import logging

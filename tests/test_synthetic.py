@@ -1,4 +1,4 @@
-"""Activations of a known dictionary: what is drawn, the measures of recovery, and that every architecture recovers it."""
+"""Activations of a known dictionary: how they are drawn, the measures of recovery, and who recovers it."""
 
 import dataclasses
 import json
