@@ -144,9 +144,13 @@ def _ratio(value: frontiers.OverSeeds) -> str:
 
 def measured_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     """A row for each of `measured`, with the metrics of these names."""
-    columns = ["Kind", "Seeds", *(METRICS[name].title for name in names)]
+    columns = ["Kind", "Width", "Seeds", *(METRICS[name].title for name in names)]
     lines = [
-        [row["kind"], str(row["seeds"]), *(_shown(row[name], METRICS[name].form) for name in names)] for row in rows
+        [
+            *(str(row[name]) for name in ("kind", "width", "seeds")),
+            *(_shown(row[name], METRICS[name].form) for name in names),
+        ]
+        for row in rows
     ]
     return Table(columns, lines)
 
