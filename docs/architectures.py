@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import products
@@ -47,31 +46,6 @@ def named(site, kind, sites):
     return [f"`{site}`"] * (len(sites) > 1) + [f"`{kind}`"]
 
 
-def l0_at(records, level):
-    """L0 of one frontier at a loss recovered; NaN where it is out of range."""
-    recovered, l0 = (np.array([record[field] for record in records]) for field in ("loss_recovered", "l0"))
-    return math.exp(frontiers.log_l0_at(level, recovered, l0))
-
-
-def mean_and_interval(values, form=".2f"):
-    """ "1.23 [1.15, 1.31]": the mean over seeds and its 95% t interval; "-" where one of them is not a number."""
-    values = np.asarray(values)
-    if not np.isfinite(values).all():
-        return "–"
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
-    return f"{values.mean():{form}} [{values.mean() - half:{form}}, {values.mean() + half:{form}}]"
-
-
-def ratio_and_interval(ratios):
-    """The geometric mean over seeds of ratios paired by seed, and its 95% t interval."""
-    logs = np.log(ratios)
-    if not np.isfinite(logs).all():
-        return "–"
-    half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs) if len(logs) > 1 else math.nan
-    low, middle, high = np.exp(logs.mean() + np.array([-half, 0, half]))
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def table(header, *rows):
     lines = [header, [":--" if cell in ("Site", "Architecture") else "--:" for cell in header], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
@@ -85,9 +59,12 @@ def ratios(family, model, groups):
     for site in sites:
         of = {(kind, seed): group for (at, kind, _, seed), group in groups.items() if at == site}
         for kind in others:
-            each = [[l0_at(of[kind, s], level) / l0_at(of[first, s], level) for s in seeds] for level in LEVELS]
-            width = architectures.width(family, kind, model)
-            yield [*named(site, kind, sites), width, *map(ratio_and_interval, each)]
+            each = [
+                [frontiers.l0_at(of[kind, s], level) / frontiers.l0_at(of[first, s], level) for s in seeds]
+                for level in LEVELS
+            ]
+            cells = (frontiers.ratio_over_seeds(at_level).text(".2f") for at_level in each)
+            yield [*named(site, kind, sites), architectures.width(family, kind, model), *cells]
 
 
 def measured(family, groups):
@@ -100,7 +77,7 @@ def measured(family, groups):
             for members in zip(*frontier, strict=True):
                 columns = [[m[field] for m in members] for field in ("l0", "loss_recovered", "fvu", "alive")]
                 forms = (".1f", ".3f", ".3f", ".3f")
-                cells = (mean_and_interval(*pair) for pair in zip(columns, forms, strict=True))
+                cells = (frontiers.over_seeds(each).text(form) for each, form in zip(columns, forms, strict=True))
                 yield [*named(site, kind, sites), *cells]
 
 
@@ -111,19 +88,16 @@ def best_rates(family, groups):
     yield [*["Site"] * (len(sites) > 1), "Architecture", *(f"{rate:g}" for rate in rates)]
     for site in sites:
         for kind in architectures.FAMILIES[family]:
-            log_l0 = math.log(architectures.L0[1])
-            at = [recovered_at(groups.get((site, kind, rate, 0), []), log_l0) for rate in rates]
+            at = [recovered_at(groups.get((site, kind, rate, 0), []), architectures.L0[1]) for rate in rates]
             shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in at]
             cells = [f"**{text}**" if value == np.nanmax(at) else text for text, value in zip(shown, at, strict=True)]
             yield [*named(site, kind, sites), *cells]
 
 
-def recovered_at(records, log_l0):
-    """Loss recovered of one frontier at a log L0; of an SAE alone, its own; NaN where it is out of range."""
-    points = [(math.log(r["l0"]), r["loss_recovered"]) for r in records if r["loss_recovered"] is not None]
-    if len(points) == 1:
-        return points[0][1]
-    return float(np.interp(log_l0, *zip(*points, strict=True), left=math.nan, right=math.nan)) if points else math.nan
+def recovered_at(records, l0):
+    """Loss recovered of one frontier at an L0; of an SAE alone, its own; NaN where it is out of range."""
+    known = [record for record in records if record["loss_recovered"] is not None]
+    return known[0]["loss_recovered"] if len(known) == 1 else frontiers.at_l0(known, "loss_recovered", l0)
 
 
 def draw(family, title, groups):

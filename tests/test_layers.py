@@ -49,10 +49,11 @@ FLOOR = {
     "studying": 7,
     "storing": 6,
     "synthesis": 7,
+    "comparing": 8,
 }
 # On the highest floor.
 COMMANDS = ("train", "evaluate", "collect", "view", "rate", "study", "export", "plan", "push", "pretrain")
-COMMANDS += ("convert_lm", "sites", "settings", "store")
+COMMANDS += ("convert_lm", "sites", "settings", "store", "compare")
 FLOOR |= dict.fromkeys(COMMANDS, 9)
 FLOOR["fitting"] = 10  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {

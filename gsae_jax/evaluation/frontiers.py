@@ -2,9 +2,11 @@
 
 import math
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from gsae_jax.evaluation import metrics
 from gsae_jax.saes import contract
@@ -53,6 +55,65 @@ def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
     if not recovered[0] <= level <= recovered[-1] or not (l0 > 0).all():
         return math.nan
     return float(np.interp(level, recovered, np.log(l0)))
+
+
+class OverSeeds(NamedTuple):
+    """A mean over seeds and its 95% t interval.
+
+    Attributes:
+        middle: the mean; NaN if one of the values is not a number.
+        low, high: the ends of the interval; also NaN if there is one seed.
+    """
+
+    middle: float
+    low: float
+    high: float
+
+    def text(self, form: str) -> str:
+        """`1.23 [1.15, 1.31]`; without the interval if it is not known; a dash if nothing is."""
+        if not math.isfinite(self.middle):
+            return "–"
+        return f"{self.middle:{form}}" + f" [{self.low:{form}}, {self.high:{form}}]" * math.isfinite(self.low)
+
+
+NOT_KNOWN = OverSeeds(math.nan, math.nan, math.nan)
+
+
+def over_seeds(values: Sequence[float] | np.ndarray) -> OverSeeds:
+    """The mean of a number of each seed, at least one, and its interval."""
+    numbers = np.asarray(values, float)
+    if not np.isfinite(numbers).all():
+        return NOT_KNOWN
+    mean = float(numbers.mean())
+    half = float(stats.t.ppf(0.975, len(numbers) - 1) * stats.sem(numbers)) if len(numbers) > 1 else math.nan
+    return OverSeeds(mean, mean - half, mean + half)
+
+
+def ratio_over_seeds(ratios: Sequence[float]) -> OverSeeds:
+    """The geometric mean of a ratio of each seed, and its interval."""
+    return OverSeeds(*map(math.exp, over_seeds(np.log(ratios))))
+
+
+def l0_at(records: Sequence[Mapping[str, Any]], level: float) -> float:
+    """L0 of one frontier where it recovers so much, interpolated as of `log_l0_at`."""
+    recovered, l0 = (np.array([record[field] for record in records]) for field in ("loss_recovered", "l0"))
+    return math.exp(log_l0_at(level, recovered, l0))
+
+
+def at_l0(records: Sequence[Mapping[str, Any]], field: str, l0: float, beyond: float = 1.0) -> float:
+    """A metric of one frontier at an L0, interpolated along log L0; NaN where it is out of range.
+
+    Args:
+        records: of the frontier.
+        field: the metric.
+        l0: the L0.
+        beyond: an end of the frontier counts as of this L0 if its L0 differs by no more than this factor.
+    """
+    known = sorted((r["l0"], r[field]) for r in records if r["l0"] > 0 and math.isfinite(r[field]))
+    if not known or not known[0][0] / beyond <= l0 <= known[-1][0] * beyond:
+        return math.nan
+    l0s, values = zip(*known, strict=True)
+    return float(np.interp(math.log(l0), np.log(l0s), values))
 
 
 def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:

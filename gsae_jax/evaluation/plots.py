@@ -3,7 +3,8 @@
 import io
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -55,6 +56,13 @@ def frontier(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] 
         _focus(axis, -0.5, 1.5)
     _on_one_scale(panels.values())
     return figure
+
+
+def metric(
+    records: list[dict[str, Any]], field: str, label: str, across: Mapping[str, float] = MappingProxyType({})
+) -> Figure:
+    """Any metric against L0, per site; `across`: by site, its value where all activations are used."""
+    return _against_l0(records, field, label, (), across)[0]
 
 
 def gamma(records: list[dict[str, Any]], published: Sequence[dict[str, Any]] = ()) -> Figure:
@@ -244,7 +252,11 @@ def _focus(axis: Axes, low: float, high: float) -> None:
 
 
 def _against_l0(
-    records: list[dict[str, Any]], field: str, label: str, published: Sequence[dict[str, Any]]
+    records: list[dict[str, Any]],
+    field: str,
+    label: str,
+    published: Sequence[dict[str, Any]],
+    across: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Figure, dict[str, Axes]]:
     """A line for the SAEs of a stack with one learning rate and seed; dashed for what gradient pursuit makes of one."""
     figure, panels = _panels(records)
@@ -287,7 +299,9 @@ def _against_l0(
             if points:
                 x, y = ([point[name] for point in points] for name in ("l0", field))
                 axis.plot(x, y, marker, color="0.5", markersize=5, label=" ".join(whose).replace("$", r"\$"))
-    for axis in panels.values():
+    for site, axis in panels.items():
+        if site in across:
+            axis.axhline(across[site], color="0.4", linewidth=1, linestyle="--", label="all activations")
         if not axis.lines:
             text = "there is nothing to draw here:\nthe notes at the top of the report say why"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center")

@@ -321,7 +321,7 @@ def notes(
         if tables.has_target(r) and abs(r["l0"] - r["target_l0"]) > MISSED * r["target_l0"]
     ]
     measured_runs = sorted({frontiers.identity(record)[0] for record in encoders})
-    return sentences + _unequal_training({run: runs[run] for run in measured_runs if run in runs})
+    return sentences + unequal_training({run: runs[run] for run in measured_runs if run in runs})
 
 
 def _without_model(record: dict[str, Any]) -> bool:
@@ -329,7 +329,7 @@ def _without_model(record: dict[str, Any]) -> bool:
     return not math.isfinite(record.get("ce_clean", math.nan))
 
 
-def _unequal_training(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def unequal_training(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence if these runs have different numbers of steps or activations."""
     # Files of SAEs from elsewhere do not say how long they were trained.
     known = {label: about for label, about in runs.items() if "steps" in about}
@@ -401,14 +401,17 @@ def pages(
 
 def _json(head: Mapping[str, Any], **records: Sequence[dict[str, Any]]) -> str:
     """Strict JSON: a metric that is not a number is null."""
-    whole = {**head} | {
-        part: [
-            {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in r.items()
-            }
-            for r in of_part
-        ]
-        for part, of_part in records.items()
-    }
-    return json.dumps(whole, indent=2, allow_nan=False, default=dict) + "\n"
+    return json.dumps(finite({**head, **records}), indent=2, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """What JSON holds of a tree of dicts, named tuples, sequences and arrays: null for a number that is not finite."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -450,6 +450,11 @@ def variant(architecture: str, config: Any, without: str | None = None) -> str:
     return " ".join([plugins.label(architecture), *changed])
 
 
+def is_gated(variant: str) -> bool:
+    """Whether a variant has a gate and magnitudes, as the SAEs of the Gated SAE paper."""
+    return "gated" in variant.partition(" ")[0]
+
+
 def is_compared(ours: str, theirs: str) -> bool:
     """Whether a report divides the L0 of one variant by that of another.
 
@@ -458,9 +463,7 @@ def is_compared(ours: str, theirs: str) -> bool:
     """
 
     def place(variant: str) -> int:
-        if variant in BASELINES:
-            return 2
-        return 0 if "gated" in variant.partition(" ")[0] else 1
+        return 2 if variant in BASELINES else 0 if is_gated(variant) else 1
 
     architecture, other = (variant.partition(" ")[0] for variant in (ours, theirs))
     if place(ours) != place(theirs):

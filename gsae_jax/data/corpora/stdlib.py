@@ -6,13 +6,14 @@ Held out by file, chosen by a hash of the path, so that a file is on the same si
 import contextlib
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from gsae_jax import config as config_lib
+from gsae_jax.data import labels
 
 
 class StdlibSource(tfds.core.GeneratorBasedBuilder):
@@ -52,3 +53,9 @@ class StdlibSource(tfds.core.GeneratorBasedBuilder):
 def open_corpus(config: config_lib.Data) -> tuple[tfds.core.DatasetBuilder, str]:
     """The TFDS builder, and the name of its text feature, of the running interpreter's standard library."""
     return StdlibSource(data_dir=config.data_dir or None, file_format="array_record"), "text"
+
+
+def labelled(example: Mapping[str, Any]) -> labels.Document | None:
+    """An example with `labels.of_python`; its module is the package or the file below the library's folder."""
+    text, path = (each.decode() if isinstance(each, bytes) else each for each in (example["text"], example["path"]))
+    return labels.of_python(text, path.partition("/")[0].removesuffix(".py"))
