@@ -191,6 +191,9 @@ class Stack(Sites):
     b1: float | None = setting(
         None, "Adam's decay rate of first moments (β₁); 0 = none are kept; None = the architecture's own value.", 0.0
     )
+    b2: float | None = setting(
+        None, "Adam's decay rate of second moments (β₂); None = the architecture's own value.", 0.999
+    )
     clip_norm: float | None = setting(
         None,
         "Largest norm of an SAE's gradient, of squared errors summed over a site; 0 = no limit; None = as for b1.",
@@ -248,7 +251,7 @@ class Stack(Sites):
         for field, names in (("site", self.sites), ("target", self.targets)):
             if not names or len(set(names)) < len(names):
                 raise UserError(f"is {names}; write one site, or several that differ", field)
-        for field, most in (("b1", 1.0), ("clip_norm", INT32), ("coefficient_warmup_fraction", 2 / 3)):
+        for field, most in (("b1", 1.0), ("b2", 1.0), ("clip_norm", INT32), ("coefficient_warmup_fraction", 2 / 3)):
             value = getattr(self, field)
             if value is not None and not 0 <= value < most:
                 raise UserError(f"is {value:g}; write a number from 0 to below {most:.4g}", field)

@@ -281,6 +281,7 @@ def command(*arguments):
         (["--config.lm.path=nowhere"], "lm.path: ", ["'nowhere'", "directory"]),
         (["--config=configs/quickstrt.py"], "--config: ", ["configs/quickstrt.py does not exist", "--config quickst"]),
         (["--config.stacks.gated.b1=2"], "stacks.gated.b1: ", ["is 2;", "from 0"]),
+        (["--config.stacks.gated.b2=1"], "stacks.gated.b2: ", ["is 1;", "from 0"]),
         (["--config.stacks.gated.coefficient_warmup_fraction=0.9"], "stacks.gated.coefficient_warm", ["is 0.9;"]),
         (["steps=3"], "", ["'steps=3'", "--name=value"]),
     ],

@@ -11,7 +11,7 @@ from gsae_jax.training import optimiser
 def test_it_is_adam_without_a_first_moment():
     """Ten steps of random gradients of many sizes, before any projection."""
     params = {"a": jax.random.normal(jax.random.key(0), (5, 7)), "b": jax.random.normal(jax.random.key(1), (3,))}
-    ours, adam = optimiser.scale_by_second_moment, optax.adam(1.0, b1=0.0, b2=0.999)
+    ours, adam = optimiser.scale_by(0.0, 0.999), optax.adam(1.0, b1=0.0, b2=0.999)
     our_state, adam_state = ours.init(params), adam.init(params)
     for step in range(10):
         key = jax.random.key(step + 2)
@@ -25,13 +25,13 @@ def test_it_is_adam_without_a_first_moment():
     assert len(jax.tree.leaves(our_state)) == 1 + len(params)  # the count, and one array per parameter
 
 
-@pytest.mark.parametrize("b1", [0.5, 0.9])
-def test_with_a_first_moment_clipping_and_warmups_it_is_optax(b1):
+@pytest.mark.parametrize(("b1", "b2"), [(0.5, 0.999), (0.9, 0.95)])
+def test_with_a_first_moment_clipping_and_warmups_it_is_optax(b1, b2):
     """Two SAEs of a stack, each clipped by its own norm; the second's gradients are below the limit."""
     params = {"a": jax.random.normal(jax.random.key(0), (2, 5, 7)), "b": jnp.ones((2, 3))}
     schedule = optax.linear_schedule(0.1, 1.0, 5)
-    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1, 0.999, 1e-8))
-    state, each = optimiser.scale_by(b1).init(params), [jax.tree.map(lambda x, n=n: x[n], params) for n in range(2)]
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1, b2, 1e-8))
+    state, each = optimiser.scale_by(b1, b2).init(params), [jax.tree.map(lambda x, n=n: x[n], params) for n in range(2)]
     their_states = [theirs.init(one) for one in each]
     for step in range(8):
         sizes = jnp.array([3.0, 1e-2])
@@ -46,12 +46,12 @@ def test_with_a_first_moment_clipping_and_warmups_it_is_optax(b1):
         assert norm_N[0] > 1 > norm_N[1]
         clipped = optimiser.clip(grads, norm_N, 1.0)
         rates = jnp.full(2, schedule(step))
-        params, state = optimiser.update(params, clipped, state, rates, (), optimiser.finite(grads), b1)
+        params, state = optimiser.update(params, clipped, state, rates, (), optimiser.finite(grads), b1, b2)
     for n, theirs in enumerate(each):
         for name, value in theirs.items():
             np.testing.assert_allclose(params[name][n], value, rtol=1e-5, atol=1e-6)
     broken = {name: value.at[0].set(jnp.nan) for name, value in grads.items()}
-    _, after = optimiser.update(params, broken, state, rates, (), optimiser.finite(broken), b1)
+    _, after = optimiser.update(params, broken, state, rates, (), optimiser.finite(broken), b1, b2)
     for kind, values in optimiser.moments(state).items():
         for name, value in values.items():
             np.testing.assert_array_equal(optimiser.moments(after)[kind][name][0], value[0])
@@ -70,7 +70,7 @@ def test_decoder_rows_stay_unit_and_learning_rates_belong_to_their_sae():
     start = jax.random.normal(jax.random.key(0), (2, 9, 5))
     start /= jnp.linalg.norm(start, axis=-1, keepdims=True)
     params = {"W_dec": start, "b_dec": jnp.zeros((2, 5))}
-    state = optimiser.scale_by_second_moment.init(params)
+    state = optimiser.scale_by(0.0, 0.999).init(params)
     for step in range(10):
         grads = {"W_dec": jax.random.normal(jax.random.key(step), start.shape), "b_dec": jnp.ones((2, 5))}
         params, state = optimiser.update(
@@ -88,7 +88,7 @@ def test_the_first_update_ignores_the_length_of_the_gradient_along_a_row():
     across = gradient - (gradient @ row) * row
     moved = row - rate * across / (np.abs(across) + 1e-8)
     params = {"W_dec": jnp.array(row).reshape(1, 1, 2)}
-    state = optimiser.scale_by_second_moment.init(params)
+    state = optimiser.scale_by(0.0, 0.999).init(params)
     grads = {"W_dec": jnp.array(gradient).reshape(1, 1, 2)}
     params, _ = optimiser.update(params, grads, state, jnp.array([rate]), {"W_dec"}, jnp.array([True]))
     np.testing.assert_allclose(params["W_dec"][0, 0], moved / np.linalg.norm(moved), rtol=1e-5)
@@ -100,7 +100,7 @@ def test_an_sae_whose_gradients_are_not_finite_stays_as_it_is(broken):
     params = {"W_dec": jax.random.normal(jax.random.key(0), (2, 9, 5)), "b_dec": jnp.ones((2, 5))}
     grads = {name: jax.random.normal(jax.random.key(1), value.shape) for name, value in params.items()}
     rates = jnp.array([0.1, 0.2])
-    state = optimiser.scale_by_second_moment.init(params)
+    state = optimiser.scale_by(0.0, 0.999).init(params)
     params, state = optimiser.update(params, grads, state, rates, {"W_dec"}, optimiser.finite(grads))
     moved, after = optimiser.update(params, grads, state, rates, {"W_dec"}, optimiser.finite(grads))
     for name, place in (("W_dec", (1, 8, 4)), ("b_dec", (1, 0))):

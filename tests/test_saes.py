@@ -381,13 +381,13 @@ def test_penalties_have_the_slope_of_l1_at_0_and_scales_of_their_own():
 def test_a_stack_gets_what_it_lacks_from_its_architectures_recipe():
     def recipe(architecture, **settings):
         stack = contract.with_recipe(config_lib.Stack(architecture, "site", 2**16, **settings))
-        return stack.learning_rates, stack.b1, stack.clip_norm, stack.coefficient_warmup_fraction
+        return stack.learning_rates, stack.b1, stack.b2, stack.clip_norm, stack.coefficient_warmup_fraction
 
-    assert recipe("gated") == recipe("relu") == ((3e-4,), 0, 0, 0)
-    assert recipe("relu_april") == ((5e-5,), 0.9, 1, 0.05)
-    assert recipe("jumprelu") == ((7e-5,), 0, 0, 0.01)
-    assert recipe("matryoshka") == recipe("batch_topk") == recipe("topk") == ((pytest.approx(1e-4),), 0.9, 0, 0)
-    own = {"learning_rates": (1e-2, 2e-2), "b1": 0.5, "clip_norm": 3.0, "coefficient_warmup_fraction": 0.0}
+    assert recipe("gated") == recipe("relu") == ((3e-4,), 0, 0.999, 0, 0)
+    assert recipe("relu_april") == ((5e-5,), 0.9, 0.999, 1, 0.05)
+    assert recipe("jumprelu") == ((7e-5,), 0, 0.999, 0, 0.01)
+    assert recipe("matryoshka") == recipe("batch_topk") == recipe("topk") == ((pytest.approx(1e-4),), 0.9, 0.999, 0, 0)
+    own = {"learning_rates": (1e-2, 2e-2), "b1": 0.5, "b2": 0.9, "clip_norm": 3.0, "coefficient_warmup_fraction": 0.0}
     assert recipe("relu_april", **own) == tuple(own.values())
     with refused("architecture", "'gate'"):
         recipe("gate")

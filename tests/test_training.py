@@ -46,6 +46,8 @@ def test_a_mesh_gives_the_single_device_result(experiment, shape):
 
 def test_a_step_is_the_papers_loss_and_adam(experiment):
     """Ten updates of every SAE against float64 gradients and optax.adam, on the batches that the buffer served."""
+    baseline = dataclasses.replace(experiment.stacks["baseline"], b1=0.5, b2=0.9)
+    experiment = dataclasses.replace(experiment, stacks=experiment.stacks | {"baseline": baseline})
     program, state, lm_params, stream = begin(experiment, single_device_mesh())
     config = experiment.train
     start = jax.device_get(state)
@@ -53,9 +55,10 @@ def test_a_step_is_the_papers_loss_and_adam(experiment):
     served = replay(program, start, lm_params, tokens)
     for call in tokens:
         state, *_ = program.train_step(state, lm_params, program.source.place(call))
-    adam = optax.adam(lambda step: jnp.minimum(1.0, (step + 1) / config.warmup_steps), b1=0.0)
-    update = jax.jit(adam.update)
     for stack in program.stacks:
+        b1, b2 = (0.0, 0.999) if stack.name == "gated" else (0.5, 0.9)
+        adam = optax.adam(lambda step: jnp.minimum(1.0, (step + 1) / config.warmup_steps), b1, b2)
+        update = jax.jit(adam.update)
         for index, (l1, rate, _) in enumerate(stack.config.numbers()):
             params = {
                 name: np.asarray(value[index], np.float64) for name, value in start.stacks[stack.name].params.items()

@@ -49,7 +49,7 @@ Params = dict[str, jax.Array]
 Activations = Any
 NEEDED = ("Config", "PARAMETERS", "init", "encode", "decode")  # of every architecture
 # What stacks are trained with where neither the user nor the architecture says otherwise: the Gated SAE paper's Adam.
-RECIPE: Mapping[str, float] = {"b1": 0.0, "clip_norm": 0.0, "coefficient_warmup_fraction": 0.0}
+RECIPE: Mapping[str, float] = {"b1": 0.0, "b2": 0.999, "clip_norm": 0.0, "coefficient_warmup_fraction": 0.0}
 LEARNING_RATE = 3e-4  # its gated SAEs'
 OWN = ("d_in", "d_out", "width", "dtype")  # fields of a Config that are no options: the experiment sets them
 

@@ -13,13 +13,13 @@ import optax
 
 from gsae_jax import config as config_lib
 
-# eps = 1e-8 outside the root: optax.adam's own.
-scale_by_second_moment = optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
 
-
-def scale_by(b1: float) -> optax.GradientTransformation:
+def scale_by(b1: float, b2: float) -> optax.GradientTransformation:
     """Adam's scaling of gradients; its state is (count, nu), or (count, mu, nu) with b1 above 0."""
-    return optax.scale_by_adam(b1, b2=0.999, eps=1e-8) if b1 else scale_by_second_moment
+    if b1:
+        return optax.scale_by_adam(b1, b2, eps=1e-8)
+    # eps outside the root, as Adam has it.
+    return optax.scale_by_rms(decay=b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
 
 
 GAIN = 16.0  # of `gain`, over all its steps
@@ -84,6 +84,7 @@ def update(
     unit_rows: Collection[str],
     finite_N: jax.Array,
     b1: float = 0.0,
+    b2: float = 0.999,
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
     """One step of a stack [N, ...]. An SAE that is not `finite` stays as it is.
 
@@ -99,7 +100,7 @@ def update(
     across = {
         name: grads[name] - _row_products(grads[name], params[name])[..., None] * params[name] for name in unit_rows
     }
-    updates, new = scale_by(b1).update(grads | across, state)
+    updates, new = scale_by(b1, b2).update(grads | across, state)
     kept = {
         kind: {name: jnp.where(each(finite_N, value), value, of[name]) for name, value in getattr(new, kind).items()}
         for kind, of in moments(state).items()

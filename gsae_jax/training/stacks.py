@@ -111,7 +111,7 @@ class Stack:
         params = jax.vmap(lambda seed: self.architecture.init(jax.random.key(seed), self.sae))(seeds)
         return StackState(
             params=params,
-            second_moments=optimiser.scale_by(self.config.b1 or 0.0).init(self.split(params)[0]),
+            second_moments=optimiser.scale_by(*self._decay_rates).init(self.split(params)[0]),
             l1_coefficient=l1.astype(jnp.float32),
             learning_rate=learning_rates.astype(jnp.float32),
             steps_since_fired=jnp.zeros((len(seeds), self.sae.width), jnp.int32),
@@ -286,8 +286,10 @@ class Stack:
         if self.config.clip_norm:
             grads = self._clipped(grads)
         unit_rows = frozenset(name for name in trained if table[name].unit_rows)
-        rate_N, b1 = rate * state.learning_rate, self.config.b1 or 0.0
-        params, second_moments = optimiser.update(trained, grads, state.second_moments, rate_N, unit_rows, finite_N, b1)
+        rate_N = rate * state.learning_rate
+        params, second_moments = optimiser.update(
+            trained, grads, state.second_moments, rate_N, unit_rows, finite_N, *self._decay_rates
+        )
         for name, value in new_own.items():
             params[name] = where_finite(scattered_mean(value, table[name].axis), own[name])
         l1_coefficient = state.l1_coefficient
@@ -306,6 +308,11 @@ class Stack:
             skipped=state.skipped + ~finite_N,
             skipped_in_row=jnp.where(finite_N, 0, state.skipped_in_row + 1),
         ), jax.tree.map(lambda value: where_finite(value, 0), statistics) | {"updates": finite_N.astype(jnp.float32)}
+
+    @property
+    def _decay_rates(self) -> tuple[float, float]:
+        """Adam's b1 and b2, which `build` has set."""
+        return cast(float, self.config.b1), cast(float, self.config.b2)
 
     def _clipped(self, grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """This device's part of the gradients [N, ...], clipped by their norm over all devices, for each SAE.
