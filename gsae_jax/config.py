@@ -166,8 +166,8 @@ class Stack(Sites):
 
     architecture: str = setting(
         REQUIRED,
-        "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka; gated_transcoder, "
-        "relu_crosscoder and their like; or your own: my_package.tanh.",
+        "gated, signed_gated, relu, relu_april, jumprelu, topk, batch_topk, matryoshka, gated_batch_topk; "
+        "gated_transcoder, relu_crosscoder and their like; or your own: my_package.tanh.",
     )
     site: str | tuple[str, ...] = setting(
         REQUIRED,

@@ -140,6 +140,25 @@ def topk_sae(params, x, k, of_batch=False, sizes=(), dead=None, k_aux=0, weight=
     return loss, grads, f
 
 
+def gated_batch_topk_sae(params, x, k, dead, k_aux, weight):
+    """Loss, gradients, features and selected gates of the gated SAE whose gates BatchTopK opens, by hand."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = np.asarray(x, np.float64)
+    W_gate, W_dec, ratio, c = p["W_gate"], p["W_dec"], np.exp(p["r_mag"]), x - p["b_dec"]
+    pi_gate, pi_mag = np.maximum(c @ W_gate + p["b_gate"], 0), c @ W_gate * ratio + p["b_mag"]
+    gate = pi_gate * largest(pi_gate, k, of_batch=True)
+    f = (gate > 0) * np.maximum(pi_mag, 0)
+    error, gate_error = f @ W_dec + p["b_dec"] - x, gate @ W_dec + p["b_dec"] - x
+    d_x_hat, d_x_gate = 2 * error / error.size, 2 * gate_error / error.size
+    value, by_gates, by_W_dec = auxk(pi_gate, -error, W_dec, dead, k_aux)
+    d_pi_mag = (d_x_hat @ W_dec.T) * (f > 0)
+    d_pi_gate = (d_x_gate @ W_dec.T) * (gate > 0) + weight * by_gates
+    grads = {"W_dec": f.T @ d_x_hat + weight * by_W_dec, "W_gate": c.T @ (d_pi_gate + d_pi_mag * ratio)}
+    grads["b_dec"] = d_x_hat.sum(0) - (d_pi_gate @ W_gate.T + (d_pi_mag * ratio) @ W_gate.T).sum(0)
+    grads |= {"b_gate": d_pi_gate.sum(0), "b_mag": d_pi_mag.sum(0), "r_mag": (d_pi_mag * (c @ W_gate) * ratio).sum(0)}
+    return np.square(error).mean() + np.square(gate_error).mean() + weight * value, grads, f, gate
+
+
 def jumprelu_sae(params, x, coefficient, bandwidth):
     """Loss and gradients of the JumpReLU SAE (arXiv 2407.14435, equations 9 to 12), by hand; `bandwidth` as in use."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}

@@ -16,6 +16,7 @@ from gsae_jax.saes import (
     batch_topk_transcoder,
     contract,
     gated,
+    gated_batch_topk,
     gated_transcoder,
     jumprelu_transcoder,
     matryoshka,
@@ -42,7 +43,7 @@ def make(module, d_out=D, **options):
     sizes = {"d_in": (D,) * len(SITES) if several else D} | ({"d_out": d_out} if transcodes else {})
     config = module.Config(width=F, **sizes, **options)
     params = away_from_init(module, config)
-    if module in (batch_topk, matryoshka, batch_topk_transcoder):  # one for all features, as training makes it
+    if module in (batch_topk, matryoshka, gated_batch_topk, batch_topk_transcoder):  # one for all features, as training makes it
         params["threshold"] = jnp.full(F, 0.4)
     return trained.SAE(
         name="stack_2",
@@ -69,6 +70,7 @@ SAES = {
     "topk": lambda: make(topk, k=K),
     "batch_topk": lambda: make(batch_topk, k=K, auxk_coefficient=0.5),
     "matryoshka": lambda: make(matryoshka, k=K, prefixes=(0.25, 1.0)),
+    "gated_batch_topk": lambda: make(gated_batch_topk, k=K),
     "relu_april": lambda: make(relu_april),
     "relu_transcoder": lambda: make(relu_transcoder),
     "relu_transcoder to others": lambda: make(relu_transcoder, d_out=D + 3, skip=True),

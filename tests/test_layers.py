@@ -149,6 +149,7 @@ def test_plugins_are_files():
         "batch_topk_crosscoder",
         "batch_topk_transcoder",
         "gated",
+        "gated_batch_topk",
         "gated_crosscoder",
         "gated_transcoder",
         "jumprelu",

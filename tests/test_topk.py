@@ -16,7 +16,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import config_trees
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import frontiers
-from gsae_jax.saes import batch_topk, contract, gated, matryoshka, selection, topk
+from gsae_jax.saes import batch_topk, contract, gated, gated_batch_topk, matryoshka, selection, topk
 from gsae_jax.training.stacks import Stack
 from tests import references
 from tests.refusals import refused
@@ -126,6 +126,32 @@ def test_loss_and_gradients_match_float64(module):
         np.testing.assert_allclose(statistics.state["threshold"], after, rtol=1e-5)
     else:
         np.testing.assert_allclose(module.encode(params, x, config), f, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_that_are_selected_match_float64():
+    """Loss and gradients; the threshold; and the same function as a gated SAE, afterwards."""
+    config = gated_batch_topk.Config(D, F, k=K, k_aux=5)
+    params, x = random_params(gated_batch_topk, config), jax.random.normal(jax.random.key(5), (B, D)) + 0.5
+    dead_F, before = jnp.arange(F) % 4 == 1, params.pop("threshold")
+
+    def loss(params):
+        return gated_batch_topk.loss(params, {"threshold": before}, batch_of(x, dead_F), {}, config)
+
+    (value, statistics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    expected, expected_grads, f, gates = references.gated_batch_topk_sae(params, x, K, np.asarray(dead_F), 5, 1 / 32)
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert statistics.means["l0"] == pytest.approx((f > 0).sum(1).mean())
+    np.testing.assert_array_equal(statistics.fired, (f > 0).any(0))
+    for name, grad in grads.items():
+        scale = np.abs(expected_grads[name]).max()
+        np.testing.assert_allclose(grad, expected_grads[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+    before, here = np.asarray(before), gates[gates > 0].min()
+    after = np.where(before > 0, 0.99 * before + 0.01 * here, here)
+    np.testing.assert_allclose(statistics.state["threshold"], after, rtol=1e-5)
+    params["threshold"] = jnp.full(F, 1.5 * here, jnp.float32)
+    on = gates > 1.5 * here
+    np.testing.assert_allclose(gated_batch_topk.encode(params, x, config), np.where(on, f, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(gated_batch_topk.gate(params, x, config), on)
 
 
 @by_kind

@@ -51,6 +51,7 @@ TRAINERS = {
     "batch_topk": "BatchTopKTrainer",
     "matryoshka": "MatryoshkaBatchTopKTrainer",
 }
+FORMS = {"gated_batch_topk": "gated"}  # with the same function
 SELECTING = ("topk", "batch_topk", "matryoshka")  # whose number of features is in the config, and in a tensor
 UNSET = -1.0  # the threshold of a TopK SAE that has none
 TRAINER: dict[str, tuple[Any, ...]] = {
@@ -68,6 +69,8 @@ OURS: dict[str, tuple[Any, ...]] = {"site": (str,), "metadata": (dict,), "record
 def write(sae: trained.SAE, path: str | os.PathLike[str]) -> None:
     """Write a new folder; raises `UserError` for an SAE or a path that cannot be used, or without torch."""
     torch = _torch()
+    if form := FORMS.get(sae.architecture):
+        sae = records.converted(sae, form)
     params = records.held(sae, dict(CLASSES.values()))
     name, names = next((name, names) for name, (ours, names) in CLASSES.items() if ours == sae.architecture)
     with errors.about(sae.name):

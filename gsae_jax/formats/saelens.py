@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "batch_topk_transcoder": "jumprelu_transcoder",
 }
 # Of other architectures, those with the same function that are written.
-FORMS = {"relu_april": "relu", "gated_transcoder": "jumprelu_transcoder"}
+FORMS = {"relu_april": "relu", "gated_batch_topk": "gated", "gated_transcoder": "jumprelu_transcoder"}
 WITH_SKIP = {"transcoder": "skip_transcoder", "jumprelu_transcoder": "jumprelu_skip_transcoder"}
 # Theirs, by our names.
 TENSORS = {

@@ -69,23 +69,22 @@ def loss(
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
-    pi_BxF, f_BxF, state = selected(params, state, batch.inputs, coefficients, config, shards)
+    pi_BxF = topk.activations(params, batch.inputs, config)
+    f_BxF, state = selected(pi_BxF, state, coefficients, config, shards)
     x_hat_BxD = topk.decoded(params, batch.inputs, f_BxF, config, shards)
     return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards, state)
 
 
 def selected(
-    params: dict[str, jax.Array],
+    pi_BxF: jax.Array,
     state: dict[str, jax.Array],
-    x_BxD: jax.Array,
     coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Any,
     shards: Shards,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """(ReLU(pi), f, the next state) of a batch, each of the first two [B, F]."""
-    pi_BxF = topk.activations(params, x_BxD, config)
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(The B * k largest values, else 0, the next state) of positive values [B, F] of a batch."""
     k, most = config.k_at(coefficients)
     largest = selection.largest(pi_BxF, k, shards, of_batch=True, most=most)
     before_F, here = state["threshold"], largest.smallest[0]
     after_F = jnp.where(before_F > 0, DECAY * before_F + (1 - DECAY) * here, here)
-    return pi_BxF, largest.of(pi_BxF), {"threshold": after_F}
+    return largest.of(pi_BxF), {"threshold": after_F}

@@ -143,6 +143,12 @@ def from_batch_topk(params: dict[str, jax.Array], config: Any) -> dict[str, jax.
 from_matryoshka = from_batch_topk
 
 
+def from_gated_batch_topk(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """The same function as that of a gated SAE whose gates BatchTopK opens, after its training."""
+    kept = {name: value for name, value in params.items() if name != "threshold"}
+    return kept | {"b_gate": params["b_gate"] - jax.nn.relu(params["threshold"])}
+
+
 def frozen(config: Config) -> set[str]:
     """The names of parameters that training leaves as they are."""
     return set(PARAMETERS) - {"r_mag", "b_mag"} if config.only_magnitude else set()

@@ -101,6 +101,12 @@ def from_gated(params: dict[str, jax.Array], config: gated.Options) -> dict[str,
     }
 
 
+def from_gated_batch_topk(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
+    """As `from_gated`, of the gated SAE with the same function."""
+    as_gated = gated.Config(config.d_in, config.width)
+    return from_gated(gated.from_gated_batch_topk(params, config), as_gated)
+
+
 def from_relu(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
     """The same function as the baseline: every threshold is 0."""
     b_enc = linalg.shifted(params["b_enc"], -linalg.center(params), params["W_enc"])

@@ -60,7 +60,8 @@ def loss(
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """The prefixes' squared errors over D plus AuxK (`contract.Trainable.loss`)."""
-    pi_BxF, f_BxF, state = batch_topk.selected(params, state, batch.inputs, coefficients, config, shards)
+    pi_BxF = topk.activations(params, batch.inputs, config)
+    f_BxF, state = batch_topk.selected(pi_BxF, state, coefficients, config, shards)
     parts_GxBxD = shards.sum(_decode_groups(f_BxF, params["W_dec"], config, shards))
     x_hats = [part + params["b_dec"][None] for part in jnp.cumsum(parts_GxBxD, 0)]
     return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hats, config, shards, state)
