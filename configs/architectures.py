@@ -32,6 +32,7 @@ FAMILIES = {
         "topk": ("topk", {}, ()),
         "batch_topk": ("batch_topk", {}, ()),
         "matryoshka": ("matryoshka", {}, ()),
+        "gated_batch_topk": ("gated_batch_topk", {}, ()),
     },
     "transcoders": {
         "gated_transcoder": ("gated_transcoder", {}, (1e-3, 5e-3, 1.8e-2)),
@@ -51,7 +52,7 @@ FAMILIES = {
 # than at any lower rate.
 SWEPT = {name: (6e-3, 1.2e-2, 2.4e-2) for kinds in FAMILIES.values() for name in kinds}
 SWEPT |= {"signed_gated": (1.5e-3, 3e-3, 6e-3)} | dict.fromkeys(
-    ("topk", "batch_topk", "matryoshka"), (1.2e-2, 2.4e-2, 4.8e-2)
+    ("topk", "batch_topk", "matryoshka", "gated_batch_topk"), (1.2e-2, 2.4e-2, 4.8e-2)
 )
 # The best of `SWEPT` (docs/architectures.md). Those of crosscoders are of their SAEs, and were not searched.
 RATES = dict.fromkeys(SWEPT, 1.2e-2) | dict.fromkeys(("signed_gated",), 3e-3) | dict.fromkeys(("matryoshka",), 2.4e-2)

@@ -111,7 +111,7 @@ def draw(family, title, groups):
             l0,
             recovered,
             color=f"C{number}",
-            marker="os^vD*Xp<>"[number],
+            marker="os^vD*Xp<>h"[number],
             linestyle=("-", "--")[sites.index(site)],
             markersize=4,
             linewidth=0.9,

@@ -43,7 +43,12 @@ def make(module, d_out=D, **options):
     sizes = {"d_in": (D,) * len(SITES) if several else D} | ({"d_out": d_out} if transcodes else {})
     config = module.Config(width=F, **sizes, **options)
     params = away_from_init(module, config)
-    if module in (batch_topk, matryoshka, gated_batch_topk, batch_topk_transcoder):  # one for all features, as training makes it
+    if module in (
+        batch_topk,
+        matryoshka,
+        gated_batch_topk,
+        batch_topk_transcoder,
+    ):  # one for all features, as training makes it
         params["threshold"] = jnp.full(F, 0.4)
     return trained.SAE(
         name="stack_2",
