@@ -107,10 +107,10 @@ def holds(format, kind):
     if format == "sparsify":
         return activation == "topk", True
     if format == "saelens":
-        return name != "topk_transcoder", name not in ("relu_april", "gated_transcoder")
+        return name != "topk_transcoder", name not in ("relu_april", "gated_batch_topk", "gated_transcoder")
     if format == "llamascopium":
         return not has_skip, activation in ("relu", "topk", "jumprelu")
-    return not transcodes and name != "relu_april", True
+    return not transcodes and name != "relu_april", name != "gated_batch_topk"
 
 
 def pairs(formats=None, kinds=None):
