@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from gsae_jax.evaluation import frontiers
 from gsae_jax.saes import products
@@ -22,7 +23,11 @@ from gsae_jax.saes import products
 sys.path.insert(1, str(Path(__file__).parents[1]))  # configs/ is no package that is installed
 from configs import architectures
 
-LEVELS = (0.85, 0.9, 0.95)  # of loss recovered
+LEVELS = {
+    "saes": (0.85, 0.9, 0.95),
+    "transcoders": (0.75, 0.8, 0.85),
+    "crosscoders": (0.85, 0.9, 0.95),
+}  # of loss recovered
 # Of each run: its family, its model, and the title of its figure.
 RUNS = {
     "architectures": ("saes", "embedded", "embedded model"),
@@ -55,13 +60,13 @@ def ratios(family, model, groups):
     """A header and, for each kind and level, its L0 divided by that of the family's first kind of the same seed."""
     sites, seeds = (sorted({key[place] for key in groups}) for place in (0, 3))
     first, *others = architectures.FAMILIES[family]
-    yield [*["Site"] * (len(sites) > 1), "Architecture", "Width", *(f"at {level}" for level in LEVELS)]
+    yield [*["Site"] * (len(sites) > 1), "Architecture", "Width", *(f"at {level}" for level in LEVELS[family])]
     for site in sites:
         of = {(kind, seed): group for (at, kind, _, seed), group in groups.items() if at == site}
         for kind in others:
             each = [
                 [frontiers.l0_at(of[kind, s], level) / frontiers.l0_at(of[first, s], level) for s in seeds]
-                for level in LEVELS
+                for level in LEVELS[family]
             ]
             cells = (frontiers.ratio_over_seeds(at_level).text(".2f") for at_level in each)
             yield [*named(site, kind, sites), architectures.width(family, kind, model), *cells]
@@ -89,6 +94,8 @@ def best_rates(family, groups):
     for site in sites:
         for kind in architectures.FAMILIES[family]:
             at = [recovered_at(groups.get((site, kind, rate, 0), []), architectures.L0[1]) for rate in rates]
+            if not np.isfinite(at).any():
+                continue
             shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in at]
             cells = [f"**{text}**" if value == np.nanmax(at) else text for text, value in zip(shown, at, strict=True)]
             yield [*named(site, kind, sites), *cells]
@@ -119,6 +126,7 @@ def draw(family, title, groups):
         )
     axis.set(xscale="log", xlabel="L0", ylabel="loss recovered", title=title)
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
     return figure
