@@ -8,13 +8,16 @@ What was trained in `--directory` before is measured again, and not trained.
 import argparse
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from configs import synthetic as config
 from gsae_jax import synthesis
+
+sys.path.insert(1, str(Path(__file__).parents[1]))  # configs/ is no package that is installed
+from configs import synthetic as config
 
 SEEDS = (0, 1, 2)  # each of a dictionary, of its activations, and of the first parameters of the SAEs
 COLUMNS = {

@@ -135,7 +135,7 @@ def _runs(names: Sequence[str]) -> list[Run]:
         absolute = [paths.absolute(name) for name in names]
         if not names or len({*absolute}) < len(names):
             raise UserError("is missing, or names a run twice; write different directories of runs")
-        called = sae_sources.labels(absolute)
+        called = sae_sources.short_names(absolute)
         runs = [_run(name, called[path]) for name, path in zip(names, absolute, strict=True)]
         first = runs[0]
         for run in runs:

@@ -316,7 +316,7 @@ def _told_apart(sources: Sequence[_Source]) -> list[_Source]:
     Raises:
         UserError: two SAEs of one path are called alike.
     """
-    labels_of = labels({source.path for source in sources})
+    labels = short_names({source.path for source in sources})
     by_name, by_stack, places = defaultdict(set), defaultdict(set), defaultdict(set)
     for number, source in enumerate(sources):
         for name, sae in source.saes.items():
@@ -333,7 +333,7 @@ def _told_apart(sources: Sequence[_Source]) -> list[_Source]:
     seen: set[str] = set()
     renamed = []
     for source in sources:
-        label, saes = labels_of[source.path], {}
+        label, saes = labels[source.path], {}
         for name, sae in source.saes.items():
             if alike:
                 # A stack that lies in several places and is one all the same would fall apart.
@@ -350,7 +350,7 @@ def _told_apart(sources: Sequence[_Source]) -> list[_Source]:
     return renamed
 
 
-def labels(places: Collection[str]) -> dict[str, str]:
+def short_names(places: Collection[str]) -> dict[str, str]:
     """The shortest end of each path that no other path has."""
     labels = {}
     for place in places:
@@ -369,7 +369,9 @@ def _text_names(texts: Collection[config_lib.Data]) -> dict[config_lib.Data, str
     for text, name in usual.items():
         by_name[name].add(paths.absolute(text.path) if text.path else "")
     return {
-        text: name if len(by_name[name]) == 1 or not text.path else labels(by_name[name])[paths.absolute(text.path)]
+        text: name
+        if len(by_name[name]) == 1 or not text.path
+        else short_names(by_name[name])[paths.absolute(text.path)]
         for text, name in usual.items()
     }
 

@@ -150,8 +150,9 @@ def test_gates_that_are_selected_match_float64():
     np.testing.assert_allclose(statistics.state["threshold"], after, rtol=1e-5)
     params["threshold"] = jnp.full(F, 1.5 * here, jnp.float32)
     on = gates > 1.5 * here
-    np.testing.assert_allclose(gated_batch_topk.encode(params, x, config), np.where(on, f, 0), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(gated_batch_topk.gate(params, x, config), on)
+    for start in (params, gated_batch_topk.from_gated(gated.from_gated_batch_topk(params, config), config)):
+        np.testing.assert_allclose(gated_batch_topk.encode(start, x, config), np.where(on, f, 0), rtol=1e-4, atol=1e-5)
 
 
 @by_kind
