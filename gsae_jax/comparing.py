@@ -304,7 +304,7 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
                 features.close()
             if lacking:
                 which = "All SAEs" if len(lacking) == len(names[run.label]) else ", ".join(lacking)
-                how = f"python -m gsae_jax.collect --workdir {run.path} --overwrite"
+                how = f"python -m gsae_jax.collect --workdir {run.path}" + " --overwrite" * bool(every)
                 notes.append(f"{which} of {run.label} have no score: their features were not collected. Collect: {how}")
     if len(texts) > 1:
         notes.append("Features were collected on different text, so that scores of different runs do not compare.")
