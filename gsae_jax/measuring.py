@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import tqdm
 from etils import epath
 
 from gsae_jax import config as config_lib
 from gsae_jax import errors, processes, sae_loading, sae_sources
-from gsae_jax.activations import store
+from gsae_jax.activations import masking, store
 from gsae_jax.config import NO_MODEL, HeldOut
 from gsae_jax.data import rows
 from gsae_jax.errors import TrainingError, UserError
@@ -139,6 +140,7 @@ class _HeldOut(NamedTuple):
         special_tokens: ids that are not measured.
         fingerprint: of the rows.
         others: the other language models of which SAEs have sites, by name.
+        documents: the number of the document in which each row begins, where it is known.
     """
 
     lm: loading.LM | None
@@ -147,6 +149,7 @@ class _HeldOut(NamedTuple):
     special_tokens: tuple[int, ...]
     fingerprint: str
     others: Mapping[str, loading.LM]
+    documents: np.ndarray | None = None
 
 
 def _opened(settings: HeldOut, chosen: sae_sources.Chosen, wanted: "_Wanted", tokens: int, limit: int) -> _HeldOut:
@@ -171,7 +174,8 @@ def _opened(settings: HeldOut, chosen: sae_sources.Chosen, wanted: "_Wanted", to
     of_text = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
     text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab).fingerprint
     special_tokens = loading.special_tokens_of(lm, others) if settings.drop_special_tokens else ()
-    return _HeldOut(lm, of_text, [batch.size for batch in of_text], special_tokens, text, others)
+    documents = rows.documents(settings.data, lm.tokenizer, masking.tokens_of(np.concatenate(of_text)))
+    return _HeldOut(lm, of_text, [batch.size for batch in of_text], special_tokens, text, others, documents)
 
 
 def _write(
@@ -205,11 +209,15 @@ def _write(
         sums = measure.measure(
             lm, list(saes.values()), batches, held_out.special_tokens, bar.update, ito, chosen.mesh, held_out.others
         )
+    documents = None
+    if held_out.documents is not None:
+        documents = len(np.unique(held_out.documents))
+        sums = {name: of_one | {"document": held_out.documents} for name, of_one in sums.items()}
     models = {name: _named(settings.lms[name] if name else settings.lm) for name in ("", *held_out.others)}
     records = report.rows(models, saes, sums, chosen.targets, ito)
     gates, compared = report.gates(saes), report.differences(saes, sums, models)
     name_of_text = chosen.text or sae_loading.names(settings.lm, settings.data)["dataset_path"]
-    measured = provenance.of_report(made_with, models, name_of_text, settings)
+    measured = provenance.of_report(made_with, models, name_of_text, settings, documents)
     about = report.About(dataclasses.asdict(made_with), measured, chosen.runs, compared)
     if processes.first():
         if wanted.set_aside and (kept := wanted.set_aside()):

@@ -124,6 +124,23 @@ def test_intervals_are_those_of_resampled_rows():
     assert high - low == pytest.approx(2 * 1.96 * rows["l0"].std() / 20 / 100, rel=0.1)
 
 
+def test_intervals_have_the_variation_between_documents():
+    """Rows of one document are equal here, so the interval is that of so many documents, in rows of any order."""
+    random = np.random.default_rng(0)
+    document = random.permutation(np.repeat(np.arange(40), 10))
+    of_document = random.normal(20, 3, 40)
+    sums = dict.fromkeys(UNUSED, np.ones(400)) | {"l0": of_document[document]}
+    low, high = metrics.interval(metrics.resampled(sums | {"document": document})["l0"])
+    assert high - low == pytest.approx(2 * 1.96 * of_document.std() / 40**0.5, rel=0.1)
+    few = document % (metrics.FEWEST_DOCUMENTS - 1)
+    np.testing.assert_array_equal(metrics.resampled(sums | {"document": few})["l0"], metrics.resampled(sums)["l0"])
+    records = [metrics.combine(each | {"fired": np.ones(3)}) for each in (sums | {"document": document}, sums)]
+    assert records[0]["intervals"]["l0"] == [low, high]
+    for record in records:
+        del record["intervals"]
+    assert str(records[0]) == str(records[1])  # with NaN
+
+
 def test_features_chosen_by_gradient_pursuit(lm):
     """As many as allowed, also on a mesh, and closer than the encoder's of an untrained SAE."""
     D = lm.sites[SITE]

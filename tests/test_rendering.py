@@ -35,7 +35,11 @@ def record(text):
 def ratio(text):
     about = dict.fromkeys(("site", "stack", "baseline", "variant"), text)
     numbers = dict.fromkeys(("level", "l0", "baseline_l0", "ratio", "low", "high", "learning_rate"), 0.5)
-    return about | numbers | {"width": 64, "seeds": (0,), "runs": (text,), "baseline_learning_rate": 0.1}
+    return (
+        about
+        | numbers
+        | {"width": 64, "seeds": (0,), "runs": (text,), "baseline_learning_rate": 0.1, "unknown": ("", "")}
+    )
 
 
 def difference(text):

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,44 @@ def test_l0_at_equal_loss_recovered():
     # A learning rate that would be better still ends before some levels: what is best there is not known.
     add("gated", 3e-3, 0, 0.5, (0.83, 0.92))
     found = frontiers.ratios(records, sums)
-    assert [ratio["level"] for ratio in found] == [0.85, 0.9]
-    assert {ratio["learning_rate"] for ratio in found} == {3e-3}
+    known = [ratio for ratio in found if not any(ratio["unknown"])]
+    assert [ratio["level"] for ratio in known] == [0.85, 0.9]
+    assert {ratio["learning_rate"] for ratio in known} == {3e-3}
+    assert {ratio["level"]: ratio["unknown"] for ratio in found if any(ratio["unknown"])} == {
+        level: [frontiers.UNCERTAIN, ""] for level in (0.8, 0.95)
+    }
+    assert all(math.isnan(ratio["ratio"]) == any(ratio["unknown"]) for ratio in found)
     # One that fell apart says nothing of the others.
     add("relu", 1e-2, 0, 0.1, (0.1, 0.2))
-    assert frontiers.ratios(records, sums) == found
+    assert str(frontiers.ratios(records, sums)) == str(found)  # with NaN
     assert np.isnan(frontiers.log_l0_at(0.99, np.array([0.7, 0.9]), np.array([1.0, 2.0])))
+
+
+def test_a_ratio_has_the_variation_of_rows_and_of_seeds():
+    """The squares of both half intervals of the log ratio are added."""
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(-0.5, 0.1, 1000)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    of_seeds = np.array([-0.6, -0.5, -0.4])
+    half = 4.302653 * of_seeds.std(ddof=1) / 3**0.5  # t of two degrees of freedom
+    expected = np.exp([-0.5 - np.hypot(-0.5 - low, half), -0.5 + np.hypot(high + 0.5, half)])
+    np.testing.assert_allclose(frontiers.interval_of_ratio(-0.5, drawn, of_seeds), expected, rtol=1e-6)
+    np.testing.assert_allclose(frontiers.interval_of_ratio(-0.5, drawn, of_seeds[:1]), np.exp([low, high]), rtol=1e-6)
+    assert np.isnan(frontiers.interval_of_ratio(-0.5, [*drawn, math.nan], of_seeds)).all()
+
+
+def test_a_frontier_that_does_not_reach_a_level_is_named():
+    records, sums = compared("a", "a", recovered={"relu": (0.79, 0.86)})
+    unknown = {ratio["level"]: ratio["unknown"] for ratio in frontiers.ratios(records, sums)}
+    known, not_reached = ["", ""], ["", frontiers.NOT_REACHED]
+    assert unknown == {0.8: known, 0.85: known, 0.9: not_reached, 0.95: not_reached}
+    *_, row = tables.ratios(frontiers.ratios(records, sums)).rows
+    assert row[-4:] == [frontiers.NOT_REACHED, "–", "–", "–"]
+    # Neither reaches it, or there is no frontier.
+    records, sums = compared("a", "a", recovered={"gated": (0.79, 0.86), "relu": (0.79, 0.86)})
+    assert [ratio["level"] for ratio in frontiers.ratios(records, sums)] == [0.8, 0.85]
+    records, sums = compared("a", "a", recovered={"relu": (0.86,)})
+    assert frontiers.ratios(records, sums) == []
 
 
 def test_architectures_are_compared_with_each_other_at_a_site():
@@ -89,21 +122,21 @@ def test_architectures_are_compared_with_each_other_at_a_site():
     }
 
 
-def compared(first, second, rows=None):
+def compared(first, second, rows=None, recovered=MappingProxyType({})):
     """Records and sums of a gated SAE's frontier of one run, and of a baseline's of another."""
     records, sums = [], {}
     ones = np.full(50, 1.0) if rows is None else rows
     for run, variant in ((first, "gated"), (second, "relu")):
-        for index, recovered in enumerate((0.79, 0.96)):
+        for index, reached in enumerate(recovered.get(variant, (0.79, 0.96))):
             name = f"{run}/{variant}_{index}"
             ce = {
                 "ce_clean": 0 * ones,
                 "ce_zero": 1 + 0 * ones,
                 "ce_mean": 1 + 0 * ones,
-                "ce_sae": (1 - recovered) * ones,
+                "ce_sae": (1 - reached) * ones,
             }
             sums[name] = dict.fromkeys(UNUSED, 1 + 0 * ones) | ce
-            sums[name] |= {"tokens": 1 + 0 * ones, "l0": np.exp(5 * recovered) * (1 + 0 * ones), "fired": np.ones(3)}
+            sums[name] |= {"tokens": 1 + 0 * ones, "l0": np.exp(5 * reached) * (1 + 0 * ones), "fired": np.ones(3)}
             config = {"gated": gated, "relu": relu}[variant].Config(8, 64)
             stack = f"{run}/{variant}"
             sae = trained.SAE(name, variant, config, SITE, {}, 0.1, 1e-3, 0, run=run, stack=stack, index=index)

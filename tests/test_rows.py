@@ -89,6 +89,22 @@ def test_rows_are_the_documents_tokens_behind_bos(tmp_path, tokenizer, documents
     np.testing.assert_array_equal(np.concatenate(ordered), [rows[i] for i in range(len(rows) // 2 * 2)])
 
 
+@pytest.mark.parametrize("options", [{}, {"prepend_bos": False}, {"pack": "documents", "context_length": 4}])
+def test_the_document_in_which_a_row_begins(tmp_path, tokenizer, documents, options):
+    (tmp_path / "a.txt").write_text("\n".join(documents))
+    config = data_config(tmp_path, path=str(tmp_path / "a.txt"), separator="\n", **options)
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    builder, _ = text_corpus.open_corpus(config)
+    texts = [example["text"].decode() for example in builder.as_data_source(split="train")]
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]  # with EOS
+    of_token = np.repeat(np.arange(len(texts)), lengths)
+    stream = of_token[:: config.context_length - config.prepend_bos][: len(rows)]
+    expected = np.arange(len(rows)) if config.pack == "documents" else stream
+    found = rows_lib.documents(config, tokenizer, np.stack([rows[row] for row in range(len(rows))]))
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found)) > 10
+
+
 def test_tokens_are_prepared_once(tmp_path, tokenizer, text_dir, monkeypatch):
     config = data_config(tmp_path, path=str(text_dir))
     few = rows_lib.open_rows(config, "train", tokenizer, limit=50)

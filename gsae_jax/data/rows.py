@@ -363,6 +363,15 @@ def held_out(
     return itertools.islice(in_order(rows, per_batch), batches)
 
 
+def documents(config: config_lib.Data, tokenizer: Any, tokens_RxT: np.ndarray) -> np.ndarray:
+    """The number of the document in which each row [R] begins, of rows that follow each other in the text."""
+    if config.pack == "documents":
+        return np.arange(len(tokens_RxT))
+    separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ends = (tokens_RxT[:, int(config.prepend_bos) :] == separator).sum(1)
+    return np.cumsum(ends) - ends
+
+
 def held_out_rows(
     config: config_lib.Experiment | config_lib.HeldOut, tokenizer: Any, tokens: int, d_vocab: int | None = None
 ) -> TokenRows:

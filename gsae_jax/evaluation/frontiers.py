@@ -12,6 +12,7 @@ from gsae_jax.evaluation import metrics
 from gsae_jax.saes import contract
 
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # loss recovered at which frontiers are compared
+NOT_REACHED, UNCERTAIN = "not reached", "uncertain"  # why an L0 at a level is unknown
 
 
 def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -119,15 +120,15 @@ def at_l0(records: Sequence[Mapping[str, Any]], field: str, l0: float, beyond: f
 def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list[dict[str, Any]]:
     """Per site and level: the L0 of one stack divided by another's, for the pairs that `contract.is_compared` accepts.
 
-    A frontier is a stack's SAEs of one learning rate and one seed. Each side has its best learning rate at the level,
-    that of least L0 as the geometric mean over seeds. A level is left out where that cannot be told, because a
-    learning rate's SAEs end before the level and are better where they do. SAEs without an L0 or a loss recovered are
-    left out, too: they have diverged, or loss recovered has no meaning at their site.
+    A frontier is a stack's SAEs of one learning rate and one seed, at least two. Each side has its best learning rate
+    at the level, that of least L0 as the geometric mean over seeds. SAEs without an L0 or a loss recovered are left
+    out: they have diverged, or loss recovered has no meaning at their site. So is a level that neither side reaches.
 
     Returns:
-        For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates, `ratio` of the
-        geometric means over seeds, `low` and `high` (95% bootstrap over the rows of text, the same rows for all SAEs;
-        NaN where a frontier passes the level on some rows only), how many `seeds` each has, and the `runs` of both.
+        For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates and L0s, `ratio` of
+        the geometric means over seeds, `low` and `high` (`interval_of_ratio`), how many `seeds` each has, and the
+        `runs` of both. `unknown` says of each side why its L0 is NaN: `NOT_REACHED`, or `UNCERTAIN`, as the SAEs of
+        another learning rate end before the level and are better where they do. It is "" where the L0 is known.
     """
     frontiers: dict[tuple[str, str], dict[float, dict[int, list[str]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -139,8 +140,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         for record in members:
             frontiers[site, stack][record["learning_rate"]][record["seed"]].append(record["name"])
             run_of[record["name"]] = identity(record)[0]
-            rows = {name: value for name, value in sums[record["name"]].items() if name != "fired"}
-            again = metrics.resampled(rows)
+            again = metrics.resampled(sums[record["name"]])
             points[record["name"]] = {
                 name: np.concatenate([[record[name]], again[name]]) for name in ("loss_recovered", "l0")
             }
@@ -149,8 +149,8 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         recovered, l0 = (np.array([points[name][field][draw] for name in names]) for field in ("loss_recovered", "l0"))
         return log_l0_at(level, recovered, l0)
 
-    def best(level: float, by_rate: dict[float, dict[int, list[str]]]) -> tuple[float, float]:
-        """(log L0, learning rate); NaN where the level is not reached, or another rate might be better."""
+    def best(level: float, by_rate: dict[float, dict[int, list[str]]]) -> tuple[float, float, str]:
+        """(log L0, learning rate, why they are NaN)."""
 
         def mean(level: float, rate: float) -> float:
             return float(np.mean([log_l0(level, names, 0) for names in by_rate[rate].values()]))
@@ -158,49 +158,93 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         lowest, rate = min(
             ((mean(level, rate), rate) for rate in by_rate if math.isfinite(mean(level, rate))), default=(math.nan,) * 2
         )
+        if not math.isfinite(lowest):
+            return math.nan, math.nan, NOT_REACHED
         for names in (names for by_seed in by_rate.values() for names in by_seed.values()):
-            if math.isfinite(lowest) and not math.isfinite(log_l0(level, names, 0)):
+            if not math.isfinite(log_l0(level, names, 0)):
                 ends = sorted((points[name]["loss_recovered"][0], points[name]["l0"][0]) for name in names)
                 (low, l0_there), (high, l0_at_most) = ends[0], ends[-1]
                 # Compared at the end that is nearer to the level. Where the best does not go that far its mean is NaN,
                 # nothing can be compared, and the level is kept.
                 at, l0 = (level, l0_there) if low > level else (high, l0_at_most)
                 if l0 > 0 and math.log(l0) < mean(at, rate):
-                    return math.nan, math.nan
-        return lowest, rate
+                    return math.nan, math.nan, UNCERTAIN
+        return lowest, rate, ""
+
+    def is_frontier(by_rate: dict[float, dict[int, list[str]]]) -> bool:
+        return any(len(names) > 1 for by_seed in by_rate.values() for names in by_seed.values())
 
     compared = []
     for (site, stack), by_rate in sorted(frontiers.items()):
         here = [
             other
             for other_site, other in sorted(frontiers)
-            if other_site == site and contract.is_compared(about[site, stack]["variant"], about[site, other]["variant"])
+            if other_site == site
+            and contract.is_compared(about[site, stack]["variant"], about[site, other]["variant"])
+            and all(is_frontier(side) for side in (by_rate, frontiers[site, other]))
         ]
         for other, level in [(other, level) for other in here for level in LEVELS]:
-            (ours, rate), (theirs, their_rate) = best(level, by_rate), best(level, frontiers[site, other])
-            if not math.isfinite(ours) or not math.isfinite(theirs):
+            sides = [best(level, by_rate), best(level, frontiers[site, other])]
+            (ours, rate, _), (theirs, their_rate, _) = sides
+            unknown = [why for _, _, why in sides]
+            if unknown == [NOT_REACHED] * 2:
                 continue
-            sides = (list(by_rate[rate].values()), list(frontiers[site, other][their_rate].values()))
-            drawn = []
-            for draw in range(1, metrics.DRAWS + 1):
-                a, b = (np.mean([log_l0(level, names, draw) for names in side]) for side in sides)
-                drawn.append(math.exp(a - b))
-            low, high = metrics.interval(np.array(drawn))
-            compared.append(
-                {
-                    "site": site,
-                    "level": level,
-                    **about[site, stack],
-                    "baseline": other,
-                    "learning_rate": rate,
-                    "baseline_learning_rate": their_rate,
-                    "l0": math.exp(ours),
-                    "baseline_l0": math.exp(theirs),
-                    "ratio": math.exp(ours - theirs),
+            record = {
+                "site": site,
+                "level": level,
+                **about[site, stack],
+                "baseline": other,
+                "learning_rate": rate,
+                "baseline_learning_rate": their_rate,
+                "l0": math.exp(ours),
+                "baseline_l0": math.exp(theirs),
+                "ratio": math.exp(ours - theirs),
+                "low": math.nan,
+                "high": math.nan,
+                "seeds": [],
+                "runs": [],
+                "unknown": unknown,
+            }
+            if not any(unknown):
+                by_seed = [by_rate[rate], frontiers[site, other][their_rate]]
+                means = [
+                    [float(np.mean([log_l0(level, names, draw) for names in side.values()])) for side in by_seed]
+                    for draw in range(1, metrics.DRAWS + 1)
+                ]
+                pairs = [
+                    log_l0(level, by_seed[0][seed], 0) - log_l0(level, by_seed[1][seed], 0)
+                    for seed in by_seed[0]
+                    if seed in by_seed[1]
+                ]
+                low, high = interval_of_ratio(ours - theirs, [a - b for a, b in means], pairs)
+                record |= {
                     "low": low,
                     "high": high,
-                    "seeds": [len(side) for side in sides],
-                    "runs": sorted({run_of[name] for side in sides for names in side for name in names}),
+                    "seeds": [len(side) for side in by_seed],
+                    "runs": sorted({run_of[name] for side in by_seed for names in side.values() for name in names}),
                 }
-            )
+            compared.append(record)
     return compared
+
+
+def interval_of_ratio(log_ratio: float, drawn: Sequence[float], of_seeds: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a ratio of L0s, over the text and over seeds.
+
+    SAEs of a seed are measured on the same text as those of another, so the two kinds of variation are independent, and
+    the squares of their half intervals of the log ratio are added.
+
+    Args:
+        log_ratio: what was measured.
+        drawn: log ratios of the bootstrap over the text.
+        of_seeds: log ratios of the seeds that both sides have. Fewer than two say nothing about seeds.
+
+    Returns:
+        (low, high); NaN where a frontier passes the level in some of the draws only.
+    """
+    low, high = metrics.interval(np.asarray(drawn))
+    seeds = over_seeds(of_seeds) if len(of_seeds) > 1 else NOT_KNOWN
+    half = (seeds.high - seeds.low) / 2 if math.isfinite(seeds.low) else 0.0
+    return (
+        math.exp(log_ratio - math.hypot(log_ratio - low, half)),
+        math.exp(log_ratio + math.hypot(high - log_ratio, half)),
+    )

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Sums over the tokens of each row [R]; `fired` [F] is over all rows. Means of means are never taken.
+# Sums over the tokens of each row [R]; `fired` [F] is over all rows. Means of means are never taken. `document` [R] is
+# the number of the document in which each row begins, and is absent where that is not known.
 Sums = dict[str, Any]
+NOT_SUMS = ("fired", "document")  # of rows
 
 # Metrics that come with an interval, as functions of totals over rows.
 RATIOS = {
@@ -33,6 +35,7 @@ OF_MODEL = (*AGAINST, "kl")  # ratios that need the language model
 EXTREME = 10  # multiple of the site's median norm above which a few tokens would make up nearly all of E||x||^2
 DENSE = 0.1  # a feature that fires on more than this fraction of tokens
 DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
+FEWEST_DOCUMENTS = 10  # of which the bootstrap draws documents; with fewer it draws rows
 
 
 def feature_statistics(f_BxF: jax.Array, gate_BxF: jax.Array) -> dict[str, jax.Array]:
@@ -138,10 +141,10 @@ def combine(sums: Sums) -> dict[str, Any]:
         alive, dense: fractions of features that fired on at least one token, on more than a tenth of them.
         tokens, extreme: numbers of measured activations, and of those with an extreme norm (`EXTREME`).
         intervals: {name: [low, high]} of the metrics from l0 to gate_only, except the cross-entropies: 95% percentile
-            bootstrap over rows. There are none for fewer than two rows.
+            bootstrap over documents, or over rows (`weights`). There are none for fewer than two rows.
     """
-    rows = np.stack([value for name, value in sums.items() if name != "fired"])
-    names = [name for name in sums if name != "fired"]
+    names = [name for name in sums if name not in NOT_SUMS]
+    rows = np.stack([sums[name] for name in names])
     with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
         totals = dict(zip(names, rows.sum(1), strict=True))
     n, fired = totals["tokens"], sums["fired"]
@@ -151,44 +154,57 @@ def combine(sums: Sums) -> dict[str, Any]:
     ratios |= {"alive": (fired > 0).mean(), "dense": (fired > DENSE * n).mean()}
     ratios = {name: float(value) for name, value in ratios.items()}
     ratios |= {"tokens": int(n), "extreme": int(n - totals["typical"])}
-    intervals = _intervals(dict(zip(names, rows, strict=True)))
+    intervals = _intervals(sums)
     for name, other in AGAINST.items():
-        if other not in sums or not _is_certainly_above_0(sums[other] - sums["ce_clean"]):
+        if other not in sums or not _is_certainly_above_0(sums[other] - sums["ce_clean"], sums.get("document")):
             ratios[name] = math.nan
             intervals.pop(name, None)
     return ratios | {"intervals": intervals}
 
 
 @functools.lru_cache(maxsize=1)
-def draws(rows: int) -> np.ndarray:
-    """The count of each row in each resampled set [draws, rows]. The sets are paired: all SAEs have the same."""
-    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), DRAWS).astype(np.float64)
+def draws(units: int) -> np.ndarray:
+    """The count of each unit in each resampled set [draws, units]. The sets are paired: all SAEs have the same."""
+    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), DRAWS).astype(np.float64)
 
 
-def resampled(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The metrics [draws] on resampled rows."""
-    weights = draws(len(rows["tokens"]))
+def weights(rows: int, document: np.ndarray | None = None) -> np.ndarray:
+    """The count of each row in each resampled set [draws, rows].
+
+    Rows of one document are alike. So whole documents are drawn, where it is known of each row in which it begins, and
+    there are at least `FEWEST_DOCUMENTS`. Otherwise rows are drawn.
+    """
+    if document is not None:
+        numbers, of_row = np.unique(document, return_inverse=True)
+        if len(numbers) >= FEWEST_DOCUMENTS:
+            return draws(len(numbers))[:, of_row]
+    return draws(rows)
+
+
+def resampled(sums: Sums) -> dict[str, np.ndarray]:
+    """The metrics [draws] on resampled documents or rows (`weights`)."""
+    counts = weights(len(sums["tokens"]), sums.get("document"))
     with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
-        return _ratios({name: weights @ values for name, values in rows.items()})
+        return _ratios({name: counts @ values for name, values in sums.items() if name not in NOT_SUMS})
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """[low, high] of a metric on resampled rows; NaN if any is."""
+    """[low, high] of a metric on resampled sets; NaN if any is."""
     tail = 50 * (1 - LEVEL)
     return [float(value) for value in np.percentile(values, [tail, 100 - tail])]
 
 
-def _is_certainly_above_0(rows: np.ndarray) -> bool:
+def _is_certainly_above_0(rows: np.ndarray, document: np.ndarray | None) -> bool:
     """Whether the interval of a total over rows [R] lies above 0; with one row, whether the total does."""
     if len(rows) < 2 or not np.isfinite(rows).all():
         return bool(rows.sum() > 0)
-    return bool(rows.sum() > 0) and interval(draws(len(rows)) @ rows)[0] > 0
+    return bool(rows.sum() > 0) and interval(weights(len(rows), document) @ rows)[0] > 0
 
 
-def _intervals(rows: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    if len(rows["tokens"]) < 2:
+def _intervals(sums: Sums) -> dict[str, list[float]]:
+    if len(sums["tokens"]) < 2:
         return {}
-    return {name: interval(values) for name, values in resampled(rows).items() if np.isfinite(values).all()}
+    return {name: interval(values) for name, values in resampled(sums).items() if np.isfinite(values).all()}
 
 
 def _ratios(totals: dict[str, Any]) -> dict[str, Any]:

@@ -141,13 +141,16 @@ def of_imported(sae: trained.SAE) -> dict[str, Any]:
     return {name: value for name, value in known.items() if isinstance(value, str | int) and value}
 
 
-def of_report(settings: Settings, models: Mapping[str, str], text: str, held_out: HeldOut) -> dict[str, Any]:
+def of_report(
+    settings: Settings, models: Mapping[str, str], text: str, held_out: HeldOut, documents: int | None = None
+) -> dict[str, Any]:
     """How the SAEs of a report were measured, in the order in which the report shows it.
 
-    `models` and `text`: as of `of_run`.
+    `models` and `text`: as of `of_run`. `documents`: in how many a measured row begins, where that is known.
     """
     about: dict[str, Any] = {f"language_model_{name}" if name else "language_model": m for name, m in models.items()}
     about |= {"text": text, "row_length": held_out.data.context_length}
+    about |= {} if documents is None else {"documents": documents}
     about |= {"tokens_asked_for": settings.tokens, "special_tokens_excluded": held_out.drop_special_tokens}
     about |= {} if settings.step is None else {"checkpoint": settings.step}
     about |= {"gradient_pursuit": list(settings.ito)} if settings.ito else {}

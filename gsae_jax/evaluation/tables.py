@@ -152,11 +152,14 @@ def ratios(records: list[dict[str, Any]]) -> Table:
             f"{r['level']:g}",
             _described(r["stack"], r["learning_rate"], r["variant"], f"{r['width']:,} features"),
             _described(r["baseline"], r["baseline_learning_rate"]),
-            f"{r['l0']:.1f}",
-            f"{r['baseline_l0']:.1f}",
-            f"{r['ratio']:.2f}",
-            f"{r['low']:.2f} to {r['high']:.2f}" if math.isfinite(r["low"]) else "unknown",
-            " and ".join(map(str, r["seeds"])),
+            *(why or f"{r[field]:.1f}" for field, why in zip(("l0", "baseline_l0"), r["unknown"], strict=True)),
+            number(r["ratio"], ".2f"),
+            f"{r['low']:.2f} to {r['high']:.2f}"
+            if math.isfinite(r["low"])
+            else "–"
+            if any(r["unknown"])
+            else "unknown",
+            " and ".join(map(str, r["seeds"])) or "–",
         ]
         for r in records
     ]
