@@ -1,56 +1,85 @@
-"""The paper's comparison on the embedded model: gated SAEs, baselines 1.5x as wide, and ablations.
+"""The paper's comparison at one site: gated SAEs, baselines 1.5 times as wide, and ablations.
 
-Both architectures are trained at several learning rates, and with three seeds at the rate that was best for both in a
-first sweep (at 4.8e-2, training fails for both). The report compares each architecture at its best learning rate.
+    python -m gsae_jax.train --config configs/reproduction.py:blocks.0.hook_mlp_out --workdir runs/reproduction/mlp_out
+    python -m gsae_jax.train --config configs/reproduction.py:blocks.0.hook_mlp_out,ablations \
+        --workdir runs/reproduction/mlp_out_ablations
 
-    python -m gsae_jax.train --config configs/reproduction.py:blocks.0.attn.hook_z --workdir runs/attn
+The first command trains both architectures at several learning rates, and with three seeds at the two rates that were
+best in a first sweep (at 4.8e-2, training fails for both). The report compares each architecture at its best rate. The
+second command trains what lies between a baseline and a gated SAE, at one rate and with three seeds. Rescale and shift
+(section 5.2) starts from the baselines of such a run: `blocks.0.hook_mlp_out,from=runs/reproduction/mlp_out_ablations`.
 
-Rescale and shift (section 5.2) starts from the baselines of such a run: `--config
-configs/reproduction.py:blocks.0.attn.hook_z,runs/attn --workdir runs/attn_rescaled`.
+The word `tinystories`, as in `blocks.1.hook_resid_post,tinystories`, is for sites of the model of
+configs/tinystories.py.
 """
 
-from configs import quickstart
+from configs import quickstart, tinystories
 from gsae_jax import stack_config
+from gsae_jax.errors import UserError
 
-# With these values, loss recovered is between about 0.95 and 0.8.
-L1 = {"gated": (3e-3, 8e-3, 2.6e-2), "relu": (1e-3, 4e-3, 1.3e-2)}
-L1_OF_SITE = {
-    "blocks.0.hook_mlp_out": {"gated": (3e-3, 8e-3, 1.8e-2), "relu": (1.5e-3, 4e-3, 1e-2)},
-    "blocks.0.hook_resid_post": {"gated": (3e-3, 8e-3, 2.2e-2), "relu": (1e-3, 4e-3, 1e-2)},
+WIDTHS = {"embedded": (1024, 1536), "tinystories": (512, 768)}  # gated and baseline: four and six times d_model
+# With these λ, loss recovered goes from above 0.95 to below 0.8, where the site allows it.
+L1 = {
+    "blocks.0.hook_mlp_out": {"gated": (2.5e-3, 8e-3, 1.5e-2, 2.4e-2), "relu": (1.2e-3, 3e-3, 6e-3, 1e-2)},
+    "blocks.0.hook_resid_post": {"gated": (4e-3, 1e-2, 1.8e-2, 3e-2), "relu": (2e-3, 5e-3, 9e-3, 1.4e-2)},
+    "blocks.0.attn.hook_z": {"gated": (4e-3, 1.5e-2, 5e-2, 1e-1), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
+    "blocks.0.mlp.hook_post": {"gated": (1.5e-3, 4e-3, 8e-3, 1.6e-2), "relu": (6e-4, 2e-3, 4e-3, 8e-3)},
 }
-SEEDS = {6e-3: (0,), 1.2e-2: (0,), 2.4e-2: (0, 1, 2)}  # by learning rate
+L1_TINYSTORIES = {
+    "attn.hook_z": {"gated": (4e-3, 1.5e-2, 5e-2, 1e-1), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
+    "hook_mlp_out": {"gated": (3e-3, 1e-2, 2e-2, 4e-2), "relu": (1.5e-3, 4e-3, 8e-3, 1.6e-2)},
+    "hook_resid_post": {"gated": (4e-3, 1e-2, 1.8e-2, 3e-2), "relu": (2e-3, 5e-3, 9e-3, 1.4e-2)},
+}
+RATES = {"gated": {6e-3: 1, 1.2e-2: 3, 2.4e-2: 3}, "relu": {6e-3: 1, 1.2e-2: 1, 2.4e-2: 3}}  # and seeds of each
+ABLATED = {1.2e-2: 3}  # with the first three λ
 ABLATIONS = {
-    "unfrozen": {"freeze_aux_decoder": False},
     "no_r_mag": {"use_r_mag": False},
     "untied": {"tie_encoder": False},
+    "unfrozen": {"freeze_aux_decoder": False},
+    "untied_unfrozen": {"tie_encoder": False, "freeze_aux_decoder": False},
 }
-
-
-def stack(architecture, site, width, seeds=SEEDS, **options):
-    """SAEs for all combinations of learning rates, their seeds and l1 coefficients."""
-    members = [
-        (l1, rate, seed) for rate in seeds for seed in seeds[rate] for l1 in L1_OF_SITE.get(site, L1)[architecture]
-    ]
-    l1_coefficients, learning_rates, seeds = zip(*members, strict=True)
-    options = {"initial_l0": 0} | options  # zero biases, as inputs are not centred
-    return stack_config(
-        architecture, site, width, l1_coefficients, learning_rates=learning_rates, seeds=seeds, **options
-    )
 
 
 def get_config(which="blocks.0.hook_mlp_out"):
-    site, _, run = which.partition(",")
-    config = quickstart.get_config()
+    site, *words = which.split(",")
+    run = next((word.removeprefix("from=") for word in words if word.startswith("from=")), "")
+    model = "tinystories" if "tinystories" in words else "embedded"
+    known = (
+        L1 if model == "embedded" else {f"blocks.{n}.{hook}": l1 for n in (0, 1) for hook, l1 in L1_TINYSTORIES.items()}
+    )
+    if site not in known:
+        raise UserError(f"has {site!r}; write one of {', '.join(known)} after the colon")
+    if unknown := [word for word in words if word not in ("tinystories", "ablations") and not word.startswith("from=")]:
+        raise UserError(f"has {unknown[0]!r}; write tinystories, ablations or from=RUN after the site")
+    width, wide = WIDTHS[model]
+
+    def stack(architecture, width, seeds_of=None, **options):
+        """SAEs for all combinations of learning rates, their seeds and l1 coefficients; without rates, of `ABLATED`."""
+        l1_coefficients = known[site][architecture] if seeds_of else known[site][architecture][:3]
+        rates = seeds_of or ABLATED
+        members = [(l1, rate, seed) for rate in rates for seed in range(rates[rate]) for l1 in l1_coefficients]
+        l1_coefficients, learning_rates, seeds = zip(*members, strict=True)
+        # Zero biases, as inputs are not centred.
+        settings = {"learning_rates": learning_rates, "seeds": seeds, "initial_l0": 0} | options
+        return stack_config(architecture, site, width, l1_coefficients, **settings)
+
+    config = (quickstart if model == "embedded" else tinystories).get_config()
     config.activations.center = False  # the paper's units, for which the l1 coefficients above are chosen
+    config.evaluation.tokens = 2**17
     config.stacks = {}
     if run:
-        rescaled = stack("gated", site, 1536, only_magnitude=True, start_from=f"{run}:baseline")
-        rescaled.l1_coefficients = stack("relu", site, 1536).l1_coefficients  # those of the baselines
-        config.stacks.rescaled = rescaled
+        for name, size in (("baseline", wide), ("baseline_narrow", width)):
+            rescaled = stack("gated", size, only_magnitude=True, start_from=f"{run}:{name}")
+            rescaled.l1_coefficients = stack("relu", size).l1_coefficients  # those of the baselines
+            config.stacks[name.replace("baseline", "rescaled")] = rescaled
         config.train.steps = 400
-        return config
-    config.stacks.gated = stack("gated", site, 1024)
-    config.stacks.baseline = stack("relu", site, 1536)
-    for name, options in ABLATIONS.items():
-        config.stacks[name] = stack("gated", site, 1024, {1.2e-2: (0,)}, **options)
+    elif "ablations" in words:
+        config.stacks.gated = stack("gated", width)
+        for name, options in ABLATIONS.items():
+            config.stacks[name] = stack("gated", width, **options)
+        config.stacks.baseline = stack("relu", wide)
+        config.stacks.baseline_narrow = stack("relu", width)
+    else:
+        config.stacks.gated = stack("gated", width, RATES["gated"])
+        config.stacks.baseline = stack("relu", wide, RATES["relu"])
     return config

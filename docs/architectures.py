@@ -2,11 +2,9 @@
 
     python docs/architectures.py --runs runs --write docs/architectures.md
 
-`--runs` holds the runs that `RUNS` names, and `..._rates` of each. What is absent stays as it is.
+`--runs` holds the runs that `RUNS` names, and `..._rates` of each; without it, tables are made of `docs/results`.
 """
 
-import argparse
-import json
 import math
 import re
 import sys
@@ -14,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import results
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -37,10 +36,10 @@ RUNS = {
 }
 
 
-def read(path):
-    """The records of a run, by (site, kind, learning rate, seed), each a frontier by ascending L0."""
+def read(report):
+    """The records of a report, by (site, kind, learning rate, seed), each a frontier by ascending L0."""
     groups = defaultdict(list)
-    for record in json.loads((path / "report" / "report.json").read_text())["saes"]:
+    for record in report["saes"]:
         kind = re.sub(r"_\d+$", "", frontiers.identity(record)[1])
         groups[record["site"], kind, record["learning_rate"], record["seed"]].append(record)
     return {key: sorted(group, key=lambda record: record["l0"]) for key, group in groups.items()}
@@ -49,11 +48,6 @@ def read(path):
 def named(site, kind, sites):
     """The first cells of a line. Where there are several sites, the first is the site."""
     return [f"`{site}`"] * (len(sites) > 1) + [f"`{kind}`"]
-
-
-def table(header, *rows):
-    lines = [header, [":--" if cell in ("Site", "Architecture") else "--:" for cell in header], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def ratios(family, model, groups):
@@ -132,11 +126,12 @@ def draw(family, title, groups):
     return figure
 
 
+def table(header, *rows):
+    return results.table(header, rows, text=("Architecture",))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--write", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = results.arguments(__doc__)
     costs = [["Architecture", "Products", "Width"]]
     for kind, (architecture, options, _) in architectures.FAMILIES["saes"].items():
         count = products.count(architecture, **options)
@@ -144,17 +139,14 @@ def main():
     tables = {"products": table(*costs)}
     for name, (family, model, title) in RUNS.items():
         suffix = f"_{name}".replace("_architectures", "")
-        if (arguments.runs / name / "report").exists():
-            groups = read(arguments.runs / name)
+        if report := results.load(name, arguments.runs):
+            groups = read(report)
             tables[f"ratios{suffix}"] = table(*ratios(family, model, groups))
             tables[f"measured{suffix}"] = table(*measured(family, groups))
             draw(family, title, groups).savefig(arguments.write.with_name(f"{name}.png"), dpi=110)
-        if (arguments.runs / f"{name}_rates" / "report").exists():
-            tables[f"rates{suffix}"] = table(*best_rates(family, read(arguments.runs / f"{name}_rates")))
-    text = arguments.write.read_text("utf-8")
-    for name, content in tables.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{content}\n\n\g<2>", text, flags=re.DOTALL)
-    arguments.write.write_text(text, "utf-8")
+        if report := results.load(f"{name}_rates", arguments.runs):
+            tables[f"rates{suffix}"] = table(*best_rates(family, read(report)))
+    results.write(arguments.write, tables)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """The figure and table of docs/guides/kl.md, from the report of a finished run of configs/kl.py.
 
-python docs/kl.py --run runs/kl --write docs/guides/kl.md
+python docs/kl.py --runs runs --write docs/guides/kl.md
 """
 
-import argparse
-import json
 import re
-from pathlib import Path
 
+import results
 from matplotlib.figure import Figure
 
 from gsae_jax.evaluation import plots
@@ -15,9 +13,9 @@ from gsae_jax.evaluation import plots
 COLUMNS = {"l0": ("L0", ".1f"), "kl": ("KL", ".3f"), "loss_recovered": ("Loss recovered", ".3f"), "fvu": ("FVU", ".3f")}
 
 
-def pairs(run):
+def pairs(report):
     """(without, with): the records of each SAE and of its partner."""
-    records = {r["name"]: r for r in json.loads((run / "report" / "report.json").read_text())["saes"]}
+    records = {r["name"]: r for r in report["saes"]}
     partners = {name: re.sub(r"_(\d+)$", r"_kl_\1", name) for name in records}
     return [(records[name], records[partner]) for name, partner in partners.items() if partner in records]
 
@@ -41,23 +39,22 @@ def draw(pairs_of):
 
 def table(pairs_of):
     titles = [f"{title}{after}" for after in ("", ", with KL") for title, _ in COLUMNS.values()]
-    lines = [f"| SAE | λ | {' | '.join(titles)} |", "| :-- " + "| --: " * (1 + len(titles)) + "|"]
-    for pair in pairs_of:
-        cells = [format(r[field], form) for r in pair for field, (_, form) in COLUMNS.items()]
-        sae = pair[0]["name"].partition("_")[0], f"{pair[0]['l1_coefficient']:g}"
-        lines.append(f"| {' | '.join([*sae, *cells])} |")
-    return "\n".join(lines)
+    rows = [
+        [
+            pair[0]["name"].partition("_")[0],
+            f"{pair[0]['l1_coefficient']:g}",
+            *(format(r[field], form) for r in pair for field, (_, form) in COLUMNS.items()),
+        ]
+        for pair in pairs_of
+    ]
+    return results.table(["SAE", "λ", *titles], rows)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--write", type=Path, required=True)
-    args = parser.parse_args()
-    pairs_of = pairs(args.run)
-    draw(pairs_of).savefig(Path(__file__).with_suffix(".png"), dpi=120)
-    text, lines = args.write.read_text(), table(pairs_of)
-    args.write.write_text(re.sub(r"(<!-- table -->\n).*(\n<!-- end -->)", rf"\1\n{lines}\n\2", text, flags=re.S))
+    arguments = results.arguments(__doc__)
+    pairs_of = pairs(results.load("kl", arguments.runs))
+    draw(pairs_of).savefig(arguments.write.parent.with_name("kl.png"), dpi=120)
+    results.write(arguments.write, {"table": table(pairs_of)})
 
 
 if __name__ == "__main__":

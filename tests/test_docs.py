@@ -11,7 +11,9 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -169,6 +171,20 @@ def test_commands_are_found_and_wrong_ones_noticed(monkeypatch):
     for module, arguments in wrong:
         with pytest.raises(UserError):
             check_command(module, arguments)
+
+
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [("architectures", "architectures.md"), ("kl", "guides/kl.md"), ("reproduction", "reproduction.md")],
+)
+def test_tables_are_those_of_the_committed_results(script, page, tmp_path, monkeypatch):
+    copy = tmp_path / page
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "docs" / page, copy)
+    monkeypatch.setattr(sys, "argv", [f"docs/{script}.py", "--write", str(copy)])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
+    runpy.run_path(str(ROOT / "docs" / f"{script}.py"), run_name="__main__")
+    assert copy.read_text("utf-8") == (ROOT / "docs" / page).read_text("utf-8")
 
 
 def test_flags_that_stand_alone_are_of_some_command():
