@@ -22,17 +22,22 @@ from gsae_jax.saes import products
 sys.path.insert(1, str(Path(__file__).parents[1]))  # configs/ is no package that is installed
 from configs import architectures
 
-LEVELS = {
-    "saes": (0.85, 0.9, 0.95),
-    "transcoders": (0.75, 0.8, 0.85),
-    "crosscoders": (0.85, 0.9, 0.95),
-}  # of loss recovered
-# Of each run: its family, its model, and the title of its figure.
+# Of each run: its family, its model, the title of its figure, and the values of loss recovered at which L0 is compared.
 RUNS = {
-    "architectures": ("saes", "embedded", "embedded model"),
-    "architectures_tinystories": ("saes", "tinystories", "TinyStories-656K"),
-    "transcoders_tinystories": ("transcoders", "tinystories", "TinyStories-656K, MLP of layer 1"),
-    "crosscoders_tinystories": ("crosscoders", "tinystories", "TinyStories-656K, residual stream of layer 1"),
+    "architectures": ("saes", "embedded", "embedded model", (0.85, 0.9, 0.95)),
+    "architectures_tinystories": ("saes", "tinystories", "TinyStories-656K", (0.9, 0.93, 0.95, 0.97)),
+    "transcoders_tinystories": (
+        "transcoders",
+        "tinystories",
+        "TinyStories-656K, MLP of layer 1",
+        (0.75, 0.8, 0.85),
+    ),
+    "crosscoders_tinystories": (
+        "crosscoders",
+        "tinystories",
+        "TinyStories-656K, residual stream of layer 1",
+        (0.85, 0.9, 0.95),
+    ),
 }
 
 
@@ -50,17 +55,17 @@ def named(site, kind, sites):
     return [f"`{site}`"] * (len(sites) > 1) + [f"`{kind}`"]
 
 
-def ratios(family, model, groups):
+def ratios(family, model, levels, groups):
     """A header and, for each kind and level, its L0 divided by that of the family's first kind of the same seed."""
     sites, seeds = (sorted({key[place] for key in groups}) for place in (0, 3))
     first, *others = architectures.FAMILIES[family]
-    yield [*["Site"] * (len(sites) > 1), "Architecture", "Width", *(f"at {level}" for level in LEVELS[family])]
+    yield [*["Site"] * (len(sites) > 1), "Architecture", "Width", *(f"at {level}" for level in levels)]
     for site in sites:
         of = {(kind, seed): group for (at, kind, _, seed), group in groups.items() if at == site}
         for kind in others:
             each = [
                 [frontiers.l0_at(of[kind, s], level) / frontiers.l0_at(of[first, s], level) for s in seeds]
-                for level in LEVELS[family]
+                for level in levels
             ]
             cells = (frontiers.ratio_over_seeds(at_level).text(".2f") for at_level in each)
             yield [*named(site, kind, sites), architectures.width(family, kind, model), *cells]
@@ -111,7 +116,7 @@ def draw(family, title, groups):
         axis.plot(
             l0,
             recovered,
-            color=f"C{number}",
+            color=f"C{number}" if number < 10 else "black",
             marker="os^vD*Xp<>h"[number],
             linestyle=("-", "--")[sites.index(site)],
             markersize=4,
@@ -137,11 +142,11 @@ def main():
         count = products.count(architecture, **options)
         costs.append([f"`{kind}`", f"{count:g}", architectures.width("saes", kind)])
     tables = {"products": table(*costs)}
-    for name, (family, model, title) in RUNS.items():
+    for name, (family, model, title, levels) in RUNS.items():
         suffix = f"_{name}".replace("_architectures", "")
         if report := results.load(name, arguments.runs):
             groups = read(report)
-            tables[f"ratios{suffix}"] = table(*ratios(family, model, groups))
+            tables[f"ratios{suffix}"] = table(*ratios(family, model, levels, groups))
             tables[f"measured{suffix}"] = table(*measured(family, groups))
             draw(family, title, groups).savefig(arguments.write.with_name(f"{name}.png"), dpi=110)
         if report := results.load(f"{name}_rates", arguments.runs):
