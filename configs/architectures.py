@@ -51,7 +51,7 @@ FAMILIES = {
 # The learning rates of the first command. `signed_gated` fails at 6e-3 and above, and TopK kinds are better at 1.2e-2
 # than at any lower rate.
 SWEPT = {name: (6e-3, 1.2e-2, 2.4e-2) for kinds in FAMILIES.values() for name in kinds}
-SWEPT |= {"signed_gated": (1.5e-3, 3e-3, 6e-3)} | dict.fromkeys(
+SWEPT |= {"signed_gated": (1.5e-3, 3e-3, 6e-3), "relu_crosscoder": (3e-3, 6e-3, 1.2e-2)} | dict.fromkeys(
     ("topk", "batch_topk", "matryoshka", "gated_batch_topk"), (1.2e-2, 2.4e-2, 4.8e-2)
 )
 # The best of `SWEPT` (docs/architectures.md). Not searched: `gated_batch_topk`; crosscoders, which have rates of SAEs.

@@ -36,7 +36,7 @@ RUNS = {
         "crosscoders",
         "tinystories",
         "TinyStories-656K, residual stream of layer 1",
-        (0.85, 0.9, 0.95),
+        (0.92, 0.95, 0.985),
     ),
 }
 
