@@ -54,9 +54,10 @@ SWEPT = {name: (6e-3, 1.2e-2, 2.4e-2) for kinds in FAMILIES.values() for name in
 SWEPT |= {"signed_gated": (1.5e-3, 3e-3, 6e-3), "relu_crosscoder": (3e-3, 6e-3, 1.2e-2)} | dict.fromkeys(
     ("topk", "batch_topk", "matryoshka", "gated_batch_topk"), (1.2e-2, 2.4e-2, 4.8e-2)
 )
-# The best of `SWEPT` (docs/architectures.md). Not searched: `gated_batch_topk`; crosscoders, which have rates of SAEs.
+# The best of `SWEPT` (docs/architectures.md). That of `gated_batch_topk` was not searched.
 RATES = dict.fromkeys(SWEPT, 1.2e-2) | dict.fromkeys(("signed_gated",), 3e-3) | dict.fromkeys(("matryoshka",), 2.4e-2)
-RATES |= dict.fromkeys(("gated", "gated_tanh", "gated_aligned", "jumprelu", "gated_crosscoder"), 6e-3)
+RATES |= dict.fromkeys(("gated", "gated_tanh", "gated_aligned", "jumprelu"), 6e-3)
+RATES |= dict.fromkeys(("gated_crosscoder", "relu_crosscoder"), 6e-3)
 RATES |= dict.fromkeys(("batch_topk_transcoder", "batch_topk_transcoder_narrow"), 2.4e-2)
 
 

@@ -82,11 +82,13 @@ def draw(sites):
 def main():
     arguments = results.arguments(__doc__)
     sites = {}
-    for name, site in reproduction.SITES.items():
-        paper = reproduction.read(name, arguments.runs)
-        recipe = results.load(name.replace("reproduction", "best"), arguments.runs)
-        if paper and recipe:
-            sites[site] = reproduction.select(paper[0], "gated"), recipe["saes"]
+    for model, of_model in reproduction.MODELS.items():
+        for site in of_model:
+            paper = reproduction.read(reproduction.path(model, site), arguments.runs)
+            recipe = results.load(reproduction.path(model, site, "best"), arguments.runs)
+            if paper and recipe:
+                label = f"{site}, TinyStories" if model else site
+                sites[label] = reproduction.select(paper[0], "gated"), recipe["saes"]
     draw(sites).savefig(arguments.write.with_suffix(".png"), dpi=110)
     columns = ["Site", "Loss recovered", "L0, paper", "L0, 2026", "Ratio [95%]"]
     tables = {"gain": results.table(columns, rows(sites))}

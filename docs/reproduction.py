@@ -4,7 +4,8 @@
 
 `--runs` holds `reproduction/SITE` of each site, `SITE_ablations` and `SITE_rescaled` beside it, and the same in
 `reproduction/tinystories`; `quickstart`, measured with `--ito 5,10,20,40`; and studies. Without it, tables are made of
-`docs/results`, and that of studies stays.
+`docs/results`. Tables of a model stay as they are until all of its sites are there, and that of studies without
+`--runs`.
 """
 
 import itertools
@@ -18,11 +19,11 @@ from matplotlib.figure import Figure
 
 from gsae_jax.evaluation import frontiers, plots
 
-EMBEDDED = [f"blocks.0.{hook}" for hook in ("hook_mlp_out", "hook_resid_post", "attn.hook_z", "mlp.hook_post")]
-SITES = {f"reproduction/{site}": site for site in EMBEDDED} | {
-    f"reproduction/tinystories/blocks.{layer}.{hook}": f"TinyStories blocks.{layer}.{hook}"
-    for layer in (0, 1)
-    for hook in ("attn.hook_z", "hook_mlp_out", "hook_resid_post")
+MODELS = {
+    "": [f"blocks.0.{hook}" for hook in ("hook_mlp_out", "hook_resid_post", "attn.hook_z", "mlp.hook_post")],
+    "tinystories": [
+        f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in ("attn.hook_z", "hook_mlp_out", "hook_resid_post")
+    ],
 }
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # of loss recovered
 ABLATIONS = {
@@ -224,39 +225,54 @@ def points(records):
     return [[record[field] for record in records] for field in ("l0", "loss_recovered")]
 
 
+def path(model, site, kind="reproduction"):
+    """The name of a run."""
+    return "/".join(filter(None, (kind, model, site)))
+
+
+def tables_of(model, page, runs):
+    """All tables of a model, as soon as there is a run of each of its sites; also draws its figures."""
+    found = {
+        kind: {s: read(path(model, s) + kind, runs) for s in MODELS[model]} for kind in ("", "_ablations", "_rescaled")
+    }
+    sites = found[""]
+    ablations, rescaled = ({s: r[0] for s, r in found[kind].items() if r} for kind in ("_ablations", "_rescaled"))
+    if not all(sites.values()):
+        return {}
+    suffix = f"_{model}" * bool(model)
+    for field, label, name in (("loss_recovered", "loss recovered", ""), ("gamma", "γ", "_gamma")):
+        draw(sites, field, label).savefig(page.with_name(f"reproduction{suffix}{name}.png"), dpi=110)
+    rates = numbers_of(sites[MODELS[model][0]][0], "learning_rate")
+    at = [f"at {level}" for level in LEVELS]
+    l0 = ["Site", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
+    gamma = ["Site", "Gated, best rate", "Gated, all rates", "Baseline, by λ"]
+    of_rates = ["Site", "SAEs", "Loss recovered", *(f"{rate:g}" for rate in rates)]
+    tables = {
+        "ratios": results.table(l0, ratio_rows(sites)),
+        "gamma": results.table(gamma, gamma_rows(sites)),
+        "rates": results.table(of_rates, rate_rows(sites, rates), ("SAEs",)),
+        "ablations": results.table(["Site", "Variant", *at, "γ"], ablation_rows(ablations), ("Variant",)),
+        "attribution": results.table(["Site", "Loss recovered", *STEPS, "All"], attribution_rows(ablations, rescaled)),
+        "rescaled": results.table(
+            ["Site", "λ", "L0", "Loss recovered", "γ", "Gated SAEs of this L0"], rescaled_rows(ablations, rescaled)
+        ),
+    }
+    return {name + suffix: each for name, each in tables.items() if each.count("\n") > 1}
+
+
 def main():
     arguments = results.arguments(__doc__)
-    runs, tables = arguments.runs, {}
-    sites = {site: report for name, site in SITES.items() if (report := read(name, runs))}
-    ablations = {site: report[0] for name, site in SITES.items() if (report := read(f"{name}_ablations", runs))}
-    rescaled = {site: report[0] for name, site in SITES.items() if (report := read(f"{name}_rescaled", runs))}
-    if sites:
-        draw(sites, "loss_recovered", "loss recovered").savefig(arguments.write.with_suffix(".png"), dpi=110)
-        draw(sites, "gamma", "γ").savefig(arguments.write.with_name("reproduction_gamma.png"), dpi=110)
-        rates = numbers_of(next(iter(sites.values()))[0], "learning_rate")
-        columns = ["Site", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
-        tables["ratios"] = results.table(columns, ratio_rows(sites))
-        columns = ["Site", "Gated, best rate", "Gated, all rates", "Baseline, by λ"]
-        tables["gamma"] = results.table(columns, gamma_rows(sites))
-        columns = ["Site", "SAEs", "Loss recovered", *(f"{rate:g}" for rate in rates)]
-        tables["rates"] = results.table(columns, rate_rows(sites, rates), ("SAEs",))
-    if ablations:
-        at = [f"at {level}" for level in LEVELS]
-        tables["ablations"] = results.table(["Site", "Variant", *at, "γ"], ablation_rows(ablations), ("Variant",))
-    if rescaled:
-        columns = ["Site", "Loss recovered", *STEPS, "All"]
-        tables["attribution"] = results.table(columns, attribution_rows(ablations, rescaled))
-        columns = ["Site", "λ", "L0", "Loss recovered", "γ", "Gated SAEs of this L0"]
-        tables["rescaled"] = results.table(columns, rescaled_rows(ablations, rescaled))
+    runs, page = arguments.runs, arguments.write
+    tables = tables_of("", page, runs) | tables_of("tinystories", page, runs)
     if pursuit := results.load("quickstart", runs, "report*-ito_*", kept="quickstart_pursuit"):
         records = pursuit["saes"]
-        draw_pursuit(records).savefig(arguments.write.with_name("pursuit.png"), dpi=110)
+        draw_pursuit(records).savefig(page.with_name("pursuit.png"), dpi=110)
         columns = ["Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in numbers_of(records, "ito") if k)]
         tables["pursuit"] = results.table(columns, pursuit_rows(records))
-    if studies := [path.parent for path in sorted((runs or Path()).glob("study_*/analysis"))]:
+    if studies := [folder.parent for folder in sorted((runs or Path()).glob("study_*/analysis"))]:
         columns = ["Gated L0", "Baseline L0", "Pairs", "Gated score", "Baseline score", "Difference [90%]", "p"]
         tables["studies"] = results.table(columns, study_rows(studies))
-    results.write(arguments.write, tables)
+    results.write(page, tables)
 
 
 if __name__ == "__main__":
