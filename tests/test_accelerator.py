@@ -24,6 +24,7 @@ def results(out):
     return json.loads(out.read_text())["results"] if out.exists() else {}
 
 
+@pytest.mark.variants
 def test_a_killed_command_continues_after_what_it_has_measured(tmp_path):
     out = tmp_path / "card.json"
     process = subprocess.Popen(command(out, "--parts=step"), cwd=ROOT, stdout=subprocess.DEVNULL)

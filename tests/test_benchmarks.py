@@ -15,6 +15,7 @@ def run(command, *arguments):
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.variants
 def test_many_compares_one_run_with_runs_of_one(tmp_path):
     path = tmp_path / "many.json"
     printed = run("many.py", "--small", "--rounds", "1", "--only", "sparsities", "widths", "--out", path)

@@ -275,14 +275,28 @@ def command(*arguments):
     ("arguments", "field", "facts"),
     [
         (["--config.trin.steps=3"], "trin: ", ["'train'"]),
-        (["--config.train.stps=3"], "train.stps: ", ["'steps'"]),
+        pytest.param(["--config.train.stps=3"], "train.stps: ", ["'steps'"], marks=pytest.mark.variants),
         (["--config.train.steps=0"], "train.steps: ", ["is 0;", "1 or more"]),
-        (["--config.stacks.gated.site=nowhere"], "stacks.gated.site: ", ["'nowhere'", "known: blocks.0."]),
+        pytest.param(
+            ["--config.stacks.gated.site=nowhere"],
+            "stacks.gated.site: ",
+            ["'nowhere'", "known: blocks.0."],
+            marks=pytest.mark.variants,
+        ),
         (["--config.lm.path=nowhere"], "lm.path: ", ["'nowhere'", "directory"]),
         (["--config=configs/quickstrt.py"], "--config: ", ["configs/quickstrt.py does not exist", "--config quickst"]),
-        (["--config.stacks.gated.b1=2"], "stacks.gated.b1: ", ["is 2;", "from 0"]),
-        (["--config.stacks.gated.b2=1"], "stacks.gated.b2: ", ["is 1;", "from 0"]),
-        (["--config.stacks.gated.coefficient_warmup_fraction=0.9"], "stacks.gated.coefficient_warm", ["is 0.9;"]),
+        pytest.param(
+            ["--config.stacks.gated.b1=2"], "stacks.gated.b1: ", ["is 2;", "from 0"], marks=pytest.mark.variants
+        ),
+        pytest.param(
+            ["--config.stacks.gated.b2=1"], "stacks.gated.b2: ", ["is 1;", "from 0"], marks=pytest.mark.variants
+        ),
+        pytest.param(
+            ["--config.stacks.gated.coefficient_warmup_fraction=0.9"],
+            "stacks.gated.coefficient_warm",
+            ["is 0.9;"],
+            marks=pytest.mark.variants,
+        ),
         (["steps=3"], "", ["'steps=3'", "--name=value"]),
     ],
 )

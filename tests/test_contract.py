@@ -76,21 +76,24 @@ def trainable_names():
     return list(plugins.known("saes", having="loss"))
 
 
+def cases(trainable=False, quick=lambda name, options: name == "gated" or not options):
+    """Every variant as a parameter; those that are not `quick` are marked as `variants`."""
+    for case in variants():
+        name, options = case.values
+        if not trainable or name in TRAINABLE:
+            yield case if quick(name, options) else pytest.param(*case.values, marks=pytest.mark.variants, id=case.id)
+
+
+# Of each kind of activation, and of each kind of sites, one is enough for every commit.
+FEW = {"gated", "batch_topk", "gated_transcoder", "batch_topk_crosscoder"}
 # While this file is collected and while its tests run, the tests' own files are architectures as well.
 with mock.patch.object(gsae_jax.saes, "__path__", [*gsae_jax.saes.__path__, str(OWN)]) as PATHS:
-    every = pytest.mark.parametrize(("name", "options"), list(variants()))
     TRAINABLE = trainable_names()
-    trainable_cases = [case for case in variants() if case.values[0] in TRAINABLE]
-    every_trainable = pytest.mark.parametrize(("name", "options"), trainable_cases)
-    # Where compiling takes long: with its options, one architecture is enough for every commit.
-    every_trainable_on_a_mesh = pytest.mark.parametrize(
-        ("name", "options"),
-        [
-            case
-            if case.values[0] == "gated" or not case.values[1]
-            else pytest.param(*case.values, marks=pytest.mark.variants, id=case.id)
-            for case in trainable_cases
-        ],
+    every = pytest.mark.parametrize(("name", "options"), list(cases()))
+    every_trainable = pytest.mark.parametrize(("name", "options"), list(cases(trainable=True)))
+    # Where compiling takes long.
+    few_trainable = pytest.mark.parametrize(
+        ("name", "options"), list(cases(trainable=True, quick=lambda name, options: name in FEW and not options))
     )
 
 
@@ -313,7 +316,7 @@ def test_no_feature_active(name, options):
         assert not statistics.fired.any()
 
 
-@every_trainable_on_a_mesh
+@few_trainable
 @pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
 def test_a_mesh_trains_as_one_device(name, options, shape):
     case = Case.make(name, options)
@@ -351,12 +354,8 @@ def test_a_mesh_trains_as_one_device(name, options, shape):
         assert np.allclose(value, first[key], atol=1e-6) == (key in frozen or (key == "r_mag" and not np.any(value)))
 
 
-# Of each kind of activation, and of each kind of sites, one is enough for every commit.
-RESUMED = {"gated", "batch_topk", "gated_transcoder", "batch_topk_crosscoder"}
-
-
 @pytest.mark.parametrize(
-    "name", [name if name in RESUMED else pytest.param(name, marks=pytest.mark.variants) for name in TRAINABLE]
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.variants) for name in TRAINABLE]
 )
 def test_a_run_resumes_bit_identical_and_is_measured_and_exported(name, text_dir, lm_dir, config_dict, tmp_path):
     """On a mesh of 2 x 4; the format either gives the same SAE back or is refused before anything is written."""
@@ -480,7 +479,7 @@ def own_file(tmp_path, monkeypatch):
     sys.modules.pop("my_package", None)
 
 
-@pytest.mark.parametrize("given", ["topk.py", "my_package.topk"])
+@pytest.mark.parametrize("given", ["topk.py", pytest.param("my_package.topk", marks=pytest.mark.variants)])
 def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(
     given, own_file, config_dict, tmp_path, monkeypatch, capsys
 ):

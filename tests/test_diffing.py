@@ -261,6 +261,7 @@ def test_configs_that_name_no_model_are_refused(two, lm_dir, tuned_dir, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.variants
 def test_features_are_collected_and_shown(run, lm, tuned):
     collecting.collect(collecting.Wanted(str(run), tokens=1024))
     pages, live = viewing.pages(viewing.Wanted(str(run)))

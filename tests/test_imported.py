@@ -218,6 +218,7 @@ def test_a_stack_of_transcoders_starts_from_a_file_that_does_not_say_what_it_is(
         starts("scope", architecture="relu_april", target="")
 
 
+@pytest.mark.variants
 def test_the_sites_of_transcoders_are_given_to_the_command(config_dict, tmp_path, transcoders, capsys):
     config = relu.Config(32, 64)
     sae = dataclasses.replace(make(relu), config=config, params=away_from_init(relu, config), site=WRITES, metadata={})

@@ -187,6 +187,7 @@ def test_only_the_end_has_it_and_it_lowers_kl(tuned, tmp_path, lm):
     assert (kl_of(tmp_path / "with", held_out, lm) < kl_of(tmp_path / "without", held_out, lm)).all()
 
 
+@pytest.mark.variants
 @pytest.mark.parametrize("after", [pytest.param(5, marks=pytest.mark.variants), 7])
 def test_a_run_resumes_bit_for_bit_before_and_inside_it(tuned, tmp_path, monkeypatch, after):
     assert loop.train(tuned, tmp_path / "whole")

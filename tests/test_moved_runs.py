@@ -135,6 +135,7 @@ def test_a_moved_model_and_text_are_measured(moved, capsys):
         evaluate(new / "run", tokens=512, config=config)
 
 
+@pytest.mark.variants
 def test_runs_of_earlier_versions_have_no_fingerprints(moved, capsys):
     """They continue where the model lies as it lay."""
     new, experiment = moved
@@ -196,6 +197,7 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     assert run_directory.Workdir("~/[a]").path.exists()
 
 
+@pytest.mark.variants
 def test_the_saes_that_a_stack_started_from_may_move(places, halfway, tmp_path, monkeypatch):
     shutil.copytree(places / "run", tmp_path / "first")
     shutil.copytree(places / "run", tmp_path / "other")

@@ -97,6 +97,7 @@ def test_inputs_are_drawn_by_the_square_of_their_error(experiment):
     assert abs(errors[drawn].mean() - expected) < tolerance < abs(errors.mean() - expected)  # and not evenly
 
 
+@pytest.mark.variants
 @pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
 def test_a_mesh_resamples_as_one_device(experiment, shape):
     results = []

@@ -111,6 +111,7 @@ def test_rescale_and_shift_starts_from_a_trained_baseline(experiment, tmp_path):
     refuse("options", "W_mag", f"{path}:baseline", options={"tie_encoder": False})
 
 
+@pytest.mark.variants
 def test_an_aligned_stack_is_loaded_and_starts_others(experiment, tmp_path):
     """With the encoder that it computes with; a stack with the option starts from no other."""
     stacks = {

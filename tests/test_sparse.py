@@ -38,7 +38,9 @@ def test_active_features_are_found(F, density):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("block", [1, 5, 64])
+@pytest.mark.parametrize(
+    "block", [pytest.param(1, marks=pytest.mark.variants), 5, pytest.param(64, marks=pytest.mark.variants)]
+)
 @pytest.mark.parametrize("which", [(True,), (True, False), (True, True)])
 def test_sums_over_active_features(dtype, tolerance, block, which):
     """Values and gradients against float64."""
@@ -148,8 +150,8 @@ def assert_equal(ours, theirs, tolerance):
         pytest.param(96, -2.0, (64,), id="some"),
         pytest.param(33, -1.0, (1, 32), id="width that words do not divide"),
         pytest.param(64, -1e3, (8,), id="no feature active"),
-        pytest.param(64, 1e3, (64,), id="all features active"),
-        pytest.param(1, 0.0, (1,), id="one feature"),
+        pytest.param(64, 1e3, (64,), id="all features active", marks=pytest.mark.variants),
+        pytest.param(1, 0.0, (1,), id="one feature", marks=pytest.mark.variants),
     ],
 )
 @pytest.mark.parametrize("block", [1, pytest.param(8, marks=pytest.mark.variants)])
@@ -276,6 +278,7 @@ def test_which_step_a_stack_gets():
         settings_of("sparse", {"tie_encoder": False})
 
 
+@pytest.mark.variants
 def test_a_killed_run_continues_bit_for_bit(experiment, tmp_path, monkeypatch):
     sparse = with_(experiment, train={"step": "sparse"})
     assert all(stack.sparsity for stack in begin(sparse)[0].stacks)

@@ -96,7 +96,7 @@ def test_holds_what_the_model_gives_in_the_order_of_its_run(made):
     np.testing.assert_allclose(store.sites["blocks.0.hook_mlp_out"]["mean_square"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("latent", [1, 4])
+@pytest.mark.parametrize("latent", [pytest.param(1, marks=pytest.mark.variants), 4])
 def test_run_equals_the_run_with_the_model(made, tmp_path, latent):
     config, _ = made
     config = config.copy_and_resolve_references()
@@ -199,6 +199,7 @@ sys.exit(train.run({config_trees.plain(part.to_dict())!r}, {str(tmp_path / "part
     training.assert_same(training.params_of(tmp_path / "part"), training.params_of(tmp_path / "whole"))
 
 
+@pytest.mark.variants
 def test_fewer_bits(made, tmp_path):
     config, out = made
     for dtype in ("bfloat16", "float16"):
@@ -310,6 +311,7 @@ def test_what_does_not_belong_to_the_store_is_refused(made, tmp_path, lm_dir):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.variants
 def test_a_changed_store_does_not_continue_a_run(made, tmp_path):
     config, out = made
     assert train.run(from_store(config, out), tmp_path / "run") == 0

@@ -288,6 +288,7 @@ def test_exports_without_a_language_model(run, tmp_path):
     assert next(iter(sae.values())).site == "vision.layer.3"
 
 
+@pytest.mark.variants
 def test_a_model_for_activations_of_an_unnamed_one(x, tmp_path, lm_dir, text_dir, caplog):
     """The store does not say whose activations it has; the user does."""
     rng = np.random.default_rng(1)

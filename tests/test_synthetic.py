@@ -281,6 +281,7 @@ synthesis.study(experiment.stacks(EASY), EASY, sys.argv[1], 800)
 """
 
 
+@pytest.mark.variants
 def test_every_architecture_recovers_the_dictionary(tmp_path):
     """By a training of its own, at an L0 near the true one. No kind that reads and writes one site is left out."""
     # In a process with one device: XLA may lock up where eight devices of two cores exchange so many stacks.

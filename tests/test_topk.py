@@ -177,6 +177,7 @@ def test_k_falls_during_the_warm_up(module):
             np.testing.assert_allclose(statistics.state[name], each, rtol=1e-6)
 
 
+@pytest.mark.variants
 def test_a_run_has_more_features_at_its_start(config_dict, tmp_path):
     """On a mesh; with the coefficient's warm-up of another stack beside it."""
     config_dict.stacks = {

@@ -310,6 +310,7 @@ def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_p
         loop.train(longer, tmp_path / "cut")
 
 
+@pytest.mark.variants
 def test_a_finished_run_is_measured_with_another_evaluation(experiment, tmp_path, capsys, monkeypatch):
     run, other = tmp_path / "run", with_(experiment, evaluation={"tokens": 1024})
     for each, words in ((experiment, "report:"), (other, "measured again"), (other, "is finished")):
@@ -345,6 +346,7 @@ def test_a_finished_run_is_measured_with_another_evaluation(experiment, tmp_path
     assert (run / "config.json").read_bytes() == before
 
 
+@pytest.mark.variants
 def test_later_resampling_may_be_added(experiment, tmp_path):
     run = tmp_path / "run"
     first = with_(experiment, train={"dead_after": 4, "resample_steps": (8,)})

@@ -25,7 +25,7 @@ def four(experiment, **changes):
     return dataclasses.replace(experiment, stacks={"gated": dataclasses.replace(stack, **changes)})
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.variants), (2, 4)])
 def test_one_saes_nan_leaves_the_others_bit_identical(experiment, shape):
     """A NaN in one SAE's loss during the second of three calls."""
     experiment = with_(four(experiment), mesh={"data": shape[0], "latent": shape[1]})

@@ -119,6 +119,7 @@ def test_the_cost_is_what_is_sent_then_and_nothing_is_sent_twice(server, client,
     assert judge.Judge(client, seed=1).name != rater.name == judge.Judge(client).name
 
 
+@pytest.mark.variants
 def test_the_features_of_a_run_cost_what_is_sent(server, client, collected_run):
     gated = features_lib.load(collected_run)["gated_1"]
     rater, server.answer = judge.Judge(client), guessing

@@ -283,6 +283,7 @@ def test_no_confirmed_answer_is_lost_when_the_server_is_killed(collected_run, tm
             assert study._rows("PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.variants
 def test_the_command(collected_run, tmp_path):
     out = tmp_path / "study"
 

@@ -132,6 +132,7 @@ def test_a_study_whose_features_are_others_is_not_rated(folder, tmp_path):
         scoring.rate_study(str(study.path.parent), association.Association())
 
 
+@pytest.mark.variants
 def test_the_commands_of_an_automatic_study(folder, tmp_path):
     def run(*command):
         command = [sys.executable, "-m", *command]
