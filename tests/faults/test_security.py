@@ -142,7 +142,7 @@ def test_text_in_a_report_is_text(tmp_path, config_dict):
     record |= {"name": f"{SCRIPT}|_0", "model": SCRIPT, "site": SCRIPT}
     ratio = dict.fromkeys(("level", "l0", "baseline_l0", "ratio", "low", "high", "learning_rate"), 0.5)
     ratio |= {"site": SCRIPT, "stack": SCRIPT, "baseline": SCRIPT, "variant": SCRIPT, "width": 64, "seeds": (0,)}
-    ratio |= {"baseline_learning_rate": 0.1}
+    ratio |= {"baseline_learning_rate": 0.1, "unknown": ("", "")}
     for page in report.pages([record], [ratio], {}).values():
         assert "<script" not in page
         assert page.count("&lt;script&gt;") >= 6
