@@ -9,7 +9,6 @@ of `docs/results`.
 import numpy as np
 import reproduction
 import results
-from matplotlib.figure import Figure
 
 from gsae_jax.evaluation import frontiers
 
@@ -57,10 +56,8 @@ def health_rows(sites):
 
 def draw(sites):
     """Loss recovered against L0, a panel for each site."""
-    lines = -(-len(sites) // 2)
-    figure = Figure(figsize=(8, 3.1 * lines), layout="constrained")
-    axes = figure.subplots(lines, 2, squeeze=False).ravel()
-    for axis, (site, both) in zip(axes, sites.items(), strict=False):
+    figure, axes = results.panels(list(sites), "loss recovered")
+    for axis, both in zip(axes, sites.values(), strict=True):
         for number, (records, label) in enumerate(zip(both, ("paper's recipe", "recipe of 2026"), strict=True)):
             rates = [found[0] for level in LEVELS if (found := best(records, level))]
             rate = max(sorted(set(rates)), key=rates.count)
@@ -69,13 +66,7 @@ def draw(sites):
                 line = sorted(line, key=lambda r: r["l0"])
                 shown = f"{label}, rate {rate:g}" if seed == 0 else None
                 axis.plot(*reproduction.points(line), "o-", color=f"C{number}", markersize=3, linewidth=1, label=shown)
-        axis.set(xscale="log", xlabel="L0", ylabel="loss recovered")
-        axis.set_title(site, fontsize=9)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.25)
         axis.legend(fontsize=7)
-    for axis in axes[len(sites) :]:
-        axis.remove()
     return figure
 
 

@@ -180,24 +180,16 @@ def study_rows(studies):
 
 def draw(sites, field, label):
     """A metric against L0, a panel for each site: both architectures at their best rates, a line for each seed."""
-    rows = math.ceil(len(sites) / 2)
-    figure = Figure(figsize=(8, 3.1 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).ravel()
-    for axis, (site, (records, ratios)) in zip(axes, sites.items(), strict=False):
+    figure, axes = results.panels(list(sites), label)
+    for axis, (records, ratios) in zip(axes, sites.values(), strict=True):
         for stack in ("baseline", "gated"):
             rate = best_rate(ratios, stack)
             for seed in numbers_of(select(records, stack, rate), "seed"):
                 line = select(records, stack, rate, seed)
                 style = dict(color=COLOURS[stack], marker="o", markersize=3, linewidth=1)
-                points = [[r[each] for r in line] for each in ("l0", field)]
-                axis.plot(*points, **style, label=f"{stack}, rate {rate:g}" if seed == 0 else None)
-        axis.set(xscale="log", xlabel="L0", ylabel=label)
-        axis.set_title(site, fontsize=9)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.25)
+                values = [[r[each] for r in line] for each in ("l0", field)]
+                axis.plot(*values, **style, label=f"{stack}, rate {rate:g}" if seed == 0 else None)
         axis.legend(fontsize=7)
-    for axis in axes[len(sites) :]:
-        axis.remove()
     return figure
 
 

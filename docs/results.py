@@ -8,9 +8,13 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 FOLDER = Path(__file__).parent / "results"
 # Of each SAE.
@@ -66,6 +70,23 @@ def short(value: Any) -> Any:
     if isinstance(value, list):
         return [short(each) for each in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def panels(titles: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:
+    """A figure of one or two columns with a panel for each title, in which `label` is drawn against L0."""
+    columns = min(2, len(titles))
+    rows = math.ceil(len(titles) / 2)
+    figure = Figure(figsize=(4 * columns + 1, 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set(xscale="log", xlabel="L0", ylabel=label)
+        axis.set_title(title, fontsize=9)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        axis.grid(alpha=0.25)
+    for axis in axes[len(titles) :]:
+        axis.remove()
+    return figure, list(axes[: len(titles)])
 
 
 def table(header: Iterable[Any], rows: Iterable[Iterable[Any]], text: Iterable[str] = ()) -> str:

@@ -175,7 +175,12 @@ def test_commands_are_found_and_wrong_ones_noticed(monkeypatch):
 
 @pytest.mark.parametrize(
     ("script", "page"),
-    [("architectures", "architectures.md"), ("kl", "guides/kl.md"), ("reproduction", "reproduction.md")],
+    [
+        ("architectures", "architectures.md"),
+        ("kl", "guides/kl.md"),
+        ("reproduction", "reproduction.md"),
+        ("recipe", "recipe.md"),
+    ],
 )
 def test_tables_are_those_of_the_committed_results(script, page, tmp_path, monkeypatch):
     copy = tmp_path / page

@@ -141,7 +141,7 @@ def combine(sums: Sums) -> dict[str, Any]:
         alive, dense: fractions of features that fired on at least one token, on more than a tenth of them.
         tokens, extreme: numbers of measured activations, and of those with an extreme norm (`EXTREME`).
         intervals: {name: [low, high]} of the metrics from l0 to gate_only, except the cross-entropies: 95% percentile
-            bootstrap over documents, or over rows (`weights`). There are none for fewer than two rows.
+            bootstrap over documents, or over rows (`drawn`). There are none for fewer than two rows.
     """
     names = [name for name in sums if name not in NOT_SUMS]
     rows = np.stack([sums[name] for name in names])
@@ -168,24 +168,23 @@ def draws(units: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), DRAWS).astype(np.float64)
 
 
-def weights(rows: int, document: np.ndarray | None = None) -> np.ndarray:
-    """The count of each row in each resampled set [draws, rows].
+def drawn(sums_R: np.ndarray, document_R: np.ndarray | None = None) -> np.ndarray:
+    """The totals of a sum over rows in each resampled set [draws].
 
     Rows of one document are alike. So whole documents are drawn, where it is known of each row in which it begins, and
     there are at least `FEWEST_DOCUMENTS`. Otherwise rows are drawn.
     """
-    if document is not None:
-        numbers, of_row = np.unique(document, return_inverse=True)
+    if document_R is not None:
+        numbers, of_row_R = np.unique(document_R, return_inverse=True)
         if len(numbers) >= FEWEST_DOCUMENTS:
-            return draws(len(numbers))[:, of_row]
-    return draws(rows)
+            sums_R = np.bincount(of_row_R, sums_R)
+    return draws(len(sums_R)) @ sums_R
 
 
 def resampled(sums: Sums) -> dict[str, np.ndarray]:
-    """The metrics [draws] on resampled documents or rows (`weights`)."""
-    counts = weights(len(sums["tokens"]), sums.get("document"))
+    """The metrics [draws] on resampled documents or rows (`drawn`)."""
     with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
-        return _ratios({name: counts @ values for name, values in sums.items() if name not in NOT_SUMS})
+        return _ratios({name: drawn(rows, sums.get("document")) for name, rows in sums.items() if name not in NOT_SUMS})
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -198,7 +197,7 @@ def _is_certainly_above_0(rows: np.ndarray, document: np.ndarray | None) -> bool
     """Whether the interval of a total over rows [R] lies above 0; with one row, whether the total does."""
     if len(rows) < 2 or not np.isfinite(rows).all():
         return bool(rows.sum() > 0)
-    return bool(rows.sum() > 0) and interval(weights(len(rows), document) @ rows)[0] > 0
+    return bool(rows.sum() > 0) and interval(drawn(rows, document))[0] > 0
 
 
 def _intervals(sums: Sums) -> dict[str, list[float]]:
