@@ -15,7 +15,7 @@ import pytest
 
 import gsae_jax
 from gsae_jax import measuring, sae_sources
-from gsae_jax.evaluation import frontiers, measure, plots, provenance, report, tables
+from gsae_jax.evaluation import frontiers, measure, metrics, plots, provenance, report, tables
 from gsae_jax.saes import gated, relu, trained
 from gsae_jax.storage import paths
 from gsae_jax.training import loop
@@ -85,6 +85,20 @@ def test_a_ratio_has_the_variation_of_rows_and_of_seeds():
     np.testing.assert_allclose(frontiers.interval_of_ratio(-0.5, drawn, of_seeds), expected, rtol=1e-6)
     np.testing.assert_allclose(frontiers.interval_of_ratio(-0.5, drawn, of_seeds[:1]), np.exp([low, high]), rtol=1e-6)
     assert np.isnan(frontiers.interval_of_ratio(-0.5, [*drawn, math.nan], of_seeds)).all()
+
+
+def test_a_runs_intervals_are_over_its_documents(config_dict, tmp_path, monkeypatch):
+    config_dict.data.separator = "\n"  # each line is a document
+    config_dict.train.steps = config_dict.checkpoint.every = 8
+    measured, rows = [], report.rows
+    monkeypatch.setattr(
+        report, "rows", lambda models, saes, sums, *rest: measured.append(sums) or rows(models, saes, sums, *rest)
+    )
+    gsae_jax.fit(config_dict, tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    numbers = {len(np.unique(of_sae["document"])) for of_sae in measured[0].values()}
+    assert numbers == {written["measured"]["documents"]}
+    assert min(numbers) > metrics.FEWEST_DOCUMENTS
 
 
 def test_a_frontier_that_does_not_reach_a_level_is_named():
