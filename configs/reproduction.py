@@ -21,15 +21,20 @@ from gsae_jax.errors import UserError
 WIDTHS = {"embedded": (1024, 1536), "tinystories": (512, 768)}  # gated and baseline: four and six times d_model
 # Chosen for a loss recovered from 0.8 to 0.95.
 L1 = {
-    "blocks.0.hook_mlp_out": {"gated": (2.5e-3, 8e-3, 1.5e-2, 2.4e-2), "relu": (1.2e-3, 3e-3, 6e-3, 1e-2)},
-    "blocks.0.hook_resid_post": {"gated": (4e-3, 1e-2, 1.8e-2, 3e-2), "relu": (2e-3, 5e-3, 9e-3, 1.4e-2)},
-    "blocks.0.attn.hook_z": {"gated": (4e-3, 1.5e-2, 5e-2, 1e-1), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
-    "blocks.0.mlp.hook_post": {"gated": (1.5e-3, 4e-3, 8e-3, 1.6e-2), "relu": (6e-4, 2e-3, 4e-3, 8e-3)},
-}
-L1_TINYSTORIES = {
-    "attn.hook_z": {"gated": (4e-3, 1.5e-2, 5e-2, 1e-1), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
-    "hook_mlp_out": {"gated": (3e-3, 1e-2, 2e-2, 4e-2), "relu": (1.5e-3, 4e-3, 8e-3, 1.6e-2)},
-    "hook_resid_post": {"gated": (4e-3, 1e-2, 1.8e-2, 3e-2), "relu": (2e-3, 5e-3, 9e-3, 1.4e-2)},
+    "embedded": {
+        "blocks.0.hook_mlp_out": {"gated": (2.5e-3, 8e-3, 1.5e-2, 2.4e-2), "relu": (1.2e-3, 3e-3, 6e-3, 1e-2)},
+        "blocks.0.hook_resid_post": {"gated": (4e-3, 1e-2, 1.8e-2, 3e-2), "relu": (2e-3, 5e-3, 9e-3, 1.4e-2)},
+        "blocks.0.attn.hook_z": {"gated": (4e-3, 1.5e-2, 5e-2, 1e-1), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
+        "blocks.0.mlp.hook_post": {"gated": (1.5e-3, 4e-3, 8e-3, 1.6e-2), "relu": (6e-4, 2e-3, 4e-3, 8e-3)},
+    },
+    "tinystories": {
+        "blocks.0.attn.hook_z": {"gated": (4e-3, 1.5e-2, 4e-2, 8e-2), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
+        "blocks.0.hook_mlp_out": {"gated": (1e-2, 3e-2, 6e-2, 1e-1), "relu": (4e-3, 1.2e-2, 2.5e-2, 4e-2)},
+        "blocks.0.hook_resid_post": {"gated": (8e-3, 2e-2, 4e-2, 8e-2), "relu": (4e-3, 9e-3, 2e-2, 3.5e-2)},
+        "blocks.1.attn.hook_z": {"gated": (4e-3, 1.5e-2, 4e-2, 8e-2), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
+        "blocks.1.hook_mlp_out": {"gated": (4e-3, 1e-2, 2e-2, 4e-2), "relu": (2e-3, 4e-3, 8e-3, 1.6e-2)},
+        "blocks.1.hook_resid_post": {"gated": (4e-3, 1e-2, 1.8e-2, 3e-2), "relu": (2e-3, 5e-3, 9e-3, 1.8e-2)},
+    },
 }
 RATES = {"gated": {6e-3: 1, 1.2e-2: 3, 2.4e-2: 3}, "relu": {6e-3: 1, 1.2e-2: 1, 2.4e-2: 3}}  # and seeds of each
 ABLATED = {1.2e-2: 3}  # with the first three λ
@@ -45,9 +50,7 @@ def get_config(which="blocks.0.hook_mlp_out"):
     site, *words = which.split(",")
     run = next((word.removeprefix("from=") for word in words if word.startswith("from=")), "")
     model = "tinystories" if "tinystories" in words else "embedded"
-    known = (
-        L1 if model == "embedded" else {f"blocks.{n}.{hook}": l1 for n in (0, 1) for hook, l1 in L1_TINYSTORIES.items()}
-    )
+    known = L1[model]
     if site not in known:
         raise UserError(f"has {site!r}; write one of {', '.join(known)} after the colon")
     if unknown := [word for word in words if word not in ("tinystories", "ablations") and not word.startswith("from=")]:
