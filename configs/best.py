@@ -6,7 +6,7 @@ The word `tinystories` after the site is for the model of configs/tinystories.py
 """
 
 from configs import quickstart, tinystories
-from configs.reproduction import WIDTHS
+from configs.reproduction import RATES, WIDTHS
 from gsae_jax import stack_config
 from gsae_jax.errors import UserError
 
@@ -27,7 +27,6 @@ KS = {
         "blocks.1.hook_resid_post": (4, 10, 20, 40),
     },
 }
-RATES = (1.2e-2, 2.4e-2)
 
 
 def get_config(which="blocks.0.hook_mlp_out"):
@@ -40,7 +39,8 @@ def get_config(which="blocks.0.hook_mlp_out"):
     config = (tinystories if words else quickstart).get_config()
     config.evaluation.tokens = 2**17  # as in configs/reproduction.py
     config.stacks = {}
+    learning_rates, seeds = zip(*RATES, strict=True)
     for k in KS[model][site]:
-        settings = {"learning_rates": RATES, "seeds": (0, 1, 2), "grid": True}
-        config.stacks[f"best_{k}"] = stack_config("gated_batch_topk", site, WIDTHS[model][0], k=k, **settings)
+        settings = {"k": k, "learning_rates": learning_rates, "seeds": seeds}
+        config.stacks[f"best_{k}"] = stack_config("gated_batch_topk", site, WIDTHS[model][0], **settings)
     return config
