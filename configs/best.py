@@ -2,13 +2,12 @@
 
     python -m gsae_jax.train --config configs/best.py:blocks.0.hook_mlp_out --workdir runs/best/blocks.0.hook_mlp_out
 
-The word `tinystories` after the site is for the model of configs/tinystories.py.
+After the site, `tinystories`, a number of steps and `rates` mean the same as there.
 """
 
 from configs import quickstart, tinystories
-from configs.reproduction import RATES, WIDTHS
+from configs.reproduction import WIDTHS, parts, rates
 from gsae_jax import stack_config
-from gsae_jax.errors import UserError
 
 # Active features, chosen for a loss recovered from 0.8 to 0.95.
 KS = {
@@ -30,17 +29,13 @@ KS = {
 
 
 def get_config(which="blocks.0.hook_mlp_out"):
-    site, *words = which.split(",")
-    if unknown := set(words) - {"tinystories"}:
-        raise UserError(f"has {', '.join(sorted(unknown))}; write tinystories, or nothing, after the site")
-    model = "tinystories" if words else "embedded"
-    if site not in KS[model]:
-        raise UserError(f"has {site!r}; write one of {', '.join(KS[model])} after the colon")
-    config = (tinystories if words else quickstart).get_config()
+    site, model, steps, words = parts(which, KS, ("rates",))
+    config = (quickstart if model == "embedded" else tinystories).get_config()
     config.evaluation.tokens = 2**17  # as in configs/reproduction.py
+    config.train.steps = steps or config.train.steps
     config.stacks = {}
-    learning_rates, seeds = zip(*RATES, strict=True)
-    for k in KS[model][site]:
-        settings = {"k": k, "learning_rates": learning_rates, "seeds": seeds}
-        config.stacks[f"best_{k}"] = stack_config("gated_batch_topk", site, WIDTHS[model][0], **settings)
+    learning_rates, seeds = zip(*rates(steps, words), strict=True)
+    for k in KS[model][site][1 if steps else 0 :]:
+        settings = {"k": k, "learning_rates": learning_rates, "seeds": seeds, "recipe": "2026"}
+        config.stacks[f"best_{k}"] = stack_config("gated", site, WIDTHS[model][0], **settings)
     return config

@@ -11,7 +11,9 @@ command trains what lies between a baseline and a gated SAE, at 1.2e-2 and with 
 `blocks.0.hook_mlp_out,from=runs/reproduction/mlp_out_ablations`.
 
 The word `tinystories`, as in `blocks.1.hook_resid_post,tinystories`, is for sites of the model of
-configs/tinystories.py.
+configs/tinystories.py. A number is of steps of training, in place of 1,400: `blocks.0.hook_mlp_out,14000` has three
+seeds, and `blocks.0.hook_mlp_out,14000,rates` more learning rates and one seed. `width=4096` is for gated SAEs of that
+width and baselines 1.5 times as wide.
 """
 
 from configs import quickstart, tinystories
@@ -38,7 +40,10 @@ L1 = {
 }
 # Learning rates and seeds.
 RATES = ((1.2e-2, 0), (2.4e-2, 0), (2.4e-2, 1), (2.4e-2, 2))
-ABLATED = ((1.2e-2, 0), (1.2e-2, 1), (1.2e-2, 2))  # with the first three λ
+# Of these, with the first three λ.
+ABLATED = ((1.2e-2, 0), (1.2e-2, 1), (1.2e-2, 2))
+LONGER = ((6e-3, 0), (1.2e-2, 0), (1.2e-2, 1), (1.2e-2, 2))
+SWEPT = ((3e-3, 0), (6e-3, 0), (1.2e-2, 0), (2.4e-2, 0))
 ABLATIONS = {
     "no_r_mag": {"use_r_mag": False},
     "untied": {"tie_encoder": False},
@@ -47,21 +52,38 @@ ABLATIONS = {
 }
 
 
-def get_config(which="blocks.0.hook_mlp_out"):
-    site, *words = which.split(",")
-    run = next((word.removeprefix("from=") for word in words if word.startswith("from=")), "")
-    model = "tinystories" if "tinystories" in words else "embedded"
-    known = L1[model]
-    if site not in known:
-        raise UserError(f"has {site!r}; write one of {', '.join(known)} after the colon")
-    if unknown := [word for word in words if word not in ("tinystories", "ablations") and not word.startswith("from=")]:
-        raise UserError(f"has {unknown[0]!r}; write tinystories, ablations or from=RUN after the site")
-    width, wide = WIDTHS[model]
+def parts(which, known, words):
+    """(site, model, number of steps or 0, other words) of what stands after the colon."""
+    site, *given = which.split(",")
+    model = "tinystories" if "tinystories" in given else "embedded"
+    if site not in known[model]:
+        raise UserError(f"has {site!r}; write one of {', '.join(known[model])} after the colon")
+    steps = [int(word) for word in given if word.isdecimal()]
+    others = {word for word in given if not word.isdecimal()} - {"tinystories"}
+    if unknown := {word for word in others if not word.startswith(words)}:
+        words = ", ".join(("tinystories", "a number of steps", *words))
+        raise UserError(f"has {', '.join(sorted(unknown))}; write any of {words} after the site")
+    return site, model, steps[0] if steps else 0, others
 
-    def stack(architecture, width, rates=ABLATED, **options):
-        """SAEs of an architecture."""
-        values = known[site][architecture][: 3 if rates is ABLATED else None]
-        l1_coefficients, learning_rates, seeds = zip(*((l1, *each) for each in rates for l1 in values), strict=True)
+
+def rates(steps, words):
+    """The learning rates and seeds for a number of steps."""
+    return SWEPT if "rates" in words else LONGER if steps else RATES
+
+
+def get_config(which="blocks.0.hook_mlp_out"):
+    site, model, steps, words = parts(which, L1, ("rates", "ablations", "from=", "width="))
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    run = values.get("from")
+    width, wide = WIDTHS[model]
+    if "width" in values:
+        width = int(values["width"])
+        wide = width * 3 // 2
+
+    def stack(architecture, width, members=ABLATED, **options):
+        """SAEs of an architecture, for each λ with these learning rates and seeds."""
+        chosen = L1[model][site][architecture][: None if members is RATES else 3]
+        l1_coefficients, learning_rates, seeds = zip(*((l1, *each) for each in members for l1 in chosen), strict=True)
         # Zero biases, as inputs are not centred.
         settings = {"learning_rates": learning_rates, "seeds": seeds, "initial_l0": 0} | options
         return stack_config(architecture, site, width, l1_coefficients, **settings)
@@ -69,6 +91,7 @@ def get_config(which="blocks.0.hook_mlp_out"):
     config = (quickstart if model == "embedded" else tinystories).get_config()
     config.activations.center = False  # the paper's units, for which the l1 coefficients above are chosen
     config.evaluation.tokens = 2**17
+    config.train.steps = steps or config.train.steps
     config.stacks = {}
     if run:
         for name, size in (("baseline", wide), ("baseline_narrow", width)):
@@ -83,6 +106,6 @@ def get_config(which="blocks.0.hook_mlp_out"):
         config.stacks.baseline = stack("relu", wide)
         config.stacks.baseline_narrow = stack("relu", width)
     else:
-        config.stacks.gated = stack("gated", width, RATES)
-        config.stacks.baseline = stack("relu", wide, RATES)
+        config.stacks.gated = stack("gated", width, rates(steps, words))
+        config.stacks.baseline = stack("relu", wide, rates(steps, words))
     return config

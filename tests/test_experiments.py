@@ -304,6 +304,19 @@ def test_a_misspelled_field_of_a_stack_is_refused_at_once():
     assert gsae_jax.stack_config("nowhere/own.py", site, 64, 0.1, seed=1).options.seed == 1
 
 
+def test_a_recipe_names_the_architecture_that_is_trained():
+    site = "blocks.0.hook_mlp_out"
+    by_name = gsae_jax.stack_config("gated_batch_topk", site, 64, k=4, learning_rates=(1e-3,))
+    stack = gsae_jax.stack_config("gated", site, 64, k=4, learning_rates=(1e-3,), recipe="2026")
+    assert stack.to_dict() == by_name.to_dict()
+    with refused("recipe", "known: 2026"):
+        gsae_jax.stack_config("gated", site, 64, k=4, recipe="2025")
+    with refused("recipe", "for gated and not for 'relu'"):
+        gsae_jax.stack_config("relu", site, 64, 0.1, recipe="2026")
+    with refused("l1_coefficients", "write k=32"):
+        gsae_jax.stack_config("gated", site, 64, 0.1, recipe="2026")
+
+
 def test_stacks_are_replaced_and_left_out():
     changed = gsae_jax.experiment("quickstart", stacks={"gated": None, "baseline": {"width": 512}})
     assert {name: stack.width for name, stack in changed.stacks.items()} == {"baseline": 512}

@@ -22,6 +22,10 @@ with epy.lazy_imports():  # who writes nested dicts does not need it
     import ml_collections
 
 
+# Of each recipe: the architecture that it trains in place of another.
+RECIPES = {"2026": {"gated": "gated_batch_topk"}}
+
+
 def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
     """Makes an experiment from the settings that differ from the defaults, and checks values and combinations.
 
@@ -67,6 +71,7 @@ def stack_config(
     l1_coefficients: Any = (),
     *,
     grid: bool = False,
+    recipe: str = "",
     **settings: Any,
 ) -> "ml_collections.ConfigDict":
     """A stack of an experiment: SAEs that differ only in l1 coefficient, learning rate, seed and target L0.
@@ -79,13 +84,18 @@ def stack_config(
         grid: make one SAE for each combination of `l1_coefficients`, `learning_rates` and `seeds`, in the order of
             nested loops. The config then lists the values of every SAE. Each `target_l0` belongs to one of the
             `l1_coefficients`.
+        recipe: "2026" trains gated SAEs whose gates are opened by BatchTopK (docs/recipe.md), with the option `k` in
+            place of `l1_coefficients`; "" trains them as their paper does.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`. Every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
 
     Raises:
-        UserError: a name is neither a field nor an option, and is similar to a field.
+        UserError: a name is neither a field nor an option, and is similar to a field; or there is no such recipe for
+            the architecture.
     """
     config = _defaults(config_lib.Stack)
+    if recipe:
+        architecture = _by_recipe(recipe, architecture)
     for name in settings:
         near = config_trees.nearest(name, config)
         if name not in config and near and name not in _options(architecture, otherwise=settings):
@@ -98,7 +108,20 @@ def stack_config(
             config[name] = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
         else:
             config[name] = value
+    if recipe and config["l1_coefficients"]:
+        given = config["l1_coefficients"]
+        raise UserError(f"is {given}, but the recipe of {recipe} has none; write k=32 in its place", "l1_coefficients")
     return ml_collections.ConfigDict(config | _combinations(config) if grid else config)
+
+
+def _by_recipe(recipe: str, architecture: str) -> str:
+    """The architecture that a recipe trains."""
+    if recipe not in RECIPES:
+        raise UserError(f"is {recipe!r}; {known_names(recipe, RECIPES)}", "recipe")
+    of = RECIPES[recipe]
+    if architecture not in of:
+        raise UserError(f"is {recipe!r}, a recipe for {', '.join(of)} and not for {architecture!r}; write ''", "recipe")
+    return of[architecture]
 
 
 def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
