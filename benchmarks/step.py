@@ -5,7 +5,8 @@
 For each shape (D site width, F features, B batch, N SAEs in a stack) one line of the dense step: its seconds (the
 median of several), activations per second, and the share of it that its matrix products would take at the rate of plain
 products of the same sizes, run in turns with it. A gated SAE takes seven products of 2 B D F operations: the encoder,
-two decoders, the gradients of both decodes' features, of the decoder and of the encoder; a baseline takes five.
+two decoders, the gradients of both decodes' features, of the decoder and of the encoder; a baseline takes five. A gated
+SAE of the recipe of 2026 takes the same seven, and selects the largest gates of the batch.
 """
 
 import argparse
@@ -23,9 +24,15 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.training.stacks import Stack
 
-PRODUCTS = {"gated": 7, "relu": 5}
+PRODUCTS = {"gated": 7, "relu": 5, "gated_batch_topk": 7}
 SHAPES = {  # architecture, D, F, B, N
-    "cpu": [("gated", 512, 8192, 2048, 1), ("relu", 512, 12288, 2048, 1), ("gated", 256, 1024, 1024, 3)],
+    "cpu": [
+        ("gated", 512, 8192, 2048, 1),
+        ("gated_batch_topk", 512, 8192, 2048, 1),
+        ("relu", 512, 12288, 2048, 1),
+        ("gated", 256, 1024, 1024, 3),
+        ("gated_batch_topk", 256, 1024, 1024, 3),
+    ],
     "gpu": [
         ("gated", 768, 3 * 2**13, 4096, 1),
         ("gated", 2304, 2**17, 4096, 1),
@@ -38,7 +45,8 @@ SHAPES = {  # architecture, D, F, B, N
 
 def build(architecture, D, F, B, N, dtype, step="dense"):
     """(a stack of equal SAEs, the mesh of all devices, a batch on it); `step` as `train.step`."""
-    settings = config_lib.Stack(architecture, "site", F, (1e-2,) * N, (3e-4,), tuple(range(N)), {})
+    l1_coefficients = () if architecture == "gated_batch_topk" else (1e-2,)
+    settings = config_lib.Stack(architecture, "site", F, l1_coefficients, (3e-4,), tuple(range(N)))
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=1))
     x = jax.device_put(jax.random.normal(jax.random.key(0), (B, D)), mesh_lib.sharding(mesh, "data"))
     return Stack.build("benchmark", settings, {"site": D}, dtype, step, 1, mesh_lib.platform(mesh)), mesh, x
@@ -119,7 +127,7 @@ def main():
             }
             results.append(result)
             print(
-                f"{architecture:>6} D {D} F {F} B {B} N {N} {dtype}: {1e3 * step_s:.1f} ms, "
+                f"{architecture:>16} D {D} F {F} B {B} N {N} {dtype}: {1e3 * step_s:.1f} ms, "
                 f"{B / step_s:,.0f} activations/s, {result['of_product_rate']:.0%} of the products' own rate "
                 f"({result['product_flops_per_second'] / 1e9:,.0f} GFLOP/s)"
             )

@@ -1,10 +1,14 @@
-"""The tables and figure of docs/recipe.md, from runs of configs/best.py and configs/reproduction.py.
+"""The tables and figure of docs/recipe.md, from runs of configs/best.py, configs/reproduction.py and configs/search.py.
 
     python docs/recipe.py --runs runs --write docs/recipe.md
 
-`--runs` holds `best/SITE` and `reproduction/SITE`, or `best/tinystories/SITE` and so on. Without it, tables are made
-of `docs/results`.
+`--runs` holds `best/SITE` and `reproduction/SITE`, `best/SITE_14000` and so on of longer training, and the same in
+`best/tinystories` and `reproduction/tinystories`; and `search`. Without it, tables are made of `docs/results`.
 """
+
+import itertools
+import re
+from collections import defaultdict
 
 import numpy as np
 import reproduction
@@ -13,6 +17,8 @@ import results
 from gsae_jax.evaluation import frontiers
 
 LEVELS = reproduction.LEVELS
+STEPS = {1400: "", 14000: "_14000"}  # and the end of a run's name
+SEARCHED = 0.95  # the loss recovered at which changes are compared
 
 
 def l0_by_seed(records, level):
@@ -35,31 +41,50 @@ def best(records, level):
     return min(known, key=lambda each: each[0])[1:] if known else None
 
 
-def rows(sites):
-    for site, (paper, recipe) in sites.items():
+def geometric_mean(l0s):
+    return np.exp(np.log(l0s).mean())
+
+
+def gain_rows(sites):
+    for (site, steps), (paper, recipe) in sites.items():
         for level in LEVELS:
             sides = [best(records, level) for records in (paper, recipe)]
-            if not any(sides):
-                continue
-            shown = [f"{np.exp(np.log(side[1]).mean()):.1f} (rate {side[0]:g})" if side else "–" for side in sides]
-            ratio = frontiers.ratio_over_seeds(sides[1][1] / sides[0][1]).text(".2f") if all(sides) else "–"
-            yield f"`{site}`", level, *shown, ratio
+            if any(sides):
+                shown = [f"{geometric_mean(side[1]):.1f} (rate {side[0]:g})" if side else "–" for side in sides]
+                ratio = frontiers.ratio_over_seeds(sides[1][1] / sides[0][1]).text(".2f") if all(sides) else "–"
+                yield site, f"{steps:,}", level, *shown, ratio
 
 
 def health_rows(sites):
-    for site, (_, recipe) in sites.items():
-        for rate in reproduction.numbers_of(recipe, "learning_rate"):
-            mine = [r for r in recipe if r["learning_rate"] == rate]
-            gamma, alive = ([r[field] for r in mine] for field in ("gamma", "alive"))
-            yield f"`{site}`", f"{rate:g}", f"{min(gamma):.3f} to {max(gamma):.3f}", f"{min(alive):.1%}"
+    for (site, steps), (_, recipe) in sites.items():
+        for stack in dict.fromkeys(frontiers.identity(r)[1] for r in sorted(recipe, key=lambda r: r["l0"])):
+            mine = [r for r in recipe if frontiers.identity(r)[1] == stack]
+            l0, gamma, alive = ([r[field] for r in mine] for field in ("l0", "gamma", "alive"))
+            yield site, f"{steps:,}", f"{np.mean(l0):.1f}", f"{min(gamma):.3f} to {max(gamma):.3f}", f"{min(alive):.1%}"
+
+
+def search_rows(records):
+    """The changes, each with the first of its kind, that of its name's beginning."""
+    changes = defaultdict(list)
+    for record in records:
+        changes[re.sub(r"_\d+$", "", frontiers.identity(record)[1])].append(record)
+    first = {True: "batch_topk", False: "paper"}
+    for by_k, name in sorted((name.startswith("batch_topk"), name) for name in changes):
+        sides = [best(changes[each], SEARCHED) for each in (name, first[by_k])]
+        ratio = frontiers.ratio_over_seeds(sides[0][1] / sides[1][1]).text(".2f") if all(sides) else "–"
+        l0, rate = (f"{geometric_mean(sides[0][1]):.1f}", f"{sides[0][0]:g}") if sides[0] else "––"
+        alive = min(record["alive"] for record in changes[name])
+        yield f"`{name}`", l0, rate, "1" if name == first[by_k] else ratio, f"{alive:.1%}"
 
 
 def draw(sites):
-    """Loss recovered against L0, a panel for each site."""
-    figure, axes = results.panels(list(sites), "loss recovered")
+    """Loss recovered against L0, a panel for each site and number of steps."""
+    figure, axes = results.panels(
+        [f"{site.replace('`', '')}, {steps:,} steps" for site, steps in sites], "loss recovered"
+    )
     for axis, both in zip(axes, sites.values(), strict=True):
         for number, (records, label) in enumerate(zip(both, ("paper's recipe", "recipe of 2026"), strict=True)):
-            rates = [found[0] for level in LEVELS if (found := best(records, level))]
+            rates = [side[0] for level in LEVELS if (side := best(records, level))]
             rate = max(sorted(set(rates)), key=rates.count)
             for seed in range(3):
                 line = [r for r in records if (r["learning_rate"], r["seed"]) == (rate, seed)]
@@ -73,17 +98,20 @@ def draw(sites):
 def main():
     arguments = results.arguments(__doc__)
     sites = {}
-    for model, of_model in reproduction.MODELS.items():
+    for steps, (model, of_model) in itertools.product(STEPS, reproduction.MODELS.items()):
         for site in of_model:
-            paper = reproduction.read(reproduction.path(model, site), arguments.runs)
-            recipe = results.load(reproduction.path(model, site, "best"), arguments.runs)
+            runs = (reproduction.path(model, site, kind) + STEPS[steps] for kind in ("reproduction", "best"))
+            paper, recipe = (results.load(run, arguments.runs) for run in runs)
             if paper and recipe:
-                label = f"{site}, TinyStories" if model else site
-                sites[label] = reproduction.select(paper[0], "gated"), recipe["saes"]
+                gated = [record for record in paper["saes"] if frontiers.identity(record)[1] == "gated"]
+                sites[f"`{site}`" + ", TinyStories" * bool(model), steps] = gated, recipe["saes"]
     draw(sites).savefig(arguments.write.with_suffix(".png"), dpi=110)
-    columns = ["Site", "Loss recovered", "L0, paper", "L0, 2026", "Ratio [95%]"]
-    tables = {"gain": results.table(columns, rows(sites))}
-    tables["health"] = results.table(["Site", "Rate", "γ", "Fewest alive"], health_rows(sites), ("Rate",))
+    columns = ["Site", "Steps", "Loss recovered", "L0, paper", "L0, 2026", "Ratio [95%]"]
+    tables = {"gain": results.table(columns, gain_rows(sites))}
+    tables["health"] = results.table(["Site", "Steps", "L0", "γ", "Fewest alive"], health_rows(sites))
+    if search := results.load("search", arguments.runs):
+        columns = ["Change", f"L0 at {SEARCHED}", "Rate", "Ratio [95%]", "Fewest alive"]
+        tables["search"] = results.table(columns, search_rows(search["saes"]))
     results.write(arguments.write, tables)
 
 

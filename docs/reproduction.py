@@ -2,10 +2,10 @@
 
     python docs/reproduction.py --runs runs --write docs/reproduction.md
 
-`--runs` holds `reproduction/SITE` of each site, `SITE_ablations` and `SITE_rescaled` beside it, and the same in
-`reproduction/tinystories`; `quickstart`, measured with `--ito 5,10,20,40`; and studies. Without it, tables are made of
-`docs/results`. Tables of a model stay as they are until all of its sites are there, and that of studies without
-`--runs`.
+`--runs` holds `reproduction/SITE` of each site; `SITE_ablations`, `SITE_rescaled`, `SITE_STEPS_rates` and `SITE_wWIDTH`
+beside it, where there are any; the same in `reproduction/tinystories`; `best/SITE_STEPS_rates`; `pursuit/SITE`,
+measured with `--ito 5,10,20,40`; and studies. Without it, tables are made of `docs/results`. Tables of a model stay as
+they are until three of its sites are there, and that of studies without `--runs`.
 """
 
 import itertools
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import results
-from matplotlib.figure import Figure
 
 from gsae_jax.evaluation import frontiers, plots
 
@@ -25,6 +24,9 @@ MODELS = {
         f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in ("attn.hook_z", "hook_mlp_out", "hook_resid_post")
     ],
 }
+LENGTHS = (1400, 4200, 14000)  # steps of the runs `SITE_STEPS_rates`
+SWEPT = (3e-3, 6e-3, 1.2e-2, 2.4e-2)  # their learning rates
+WIDTHS = (4096, 16384)  # of the runs `SITE_wWIDTH`
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # of loss recovered
 ABLATIONS = {
     "no_r_mag": "no r_mag",
@@ -155,11 +157,48 @@ def rescaled_rows(ablations, rescaled):
             yield f"`{site}`", f"{l1:g}", *cells, f"{there:.3f}" if there == there else "–"
 
 
-def pursuit_rows(records):
-    for encoder in (r for r in records if not r["ito"]):
-        line = sorted((r for r in records if r["name"].startswith(f"{encoder['name']}_ito_")), key=lambda r: r["ito"])
-        cells = (f"{r['loss_recovered']:.3f}" for r in line)
-        yield f"{encoder['name']}", f"{encoder['l0']:.1f}", f"{encoder['loss_recovered']:.3f}", *cells
+def longer_rows(runs):
+    """L0 by learning rate of the runs that trained for several numbers of steps."""
+    for model, steps in itertools.product(MODELS, LENGTHS):
+        for site in MODELS[model]:
+            found = [
+                results.load(path(model, site, kind) + f"_{steps}_rates", runs) for kind in ("reproduction", "best")
+            ]
+            records = [record for report in found if report for record in report["saes"]]
+            for label, start in {"gated": "gated", "baseline": "baseline", "recipe of 2026": "best"}.items():
+                mine = [r for r in records if frontiers.identity(r)[1].startswith(start)]
+                for level in (0.9, 0.95) if mine else ():
+                    l0s = {
+                        rate: frontiers.l0_at([r for r in mine if r["learning_rate"] == rate], level)
+                        for rate in numbers_of(mine, "learning_rate")
+                    }
+                    least = min((l0 for l0 in l0s.values() if l0 == l0), default=None)
+                    cells = (
+                        f"**{l0:.1f}**" if l0 == least else f"{l0:.1f}" if l0 == l0 else "–" for l0 in l0s.values()
+                    )
+                    yield f"`{site}`", f"{steps:,}", label, level, *cells
+
+
+def width_rows(runs):
+    """Ratios of the runs with other widths, at one site."""
+    for width in WIDTHS:
+        for site in MODELS[""]:
+            if report := read(path("", site) + f"_w{width}", runs):
+                for cells in ratio_rows({site: report}):
+                    yield cells[0], f"{width:,}", *cells[1:]
+
+
+def pursuit_rows(sites):
+    for site, records in sites.items():
+        for encoder in (r for r in records if not r["ito"]):
+            line = by_pursuit(records, encoder)
+            cells = (f"{r['loss_recovered']:.3f}" for r in line)
+            yield f"`{site}`", encoder["name"], f"{encoder['l0']:.1f}", f"{encoder['loss_recovered']:.3f}", *cells
+
+
+def by_pursuit(records, encoder):
+    """The records of an encoder's dictionary with features that pursuit chose, by their number."""
+    return sorted((r for r in records if r["name"].startswith(f"{encoder['name']}_ito_")), key=lambda r: r["ito"])
 
 
 def study_rows(studies):
@@ -193,23 +232,18 @@ def draw(sites, field, label):
     return figure
 
 
-def draw_pursuit(records):
+def draw_pursuit(sites):
     """Figures 10 and 11: dictionaries with features chosen by gradient pursuit, beside their encoders."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for stack in ("baseline", "gated"):
-        encoders = select(records, stack)
-        axis.plot(*points(encoders), "o-", color=COLOURS[stack], label=f"{stack}, encoder")
-        for number, encoder in enumerate(encoders):
-            line = sorted(
-                (r for r in records if r["name"].startswith(f"{encoder['name']}_ito_")), key=lambda r: r["l0"]
-            )
-            style = dict(color=COLOURS[stack], linestyle="--", marker=".", linewidth=0.8, alpha=0.4 + 0.3 * number)
-            label = f"{stack}, by pursuit on the dictionary of L0 {encoder['l0']:.0f}"
-            axis.plot(*points(line), **style, label=label)
-    axis.set(xscale="log", xlabel="L0", ylabel="loss recovered")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    figure, axes = results.panels(list(sites), "loss recovered")
+    for axis, records in zip(axes, sites.values(), strict=True):
+        for stack in ("baseline", "gated"):
+            encoders = select(records, stack)
+            axis.plot(*points(encoders), "o-", color=COLOURS[stack], label=f"{stack}, encoder")
+            for number, encoder in enumerate(encoders):
+                style = dict(color=COLOURS[stack], linestyle="--", marker=".", linewidth=0.8, alpha=0.4 + 0.3 * number)
+                label = f"{stack}, by pursuit on the dictionary of L0 {encoder['l0']:.0f}"
+                axis.plot(*points(by_pursuit(records, encoder)), **style, label=label)
+        axis.legend(fontsize=6)
     return figure
 
 
@@ -223,18 +257,18 @@ def path(model, site, kind="reproduction"):
 
 
 def tables_of(model, page, runs):
-    """All tables of a model, as soon as there is a run of each of its sites; also draws its figures."""
+    """All tables of a model, as soon as there are runs of three of its sites; also draws its figures."""
     found = {
         kind: {s: read(path(model, s) + kind, runs) for s in MODELS[model]} for kind in ("", "_ablations", "_rescaled")
     }
-    sites = found[""]
+    sites = {site: report for site, report in found[""].items() if report}
     ablations, rescaled = ({s: r[0] for s, r in found[kind].items() if r} for kind in ("_ablations", "_rescaled"))
-    if not all(sites.values()):
+    if len(sites) < 3:
         return {}
     suffix = f"_{model}" * bool(model)
     for field, label, name in (("loss_recovered", "loss recovered", ""), ("gamma", "γ", "_gamma")):
         draw(sites, field, label).savefig(page.with_name(f"reproduction{suffix}{name}.png"), dpi=110)
-    rates = numbers_of(sites[MODELS[model][0]][0], "learning_rate")
+    rates = numbers_of([record for records, _ in sites.values() for record in records], "learning_rate")
     at = [f"at {level}" for level in LEVELS]
     l0 = ["Site", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
     gamma = ["Site", "Gated, best rate", "Gated, all rates", "Baseline, by λ"]
@@ -256,11 +290,19 @@ def main():
     arguments = results.arguments(__doc__)
     runs, page = arguments.runs, arguments.write
     tables = tables_of("", page, runs) | tables_of("tinystories", page, runs)
-    if pursuit := results.load("quickstart", runs, "report*-ito_*", kept="quickstart_pursuit"):
-        records = pursuit["saes"]
-        draw_pursuit(records).savefig(page.with_name("pursuit.png"), dpi=110)
-        columns = ["Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in numbers_of(records, "ito") if k)]
-        tables["pursuit"] = results.table(columns, pursuit_rows(records))
+    if longer := list(longer_rows(runs)):
+        columns = ["Site", "Steps", "SAEs", "Loss recovered", *(f"{rate:g}" for rate in SWEPT)]
+        tables["longer"] = results.table(columns, longer, ("SAEs",))
+    if widths := list(width_rows(runs)):
+        columns = ["Site", "Width", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
+        tables["widths"] = results.table(columns, widths)
+    pursuits = {site: results.load(f"pursuit/{site}", runs, "report*-ito_*") for site in MODELS[""]}
+    if all(pursuits.values()):
+        of_sites = {site: report["saes"] for site, report in pursuits.items()}
+        draw_pursuit(of_sites).savefig(page.with_name("pursuit.png"), dpi=110)
+        chosen = [k for k in numbers_of(of_sites[MODELS[""][0]], "ito") if k]
+        columns = ["Site", "Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in chosen)]
+        tables["pursuit"] = results.table(columns, pursuit_rows(of_sites), ("Dictionary",))
     if studies := [folder.parent for folder in sorted((runs or Path()).glob("study_*/analysis"))]:
         columns = ["Gated L0", "Baseline L0", "Pairs", "Gated score", "Baseline score", "Difference [90%]", "p"]
         tables["studies"] = results.table(columns, study_rows(studies))

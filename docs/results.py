@@ -33,16 +33,15 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(name: str, runs: Path | None, report: str = "report", kept: str = "") -> dict[str, Any] | None:
+def load(name: str, runs: Path | None, report: str = "report") -> dict[str, Any] | None:
     """The report of a run, `saes`, `l0_ratios` and `measured`; None where there is none. NaN is what is not a number.
 
     Args:
         name: of the run, its path in `runs`.
         runs: folder of finished runs. If it has the run, `docs/results` takes its report over first.
         report: pattern of the name of the report's folder.
-        kept: name in `docs/results`, by default that of the run.
     """
-    path = FOLDER / f"{kept or name}.json"
+    path = FOLDER / f"{name}.json"
     for found in sorted((runs / name).glob(f"{report}/report.json"))[:1] if runs is not None else ():
         content = json.loads(found.read_text("utf-8"))
         saes = [
