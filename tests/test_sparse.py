@@ -13,7 +13,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.kernels import active
-from gsae_jax.saes import contract, features
+from gsae_jax.saes import contract, features, parameters
 from gsae_jax.saes.features import Sparsity
 from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
@@ -86,6 +86,10 @@ OTHERS += [
     ("jumprelu_transcoder", {"bandwidth": 0.1}),
 ]
 SKIP = ("gated_transcoder", {"skip": True})
+GATED_BATCH_TOPK, BATCH_TOPK, TOPK = (
+    (name, {"k": 4, "auxk_coefficient": 0.5}) for name in ("gated_batch_topk", "batch_topk", "topk")
+)
+OTHERS += [BATCH_TOPK, ("batch_topk_transcoder", {"k": 4, "skip": True})]
 every = pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -93,6 +97,8 @@ every = pytest.mark.parametrize(
         RELU,
         JUMPRELU,
         SKIP,
+        GATED_BATCH_TOPK,
+        TOPK,
         *(pytest.param(*other, marks=pytest.mark.variants) for other in (TANH, ALIGNED, *OTHERS)),
     ],
 )
@@ -102,33 +108,55 @@ def case(name, options, F, bias=-1.0, dtype="float32"):
     """(architecture, its Config, parameters, inputs); a lower `bias` opens fewer features."""
     architecture = contract.module_of(name)
     d_out = (D_OUT,) if "transcoder" in name else None
+    options = options | ({"k": min(options["k"], F)} if "k" in options else {})
     config = contract.build_config(architecture, name, (D,), d_out, F, dtype, options)
     params = architecture.init(jax.random.key(0), config)
     keys = jax.random.split(jax.random.key(1), len(params))
     params = {n: p + 0.3 * jax.random.normal(key, p.shape) for key, (n, p) in zip(keys, params.items(), strict=True)}
+    params, _ = parameters.split(architecture, params)
     params |= {key: params[key] + bias for key in ("b_gate", "b_enc") if key in params}
     return architecture, config, params, jax.random.normal(jax.random.key(2), (B, D)) + 0.3
 
 
-def loss_of(architecture, config, l1_coefficient=0.07):
+COEFFICIENTS = {"l1_coefficient": 0.07}
+
+
+def loss_of(architecture, config, dead=0):
+    """The first features are dead ones."""
+
     def loss(params, x, features=None):
         targets = x[:, : getattr(config, "d_out", D)]
-        batch = contract.Batch(x, targets, lambda: jnp.zeros(config.width, bool), jnp.int32(0))
+        batch = contract.Batch(x, targets, lambda: jnp.arange(config.width) < dead, jnp.int32(0))
         more = {} if features is None else {"features": features}
-        return architecture.loss(params, {}, batch, {"l1_coefficient": l1_coefficient}, config, **more)
+        state = {name: jnp.zeros(config.width) for name, each in architecture.PARAMETERS.items() if not each.trained}
+        return architecture.loss(params, state, batch, COEFFICIENTS, config, **more)
 
     return loss
 
 
-def by_active(architecture, config, params, x, capacities, block=1):
+def active_of(architecture, config, dead=0):
+    """Which features a loss needs to see, from parameters and (x - b) @ W."""
+    own = contract.active(architecture)
+    return own and (lambda params, pre: own(params, pre, lambda: jnp.arange(config.width) < dead, COEFFICIENTS, config))
+
+
+def most_active(architecture, config, params, x, dead=0):
+    """How many features the loss needs to see of each token, ascending."""
+    encoder, own = contract.encoder(architecture, params, config), active_of(architecture, config, dead)
+    pre = (x - encoder.b[None]) @ encoder.W
+    return np.sort(np.asarray(own(params, pre) if own else pre + encoder.bias[None] > 0).sum(1))
+
+
+def by_active(architecture, config, params, x, capacities, block=1, dead=0):
     return features.gradients(
-        loss_of(architecture, config),
+        loss_of(architecture, config, dead),
         lambda params: contract.encoder(architecture, params, config),
         params,
         x,
         x,
         config.dtype,
         Sparsity(capacities, block),
+        active_of=active_of(architecture, config, dead),
     )
 
 
@@ -141,6 +169,8 @@ def assert_equal(ours, theirs, tolerance):
     for key, value in expected_statistics.means.items():
         np.testing.assert_allclose(statistics.means[key], value, rtol=10 * tolerance, atol=1e-6, err_msg=key)
     np.testing.assert_array_equal(statistics.fired, expected_statistics.fired)
+    for key, value in expected_statistics.state.items():
+        np.testing.assert_allclose(statistics.state[key], value, rtol=10 * tolerance, err_msg=key)
 
 
 @every
@@ -158,9 +188,7 @@ def assert_equal(ours, theirs, tolerance):
 def test_gradients_are_the_dense_ones(name, options, F, bias, capacities, block):
     """Within 1e-6 of each other, and within 1e-5 of float64."""
     architecture, config, params, x = case(name, options, F, bias)
-    encoder = contract.encoder(architecture, params, config)
-    most = int((np.asarray((x - encoder.b[None]) @ encoder.W + encoder.bias[None]) > 0).sum(1).max())
-    assert most <= capacities[-1]
+    assert most_active(architecture, config, params, x)[-1] <= capacities[-1]
     ours = by_active(architecture, config, params, x, capacities, block)
     dense = jax.grad(loss_of(architecture, config), has_aux=True)(params, x)
     assert_equal(ours, dense, 1e-6)
@@ -171,15 +199,26 @@ def test_gradients_are_the_dense_ones(name, options, F, bias, capacities, block)
         assert_equal(ours, jax.grad(loss_of(architecture, wide), has_aux=True)(params_64, x_64), 1e-5)
 
 
-@every
+@pytest.mark.parametrize(("name", "options"), [GATED_BATCH_TOPK, BATCH_TOPK, TOPK])
+def test_dead_features_are_seen_for_auxk(name, options):
+    architecture, config, params, x = case(name, options, 96)
+    dead = 40
+    assert most_active(architecture, config, params, x, dead)[-1] > most_active(architecture, config, params, x)[-1]
+    expected = jax.grad(loss_of(architecture, config, dead), has_aux=True)(params, x)
+    assert expected[1].means["auxk"] > 0
+    assert_equal(by_active(architecture, config, params, x, (64,), dead=dead), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [GATED, GATED_BATCH_TOPK, pytest.param(*BATCH_TOPK, marks=pytest.mark.variants)]
+)
 @pytest.mark.parametrize("parts", [4, 1])
 def test_a_token_over_capacity_takes_the_dense_step(name, options, parts, monkeypatch):
     """Also where one token alone is over it."""
     monkeypatch.setattr(features, "DENSE_PARTS", parts)
     architecture, config, params, x = case(name, options, 96, -2.0)
     x = x.at[0].multiply(4)
-    encoder = contract.encoder(architecture, params, config)
-    counts = np.sort((np.asarray((x - encoder.b[None]) @ encoder.W + encoder.bias[None]) > 0).sum(1))
+    counts = most_active(architecture, config, params, x)
     assert counts[-1] > counts[-2]
     dense = jax.grad(loss_of(architecture, config), has_aux=True)(params, x)
     assert_equal(by_active(architecture, config, params, x, (int(counts[-1]) - 1,)), dense, 1e-6)
@@ -197,7 +236,9 @@ def test_numbers_that_are_not_finite_show(name, options):
 
 def trained_stack(how, steps, *, shape=(1, 1), name="gated", F=64, dtype="float32"):
     """(state, statistics) of a stack of two SAEs after some steps on a mesh."""
-    config = config_lib.Stack(name, "site", F, (0.05,), (3e-3,), (0, 1), {})
+    by_k = "topk" in name
+    options, l1_coefficients = ({"k": 4}, ()) if by_k else ({}, (0.05,))
+    config = config_lib.Stack(name, "site", F, l1_coefficients, (3e-3,), (0, 1), options)
     stack = dataclasses.replace(Stack.build("a", config, {"site": D}, dtype), sparsity=how)
     data, latent = shape
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data, latent), jax.devices()[: data * latent])
@@ -208,7 +249,10 @@ def trained_stack(how, steps, *, shape=(1, 1), name="gated", F=64, dtype="float3
             state.params[key] += bias
 
     def update(state, x, step):
-        state, statistics = stack.update(stack.transpose(state), {"site": x}, step, jnp.float32(1))
+        dead_after = 1 if by_k else 1000  # so that AuxK has dead features
+        state, statistics = stack.update(
+            stack.transpose(state), {"site": x}, step, jnp.float32(1), dead_after=dead_after
+        )
         return stack.transpose(state), statistics
 
     everywhere = PartitionSpec()
@@ -224,7 +268,12 @@ def trained_stack(how, steps, *, shape=(1, 1), name="gated", F=64, dtype="float3
 
 
 @pytest.mark.parametrize(
-    "name", ["gated", *(pytest.param(other, marks=pytest.mark.variants) for other in ("relu", "jumprelu"))]
+    "name",
+    [
+        "gated",
+        "gated_batch_topk",
+        *(pytest.param(other, marks=pytest.mark.variants) for other in ("relu", "jumprelu", "topk")),
+    ],
 )
 @pytest.mark.parametrize(
     "shape",
@@ -260,13 +309,15 @@ def test_bfloat16_operands():
 
 
 def settings_of(step, options=None, width=2**15, latent=1, platform="cpu", name="gated"):
-    config = config_lib.Stack(name, "site", width, (0.01,), (3e-4,), (0,), options or {})
+    l1_coefficients = () if "topk" in name else (0.01,)
+    config = config_lib.Stack(name, "site", width, l1_coefficients, (3e-4,), (0,), options or {})
     return Stack.build("a", config, {"site": 8}, "float32", step, latent, platform).sparsity
 
 
 def test_which_step_a_stack_gets():
     assert settings_of("auto").capacities == features.CAPACITIES
     assert settings_of("auto", name="relu").capacities == features.CAPACITIES
+    assert settings_of("auto", {"k": 8}, name="gated_batch_topk").capacities == features.CAPACITIES
     assert settings_of("dense") is None
     assert settings_of("auto", width=1024) is None
     assert settings_of("auto", width=1024 * 16, latent=16) is None

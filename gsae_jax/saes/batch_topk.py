@@ -13,6 +13,7 @@ the constants are, and which learning rate others take.
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from gsae_jax.saes import linalg, relu, selection, topk
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Role, Shards, Statistics
+from gsae_jax.saes.features import AllFeatures, Features
 
 # Every feature has the same threshold until rows of the decoder are made unit, which changes the units of features.
 PARAMETERS = relu.PARAMETERS | {"threshold": Parameter(("width",), Role.FEATURE, trained=False)}
@@ -27,6 +29,7 @@ SPARSITY, RECIPE = "k", topk.RECIPE
 DECAY = 0.99  # of the running threshold, in a step
 
 shifted, decode, learning_rate = relu.shifted, relu.decode, topk.learning_rate
+encoder, active = topk.encoder, partial(topk.active, of_batch=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +70,26 @@ def loss(
     coefficients: Mapping[str, jax.typing.ArrayLike],
     config: topk.Options,
     shards: Shards = WHOLE,
+    features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
-    pi_BxF = topk.activations(params, batch.inputs, config)
-    f_BxF, state = selected(pi_BxF, state, coefficients, config, shards)
-    x_hat_BxD = topk.decoded(params, batch.inputs, f_BxF, config, shards)
-    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards, state)
+    features = features or AllFeatures.of(batch.inputs, encoder(params, config), config.dtype)
+    pi = jax.nn.relu(features.pre + features.each(params["b_enc"]))
+    f, state = selected(pi, state, coefficients, config, shards)
+    x_hat_BxD = topk.decoded(params, batch.inputs, f, config, shards, features)
+    return topk.with_auxiliary(params, batch, pi, f, [x_hat_BxD], config, shards, features, state)
 
 
 def selected(
-    pi_BxF: jax.Array,
+    pi: jax.Array,
     state: dict[str, jax.Array],
     coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Any,
     shards: Shards,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(The B * k largest values, else 0, the next state) of positive values [B, F] of a batch."""
+    """(The B * k largest values, else 0, the next state) of positive values of a batch."""
     k, most = config.k_at(coefficients)
-    largest = selection.largest(pi_BxF, k, shards, of_batch=True, most=most)
+    largest = selection.largest(pi, k, shards, of_batch=True, most=most)
     before_F, here = state["threshold"], largest.smallest[0]
     after_F = jnp.where(before_F > 0, DECAY * before_F + (1 - DECAY) * here, here)
-    return largest.of(pi_BxF), {"threshold": after_F}
+    return largest.of(pi), {"threshold": after_F}

@@ -17,6 +17,7 @@ class Config(transcoder.Sizes, topk.Options):
 
 encode, decode, skip = batch_topk.encode, batch_topk.decode, transcoder.skip
 loss, shifted = batch_topk.loss, batch_topk.shifted
+encoder, active = batch_topk.encoder, batch_topk.active
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:

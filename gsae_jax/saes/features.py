@@ -150,13 +150,14 @@ def gradients(
     dtype: str,
     sparsity: Sparsity,
     axes: tuple[str, ...] = (),
+    active_of: Callable[[Any, jax.Array], jax.Array] | None = None,
 ) -> tuple[Any, Statistics]:
     """(gradients, statistics) of a loss: `jax.grad(loss, has_aux=True)`, by active features where they fit.
 
     Which products are used depends on the data alone, and is the same on every device.
 
     Args:
-        loss: of (params, batch, features); the value and the statistics must be means over tokens.
+        loss: of (params, batch, features); without `active_of`, value and statistics must be means over tokens.
         encoder: of params.
         params: what is differentiated.
         batch: arrays [B, ...].
@@ -164,17 +165,23 @@ def gradients(
         dtype: of the products' operands.
         sparsity: which capacities to compile.
         axes: of the mesh, over which the devices must agree.
+        active_of: which features [B, F] the loss needs to see, from params and (x - b) @ W; None for those that can be
+            active.
     """
     weights = jax.lax.stop_gradient(encoder(params))
     pre_BxF = linalg.matmul(x_BxD - weights.b[None], weights.W, dtype)
-    # A pre-activation that is not a number counts as active, so that the loss shows it.
-    mask = active.pack(~(pre_BxF + weights.bias[None] <= 0))
+    if active_of:
+        mask = active.pack(active_of(jax.lax.stop_gradient(params), pre_BxF))
+    else:
+        # A pre-activation that is not a number counts as active, so that the loss shows it.
+        mask = active.pack(~(pre_BxF + weights.bias[None] <= 0))
     most = jax.lax.pmax(mask.most, axes) if axes else mask.most
     B, width = pre_BxF.shape
 
     def by_all(params: Any) -> tuple[Any, Statistics]:
         # Parts of the batch save about 1.5 arrays [B, F] of memory, and take a second set of gradients.
-        most_parts = DENSE_PARTS if sum(value.size for value in jax.tree.leaves(params)) < 1.5 * B * width else 1
+        large = sum(value.size for value in jax.tree.leaves(params)) < 1.5 * B * width
+        most_parts = DENSE_PARTS if large and active_of is None else 1
         parts = next(parts for parts in range(most_parts, 0, -1) if B % parts == 0)
 
         def add_part(total: Any, inputs: Any) -> tuple[Any, Statistics]:

@@ -16,7 +16,7 @@ such it is exported.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from gsae_jax.saes import batch_topk, gated, linalg, topk
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Shards, Statistics
+from gsae_jax.saes.features import AllFeatures, Encoder, Features
 
 PARAMETERS: dict[str, Parameter] = {
     **{name: parameter for name, parameter in gated.PARAMETERS.items() if name != "W_mag"},
@@ -69,6 +70,24 @@ def _gated(config: Config) -> gated.Config:
     return gated.Config(config.d_in, config.width, dtype=config.dtype)
 
 
+def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
+    """The encoder of gates."""
+    return Encoder(params["W_gate"], linalg.center(params), params["b_gate"])
+
+
+def active(
+    params: dict[str, jax.Array],
+    pre_BxF: jax.Array,
+    dead: Callable[[], jax.Array],
+    coefficients: Mapping[str, jax.typing.ArrayLike],
+    config: Config,
+    shards: Shards = WHOLE,
+) -> jax.Array:
+    """The features whose gates are selected, and dead ones for AuxK."""
+    gates_BxF = jax.nn.relu(pre_BxF + params["b_gate"][None])
+    return topk.shown(gates_BxF, dead, coefficients, config, shards, of_batch=True)
+
+
 def loss(
     params: dict[str, jax.Array],
     state: dict[str, jax.Array],
@@ -76,16 +95,18 @@ def loss(
     coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Config,
     shards: Shards = WHOLE,
+    features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """Both squared errors over D plus AuxK (`contract.Trainable.loss`)."""
-    product_BxF = linalg.centred_product(batch.inputs, linalg.center(params), params["W_gate"], config.dtype)
-    gates_BxF = jax.nn.relu(product_BxF + params["b_gate"][None])
-    pi_mag_BxF = product_BxF * jnp.exp(params["r_mag"])[None] + params["b_mag"][None]
-    g_BxF, state = batch_topk.selected(gates_BxF, state, coefficients, config, shards)
-    f_BxF = jnp.where(g_BxF > 0, jax.nn.relu(pi_mag_BxF), 0)
-    x_hat_BxD = topk.decoded(params, batch.inputs, f_BxF, config, shards)
-    frozen = params | {name: jax.lax.stop_gradient(params[name]) for name in ("W_dec", "b_dec")}
-    auxiliary = jnp.square(batch.targets - topk.decoded(frozen, batch.inputs, g_BxF, config, shards)).mean()
-    total, statistics = topk.with_auxiliary(params, batch, gates_BxF, f_BxF, [x_hat_BxD], config, shards, state)
+    features = features or AllFeatures.of(batch.inputs, encoder(params, config), config.dtype)
+    gates = jax.nn.relu(features.pre + features.each(params["b_gate"]))
+    pi_mag = features.pre * features.each(jnp.exp(params["r_mag"])) + features.each(params["b_mag"])
+    g, state = batch_topk.selected(gates, state, coefficients, config, shards)
+    f = jnp.where(g > 0, jax.nn.relu(pi_mag), 0)
+    decoded_VxBxD = shards.sum(features.decode((f, g), params["W_dec"], (True, False)))
+    offset_BxD = linalg.offset(params, batch.inputs, config.dtype)
+    x_hat_BxD = decoded_VxBxD[0] + offset_BxD
+    auxiliary = jnp.square(batch.targets - decoded_VxBxD[1] - jax.lax.stop_gradient(offset_BxD)).mean()
+    total, statistics = topk.with_auxiliary(params, batch, gates, f, [x_hat_BxD], config, shards, features, state)
     means = statistics.means | {"loss": total + auxiliary, "auxiliary": auxiliary}
     return total + auxiliary, statistics._replace(means=means)

@@ -20,6 +20,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.kernels import active
 from gsae_jax.saes import batch_topk, linalg, topk
 from gsae_jax.saes.contract import WHOLE, Batch, Shards, Statistics
+from gsae_jax.saes.features import AllFeatures
 
 PARAMETERS, SPARSITY, RECIPE = batch_topk.PARAMETERS, batch_topk.SPARSITY, batch_topk.RECIPE
 learning_rate = batch_topk.learning_rate
@@ -60,11 +61,12 @@ def loss(
     shards: Shards = WHOLE,
 ) -> tuple[jax.Array, Statistics]:
     """The prefixes' squared errors over D plus AuxK (`contract.Trainable.loss`)."""
-    pi_BxF = topk.activations(params, batch.inputs, config)
+    features = AllFeatures.of(batch.inputs, topk.encoder(params, config), config.dtype)
+    pi_BxF = jax.nn.relu(features.pre + params["b_enc"][None])
     f_BxF, state = batch_topk.selected(pi_BxF, state, coefficients, config, shards)
     parts_GxBxD = shards.sum(_decode_groups(f_BxF, params["W_dec"], config, shards))
     x_hats = [part + params["b_dec"][None] for part in jnp.cumsum(parts_GxBxD, 0)]
-    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hats, config, shards, state)
+    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hats, config, shards, features, state)
 
 
 def _decode_groups(f_BxF: jax.Array, W_dec_FxD: jax.Array, config: Config, shards: Shards) -> jax.Array:

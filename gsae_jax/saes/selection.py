@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from gsae_jax.config import INT32
 from gsae_jax.errors import UserError
 from gsae_jax.kernels import active
-from gsae_jax.saes import linalg
 from gsae_jax.saes.contract import WHOLE, Shards
+from gsae_jax.saes.features import AllFeatures, Features
 
 GROUP = 16  # features of a group
 SLOTS = 4  # per feature that is selected of a token, for the values above the bound
@@ -150,6 +150,7 @@ def auxiliary_error(
     dead_F: jax.Array,
     config: Any,
     shards: Shards = WHOLE,
+    features: Features | None = None,
 ) -> jax.Array:
     """AuxK: the squared error of the residual's reconstruction from dead features, relative to its variance.
 
@@ -164,7 +165,9 @@ def auxiliary_error(
         dead_F: which features are dead.
         config: of the architecture, with the fields `k_aux` and `dtype`.
         shards: the others' features and tokens.
+        features: of the values, if they are not of all features; then all dead ones with positive values.
     """
+    features = features or AllFeatures(values_BxF, config.dtype)
     residual_BxD = jax.lax.stop_gradient(residual_BxD)
     mean_D = shards.batch_mean(residual_BxD.mean(0))
     variance = shards.batch_mean(jnp.square(residual_BxD - mean_D[None]).mean())
@@ -172,9 +175,9 @@ def auxiliary_error(
     any_dead = shards.sum_over_batch(dead_F.sum(dtype=jnp.int32)) > 0
 
     def error(values_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-        values_BxF = jnp.where(dead_F[None], values_BxF, 0)
+        values_BxF = jnp.where(features.each(dead_F), values_BxF, 0)
         f_BxF = largest(values_BxF, k, shards).of(values_BxF)
-        return jnp.square(residual_BxD - shards.sum(linalg.matmul(f_BxF, W_dec_FxD, config.dtype))).mean()
+        return jnp.square(residual_BxD - shards.sum(features.decode((f_BxF,), W_dec_FxD, (True,))[0])).mean()
 
     def nothing(values_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
         return active.varying(jnp.zeros((), residual_BxD.dtype), residual_BxD)

@@ -13,7 +13,7 @@ error by the variance of x; here E||x||^2 = D, so that the error over D is nearl
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from gsae_jax.errors import UserError
 from gsae_jax.saes import linalg, relu, selection
 from gsae_jax.saes.contract import WHOLE, Batch, Shards, Statistics
+from gsae_jax.saes.features import AllFeatures, Encoder, Features
 
 PARAMETERS = relu.PARAMETERS
 SPARSITY = "k"
@@ -88,6 +89,39 @@ def init(key: jax.Array, config: Any) -> dict[str, jax.Array]:
     return {"W_enc": W_dec.T, "b_enc": jnp.zeros(F), "W_dec": W_dec, "b_dec": jnp.zeros(D)}
 
 
+def encoder(params: dict[str, jax.Array], config: Options) -> Encoder:
+    """The encoder."""
+    return Encoder(params["W_enc"], linalg.center(params), params["b_enc"])
+
+
+def active(
+    params: dict[str, jax.Array],
+    pre_BxF: jax.Array,
+    dead: Callable[[], jax.Array],
+    coefficients: Mapping[str, jax.typing.ArrayLike],
+    config: Options,
+    shards: Shards = WHOLE,
+    of_batch: bool = False,
+) -> jax.Array:
+    """The features that are selected, and dead ones for AuxK."""
+    return shown(jax.nn.relu(pre_BxF + params["b_enc"][None]), dead, coefficients, config, shards, of_batch)
+
+
+def shown(
+    pi_BxF: jax.Array,
+    dead: Callable[[], jax.Array],
+    coefficients: Mapping[str, jax.typing.ArrayLike],
+    config: Options,
+    shards: Shards,
+    of_batch: bool,
+) -> jax.Array:
+    """Which of these activations [B, F] are selected, of a token or of the batch, or are dead ones for AuxK."""
+    k, most = config.k_at(coefficients)
+    # One that is not a number is shown as well.
+    on_BxF = ~(selection.largest(pi_BxF, k, shards, of_batch, most).of(pi_BxF) <= 0)
+    return on_BxF | (dead()[None] & (pi_BxF > 0)) if config.auxk_coefficient else on_BxF
+
+
 def encode(params: dict[str, jax.Array], x_BxD: jax.Array, config: Options) -> jax.Array:
     """Feature activations [B, F]."""
     return encode_shard(params, x_BxD, config, WHOLE)
@@ -106,35 +140,34 @@ def loss(
     coefficients: Mapping[str, jax.typing.ArrayLike],
     config: Options,
     shards: Shards = WHOLE,
+    features: Features | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
-    pi_BxF = activations(params, batch.inputs, config)
+    features = features or AllFeatures.of(batch.inputs, encoder(params, config), config.dtype)
+    pi = jax.nn.relu(features.pre + features.each(params["b_enc"]))
     k, most = config.k_at(coefficients)
-    f_BxF = selection.largest(pi_BxF, k, shards, most=most).of(pi_BxF)
-    x_hat_BxD = decoded(params, batch.inputs, f_BxF, config, shards)
-    return with_auxiliary(params, batch, pi_BxF, f_BxF, [x_hat_BxD], config, shards)
+    f = selection.largest(pi, k, shards, most=most).of(pi)
+    x_hat_BxD = decoded(params, batch.inputs, f, config, shards, features)
+    return with_auxiliary(params, batch, pi, f, [x_hat_BxD], config, shards, features)
 
 
-def decoded(params: dict[str, jax.Array], x_BxD: jax.Array, f_BxF: jax.Array, config: Any, shards: Shards) -> jax.Array:
+def decoded(
+    params: dict[str, jax.Array], x_BxD: jax.Array, f: jax.Array, config: Any, shards: Shards, features: Features
+) -> jax.Array:
     """The reconstruction [B, D] by the features of all shards, for training."""
-    x_hat_BxD = shards.sum(linalg.matmul(f_BxF, params["W_dec"], config.dtype))
+    x_hat_BxD = shards.sum(features.decode((f,), params["W_dec"], (True,))[0])
     return x_hat_BxD + linalg.offset(params, x_BxD, config.dtype)
-
-
-def activations(params: dict[str, jax.Array], x_BxD: jax.Array, config: Any) -> jax.Array:
-    """ReLU(pi) [B, F] of all features, for training."""
-    product_BxF = linalg.centred_product(x_BxD, linalg.center(params), params["W_enc"], config.dtype)
-    return jax.nn.relu(product_BxF + params["b_enc"][None])
 
 
 def with_auxiliary(
     params: dict[str, jax.Array],
     batch: Batch,
-    pi_BxF: jax.Array,
-    f_BxF: jax.Array,
+    pi: jax.Array,
+    f: jax.Array,
     x_hats: Sequence[jax.Array],
     config: Any,
     shards: Shards,
+    features: Features,
     state: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Statistics]:
     """The loss and its statistics from what a selection gives.
@@ -142,18 +175,21 @@ def with_auxiliary(
     Args:
         params: of the SAE.
         batch: which it is of.
-        pi_BxF: `activations`.
-        f_BxF: the same of the selected features, else 0.
+        pi: ReLU(pi) of `features`.
+        f: the same of the selected features, else 0.
         x_hats: reconstructions [B, D] whose squared errors over D are summed; the last is that by all features.
         config: with the options of AuxK.
         shards: of dictionary and batch.
+        features: those that the loss sees.
         state: the next values of what no gradient trains.
     """
-    l0 = shards.sum(jnp.sum(f_BxF > 0, dtype=jnp.float32) / len(f_BxF))
+    l0 = shards.sum(jnp.sum(f > 0, dtype=jnp.float32) / len(f))
     means = linalg.error_statistics(batch.targets, x_hats[-1]) | {"l0": l0}
     total = sum((jnp.square(batch.targets - x_hat_BxD).mean() for x_hat_BxD in x_hats[:-1]), means["mse"])
     if config.auxk_coefficient:
         residual_BxD = batch.targets - x_hats[-1]
-        means["auxk"] = selection.auxiliary_error(pi_BxF, residual_BxD, params["W_dec"], batch.dead(), config, shards)
+        means["auxk"] = selection.auxiliary_error(
+            pi, residual_BxD, params["W_dec"], batch.dead(), config, shards, features
+        )
         total += config.auxk_coefficient * means["auxk"]
-    return total, Statistics(means | {"loss": total}, (f_BxF > 0).any(0), state or {})
+    return total, Statistics(means | {"loss": total}, features.any(f > 0), state or {})
