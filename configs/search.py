@@ -30,7 +30,7 @@ CHANGES = {
         "batch_topk_b1": {"b1": 0.0},
         "batch_topk_b2": {"b2": 0.99},
         "batch_topk_no_auxk": {"auxk_coefficient": 0.0},
-        "batch_topk_initial_k": {"initial_k": 128, "coefficient_warmup_fraction": 0.2},
+        "batch_topk_initial_k": {"initial_k": 64, "coefficient_warmup_fraction": 0.2},
     },
 }
 

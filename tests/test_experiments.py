@@ -306,15 +306,24 @@ def test_a_misspelled_field_of_a_stack_is_refused_at_once():
 
 def test_a_recipe_names_the_architecture_that_is_trained():
     site = "blocks.0.hook_mlp_out"
-    by_name = gsae_jax.stack_config("gated_batch_topk", site, 64, k=4, learning_rates=(1e-3,))
-    stack = gsae_jax.stack_config("gated", site, 64, k=4, learning_rates=(1e-3,), recipe="2026")
-    assert stack.to_dict() == by_name.to_dict()
+    for k, width, start in (
+        (4, 512, {"initial_k": 64, "coefficient_warmup_fraction": 0.2}),
+        (4, 32, {"initial_k": 32, "coefficient_warmup_fraction": 0.2}),
+        (64, 512, {}),
+    ):
+        by_name = gsae_jax.stack_config("gated_batch_topk", site, width, k=k, learning_rates=(1e-3,), **start)
+        stack = gsae_jax.stack_config("gated", site, width, k=k, learning_rates=(1e-3,), recipe="2026")
+        assert stack.to_dict() == by_name.to_dict()
+    given = gsae_jax.stack_config("gated", site, 64, k=4, initial_k=8, recipe="2026")
+    assert given.options.initial_k == 8
+    with refused("k", "write active features"):
+        gsae_jax.stack_config("gated", site, 64, recipe="2026")
     with refused("recipe", "known: 2026"):
         gsae_jax.stack_config("gated", site, 64, k=4, recipe="2025")
-    with refused("recipe", "for gated and not for 'relu'"):
+    with refused("recipe", "for 'gated' and not for 'relu'"):
         gsae_jax.stack_config("relu", site, 64, 0.1, recipe="2026")
     with refused("l1_coefficients", "write k=32"):
-        gsae_jax.stack_config("gated", site, 64, 0.1, recipe="2026")
+        gsae_jax.stack_config("gated", site, 64, 0.1, k=4, recipe="2026")
 
 
 def test_stacks_are_replaced_and_left_out():

@@ -22,8 +22,8 @@ with epy.lazy_imports():  # who writes nested dicts does not need it
     import ml_collections
 
 
-# Of each recipe: the architecture that it trains in place of another.
-RECIPES = {"2026": {"gated": "gated_batch_topk"}}
+RECIPES = ("2026",)
+INITIAL_K = 64  # of the recipe of 2026
 
 
 def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
@@ -84,8 +84,8 @@ def stack_config(
         grid: make one SAE for each combination of `l1_coefficients`, `learning_rates` and `seeds`, in the order of
             nested loops. The config then lists the values of every SAE. Each `target_l0` belongs to one of the
             `l1_coefficients`.
-        recipe: "2026" trains gated SAEs whose gates are opened by BatchTopK (docs/recipe.md), with the option `k` in
-            place of `l1_coefficients`; "" trains them as their paper does.
+        recipe: "2026" trains gated SAEs as docs/recipe.md says: with the option `k` in place of `l1_coefficients`,
+            BatchTopK opens their gates, at first 64 of a token. "" trains them as their paper does.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`. Every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
 
@@ -95,7 +95,7 @@ def stack_config(
     """
     config = _defaults(config_lib.Stack)
     if recipe:
-        architecture = _by_recipe(recipe, architecture)
+        architecture, settings = _by_recipe(recipe, architecture, width, settings)
     for name in settings:
         near = config_trees.nearest(name, config)
         if name not in config and near and name not in _options(architecture, otherwise=settings):
@@ -114,14 +114,17 @@ def stack_config(
     return ml_collections.ConfigDict(config | _combinations(config) if grid else config)
 
 
-def _by_recipe(recipe: str, architecture: str) -> str:
-    """The architecture that a recipe trains."""
+def _by_recipe(recipe: str, architecture: str, width: int, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(The architecture that a recipe trains, the settings with those of the recipe that are not given)."""
     if recipe not in RECIPES:
         raise UserError(f"is {recipe!r}; {known_names(recipe, RECIPES)}", "recipe")
-    of = RECIPES[recipe]
-    if architecture not in of:
-        raise UserError(f"is {recipe!r}, a recipe for {', '.join(of)} and not for {architecture!r}; write ''", "recipe")
-    return of[architecture]
+    if architecture != "gated":
+        raise UserError(f"is {recipe!r}, a recipe for 'gated' and not for {architecture!r}; write ''", "recipe")
+    if "k" not in settings:
+        raise UserError(f"is missing, which the recipe of {recipe} needs; write active features of a token: k=32", "k")
+    start = {"initial_k": min(INITIAL_K, width), "coefficient_warmup_fraction": 0.2}
+    few = isinstance(settings["k"], int) and settings["k"] < INITIAL_K
+    return "gated_batch_topk", start | settings if few else settings
 
 
 def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
