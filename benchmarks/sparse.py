@@ -25,13 +25,16 @@ SHAPES = [  # architecture, D, F, B, active features in the mean
     ("gated", 768, 24576, 4096, 40),
     ("gated", 256, 4096, 1024, 80),
     ("relu", 512, 12288, 2048, 48),
+    ("gated_batch_topk", 512, 8192, 2048, 32),  # its default k
 ]
 GROWTH = [("gated", 512, F, 2048, 48) for F in (4096, 8192, 16384, 32768, 65536)]
 
 
 def opened(state, x, active):
-    """The state with biases that open about `active` features of a token."""
+    """The state with biases that open about `active` features of a token, where the loss does not select as many."""
     params = dict(state.params)
+    if "threshold" in params:
+        return state
     W = params["W_gate" if "W_gate" in params else "W_enc"]
     bias = -jnp.quantile((x[:64] @ W[0]).reshape(-1), 1 - active / W.shape[-1])
     params |= {name: jnp.full_like(params[name], bias) for name in ("b_gate", "b_mag", "b_enc") if name in params}
@@ -89,7 +92,7 @@ def main():
     for shape in GROWTH if arguments.growth else SHAPES:
         results.append(line := compare(*shape, arguments.rounds))
         print(
-            "{architecture:>6} D {D} F {F} B {B}, {active} active: dense {dense_seconds:.3f} s, sparse "
+            "{architecture:>16} D {D} F {F} B {B}, {active} active: dense {dense_seconds:.3f} s, sparse "
             "{sparse_seconds:.3f} s, {times_faster:.2f} times".format(**line),
             f"| temporaries {line['bytes_of_dense_temporaries'] / 2**20:,.0f} and "
             f"{line['bytes_of_sparse_temporaries'] / 2**20:,.0f} MiB",
