@@ -89,7 +89,7 @@ SKIP = ("gated_transcoder", {"skip": True})
 GATED_BATCH_TOPK, BATCH_TOPK, TOPK = (
     (name, {"k": 4, "auxk_coefficient": 0.5}) for name in ("gated_batch_topk", "batch_topk", "topk")
 )
-OTHERS += [BATCH_TOPK, ("batch_topk_transcoder", {"k": 4, "skip": True})]
+OTHERS += [TOPK, BATCH_TOPK, ("batch_topk_transcoder", {"k": 4, "skip": True})]
 every = pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -98,7 +98,6 @@ every = pytest.mark.parametrize(
         JUMPRELU,
         SKIP,
         GATED_BATCH_TOPK,
-        TOPK,
         *(pytest.param(*other, marks=pytest.mark.variants) for other in (TANH, ALIGNED, *OTHERS)),
     ],
 )
@@ -199,7 +198,10 @@ def test_gradients_are_the_dense_ones(name, options, F, bias, capacities, block)
         assert_equal(ours, jax.grad(loss_of(architecture, wide), has_aux=True)(params_64, x_64), 1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), [GATED_BATCH_TOPK, BATCH_TOPK, TOPK])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [GATED_BATCH_TOPK, *(pytest.param(*other, marks=pytest.mark.variants) for other in (BATCH_TOPK, TOPK))],
+)
 def test_dead_features_are_seen_for_auxk(name, options):
     architecture, config, params, x = case(name, options, 96)
     dead = 40
