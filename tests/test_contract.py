@@ -76,7 +76,13 @@ def trainable_names():
     return list(plugins.known("saes", having="loss"))
 
 
-def cases(trainable=False, quick=lambda name, options: name == "gated" or not options):
+# Of each kind of activation, and of each kind of sites, one is enough for every commit. Where compiling is quick, there
+# are more.
+FEW = {"gated", "batch_topk", "gated_transcoder", "batch_topk_crosscoder"}
+SOME = FEW | {"signed_gated", "relu", "jumprelu", "gated_batch_topk"}
+
+
+def cases(trainable=False, quick=lambda name, options: name == "gated" or (name in SOME and not options)):
     """Every variant as a parameter; those that are not `quick` are marked as `variants`."""
     for case in variants():
         name, options = case.values
@@ -84,8 +90,6 @@ def cases(trainable=False, quick=lambda name, options: name == "gated" or not op
             yield case if quick(name, options) else pytest.param(*case.values, marks=pytest.mark.variants, id=case.id)
 
 
-# Of each kind of activation, and of each kind of sites, one is enough for every commit.
-FEW = {"gated", "batch_topk", "gated_transcoder", "batch_topk_crosscoder"}
 # While this file is collected and while its tests run, the tests' own files are architectures as well.
 with mock.patch.object(gsae_jax.saes, "__path__", [*gsae_jax.saes.__path__, str(OWN)]) as PATHS:
     TRAINABLE = trainable_names()

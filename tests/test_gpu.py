@@ -83,9 +83,8 @@ def test_losses_and_gradients_against_float64(name, precision, dtype, tolerance,
 
     def by_active(params, x):
         how = features.Sparsity((256,), features.block(jax.default_backend()))
-        return features.gradients(
-            loss, lambda params: contract.encoder(module, params, config), params, x, x, dtype, how
-        )
+        choice = features.Choice(lambda params: contract.encoder(module, params, config))
+        return features.gradients(loss, choice, params, x, x, dtype, how)
 
     with jax.default_matmul_precision(precision):
         gradients = jax.grad(loss, has_aux=True) if step == "dense" else by_active

@@ -149,13 +149,14 @@ def most_active(architecture, config, params, x, dead=0):
 def by_active(architecture, config, params, x, capacities, block=1, dead=0):
     return features.gradients(
         loss_of(architecture, config, dead),
-        lambda params: contract.encoder(architecture, params, config),
+        features.Choice(
+            lambda params: contract.encoder(architecture, params, config), active_of(architecture, config, dead)
+        ),
         params,
         x,
         x,
         config.dtype,
         Sparsity(capacities, block),
-        active_of=active_of(architecture, config, dead),
     )
 
 

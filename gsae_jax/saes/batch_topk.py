@@ -77,7 +77,8 @@ def loss(
     pi = jax.nn.relu(features.pre + features.each(params["b_enc"]))
     f, state = selected(pi, state, coefficients, config, shards)
     x_hat_BxD = topk.decoded(params, batch.inputs, f, config, shards, features)
-    return topk.with_auxiliary(params, batch, pi, f, [x_hat_BxD], config, shards, features, state)
+    total, statistics = topk.with_auxiliary(params, batch, pi, f, [x_hat_BxD], config, shards, features)
+    return total, statistics._replace(state=state)
 
 
 def selected(

@@ -141,37 +141,48 @@ class Sparsity:
     block: int
 
 
+class Choice(NamedTuple):
+    """Which features a loss needs to see.
+
+    Attributes:
+        encoder: of params.
+        active: the features [B, F], from params and (x - b) @ W; None for those that can be active.
+    """
+
+    encoder: Callable[[Any], Encoder]
+    active: Callable[[Any, jax.Array], jax.Array] | None = None
+
+
 def gradients(
     loss: Callable[[Any, Any, Features], tuple[jax.Array, Statistics]],
-    encoder: Callable[[Any], Encoder],
+    choice: Choice,
     params: Any,
     batch: Any,
     x_BxD: jax.Array,
     dtype: str,
     sparsity: Sparsity,
     axes: tuple[str, ...] = (),
-    active_of: Callable[[Any, jax.Array], jax.Array] | None = None,
 ) -> tuple[Any, Statistics]:
     """(gradients, statistics) of a loss: `jax.grad(loss, has_aux=True)`, by active features where they fit.
 
     Which products are used depends on the data alone, and is the same on every device.
 
     Args:
-        loss: of (params, batch, features); without `active_of`, value and statistics must be means over tokens.
-        encoder: of params.
+        loss: of (params, batch, features). Its value and statistics must be means over tokens, if there is no
+            `choice.active`.
+        choice: of the features.
         params: what is differentiated.
         batch: arrays [B, ...].
         x_BxD: what the features are of.
         dtype: of the products' operands.
         sparsity: which capacities to compile.
         axes: of the mesh, over which the devices must agree.
-        active_of: which features [B, F] the loss needs to see, from params and (x - b) @ W; None for those that can be
-            active.
     """
+    encoder = choice.encoder
     weights = jax.lax.stop_gradient(encoder(params))
     pre_BxF = linalg.matmul(x_BxD - weights.b[None], weights.W, dtype)
-    if active_of:
-        mask = active.pack(active_of(jax.lax.stop_gradient(params), pre_BxF))
+    if choice.active:
+        mask = active.pack(choice.active(jax.lax.stop_gradient(params), pre_BxF))
     else:
         # A pre-activation that is not a number counts as active, so that the loss shows it.
         mask = active.pack(~(pre_BxF + weights.bias[None] <= 0))
@@ -181,7 +192,7 @@ def gradients(
     def by_all(params: Any) -> tuple[Any, Statistics]:
         # Parts of the batch save about 1.5 arrays [B, F] of memory, and take a second set of gradients.
         large = sum(value.size for value in jax.tree.leaves(params)) < 1.5 * B * width
-        most_parts = DENSE_PARTS if large and active_of is None else 1
+        most_parts = DENSE_PARTS if large and choice.active is None else 1
         parts = next(parts for parts in range(most_parts, 0, -1) if B % parts == 0)
 
         def add_part(total: Any, inputs: Any) -> tuple[Any, Statistics]:

@@ -107,6 +107,6 @@ def loss(
     offset_BxD = linalg.offset(params, batch.inputs, config.dtype)
     x_hat_BxD = decoded_VxBxD[0] + offset_BxD
     auxiliary = jnp.square(batch.targets - decoded_VxBxD[1] - jax.lax.stop_gradient(offset_BxD)).mean()
-    total, statistics = topk.with_auxiliary(params, batch, gates, f, [x_hat_BxD], config, shards, features, state)
+    total, statistics = topk.with_auxiliary(params, batch, gates, f, [x_hat_BxD], config, shards, features)
     means = statistics.means | {"loss": total + auxiliary, "auxiliary": auxiliary}
-    return total + auxiliary, statistics._replace(means=means)
+    return total + auxiliary, statistics._replace(means=means, state=state)

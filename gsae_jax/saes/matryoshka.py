@@ -66,7 +66,8 @@ def loss(
     f_BxF, state = batch_topk.selected(pi_BxF, state, coefficients, config, shards)
     parts_GxBxD = shards.sum(_decode_groups(f_BxF, params["W_dec"], config, shards))
     x_hats = [part + params["b_dec"][None] for part in jnp.cumsum(parts_GxBxD, 0)]
-    return topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hats, config, shards, features, state)
+    total, statistics = topk.with_auxiliary(params, batch, pi_BxF, f_BxF, x_hats, config, shards, features)
+    return total, statistics._replace(state=state)
 
 
 def _decode_groups(f_BxF: jax.Array, W_dec_FxD: jax.Array, config: Config, shards: Shards) -> jax.Array:

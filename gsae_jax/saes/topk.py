@@ -168,9 +168,8 @@ def with_auxiliary(
     config: Any,
     shards: Shards,
     features: Features,
-    state: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """The loss and its statistics from what a selection gives.
+    """The loss and its statistics, without state, from what a selection gives.
 
     Args:
         params: of the SAE.
@@ -181,7 +180,6 @@ def with_auxiliary(
         config: with the options of AuxK.
         shards: of dictionary and batch.
         features: those that the loss sees.
-        state: the next values of what no gradient trains.
     """
     l0 = shards.sum(jnp.sum(f > 0, dtype=jnp.float32) / len(f))
     means = linalg.error_statistics(batch.targets, x_hats[-1]) | {"l0": l0}
@@ -192,4 +190,4 @@ def with_auxiliary(
             pi, residual_BxD, params["W_dec"], batch.dead(), config, shards, features
         )
         total += config.auxk_coefficient * means["auxk"]
-    return total, Statistics(means | {"loss": total}, features.any(f > 0), state or {})
+    return total, Statistics(means | {"loss": total}, features.any(f > 0), {})

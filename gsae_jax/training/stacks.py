@@ -247,21 +247,24 @@ class Stack:
             if self.sparsity:
                 inputs, _ = self.batch(batch)
                 active = contract.active(self.architecture)
-                active_of = active and (
-                    lambda params, pre_BxF: active(
-                        as_declared(params), pre_BxF, lambda: gather(dead_F, 0), coefficients, self.sae, shards
-                    )
+                choice = features_lib.Choice(
+                    lambda params: contract.encoder(self.architecture, as_declared(params), self.sae),
+                    active
+                    and (
+                        lambda params, pre_BxF: active(
+                            as_declared(params), pre_BxF, lambda: gather(dead_F, 0), coefficients, self.sae, shards
+                        )
+                    ),
                 )
                 grads, statistics = features_lib.gradients(
                     loss,
-                    lambda params: contract.encoder(self.architecture, as_declared(params), self.sae),
+                    choice,
                     params,
                     batch,
                     inputs,
                     self.sae.dtype,
                     self.sparsity,
                     ("data", "latent"),
-                    active_of,
                 )
             else:
                 grads, statistics = jax.grad(loss, has_aux=True)(params, batch)
