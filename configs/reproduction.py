@@ -75,8 +75,12 @@ def get_config(which="blocks.0.hook_mlp_out"):
     site, model, steps, words = parts(which, L1, ("rates", "ablations", "from=", "width="))
     values = dict(word.split("=", 1) for word in words if "=" in word)
     run = values.get("from")
+    if (run or "ablations" in words) and (steps or "rates" in words):
+        raise UserError("has rates or a number of steps, which ablations and from=RUN do not take; leave them out")
     width, wide = WIDTHS[model]
     if "width" in values:
+        if not values["width"].isdecimal():
+            raise UserError(f"has width={values['width']}; write a number of features, such as width=4096")
         width = int(values["width"])
         wide = width * 3 // 2
 

@@ -161,16 +161,16 @@ def longer_rows(runs):
     """L0 by learning rate of the runs that trained for several numbers of steps."""
     for model, steps in itertools.product(MODELS, LENGTHS):
         for site in MODELS[model]:
-            found = [
-                results.load(path(model, site, kind) + f"_{steps}_rates", runs) for kind in ("reproduction", "best")
-            ]
-            records = [record for report in found if report for record in report["saes"]]
+            names = [path(model, site, kind) + f"_{steps}_rates" for kind in ("reproduction", "best")]
+            reports = [results.load(name, runs) for name in names]
+            records = [record for report in reports if report for record in report["saes"]]
             for label, start in {"gated": "gated", "baseline": "baseline", "recipe of 2026": "best"}.items():
                 mine = [r for r in records if frontiers.identity(r)[1].startswith(start)]
                 for level in (0.9, 0.95) if mine else ():
                     l0s = {
-                        rate: frontiers.l0_at([r for r in mine if r["learning_rate"] == rate], level)
-                        for rate in numbers_of(mine, "learning_rate")
+                        rate: frontiers.l0_at(of_rate, level) if of_rate else math.nan
+                        for rate in SWEPT
+                        for of_rate in [[r for r in mine if r["learning_rate"] == rate]]
                     }
                     least = min((l0 for l0 in l0s.values() if l0 == l0), default=None)
                     cells = (

@@ -89,18 +89,12 @@ SKIP = ("gated_transcoder", {"skip": True})
 GATED_BATCH_TOPK, BATCH_TOPK, TOPK = (
     (name, {"k": 4, "auxk_coefficient": 0.5}) for name in ("gated_batch_topk", "batch_topk", "topk")
 )
-OTHERS += [TOPK, BATCH_TOPK, ("batch_topk_transcoder", {"k": 4, "skip": True})]
-every = pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        GATED,
-        RELU,
-        JUMPRELU,
-        SKIP,
-        GATED_BATCH_TOPK,
-        *(pytest.param(*other, marks=pytest.mark.variants) for other in (TANH, ALIGNED, *OTHERS)),
-    ],
-)
+OTHERS += [BATCH_TOPK, ("batch_topk_transcoder", {"k": 4, "skip": True})]
+CASES = [
+    *(GATED, RELU, JUMPRELU, SKIP, GATED_BATCH_TOPK),
+    *(pytest.param(*other, marks=pytest.mark.variants) for other in (TANH, ALIGNED, *OTHERS)),
+]
+every = pytest.mark.parametrize(("name", "options"), [*CASES, pytest.param(*TOPK, marks=pytest.mark.variants)])
 
 
 def case(name, options, F, bias=-1.0, dtype="float32"):
@@ -134,16 +128,16 @@ def loss_of(architecture, config, dead=0):
 
 
 def active_of(architecture, config, dead=0):
-    """Which features a loss needs to see, from parameters and (x - b) @ W."""
+    """Which features a loss needs to see, from pre-activations."""
     own = contract.active(architecture)
-    return own and (lambda params, pre: own(params, pre, lambda: jnp.arange(config.width) < dead, COEFFICIENTS, config))
+    return own and (lambda pre: own(pre, lambda: jnp.arange(config.width) < dead, COEFFICIENTS, config))
 
 
 def most_active(architecture, config, params, x, dead=0):
     """How many features the loss needs to see of each token, ascending."""
     encoder, own = contract.encoder(architecture, params, config), active_of(architecture, config, dead)
-    pre = (x - encoder.b[None]) @ encoder.W
-    return np.sort(np.asarray(own(params, pre) if own else pre + encoder.bias[None] > 0).sum(1))
+    pre = (x - encoder.b[None]) @ encoder.W + encoder.bias[None]
+    return np.sort(np.asarray(own(pre) if own else pre > 0).sum(1))
 
 
 def by_active(architecture, config, params, x, capacities, block=1, dead=0):
@@ -212,9 +206,7 @@ def test_dead_features_are_seen_for_auxk(name, options):
     assert_equal(by_active(architecture, config, params, x, (64,), dead=dead), expected, 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [GATED, GATED_BATCH_TOPK, pytest.param(*BATCH_TOPK, marks=pytest.mark.variants)]
-)
+@pytest.mark.parametrize(("name", "options"), CASES)  # TopK selects as many features of every token
 @pytest.mark.parametrize("parts", [4, 1])
 def test_a_token_over_capacity_takes_the_dense_step(name, options, parts, monkeypatch):
     """Also where one token alone is over it."""

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import itertools
+import numbers
 import os
 import typing
 from collections.abc import Collection, Iterable
@@ -123,7 +124,7 @@ def _by_recipe(recipe: str, architecture: str, width: int, settings: dict[str, A
     if "k" not in settings:
         raise UserError(f"is missing, which the recipe of {recipe} needs; write active features of a token: k=32", "k")
     start = {"initial_k": min(INITIAL_K, width), "coefficient_warmup_fraction": 0.2}
-    few = isinstance(settings["k"], int) and settings["k"] < INITIAL_K
+    few = isinstance(settings["k"], numbers.Integral) and settings["k"] < INITIAL_K  # another type is refused later
     return "gated_batch_topk", start | settings if few else settings
 
 

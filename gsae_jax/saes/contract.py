@@ -14,9 +14,9 @@ A file may also define these functions, for which the functions of the same name
     encoder(params, config)           the weights that decide which features can be active (`features.Encoder`), or
                                       None; with it `loss` takes `features`, may be shown the active ones only, and
                                       is a mean over tokens, as its statistics are
-    active(params, pre_BxF, dead, coefficients, config, shards)   with `encoder`: which features [B, F] `loss` needs to
-                                      be shown. The default: those that can be active. An architecture that has this
-                                      function may compare tokens in its loss
+    active(pre_BxF, dead, coefficients, config, shards)   with `encoder`: which features [B, F] `loss` needs to see,
+                                      from its pre-activations. The default: those that are positive. With this
+                                      function, `loss` may compare the tokens of a batch
     feature_facts(params, config)     numbers [F] that describe features, by name, in the inputs' units
     skip(params, inputs)              what is added to `decode` in reconstructions of these inputs, such as x @ W_skip:
                                       [B, D] or [1, D] for each site that is written. The default: nothing

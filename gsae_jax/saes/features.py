@@ -146,11 +146,11 @@ class Choice(NamedTuple):
 
     Attributes:
         encoder: of params.
-        active: the features [B, F], from params and (x - b) @ W; None for those that can be active.
+        active: the features [B, F], from (x - b) @ W + bias; None for those where this is positive.
     """
 
     encoder: Callable[[Any], Encoder]
-    active: Callable[[Any, jax.Array], jax.Array] | None = None
+    active: Callable[[jax.Array], jax.Array] | None = None
 
 
 def gradients(
@@ -181,11 +181,9 @@ def gradients(
     encoder = choice.encoder
     weights = jax.lax.stop_gradient(encoder(params))
     pre_BxF = linalg.matmul(x_BxD - weights.b[None], weights.W, dtype)
-    if choice.active:
-        mask = active.pack(choice.active(jax.lax.stop_gradient(params), pre_BxF))
-    else:
-        # A pre-activation that is not a number counts as active, so that the loss shows it.
-        mask = active.pack(~(pre_BxF + weights.bias[None] <= 0))
+    with_bias_BxF = pre_BxF + weights.bias[None]
+    # A pre-activation that is not a number counts as active, so that the loss shows it.
+    mask = active.pack(choice.active(with_bias_BxF) if choice.active else ~(with_bias_BxF <= 0))
     most = jax.lax.pmax(mask.most, axes) if axes else mask.most
     B, width = pre_BxF.shape
 

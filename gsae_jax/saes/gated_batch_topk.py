@@ -16,7 +16,7 @@ such it is exported.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ PARAMETERS: dict[str, Parameter] = {
 SPARSITY, RECIPE = topk.SPARSITY, topk.RECIPE
 
 shifted, decode, learning_rate = gated.shifted, gated.decode, topk.learning_rate
+active = batch_topk.active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +74,6 @@ def _gated(config: Config) -> gated.Config:
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
     """The encoder of gates."""
     return Encoder(params["W_gate"], linalg.center(params), params["b_gate"])
-
-
-def active(
-    params: dict[str, jax.Array],
-    pre_BxF: jax.Array,
-    dead: Callable[[], jax.Array],
-    coefficients: Mapping[str, jax.typing.ArrayLike],
-    config: Config,
-    shards: Shards = WHOLE,
-) -> jax.Array:
-    """The features whose gates are selected, and dead ones for AuxK."""
-    gates_BxF = jax.nn.relu(pre_BxF + params["b_gate"][None])
-    return topk.shown(gates_BxF, dead, coefficients, config, shards, of_batch=True)
 
 
 def loss(

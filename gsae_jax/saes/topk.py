@@ -95,7 +95,6 @@ def encoder(params: dict[str, jax.Array], config: Options) -> Encoder:
 
 
 def active(
-    params: dict[str, jax.Array],
     pre_BxF: jax.Array,
     dead: Callable[[], jax.Array],
     coefficients: Mapping[str, jax.typing.ArrayLike],
@@ -103,21 +102,10 @@ def active(
     shards: Shards = WHOLE,
     of_batch: bool = False,
 ) -> jax.Array:
-    """The features that are selected, and dead ones for AuxK."""
-    return shown(jax.nn.relu(pre_BxF + params["b_enc"][None]), dead, coefficients, config, shards, of_batch)
-
-
-def shown(
-    pi_BxF: jax.Array,
-    dead: Callable[[], jax.Array],
-    coefficients: Mapping[str, jax.typing.ArrayLike],
-    config: Options,
-    shards: Shards,
-    of_batch: bool,
-) -> jax.Array:
-    """Which of these activations [B, F] are selected, of a token or of the batch, or are dead ones for AuxK."""
+    """The features [B, F] that are selected, of a token or of the batch, and dead ones for AuxK."""
+    pi_BxF = jax.nn.relu(pre_BxF)
     k, most = config.k_at(coefficients)
-    # One that is not a number is shown as well.
+    # One that is not a number is among them, so that the loss shows it.
     on_BxF = ~(selection.largest(pi_BxF, k, shards, of_batch, most).of(pi_BxF) <= 0)
     return on_BxF | (dead()[None] & (pi_BxF > 0)) if config.auxk_coefficient else on_BxF
 

@@ -250,11 +250,7 @@ class Stack:
                 choice = features_lib.Choice(
                     lambda params: contract.encoder(self.architecture, as_declared(params), self.sae),
                     active
-                    and (
-                        lambda params, pre_BxF: active(
-                            as_declared(params), pre_BxF, lambda: gather(dead_F, 0), coefficients, self.sae, shards
-                        )
-                    ),
+                    and (lambda pre_BxF: active(pre_BxF, lambda: gather(dead_F, 0), coefficients, self.sae, shards)),
                 )
                 grads, statistics = features_lib.gradients(
                     loss,
