@@ -24,6 +24,7 @@ CHANGES = {
         "tanh": {"penalty": "tanh"},
         "log": {"penalty": "log"},
         "aligned": {"aligned": True},
+        "kl": {"kl_fraction": 0.1},
     },
     "gated_batch_topk": {
         "batch_topk": {},
@@ -31,6 +32,7 @@ CHANGES = {
         "batch_topk_b2": {"b2": 0.99},
         "batch_topk_no_auxk": {"auxk_coefficient": 0.0},
         "batch_topk_initial_k": {"initial_k": 64, "coefficient_warmup_fraction": 0.2},
+        "batch_topk_kl": {"kl_fraction": 0.1},
     },
 }
 

@@ -26,6 +26,7 @@ from tests.conftest import tiny
 from tests.measuring import as_sae, batches, identity
 from tests.refusals import refused
 from tests.training import advance, assert_same, begin, params_of, with_
+from tests.variants import variants
 
 HOOK = "blocks.0.hook_resid_post"
 OTHER = f"{HOOK}@tuned"
@@ -79,7 +80,7 @@ def changed(experiment, **changes):
     return gsae_jax.experiment(experiment, **changes)
 
 
-@pytest.mark.parametrize("mesh", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("mesh", [(2, 4), *variants((8, 1))])
 def test_the_activations_are_those_of_each_model(two, lm, tuned, mesh):
     experiment = with_(two, mesh={"data": mesh[0], "latent": mesh[1]})
     program, state, params, stream = begin(experiment)
@@ -95,6 +96,7 @@ def test_the_activations_are_those_of_each_model(two, lm, tuned, mesh):
     assert np.isfinite(metrics["cross"]["loss"]).all()
 
 
+@pytest.mark.variants
 def test_an_sae_of_the_second_model_trains_as_if_it_were_the_only_one(two, tuned_dir):
     """With the KL divergence of the second model's predictions in every step."""
     kl = {"kl_fraction": 1.0}

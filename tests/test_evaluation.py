@@ -157,6 +157,7 @@ def test_features_chosen_by_gradient_pursuit(lm):
     assert [record["ito"] for record in found.values()] == [0, 2, 8]
 
 
+@pytest.mark.variants
 def test_features_of_either_sign_are_measured(lm, tmp_path):
     """By their absolute values; pursuit takes atoms along both directions too."""
     D, tokens = lm.sites[SITE], batches(lm)

@@ -139,6 +139,7 @@ def test_a_real_model_on_its_own_kind_of_text():
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real model and text are not there (../shared/real)")
+@pytest.mark.variants
 def test_saes_on_a_real_model_by_one_command(tmp_path):
     """The command of configs/tinystories.py, with a model directory and a text folder, shortened."""
     overrides = {
@@ -311,11 +312,12 @@ def test_a_recipe_names_the_architecture_that_is_trained():
         (4, 32, {"initial_k": 32, "coefficient_warmup_fraction": 0.2}),
         (64, 512, {}),
     ):
-        by_name = gsae_jax.stack_config("gated_batch_topk", site, width, k=k, learning_rates=(1e-3,), **start)
+        settings = start | {"k": k, "auxk_coefficient": 1 / 8, "kl_fraction": 0.1, "learning_rates": (1e-3,)}
+        by_name = gsae_jax.stack_config("gated_batch_topk", site, width, **settings)
         stack = gsae_jax.stack_config("gated", site, width, k=k, learning_rates=(1e-3,), recipe="2026")
         assert stack.to_dict() == by_name.to_dict()
-    given = gsae_jax.stack_config("gated", site, 64, k=4, initial_k=8, recipe="2026")
-    assert given.options.initial_k == 8
+    given = gsae_jax.stack_config("gated", site, 64, k=4, initial_k=8, kl_fraction=0.0, recipe="2026")
+    assert (given.options.initial_k, given.kl_fraction) == (8, 0)
     with refused("k", "write active features"):
         gsae_jax.stack_config("gated", site, 64, recipe="2026")
     with refused("recipe", "known: 2026"):

@@ -17,6 +17,7 @@ from gsae_jax.lms.transformer import ACTIVATIONS
 from tests.measuring import on_mesh
 from tests.refusals import refused
 from tests.test_families import FIXTURES, check, copy, expected
+from tests.variants import variants
 
 CASES = ("mixtral", "qwen3_moe", "qwen3_moe_fused", "gpt_oss")
 D, M = 6, 8
@@ -98,7 +99,7 @@ def with_all_experts(x, logits, W, experts):
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "gpt_oss"])
-@pytest.mark.parametrize("shape", [None, (2, 4), (8, 1)])
+@pytest.mark.parametrize("shape", [None, (2, 4), *variants((8, 1))])
 def test_gradients_are_those_of_all_experts(kind, shape):
     """With respect to inputs, logits and weights; on a mesh also rows that `data` does not divide."""
     mesh = shape and on_mesh(*shape)

@@ -18,6 +18,7 @@ from gsae_jax.lms.checkpoints import Checkpoint
 from tests.fixtures.lms import make
 from tests.measuring import on_mesh
 from tests.refusals import refused
+from tests.variants import variants
 
 FIXTURES = Path(make.__file__).parent
 
@@ -388,7 +389,7 @@ def test_features_we_lack_are_refused_by_name(tmp_path, case, settings, facts):
         Checkpoint.open(copy(case, tmp_path, settings))
 
 
-@pytest.mark.parametrize("shape", [None, (4, 2), (2, 4)])
+@pytest.mark.parametrize("shape", [*variants(None, (4, 2)), (2, 4)])
 def test_the_fused_kernel_is_called_rightly(shape, monkeypatch):
     """On a GPU, cuDNN's kernel takes the place of the blocks: the same call, with XLA's kernel in its place."""
     from gsae_jax.lms import attention
@@ -476,7 +477,7 @@ def test_a_tensor_of_several_parameters_has_the_rows_of_all(tmp_path):
         gsae_jax.load_lm(copy("phi3", tmp_path, tensors=tensors))
 
 
-@pytest.mark.parametrize("case", ["olmo2", "phi3", "gemma4"])
+@pytest.mark.parametrize("case", ["gemma4", *variants("olmo2", "phi3")])
 def test_models_on_a_mesh(case):
     check(gsae_jax.load_lm(FIXTURES / case, mesh=on_mesh(2, 4)), expected(case))
     lm = gsae_jax.load_lm(FIXTURES / case, num_layers=1, mesh=on_mesh(4, 2))
@@ -520,7 +521,7 @@ def test_the_docs_table_lists_the_model_types():
             assert re.search(rf"`{model_type}`", table), model_type
 
 
-@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "gemma2", "llama_2", "olmo2", "gemma4_multimodal"])
+@pytest.mark.parametrize("case", ["gpt2", "gemma2", *variants("gpt_neox", "llama_2", "olmo2", "gemma4_multimodal")])
 def test_logit_effects(case):
     """Against float64 from the stored weights, and against finite differences of the model's own logits."""
     lm, stored = gsae_jax.load_lm(FIXTURES / case), expected(case)
@@ -557,7 +558,11 @@ def test_logit_effects(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["gpt2", "gpt_neox", "gemma2", "qwen3", "llama_yarn", "olmo3", "phi3", "gemma4", "mixtral", "gpt_oss"]
+    "case",
+    [
+        *("gpt2", "gemma2", "gpt_oss"),
+        *variants("gpt_neox", "qwen3", "llama_yarn", "olmo3", "phi3", "gemma4", "mixtral"),
+    ],
 )
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.variants), 1.5])
 def test_generation_with_a_cache_is_generation_without(case, temperature):

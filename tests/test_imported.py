@@ -375,6 +375,7 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
 
 
 @pytest.mark.skipif(REAL is None, reason="the real SAE, model and text are not there (../shared/real)")
+@pytest.mark.variants
 def test_a_published_jumprelu_sae_is_measured_and_trained_further_as_a_gated_one(tmp_path):
     """SAELens trained it on activations that its file does not name, so that it is bad on these before training."""
     published, site = REAL / "saelens_jumprelu", "blocks.1.hook_resid_post"

@@ -25,6 +25,7 @@ from gsae_jax.planning import collectives, hardware, planner
 from gsae_jax.planning.hardware import CHIPS, Topology
 from tests.refusals import refused
 from tests.test_scale import first_state, program_on
+from tests.variants import variants
 
 ROOT = Path(__file__).parent.parent
 GEMMA = ["configs/gemma_2_2b.py", "--config.lm.path=tests/fixtures/configs/gemma_2_2b"]
@@ -231,7 +232,7 @@ def test_an_estimate_where_libtpu_is_not_installed():
     assert report["fits"]
 
 
-@pytest.mark.parametrize("data", [0, 8])
+@pytest.mark.parametrize("data", [0, *variants(8)])
 def test_advice_is_checked(experiment, monkeypatch, data):
     """What does not fit comes with changes after each of which it would."""
     config = on(experiment, data, 1)

@@ -87,6 +87,7 @@ def test_a_ratio_has_the_variation_of_rows_and_of_seeds():
     assert np.isnan(frontiers.interval_of_ratio(-0.5, [*drawn, math.nan], of_seeds)).all()
 
 
+@pytest.mark.variants
 def test_a_runs_intervals_are_over_its_documents(config_dict, tmp_path, monkeypatch):
     config_dict.data.separator = "\n"  # each line is a document
     config_dict.train.steps = config_dict.checkpoint.every = 8

@@ -122,6 +122,7 @@ def test_an_architecture_that_does_not_centre_is_refused(experiment, monkeypatch
     )
 
 
+@pytest.mark.variants
 def test_a_run_that_began_before_the_setting_existed_continues_without_it(experiment, tmp_path, capsys):
     begun = with_(experiment, activations={"center": False}, train={"steps": 8})
     path = tmp_path / "run"

@@ -19,6 +19,7 @@ from gsae_jax.training import loop
 from gsae_jax.training.stacks import Stack
 from tests.refusals import refused
 from tests.training import Interrupting, assert_same, begin, begin_calls, metrics_without_time, params_of, with_
+from tests.variants import variants
 
 B, D, D_OUT = 32, 12, 9
 
@@ -173,7 +174,7 @@ def assert_equal(ours, theirs, tolerance):
     [
         pytest.param(96, -2.0, (64,), id="some"),
         pytest.param(33, -1.0, (1, 32), id="width that words do not divide"),
-        pytest.param(64, -1e3, (8,), id="no feature active"),
+        pytest.param(64, -1e3, (8,), id="no feature active", marks=pytest.mark.variants),
         pytest.param(64, 1e3, (64,), id="all features active", marks=pytest.mark.variants),
         pytest.param(1, 0.0, (1,), id="one feature", marks=pytest.mark.variants),
     ],
@@ -262,14 +263,7 @@ def trained_stack(how, steps, *, shape=(1, 1), name="gated", F=64, dtype="float3
     return jax.device_get((state, statistics))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gated",
-        "gated_batch_topk",
-        *(pytest.param(other, marks=pytest.mark.variants) for other in ("relu", "jumprelu", "topk")),
-    ],
-)
+@pytest.mark.parametrize("name", ["gated", *variants("gated_batch_topk", "relu", "jumprelu", "topk")])
 @pytest.mark.parametrize(
     "shape",
     [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants), pytest.param((1, 2), marks=pytest.mark.variants)],

@@ -265,7 +265,11 @@ def test_a_batch_topk_sae_is_a_relu_sae_before_training_and_a_jumprelu_afterward
 
 @pytest.mark.parametrize(
     ("architecture", "settings"),
-    [("gated", {"l1_coefficients": (0.01,), "auxk_coefficient": 0.5}), ("topk", {"k": 4}), ("matryoshka", {"k": 4})],
+    [
+        ("topk", {"k": 4}),
+        pytest.param("gated", {"l1_coefficients": (0.01,), "auxk_coefficient": 0.5}, marks=pytest.mark.variants),
+        pytest.param("matryoshka", {"k": 4}, marks=pytest.mark.variants),
+    ],
 )
 def test_dead_features_train_on_a_mesh_as_on_one_device(architecture, settings):
     """A third of the features have not fired for long, as far as the state knows."""
@@ -326,6 +330,7 @@ def test_a_grid_without_coefficients():
     assert len(gsae_jax.experiment(stacks={"a": stack}).stacks["a"]) == 4
 
 
+@pytest.mark.variants
 def test_stacks_that_differ_in_k_are_one_frontier(config_dict, tmp_path):
     """Beside a baseline, with dead features that AuxK and resampling take care of; on a mesh."""
     config_dict.stacks = {"baseline": config_dict.stacks.baseline.to_dict()} | {

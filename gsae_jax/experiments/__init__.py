@@ -86,7 +86,9 @@ def stack_config(
             nested loops. The config then lists the values of every SAE. Each `target_l0` belongs to one of the
             `l1_coefficients`.
         recipe: "2026" trains gated SAEs as docs/recipe.md says: with the option `k` in place of `l1_coefficients`,
-            BatchTopK opens their gates, at first 64 of a token. "" trains them as their paper does.
+            BatchTopK opens their gates, at first 64 of a token, and the loss of the last tenth of training has the KL
+            divergence of the language model's predictions. `kl_fraction=0` leaves out the last part. "" trains them as
+            their paper does.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`. Every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
 
@@ -123,9 +125,10 @@ def _by_recipe(recipe: str, architecture: str, width: int, settings: dict[str, A
         raise UserError(f"is {recipe!r}, a recipe for 'gated' and not for {architecture!r}; write ''", "recipe")
     if "k" not in settings:
         raise UserError(f"is missing, which the recipe of {recipe} needs; write active features of a token: k=32", "k")
-    start = {"initial_k": min(INITIAL_K, width), "coefficient_warmup_fraction": 0.2}
-    few = isinstance(settings["k"], numbers.Integral) and settings["k"] < INITIAL_K  # another type is refused later
-    return "gated_batch_topk", start | settings if few else settings
+    values: dict[str, Any] = {"auxk_coefficient": 1 / 8, "kl_fraction": 0.1}
+    if isinstance(settings["k"], numbers.Integral) and settings["k"] < INITIAL_K:  # another type is refused later
+        values |= {"initial_k": min(INITIAL_K, width), "coefficient_warmup_fraction": 0.2}
+    return "gated_batch_topk", values | settings
 
 
 def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:

@@ -240,6 +240,7 @@ def with_little_text(experiment, folder):
     return with_(experiment, data={"path": str(folder), "test_split": "train"}, evaluation={"tokens": 256})
 
 
+@pytest.mark.variants
 def test_a_finished_run_is_trained_for_more_steps(experiment, tmp_path, capsys):
     """It ends as a run that had them from the start, and both reports are there."""
     experiment = with_little_text(experiment, tmp_path / "text")

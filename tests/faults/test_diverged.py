@@ -107,6 +107,7 @@ def check(draw, run, folder):
     return all(name in names for names in written.values())
 
 
+@pytest.mark.variants
 def test_mutants(run, tmp_path):
     for seed in range(FEW):
         check(random.Random(seed), run, tmp_path / str(seed))
