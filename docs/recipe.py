@@ -114,7 +114,7 @@ def main():
                 gated = [record for record in paper["saes"] if frontiers.identity(record)[1] == "gated"]
                 sites[f"`{site}`" + ", TinyStories" * bool(model), steps] = gated, recipe["saes"]
     draw(sites).savefig(arguments.write.with_suffix(".png"), dpi=110)
-    columns = ["Site", "Steps", "Loss recovered", "L0, paper", "L0, 2026", "Ratio [95%]"]
+    columns = ["Site", "Steps, paper and 2026", "Loss recovered", "L0, paper", "L0, 2026", "Ratio [95%]"]
     tables = {"gain": results.table(columns, gain_rows(sites))}
     tables["health"] = results.table(["Site", "Steps", "L0", "γ", "Fewest alive"], health_rows(sites))
     if search := results.load("search", arguments.runs):

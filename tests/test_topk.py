@@ -50,11 +50,12 @@ CASES = ("normal", "ties", "all equal", "few positive", "none positive", "in one
 
 
 @pytest.mark.parametrize("of_batch", [False, True])
-@pytest.mark.parametrize(("width", "k"), [(64, 4), (2048, 8)])  # by full counts, and by maxima of groups
-def test_selections_are_those_of_a_full_sort(width, k, of_batch):
+# By full counts, by maxima of groups of 8 and 16, and where k is larger than usual.
+@pytest.mark.parametrize(("width", "k", "usual"), [(62, 4, 4), (64, 4, 4), (2048, 8, 8), (2048, 20, 8), (2048, 600, 8)])
+def test_selections_are_those_of_a_full_sort(width, k, usual, of_batch):
     @jax.jit
     def select(x):
-        largest = selection.largest(x, k, of_batch=of_batch)
+        largest = selection.largest(x, k, of_batch=of_batch, usual=usual)
         return largest.of(x), largest.smallest
 
     for case in CASES:

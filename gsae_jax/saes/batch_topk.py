@@ -89,8 +89,7 @@ def selected(
     shards: Shards,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(The B * k largest values, else 0, the next state) of positive values of a batch."""
-    k, most = config.k_at(coefficients)
-    largest = selection.largest(pi, k, shards, of_batch=True, most=most)
+    largest = selection.largest(pi, config.k_at(coefficients), shards, of_batch=True, usual=config.k)
     before_F, here = state["threshold"], largest.smallest[0]
     after_F = jnp.where(before_F > 0, DECAY * before_F + (1 - DECAY) * here, here)
     return largest.of(pi), {"threshold": after_F}

@@ -19,7 +19,7 @@ from gsae_jax.kernels import active
 from gsae_jax.saes.contract import WHOLE, Shards
 from gsae_jax.saes.features import AllFeatures, Features
 
-GROUP = 16  # features of a group
+GROUPS = (16, 8)  # features of a group: the larger, the fewer maxima to count
 SLOTS = 4  # per feature that is selected of a token, for the values above the bound
 
 
@@ -48,7 +48,7 @@ def largest(
     k: jax.typing.ArrayLike,
     shards: Shards = WHOLE,
     of_batch: bool = False,
-    most: int | None = None,
+    usual: int | None = None,
 ) -> Selection:
     """The k largest values of each token, or the B * k largest of the batch; no gradient passes.
 
@@ -61,7 +61,7 @@ def largest(
         k: features of a token.
         shards: the others' features and tokens.
         of_batch: compare the features of all tokens of the batch.
-        most: the largest possible k, if k is only known when the program runs.
+        usual: k in most calls, if k is only known when the program runs. With a much larger k it takes longer.
 
     Raises:
         UserError: a batch of more features than 32 bits can count.
@@ -74,8 +74,9 @@ def largest(
 
     B, F = values_BxF.shape
     n = jnp.asarray(k * shards.batch_size(B) if of_batch else k, jnp.int32)
-    most = cast(int, k) if most is None else most
-    slots = min(SLOTS * most, F)
+    usual = cast(int, k) if usual is None else usual
+    slots = min(SLOTS * usual, F)
+    group = next((size for size in GROUPS if F % size == 0 and F * shards.count >= 2 * size * usual), None)
     if of_batch and shards.batch_size(B) * F * shards.count > INT32:
         what = f"is {shards.batch_size(B)}, too many tokens to compare {F * shards.count} features of each"
         raise UserError(f"{what}; write {INT32 // (F * shards.count)} or less", "train.batch_size")
@@ -108,11 +109,11 @@ def largest(
     def among_all() -> tuple[jax.Array, jax.Array]:
         return among(values_BxF, jnp.arange(F, dtype=jnp.int32)[None])
 
-    if F % GROUP or 2 * slots > F or F * shards.count < 2 * GROUP * most:
+    if group is None or 2 * slots > F:
         nth, last = among_all()
     else:
         # Bits are made from values wherever they are used: an array of them would be one more pass over memory.
-        maxima_BxG = _bits(values_BxF.reshape(B, GROUP, F // GROUP)).max(1)
+        maxima_BxG = _bits(values_BxF.reshape(B, group, F // group)).max(1)
         bound = _last(lambda bits: total(maxima_BxG >= bits) >= n, start)
         mask = active.pack(_bits(values_BxF) >= jnp.maximum(bound, 1))
         fits = shards.sum_over_batch((mask.most > slots).astype(jnp.int32)) == 0

@@ -59,12 +59,12 @@ class Options:
             raise UserError(f"is {self.initial_k}; write 0, or from k ({self.k}) to the width", "initial_k")
         selection.check_auxk(self.auxk_coefficient, self.k_aux)
 
-    def k_at(self, coefficients: Mapping[str, jax.typing.ArrayLike]) -> tuple[jax.typing.ArrayLike, int]:
-        """(Active features of a token at this update, the most at any update)."""
+    def k_at(self, coefficients: Mapping[str, jax.typing.ArrayLike]) -> jax.typing.ArrayLike:
+        """Active features of a token at this update."""
         if not self.initial_k:
-            return self.k, self.k
+            return self.k
         more = (1 - jnp.asarray(coefficients.get("warmup", 1.0))) * (self.initial_k - self.k)
-        return self.k + jnp.round(more).astype(jnp.int32), self.initial_k
+        return self.k + jnp.round(more).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,9 @@ def active(
 ) -> jax.Array:
     """The features [B, F] that are selected, of a token or of the batch, and dead ones for AuxK."""
     pi_BxF = jax.nn.relu(pre_BxF)
-    k, most = config.k_at(coefficients)
+    k = config.k_at(coefficients)
     # One that is not a number is among them, so that the loss shows it.
-    on_BxF = ~(selection.largest(pi_BxF, k, shards, of_batch, most).of(pi_BxF) <= 0)
+    on_BxF = ~(selection.largest(pi_BxF, k, shards, of_batch, usual=config.k).of(pi_BxF) <= 0)
     return on_BxF | (dead()[None] & (pi_BxF > 0)) if config.auxk_coefficient else on_BxF
 
 
@@ -133,8 +133,7 @@ def loss(
     """Squared error over D plus AuxK (`contract.Trainable.loss`)."""
     features = features or AllFeatures.of(batch.inputs, encoder(params, config), config.dtype)
     pi = jax.nn.relu(features.pre + features.each(params["b_enc"]))
-    k, most = config.k_at(coefficients)
-    f = selection.largest(pi, k, shards, most=most).of(pi)
+    f = selection.largest(pi, config.k_at(coefficients), shards, usual=config.k).of(pi)
     x_hat_BxD = decoded(params, batch.inputs, f, config, shards, features)
     return with_auxiliary(params, batch, pi, f, [x_hat_BxD], config, shards, features)
 
