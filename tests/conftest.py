@@ -33,6 +33,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quickstart-steps", type=int, default=1400, help="steps of the main job of README, for less time"
+    )
+
+
 def pytest_configure(config):
     if config.option.markexpr == "gpu":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a test starts a second process
@@ -140,10 +146,11 @@ def experiment(config_dict):
 
 
 @pytest.fixture(scope="session")
-def quickstart_run(tmp_path_factory):
+def quickstart_run(tmp_path_factory, request):
     """The README's main job."""
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
     command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    command += [f"--config.train.steps={request.config.getoption('quickstart_steps')}"]
     subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
     return workdir
 

@@ -116,6 +116,7 @@ def test_an_sae_of_the_second_model_trains_as_if_it_were_the_only_one(two, tuned
         np.testing.assert_allclose(our_metrics[name], their_metrics[name], rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.variants
 def test_a_run_of_two_models_is_reported_by_model(run, two, tuned):
     report = json.loads((run / "report" / "report.json").read_text())
     records = {record["name"]: record for record in report["saes"]}

@@ -31,7 +31,13 @@ ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "real"
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in MODELS.iterdir() if folder.is_dir()))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gpt2_small", "gemma_2_2b") else pytest.param(name, marks=pytest.mark.variants)
+        for name in sorted(folder.name for folder in MODELS.iterdir() if folder.is_dir())
+    ],
+)
 def test_experiments_build_and_trace(name):
     experiment = config_trees.from_dict(Experiment, importlib.import_module(f"configs.{name}").get_config())
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=4, latent=2))

@@ -198,6 +198,7 @@ def test_exported_saes_measure_as_they_did(run, tmp_path):
 
 
 @pytest.mark.quickstart
+@pytest.mark.variants
 @pytest.mark.parametrize("name", ["gated_1", "baseline_1"])
 def test_collected_features_equal_numpy(run, tmp_path, name):
     """On 16,384 tokens; and the activations themselves equal float64."""
@@ -239,6 +240,7 @@ def test_pursuit_beats_the_encoder(run, held_out):
 
 
 @pytest.mark.quickstart
+@pytest.mark.variants
 def test_sums_over_many_tokens_are_exact(run, held_out):
     """All that is done after the features and the logits, again in float64, over 100,000 tokens: to 1e-6."""
     lm, batches = held_out

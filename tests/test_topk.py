@@ -20,6 +20,7 @@ from gsae_jax.saes import batch_topk, contract, gated, gated_batch_topk, matryos
 from gsae_jax.training.stacks import Stack
 from tests import references
 from tests.refusals import refused
+from tests.variants import variants
 
 SITE = "blocks.0.hook_mlp_out"
 D, F, B, K = 12, 64, 32, 6
@@ -156,7 +157,7 @@ def test_gates_that_are_selected_match_float64():
         np.testing.assert_allclose(gated_batch_topk.encode(start, x, config), np.where(on, f, 0), rtol=1e-4, atol=1e-5)
 
 
-@by_kind
+@pytest.mark.parametrize("module", [batch_topk, *variants(topk, matryoshka)])
 def test_k_falls_during_the_warm_up(module):
     """In one program, at the beginning, in between, and at the end; the threshold follows."""
     config = module.Config(D, 2048, k=4, initial_k=20)
