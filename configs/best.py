@@ -36,7 +36,7 @@ def get_config(which="blocks.0.hook_mlp_out"):
     config = (quickstart if model == "embedded" else tinystories).get_config()
     config.evaluation.tokens = 2**17  # as in configs/reproduction.py
     config.train.steps = round(STEPS * (steps or config.train.steps))
-    config.train.dead_after = 100  # so that AuxK acts in short runs
+    config.train.dead_after = max(100, config.train.steps // 10)
     config.stacks = {}
     learning_rates, seeds = zip(*rates(steps, words), strict=True)
     for k in KS[model][site]:

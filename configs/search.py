@@ -31,6 +31,7 @@ CHANGES = {
         "batch_topk_b1": {"b1": 0.0},
         "batch_topk_b2": {"b2": 0.99},
         "batch_topk_no_auxk": {"auxk_coefficient": 0.0},
+        "batch_topk_auxk": {"auxk_coefficient": 1 / 8},
         "batch_topk_initial_k": {"initial_k": 64, "coefficient_warmup_fraction": 0.2},
         "batch_topk_kl": {"kl_fraction": 0.1},
     },
@@ -41,6 +42,7 @@ def get_config():
     config = tinystories.get_config()
     config.activations.center = False  # as in configs/reproduction.py
     config.evaluation.tokens = 2**17
+    config.train.dead_after = 100  # so that AuxK acts in a short run
     config.stacks = {}
     width = reproduction.WIDTHS["tinystories"][0]
     numbers = {"learning_rates": (1.2e-2, 2.4e-2), "seeds": (0, 1, 2), "grid": True}

@@ -18,7 +18,6 @@ from gsae_jax.evaluation import frontiers
 
 LEVELS = reproduction.LEVELS
 STEPS = {1400: "", 14000: "_14000"}  # of the paper's recipe, and the end of a run's name
-SHARE = 0.6  # of these are trained by configs/best.py
 SEARCHED = 0.95  # the loss recovered at which changes are compared
 
 
@@ -53,7 +52,7 @@ def gain_rows(sites):
             if any(sides):
                 shown = [f"{geometric_mean(side[1]):.1f} (rate {side[0]:g})" if side else "–" for side in sides]
                 ratio = frontiers.ratio_over_seeds(sides[1][1] / sides[0][1]).text(".2f") if all(sides) else "–"
-                yield site, f"{steps:,}, {round(SHARE * steps):,}", level, *shown, ratio
+                yield site, f"{steps:,}, {round(reproduction.SHARE * steps):,}", level, *shown, ratio
 
 
 def health_rows(sites):
@@ -63,7 +62,7 @@ def health_rows(sites):
             l0, gamma, alive = ([r[field] for r in mine] for field in ("l0", "gamma", "alive"))
             yield (
                 site,
-                f"{round(SHARE * steps):,}",
+                f"{round(reproduction.SHARE * steps):,}",
                 f"{np.mean(l0):.1f}",
                 f"{min(gamma):.3f} to {max(gamma):.3f}",
                 f"{min(alive):.1%}",
@@ -87,7 +86,10 @@ def search_rows(records):
 def draw(sites):
     """Loss recovered against L0, a panel for each site and number of steps."""
     figure, axes = results.panels(
-        [f"{site.replace('`', '')}, {steps:,} and {round(SHARE * steps):,} steps" for site, steps in sites],
+        [
+            f"{site.replace('`', '')}, {steps:,} and {round(reproduction.SHARE * steps):,} steps"
+            for site, steps in sites
+        ],
         "loss recovered",
     )
     for axis, both in zip(axes, sites.values(), strict=True):

@@ -324,6 +324,11 @@ def test_a_recipe_names_the_architecture_that_is_trained():
         assert stack.to_dict() == by_name.to_dict()
     given = gsae_jax.stack_config("gated", site, 64, k=4, initial_k=8, kl_fraction=0.0, recipe="2026")
     assert (given.options.initial_k, given.kl_fraction) == (8, 0)
+    for left_out in ({"initial_k": 0}, {"coefficient_warmup_fraction": 0.0}):
+        stack = gsae_jax.stack_config("gated", site, 64, k=4, learning_rates=(1e-3,), recipe="2026", **left_out)
+        assert not stack.options.get("initial_k")
+        assert not stack.coefficient_warmup_fraction
+        gsae_jax.experiment(stacks={"a": stack})
     with refused("k", "write active features"):
         gsae_jax.stack_config("gated", site, 64, recipe="2026")
     with refused("recipe", "known: 2026"):

@@ -70,13 +70,16 @@ def test_selections_are_those_of_a_full_sort(width, k, usual, of_batch):
         np.testing.assert_array_equal(smallest, np.where(has_room, 0, least), err_msg=case)
 
 
-@pytest.mark.parametrize(("width", "shape"), [(64, (2, 4)), (2048, (2, 4)), (64, (8, 1))])
-def test_a_mesh_selects_as_one_device(width, shape):
+# The second is cut into groups of 8 features, where k is larger than usual.
+@pytest.mark.parametrize(
+    ("width", "shape", "usual"), [(64, (2, 4), 8), (256, (2, 4), 2), (2048, (2, 4), 8), (64, (8, 1), 8)]
+)
+def test_a_mesh_selects_as_one_device(width, shape, usual):
     mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape))
     shards = contract.Shards("latent", "data")
 
     def select(x):
-        return selection.largest(x, 8, shards).of(x), selection.largest(x, 8, shards, of_batch=True).of(x)
+        return tuple(selection.largest(x, 8, shards, of_batch, usual).of(x) for of_batch in (False, True))
 
     select = jax.jit(jax.shard_map(select, mesh=mesh, in_specs=P("data", "latent"), out_specs=P("data", "latent")))
     for x in (np.concatenate([values(case, width) for case in CASES]), values("ties", width), values("normal", width)):

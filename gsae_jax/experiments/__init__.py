@@ -86,9 +86,9 @@ def stack_config(
             nested loops. The config then lists the values of every SAE. Each `target_l0` belongs to one of the
             `l1_coefficients`.
         recipe: "2026" trains gated SAEs as docs/recipe.md says: with the option `k` in place of `l1_coefficients`,
-            BatchTopK opens their gates, at first 64 of a token, and the loss of the last tenth of training has the KL
-            divergence of the language model's predictions. `kl_fraction=0` leaves out the last part. "" trains them as
-            their paper does.
+            BatchTopK opens their gates, and the loss of the last tenth of training has the KL divergence of the
+            language model's predictions. If `k` is below 64, training begins with 64 open gates of a token.
+            `kl_fraction=0` and `initial_k=0` leave these parts out. "" trains them as their paper does.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`. Every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
 
@@ -126,8 +126,10 @@ def _by_recipe(recipe: str, architecture: str, width: int, settings: dict[str, A
     if "k" not in settings:
         raise UserError(f"is missing, which the recipe of {recipe} needs; write active features of a token: k=32", "k")
     values: dict[str, Any] = {"auxk_coefficient": 1 / 8, "kl_fraction": 0.1}
-    if isinstance(settings["k"], numbers.Integral) and settings["k"] < INITIAL_K:  # another type is refused later
-        values |= {"initial_k": min(INITIAL_K, width), "coefficient_warmup_fraction": 0.2}
+    start = {"initial_k": min(INITIAL_K, width), "coefficient_warmup_fraction": 0.2}
+    few = isinstance(settings["k"], numbers.Integral) and settings["k"] < INITIAL_K  # another type is refused later
+    if few and all(settings.get(name, True) for name in start):
+        values |= start
     return "gated_batch_topk", values | settings
 
 
