@@ -99,6 +99,7 @@ def ratio_rows(sites):
 
 def gamma_rows(sites):
     for site, (records, ratios) in sites.items():
+        records = [r for r in records if r["fvu"] < 1]  # the others have diverged
         every = [r["gamma"] for r in records if r["stack"] == "gated"]
         line = select(records, "baseline", best_rate(ratios, "baseline"))
         baseline = [

@@ -398,7 +398,8 @@ def _recovery(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], steps: 
     """What SAEs of each kind recover of a known dictionary: the records of `synthesis.study`, with their kinds.
 
     All kinds have two features for each atom, as many active features as there are active atoms, and their own options,
-    learning rates and seeds. Kinds that need several sites or a language model are left out.
+    learning rates and seeds. They are trained without the KL divergence of predictions. Kinds of several sites are left
+    out.
 
     Raises:
         UserError: no kind is left, or a number of steps that cannot be trained.
@@ -410,7 +411,7 @@ def _recovery(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], steps: 
         members = [record for record in records if record["kind"] == kind]
         config = of_label[members[0]["run"]].stacks[members[0]["stack"]]
         architecture = contract.module_of(config.architecture)
-        if contract.reads_several(architecture) or contract.writes_others(architecture) or config.kl_fraction:
+        if contract.reads_several(architecture) or contract.writes_others(architecture):
             continue
         name = f"kind_{len(stacks)}"
         kind_of[name] = kind
@@ -424,6 +425,7 @@ def _recovery(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], steps: 
             "target_l0": [] if sparsity else [settings.active],
             "options": config.options | ({sparsity: round(settings.active)} if sparsity else {}),
             "start_from": "",
+            "kl_fraction": 0.0,
         }
     if not stacks:
         raise UserError("is given, but no kind of the runs is of SAEs of one site; leave it out", "--synthetic_steps")
