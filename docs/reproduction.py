@@ -97,9 +97,13 @@ def ratio_rows(sites):
             yield f"`{site}`", r["level"], *sides, *cells
 
 
+def without_diverged(records):
+    return [record for record in records if record["fvu"] < 1]
+
+
 def gamma_rows(sites):
     for site, (records, ratios) in sites.items():
-        records = [r for r in records if r["fvu"] < 1]  # the others have diverged
+        records = without_diverged(records)
         every = [r["gamma"] for r in records if r["stack"] == "gated"]
         line = select(records, "baseline", best_rate(ratios, "baseline"))
         baseline = [
@@ -227,7 +231,7 @@ def draw(sites, field, label):
         for stack in ("baseline", "gated"):
             rate = best_rate(ratios, stack)
             for seed in numbers_of(select(records, stack, rate), "seed"):
-                line = select(records, stack, rate, seed)
+                line = without_diverged(select(records, stack, rate, seed))
                 style = dict(color=COLOURS[stack], marker="o", markersize=3, linewidth=1)
                 values = [[r[each] for r in line] for each in ("l0", field)]
                 axis.plot(*values, **style, label=f"{stack}, rate {rate:g}" if seed == 0 else None)
