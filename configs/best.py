@@ -4,7 +4,8 @@
 
 After the site, `tinystories`, a number of steps and `rates` mean the same as there. An update with the KL divergence
 costs 2.7 to 7.6 times as much as the paper's at these sites (`python -m gsae_jax.plan`). So only 0.6 times as many
-steps are trained here, and no site needs more operations than with the paper's recipe.
+steps are trained here. No site then needs more operations than with the paper's recipe, except for AuxK where features
+are dead.
 """
 
 from configs import quickstart, tinystories

@@ -35,7 +35,7 @@ flags.FLAGS.mark_as_parsed()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--quickstart-steps", type=int, default=1400, help="steps of the main job of README, for less time"
+        "--quickstart-steps", type=int, help="fewer steps for the main job of README, which is then shorter"
     )
 
 
@@ -150,7 +150,8 @@ def quickstart_run(tmp_path_factory, request):
     """The README's main job."""
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
     command = [sys.executable, "-m", "gsae_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
-    command += [f"--config.train.steps={request.config.getoption('quickstart_steps')}"]
+    if steps := request.config.getoption("quickstart_steps"):
+        command += [f"--config.train.steps={steps}"]
     subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
     return workdir
 
