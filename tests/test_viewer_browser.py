@@ -52,6 +52,12 @@ def open_list(page, url):
     page.wait_for_selector("body[data-ready]")
 
 
+def follow(page, link):
+    """Clicks on what leads to another page, and waits for that page and its scripts."""
+    with page.expect_navigation():
+        link.click()
+
+
 def numbers(page, column=1):
     cells = page.locator(f"[data-list] tbody td:nth-child({column})").all_inner_texts()
     return [float(cell.replace(",", "")) for cell in cells]
@@ -64,7 +70,7 @@ def test_lists_are_sorted_filtered_and_searched(browser, address):  # noqa: F811
         point.hover()
         tip = page.locator("[data-readout]").inner_text()
         assert re.match(r"\w+_\d: L0 [\d.]+, loss recovered", tip)
-        point.click()
+        follow(page, point)
         page.wait_for_selector("body[data-ready]")
         assert page.locator("h1").inner_text() == tip.split(":")[0]
 
@@ -117,19 +123,19 @@ def test_a_feature_and_its_neighbours(browser, address):  # noqa: F811
         assert len(context.inner_text()) >= len(short)
         colours = context.locator("mark").evaluate("mark => getComputedStyle(mark).backgroundColor")
         assert colours != "rgba(0, 0, 0, 0)"
-        page.get_by_role("link", name="Compare with").first.click()
+        follow(page, page.get_by_role("link", name="Compare with").first)
         assert "/compare?a=gated_0/3&b=" in page.url
         assert page.locator(".both > section").count() == 2
         left, right = (section.bounding_box() for section in page.locator(".both > section").all())
         assert left["x"] + left["width"] <= right["x"]
         page.get_by_label("Feature or SAE").fill("gated_0")
         page.get_by_label("and", exact=True).fill("baseline_0")
-        page.get_by_role("button", name="Compare").click()
+        follow(page, page.get_by_role("button", name="Compare"))
         page.wait_for_selector("body[data-ready]")
         cosines = numbers(page, 3)
         assert cosines == sorted(cosines, reverse=True)
         assert len(cosines) == 64
-        page.locator("[data-list] tbody td:nth-child(3) a").first.click()
+        follow(page, page.locator("[data-list] tbody td:nth-child(3) a").first)
         assert page.locator(".both > section").count() == 2
 
 
@@ -182,9 +188,9 @@ def test_a_text_and_steering(browser, address):  # noqa: F811
         assert values == sorted(values, reverse=True)
         page.get_by_role("button", name=re.compile(r"Show feature \d")).first.click()
         assert page.locator("[data-tokens] button[class^=a]").count() >= 1
-        page.locator("[data-features] a").first.click()
+        follow(page, page.locator("[data-features] a").first)
         assert re.search(r"/gated_0/\d+$", page.url)
-        page.get_by_role("link", name="Steer with it").click()
+        follow(page, page.get_by_role("link", name="Steer with it"))
         assert page.locator("[name=feature]").input_value() == page.url.rpartition("/")[2]
         page.locator("[name=strength]").fill("60")
         page.get_by_role("button", name="Add a feature").click()
@@ -300,7 +306,7 @@ def test_files_open_from_a_disk(browser, collected_run, tmp_path):  # noqa: F811
     with Watched(browser, out.as_uri(), viewport=SCREEN) as page:
         page.goto((out / "index.html").as_uri())
         assert page.get_by_role("link", name="Steer").count() == 0
-        page.get_by_role("link", name="gated_0", exact=True).last.click()
+        follow(page, page.get_by_role("link", name="gated_0", exact=True).last)
         page.wait_for_selector("body[data-ready]")
         assert len(numbers(page)) == 64
         page.get_by_role("button", name="strongest", exact=True).click()
@@ -314,20 +320,20 @@ def test_files_open_from_a_disk(browser, collected_run, tmp_path):  # noqa: F811
                 f"document.querySelector('[data-status]').textContent.startsWith('{len(expected)} ')"
             )
             assert sorted(numbers(page)) == expected
-        page.locator("[data-list] tbody a").first.click()
+        follow(page, page.locator("[data-list] tbody a").first)
         assert page.locator(".contexts mark").count() > 0
         page.keyboard.press("ArrowRight")
         page.wait_for_function("document.title.startsWith('gated_0 / ')")
-        page.get_by_role("link", name="Compare with").first.click()
+        follow(page, page.get_by_role("link", name="Compare with").first)
         page.wait_for_selector("iframe")
         assert page.locator("iframe").count() == 2
         page.frame_locator("iframe").last.locator(".contexts").first.wait_for()
         page.get_by_label("Feature or SAE").fill("gated_0")
         page.get_by_label("and", exact=True).fill("baseline_0")
-        page.get_by_role("button", name="Compare").click()
+        follow(page, page.get_by_role("button", name="Compare"))
         page.wait_for_selector("body[data-ready]")
         assert len(numbers(page)) == 64
-        page.locator("[data-list] tbody td:nth-child(3) a").first.click()
+        follow(page, page.locator("[data-list] tbody td:nth-child(3) a").first)
         page.wait_for_selector("iframe")
 
 
