@@ -3,10 +3,12 @@
     python docs/recipe.py --runs runs --write docs/recipe.md
 
 `--runs` holds `best/SITE` and `reproduction/SITE`, `best/SITE_14000` and so on of longer training, and the same in
-`best/tinystories` and `reproduction/tinystories`; and `search`. Without it, tables are made of `docs/results`.
+`best/tinystories` and `reproduction/tinystories`; `search`; and `compared/SITE`, which `python -m gsae_jax.compare`
+wrote. Without it, tables are made of `docs/results`.
 """
 
 import itertools
+import json
 import re
 from collections import defaultdict
 
@@ -14,10 +16,12 @@ import numpy as np
 import reproduction
 import results
 
-from gsae_jax.evaluation import frontiers
+from gsae_jax.evaluation import comparison, frontiers
 
 LEVELS = reproduction.LEVELS
 STEPS = {1400: "", 14000: "_14000"}  # of the paper's recipe, and the end of a run's name
+COMPARED_AT = "blocks.0.hook_mlp_out"
+COMPARED = ("loss_recovered", "kl", "fvu", "score", "probe_1", "probe_5")
 SEARCHED = 0.95  # the loss recovered at which changes are compared
 
 
@@ -83,6 +87,47 @@ def search_rows(records):
         yield f"`{name}`", l0, rate, "1" if name == first[by_k] else ratio, f"{alive:.1%}"
 
 
+def comparison_of(site, runs):
+    """What `python -m gsae_jax.compare` found at a site; None where there is none."""
+    path = results.FOLDER / "compared" / f"{site}.json"
+    if runs is not None and (found := runs / "compared" / site / "compare.json").exists():
+        content = json.loads(found.read_text("utf-8"))
+        kept = {"equal_l0": content["sites"][site]["at_equal_l0"], "synthetic": content["synthetic"]}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(results.short(kept), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def compared_rows(found):
+    """Kinds with three seeds at equal L0."""
+    for row in found["equal_l0"]:
+        if row["seeds"] == 3:
+            values = [row["values"][name] for name in COMPARED]
+            forms = [comparison.METRICS[name].form for name in COMPARED]
+            cells = (interval(value, form) for value, form in zip(values, forms, strict=True))
+            yield f"{row['l0']:g}", name_of(row["kind"]), *cells
+
+
+def recovered_rows(found):
+    """What kinds with three seeds recover of a known dictionary."""
+    for kind in dict.fromkeys(record["kind"] for record in found["synthetic"]):
+        members = [record for record in found["synthetic"] if record["kind"] == kind]
+        if len(members) == 3:
+            of = {name: [np.nan if r[name] is None else r[name] for r in members] for name in comparison.RECOVERY}
+            cells = (interval(frontiers.over_seeds(of[name]), m.form) for name, m in comparison.RECOVERY.items())
+            yield name_of(kind), *cells
+
+
+def interval(value, form):
+    middle, low, high = (np.nan if each is None else each for each in value)
+    return "–" if np.isnan(middle) else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def name_of(kind):
+    """Of a kind, without the learning rate. Kinds of `gated` in the run of the recipe are the recipe's."""
+    return kind.split(", rate")[0]
+
+
 def draw(sites):
     """Loss recovered against L0, a panel for each site and number of steps."""
     figure, axes = results.panels(
@@ -122,6 +167,11 @@ def main():
     if search := results.load("search", arguments.runs):
         columns = ["Change", f"L0 at {SEARCHED}", "Rate", "Ratio [95%]", "Fewest alive"]
         tables["search"] = results.table(columns, search_rows(search["saes"]))
+    if found := comparison_of(COMPARED_AT, arguments.runs):
+        columns = ["L0", "Kind", *(comparison.METRICS[name].title for name in COMPARED)]
+        tables["compared"] = results.table(columns, compared_rows(found), ("Kind",))
+        columns = ["Kind", *(metric.title for metric in comparison.RECOVERY.values())]
+        tables["recovered"] = results.table(columns, recovered_rows(found))
     results.write(arguments.write, tables)
 
 

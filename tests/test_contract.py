@@ -78,7 +78,7 @@ def trainable_names():
 
 # Of each kind of activation, and of each kind of sites, one is enough for every commit. Where compiling is quick, there
 # are more.
-FEW = {"gated", "batch_topk", "gated_transcoder", "batch_topk_crosscoder"}
+FEW = {"gated", "gated_transcoder", "batch_topk_crosscoder"}
 SOME = FEW | {"jumprelu", "gated_batch_topk"}
 
 
@@ -487,7 +487,8 @@ def own_file(tmp_path, monkeypatch):
     sys.modules.pop("my_package", None)
 
 
-@pytest.mark.parametrize("given", ["topk.py", pytest.param("my_package.topk", marks=pytest.mark.variants)])
+@pytest.mark.variants
+@pytest.mark.parametrize("given", ["topk.py", "my_package.topk"])
 def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(
     given, own_file, config_dict, tmp_path, monkeypatch, capsys
 ):

@@ -120,6 +120,7 @@ def test_the_papers_sites_can_be_chosen(experiment):
         experiment.get_config("resid5")
 
 
+@pytest.mark.variants
 @pytest.mark.skipif(not REAL.exists(), reason="the real model and text are not there (../shared/real)")
 def test_a_real_model_on_its_own_kind_of_text():
     """TinyStories-656K on the first 128 tokens of 1,728 stories: about 2.8 nats per token (a random guess has 7.62)."""

@@ -173,7 +173,7 @@ def assert_equal(ours, theirs, tolerance):
     ("F", "bias", "capacities"),
     [
         pytest.param(96, -2.0, (64,), id="some"),
-        pytest.param(33, -1.0, (1, 32), id="width that words do not divide"),
+        pytest.param(33, -1.0, (1, 32), id="width that words do not divide", marks=pytest.mark.variants),
         pytest.param(64, -1e3, (8,), id="no feature active", marks=pytest.mark.variants),
         pytest.param(64, 1e3, (64,), id="all features active", marks=pytest.mark.variants),
         pytest.param(1, 0.0, (1,), id="one feature", marks=pytest.mark.variants),
@@ -289,6 +289,7 @@ def test_300_steps_end_within_the_noise_of_summation_order():
         assert np.abs(sparse.params[key] - value).max() <= 5 * noise + 1e-6, key
 
 
+@pytest.mark.variants
 def test_bfloat16_operands():
     dense, expected = trained_stack(None, 3, dtype="bfloat16")
     sparse, statistics = trained_stack(Sparsity((64,), 1), 3, dtype="bfloat16")

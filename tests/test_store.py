@@ -100,8 +100,8 @@ def test_holds_what_the_model_gives_in_the_order_of_its_run(made):
 def test_run_equals_the_run_with_the_model(made, tmp_path, latent):
     config, _ = made
     config = config.copy_and_resolve_references()
-    config.train.steps, config.mesh.latent = 200, latent
-    config.train.log_every = 20
+    config.train.steps, config.mesh.latent = 80, latent
+    config.train.log_every = 8
     write(config, tmp_path / "store")
     assert train.run(config, tmp_path / "with_model") == 0
     assert train.run(from_store(config, tmp_path / "store"), tmp_path / "from_store") == 0

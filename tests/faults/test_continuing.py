@@ -209,6 +209,7 @@ def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict,
     assert "activations.buffer_size is 2,048, more than the 1,024 activations" in err
 
 
+@pytest.mark.variants
 def test_a_run_of_an_earlier_version_is_read(experiment, tmp_path, capsys):
     """Its checkpoints have no hashes, and its config lacks fields."""
     run = tmp_path / "run"
