@@ -2,7 +2,7 @@
 
     python -m gsae_jax.train --config configs/best.py:blocks.0.hook_mlp_out --workdir runs/best/blocks.0.hook_mlp_out
 
-After the site, `tinystories`, a number of steps and `rates` mean the same as there. But the best rate is 2.4e-2 for
+After the site, `tinystories`, a number of steps and `lower` mean the same as there. But the best rate is 2.4e-2 for
 any number of steps. An update with the KL divergence costs 2.7 to 7.6 times as much as the paper's at these sites
 (`python -m gsae_jax.plan`). So only 0.6 times as many steps are trained here. No site then needs more operations than
 with the paper's recipe, except for AuxK where features are dead.
@@ -12,7 +12,7 @@ train for as many steps, have widths of equal compute, and their training ends w
 """
 
 from configs import architectures, quickstart, tinystories
-from configs.reproduction import RATES, SWEPT, WIDTHS, parts
+from configs.reproduction import LOWER, RATES, WIDTHS, parts
 from gsae_jax import stack_config
 from gsae_jax.errors import UserError
 from gsae_jax.saes import products
@@ -57,9 +57,9 @@ def others(site, width, ks):
 
 
 def get_config(which="blocks.0.hook_mlp_out"):
-    site, model, steps, words = parts(which, KS, ("rates", "others"))
+    site, model, steps, words = parts(which, KS, ("lower", "others"))
     if len(words) > 1:
-        raise UserError("has both rates and others; write one of them after the site")
+        raise UserError("has both `lower` and `others`; write one of them after the site")
     config = (quickstart if model == "embedded" else tinystories).get_config()
     config.evaluation.tokens = 2**17  # as in configs/reproduction.py
     config.train.steps = round(STEPS * (steps or config.train.steps))
@@ -68,7 +68,7 @@ def get_config(which="blocks.0.hook_mlp_out"):
     if "others" in words:
         config.stacks = dict(others(site, WIDTHS[model][0], KS[model][site]))
         return config
-    learning_rates, seeds = zip(*(SWEPT if "rates" in words else RATES), strict=True)
+    learning_rates, seeds = zip(*(LOWER if "lower" in words else RATES), strict=True)
     for k in KS[model][site]:
         settings = {"k": k, "learning_rates": learning_rates, "seeds": seeds, "recipe": "2026"}
         config.stacks[f"best_{k}"] = stack_config("gated", site, WIDTHS[model][0], **settings)

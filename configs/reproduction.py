@@ -11,9 +11,9 @@ command trains what lies between a baseline and a gated SAE, at 1.2e-2 and with 
 `blocks.0.hook_mlp_out,from=runs/reproduction/mlp_out_ablations`.
 
 The word `tinystories`, as in `blocks.1.hook_resid_post,tinystories`, is for sites of the model of
-configs/tinystories.py. A number is of steps of training, in place of 1,400: `blocks.0.hook_mlp_out,14000` has three
-seeds, and `blocks.0.hook_mlp_out,14000,rates` more learning rates and one seed. `width=4096` is for gated SAEs of that
-width and baselines 1.5 times as wide.
+configs/tinystories.py. A number is of steps of training, in place of 1,400, with three seeds at 1.2e-2. The word
+`lower` is for one seed at 6e-3 in place of the other learning rates. `width=4096` is for gated SAEs of that width and
+baselines 1.5 times as wide.
 """
 
 from configs import quickstart, tinystories
@@ -42,8 +42,8 @@ L1 = {
 RATES = ((1.2e-2, 0), (2.4e-2, 0), (2.4e-2, 1), (2.4e-2, 2))
 # Of these, with the first three λ.
 ABLATED = ((1.2e-2, 0), (1.2e-2, 1), (1.2e-2, 2))
-LONGER = ((1.2e-2, 0), (1.2e-2, 1), (1.2e-2, 2), (2.4e-2, 0))  # 6e-3 is worse in a first run of 14,000 steps
-SWEPT = ((3e-3, 0), (6e-3, 0), (1.2e-2, 0), (2.4e-2, 0))
+LONGER = (*ABLATED, (2.4e-2, 0))
+LOWER = ((6e-3, 0),)
 ABLATIONS = {
     "no_r_mag": {"use_r_mag": False},
     "untied": {"tie_encoder": False},
@@ -68,15 +68,15 @@ def parts(which, known, words):
 
 def rates(steps, words):
     """The learning rates and seeds for a number of steps."""
-    return SWEPT if "rates" in words else LONGER if steps else RATES
+    return LOWER if "lower" in words else LONGER if steps else RATES
 
 
 def get_config(which="blocks.0.hook_mlp_out"):
-    site, model, steps, words = parts(which, L1, ("rates", "ablations", "from=", "width="))
+    site, model, steps, words = parts(which, L1, ("lower", "ablations", "from=", "width="))
     values = dict(word.split("=", 1) for word in words if "=" in word)
     run = values.get("from")
-    if (run or "ablations" in words) and (steps or "rates" in words):
-        raise UserError("has rates or a number of steps, which ablations and from=RUN do not take; leave them out")
+    if (run or "ablations" in words) and (steps or "lower" in words):
+        raise UserError("has `lower` or a number of steps, which ablations and from=RUN do not take; leave them out")
     width, wide = WIDTHS[model]
     if "width" in values:
         if not values["width"].isdecimal():
@@ -86,7 +86,7 @@ def get_config(which="blocks.0.hook_mlp_out"):
 
     def stack(architecture, width, members=ABLATED, **options):
         """SAEs of an architecture, for each λ with these learning rates and seeds."""
-        chosen = L1[model][site][architecture][: None if members is RATES else 3]
+        chosen = L1[model][site][architecture][: 3 if members is ABLATED else None]
         l1_coefficients, learning_rates, seeds = zip(*((l1, *each) for each in members for l1 in chosen), strict=True)
         # Zero biases, as inputs are not centred.
         settings = {"learning_rates": learning_rates, "seeds": seeds, "initial_l0": 0} | options

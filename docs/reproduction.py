@@ -2,10 +2,11 @@
 
     python docs/reproduction.py --runs runs --write docs/reproduction.md
 
-`--runs` holds `reproduction/SITE` of each site; `SITE_ablations`, `SITE_rescaled`, `SITE_STEPS_rates` and `SITE_wWIDTH`
-beside it, where there are any; the same in `reproduction/tinystories`; `best/SITE_STEPS_rates`; `pursuit/SITE`,
-measured with `--ito 5,10,20,40`; and studies. Without it, tables are made of `docs/results`. Tables of a model stay as
-they are until three of its sites are there, and that of studies without `--runs`.
+`--runs` holds `reproduction/SITE` of each site; `SITE_ablations`, `SITE_rescaled`, `SITE_STEPS`, `SITE_lower`,
+`SITE_STEPS_lower` and `SITE_wWIDTH` beside it, where there are any; the same in `reproduction/tinystories`, `best` and
+`best/tinystories`; `pursuit/SITE`, measured with `--ito 5,10,20,40`; and studies. Without it, tables are made of
+`docs/results`. Tables of a model stay as they are until three of its sites are there, and that of studies without
+`--runs`.
 """
 
 import itertools
@@ -24,9 +25,8 @@ MODELS = {
         f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in ("attn.hook_z", "hook_mlp_out", "hook_resid_post")
     ],
 }
-LENGTHS = (1400, 4200, 14000)  # steps of the runs `SITE_STEPS_rates`
+LENGTHS = {1400: "", 4200: "_4200", 14000: "_14000"}  # steps, and the end of a run's name
 SHARE = 0.6  # of the steps are trained by configs/best.py, so that both recipes need as many operations
-SWEPT = (3e-3, 6e-3, 1.2e-2, 2.4e-2)  # their learning rates
 WIDTHS = (4096, 16384)  # of the runs `SITE_wWIDTH`
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # of loss recovered
 ABLATIONS = {
@@ -163,27 +163,36 @@ def rescaled_rows(ablations, rescaled):
             yield f"`{site}`", f"{l1:g}", *cells, f"{there:.3f}" if there == there else "–"
 
 
-def longer_rows(runs):
-    """L0 by learning rate of the runs that trained for several numbers of steps."""
+def longer_records(runs):
+    """By model, site, steps: the records of the paper's SAEs and of the recipe of 2026, where some trained longer."""
+    found = {}
     for model, steps in itertools.product(MODELS, LENGTHS):
         for site in MODELS[model]:
-            names = [path(model, site, kind) + f"_{steps}_rates" for kind in ("reproduction", "best")]
-            reports = [results.load(name, runs) for name in names]
-            records = [record for report in reports if report for record in report["saes"]]
-            for label, start in {"gated": "gated", "baseline": "baseline", "recipe of 2026": "best"}.items():
-                mine = [r for r in records if frontiers.identity(r)[1].startswith(start)]
-                for level in (0.9, 0.95) if mine else ():
-                    l0s = {
-                        rate: frontiers.l0_at(of_rate, level) if of_rate else math.nan
-                        for rate in SWEPT
-                        for of_rate in [[r for r in mine if r["learning_rate"] == rate]]
-                    }
-                    least = min((l0 for l0 in l0s.values() if l0 == l0), default=None)
-                    cells = (
-                        f"**{l0:.1f}**" if l0 == least else f"{l0:.1f}" if l0 == l0 else "–" for l0 in l0s.values()
-                    )
-                    trained = round(SHARE * steps) if start == "best" else steps
-                    yield f"`{site}`", f"{trained:,}", label, level, *cells
+            names = itertools.product((path(model, site, kind) for kind in ("reproduction", "best")), ("", "_lower"))
+            reports = [results.load(name + LENGTHS[steps] + end, runs) for name, end in names]
+            if records := [record for report in reports if report for record in report["saes"]]:
+                found[model, site, steps] = records
+    longer = {(model, site) for model, site, steps in found if steps > min(LENGTHS)}
+    return {key: records for key, records in found.items() if key[:2] in longer}
+
+
+def longer_rows(found, rates):
+    """L0 by learning rate of the runs that trained for several numbers of steps, and the lowest in bold."""
+    for (model, site, steps), records in found.items():
+        for label, start in {"gated": "gated", "baseline": "baseline", "recipe of 2026": "best"}.items():
+            mine = [r for r in records if frontiers.identity(r)[1].startswith(start)]
+            for level in (0.9, 0.95) if mine else ():
+                l0s = {rate: mean_l0([r for r in mine if r["learning_rate"] == rate], level) for rate in rates}
+                least = min((l0 for l0 in l0s.values() if l0 == l0), default=None)
+                cells = (f"**{l0:.1f}**" if l0 == least else f"{l0:.1f}" if l0 == l0 else "–" for l0 in l0s.values())
+                trained = round(SHARE * steps) if start == "best" else steps
+                yield f"`{site}`" + ", TinyStories" * bool(model), f"{trained:,}", label, level, *cells
+
+
+def mean_l0(records, level):
+    """The geometric mean over seeds of the L0 at a loss recovered; NaN where there is none."""
+    lines = ([r for r in records if r["seed"] == seed] for seed in numbers_of(records, "seed"))
+    return math.exp(np.log([frontiers.l0_at(line, level) for line in lines]).mean()) if records else math.nan
 
 
 def width_rows(runs):
@@ -297,9 +306,10 @@ def main():
     arguments = results.arguments(__doc__)
     runs, page = arguments.runs, arguments.write
     tables = tables_of("", page, runs) | tables_of("tinystories", page, runs)
-    if longer := list(longer_rows(runs)):
-        columns = ["Site", "Steps", "SAEs", "Loss recovered", *(f"{rate:g}" for rate in SWEPT)]
-        tables["longer"] = results.table(columns, longer, ("SAEs",))
+    if longer := longer_records(runs):
+        rates = numbers_of([record for records in longer.values() for record in records], "learning_rate")
+        columns = ["Site", "Steps", "SAEs", "Loss recovered", *(f"{rate:g}" for rate in rates)]
+        tables["longer"] = results.table(columns, longer_rows(longer, rates), ("SAEs",))
     if widths := list(width_rows(runs)):
         columns = ["Site", "Width", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
         tables["widths"] = results.table(columns, widths)
