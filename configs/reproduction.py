@@ -11,9 +11,9 @@ command trains what lies between a baseline and a gated SAE, at 1.2e-2 and with 
 `blocks.0.hook_mlp_out,from=runs/reproduction/mlp_out_ablations`.
 
 The word `tinystories`, as in `blocks.1.hook_resid_post,tinystories`, is for sites of the model of
-configs/tinystories.py. A number is of steps of training, in place of 1,400, with three seeds at 1.2e-2. The word
-`lower` is for one seed at 6e-3 in place of the other learning rates. `width=4096` is for gated SAEs of that width and
-baselines 1.5 times as wide.
+configs/tinystories.py. A number is of steps of training. With it there are three seeds at 1.2e-2, which a first run of
+14,000 steps found best for gated SAEs, and one at 2.4e-2. The word `lower` is for one seed at 6e-3 in place of these.
+`width=4096` is for gated SAEs of that width and baselines 1.5 times as wide.
 """
 
 from configs import quickstart, tinystories
@@ -52,18 +52,32 @@ ABLATIONS = {
 }
 
 
-def parts(which, known, words):
-    """(site, model, number of steps or 0, other words) of what stands after the colon."""
+def parts(which, known, words, values=()):
+    """What stands after the colon: (site, model, steps or 0, words, values by name).
+
+    Args:
+        which: a site, and words after it, separated by commas.
+        known: by model, the sites.
+        words: that may stand after the site.
+        values: names that may stand there with `=` and a value.
+    """
     site, *given = which.split(",")
     model = "tinystories" if "tinystories" in given else "embedded"
     if site not in known[model]:
-        raise UserError(f"has {site!r}; write one of {', '.join(known[model])} after the colon")
-    steps = [int(word) for word in given if word.isdecimal()]
-    others = {word for word in given if not word.isdecimal()} - {"tinystories"}
-    if unknown := {word for word in others if not word.startswith(words)}:
-        words = ", ".join(("tinystories", "a number of steps", *words))
-        raise UserError(f"has {', '.join(sorted(unknown))}; write any of {words} after the site")
-    return site, model, steps[0] if steps else 0, others
+        others = next((f"; `{site},{m}` is of {m}" for m in known if site in known[m]), "")
+        raise UserError(f"has {site!r}; write one of {', '.join(known[model])} after the colon{others}")
+    found = {}
+    for word in (word for word in given if word != "tinystories"):
+        name, _, value = word.partition("=")
+        kind = "steps" if word.isdecimal() else name
+        if not (int(word) if word.isdecimal() else value if name in values else word in words):
+            choices = ", ".join(("tinystories", "a number of steps", *words, *(f"{each}=..." for each in values)))
+            raise UserError(f"has {word!r}; write any of {choices} after the site")
+        if kind in found:
+            raise UserError(f"has {word!r} and {found[kind]!r}; write one of them")
+        found[kind] = word
+    steps = int(found.pop("steps", 0))
+    return site, model, steps, set(found) & {*words}, {k: found[k].partition("=")[2] for k in values if k in found}
 
 
 def rates(steps, words):
@@ -72,14 +86,16 @@ def rates(steps, words):
 
 
 def get_config(which="blocks.0.hook_mlp_out"):
-    site, model, steps, words = parts(which, L1, ("lower", "ablations", "from=", "width="))
-    values = dict(word.split("=", 1) for word in words if "=" in word)
+    site, model, steps, words, values = parts(which, L1, ("lower", "ablations"), ("from", "width"))
     run = values.get("from")
-    if (run or "ablations" in words) and (steps or "lower" in words):
-        raise UserError("has `lower` or a number of steps, which ablations and from=RUN do not take; leave them out")
+    if len(words | values.keys()) > 1 or (steps and (run or "ablations" in words)):
+        alone = (
+            "`lower` and `width=` also take a number of steps, but no other word; `ablations` and `from=` stand alone"
+        )
+        raise UserError(f"has words that do not go together: {which}. {alone}")
     width, wide = WIDTHS[model]
     if "width" in values:
-        if not values["width"].isdecimal():
+        if not values["width"].isdecimal() or int(values["width"]) < 2:
             raise UserError(f"has width={values['width']}; write a number of features, such as width=4096")
         width = int(values["width"])
         wide = width * 3 // 2

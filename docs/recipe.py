@@ -2,12 +2,11 @@
 
     python docs/recipe.py --runs runs --write docs/recipe.md
 
-`--runs` holds `best/SITE` and `reproduction/SITE`, `best/SITE_14000` and so on of longer training, and the same in
-`best/tinystories` and `reproduction/tinystories`; `search`; and `compared/SITE`, which `python -m gsae_jax.compare`
-wrote. Without it, tables are made of `docs/results`.
+`--runs` holds `best/SITE` and `reproduction/SITE`, `best/SITE_14000` and so on of longer training, `SITE_lower` and
+`SITE_14000_lower`, and the same in `best/tinystories` and `reproduction/tinystories`; `search`; and `compared/SITE`,
+which `python -m gsae_jax.compare` wrote. Without it, tables are made of `docs/results`.
 """
 
-import itertools
 import json
 import re
 from collections import defaultdict
@@ -19,7 +18,6 @@ import results
 from gsae_jax.evaluation import comparison, frontiers
 
 LEVELS = reproduction.LEVELS
-STEPS = {1400: "", 14000: "_14000"}  # of the paper's recipe, and the end of a run's name
 COMPARED_AT = "blocks.0.hook_mlp_out"
 COMPARED = ("loss_recovered", "kl", "fvu", "score", "probe_1", "probe_5")
 SEARCHED = 0.95  # the loss recovered at which changes are compared
@@ -45,23 +43,65 @@ def best(records, level):
     return min(known, key=lambda each: each[0])[1:] if known else None
 
 
+def lower(records, level, side):
+    """Whether a rate with fewer seeds has a lower L0 than the rate of `best`, for the first seed."""
+    first = {rate: l0[0] for rate, l0 in l0_by_seed(records, level).items()}
+    return any(l0 < first[side[0]] for l0 in first.values())
+
+
+def usual_rate(records):
+    """The rate that is best at most levels; None if none is."""
+    rates = [side[0] for level in LEVELS if (side := best(records, level))]
+    return max(sorted(set(rates)), key=rates.count, default=None)
+
+
 def geometric_mean(l0s):
     return np.exp(np.log(l0s).mean())
 
 
 def gain_rows(sites):
-    for (site, steps), (paper, recipe) in sites.items():
+    for (site, steps), both in sites.items():
         for level in LEVELS:
-            sides = [best(records, level) for records in (paper, recipe)]
+            sides = [best(records, level) for records in both]
             if any(sides):
-                shown = [f"{geometric_mean(side[1]):.1f} (rate {side[0]:g})" if side else "–" for side in sides]
+                shown = [
+                    f"{geometric_mean(side[1]):.1f} (rate {side[0]:g})" + " †" * lower(records, level, side)
+                    if side
+                    else "–"
+                    for side, records in zip(sides, both, strict=True)
+                ]
                 ratio = frontiers.ratio_over_seeds(sides[1][1] / sides[0][1]).text(".2f") if all(sides) else "–"
-                yield site, f"{steps:,}, {round(reproduction.SHARE * steps):,}", level, *shown, ratio
+                yield site, steps_of(steps), level, *shown, ratio
+
+
+def error_rows(sites):
+    """Loss recovered and FVU at the L0 of each k, by both recipes at their usual rates: means over seeds."""
+    for (site, steps), both in sites.items():
+        rates = [usual_rate(records) for records in both]
+        paper, recipe = ([r for r in rs if r["learning_rate"] == rate] for rs, rate in zip(both, rates, strict=True))
+        for stack in of_stacks(recipe):
+            mine = [r for r in recipe if frontiers.identity(r)[1] == stack]
+            l0 = np.mean([r["l0"] for r in mine])
+            lines = [[r for r in paper if r["seed"] == seed] for seed in reproduction.numbers_of(paper, "seed")]
+            cells = []
+            for field in ("loss_recovered", "fvu"):
+                theirs = np.mean([frontiers.at_l0(line, field, l0) for line in lines]) if lines else np.nan
+                cells += [f"{theirs:.3f}" if theirs == theirs else "–", f"{np.mean([r[field] for r in mine]):.3f}"]
+            yield site, steps_of(steps), f"{l0:.1f}", *cells
+
+
+def of_stacks(records):
+    """The names of the stacks, by L0."""
+    return dict.fromkeys(frontiers.identity(r)[1] for r in sorted(records, key=lambda r: r["l0"]))
+
+
+def steps_of(steps):
+    return f"{steps:,}, {round(reproduction.SHARE * steps):,}"
 
 
 def health_rows(sites):
     for (site, steps), (_, recipe) in sites.items():
-        for stack in dict.fromkeys(frontiers.identity(r)[1] for r in sorted(recipe, key=lambda r: r["l0"])):
+        for stack in of_stacks(recipe):
             mine = [r for r in recipe if frontiers.identity(r)[1] == stack]
             l0, gamma, alive = ([r[field] for r in mine] for field in ("l0", "gamma", "alive"))
             yield (
@@ -131,17 +171,13 @@ def name_of(kind):
 def draw(sites):
     """Loss recovered against L0, a panel for each site and number of steps."""
     figure, axes = results.panels(
-        [
-            f"{site.replace('`', '')}, {steps:,} and {round(reproduction.SHARE * steps):,} steps"
-            for site, steps in sites
-        ],
+        [f"{site.replace('`', '')}, {steps_of(steps).replace(', ', ' and ')} steps" for site, steps in sites],
         "loss recovered",
     )
     for axis, both in zip(axes, sites.values(), strict=True):
         for number, (records, label) in enumerate(zip(both, ("paper's recipe", "recipe of 2026"), strict=True)):
-            rates = [side[0] for level in LEVELS if (side := best(records, level))]
-            rate = max(sorted(set(rates)), key=rates.count)
-            for seed in range(3):
+            rate = usual_rate(records)
+            for seed in reproduction.numbers_of([r for r in records if r["learning_rate"] == rate], "seed"):
                 line = [r for r in records if (r["learning_rate"], r["seed"]) == (rate, seed)]
                 line = sorted(line, key=lambda r: r["l0"])
                 shown = f"{label}, rate {rate:g}" if seed == 0 else None
@@ -150,19 +186,31 @@ def draw(sites):
     return figure
 
 
+def with_lower(name, runs):
+    """The records of a run and of that with a lower rate."""
+    return [
+        r for report in (results.load(name + end, runs) for end in ("", "_lower")) if report for r in report["saes"]
+    ]
+
+
 def main():
     arguments = results.arguments(__doc__)
     sites = {}
-    for steps, (model, of_model) in itertools.product(STEPS, reproduction.MODELS.items()):
+    for model, of_model in reproduction.MODELS.items():
         for site in of_model:
-            runs = (reproduction.path(model, site, kind) + STEPS[steps] for kind in ("reproduction", "best"))
-            paper, recipe = (results.load(run, arguments.runs) for run in runs)
-            if paper and recipe:
-                gated = [record for record in paper["saes"] if frontiers.identity(record)[1] == "gated"]
-                sites[f"`{site}`" + ", TinyStories" * bool(model), steps] = gated, recipe["saes"]
+            kinds = [reproduction.path(model, site, kind) for kind in ("reproduction", "best")]
+            for steps, name in results.numbered(kinds[1], r"(?:_(\d+))?", arguments.runs).items():
+                end = name.removeprefix(kinds[1])
+                paper, recipe = (with_lower(kind + end, arguments.runs) for kind in kinds)
+                if paper and recipe:
+                    gated = [record for record in paper if frontiers.identity(record)[1] == "gated"]
+                    key = f"`{site}`" + ", TinyStories" * bool(model), steps or reproduction.USUAL
+                    sites[key] = gated, recipe
     draw(sites).savefig(arguments.write.with_suffix(".png"), dpi=110)
-    columns = ["Site", "Steps, paper and 2026", "Loss recovered", "L0, paper", "L0, 2026", "Ratio [95%]"]
+    columns = ["Site", "Steps", "Loss recovered", "L0, paper", "L0, 2026", "Ratio [95%]"]
     tables = {"gain": results.table(columns, gain_rows(sites))}
+    error = ["Site", "Steps", "L0", "Loss recovered, paper", "2026", "FVU, paper", "2026"]
+    tables["error"] = results.table(error, error_rows(sites))
     tables["health"] = results.table(["Site", "Steps", "L0", "γ", "Fewest alive"], health_rows(sites))
     if search := results.load("search", arguments.runs):
         columns = ["Change", f"L0 at {SEARCHED}", "Rate", "Ratio [95%]", "Fewest alive"]

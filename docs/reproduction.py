@@ -25,9 +25,8 @@ MODELS = {
         f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in ("attn.hook_z", "hook_mlp_out", "hook_resid_post")
     ],
 }
-LENGTHS = {1400: "", 4200: "_4200", 14000: "_14000"}  # steps, and the end of a run's name
+USUAL = 1400  # steps, of runs whose names have no number
 SHARE = 0.6  # of the steps are trained by configs/best.py, so that both recipes need as many operations
-WIDTHS = (4096, 16384)  # of the runs `SITE_wWIDTH`
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # of loss recovered
 ABLATIONS = {
     "no_r_mag": "no r_mag",
@@ -68,10 +67,10 @@ def numbers_of(records, field):
 
 
 def best_rate(ratios, stack):
-    """The learning rate that most comparisons of a stack found best."""
+    """The learning rate that most comparisons of a stack found best; None if there are no comparisons."""
     field = "learning_rate" if stack == "gated" else "baseline_learning_rate"
     rates = [r[field] for r in ratios if r["stack"] == "gated" and r[field]]
-    return max(sorted(set(rates)), key=rates.count)
+    return max(sorted(set(rates)), key=rates.count, default=None)
 
 
 def l0s_at(records, stack, level, rate=None):
@@ -166,14 +165,14 @@ def rescaled_rows(ablations, rescaled):
 def longer_records(runs):
     """By model, site, steps: the records of the paper's SAEs and of the recipe of 2026, where some trained longer."""
     found = {}
-    for model, steps in itertools.product(MODELS, LENGTHS):
-        for site in MODELS[model]:
-            names = itertools.product((path(model, site, kind) for kind in ("reproduction", "best")), ("", "_lower"))
-            reports = [results.load(name + LENGTHS[steps] + end, runs) for name, end in names]
-            if records := [record for report in reports if report for record in report["saes"]]:
-                found[model, site, steps] = records
-    longer = {(model, site) for model, site, steps in found if steps > min(LENGTHS)}
-    return {key: records for key, records in found.items() if key[:2] in longer}
+    for model, sites in MODELS.items():
+        for site, kind in itertools.product(sites, ("reproduction", "best")):
+            for end in ("", "_lower"):
+                for steps, name in results.numbered(path(model, site, kind), rf"(?:_(\d+))?{end}", runs).items():
+                    key = model, site, steps or USUAL
+                    found.setdefault(key, []).extend((results.load(name, runs) or {"saes": []})["saes"])
+    longer = {(model, site) for model, site, steps in found if steps != USUAL}
+    return {key: found[key] for key in sorted(found) if key[:2] in longer}
 
 
 def longer_rows(found, rates):
@@ -181,12 +180,13 @@ def longer_rows(found, rates):
     for (model, site, steps), records in found.items():
         for label, start in {"gated": "gated", "baseline": "baseline", "recipe of 2026": "best"}.items():
             mine = [r for r in records if frontiers.identity(r)[1].startswith(start)]
-            for level in (0.9, 0.95) if mine else ():
-                l0s = {rate: mean_l0([r for r in mine if r["learning_rate"] == rate], level) for rate in rates}
-                least = min((l0 for l0 in l0s.values() if l0 == l0), default=None)
-                cells = (f"**{l0:.1f}**" if l0 == least else f"{l0:.1f}" if l0 == l0 else "–" for l0 in l0s.values())
+            for level in LEVELS if mine else ():
+                l0s = [mean_l0([r for r in mine if r["learning_rate"] == rate], level) for rate in rates]
+                least = min((l0 for l0 in l0s if l0 == l0), default=None)
+                cells = (f"**{l0:.1f}**" if l0 == least else f"{l0:.1f}" if l0 == l0 else "–" for l0 in l0s)
                 trained = round(SHARE * steps) if start == "best" else steps
-                yield f"`{site}`" + ", TinyStories" * bool(model), f"{trained:,}", label, level, *cells
+                if least is not None:
+                    yield f"`{site}`" + ", TinyStories" * bool(model), f"{trained:,}", label, level, *cells
 
 
 def mean_l0(records, level):
@@ -196,12 +196,13 @@ def mean_l0(records, level):
 
 
 def width_rows(runs):
-    """Ratios of the runs with other widths, at one site."""
-    for width in WIDTHS:
-        for site in MODELS[""]:
-            if report := read(path("", site) + f"_w{width}", runs):
-                for cells in ratio_rows({site: report}):
-                    yield cells[0], f"{width:,}", *cells[1:]
+    """Ratios of the runs with other widths."""
+    for model, sites in MODELS.items():
+        for site in sites:
+            for width, name in results.numbered(path(model, site), r"_w(\d+)", runs).items():
+                if report := read(name, runs):
+                    for cells in ratio_rows({site: report}):
+                        yield cells[0] + ", TinyStories" * bool(model), f"{width:,}", *cells[1:]
 
 
 def pursuit_rows(sites):
@@ -243,7 +244,7 @@ def draw(sites, field, label):
                 line = without_diverged(select(records, stack, rate, seed))
                 style = dict(color=COLOURS[stack], marker="o", markersize=3, linewidth=1)
                 values = [[r[each] for r in line] for each in ("l0", field)]
-                axis.plot(*values, **style, label=f"{stack}, rate {rate:g}" if seed == 0 else None)
+                axis.plot(*values, **style, label=f"{stack}, rate {rate:g}" if rate and seed == 0 else None)
         axis.legend(fontsize=7)
     return figure
 
@@ -314,14 +315,13 @@ def main():
         columns = ["Site", "Width", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
         tables["widths"] = results.table(columns, widths)
     pursuits = {site: results.load(f"pursuit/{site}", runs, "report*-ito_*") for site in MODELS[""]}
-    if all(pursuits.values()):
-        of_sites = {site: report["saes"] for site, report in pursuits.items()}
+    if of_sites := {site: report["saes"] for site, report in pursuits.items() if report}:
         draw_pursuit(of_sites).savefig(page.with_name("pursuit.png"), dpi=110)
-        chosen = [k for k in numbers_of(of_sites[MODELS[""][0]], "ito") if k]
+        chosen = [k for k in numbers_of(next(iter(of_sites.values())), "ito") if k]
         columns = ["Site", "Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in chosen)]
         tables["pursuit"] = results.table(columns, pursuit_rows(of_sites), ("Dictionary",))
     if studies := [folder.parent for folder in sorted((runs or Path()).glob("study_*/analysis"))]:
-        columns = ["Gated L0", "Baseline L0", "Pairs", "Gated score", "Baseline score", "Difference [90%]", "p"]
+        columns = ["Gated L0", "Baseline L0", "Pairs", "Gated score", "Baseline score", "Difference [90%]", "p (one-sided)"]
         tables["studies"] = results.table(columns, study_rows(studies))
     results.write(page, tables)
 

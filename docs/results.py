@@ -95,12 +95,24 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]], text: Iterable[s
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def numbered(name: str, pattern: str, runs: Path | None) -> dict[int, str]:
+    """Runs whose names continue `name` by a pattern, by the number that is its only group; 0 where there is none."""
+    folder, _, start = name.rpartition("/")
+    paths = [path for root in (FOLDER, runs) if root is not None for path in (root / folder).glob("*")]
+    matches = (re.fullmatch(re.escape(start) + pattern, path.name.removesuffix(".json")) for path in paths)
+    return dict(sorted((int(match[1] or 0), f"{folder}/{match[0]}") for match in matches if match))
+
+
 def write(page: Path, tables: Mapping[str, str]) -> None:
-    """Each table replaces what is between `<!-- NAME -->` and `<!-- end -->`. All others stay."""
+    """Each table replaces what is between `<!-- NAME -->` and `<!-- end -->`. All others stay.
+
+    Tables for which the page has no place are printed.
+    """
     content = page.read_text("utf-8")
     for name, lines in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(content):
-            raise SystemExit(f"{page} has no place for the table {name!r}: <!-- {name} --> ... <!-- end -->")
+            print(f"{page} has no place for this table (<!-- {name} --> ... <!-- end -->):\n\n{lines}\n")
+            continue
         content = pattern.sub(lambda match, lines=lines: f"{match[1]}\n{lines}\n\n{match[2]}", content)
     page.write_text(content, "utf-8")
