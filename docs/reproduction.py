@@ -321,7 +321,15 @@ def main():
         columns = ["Site", "Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in chosen)]
         tables["pursuit"] = results.table(columns, pursuit_rows(of_sites), ("Dictionary",))
     if studies := [folder.parent for folder in sorted((runs or Path()).glob("study_*/analysis"))]:
-        columns = ["Gated L0", "Baseline L0", "Pairs", "Gated score", "Baseline score", "Difference [90%]", "p (one-sided)"]
+        columns = [
+            "Gated L0",
+            "Baseline L0",
+            "Pairs",
+            "Gated score",
+            "Baseline score",
+            "Difference [90%]",
+            "p (one-sided)",
+        ]
         tables["studies"] = results.table(columns, study_rows(studies))
     results.write(page, tables)
 

@@ -178,13 +178,13 @@ def _records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for r in records:
         if len(recipes[r["run"], r["site"], r["kind"]]) > 1:  # of one architecture, but not of one recipe
             r["kind"] = re.sub(r"_\d+$", "", r["stack"])
-        rates[r["run"], r["kind"]].add(f"{r['learning_rate']:g}")
-    by_kind: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        rates[r["run"], r["site"], r["kind"]].add(f"{r['learning_rate']:g}")
+    by_kind: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
-        if len(rates[r["run"], r["kind"]]) > 1:
+        if len(rates[r["run"], r["site"], r["kind"]]) > 1:
             r["kind"] = f"{r['kind']}, rate {r['learning_rate']:g}"
-        by_kind[r["kind"]][r["run"]].append(r)
-    for kind, by_run in by_kind.items():
+        by_kind[r["site"], r["kind"]][r["run"]].append(r)
+    for (_, kind), by_run in by_kind.items():
         seeds = [seed for members in by_run.values() for seed in {member["replicate"] for member in members}]
         is_one = len({r["recipe"] for members in by_run.values() for r in members}) == 1 and len({*seeds}) == len(seeds)
         for run, members in by_run.items():
@@ -200,6 +200,7 @@ def _record(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
     settings = run.config.stacks[stack]
     l1_coefficient = settings.numbers()[int(index)][0]
     target = settings.target_l0[int(index) if len(settings.target_l0) > 1 else 0] if settings.target_l0 else None
+    said = f"target {target:g}" if target else "" if math.isnan(l1_coefficient) else f"{l1_coefficient:g}"
     return {
         **record,
         **known,
@@ -209,18 +210,27 @@ def _record(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
         "kind": record.get("frontier") or stack,
         "recipe": _recipe(run, stack),
         "replicate": f"{run.config.seed}/{record['seed']}",
-        "sparsity": f"{record['variant']}, target {target:g}" if target else f"{record['variant']}, {l1_coefficient:g}",
+        "sparsity": ", ".join(filter(None, (record["variant"], said))),
         "rated": 0,
         **{name: math.nan for name in comparison.METRICS if name not in known},
     }
 
 
 def _recipe(run: Run, name: str) -> str:
-    """All settings of a stack's training but its seeds, and how many features are active where that is an option."""
+    """All settings of a stack's training but its seeds, and how many features are active where that is an option.
+
+    Of more active features at the start of training it has only whether there are any, as the number may depend on the
+    final one.
+    """
     tree = config_trees.to_dict(run.config)
     stack = {field: value for field, value in tree["stacks"][name].items() if field != "seeds"}
     sparsity = contract.sparsity(contract.module_of(run.config.stacks[name].architecture))
-    stack["options"] = {option: value for option, value in stack["options"].items() if option != sparsity}
+    first = f"initial_{sparsity}"
+    stack["options"] = {
+        option: bool(value) if option == first else value
+        for option, value in stack["options"].items()
+        if option != sparsity
+    }
     return json.dumps([stack, tree["train"], tree["activations"], run.facts.rows], sort_keys=True)
 
 
@@ -417,13 +427,18 @@ def _recovery(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], steps: 
         kind_of[name] = kind
         sparsity = contract.sparsity(architecture)
         numbers = sorted(set(config.l1_coefficients))
+        options = dict(config.options)
+        if sparsity:
+            options[sparsity] = round(settings.active)
+            if options.get(first := f"initial_{sparsity}"):
+                options[first] = min(max(options[first], options[sparsity]), 2 * settings.atoms)
         stacks[name] = config_trees.to_dict(config) | {
             "width": settings.atoms * (1 if contract.is_signed(architecture) else 2),
             "learning_rates": [] if math.isnan(rate := members[0]["learning_rate"]) else [rate],
             "seeds": sorted({record["seed"] for record in members}),
             "l1_coefficients": [] if sparsity else [numbers[len(numbers) // 2]],  # where the search for a target begins
             "target_l0": [] if sparsity else [settings.active],
-            "options": config.options | ({sparsity: round(settings.active)} if sparsity else {}),
+            "options": options,
             "start_from": "",
             "kl_fraction": 0.0,
         }

@@ -214,7 +214,7 @@ def _write(
         documents = len(np.unique(held_out.documents))
         sums = {name: of_one | {"document": held_out.documents} for name, of_one in sums.items()}
     models = {name: _named(settings.lms[name] if name else settings.lm) for name in ("", *held_out.others)}
-    records = report.rows(models, saes, sums, chosen.targets, ito)
+    records = report.rows(models, saes, sums, chosen.targets, ito, chosen.recipes)
     gates, compared = report.gates(saes), report.differences(saes, sums, models)
     name_of_text = chosen.text or sae_loading.names(settings.lm, settings.data)["dataset_path"]
     measured = provenance.of_report(made_with, models, name_of_text, settings, documents)

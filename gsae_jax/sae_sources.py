@@ -27,6 +27,8 @@ from gsae_jax.storage.facts import Facts
 logger = logging.getLogger(__name__)
 
 GROUPS = ("lm", "lms", "data", "activations", "evaluation")  # of an experiment, that say what SAEs are looked at with
+# Of a stack: what training depends on beside the options, learning rates, seeds and sparsity.
+RECIPE = ("start_from", "b1", "b2", "clip_norm", "coefficient_warmup_fraction", "kl_fraction", "kl_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Chosen:
         settings: the language model, and the held-out text.
         mesh: over which the SAEs are spread.
         targets: the L0 that they were trained for, by name, where there is one.
+        recipes: how training differed between stacks of one architecture that may be a frontier together, by name.
         runs: of `provenance.of_run` and `of_imported`, by what reports call them.
         step: the checkpoint's, of SAEs of one run.
         text: what reports call the text; "" for the name that files of SAEs have for it.
@@ -47,6 +50,7 @@ class Chosen:
     settings: HeldOut
     mesh: jax.sharding.Mesh
     targets: dict[str, float]
+    recipes: dict[str, str]
     runs: dict[str, dict[str, Any]]
     step: int | None = None
     text: str = ""
@@ -92,7 +96,7 @@ def of_run(
     with errors.about("--model" if model else "lm.path", revision="lm.revision"):
         _check_inputs(workdir, facts, run, settings, saes)
     runs = {workdir.path.name: _of_run(run, facts, step)}
-    return Chosen(saes, settings, mesh, _targets(run, saes), runs, step)
+    return Chosen(saes, settings, mesh, _targets(run, saes), _recipes(run, saes), runs, step)
 
 
 def of_names(
@@ -143,11 +147,12 @@ def of_names(
         _check_told({name: sae for s in sources if s.run is None for name, sae in s.saes.items()}, settings, given)
         saes = _at_sites(saes, settings, site, target)
     texts = _text_names({settings.data, *(source.run.data for source in sources if source.run is not None)})
-    chosen = Chosen(saes, settings, mesh, {}, {}, text=texts[settings.data])
+    chosen = Chosen(saes, settings, mesh, {}, {}, {}, text=texts[settings.data])
     for source in sources:
         described = source.described()
         if source.run is not None:
             chosen.targets.update(_targets(source.run, source.saes))
+            chosen.recipes.update(_recipes(source.run, source.saes))
             described["text"] = texts[source.run.data]
         if described and chosen.runs.setdefault(source.label, described) != described:
             chosen.runs[next(iter(source.saes))] = described
@@ -162,6 +167,27 @@ def _targets(run: config_lib.Experiment, saes: Mapping[str, trained.SAE]) -> dic
         if values:
             targets[name] = values[sae.index if len(values) > 1 else 0]
     return targets
+
+
+def _recipes(run: config_lib.Experiment, saes: Mapping[str, trained.SAE]) -> dict[str, str]:
+    """By SAE, the settings of its stack in which stacks of its architecture differ, such as "kl_fraction=0.1".
+
+    Only of architectures without a sparsity coefficient, whose stacks are a frontier together if they differ in nothing
+    else than how many features are active.
+    """
+    stacks = {name: run.stacks[sae.stack.rpartition("/")[2]] for name, sae in saes.items()}
+    recipes = {}
+    for name, stack in stacks.items():
+        if contract.sparsity(saes[name].functions):
+            alike = [other for other in stacks.values() if other.architecture == stack.architecture]
+            differing = [field for field in RECIPE if len({getattr(other, field) for other in alike}) > 1]
+            recipes[name] = " ".join(f"{field}={_short(getattr(stack, field))}" for field in differing)
+    return recipes
+
+
+def _short(value: Any) -> str:
+    """Of a setting; of a path, its end."""
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)
 
 
 def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:

@@ -207,6 +207,25 @@ def test_runs_that_differ_in_seeds_are_replicates(copied, tmp_path):
     assert kinds_of(copied, same) == {f"{run}/{kind}" for run in ("copy", "same") for kind in ("gated", "baseline")}
 
 
+def test_kinds_without_a_coefficient_are_replicates_at_every_site(copied, tmp_path):
+    """Their name does not depend on the site. The number of features at the start may depend on k."""
+    sites = ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")
+    stacks, saes = {}, []
+    report = json.loads((copied / "report" / "report.json").read_text())
+    for number, site in enumerate(sites):
+        for k in (16, 128):
+            name = f"best_{number}_{k}"
+            stacks[name] = gsae_jax.stack_config(
+                "gated", site, 512, k=k, learning_rates=(1e-3,), recipe="2026"
+            ).to_dict()
+            about = {"stack": name, "index": 0, "site": site, "seed": 0, "frontier": "gated_batch_topk initial_k"}
+            saes.append(report["saes"][0] | about | {"variant": f"gated_batch_topk k={k}", "learning_rate": 1e-3})
+    runs = [changed(copied, tmp_path / f"run_{seed}", stacks=stacks, seed=seed) for seed in (0, 1)]
+    for run in runs:
+        (run / "report" / "report.json").write_text(json.dumps(report | {"saes": saes}))
+    assert kinds_of(*runs) == {"gated_batch_topk initial_k"}
+
+
 def compare(runs, out, **others):
     return comparing.compare(comparing.Wanted([str(run) for run in runs], **others), str(out))
 

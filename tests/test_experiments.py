@@ -314,12 +314,9 @@ def test_a_misspelled_field_of_a_stack_is_refused_at_once():
 
 def test_a_recipe_names_the_architecture_that_is_trained():
     site = "blocks.0.hook_mlp_out"
-    for k, width, start in (
-        (4, 512, {"initial_k": 64, "coefficient_warmup_fraction": 0.2}),
-        (4, 32, {"initial_k": 32, "coefficient_warmup_fraction": 0.2}),
-        (64, 512, {}),
-    ):
-        settings = start | {"k": k, "auxk_coefficient": 1 / 8, "kl_fraction": 0.1, "learning_rates": (1e-3,)}
+    for k, width, first in ((4, 512, 64), (4, 32, 32), (64, 512, 64), (100, 512, 100)):
+        settings = {"initial_k": first, "coefficient_warmup_fraction": 0.2, "learning_rates": (1e-3,)}
+        settings |= {"k": k, "auxk_coefficient": 1 / 8, "kl_fraction": 0.1}
         by_name = gsae_jax.stack_config("gated_batch_topk", site, width, **settings)
         stack = gsae_jax.stack_config("gated", site, width, k=k, learning_rates=(1e-3,), recipe="2026")
         assert stack.to_dict() == by_name.to_dict()
@@ -336,6 +333,13 @@ def test_a_recipe_names_the_architecture_that_is_trained():
         gsae_jax.stack_config("gated", site, 64, k=4, recipe="2025")
     with refused("recipe", "for 'gated' and not for 'relu'"):
         gsae_jax.stack_config("relu", site, 64, 0.1, recipe="2026")
+    later = gsae_jax.experiment_config()
+    later.stacks.other = gsae_jax.stack_config("topk", site, 512, k=4)
+    assert (
+        gsae_jax.stack_config("gated", site, 512, k=later.stacks.other.options.get_ref("k"), recipe="2026")
+    ).options.initial_k == 64
+    with refused("site", "is for one site"):
+        gsae_jax.stack_config("gated", (site, "blocks.0.hook_resid_post"), 64, k=4, recipe="2026")
     with refused("l1_coefficients", "write k=32"):
         gsae_jax.stack_config("gated", site, 64, 0.1, k=4, recipe="2026")
 

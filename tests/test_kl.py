@@ -234,6 +234,17 @@ def test_more_steps_move_the_part_that_has_it(tuned):
     assert "between the steps 16 and 24" in " ".join(sentences)
 
 
+def test_fewer_steps_may_move_its_beginning_before_the_step_of_now(tuned):
+    """Then it begins at once, and the moments of earlier gradients are left out there as well."""
+    shorter = with_(tuned, train={"steps": 20})  # it begins at 16, and at 24 of 32 steps
+    assert lengthening.late(shorter, 32, 18) == ["gated"]
+    assert lengthening.late(shorter, 32, 16) == lengthening.late(with_(tuned, train={"steps": 32}), 20, 18) == []
+    sentences = lengthening.consequences(shorter, 32, 18, [10, 10])
+    assert "the loss of gated has the KL divergence from step 18 on (24 before)" in sentences
+    sentences = lengthening.consequences(with_(tuned, train={"steps": 30}), 32, 26, [10, 10])
+    assert not any("KL" in sentence for sentence in sentences)  # it had it, and has it
+
+
 def test_a_plan_counts_it(tuned):
     """The whole language model, memory and operations; in the mean over all steps."""
     plain = dataclasses.replace(tuned.stacks["gated"], kl_fraction=0.0)

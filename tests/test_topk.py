@@ -13,12 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 import gsae_jax
 from gsae_jax import config as config_lib
-from gsae_jax import config_trees
+from gsae_jax import config_trees, sae_sources
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.evaluation import frontiers
-from gsae_jax.saes import batch_topk, contract, gated, gated_batch_topk, matryoshka, selection, topk
+from gsae_jax.evaluation import frontiers, report
+from gsae_jax.saes import batch_topk, contract, gated, gated_batch_topk, matryoshka, selection, topk, trained
+from gsae_jax.training import lengthening, preparation
 from gsae_jax.training.stacks import Stack
 from tests import references
+from tests.measuring import UNUSED
 from tests.refusals import refused
 from tests.variants import variants
 
@@ -68,6 +70,16 @@ def test_selections_are_those_of_a_full_sort(width, k, usual, of_batch):
         least = np.where(expected, x, np.inf).min(axis, keepdims=True)
         has_room = expected.sum(axis, keepdims=True) < k * (len(x) if of_batch else 1)
         np.testing.assert_array_equal(smallest, np.where(has_room, 0, least), err_msg=case)
+
+
+def test_more_values_than_32_bits_can_count(monkeypatch):
+    """Counts in two parts, here of few values: with more than 255 in a token, and with numbers that carry."""
+    monkeypatch.setattr(selection, "INT32", 100)
+    for case in CASES:
+        x = values(case, 2048)
+        for k in (8, 600):
+            on = jax.jit(lambda x, k=k: selection.largest(x, k, of_batch=True).of(x))(x)
+            np.testing.assert_array_equal(on, np.where(references.largest(x, k, True), x, 0), err_msg=case)
 
 
 # The second is cut into groups of 8 features, where k is larger than usual.
@@ -329,10 +341,51 @@ def test_options_and_coefficients_that_do_not_fit():
             contract.build(gsae_jax.experiment(stacks={"a": stack}).stacks["a"], widths, "float32")
 
 
+def test_an_untied_gated_sae_has_no_form_with_batch_topk():
+    config = gated.Config(D, F, tie_encoder=False)
+    with refused("start_from", "untied"):
+        gated_batch_topk.from_gated(gated.init(jax.random.key(0), config), gated_batch_topk.Config(D, F, k=K))
+
+
+def test_a_longer_warm_up_and_auxk_without_dead_features_are_said(config_dict):
+    stack = gsae_jax.stack_config("gated", SITE, F, k=4, initial_k=64, kl_fraction=0, recipe="2026")
+    config_dict.stacks = {"a": stack.to_dict(), "relu": config_dict.stacks.baseline.to_dict()}
+    config_dict.train.steps, config_dict.train.dead_after = 100, 101
+    config = config_trees.from_dict(config_lib.Experiment, config_dict)
+    (sentence,) = lengthening.consequences(config, 10, 10, [10, 10])
+    assert "a's sparsity was at 100% and continues at 50%" in sentence
+    assert "auxk_coefficient will do nothing in a;" in preparation.warnings(config)[0]
+
+
 def test_a_grid_without_coefficients():
     stack = gsae_jax.stack_config("topk", SITE, F, k=4, learning_rates=(1e-3, 2e-3), seeds=(0, 1), grid=True)
     assert (stack.learning_rates, stack.seeds) == ((1e-3, 1e-3, 2e-3, 2e-3), (0, 1, 0, 1))
     assert len(gsae_jax.experiment(stacks={"a": stack}).stacks["a"]) == 4
+
+
+def test_stacks_of_one_recipe_are_one_frontier_and_others_are_not():
+    """Also where k is above the number of features with which training begins. Runs are told apart, too."""
+    stacks = {
+        **{f"best_{k}": gsae_jax.stack_config("gated", SITE, 512, k=k, recipe="2026") for k in (16, 128)},
+        **{
+            f"plain_{k}": gsae_jax.stack_config("gated", SITE, 512, k=k, recipe="2026", kl_fraction=0)
+            for k in (16, 128)
+        },
+        **{f"at_k_{k}": gsae_jax.stack_config("gated", SITE, 512, k=k, recipe="2026", initial_k=0) for k in (16, 128)},
+    }
+    run = gsae_jax.experiment(stacks=stacks)
+    saes = {}
+    for name, stack in run.stacks.items():
+        _, config = contract.build(stack, {SITE: D}, "float32")
+        saes[f"{name}_0"] = trained.SAE(f"{name}_0", stack.architecture, config, SITE, {}, stack=name)
+    ones = np.ones(4)
+    ce = {"ce_clean": 0 * ones, "ce_zero": ones, "ce_mean": ones, "ce_sae": ones / 2}
+    sums = dict.fromkeys(saes, dict.fromkeys(UNUSED, ones) | ce | {"tokens": ones, "l0": ones, "fired": np.ones(3)})
+    records = report.rows("small", saes, sums, recipes=sae_sources._recipes(run, saes))
+    groups = [sorted(record["stack"] for record in members) for members in frontiers.stacks(records).values()]
+    assert sorted(groups) == [[f"{name}_128", f"{name}_16"] for name in ("at_k", "best", "plain")]
+    twice = [record | {"stack": f"{run}/{record['stack']}"} for record in records for run in ("first", "second")]
+    assert len(frontiers.stacks(twice)) == 6
 
 
 @pytest.mark.variants

@@ -20,12 +20,14 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
 
     A stack's SAEs have one site, variant and width. Where others at the site have its name, its variant follows, and
     its width where that is not enough: SAEs that came together need not be of one kind, as dictionary_learning's
-    trainer_0 and trainer_1. Where an option says how many features are active, the stacks that differ in it alone are
-    one, which has the name of their variant without that option.
+    trainer_0 and trainer_1. Where an option says how many features are active, the stacks of a run that differ in it
+    alone are one, which has the name of their variant without that option.
     """
     groups = defaultdict(list)
     for record in sorted(records, key=lambda record: (math.isnan(record["l0"]), record["l0"])):
-        stem = record.get("frontier") or identity(record)[1]
+        stem = identity(record)[1]
+        if record.get("frontier"):
+            stem = "/".join(filter(None, (stem.rpartition("/")[0], record["frontier"])))
         groups[stem, record["site"], family(record), record["width"]].append(record)
     frontiers = {}
     for (stem, site, variant, width), members in sorted(groups.items()):

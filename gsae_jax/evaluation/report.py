@@ -68,21 +68,24 @@ def rows(
     sums: dict[str, metrics.Sums],
     targets: Mapping[str, float] = MappingProxyType({}),
     ito: Sequence[int] = (),
+    recipes: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """One record per measured SAE and site that it writes: what it is, and what it measured.
 
     `models`: what the language model is called; of several, by the names after the @ of their sites.
 
     `variant` is its architecture and the options that are not the default; `frontier` the same without the number of
-    active features, where that is an option; `ito` the number of features where they
-    were chosen by gradient pursuit (one of `ito`), else 0; `target_l0` of `targets`, by SAE, or None; `not_finite` the
-    names of parameters with numbers that are not finite. Every process calls it, as features may lie over all devices.
+    active features, where that is an option, and with the settings in `recipes`, by SAE; `ito` the number of features
+    where they were chosen by gradient pursuit (one of `ito`), else 0; `target_l0` of `targets`, by SAE, or None;
+    `not_finite` the names of parameters with numbers that are not finite. Every process calls it, as features may lie
+    over all devices.
     """
     models, records = {"": models} if isinstance(models, str) else models, []
     not_finite = {name: parameters.not_finite(sae.functions, sae.params) for name, sae in saes.items()}
     each = [(whose, one) for whose, sae in saes.items() for one in measure.written(sae)]
     for (whose, one), k in itertools.product(each, (0, *ito)):
         sae, name, site = one.sae, one.name(k), one.place[0]
+        frontier = contract.frontier(sae.architecture, sae.config)
         records.append(
             {
                 "name": name,
@@ -92,7 +95,7 @@ def rows(
                 "model": models[sites.parts(site)[1]],
                 "architecture": plugins.label(sae.architecture),
                 "variant": contract.variant(sae.architecture, sae.config),
-                "frontier": contract.frontier(sae.architecture, sae.config),
+                "frontier": " ".join(filter(None, (frontier, frontier and recipes.get(whose)))),
                 "ito": k,
                 "site": site,
                 "layer": sites.layer_of(site) if site.startswith("blocks.") else "",

@@ -87,7 +87,7 @@ def stack_config(
             `l1_coefficients`.
         recipe: "2026" trains gated SAEs as docs/recipe.md says: with the option `k` in place of `l1_coefficients`,
             BatchTopK opens their gates, and the loss of the last tenth of training has the KL divergence of the
-            language model's predictions. If `k` is below 64, training begins with 64 open gates of a token.
+            language model's predictions. If `k` is below 64, training begins with 64 open gates per token.
             `kl_fraction=0` and `initial_k=0` leave these parts out. "" trains them as their paper does.
         settings: other fields of `gsae_jax.config.Stack`, such as `learning_rates=(1e-3,)`. Every other name is an
             option of the architecture, such as `tie_encoder=False` for a gated SAE.
@@ -98,6 +98,8 @@ def stack_config(
     """
     config = _defaults(config_lib.Stack)
     if recipe:
+        if not isinstance(site, str):
+            raise UserError(f"is {site}, but the recipe of {recipe} is for one site", "site")
         architecture, settings = _by_recipe(recipe, architecture, width, settings)
     for name in settings:
         near = config_trees.nearest(name, config)
@@ -126,10 +128,14 @@ def _by_recipe(recipe: str, architecture: str, width: int, settings: dict[str, A
     if "k" not in settings:
         raise UserError(f"is missing, which the recipe of {recipe} needs; write active features of a token: k=32", "k")
     values: dict[str, Any] = {"auxk_coefficient": 1 / 8, "kl_fraction": 0.1}
-    start = {"initial_k": min(INITIAL_K, width), "coefficient_warmup_fraction": 0.2}
-    few = isinstance(settings["k"], numbers.Integral) and settings["k"] < INITIAL_K  # another type is refused later
-    if few and all(settings.get(name, True) for name in start):
-        values |= start
+    k, most = (
+        each.get() if isinstance(each, ml_collections.FieldReference) else each for each in (settings["k"], width)
+    )
+    start = ("initial_k", "coefficient_warmup_fraction")
+    # What is no number, or too large, is refused later.
+    known = all(isinstance(each, numbers.Integral) for each in (k, most)) and 0 < int(k) <= int(most)
+    if known and all(settings.get(name, True) for name in start):
+        values |= dict(zip(start, (max(int(k), min(INITIAL_K, int(most))), 0.2), strict=True))
     return "gated_batch_topk", values | settings
 
 

@@ -37,7 +37,7 @@ import dataclasses
 import enum
 import operator
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -343,7 +343,7 @@ def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tup
         if option is not None and (value := getattr(stack, field)):
             what = f"is {value}, but {stack.architecture!r} has no sparsity coefficient"
             raise UserError(f"{what}; leave it out, and write the option {option} instead", field)
-    if option is not None:
+    if option is not None and f"initial_{option}" in {each.name for each in dataclasses.fields(architecture.Config)}:
         _check_warmup(stack, f"initial_{option}")
     d_in = tuple(widths[site] for site in stack.sites)
     d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
@@ -436,19 +436,25 @@ def sparsity(architecture: Architecture) -> str | None:
 
 
 def frontier(architecture: str, config: Any) -> str:
-    """The variant without the option that says how many features are active; "" if that is a coefficient."""
+    """The variant without how many features are active; "" if a coefficient decides that.
+
+    Of a larger number at the start of training it says only that there is one, as that may depend on the final number.
+    """
     option = sparsity(module_of(architecture))
-    return variant(architecture, config, without=option) if option else ""
+    if not option:
+        return ""
+    first = f"initial_{option}"
+    return variant(architecture, config, without=(option, first)) + f" {first}" * bool(getattr(config, first, 0))
 
 
-def variant(architecture: str, config: Any, without: str | None = None) -> str:
+def variant(architecture: str, config: Any, without: Collection[str] = ()) -> str:
     """The architecture and its options that are not the default: "gated", "gated tie_encoder=False", "topk.py"."""
     defaults = {
         setting.name: setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
         for setting in dataclasses.fields(config)
     }
     changed = [
-        f"{name}={value}" for name, value in options(config).items() if value != defaults[name] and name != without
+        f"{name}={value}" for name, value in options(config).items() if value != defaults[name] and name not in without
     ]
     return " ".join([plugins.label(architecture), *changed])
 

@@ -11,8 +11,9 @@ With c = x - b_dec:
 
 The second term is the Gated SAE paper's auxiliary loss (2404.16014, equation 8), with W_dec and b_dec frozen as there.
 It trains gates, which are selected as features of a BatchTopK SAE are (2412.06410): `batch_topk` says what k and the
-threshold are, and `topk` of which units the constants are. With b_gate - threshold as b_gate it is a gated SAE, and as
-such it is exported.
+threshold are, and `topk` of which units the constants are. AuxK explains the residual with ReLU(pi_gate) of dead
+features and, unlike that of `gated`, also trains W_dec. A feature whose pi_gate is never positive gets no gradient.
+With b_gate - threshold as b_gate it is a gated SAE, and as such it is exported.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gsae_jax.errors import UserError
 from gsae_jax.saes import batch_topk, gated, linalg, topk
 from gsae_jax.saes.contract import WHOLE, Batch, Parameter, Shards, Statistics
 from gsae_jax.saes.features import AllFeatures, Encoder, Features
@@ -48,7 +50,13 @@ def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:
 
 
 def from_gated(params: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
-    """The same function as a gated SAE's, with thresholds of 0; training selects gates in place of them."""
+    """The same function as a gated SAE's, with thresholds of 0; training selects gates in place of them.
+
+    Raises:
+        UserError: the encoder of the gated SAE is untied.
+    """
+    if "W_mag" in params:
+        raise UserError("has an untied encoder; only a gated SAE with tie_encoder=True has this form", "start_from")
     return params | {"threshold": jnp.zeros_like(params["b_gate"])}
 
 

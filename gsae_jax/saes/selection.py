@@ -28,8 +28,8 @@ class Selection:
     """The largest features.
 
     Attributes:
-        smallest: [B, 1], or [1, 1] of a batch: the smallest value that is selected; 0 where there were no more than
-            n positive values, which are then all selected.
+        smallest: [B, 1], or [1, 1] of a batch: the smallest value that is selected; 0 where there were fewer than n
+            positive values, which are then all selected.
         last: [B, 1], the last feature of this device that is selected where it equals the smallest.
     """
 
@@ -62,24 +62,25 @@ def largest(
         shards: the others' features and tokens.
         of_batch: compare the features of all tokens of the batch.
         usual: k in most calls, if k is only known when the program runs. With a much larger k it takes longer.
-
-    Raises:
-        UserError: a batch of more features than 32 bits can count.
     """
     axes: tuple[int, ...] = (0, 1) if of_batch else (1,)
     sum_up = shards.sum_over_batch if of_batch else shards.sum
 
-    def total(on: jax.Array) -> jax.Array:
-        return sum_up(on.sum(axes, dtype=jnp.int32, keepdims=True))
-
     B, F = values_BxF.shape
+    is_many = of_batch and shards.batch_size(B) * F * shards.count > INT32
+
+    def total(on: jax.Array) -> jax.Array:
+        if not is_many:
+            return sum_up(on.sum(axes, dtype=jnp.int32, keepdims=True))
+        # More than 32 bits can count: in two parts, and 2**30 or above where there are as many.
+        of_token_Bx1 = on.sum(1, dtype=jnp.int32, keepdims=True)
+        low, high = (sum_up(part.sum(0, keepdims=True)) for part in (of_token_Bx1 & 255, of_token_Bx1 >> 8))
+        return (jnp.minimum(high + (low >> 8), 2**22) << 8) + (low & 255)
+
     n = jnp.asarray(k * shards.batch_size(B) if of_batch else k, jnp.int32)
     usual = cast(int, k) if usual is None else usual
     slots = min(SLOTS * usual, F)
     group = next((size for size in GROUPS if F % size == 0 and F * shards.count >= 2 * size * usual), None)
-    if of_batch and shards.batch_size(B) * F * shards.count > INT32:
-        what = f"is {shards.batch_size(B)}, too many tokens to compare {F * shards.count} features of each"
-        raise UserError(f"{what}; write {INT32 // (F * shards.count)} or less", "train.batch_size")
     start = active.varying(jnp.zeros((1 if of_batch else B, 1), _bits(values_BxF[:1]).dtype), values_BxF)
 
     def among(values_Bx_: jax.Array, features_Bx_: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -39,9 +39,18 @@ def consequences(config: Experiment, steps_before: int, step: int, parts: Sequen
         else:
             sentences.append(f"{what} do not change any more: training adjusts them in its first two thirds only")
     for name, stack in config.stacks.items():
+        fraction = stack.coefficient_warmup_fraction or 0.0
+        warmups = [optimiser.coefficient_warmup(steps, fraction) for steps in (steps_before, train.steps)]
+        ready, here = (float(warmup(jnp.int32(step))) if warmup else 1.0 for warmup in warmups)
+        if abs(ready - here) > 1e-3:
+            sentences.append(
+                f"the warm-up of {name}'s sparsity was at {ready:.0%} and continues at {here:.0%} "
+                f"(coefficient_warmup_fraction={fraction:g} of {train.steps:,} steps): its L0 changes again"
+            )
         was, start = (config.kl_start(name, steps) for steps in (steps_before, train.steps))
-        if stack.kl_fraction and was != start:
-            sentences.append(f"the loss of {name} has the KL divergence from step {start:,} on ({was:,} before)")
+        if stack.kl_fraction and was != start and max(was, start) >= step:
+            since = max(start, step)
+            sentences.append(f"the loss of {name} has the KL divergence from step {since:,} on ({was:,} before)")
             if was < step < start:
                 sentences.append(f"it does not have it between the steps {step:,} and {start:,}")
     if (rows := parts[-1]) > (earlier := max(parts[:-1])):
@@ -49,3 +58,11 @@ def consequences(config: Experiment, steps_before: int, step: int, parts: Sequen
             f"the run reads {rows - earlier:,} more rows of text, after the {earlier:,} rows that it has read until now"
         )
     return sentences
+
+
+def late(config: Experiment, steps_before: int, step: int) -> list[str]:
+    """The stacks whose loss has the KL divergence from this step on, as fewer steps have moved its beginning before it.
+
+    `steps_before` and `step`: as for `consequences`.
+    """
+    return [name for name in config.stacks if config.kl_start(name) < step <= config.kl_start(name, steps_before)]

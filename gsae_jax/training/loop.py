@@ -101,6 +101,10 @@ def _resumed(run: Prepared, checkpoints: checkpoints_lib.Checkpoints) -> TrainSt
         logger.info(f"train.steps is {run.config.train.steps:,} now ({run.steps_before:,} before)")
         for sentence in lengthening.consequences(run.config, run.steps_before, run.latest, run.parts):
             logger.info(f"- {sentence}")
+        for name in lengthening.late(run.config, run.steps_before, run.latest):
+            stack = next(stack for stack in run.program.stacks if stack.name == name)
+            shardings = jax.tree.map(lambda x: x.sharding, state.stacks[name])
+            state.stacks[name] = jax.device_put(stack.without_moments(state.stacks[name]), shardings)
     if state.store:
         return state
     logger.info(

@@ -64,13 +64,23 @@ class Prepared:
     starts: Mapping[str, dict[str, Any]]
 
 
+def _without_auxk(config: Experiment) -> str:
+    """What it means for stacks with AuxK that no feature counts as dead."""
+    names = []
+    for name, stack in config.stacks.items():
+        fields = {each.name: each.default for each in dataclasses.fields(contract.module_of(stack.architecture).Config)}
+        if stack.options.get("auxk_coefficient", fields.get("auxk_coefficient", 0)):
+            names.append(name)
+    return f", and auxk_coefficient will do nothing in {', '.join(names)}" if names else ""
+
+
 def warnings(config: Experiment) -> list[str]:
     """Sentences about settings that work, but hardly as they are meant."""
     train, sentences = config.train, []
     if train.dead_after > train.steps:
         sentences.append(
             f"train.dead_after is {train.dead_after:,}, more than the {train.steps:,} steps of this run: "
-            "no feature will count as dead in the metrics; lower it to count them"
+            f"no feature will count as dead in the metrics{_without_auxk(config)}; lower it to count them"
         )
     trained_on, buffer_size = train.steps * train.batch_size, config.activations.buffer_size
     if buffer_size > trained_on:

@@ -168,6 +168,15 @@ class Stack:
         table = self.architecture.PARAMETERS if self.sparsity else {}
         return frozenset(name for name, parameter in table.items() if parameter.axis == 1 and parameter.trained)
 
+    def without_moments(self, state: StackState, begins: jax.typing.ArrayLike = True) -> StackState:
+        """The stack without moments of gradients, if its loss `begins` to have the KL divergence.
+
+        The new gradients are several times as large: with the second moments of the old ones, the first updates would
+        be as much too large, and undo training.
+        """
+        moments = jax.tree.map(lambda x: jnp.where(begins, jnp.zeros_like(x), x), state.second_moments)
+        return dataclasses.replace(state, second_moments=moments)
+
     def transposed(self, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Parameters [N, ...], or their gradients, in the layout of `update`, or back from it."""
         return {name: value.swapaxes(1, 2) if name in self._by_rows else value for name, value in values.items()}

@@ -413,21 +413,17 @@ class Program:
                 return (stacks, store), metrics
 
             inputs = (jax.tree.map(arrange, fresh), arrange(valid), slots_UxB, jnp.arange(updates))
-            start = {stack.name: self._as_it_begins(stack, state) for stack in self.stacks}, state.store
+            of_stacks = {
+                stack.name: stack.without_moments(
+                    state.stacks[stack.name], state.step == self.config.kl_start(stack.name)
+                )
+                for stack in self.stacks
+            }
+            start = of_stacks, state.store
             (stacks, store), metrics = jax.lax.scan(one_update, start, (inputs, rows.split(updates)))
             return stacks, store, _means(metrics)
 
         return self._step(self._source(tuple(sites), whole=True), call)
-
-    def _as_it_begins(self, stack: Stack, state: TrainState) -> StackState:
-        """The stack, without moments of gradients at the step from which its loss has the KL divergence.
-
-        The new gradients are several times as large: with the second moments of the old ones, the first updates would
-        be as much too large, and undo training.
-        """
-        of_stack, begins = state.stacks[stack.name], state.step == self.config.kl_start(stack.name)
-        moments = jax.tree.map(lambda x: jnp.where(begins, jnp.zeros_like(x), x), of_stack.second_moments)
-        return dataclasses.replace(of_stack, second_moments=moments)
 
     def _step(self, source: sources.Source, updates: Callable[..., Any]) -> Step:
         """A train step.
