@@ -447,6 +447,12 @@ class Experiment:
                 "checkpoint.keep_best",
             )
         for name, stack in self.stacks.items():
+            if stack.kl_fraction and self.data.source:
+                raise UserError(
+                    f"is {stack.kl_fraction:g}, but the KL divergence needs the language model in training; write 0, "
+                    "or data.source=''",
+                    f"stacks.{name}.kl_fraction",
+                )
             if stack.kl_fraction and batch % self.data.context_length:
                 raise UserError(
                     f"is {batch}, but stacks.{name}.kl_fraction needs whole rows in an update; write a multiple of "

@@ -546,12 +546,6 @@ def _check_store(config: config_lib.Experiment, stored: store_lib.Store) -> dict
     for name, stack in config.stacks.items():
         fields |= dict.fromkeys(stack.sites, f"stacks.{name}.site")
         fields |= {site: f"stacks.{name}.target" for site in stack.targets if site not in fields}
-        if stack.kl_fraction:
-            raise UserError(
-                f"is {stack.kl_fraction:g}, but the KL divergence needs the language model in training; write 0, or "
-                "data.source=''",
-                f"stacks.{name}.kl_fraction",
-            )
     stored.check_sites(fields)
     if config.data.context_length != (there := stored.manifest.context_length):
         raise UserError(
