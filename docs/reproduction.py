@@ -195,14 +195,14 @@ def mean_l0(records, level):
     return math.exp(np.log([frontiers.l0_at(line, level) for line in lines]).mean()) if records else math.nan
 
 
-def width_rows(runs):
-    """Ratios of the runs with other widths."""
+def numbered_rows(pattern, runs):
+    """`ratio_rows` of the runs whose names have a number, which is their second cell: steps or a width."""
     for model, sites in MODELS.items():
         for site in sites:
-            for width, name in results.numbered(path(model, site), r"_w(\d+)", runs).items():
+            for number, name in results.numbered(path(model, site), pattern, runs).items():
                 if report := read(name, runs):
                     for cells in ratio_rows({site: report}):
-                        yield cells[0] + ", TinyStories" * bool(model), f"{width:,}", *cells[1:]
+                        yield cells[0] + ", TinyStories" * bool(model), f"{number:,}", *cells[1:]
 
 
 def pursuit_rows(sites):
@@ -310,10 +310,11 @@ def main():
     if longer := longer_records(runs):
         rates = numbers_of([record for records in longer.values() for record in records], "learning_rate")
         columns = ["Site", "Steps", "SAEs", "Loss recovered", *(f"{rate:g}" for rate in rates)]
-        tables["longer"] = results.table(columns, longer_rows(longer, rates), ("SAEs",))
-    if widths := list(width_rows(runs)):
-        columns = ["Site", "Width", "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
-        tables["widths"] = results.table(columns, widths)
+        tables["longer_rates"] = results.table(columns, longer_rows(longer, rates), ("SAEs",))
+    for name, column, pattern in (("longer", "Steps", r"_(\d+)"), ("widths", "Width", r"_w(\d+)")):
+        if rows := list(numbered_rows(pattern, runs)):
+            columns = ["Site", column, "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
+            tables[name] = results.table(columns, rows)
     pursuits = {site: results.load(f"pursuit/{site}", runs, "report*-ito_*") for site in MODELS[""]}
     if of_sites := {site: report["saes"] for site, report in pursuits.items() if report}:
         draw_pursuit(of_sites).savefig(page.with_name("pursuit.png"), dpi=110)
