@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shutil
 
 import jax
 import numpy as np
@@ -243,6 +244,23 @@ def test_fewer_steps_may_move_its_beginning_before_the_step_of_now(tuned):
     assert "the loss of gated has the KL divergence from step 18 on (24 before)" in sentences
     sentences = lengthening.consequences(with_(tuned, train={"steps": 30}), 32, 26, [10, 10])
     assert not any("KL" in sentence for sentence in sentences)  # it had it, and has it
+
+
+@pytest.mark.variants
+def test_a_run_that_becomes_shorter_begins_with_it_late(tuned, tmp_path, monkeypatch):
+    """It goes on, and the moments of earlier gradients make a difference."""
+    longer, shorter = (with_(tuned, train={"steps": steps}) for steps in (32, 20))
+    to_start, real = begin_calls(longer), rows_lib.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(rows_lib, "batches", lambda *args: Interrupting(real(*args), to_start + 9))
+        assert not loop.train(longer, tmp_path / "late")
+    shutil.copytree(tmp_path / "late", tmp_path / "kept")
+    assert loop.train(shorter, tmp_path / "late")
+    monkeypatch.setattr(lengthening, "late", lambda *_: [])
+    assert loop.train(shorter, tmp_path / "kept")
+    late, kept = (params_of(tmp_path / name) for name in ("late", "kept"))
+    assert not np.allclose(late["gated_0"]["W_dec"], kept["gated_0"]["W_dec"], rtol=1e-3)
+    np.testing.assert_array_equal(late["baseline_0"]["W_dec"], kept["baseline_0"]["W_dec"])
 
 
 def test_a_plan_counts_it(tuned):

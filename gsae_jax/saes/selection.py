@@ -72,7 +72,7 @@ def largest(
     def total(on: jax.Array) -> jax.Array:
         if not is_many:
             return sum_up(on.sum(axes, dtype=jnp.int32, keepdims=True))
-        # More than 32 bits can count: in two parts, and 2**30 or above where there are as many.
+        # More than 32 bits can count: in two parts, and 2**30 or above where there are as many. n is always less.
         of_token_Bx1 = on.sum(1, dtype=jnp.int32, keepdims=True)
         low, high = (sum_up(part.sum(0, keepdims=True)) for part in (of_token_Bx1 & 255, of_token_Bx1 >> 8))
         return (jnp.minimum(high + (low >> 8), 2**22) << 8) + (low & 255)
