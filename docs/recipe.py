@@ -132,7 +132,7 @@ def comparison_of(site, runs):
     path = results.FOLDER / "compared" / f"{site}.json"
     if runs is not None and (found := runs / "compared" / site / "compare.json").exists():
         content = json.loads(found.read_text("utf-8"))
-        kept = {"equal_l0": content["sites"][site]["at_equal_l0"], "synthetic": content["synthetic"]}
+        kept = {"equal_l0": content["sites"][site]["at_equal_l0"], "synthetic": content.get("synthetic", [])}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(results.short(kept), indent=1, ensure_ascii=False) + "\n", "utf-8")
     return json.loads(path.read_text("utf-8")) if path.exists() else None
@@ -164,7 +164,7 @@ def interval(value, form):
 
 
 def name_of(kind):
-    """Of a kind, without the learning rate. Kinds of `gated` in the run of the recipe are the recipe's."""
+    """The name of a kind, without its learning rate."""
     return kind.split(", rate")[0]
 
 
@@ -219,7 +219,8 @@ def main():
         columns = ["L0", "Kind", *(comparison.METRICS[name].title for name in COMPARED)]
         tables["compared"] = results.table(columns, compared_rows(found), ("Kind",))
         columns = ["Kind", *(metric.title for metric in comparison.RECOVERY.values())]
-        tables["recovered"] = results.table(columns, recovered_rows(found))
+        if rows := list(recovered_rows(found)):
+            tables["recovered"] = results.table(columns, rows)
     results.write(arguments.write, tables)
 
 
