@@ -278,7 +278,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_template_is_refused_in_bounded_time_and_memory(plain_backend, template, monkeypatch):
-    monkeypatch.setattr(chat_lib, "SECONDS", 0.5)
+    # Where the time is not what is tested, a slow machine may take longer.
+    monkeypatch.setattr(chat_lib, "SECONDS", 0.5 if "seconds" in HOSTILE[template] else 60)
     monkeypatch.setattr(chat_lib, "MEMORY", 2**28)
     tokenizer = wrapped(plain_backend, template)
     with refused("lm.path", "chat template", HOSTILE[template]):
