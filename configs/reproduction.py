@@ -24,7 +24,7 @@ WIDTHS = {"embedded": (1024, 1536), "tinystories": (512, 768)}  # gated and base
 # Chosen for a loss recovered from 0.8 to 0.95.
 L1 = {
     "embedded": {
-        "blocks.0.hook_mlp_out": {"gated": (2.5e-3, 8e-3, 1.5e-2, 2.4e-2), "relu": (1.2e-3, 3e-3, 6e-3, 1e-2)},
+        "blocks.0.hook_mlp_out": {"gated": (2e-3, 8e-3, 1.5e-2, 2.6e-2), "relu": (1.2e-3, 3e-3, 6e-3, 1.2e-2)},
         "blocks.0.hook_resid_post": {"gated": (4e-3, 1e-2, 1.8e-2, 3e-2), "relu": (2e-3, 5e-3, 9e-3, 1.4e-2)},
         "blocks.0.attn.hook_z": {"gated": (4e-3, 1.5e-2, 5e-2, 1e-1), "relu": (2e-3, 8e-3, 2e-2, 4e-2)},
         "blocks.0.mlp.hook_post": {"gated": (1.5e-3, 4e-3, 8e-3, 1.6e-2), "relu": (6e-4, 2e-3, 4e-3, 8e-3)},
