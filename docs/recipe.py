@@ -159,7 +159,8 @@ def recovered_rows(found):
 
 
 def interval(value, form):
-    middle, low, high = (np.nan if each is None else each for each in value)
+    ends = value.values() if isinstance(value, dict) else value  # a dict in the file of a comparison
+    middle, low, high = (np.nan if each is None else each for each in ends)
     return "–" if np.isnan(middle) else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 

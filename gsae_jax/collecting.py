@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -175,7 +176,7 @@ def about_sae(sae: trained.SAE) -> dict[str, Any]:
         "stack": sae.stack,
         "index": sae.index,
         "architecture": sae.architecture,
-        "options": contract.options(sae.config),
+        "options": json.loads(json.dumps(contract.options(sae.config))),  # as the file gives them back
         "l1_coefficient": l1_coefficient,
         "width": sae.config.width,
         "sites": list(sae.sites),

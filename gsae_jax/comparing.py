@@ -42,7 +42,7 @@ class Wanted:
 
     Attributes:
         runs: directories of finished runs.
-        reference: the kind that the others are compared with; by default, the first that is gated.
+        reference: the kind that the others are compared with; by default, the gated one with most seeds.
         l0: values of L0 at which metrics are compared.
         features: of each SAE, that the automatic rater scores; 0 for none.
         probe_tokens: of labelled text, for probes; 0 for none.
@@ -110,6 +110,8 @@ def compare(wanted: Wanted, out: str) -> Path:
     text = _labelled(runs[0], wanted) if wanted.probe_tokens else None
     recovery = _recovery(runs, records, wanted.synthetic_steps) if wanted.synthetic_steps else []
     notes = _differences(runs)
+    if left_out := sorted({record["site"] for record in records} - {*references}):
+        notes.append(f"Sites without SAEs of the kind {wanted.reference!r} are left out: {', '.join(left_out)}.")
     if wanted.features:
         notes += _score(runs, records, wanted.features)
     probes = None if text is None else _probe(runs, records, text)
@@ -141,8 +143,11 @@ def _runs(names: Sequence[str]) -> list[Run]:
         for run in runs:
             if run.config.lm.path == config_lib.NO_MODEL:
                 raise UserError(f"has {run.path}, which was trained without a language model; leave it out")
-            if run.facts.lm != first.facts.lm:
-                why = f"{run.path} was trained on another language model than {first.path}"
+            both = run.facts.lms.keys() & first.facts.lms.keys()
+            differing = [name for name in sorted(both) if run.facts.lms[name] != first.facts.lms[name]]
+            if run.facts.lm != first.facts.lm or differing:
+                named = f" of the name {differing[0]}" if run.facts.lm == first.facts.lm else ""
+                why = f"{run.path} was trained on another language model{named} than {first.path}"
                 raise UserError(f"{why}; compare runs of one language model")
         common = set.intersection(*({record["site"] for record in run.report["saes"]} for run in runs))
         if not common:
@@ -168,28 +173,36 @@ def _records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A record for each SAE of the runs, and site that it writes, with its kind and without scores so far.
 
     A kind is a stack; stacks that differ in the option that says how many features are active are one, with the name
-    of their variant. If runs have kinds of one name, they are one kind if they differ in nothing but seeds. Otherwise
-    the name of each begins with its run's.
+    of their variant, or of the stacks without their numbers if several recipes have this variant. If runs have kinds of
+    one name, they are one kind if they differ in nothing but seeds. Otherwise the name of each begins with its run's,
+    at all sites.
     """
     records = [_record(run, record) for run in runs for record in run.report["saes"] if not record["ito"]]
-    recipes, rates = defaultdict(set), defaultdict(set)
+    for shorter in (lambda stack: re.sub(r"_\d+$", "", stack), lambda stack: stack):
+        recipes = defaultdict(set)
+        for r in records:
+            recipes[r["run"], r["site"], r["kind"]].add(r["recipe"])
+        for r in records:
+            if len(recipes[r["run"], r["site"], r["kind"]]) > 1:
+                r["kind"] = shorter(r["stack"])
+    rates = defaultdict(set)
     for r in records:
-        recipes[r["run"], r["site"], r["kind"]].add(r["recipe"])
-    for r in records:
-        if len(recipes[r["run"], r["site"], r["kind"]]) > 1:  # of one architecture, but not of one recipe
-            r["kind"] = re.sub(r"_\d+$", "", r["stack"])
         rates[r["run"], r["site"], r["kind"]].add(f"{r['learning_rate']:g}")
-    by_kind: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    by_kind: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
         if len(rates[r["run"], r["site"], r["kind"]]) > 1:
             r["kind"] = f"{r['kind']}, rate {r['learning_rate']:g}"
-        by_kind[r["site"], r["kind"]][r["run"]].append(r)
-    for (_, kind), by_run in by_kind.items():
-        seeds = [seed for members in by_run.values() for seed in {member["replicate"] for member in members}]
-        is_one = len({r["recipe"] for members in by_run.values() for r in members}) == 1 and len({*seeds}) == len(seeds)
-        for run, members in by_run.items():
-            for r in members:
-                r["kind"] = kind if is_one or len(by_run) == 1 else f"{run}/{kind}"
+        by_kind[r["kind"]][r["run"]].append(r)
+    for kind, by_run in by_kind.items():
+        for site in dict.fromkeys(r["site"] for members in by_run.values() for r in members):
+            here = {run: [r for r in members if r["site"] == site] for run, members in by_run.items()}
+            seeds = [seed for members in here.values() for seed in {member["replicate"] for member in members}]
+            recipes_here = {r["recipe"] for members in here.values() for r in members}
+            if sum(map(bool, here.values())) > 1 and (len(recipes_here) > 1 or len({*seeds}) < len(seeds)):
+                for run, members in by_run.items():
+                    for r in members:
+                        r["kind"] = f"{run}/{kind}"
+                break
     return records
 
 
@@ -222,9 +235,13 @@ def _recipe(run: Run, name: str) -> str:
     Of more active features at the start of training it has only whether there are any, as the number may depend on the
     final one.
     """
-    tree = config_trees.to_dict(run.config)
-    stack = {field: value for field, value in tree["stacks"][name].items() if field != "seeds"}
-    sparsity = contract.sparsity(contract.module_of(run.config.stacks[name].architecture))
+    tree, settings = config_trees.to_dict(run.config), run.config.stacks[name]
+    columns = ("seeds", "l1_coefficients", "learning_rates", "target_l0")  # with values for each SAE
+    stack = {field: value for field, value in tree["stacks"][name].items() if field not in columns}
+    targets = settings.target_l0 if len(settings.target_l0) == len(settings) else settings.target_l0 * len(settings)
+    numbers = [(str(l1), rate) for l1, rate, _ in settings.numbers()]  # NaN is not equal to itself
+    stack["numbers"] = sorted({*zip(numbers, targets or [0.0] * len(settings), strict=True)})
+    sparsity = contract.sparsity(contract.module_of(settings.architecture))
     first = f"initial_{sparsity}"
     stack["options"] = {
         option: bool(value) if option == first else value
@@ -248,7 +265,7 @@ def _references(records: Sequence[Mapping[str, Any]], wanted: str) -> dict[str, 
             for kind, seeds in kinds.items()
             if any(contract.is_gated(r["variant"]) for members in seeds.values() for r in members)
         ]
-        for kind in [wanted] if wanted else (gated or kinds):
+        for kind in [wanted] if wanted else sorted(gated or kinds, key=lambda kind: -len(kinds[kind])):
             if kind in kinds:
                 found.setdefault(site, kind)
     if not found and wanted:
@@ -294,7 +311,8 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
         for run in runs:
             every = _collected(run)
             saes = sae_loading.load(run.path, step=run.step) if every else {}
-            lacking = []
+            lacking: list[str] = []
+            collected: dict[str, Any] = {}  # what is there says of its text
             for name in names[run.label]:
                 bar.update()
                 features = every.get(name)
@@ -302,6 +320,7 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
                 if features is None or about["parameters"] != collecting.about_sae(saes[name])["parameters"]:
                     lacking.append(name)
                     continue
+                collected = about
                 texts.add(json.dumps([about.get(fact) for fact in pairs.TEXT]))
                 known = features.ratings().get(rater.name, {})
                 drawn = pairs.Source(run.path, features).draw(SEED)[:count].tolist()
@@ -313,9 +332,14 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
             for features in every.values():
                 features.close()
             if lacking:
-                which = "All SAEs" if len(lacking) == len(names[run.label]) else ", ".join(lacking)
-                how = f"python -m gsae_jax.collect --workdir {run.path}" + " --overwrite" * bool(every)
-                notes.append(f"{which} of {run.label} have no score: their features were not collected. Collect: {how}")
+                how = [f"python -m gsae_jax.collect --workdir {run.path}"]
+                if collected:  # the others are kept, and these are of the same text
+                    how += [f"--sae {name}" for name in lacking]
+                    how.append(f"--tokens {collected['rows'] * collected['context_length']}")
+                how += ["--overwrite"] * bool({*lacking} & {*every})
+                which = ", ".join(lacking) if collected else "All SAEs"
+                why = f"{which} of {run.label} have no score: their features were not collected"
+                notes.append(f"{why}. Collect: {' '.join(how)}")
     if len(texts) > 1:
         notes.append("Features were collected on different text, so that scores of different runs do not compare.")
     return notes
@@ -523,7 +547,7 @@ def _write(
     text = json.dumps(report.finite(tree), indent=1, allow_nan=False)
     (folder / "compare.json").write_text(text + "\n", "utf-8")
     drawn = [
-        record | {"stack": record["kind"], "frontier": record["kind"], "seed": record["replicate"]}
+        record | {"run": "", "stack": record["kind"], "frontier": record["kind"], "seed": record["replicate"]}
         for record in records
         if record["site"] in references
     ]

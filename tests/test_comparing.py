@@ -1,5 +1,6 @@
 """Comparing kinds of SAEs: the numbers, and the command on a tiny run."""
 
+import importlib
 import json
 import keyword
 import math
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,7 +76,7 @@ def test_kinds_are_compared_by_seed(records):
     alone = [each for each in records if (each["kind"], each["replicate"]) != ("first", "0/1")]
     row, *_ = comparison.l0_ratios(comparison.kinds(alone, SITE), "first")
     assert (row["seeds"], row["ratio"].middle) == (1, pytest.approx(1.5))
-    assert comparison.ratios_table(rows).rows[0][:2] == ["second", "1.73 (0.28 to 10.77)"]
+    assert comparison.ratios_table(rows).rows[0][:3] == ["second", "2", "1.73 (0.28 to 10.77)"]
 
 
 def test_differences_at_equal_l0(records):
@@ -88,8 +90,19 @@ def test_differences_at_equal_l0(records):
     np.testing.assert_allclose(row["differences"]["loss_recovered"], frontiers.over_seeds(differences))
     assert math.isnan(row["values"]["score"].middle)
     table = comparison.equal_l0_table([*rows.values()], comparison.known(of_site), "first")
-    assert table.columns == ["L0", "Kind", "Loss recovered", "KL"]
-    assert [line[2].count("(") for line in table.rows] == [0, 1]
+    assert table.columns == ["L0", "Kind", "Seeds", "Loss recovered", "KL"]
+    assert [line[2] for line in table.rows] == ["2", "2"]
+    assert [line[3].count("(") for line in table.rows] == [0, 1]
+
+
+def test_a_score_of_a_part_of_the_seeds_has_a_difference_only(records):
+    """The second kind has a seed without a score, which the first kind does not have."""
+    for each in records:
+        each["score"] = NAN if (each["kind"], each["replicate"]) == ("second", "0/1") else 0.5
+    records = [each for each in records if (each["kind"], each["replicate"]) != ("first", "0/1")]
+    of_site = comparison.kinds(records, SITE)
+    table = comparison.equal_l0_table(comparison.at_equal_l0(of_site, "first", (100,)), ["score"], "first")
+    assert [line[2:] for line in table.rows] == [["1", "0.500"], ["2 (1 shared)", "– (+0.000)"]]
 
 
 def test_what_was_measured_is_by_sparsity(records):
@@ -144,6 +157,16 @@ def test_a_run_is_compared(compared, collected_run):
     assert {sae["kind"] for sae in tree["saes"]} == {"gated", "baseline"}
 
 
+def test_the_docs_tables_are_of_its_file(compared, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs")
+    recipe = importlib.import_module("recipe")
+    rows = json.loads((compared / "compare.json").read_text())["sites"][SITE]["at_equal_l0"]
+    made = [*recipe.compared_rows({"equal_l0": [row | {"seeds": 3} for row in rows]})]
+    assert [line[:2] for line in made] == [(f"{row['l0']:g}", row["kind"]) for row in rows]
+    middle = rows[0]["values"]["kl"]["middle"]
+    assert made[0][2 + recipe.COMPARED.index("kl")].startswith(f"{middle:.4f} [")
+
+
 def test_the_page_names_what_it_shows(compared):
     page = (compared / "compare.md").read_text()
     assert f"`{SITE}`" in page
@@ -175,10 +198,33 @@ def test_what_was_not_collected_has_no_score(copied, tmp_path):
     folder = comparing.compare(comparing.Wanted([str(copied)], probe_tokens=0), str(tmp_path / "out"))
     tree = json.loads((folder / "compare.json").read_text())
     (note,) = tree["notes"]
+    assert note.startswith("All SAEs")
     assert note.endswith(f"python -m gsae_jax.collect --workdir {copied}")  # nothing to overwrite
     assert note.partition(":")[0] in (folder / "compare.md").read_text()
     assert {sae["score"] for sae in tree["saes"]} == {None}
     assert "probes" not in tree
+
+
+def test_the_command_that_a_note_has_keeps_what_was_collected(collected_run, tmp_path):
+    run = shutil.copytree(collected_run, tmp_path / "run")
+    kept, *others = sorted((run / "features").glob("*.sqlite"))
+    others[0].unlink()
+    (note,) = compare_notes(run, tmp_path / "out")
+    name, tokens = others[0].stem, features_of(run)[kept.stem]
+    command = f"python -m gsae_jax.collect --workdir {run} --sae {name} --tokens {tokens}"
+    assert (note.partition(" ")[0], note.partition("Collect: ")[2]) == (name, command)
+
+
+def features_of(run):
+    """How many tokens the features of each SAE were collected on."""
+    every = gsae_jax.features.load(run)
+    about = {name: features.about["collection"] for name, features in every.items()}
+    return {name: each["rows"] * each["context_length"] for name, each in about.items()}
+
+
+def compare_notes(run, out):
+    wanted = comparing.Wanted([str(run)], features=5, probe_tokens=0)
+    return json.loads((Path(comparing.compare(wanted, str(out))) / "compare.json").read_text())["notes"]
 
 
 def kinds_of(*runs):
@@ -203,6 +249,9 @@ def test_runs_that_differ_in_seeds_are_replicates(copied, tmp_path):
     assert kinds_of(copied, again) == {"gated", "baseline"}
     other = changed(copied, tmp_path / "other", seed=7, train__warmup_steps=5)
     assert kinds_of(copied, other) == {f"{run}/{kind}" for run in ("copy", "other") for kind in ("gated", "baseline")}
+    stacks = json.loads((copied / "config.json").read_text())["stacks"]
+    fewer = {name: stack | {"seeds": stack["seeds"][:1]} for name, stack in stacks.items()}
+    assert kinds_of(copied, changed(again, tmp_path / "fewer", stacks=fewer)) == {"gated", "baseline"}
     same = changed(copied, tmp_path / "same")  # of the same seed: it is the same run
     assert kinds_of(copied, same) == {f"{run}/{kind}" for run in ("copy", "same") for kind in ("gated", "baseline")}
 
@@ -224,6 +273,51 @@ def test_kinds_without_a_coefficient_are_replicates_at_every_site(copied, tmp_pa
     for run in runs:
         (run / "report" / "report.json").write_text(json.dumps(report | {"saes": saes}))
     assert kinds_of(*runs) == {"gated_batch_topk initial_k"}
+
+
+def with_stacks(run, folder, stacks):
+    """A copy of a run with an SAE of each stack in its config and its report.
+
+    `stacks`: by name, the config and the frontier.
+    """
+    report = json.loads((run / "report" / "report.json").read_text())
+    saes = [
+        report["saes"][0]
+        | {"stack": name, "index": 0, "seed": 0, "site": stack.site, "frontier": frontier, "variant": "topk"}
+        | {"learning_rate": 1e-3, "width": stack.width}
+        for name, (stack, frontier) in stacks.items()
+    ]
+    changed(run, folder, stacks={name: stack.to_dict() for name, (stack, _) in stacks.items()})
+    (folder / "report" / "report.json").write_text(json.dumps(report | {"saes": saes}))
+    return folder
+
+
+def topk(width, site=SITE, **options):
+    return gsae_jax.stack_config("topk", site, width, k=8, learning_rates=(1e-3,), **options), "topk"
+
+
+def test_different_recipes_are_never_one_kind(copied, tmp_path):
+    """Here they differ in width, and their stacks in a number only."""
+    run = with_stacks(copied, tmp_path / "run", {"topk_64": topk(64), "topk_128": topk(128)})
+    assert kinds_of(run) == {"topk_64", "topk_128"}
+
+
+def test_a_kind_has_one_name_at_all_sites(copied, tmp_path):
+    other = "blocks.1.hook_mlp_out"
+    first = with_stacks(copied, tmp_path / "first", {"a": topk(64), "b": topk(64, other)})
+    second = with_stacks(copied, tmp_path / "second", {"a": topk(64, b1=0.5)})
+    runs = comparing._runs([str(first), str(second)])
+    found = {(record["kind"], record["site"]) for record in comparing._records(runs)}
+    assert found == {("first/topk", SITE), ("first/topk", other), ("second/topk", SITE)}
+
+
+def test_the_reference_has_the_most_seeds(copied):
+    """If a stack has several rates, each is a kind, and the first may have one seed only."""
+    made = comparing._records(comparing._runs([str(copied)]))
+    few, many = [[r | {"kind": kind} for r in made if r["kind"] == "gated"] for kind in ("few", "many")]
+    few = [r for r in few if r["seed"] == 0]
+    assert comparing._references([*few, *many], "") == {SITE: "many"}
+    assert comparing._references([*few, *many], "few") == {SITE: "few"}
 
 
 def compare(runs, out, **others):
@@ -271,6 +365,16 @@ def test_what_cannot_be_compared(copied, labelled, tmp_path):
     facts.write_text(facts.read_text().replace(fingerprint, fingerprint[::-1]))
     with refused("--runs", "another language model"):
         comparing._runs([str(copied), str(other)])
+    for run, content in ((other, "1"), (elsewhere, "2")):  # the same model, but others of one name
+        tree = json.loads((copied / "checkpoints" / "16" / "facts" / "metadata").read_text())
+        (run / "checkpoints" / "16" / "facts" / "metadata").write_text(
+            json.dumps(tree | {"lms": {"chat": {"a": content}}})
+        )
+        for manifest in run.glob("checkpoints/*/manifest.json"):
+            manifest.unlink()
+    shutil.copy(copied / "report" / "report.json", elsewhere / "report" / "report.json")
+    with refused("--runs", "of the name chat"):
+        comparing._runs([str(elsewhere), str(other)])
     assert not out.exists()
     out.mkdir()
     with refused("--out"):

@@ -119,7 +119,10 @@ def test_a_frontier_that_does_not_reach_a_level_is_named():
 def test_architectures_are_compared_with_each_other_at_a_site():
     """All with baselines, gated ones with the others; variants of one architecture only with baselines."""
     records, sums, ones = [], {}, np.full(50, 1.0)
-    variants = ("gated", "gated tie_encoder=False", "batch_topk", "relu", "relu_transcoder", "jumprelu")
+    variants = (
+        *("gated", "gated tie_encoder=False", "batch_topk", "relu", "relu_transcoder", "jumprelu"),
+        *("relu initial_l0=0", "topk"),
+    )
     for variant in variants:
         for index, recovered in enumerate((0.7, 0.97)):
             site, name = "elsewhere" if variant == "jumprelu" else SITE, f"{variant.replace(' ', '-')}_{index}"
@@ -129,12 +132,35 @@ def test_architectures_are_compared_with_each_other_at_a_site():
             about = {"site": site, "variant": variant, "width": 8, "learning_rate": 1e-3, "seed": 0, "ito": 0}
             records.append(about | {"name": name, "loss_recovered": recovered, "l0": l0[0]})
     pairs = {(ratio["stack"], ratio["baseline"]) for ratio in frontiers.ratios(records, sums)}
+    baselines = ("relu", "relu-initial_l0=0", "relu_transcoder")
     untied = "gated-tie_encoder=False"
     assert pairs == {
-        *((name, other) for name in ("gated", untied) for other in ("batch_topk", "relu", "relu_transcoder")),
-        *(("batch_topk", other) for other in ("relu", "relu_transcoder")),
-        ("relu", "relu_transcoder"),
+        *((name, other) for name in ("gated", untied) for other in ("batch_topk", "topk", *baselines)),
+        *((name, other) for name in ("batch_topk", "topk") for other in baselines),
+        *((name, "relu_transcoder") for name in ("relu", "relu-initial_l0=0")),
+        ("batch_topk", "topk"),
     }
+
+
+def test_one_without_active_features_is_not_part_of_a_frontier():
+    """If λ is too large."""
+    recovered, l0 = np.array([0.2, 0.85, 0.95]), np.array([0.0, 10, 30])
+    assert frontiers.log_l0_at(0.9, recovered, l0) == pytest.approx(np.log([10, 30]).mean())
+    assert np.isnan(frontiers.log_l0_at(0.5, recovered, l0))
+    assert np.isnan(frontiers.log_l0_at(0.2, recovered[:1], l0[:1]))
+
+
+def test_stacks_without_a_coefficient_are_a_frontier_of_one_run():
+    """Those of another run may be of another recipe."""
+
+    def sae(run, stack, l0):
+        about = {"site": SITE, "variant": f"topk k={l0}", "frontier": "topk", "width": 8, "index": 0}
+        return about | {"run": run, "stack": stack, "l0": l0, "name": f"{stack}_0"}
+
+    saes = [sae(run, f"{stack}_{k}", k) for run, stack in (("a", "plain"), ("b", "kl")) for k in (64, 16)]
+    frontier = {stack: [record["name"] for record in members] for (_, stack), members in frontiers.stacks(saes).items()}
+    assert frontier == {"a/topk": ["plain_16_0", "plain_64_0"], "b/topk": ["kl_16_0", "kl_64_0"]}
+    assert [stack for _, stack in frontiers.stacks(saes[:2])] == ["topk"]
 
 
 def compared(first, second, rows=None, recovered=MappingProxyType({})):

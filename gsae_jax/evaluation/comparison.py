@@ -113,7 +113,9 @@ def at_equal_l0(of_site: Kinds, reference: str, l0s: Sequence[float]) -> list[di
                 pairs = _by_seed(of_site, kind, reference, at)
                 differences[name] = frontiers.over_seeds([ours - theirs for ours, theirs in pairs] or [math.nan])
             if any(math.isfinite(value.middle) for value in values.values()):
-                rows.append({"l0": l0, "kind": kind, "seeds": len(seeds), "values": values, "differences": differences})
+                shared = len(seeds.keys() & of_site[reference].keys())
+                row = {"l0": l0, "kind": kind, "seeds": len(seeds), "shared": shared}
+                rows.append(row | {"values": values, "differences": differences})
     return rows
 
 
@@ -158,23 +160,31 @@ def measured_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> T
 def ratios_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each kind of `l0_ratios`."""
     kinds = dict.fromkeys(row["kind"] for row in rows)
+    seeds = {row["kind"]: str(row["seeds"]) for row in rows}
     of = {(row["kind"], row["level"]): _ratio(row["ratio"]) for row in rows}
-    lines = [[kind, *(of[kind, level] for level in frontiers.LEVELS)] for kind in kinds]
-    return Table(["Kind", *(f"at {level:g}" for level in frontiers.LEVELS)], lines)
+    lines = [[kind, seeds[kind], *(of[kind, level] for level in frontiers.LEVELS)] for kind in kinds]
+    return Table(["Kind", "Seeds", *(f"at {level:g}" for level in frontiers.LEVELS)], lines)
 
 
 def equal_l0_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], reference: str) -> Table:
-    """A row for each of `at_equal_l0`: a metric, and in parentheses its difference from the reference."""
+    """A row for each of `at_equal_l0`: a metric, and in parentheses its difference from the reference.
+
+    Metrics are over all seeds of a kind, and differences over those that the reference has too.
+    """
     names = [name for name in names if name != "l0"]
 
     def cell(row: Mapping[str, Any], name: str) -> str:
         value, difference, form = row["values"][name], row["differences"][name], METRICS[name].form
         if not math.isfinite(difference.middle) or row["kind"] == reference:
             return _shown(value, form)
-        return f"{value.middle:{form}} ({_shown(difference, form, '+')})"
+        return f"{tables.number(value.middle, form)} ({_shown(difference, form, '+')})"
 
-    columns = ["L0", "Kind", *(METRICS[name].title for name in names)]
-    return Table(columns, [[f"{row['l0']:g}", row["kind"], *(cell(row, name) for name in names)] for row in rows])
+    def seeds(row: Mapping[str, Any]) -> str:
+        return f"{row['seeds']}" + f" ({row['shared']} shared)" * (row["shared"] < row["seeds"])
+
+    columns = ["L0", "Kind", "Seeds", *(METRICS[name].title for name in names)]
+    lines = [[f"{row['l0']:g}", row["kind"], seeds(row), *(cell(row, name) for name in names)] for row in rows]
+    return Table(columns, lines)
 
 
 def labels_table(of_site: Kinds, l0: float, dense: Mapping[str, float]) -> Table:

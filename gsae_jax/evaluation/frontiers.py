@@ -18,23 +18,26 @@ NOT_REACHED, UNCERTAIN = "not reached", "uncertain"  # why an L0 at a level is u
 def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Records of SAEs by (site, stack), by ascending L0.
 
-    A stack's SAEs have one site, variant and width. Where others at the site have its name, its variant follows, and
-    its width where that is not enough: SAEs that came together need not be of one kind, as dictionary_learning's
+    A stack's SAEs have one run, site, variant and width. Where others at the site have its name, its variant follows,
+    and its width where that is not enough: SAEs that came together need not be of one kind, as dictionary_learning's
     trainer_0 and trainer_1. Where an option says how many features are active, the stacks of a run that differ in it
-    alone are one, which has the name of their variant without that option.
+    alone are one, which has the name of their variant without that option. If several runs have it, each has its own,
+    whose name begins with the run's.
     """
-    groups = defaultdict(list)
+    groups: dict[tuple[str, str, str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for record in sorted(records, key=lambda record: (math.isnan(record["l0"]), record["l0"])):
-        stem = identity(record)[1]
+        run, stem, _ = identity(record)
         if record.get("frontier"):
             stem = "/".join(filter(None, (stem.rpartition("/")[0], record["frontier"])))
-        groups[stem, record["site"], family(record), record["width"]].append(record)
+        groups[stem, record["site"], run, family(record), record["width"]].append(record)
     frontiers = {}
-    for (stem, site, variant, width), members in sorted(groups.items()):
-        others = [(kind, size) for same, other_site, kind, size in groups if (same, other_site) == (stem, site)]
-        by_variant = f"/{variant}" if len({kind for kind, _ in others}) > 1 else ""
-        by_width = f"/{width}" if [kind for kind, _ in others].count(variant) > 1 else ""
-        frontiers[site, f"{stem}{by_variant}{by_width}"] = members
+    for (stem, site, run, variant, width), members in sorted(groups.items()):
+        others = [(other, kind, size) for same, where, other, kind, size in groups if (same, where) == (stem, site)]
+        variants = [kind for other, kind, _ in others if other == run]
+        by_run = f"{run}/" if len({other for other, *_ in others}) > 1 else ""
+        by_variant = f"/{variant}" if len({*variants}) > 1 else ""
+        by_width = f"/{width}" if variants.count(variant) > 1 else ""
+        frontiers[site, f"{by_run}{stem}{by_variant}{by_width}"] = members
     return frontiers
 
 
@@ -52,10 +55,14 @@ def identity(record: dict[str, Any]) -> tuple[str, str, int | str]:
 
 
 def log_l0_at(level: float, recovered: np.ndarray, l0: np.ndarray) -> float:
-    """Log L0 of a frontier where it recovers so much, interpolated; NaN where it does not pass the level."""
+    """Log L0 of a frontier where it recovers so much, interpolated; NaN where it does not pass the level.
+
+    SAEs without active features are left out.
+    """
     order = np.argsort(recovered)
+    order = order[l0[order] > 0]
     recovered, l0 = recovered[order], l0[order]
-    if not recovered[0] <= level <= recovered[-1] or not (l0 > 0).all():
+    if not len(l0) or not recovered[0] <= level <= recovered[-1]:
         return math.nan
     return float(np.interp(level, recovered, np.log(l0)))
 
@@ -165,11 +172,14 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         for names in (names for by_seed in by_rate.values() for names in by_seed.values()):
             if not math.isfinite(log_l0(level, names, 0)):
                 ends = sorted((points[name]["loss_recovered"][0], points[name]["l0"][0]) for name in names)
+                ends = [(recovered, l0) for recovered, l0 in ends if l0 > 0]
+                if not ends:
+                    continue
                 (low, l0_there), (high, l0_at_most) = ends[0], ends[-1]
                 # Compared at the end that is nearer to the level. Where the best does not go that far its mean is NaN,
                 # nothing can be compared, and the level is kept.
                 at, l0 = (level, l0_there) if low > level else (high, l0_at_most)
-                if l0 > 0 and math.log(l0) < mean(at, rate):
+                if math.log(l0) < mean(at, rate):
                     return math.nan, math.nan, UNCERTAIN
         return lowest, rate, ""
 

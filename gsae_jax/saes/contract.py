@@ -467,12 +467,13 @@ def is_gated(variant: str) -> bool:
 def is_compared(ours: str, theirs: str) -> bool:
     """Whether a report divides the L0 of one variant by that of another.
 
-    All are divided by ReLU SAEs, transcoders and crosscoders with the default options. Otherwise variants of different
-    architectures are compared, gated ones divided by the others.
+    All are divided by ReLU SAEs, transcoders and crosscoders with the default options; how many features are active at
+    the start may differ. Otherwise variants of different architectures are compared, gated ones divided by the others.
     """
 
     def place(variant: str) -> int:
-        return 2 if variant in BASELINES else 0 if is_gated(variant) else 1
+        of_training = " ".join(part for part in variant.split(" ") if not part.startswith("initial_l0="))
+        return 2 if of_training in BASELINES else 0 if is_gated(variant) else 1
 
     architecture, other = (variant.partition(" ")[0] for variant in (ours, theirs))
     if place(ours) != place(theirs):
