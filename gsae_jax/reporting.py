@@ -37,6 +37,7 @@ def measure_again(workdir: run_directory.Workdir, config: Experiment) -> None:
     logger.info(evaluate(workdir.path, config=config_trees.to_dict(config), earlier="aside"))
     processes.wait("the report")  # until every process has read the config
     if processes.first():
-        workdir.create(config_trees.to_dict(dataclasses.replace(workdir.experiment(), evaluation=config.evaluation)))
+        changed = dataclasses.replace(workdir.experiment(), evaluation=config.evaluation)
+        workdir.create(config_trees.to_dict(changed), workdir.latest_step())
         workdir.release()
     processes.wait("the changed config")

@@ -290,12 +290,11 @@ def _start(name: str, stack: config_lib.Stack) -> dict[str, np.ndarray]:
     names = set(jax.eval_shape(lambda: module.init(jax.random.key(0), like)))
     if names != set(params):
         raise UserError(f"need parameters {sorted(names)}, but {stack.start_from} has {sorted(params)}", "options")
-    encoders = [key for key in names if module.PARAMETERS[key].role is contract.Role.ENCODER]
     for start in each:
         normal = contract.normal_form(module, start, like)
-        if any(np.any(normal[key] != start[key]) for key in encoders):
+        if changed := [key for key in sorted(names) if np.any(normal[key] != start[key])]:
             kind = contract.variant(stack.architecture, like)
-            why = f"are those of {kind!r}, which changes the encoders of {stack.start_from}"
+            why = f"are those of {kind!r}, which changes {', '.join(changed)} of {stack.start_from}"
             raise UserError(f"{why}; write the options that these were trained with", "options")
     return params
 

@@ -116,7 +116,12 @@ def of_model(config: Any, wanted: Wanted) -> str:
         model=fingerprint,
         tokenizer=config_lib.fingerprint(tokenizer.backend_tokenizer.to_str()),
         text=config_lib.fingerprint(rows.fingerprint, held_out.fingerprint),
-        source={"model": names_of["model_name"], "text": names_of["dataset_path"]},
+        source={
+            "model": names_of["model_name"],
+            "text": names_of["dataset_path"],
+            "held_out": held_out.fingerprint,
+            "held_out_tokens": str(rows_lib.held_out_tokens(config, config.evaluation.tokens)),
+        },
     )
     processes.agree("--out", manifest.to_json(), "start every process with the same command and the same files")
     with _opened(wanted, manifest) as writer:
@@ -208,7 +213,11 @@ def _continued(
     # The order of the rows is that of the first command; a later one may ask for fewer of them.
     fewer = wanted.tokens is not None and now.rows["train"] < before.planned_rows["train"]
     same = ("text", "rows", "planned_rows", "shard_rows") if fewer else ("rows", "shard_rows")
-    was, wants = before.to_json(), now.to_json()
+    # `held_out` is a part of `text`, and earlier versions did not write it.
+    was, wants = (
+        each.to_json() | {"source": {name: each.source.get(name) for name in ("model", "text")}}
+        for each in (before, now)
+    )
     differing = [name for name in was if was[name] != wants[name] and name not in same]
     if not fewer and now.planned_rows != before.planned_rows:
         differing.append("tokens")

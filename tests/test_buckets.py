@@ -131,7 +131,7 @@ def test_a_run_in_a_bucket_is_checked(bucket, experiment, monkeypatch):
         workdir.config()
     workdir.check(config)
     assert not [path for path in bucket.rglob("*") if path.is_file()]
-    workdir.create(config)
+    workdir.create(config, None)
     assert json.loads((bucket / "runs" / "x" / "config.json").read_text()) == workdir.config() == config
     workdir.check(config | {"seed": 1})  # there is no checkpoint yet
     (bucket / "runs" / ".probe-of-another-process").write_text("")

@@ -98,6 +98,16 @@ def refusal(use, config, folder):
             ("is 10,", "stacks.gated.target_l0", "two thirds", "less than 10"),
         ),
         (
+            {"stacks__gated__target_l0": (9.0,), "stacks__gated__coefficient_warmup_fraction": 0.66},
+            "stacks.gated.coefficient_warmup_fraction",
+            ("is 0.66,", "stacks.gated.target_l0", "two thirds", "at most 0.56"),
+        ),
+        (
+            {"stacks__gated__kl_fraction": 0.5, "checkpoint__keep_best": "gated/mse"},
+            "checkpoint.keep_best",
+            ("'gated/mse'", "stacks.gated.kl_fraction"),
+        ),
+        (
             {"stacks__gated__options": {"only_magnitude": True}},
             "stacks.gated.options.only_magnitude",
             ("features", 'start_from="RUN:STACK"'),

@@ -92,6 +92,12 @@ def test_the_activations_are_those_of_each_model(two, lm, tuned, mesh):
         np.testing.assert_allclose(activations[site], model.activations(tokens, HOOK)[HOOK], atol=2e-5)
         scale = state.scales[site] * np.asarray(activations[site] - state.means[site][None, None])
         assert np.square(scale).sum(-1).mean() == pytest.approx(32, rel=0.2)
+    # As rows of conversations are, whose roles hide tokens.
+    hidden = np.where(np.arange(tokens.shape[1]) % 2, tokens, ~tokens)
+    same, allowed = jax.jit(program.source)(params, program.source.place(hidden))
+    np.testing.assert_array_equal(program.source.tokens(hidden), tokens)
+    np.testing.assert_array_equal(same[OTHER], activations[OTHER])
+    assert not allowed[:, ::2].any()
     state, metrics = advance(program, state, params, stream, 1)
     assert np.isfinite(metrics["cross"]["loss"]).all()
 

@@ -162,6 +162,12 @@ def test_a_stack_starts_from_an_sae_that_was_trained_elsewhere(experiment, tmp_p
         starts(tmp_path / "a" / "jump")
     with refused(field, "differs in site", "blocks.0.hook_mlp_out here"):
         starts(tmp_path / "a" / "plain", site="blocks.0.hook_mlp_out")
+    fixed = gated.Config(64, 128)
+    whole = dataclasses.replace(make(gated), site=site, config=fixed, params=away_from_init(gated, fixed))
+    whole.save(tmp_path / "gated")
+    with refused("stacks.second.options", "use_r_mag=False", "changes r_mag of"):
+        starts(tmp_path / "gated", architecture="gated", options={"use_r_mag": False})
+    assert starts(tmp_path / "gated", architecture="gated")["r_mag"].any()
     with refused(field, f"{tmp_path / 'a'} has 2 kinds of SAEs"):
         starts(tmp_path / "a")
     with refused(field, "google/x is not here"):

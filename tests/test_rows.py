@@ -274,7 +274,7 @@ def test_the_standard_library_is_held_out_by_file(tmp_path):
 
 def test_the_held_out_tokens_of_a_run(experiment, tmp_path):
     workdir = run_directory.Workdir(tmp_path / "run")
-    workdir.create(config_trees.to_dict(experiment))
+    workdir.create(config_trees.to_dict(experiment), None)
     workdir.release()
     tokenizer = loading.load_lm(experiment.lm.path).tokenizer
     for tokens, rows in ((None, experiment.evaluation.tokens // 16), (512, 32)):

@@ -286,6 +286,8 @@ def test_what_does_not_belong_to_the_store_is_refused(made, tmp_path, lm_dir):
         "stacks.gated.site": {"stacks.gated.site": "blocks.1.hook_mlp_out"},
         "data.context_length": {"data.context_length": 32},
         "stacks.gated.kl_fraction": {"stacks.gated.kl_fraction": 0.5},
+        "data.prepend_bos": {"data.prepend_bos": False},
+        "data.source": {"data.path": "", "data.corpus": "stdlib"},
     }
     for field, changes in cases.items():
         with refused(field):

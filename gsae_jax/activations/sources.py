@@ -146,13 +146,13 @@ class LanguageModels:
         return {sites_lib.at(hook, name): width for name, model in each for hook, width in model.widths.items()}
 
     def tokens(self, rows: np.ndarray) -> np.ndarray:
-        """The rows themselves."""
-        return rows
+        """As of `LanguageModel`."""
+        return self.models[""].tokens(rows)
 
     def place(self, rows: np.ndarray) -> jax.Array:
         """As `LanguageModel.place`; every model must have these ids."""
         for model in self.models.values():
-            loading.check_tokens(rows, model.module.config.d_vocab, "data")
+            loading.check_tokens(model.tokens(rows), model.module.config.d_vocab, "data")
         return self.models[""].place(rows)
 
     def __call__(self, params: Mapping[str, Any], batch: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -76,7 +76,8 @@ class Manifest:
         model: fingerprints of the language model; empty where there is none.
         tokenizer: fingerprint of its tokenizer.
         text: fingerprint of the rows of tokens, or of the files that the activations are from.
-        source: what the model and the text are called.
+        source: what the model and the text are called; of a language model also `held_out`, the fingerprint of
+            held-out rows, and `held_out_tokens`, how many were asked for. Stores of earlier versions do not have these.
     """
 
     dtype: str

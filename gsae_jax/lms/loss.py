@@ -51,14 +51,27 @@ def cross_entropy_and_divergence(
 def divergence(
     module: Any, params: Any, x_BxTxD: jax.Array, clean_BxTxD: jax.Array, tokens_BxT: jax.Array
 ) -> jax.Array:
-    """KL(clean || x) in nats [B, T-1], for training: its gradient computes the logits again instead of keeping them."""
+    """KL(clean || x) in nats [B, T-1], for training: only `x` has a gradient.
+
+    It is computed with the value, as logits are too large to be kept, and would have to be computed again.
+    """
 
     def at_position(logits: Logits, streams: tuple[jax.Array, ...], _: jax.Array) -> jax.Array:
-        @jax.checkpoint
-        def nats(x_BxD: jax.Array, clean_BxD: jax.Array) -> jax.Array:
-            log_q_BxV, log_p_BxV = (jax.nn.log_softmax(logits(stream), axis=-1) for stream in (x_BxD, clean_BxD))
-            return jnp.sum(jnp.exp(log_p_BxV) * (log_p_BxV - log_q_BxV), axis=-1)
+        def value_and_gradient(x_BxD: jax.Array, clean_BxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits_BxV, transpose = jax.vjp(logits, x_BxD)
+            log_q_BxV, log_p_BxV = (jax.nn.log_softmax(z, axis=-1) for z in (logits_BxV, logits(clean_BxD)))
+            p_BxV = jnp.exp(log_p_BxV)
+            (gradient_BxD,) = transpose((jnp.exp(log_q_BxV) - p_BxV).astype(logits_BxV.dtype))
+            return jnp.sum(p_BxV * (log_p_BxV - log_q_BxV), axis=-1), gradient_BxD
 
+        @jax.custom_vjp
+        def nats(x_BxD: jax.Array, clean_BxD: jax.Array) -> jax.Array:
+            return value_and_gradient(x_BxD, clean_BxD)[0]
+
+        def backward(gradient_BxD: jax.Array, of_nats_B: jax.Array) -> tuple[jax.Array, None]:
+            return (of_nats_B[:, None] * gradient_BxD).astype(gradient_BxD.dtype), None
+
+        nats.defvjp(value_and_gradient, backward)
         return nats(*streams)
 
     return _by_position(module, params, at_position, (x_BxTxD, clean_BxTxD), tokens_BxT)
@@ -79,9 +92,8 @@ def _by_position(
     """
     B, T = tokens_BxT.shape
     params = partition.gather_head(params, module.mesh)
-    positions = min(
-        T - 1, max(1, logits_per_chunk(jax.default_backend()) // (len(streams) * B * module.config.d_vocab))
-    )
+    rows, d_vocab = partition.logits(B, module.config.d_vocab, module.mesh)
+    positions = min(T - 1, max(1, logits_per_chunk(jax.default_backend()) // (len(streams) * rows * d_vocab)))
 
     def logits(x_BxD: jax.Array) -> jax.Array:
         return module.apply({"params": params}, x_BxD[None], method="logits")[0]

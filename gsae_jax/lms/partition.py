@@ -57,6 +57,14 @@ def rows(x_BxTxD: jax.Array, mesh: Mesh | None) -> jax.Array:
     return _constrain(x_BxTxD, mesh, "data", None, None)
 
 
+def logits(rows: int, d_vocab: int, mesh: Mesh | None) -> tuple[int, int]:
+    """How many rows of logits, and how many of their columns, are on each device."""
+    if mesh is None:
+        return rows, d_vocab
+    data, latent = mesh.shape["data"], mesh.shape["latent"]
+    return rows if rows % data else rows // data, d_vocab if d_vocab % latent else d_vocab // latent
+
+
 def lookup(W_E: jax.Array, tokens_BxT: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Embeddings [B, T, D] of tokens."""
     if mesh is None:

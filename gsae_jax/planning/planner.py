@@ -340,8 +340,8 @@ def _kl_operations(program: Program, name: str, forward: float) -> float:
     rows = jax.ShapeDtypeStruct((config.activations.rows_per_forward, config.data.context_length), jnp.int32)
     whole = _flops(lambda params, tokens: dense.apply({"params": params}, tokens, method="hidden"), lm_params, rows)
     tokens = config.rows_per_call * config.data.context_length
-    # Logits of the clean predictions and of the others, both again for the gradient, and the gradient.
-    logits = 5 * 2 * tokens * lm.d_model * lm.d_vocab
+    # Logits of the clean predictions and of the others, and the gradient.
+    logits = 3 * 2 * tokens * lm.d_model * lm.d_vocab
     total, longest = 0.0, 0.0
     for stack in program.stacks:
         if not stack.config.kl_fraction or parts(stack.config.targets[0])[1] != name:

@@ -200,20 +200,30 @@ class Workdir(SavedCheckpoints):
             self.path.check_name()
             self.path.check_writable()
 
-    def create(self, config: dict[str, Any]) -> None:
+    def check_latest(self, latest: int | None) -> None:
+        """Raises `UserError` if the newest step is not this one."""
+        if self.latest_step() != latest:
+            raise UserError("another process has trained here meanwhile; run the command again", self.field)
+
+    def create(self, config: dict[str, Any], latest: int | None) -> None:
         """Make the directory and write the config, with absolute paths.
 
         The config of a run that continues gets no fields that it did not have. By their absence the next start knows
         which settings did not exist when the run began.
 
+        Args:
+            config: of the run.
+            latest: the newest step when the config was checked.
+
         Raises:
-            UserError: the disk is full, or another process trains here.
+            UserError: the disk is full, or another process trains here, or has trained here since.
         """
         try:
             self.path.make_folder()
             self.hold()
             located = _located(config)
-            if self.latest_step() is not None:
+            self.check_latest(latest)
+            if latest is not None:
                 free = {group: config[group] for group in FREE if group in config}
                 located = _as_recorded(located, self.config()) | free
             writing.write_text(self.path / "config.json", json.dumps(located, indent=2) + "\n")

@@ -55,13 +55,12 @@ def _train(run: Prepared) -> bool:
     logger.info(run.about)
     state = _started(run) if before is None else None
     if processes.first():
-        workdir.create(config_trees.to_dict(run.config))
+        workdir.create(config_trees.to_dict(run.config), run.latest)
         for hint in loggers.hints(run.config.loggers, workdir.path):
             logger.info(hint)
     processes.wait("the run's directory")
     workdir.config()
-    if workdir.latest_step() != run.latest:
-        raise UserError("another process has trained here meanwhile; run the command again", "--workdir")
+    workdir.check_latest(run.latest)
     checkpoints = checkpoints_lib.Checkpoints(workdir, run.config.checkpoint)
     try:
         if state is None:

@@ -239,6 +239,7 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
         checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         tokenizer, fingerprint = checkpoint.tokenizer(), checkpoint.fingerprint()
         _check_model(config, store, checkpoint, fingerprint, tokenizer)
+        _check_text(config, store, tokenizer, checkpoint.config.d_vocab)
     return _Origin(
         program,
         {},
@@ -276,6 +277,25 @@ def _check_model(
         )
     if config_lib.fingerprint(tokenizer.backend_tokenizer.to_str()) != manifest.tokenizer:
         raise UserError(f"{name} has another tokenizer than the store {store.path}; put its tokenizer back, {without}")
+
+
+def _check_text(config: Experiment, store: store_lib.Store, tokenizer: Any, d_vocab: int) -> None:
+    """Raises `UserError` for text that is not that of a store, or is divided into rows in another way."""
+    manifest = store.manifest
+    if not manifest.model:
+        return
+    if (bos := manifest.stride < manifest.context_length) != config.data.prepend_bos:
+        why = f"but the rows of the store {store.path} {'begin' if bos else 'do not begin'} with BOS"
+        raise UserError(f"is {config.data.prepend_bos}, {why}; write {bos}", "data.prepend_bos")
+    recorded = manifest.source.get("held_out")
+    tokens = int(manifest.source.get("held_out_tokens", 0))
+    if recorded and rows_lib.open_rows(config.data, "test", tokenizer, tokens, d_vocab).fingerprint != recorded:
+        raise UserError(
+            f"is {config.data.source!r}, which has activations of other text ({manifest.source['text']}) than the "
+            "config's, or of other rows of it. Held-out text would be what the store trains on; write the fields of "
+            f"data with which the store was written, or lm.path={NO_MODEL!r}",
+            "data.source",
+        )
 
 
 def _about(config: Experiment, rows: store_lib.StoredRows) -> str:

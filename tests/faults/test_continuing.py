@@ -301,7 +301,8 @@ def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_p
     assert loop.train(experiment, run)
     shutil.copytree(run, tmp_path / "cut")
     back_to(tmp_path / "cut", 8)
-    run_directory.Workdir(run).create(config_trees.to_dict(contract.with_recipes(longer)))
+    workdir = run_directory.Workdir(run)
+    workdir.create(config_trees.to_dict(contract.with_recipes(longer)), workdir.latest_step())
     facts = run_directory.Workdir.facts
     monkeypatch.setattr(
         run_directory.Workdir, "facts", lambda self, step: dataclasses.replace(facts(self, step), lengths=[])

@@ -108,7 +108,7 @@ STATE = {"step": jnp.array(7)}
 def save(path, steps, **which):
     """A run directory in which these steps were saved, one after the other."""
     workdir = run_directory.Workdir(path)
-    workdir.create({})
+    workdir.create({}, workdir.latest_step())
     checkpoints = checkpoints_lib.Checkpoints(workdir, config_lib.Checkpoint(**{"every": 1, "keep": 1} | which))
     for step in steps:
         checkpoints.save(step, PARAMS, STATE, {"position": step}, Facts("all", machine={"score": float("nan")}), None)
@@ -133,7 +133,7 @@ def test_a_directory_of_any_name_keeps_what_is_saved_in_it(tmp_path, name):
 def test_a_failed_save_removes_nothing_of_a_neighbour(tmp_path):
     """Whose name the failed one's matches as a pattern."""
     workdir = run_directory.Workdir(tmp_path / "a?b")
-    workdir.create({})
+    workdir.create({}, None)
     checkpoints = checkpoints_lib.Checkpoints(workdir, config_lib.Checkpoint(every=1, keep=1))
     ours, theirs = (tmp_path / name / "checkpoints" / "1.orbax-checkpoint-tmp" for name in ("a?b", "axb"))
     for folder in (ours, theirs):

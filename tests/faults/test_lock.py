@@ -44,8 +44,21 @@ def test_a_lock_alone_does_not_make_a_directory_taken(experiment, tmp_path):
     (tmp_path / run_directory.LOCK).touch()
     workdir = run_directory.Workdir(tmp_path)
     workdir.check(config_trees.to_dict(experiment))
-    workdir.create(config_trees.to_dict(experiment))
+    workdir.create(config_trees.to_dict(experiment), None)
     with refused("--workdir", "another process", str(tmp_path)):
         run_directory.Workdir(tmp_path).hold()
     workdir.release()
     run_directory.Workdir(tmp_path).hold()
+
+
+def test_a_run_that_ended_meanwhile_keeps_its_config(experiment, tmp_path):
+    """A second process checked the empty directory before, and started after it."""
+    run, second = tmp_path / "run", run_directory.Workdir(tmp_path / "run")
+    other = config_trees.to_dict(experiment) | {"seed": 7}
+    second.check(other)
+    assert second.latest_step() is None
+    assert loop.train(experiment, run)
+    before = (run / "config.json").read_bytes()
+    with refused("--workdir", "meanwhile"):
+        second.create(other, None)
+    assert (run / "config.json").read_bytes() == before
