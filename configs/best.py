@@ -2,10 +2,11 @@
 
     python -m gsae_jax.train --config configs/best.py:blocks.0.hook_mlp_out --workdir runs/best/blocks.0.hook_mlp_out
 
-After the site, `tinystories`, a number of steps and `lower` mean the same as there. But three seeds have 2.4e-2 for any
-number of steps. An update with the KL divergence costs 2.7 to 7.6 times as much as the paper's at these sites
-(`python -m gsae_jax.plan`). So only 0.6 times as many steps are trained here. No site then needs more operations than
-with the paper's recipe, except for AuxK where features are dead.
+The words after the site (`tinystories`, a number of steps, `lower`) have the same meaning as in
+configs/reproduction.py, with one difference: here the rate 2.4e-2 has three seeds for any number of steps. An update
+with the KL divergence costs 2.7 to 7.6 times as much as the paper's at these sites (`python -m gsae_jax.plan`). So only
+0.6 times as many steps are trained here. No site then needs more operations than with the paper's recipe, except for
+AuxK where features are dead.
 
 The word `others`, as in `blocks.0.hook_mlp_out,others`, is for SAEs of other architectures in place of gated ones. They
 train for as many steps, have widths of equal compute, and their training ends with the KL divergence too.

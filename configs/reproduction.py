@@ -1,14 +1,15 @@
 """The paper's comparison at one site: gated SAEs, baselines 1.5 times as wide, and ablations.
 
-    python -m gsae_jax.train --config configs/reproduction.py:blocks.0.hook_mlp_out --workdir runs/reproduction/mlp_out
+    python -m gsae_jax.train --config configs/reproduction.py:blocks.0.hook_mlp_out \
+        --workdir runs/reproduction/blocks.0.hook_mlp_out
     python -m gsae_jax.train --config configs/reproduction.py:blocks.0.hook_mlp_out,ablations \
-        --workdir runs/reproduction/mlp_out_ablations
+        --workdir runs/reproduction/blocks.0.hook_mlp_out_ablations
 
 The first command trains both architectures at two learning rates. There are three seeds at 2.4e-2, the best rate of
 a first sweep (at 4.8e-2, training fails for both). The report compares each architecture at its best rate. The second
 command trains what lies between a baseline and a gated SAE, at 1.2e-2 and with three seeds. Rescale and shift (section
 5.2) starts from the baselines of such a run:
-`blocks.0.hook_mlp_out,from=runs/reproduction/mlp_out_ablations`.
+`blocks.0.hook_mlp_out,from=runs/reproduction/blocks.0.hook_mlp_out_ablations`.
 
 The word `tinystories`, as in `blocks.1.hook_resid_post,tinystories`, is for sites of the model of
 configs/tinystories.py. A number is of steps of training. With it there are three seeds at 1.2e-2, which a first run of

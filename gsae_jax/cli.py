@@ -93,6 +93,9 @@ def define_config(
     about = (
         "Path of a config file, or `quickstart`. --config.GROUP.FIELD=value changes one of its fields, for example "
         "--config.train.steps=5000; `python -m gsae_jax.settings` lists them all."
+        if cls is Experiment
+        else "Path of a config file, such as configs/pretrain_stdlib.py. --config.FIELD=value changes one of its "
+        "fields; `python -m gsae_jax.settings --pretrain` lists them all."
     )
     holder = config_flags.DEFINE_config_file("config", None, about, flag_values=flag_values, sys_argv=argv)
     flag_values["config"].parser = _ConfigParser(sys.argv if argv is None else argv, cls)
