@@ -4,7 +4,7 @@
 
 The words after the site (`tinystories`, a number of steps, `lower`) have the same meaning as in
 configs/reproduction.py, with one difference: here the rate 2.4e-2 has three seeds for any number of steps. An update
-with the KL divergence costs 2.7 to 7.6 times as much as the paper's at these sites (`python -m gsae_jax.plan`). So only
+with the KL divergence costs 2.4 to 6.5 times as much as the paper's at these sites (`python -m gsae_jax.plan`). So only
 0.6 times as many steps are trained here. No site then needs more operations than with the paper's recipe, except for
 AuxK where features are dead.
 
