@@ -78,8 +78,8 @@ def trainable_names():
 
 # Of each kind of activation, and of each kind of sites, one is enough for every commit. Where compiling is quick, there
 # are more.
-FEW = {"gated", "gated_transcoder", "batch_topk_crosscoder"}
-SOME = FEW | {"jumprelu", "gated_batch_topk"}
+FEW = {"gated", "batch_topk_crosscoder"}
+SOME = FEW | {"gated_transcoder", "jumprelu", "gated_batch_topk"}
 
 
 def cases(trainable=False, quick=lambda name, options: name == "gated" or (name in SOME and not options)):

@@ -116,7 +116,7 @@ def test_gradients_are_those_of_all_experts(kind, shape):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found, wanted)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("case", ["qwen3_moe", *variants("gpt_oss")])
 @pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.variants)])
 def test_on_a_mesh(case, shape):
     """Experts lie over all devices; three rows, which `data` does not divide, and eight."""

@@ -161,6 +161,7 @@ def test_dead_features_of_a_crosscoder_explain_the_residual():
     assert_same(loss_and_gradients(module, params, xs, xs, config, jnp.asarray(dead)), expected)
 
 
+@pytest.mark.variants
 @crosscoders
 def test_a_feature_may_have_any_scale(module):
     """The loss does not change if features grow and their rows shrink; so do not the features that are chosen."""
