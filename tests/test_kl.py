@@ -15,6 +15,7 @@ from gsae_jax.activations import masking, scaling
 from gsae_jax.data import rows as rows_lib
 from gsae_jax.evaluation import measure, metrics
 from gsae_jax.lms import loading
+from gsae_jax.lms import loss as loss_lib
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.planning import planner
 from gsae_jax.training import end_to_end, lengthening, loop
@@ -338,3 +339,13 @@ def test_a_large_experiment_traces_with_it():
     after, statistics, _ = jax.eval_shape(step, state, abstract_params(program.loaded, "bfloat16"), tokens)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {of["kl"].shape for of in statistics.values()} == {(3,)}
+
+
+def test_a_gradient_needs_three_products_with_the_unembedding(lm):
+    """Of the clean stream, of the other one, and of the gradient: what the planner counts."""
+    rows, T, D, V = 2, 8, lm.config.d_model, lm.config.d_vocab
+    x, clean = (jax.random.normal(jax.random.key(n), (rows, T, D)) for n in (0, 1))
+    tokens = np.zeros((rows, T), np.int32)
+    of_x = jax.value_and_grad(lambda x: loss_lib.divergence(lm.module, lm.params, x, clean, tokens).sum())
+    flops = jax.jit(of_x).lower(x).cost_analysis()["flops"]
+    assert 3 <= flops / (2 * rows * (T - 1) * D * V) < 3.5
