@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -349,3 +350,23 @@ def test_a_gradient_needs_three_products_with_the_unembedding(lm):
     of_x = jax.value_and_grad(lambda x: loss_lib.divergence(lm.module, lm.params, x, clean, tokens).sum())
     flops = jax.jit(of_x).lower(x).cost_analysis()["flops"]
     assert 3 <= flops / (2 * rows * (T - 1) * D * V) < 3.5
+
+
+def test_what_the_last_part_needs_is_checked_before_training(tuned, tmp_path, monkeypatch):
+    """On accelerators: a run that does not fit would end after most of its time."""
+    on_gpu = SimpleNamespace(platform=lambda mesh: "gpu", sharding=mesh_lib.sharding)
+    monkeypatch.setattr(loop, "mesh_lib", on_gpu)
+    needed = []
+    monkeypatch.setattr(mesh_lib, "check_memory", lambda mesh, sizes: needed.append(sizes))
+    assert loop.train(tuned, tmp_path / "fits")
+    assert [[*sizes] for sizes in needed][1:] == [["stacks.gated.kl_fraction"]]
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "mesh_lib", on_gpu)
+    before, check = sum(needed[0].values()), mesh_lib.check_memory
+    assert needed[1]["stacks.gated.kl_fraction"] > before > 0
+    monkeypatch.setattr(
+        mesh_lib, "check_memory", lambda mesh, sizes: check(mesh, {field: 2**60 for field in sizes if "kl" in field})
+    )
+    with refused("stacks.gated.kl_fraction", "GiB"):
+        loop.train(tuned, tmp_path / "large")
+    assert not (tmp_path / "large").exists()

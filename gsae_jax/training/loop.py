@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from gsae_jax import config_trees, loggers, processes
+from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
 from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
@@ -53,7 +54,10 @@ def _train(run: Prepared) -> bool:
     """Resume or start, and train; the run's directory is made when all that can be checked is."""
     workdir, before = run.workdir, run.before
     logger.info(run.about)
-    state = _started(run) if before is None else None
+    state = None
+    if before is None:
+        state = _started(run)
+        _compile_ahead(run, state)
     if processes.first():
         workdir.create(config_trees.to_dict(run.config), run.latest)
         for hint in loggers.hints(run.config.loggers, workdir.path):
@@ -65,9 +69,19 @@ def _train(run: Prepared) -> bool:
     try:
         if state is None:
             state = _resumed(run, checkpoints)
+            _compile_ahead(run, state)
         return _Loop(run, state, checkpoints).run()
     finally:
         checkpoints.close()
+
+
+def _compile_ahead(run: Prepared, state: TrainState) -> None:
+    """Raises `UserError` for a last part of training that an accelerator has no room for."""
+    config, mesh = run.config, run.program.mesh
+    if mesh_lib.platform(mesh) != "cpu" and any(stack.kl_fraction for stack in config.stacks.values()):
+        shape = config.rows_per_call, config.data.context_length
+        rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh_lib.sharding(mesh, "data"))
+        run.program.compile_kl(state, run.source_params, rows)
 
 
 def _started(run: Prepared) -> TrainState:

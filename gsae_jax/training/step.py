@@ -360,6 +360,30 @@ class Program:
             self._steps_with_kl[names] = self._step_with_kl(names)
         return self._steps_with_kl[names] if names else self.train_step
 
+    def compile_kl(self, *arguments: Any) -> None:
+        """Compile the last train step of the run, if it has the KL divergence: no other needs as much memory.
+
+        `arguments`: of a train step.
+
+        Raises:
+            UserError: the devices have no room for it.
+        """
+        last = self.config.train.steps - 1
+        names = self.config.kl_stacks(last)
+        if not names:
+            return
+        field = f"stacks.{names[0]}.kl_fraction"
+        step: Any = self.step_at(last)
+        try:
+            memory = step.lower(*arguments).compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            why = "needs more memory than the devices have; write 0, or smaller sizes"
+            raise UserError(f"{why} (python -m gsae_jax.plan estimates the memory of a run)", field) from error
+        kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        mesh_lib.check_memory(self.mesh, {field: kept + memory.temp_size_in_bytes})
+
     @cached_property
     def _steps_with_kl(self) -> dict[tuple[str, ...], Step]:
         return {}
