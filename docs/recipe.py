@@ -132,15 +132,24 @@ def comparison_of(site, runs):
     path = results.FOLDER / "compared" / f"{site}.json"
     if runs is not None and (found := runs / "compared" / site / "compare.json").exists():
         content = json.loads(found.read_text("utf-8"))
-        kept = {"equal_l0": content["sites"][site]["at_equal_l0"], "synthetic": content.get("synthetic", [])}
+        of_site = content["sites"][site]
+        kept = {name: of_site[name] for name in ("l0_ratios", "at_equal_l0")} | {"synthetic": content["synthetic"]}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(results.short(kept), indent=1, ensure_ascii=False) + "\n", "utf-8")
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
+def against_rows(found):
+    """The L0 of kinds with three seeds, divided by that of the recipe."""
+    rows = [row for row in found["l0_ratios"] if row["seeds"] == 3]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of_level = {row["level"]: interval(row["ratio"], ".2f") for row in rows if row["kind"] == kind}
+        yield name_of(kind), *(of_level[level] for level in LEVELS)
+
+
 def compared_rows(found):
     """Kinds with three seeds at equal L0."""
-    for row in found["equal_l0"]:
+    for row in found["at_equal_l0"]:
         if row["seeds"] == 3:
             values = [row["values"][name] for name in COMPARED]
             forms = [comparison.METRICS[name].form for name in COMPARED]
@@ -165,8 +174,9 @@ def interval(value, form):
 
 
 def name_of(kind):
-    """The name of a kind, without its learning rate."""
-    return kind.split(", rate")[0]
+    """What the page calls a kind."""
+    name = re.split(", rate| ", kind)[0]
+    return {"gated_batch_topk": "recipe of 2026", "gated": "gated, paper"}.get(name, name)
 
 
 def draw(sites):
@@ -217,6 +227,8 @@ def main():
         columns = ["Change", f"L0 at {SEARCHED}", "Rate", "Ratio [95%]", "Fewest alive"]
         tables["search"] = results.table(columns, search_rows(search["saes"]))
     if found := comparison_of(COMPARED_AT, arguments.runs):
+        columns = ["Kind", *(f"at {level}" for level in LEVELS)]
+        tables["against"] = results.table(columns, against_rows(found))
         columns = ["L0", "Kind", *(comparison.METRICS[name].title for name in COMPARED)]
         tables["compared"] = results.table(columns, compared_rows(found), ("Kind",))
         columns = ["Kind", *(metric.title for metric in comparison.RECOVERY.values())]
