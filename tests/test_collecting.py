@@ -14,7 +14,9 @@ from gsae_jax import collecting, features
 from gsae_jax.collecting import Wanted, collect
 from gsae_jax.exporting import export
 from gsae_jax.features import neuronpedia
+from gsae_jax.saes import matryoshka
 from tests.refusals import refused
+from tests.sae_files import make
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,13 @@ def test_files_of_the_same_settings_stay_and_others_are_not_lost(run, collected,
     with refused("--out", "gated_0.sqlite", "rows", "--overwrite"):
         collect(Wanted(str(run), ["gated_0"], tokens=1024))
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_what_a_file_says_of_an_sae_is_what_it_was_told():
+    """Also of options that JSON gives back as lists, such as Matryoshka's prefixes."""
+    about = collecting.about_sae(make(matryoshka))
+    assert about["options"]["prefixes"]
+    assert json.loads(json.dumps(about)) == about
 
 
 def test_a_folder_of_ones_own_and_overwriting(run, tmp_path):

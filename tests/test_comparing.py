@@ -250,8 +250,13 @@ def test_runs_that_differ_in_seeds_are_replicates(copied, tmp_path):
     other = changed(copied, tmp_path / "other", seed=7, train__warmup_steps=5)
     assert kinds_of(copied, other) == {f"{run}/{kind}" for run in ("copy", "other") for kind in ("gated", "baseline")}
     stacks = json.loads((copied / "config.json").read_text())["stacks"]
-    fewer = {name: stack | {"seeds": stack["seeds"][:1]} for name, stack in stacks.items()}
-    assert kinds_of(copied, changed(again, tmp_path / "fewer", stacks=fewer)) == {"gated", "baseline"}
+    more = {  # as a grid has them
+        name: stack
+        | {field: 2 * stack[field] for field in ("l1_coefficients", "learning_rates") if len(stack[field]) > 1}
+        | {"seeds": [5] * len(stack["seeds"]) + [6] * len(stack["seeds"])}
+        for name, stack in stacks.items()
+    }
+    assert kinds_of(copied, changed(again, tmp_path / "more", stacks=more)) == {"gated", "baseline"}
     same = changed(copied, tmp_path / "same")  # of the same seed: it is the same run
     assert kinds_of(copied, same) == {f"{run}/{kind}" for run in ("copy", "same") for kind in ("gated", "baseline")}
 
