@@ -111,7 +111,8 @@ def compare(wanted: Wanted, out: str) -> Path:
     recovery = _recovery(runs, records, wanted.synthetic_steps) if wanted.synthetic_steps else []
     notes = _differences(runs)
     if left_out := sorted({record["site"] for record in records} - {*references}):
-        notes.append(f"Sites without SAEs of the kind {wanted.reference!r} are left out: {', '.join(left_out)}.")
+        why = f"Sites without SAEs of the kind {wanted.reference}" if wanted.reference else "Sites whose SAEs diverged"
+        notes.append(f"{why} are left out: {', '.join(left_out)}.")
     if wanted.features:
         notes += _score(runs, records, wanted.features)
     probes = None if text is None else _probe(runs, records, text)
@@ -139,16 +140,15 @@ def _runs(names: Sequence[str]) -> list[Run]:
             raise UserError("is missing, or names a run twice; write different directories of runs")
         called = sae_sources.short_names(absolute)
         runs = [_run(name, called[path]) for name, path in zip(names, absolute, strict=True)]
-        first = runs[0]
+        of_name: dict[str, tuple[Mapping[str, str], str]] = {}
         for run in runs:
             if run.config.lm.path == config_lib.NO_MODEL:
                 raise UserError(f"has {run.path}, which was trained without a language model; leave it out")
-            both = run.facts.lms.keys() & first.facts.lms.keys()
-            differing = [name for name in sorted(both) if run.facts.lms[name] != first.facts.lms[name]]
-            if run.facts.lm != first.facts.lm or differing:
-                named = f" of the name {differing[0]}" if run.facts.lm == first.facts.lm else ""
-                why = f"{run.path} was trained on another language model{named} than {first.path}"
-                raise UserError(f"{why}; compare runs of one language model")
+            for name, lm in {"": run.facts.lm, **run.facts.lms}.items():
+                known, other = of_name.setdefault(name, (lm, run.path))
+                if lm != known:
+                    why = f"{run.path} was trained on another language model{f' of the name {name}' * bool(name)}"
+                    raise UserError(f"{why} than {other}; compare runs of one language model")
         common = set.intersection(*({record["site"] for record in run.report["saes"]} for run in runs))
         if not common:
             each = "; ".join(
@@ -547,7 +547,10 @@ def _write(
     text = json.dumps(report.finite(tree), indent=1, allow_nan=False)
     (folder / "compare.json").write_text(text + "\n", "utf-8")
     drawn = [
-        record | {"run": "", "stack": record["kind"], "frontier": record["kind"], "seed": record["replicate"]}
+        record
+        # `stacks` puts the beginning of a stack's name before that of its frontier, which has it already.
+        | {"run": "", "stack": record["kind"].rpartition("/")[2], "frontier": record["kind"]}
+        | {"seed": record["replicate"]}
         for record in records
         if record["site"] in references
     ]

@@ -446,12 +446,6 @@ class Experiment:
                 f"{', '.join(self.stacks)}",
                 "checkpoint.keep_best",
             )
-        if self.checkpoint.keep_best and self.stacks[best].kl_fraction:
-            raise UserError(
-                f"is {self.checkpoint.keep_best!r}, but stacks.{best}.kl_fraction changes what training minimises, so "
-                "that its values do not compare; write '', or kl_fraction=0",
-                "checkpoint.keep_best",
-            )
         for name, stack in self.stacks.items():
             if stack.kl_fraction and self.data.source:
                 raise UserError(
@@ -467,17 +461,31 @@ class Experiment:
                 )
             if stack.target_l0 and self.train.steps < 2:
                 raise UserError(f"is 1, too few to reach stacks.{name}.target_l0; write more", "train.steps")
-            end, fraction = 2 * self.train.steps // 3, stack.coefficient_warmup_fraction or 0.0
-            why = f"but stacks.{name}.target_l0 is reached between warm-up and two thirds of training"
-            if stack.target_l0 and self.train.warmup_steps >= end:
+            if stack.target_l0 and self.train.warmup_steps >= 2 * self.train.steps // 3:
                 raise UserError(
-                    f"is {self.train.warmup_steps}, {why}; write less than {end}",
+                    f"is {self.train.warmup_steps}, but stacks.{name}.target_l0 is reached between warm-up and "
+                    f"two thirds of training; write less than {2 * self.train.steps // 3}",
                     "train.warmup_steps",
                 )
+
+    def check_new(self) -> None:
+        """Raises `UserError` for what earlier versions accepted, so that only new runs are refused."""
+        best = self.checkpoint.keep_best.partition("/")[0]
+        if best and 0 < self.stacks[best].kl_fraction < 1:
+            raise UserError(
+                f"is {self.checkpoint.keep_best!r}, but what training minimises changes when the part of "
+                f"stacks.{best}.kl_fraction begins, so that earlier and later values do not compare; write ''",
+                "checkpoint.keep_best",
+            )
+        end = 2 * self.train.steps // 3
+        for name, stack in self.stacks.items():
+            fraction = stack.coefficient_warmup_fraction or 0.0
             if stack.target_l0 and math.ceil(fraction * self.train.steps) >= end:
                 most = math.floor(100 * (end - 1) / self.train.steps) / 100
                 raise UserError(
-                    f"is {fraction:g}, {why}; write at most {most:g}", f"stacks.{name}.coefficient_warmup_fraction"
+                    f"is {fraction:g}, but stacks.{name}.target_l0 is reached between warm-up and two thirds of "
+                    f"training; write at most {most:g}",
+                    f"stacks.{name}.coefficient_warmup_fraction",
                 )
 
     def _check_models(self) -> None:

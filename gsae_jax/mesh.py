@@ -68,13 +68,17 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def check_memory(mesh: Mesh, needed: Mapping[str, int]) -> None:
-    """Raises `UserError` where what is certainly needed, in bytes on each device by field, is more than there is."""
+def memory(mesh: Mesh) -> float:
+    """Bytes of each device; infinite where that is not known."""
     device = mesh.local_devices[0]
     if device.platform == "cpu":  # all of them share the machine's
-        available: float = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
-    else:
-        available = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
+    return float((device.memory_stats() or {}).get("bytes_limit", math.inf))
+
+
+def check_memory(mesh: Mesh, needed: Mapping[str, int]) -> None:
+    """Raises `UserError` where what is certainly needed, in bytes on each device by field, is more than there is."""
+    available = memory(mesh)
     if sum(needed.values()) > available:
         field = max(needed, key=lambda field: needed[field])
         raise UserError(

@@ -379,7 +379,7 @@ def test_what_cannot_be_compared(copied, labelled, tmp_path):
             manifest.unlink()
     shutil.copy(copied / "report" / "report.json", elsewhere / "report" / "report.json")
     with refused("--runs", "of the name chat"):
-        comparing._runs([str(elsewhere), str(other)])
+        comparing._runs([str(copied), str(elsewhere), str(other)])
     assert not out.exists()
     out.mkdir()
     with refused("--out"):

@@ -34,7 +34,7 @@ def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str
     for (stem, site, run, variant, width), members in sorted(groups.items()):
         others = [(other, kind, size) for same, where, other, kind, size in groups if (same, where) == (stem, site)]
         variants = [kind for other, kind, _ in others if other == run]
-        by_run = f"{run}/" if len({other for other, *_ in others}) > 1 else ""
+        by_run = f"{run}/" if run and len({other for other, *_ in others}) > 1 else ""
         by_variant = f"/{variant}" if len({*variants}) > 1 else ""
         by_width = f"/{width}" if variants.count(variant) > 1 else ""
         frontiers[site, f"{by_run}{stem}{by_variant}{by_width}"] = members

@@ -53,6 +53,7 @@ class Case:
             raise UserError(
                 f"is {config.data.source!r}; write '', and the plan says what a store takes and saves", "data.source"
             )
+        config.check_new()
         mesh = mesh_of(config, topology)
         rows_lib.corpus(config.data)  # a run would refuse one that does not exist
         with errors.about("lm.path", revision="lm.revision"):

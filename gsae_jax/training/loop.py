@@ -54,10 +54,8 @@ def _train(run: Prepared) -> bool:
     """Resume or start, and train; the run's directory is made when all that can be checked is."""
     workdir, before = run.workdir, run.before
     logger.info(run.about)
-    state = None
-    if before is None:
-        state = _started(run)
-        _compile_ahead(run, state)
+    _compile_ahead(run)
+    state = _started(run) if before is None else None
     if processes.first():
         workdir.create(config_trees.to_dict(run.config), run.latest)
         for hint in loggers.hints(run.config.loggers, workdir.path):
@@ -69,19 +67,19 @@ def _train(run: Prepared) -> bool:
     try:
         if state is None:
             state = _resumed(run, checkpoints)
-            _compile_ahead(run, state)
         return _Loop(run, state, checkpoints).run()
     finally:
         checkpoints.close()
 
 
-def _compile_ahead(run: Prepared, state: TrainState) -> None:
+def _compile_ahead(run: Prepared) -> None:
     """Raises `UserError` for a last part of training that an accelerator has no room for."""
     config, mesh = run.config, run.program.mesh
-    if mesh_lib.platform(mesh) != "cpu" and any(stack.kl_fraction for stack in config.stacks.values()):
+    is_ahead = (run.latest or 0) < config.train.steps and any(stack.kl_fraction for stack in config.stacks.values())
+    if is_ahead and mesh_lib.platform(mesh) != "cpu":
         shape = config.rows_per_call, config.data.context_length
         rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh_lib.sharding(mesh, "data"))
-        run.program.compile_kl(state, run.source_params, rows)
+        run.program.compile_kl(run.program.abstract_state(), run.source_params, rows)
 
 
 def _started(run: Prepared) -> TrainState:

@@ -106,6 +106,8 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     as_json = config_trees.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
+    if workdir.latest_step() is None:
+        config.check_new()
     if processes.first():  # which alone logs
         loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -291,9 +293,9 @@ def _check_text(config: Experiment, store: store_lib.Store, tokenizer: Any, d_vo
     tokens = int(manifest.source.get("held_out_tokens", 0))
     if recorded and rows_lib.open_rows(config.data, "test", tokenizer, tokens, d_vocab).fingerprint != recorded:
         raise UserError(
-            f"is {config.data.source!r}, which has activations of other text ({manifest.source['text']}) than the "
-            "config's, or of other rows of it. Held-out text would be what the store trains on; write the fields of "
-            f"data with which the store was written, or lm.path={NO_MODEL!r}",
+            f"is {config.data.source!r}, which was written from other text ({manifest.source['text']}) or from other "
+            "rows than the config's data.* describes. The report might then measure text that was trained on. Write "
+            f"the data.* settings of the command that wrote the store, or lm.path={NO_MODEL!r}",
             "data.source",
         )
 

@@ -372,17 +372,23 @@ class Program:
         names = self.config.kl_stacks(last)
         if not names:
             return
-        field = f"stacks.{names[0]}.kl_fraction"
         step: Any = self.step_at(last)
+        available, needed = mesh_lib.memory(self.mesh), math.inf
         try:
             memory = step.lower(*arguments).compile().memory_analysis()
+            needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            needed += memory.temp_size_in_bytes
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            why = "needs more memory than the devices have; write 0, or smaller sizes"
-            raise UserError(f"{why} (python -m gsae_jax.plan estimates the memory of a run)", field) from error
-        kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        mesh_lib.check_memory(self.mesh, {field: kept + memory.temp_size_in_bytes})
+        if needed > available:
+            size = f"{needed / 2**30:,.1f} GiB" if math.isfinite(needed) else "more memory"
+            raise UserError(
+                f"adds updates that need {size} on each device, and {available / 2**30:,.1f} GiB are available; lower "
+                "activations.rows_per_forward, raise mesh.latent, or write 0 in a new run (python -m gsae_jax.plan "
+                "estimates the memory of a run)",
+                f"stacks.{names[0]}.kl_fraction",
+            )
 
     @cached_property
     def _steps_with_kl(self) -> dict[tuple[str, ...], Step]:
