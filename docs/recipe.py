@@ -182,7 +182,7 @@ def name_of(kind):
 def draw(sites):
     """Loss recovered against L0, a panel for each site and number of steps."""
     figure, axes = results.panels(
-        [f"{site.replace('`', '')}, {steps_of(steps).replace(', ', ' and ')} steps" for site, steps in sites],
+        [f"{site.replace('`', '')}\n{steps_of(steps).replace(', ', ' and ')} steps" for site, steps in sites],
         "loss recovered",
     )
     for axis, both in zip(axes, sites.values(), strict=True):
