@@ -55,7 +55,7 @@ class Renderer:
         class Generation(jinja2.ext.Extension):
             """`{% generation %}`, which stands around what the assistant says."""
 
-            tags = {"generation"}  # noqa: RUF012
+            tags = {"generation"}  # noqa: RUF012 (the base class has it without ClassVar)
 
             def parse(self, parser: Any) -> Any:
                 line = next(parser.stream).lineno

@@ -472,8 +472,8 @@ def is_compared(ours: str, theirs: str) -> bool:
     """
 
     def place(variant: str) -> int:
-        of_training = " ".join(part for part in variant.split(" ") if not part.startswith("initial_l0="))
-        return 2 if of_training in BASELINES else 0 if is_gated(variant) else 1
+        without_start = " ".join(part for part in variant.split(" ") if not part.startswith("initial_l0="))
+        return 2 if without_start in BASELINES else 0 if is_gated(variant) else 1
 
     architecture, other = (variant.partition(" ")[0] for variant in (ours, theirs))
     if place(ours) != place(theirs):

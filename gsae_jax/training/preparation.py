@@ -226,7 +226,7 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
     program = Program.build(config, mesh, None, manifest.special_tokens, store)
     _check_memory(program)
     rows = functools.partial(store.rows, sites=config.sites)
-    batches = lambda rows, *arguments: rows.batches(*arguments)  # noqa: E731
+    batches = store_lib.StoredRows.batches
     if config.lm.path == NO_MODEL:
         if not manifest.rows["test"]:
             raise UserError(
