@@ -160,7 +160,8 @@ def hub(tmp_path, monkeypatch, lm_dir):
 def begun(path, config):
     """A run directory that seems to have a checkpoint."""
     run = run_directory.Workdir(path)
-    run.create(config)
+    run.create(config, None)
+    run.release()
     (path / "checkpoints" / "8").mkdir(parents=True)
     (path / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text("{}")
     return run

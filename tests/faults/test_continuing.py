@@ -303,6 +303,7 @@ def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_p
     back_to(tmp_path / "cut", 8)
     workdir = run_directory.Workdir(run)
     workdir.create(config_trees.to_dict(contract.with_recipes(longer)), workdir.latest_step())
+    workdir.release()
     facts = run_directory.Workdir.facts
     monkeypatch.setattr(
         run_directory.Workdir, "facts", lambda self, step: dataclasses.replace(facts(self, step), lengths=[])
