@@ -295,6 +295,7 @@ def test_what_more_steps_change_is_said(experiment, tmp_path, capsys):
     assert "do not change any more" in short[-1]
 
 
+@pytest.mark.variants
 def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_path, monkeypatch):
     """Its checkpoints do not say how much text it had. Here it is killed before the next one as well."""
     run, longer = tmp_path / "run", with_(experiment, train={"steps": 24})
