@@ -177,15 +177,15 @@ def kl_of(path, tokens, lm):
 
 def test_only_the_end_has_it_and_it_lowers_kl(tuned, tmp_path, lm):
     """Before, the run is one without it, to the last bit; after, the KL is below that of the run without."""
-    tuned = with_(tuned, train={"steps": 64, "decay_fraction": 0.5})
+    tuned = with_(tuned, train={"steps": 32, "decay_fraction": 0.5})
     plain = dataclasses.replace(tuned.stacks["gated"], kl_fraction=0.0)
     without = dataclasses.replace(tuned, stacks=tuned.stacks | {"gated": plain})
-    assert [tuned.kl_stacks(step) for step in (0, 46, 48, 62)] == [(), (), ("gated",), ("gated",)]
+    assert [tuned.kl_stacks(step) for step in (0, 22, 24, 30)] == [(), (), ("gated",), ("gated",)]
     assert loop.train(tuned, tmp_path / "with")
     assert loop.train(without, tmp_path / "without")
     lines, others = (metrics_without_time(tmp_path / name) for name in ("with", "without"))
-    assert [line["step"] for line in lines if "gated/kl" in line] == list(range(50, 65, 2))
-    assert lines[:24] == others[:24]
+    assert [line["step"] for line in lines if "gated/kl" in line] == list(range(26, 33, 2))
+    assert lines[:12] == others[:12]
     assert not any("baseline/kl" in line for line in lines)
     held_out = next(begin(tuned)[3])
     assert (kl_of(tmp_path / "with", held_out, lm) < kl_of(tmp_path / "without", held_out, lm)).all()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from gsae_jax.evaluation import metrics
 from gsae_jax.saes import contract
@@ -95,7 +95,8 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> OverSeeds:
     if not np.isfinite(numbers).all():
         return NOT_KNOWN
     mean = float(numbers.mean())
-    half = float(stats.t.ppf(0.975, len(numbers) - 1) * stats.sem(numbers)) if len(numbers) > 1 else math.nan
+    n = len(numbers)
+    half = float(special.stdtrit(n - 1, 0.975) * np.std(numbers, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     return OverSeeds(mean, mean - half, mean + half)
 
 
