@@ -484,7 +484,6 @@ def own_file(tmp_path, monkeypatch):
     sys.modules.pop("my_package", None)
 
 
-@pytest.mark.variants
 @pytest.mark.parametrize("given", ["topk.py", "my_package.topk"])
 def test_an_architecture_of_ones_own_is_a_file_or_a_dotted_path(
     given, own_file, config_dict, tmp_path, monkeypatch, capsys

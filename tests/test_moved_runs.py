@@ -77,7 +77,6 @@ def test_a_run_of_relative_paths_is_measured_from_elsewhere(places, halfway, tmp
     assert "gated_0" in evaluate(tmp_path / "run", tokens=512)
 
 
-@pytest.mark.variants
 def test_a_moved_run_continues_with_moved_files(places, halfway, moved, tmp_path):
     new, experiment = moved
     shutil.copytree(places / "run", tmp_path / "stayed")

@@ -114,7 +114,6 @@ def test_a_mesh_resamples_as_one_device(experiment, shape):
             np.testing.assert_allclose(value, spread.stacks[name].params[key], atol=2e-3, err_msg=f"{name} {key}")
 
 
-@pytest.mark.variants
 def test_resampling_brings_dead_features_back(experiment):
     """From a start at which nothing fires; alive is what fired in the last 60 of 240 steps."""
     alive = {}

@@ -285,8 +285,7 @@ def test_workdirs_that_cannot_be_used(experiment, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.variants
-@pytest.mark.parametrize("pack", ["stream", "documents"])
+@pytest.mark.parametrize("pack", ["stream", pytest.param("documents", marks=pytest.mark.variants)])
 def test_a_run_says_what_it_reads(config_dict, tmp_path, text_dir, pack, capsys):
     """In a line when it begins, in the facts of its checkpoints, and in the report."""
     (tmp_path / "lines.txt").write_text("\n".join((text_dir / name).read_text() for name in ("a.txt", "b.md")))

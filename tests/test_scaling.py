@@ -88,7 +88,6 @@ def test_inputs_have_no_mean_and_the_square_of_their_width():
     assert np.square(inputs).sum(-1).mean() == pytest.approx(D, rel=1e-3)
 
 
-@pytest.mark.variants
 def test_a_large_mean_changes_nothing_that_is_trained(experiment):
     """The language model with a constant added to a site's activations trains the same SAEs, up to rounding."""
     site = "blocks.0.hook_mlp_out"

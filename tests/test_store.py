@@ -174,7 +174,6 @@ def test_batches_depend_on_seed_and_step_alone(made):
         np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), expected.tokens)
 
 
-@pytest.mark.variants
 def test_second_pass_and_resumption_are_bit_identical(made, tmp_path):
     config, out = made
     config = from_store(config, out, **{"train.steps": 200, "checkpoint.every": 64, "seed": 5})

@@ -388,7 +388,6 @@ def test_stacks_of_one_recipe_are_one_frontier_and_others_are_not():
     assert len(frontiers.stacks(twice)) == 6
 
 
-@pytest.mark.variants
 def test_stacks_that_differ_in_k_are_one_frontier(config_dict, tmp_path):
     """Beside a baseline, with dead features that AuxK and resampling take care of; on a mesh."""
     config_dict.stacks = {"baseline": config_dict.stacks.baseline.to_dict()} | {

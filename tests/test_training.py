@@ -171,7 +171,6 @@ def step_flops(experiment):
     )
 
 
-@pytest.mark.variants
 def test_one_forward_pass_serves_every_stack(experiment):
     """A stack more, at the same or an earlier site, costs its own update only; the language model's FLOPs stay."""
     stack = experiment.stacks["gated"]

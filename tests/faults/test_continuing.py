@@ -209,7 +209,6 @@ def test_an_interruption_outside_of_training_has_the_same_exit_code(config_dict,
     assert "activations.buffer_size is 2,048, more than the 1,024 activations" in err
 
 
-@pytest.mark.variants
 def test_a_run_of_an_earlier_version_is_read(experiment, tmp_path, capsys):
     """Its checkpoints have no hashes, and its config lacks fields."""
     run = tmp_path / "run"
@@ -241,7 +240,6 @@ def with_little_text(experiment, folder):
     return with_(experiment, data={"path": str(folder), "test_split": "train"}, evaluation={"tokens": 256})
 
 
-@pytest.mark.variants
 def test_a_finished_run_is_trained_for_more_steps(experiment, tmp_path, capsys):
     """It ends as a run that had them from the start, and both reports are there."""
     experiment = with_little_text(experiment, tmp_path / "text")
@@ -295,7 +293,6 @@ def test_what_more_steps_change_is_said(experiment, tmp_path, capsys):
     assert "do not change any more" in short[-1]
 
 
-@pytest.mark.variants
 def test_a_run_of_an_earlier_version_is_trained_for_more_steps(experiment, tmp_path, monkeypatch):
     """Its checkpoints do not say how much text it had. Here it is killed before the next one as well."""
     run, longer = tmp_path / "run", with_(experiment, train={"steps": 24})

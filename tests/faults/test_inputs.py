@@ -329,7 +329,6 @@ KINDS = {  # what it is made of, how it is damaged, what a command does with it
 LENIENT = ("metrics.jsonl",)  # a line that says nothing is left out, with a warning: no figure is worth a run
 
 
-@pytest.mark.variants
 def test_mutants(originals, tmp_path):
     """In one test, so that one process makes the originals."""
     for kind in KINDS:
