@@ -26,7 +26,9 @@ def test_a_mesh_gives_the_single_device_result(experiment, shape):
     spread = begin(with_(experiment, mesh={"data": shape[0], "latent": shape[1]}))
     for site in experiment.sites:
         np.testing.assert_allclose(alone[1].store[site], spread[1].store[site], rtol=1e-5, atol=1e-5)
+    programs = alone[0], spread[0]
     (alone, metrics_alone), (spread, metrics_spread) = advance(*alone, calls=3), advance(*spread, calls=3)
+    assert [program.train_step._cache_size() for program in programs] == [1, 1]  # compiled once for all calls
     assert int(alone.step) == int(spread.step) == 12
     for name, stack in alone.stacks.items():
         for key, value in stack.params.items():

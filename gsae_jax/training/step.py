@@ -261,7 +261,7 @@ class Program:
         """The untrained state with an empty buffer, for the sites as they were measured."""
 
         def init() -> TrainState:
-            return TrainState(
+            state = TrainState(
                 stacks={stack.name: stack.init() for stack in self.stacks},
                 store=self._empty_store(),
                 scales={site: jnp.float32(math.sqrt(D / sites[site].mean_square)) for site, D in self.widths.items()},
@@ -274,6 +274,8 @@ class Program:
                 step=jnp.int32(0),
                 dropped=jnp.int32(0),
             )
+            # Without weak types, such as that of `jnp.full(F, -2.0)`: an update returns none, and would compile again.
+            return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), state)
 
         return jax.jit(init, out_shardings=self.shardings())()
 
