@@ -61,7 +61,8 @@ class TokenFile:
     def _read(self, start: int, count: int) -> np.ndarray:
         size, reason = self._dtype.itemsize, None
         for pause in (0, *RETRIES):
-            time.sleep(pause)
+            if pause:  # even a sleep of 0 lets every other thread run first
+                time.sleep(pause)
             try:
                 content = os.pread(self._file, count * size, start * size)
                 if len(content) == count * size:

@@ -4,7 +4,9 @@ Held out by file, chosen by a hash of the path, so that a file is on the same si
 """
 
 import contextlib
+import functools
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,16 @@ from gsae_jax import config as config_lib
 from gsae_jax.data import labels
 
 
+@functools.cache
+def _files_of(root: Path) -> list[Path]:
+    """Without packages that are installed, of which there may be a hundred thousand files."""
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name != "site-packages"]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
+
+
 class StdlibSource(tfds.core.GeneratorBasedBuilder):
     """One example per `.py` file: its text, and its path below the standard library's folder."""
 
@@ -23,7 +35,7 @@ class StdlibSource(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, **kwargs: Any):
         self._root = Path(sysconfig.get_path("stdlib"))
-        self._files = sorted(path for path in self._root.rglob("*.py") if "site-packages" not in path.parts)
+        self._files = _files_of(self._root)
         content = config_lib.fingerprint(
             [(str(path.relative_to(self._root)), path.stat().st_size) for path in self._files]
         )
