@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-import transformers
+from etils import epy
 
 from gsae_jax import config as config_lib
 from gsae_jax import errors, plugins
@@ -24,6 +24,9 @@ from gsae_jax.lms import adapters, gelu, hugging_face, partition, weights
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.transformer import Config, Model
 from gsae_jax.storage import reading, writing
+
+with epy.lazy_imports():  # slow to import
+    import transformers
 
 EMBEDDED = Path(__file__).parent / "embedded"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import transformers
+from etils import epy
 from huggingface_hub.errors import StrictDataclassError
 
 from gsae_jax.errors import known_names
 from gsae_jax.lms.transformer import ACTIVATIONS, check_size
+
+with epy.lazy_imports():  # slow to import
+    import transformers
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 QUANTISATION = ("quantization_config", "quantization")  # the second is MLX's

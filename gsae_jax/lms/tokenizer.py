@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-import transformers
+from etils import epy
 
 from gsae_jax.errors import UserError
 from gsae_jax.lms import hugging_face
 from gsae_jax.storage import reading
+
+with epy.lazy_imports():  # slow to import
+    import transformers
 
 FILE, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
