@@ -1,6 +1,7 @@
 """The floors of the house: imports point downward only."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -127,6 +128,14 @@ def test_nothing_outside_of_saes_knows_an_architecture_by_name():
         and named.search(file.read_text())
     }
     assert knowing == {"publishing/model_card.py"}  # jumprelu is the name of a format as well
+
+
+def test_submodules_of_a_lazy_package_are_imported_by_name():
+    """`huggingface_hub.utils` exists only after another module has imported it."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "huggingface_hub":
+                assert importlib.util.find_spec(f"huggingface_hub.{node.attr}") is None, (file, node.attr)
 
 
 def test_no_function_takes_more_than_eight_arguments():

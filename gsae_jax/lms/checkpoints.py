@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from etils import epy
+from huggingface_hub import errors as hub_errors
 
 from gsae_jax import config as config_lib
 from gsae_jax import errors, plugins
@@ -369,16 +370,16 @@ def fetch(name: str, revision: str, *patterns: str) -> Path:
     """
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
-    except huggingface_hub.errors.IncompleteSnapshotError as error:
+    except hub_errors.IncompleteSnapshotError as error:
         raise UserError(
             f"not all of {name!r} was fetched from the hub, which cannot be reached; run this with a network"
         ) from error
-    except (huggingface_hub.errors.LocalEntryNotFoundError, huggingface_hub.errors.OfflineModeIsEnabled) as error:
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
         raise UserError(
             f"{name!r} is not a directory here and was never fetched from the hub, which cannot be reached; "
             "write a checkpoint directory, or run this once with a network"
         ) from error
-    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
+    except (OSError, ValueError, hub_errors.HTTPError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{name!r} is not a directory here, and the hub refuses it: {why}") from error
 

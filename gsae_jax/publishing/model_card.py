@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 import gsae_jax
 from gsae_jax import errors, exporting, plugins, rendering, sae_loading
@@ -50,8 +51,8 @@ UNLABELLED = Labels()
 def is_repository(name: str) -> bool:
     """Whether this can be the name of a repository on the hub, with its user or organisation."""
     try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except huggingface_hub.errors.HFValidationError:
+        validate_repo_id(name)
+    except HFValidationError:
         return False
     return name.count("/") == 1
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
 
 from gsae_jax import errors, plugins, rendering, viewing
 from gsae_jax.errors import UserError
@@ -106,7 +108,7 @@ def _upload(repository: _Repository, folder: Path, public: bool, deleted: list[s
             commit_message="SAEs of gsae_jax",
             delete_patterns=deleted,
         )
-    return f"{huggingface_hub.constants.ENDPOINT}/{'spaces/' if kind == 'space' else ''}{name}"
+    return f"{constants.ENDPOINT}/{'spaces/' if kind == 'space' else ''}{name}"
 
 
 def tell_missing(fields: list[str]) -> None:
@@ -131,7 +133,7 @@ def _asking(repository: _Repository) -> Iterator[None]:
 def check(repo: str, field: str = "--repo") -> None:
     """Raises `UserError` for what cannot be a repository's name."""
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        validate_repo_id(repo)
         if not model_card.is_repository(repo):
             raise hub_errors.HFValidationError("it has no user or organisation")
     except hub_errors.HFValidationError as error:
