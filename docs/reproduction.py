@@ -4,15 +4,13 @@
 
 `--runs` holds `reproduction/SITE` of each site; `SITE_ablations`, `SITE_rescaled`, `SITE_STEPS`, `SITE_lower`,
 `SITE_STEPS_lower` and `SITE_wWIDTH` beside it, where there are any; the same in `reproduction/tinystories`, `best` and
-`best/tinystories`; `pursuit/SITE`, measured with `--ito 5,10,20,40`; and studies. Without it, tables are made of
-`docs/results`. Tables of a model stay as they are until three of its sites are there, and that of studies without
-`--runs`.
+`best/tinystories`; `pursuit/SITE`, measured with `--ito 5,10,20,40`; `tinystories`; and `study_*` with their analyses.
+Without it, tables are made of `docs/results`. Tables of a model stay as they are until three of its sites are there.
 """
 
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import results
@@ -218,11 +216,28 @@ def by_pursuit(records, encoder):
     return sorted((r for r in records if r["name"].startswith(f"{encoder['name']}_ito_")), key=lambda r: r["ito"])
 
 
+def target_rows(records):
+    for target in numbers_of(records, "target_l0"):
+        pair = (r for stack in ("gated", "baseline") for r in select(records, stack) if r["target_l0"] == target)
+        cells = ((f"{r['l0']:.1f}", f"{r['loss_recovered']:.3f}", f"{r['gamma']:.3f}") for r in pair)
+        yield f"{target:g}", *itertools.chain(*cells)
+
+
+def load_studies(runs):
+    """What the table needs of each study's analysis. `docs/results` first takes over those in `runs`."""
+    for path in sorted(runs.glob("study_*/analysis/analysis.json")) if runs is not None else ():
+        contents = json.loads(path.read_text("utf-8"))
+        saes = [{key: sae[key] for key in ("side", "sae", "l0")} for sae in contents["study"]["saes"]]
+        keys = ("sides", "means", "difference", "tests")
+        analyses = [{key: each[key] for key in keys} for each in contents["analyses"]]
+        results.save(f"studies/{path.parts[-3]}", {"saes": saes, "analyses": analyses})
+    return [json.loads(path.read_text("utf-8")) for path in sorted(results.FOLDER.glob("studies/*.json"))]
+
+
 def study_rows(studies):
     rows = []
-    for path in studies:
-        contents = json.loads((path / "analysis" / "analysis.json").read_text())
-        l0 = {sae["side"]: sae["l0"] for sae in contents["study"]["saes"]}
+    for contents in studies:
+        l0 = {sae["side"]: sae["l0"] for sae in contents["saes"]}
         for each in contents["analyses"]:
             difference, p = each["difference"], each["tests"][0]["p"]
             ends = [difference["low"], difference["high"]]
@@ -321,7 +336,10 @@ def main():
         chosen = [k for k in numbers_of(next(iter(of_sites.values())), "ito") if k]
         columns = ["Site", "Dictionary", "L0", "Loss recovered", *(f"{k} by pursuit" for k in chosen)]
         tables["pursuit"] = results.table(columns, pursuit_rows(of_sites), ("Dictionary",))
-    if studies := [folder.parent for folder in sorted((runs or Path()).glob("study_*/analysis"))]:
+    if report := read("tinystories", runs):
+        columns = ["Target L0", "Gated L0", "Loss recovered", "γ", "Baseline L0", "Loss recovered", "γ"]
+        tables["target_l0"] = results.table(columns, target_rows(report[0]))
+    if studies := load_studies(runs):
         columns = [
             "Gated L0",
             "Baseline L0",

@@ -41,25 +41,30 @@ def load(name: str, runs: Path | None, report: str = "report") -> dict[str, Any]
         runs: folder of finished runs. If it has the run, `docs/results` takes its report over first.
         report: pattern of the name of the report's folder.
     """
-    path = FOLDER / f"{name}.json"
     for found in sorted((runs / name).glob(f"{report}/report.json"))[:1] if runs is not None else ():
         content = json.loads(found.read_text("utf-8"))
         saes = [
             {field: record[field] for field in (*FIELDS, *METRICS) if field in record} for record in content["saes"]
         ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = {"saes": saes, "l0_ratios": content["l0_ratios"], "measured": [content["measured"]]}
-        text = ",\n".join(
-            f'"{key}": [\n' + ",\n".join(json.dumps(short(value), ensure_ascii=False) for value in each) + "\n]"
-            for key, each in lines.items()
-        )
-        path.write_text(f"{{\n{text}\n}}\n", "utf-8")
+        save(name, {"saes": saes, "l0_ratios": content["l0_ratios"], "measured": [content["measured"]]})
+    path = FOLDER / f"{name}.json"
     if not path.exists():
         return None
     content = json.loads(path.read_text("utf-8"))
     for record in content["saes"]:
         record |= {field: math.nan for field in METRICS if record.get(field, 0) is None}
     return content
+
+
+def save(name: str, lists: Mapping[str, Sequence[Any]]) -> None:
+    """Writes `docs/results/NAME.json`, with a line for each element of each list."""
+    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(
+        f'"{key}": [\n' + ",\n".join(json.dumps(short(value), ensure_ascii=False) for value in each) + "\n]"
+        for key, each in lists.items()
+    )
+    path.write_text(f"{{\n{text}\n}}\n", "utf-8")
 
 
 def short(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """The toy model of Appendix F: the advantage of an activation function with a separate threshold.
 
-    python docs/toy_model.py    # seconds; writes docs/toy_model.png and prints the table
+    python docs/toy_model.py    # seconds; writes docs/toy_model.png and the table of docs/reproduction.md
 
 Editors that know `# %%` cells run it as a notebook.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import results
 from matplotlib.figure import Figure
 
 SAMPLES = 1_000_000
@@ -46,11 +47,13 @@ def measured(features):
 # %%
 thresholds = np.linspace(0, 1.6, 81)
 curves = {name: np.array([measured(f(a, t)) for t in thresholds]) for name, f in FUNCTIONS.items()}
-print("| function | t | fires when off | squared error | gamma when on |\n| --- | --: | --: | --: | --: |")
+rows = []
 for name, curve in curves.items():
     for index in sorted({int(curve[:, 1].argmin()), 50}):
         off, error, gamma = curve[index]
-        print(f"| {name} | {thresholds[index]:.2f} | {off:.1%} | {error:.3f} | {gamma:.3f} |")
+        rows.append((name, f"{thresholds[index]:.2f}", f"{off:.1%}", f"{error:.3f}", f"{gamma:.3f}"))
+columns = ["Function", "t", "Fires when off", "Squared error", "γ when on"]
+results.write(Path("docs/reproduction.md"), {"toy_model": results.table(columns, rows)})
 
 # %% [markdown]
 # Over all thresholds, the smallest errors are nearly equal, because noise with deviation 1 often exceeds a threshold

@@ -192,6 +192,18 @@ def test_tables_are_those_of_the_committed_results(script, page, tmp_path, monke
     assert copy.read_text("utf-8") == (ROOT / "docs" / page).read_text("utf-8")
 
 
+def test_the_toy_models_table_is_what_the_script_computes(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    page = Path(shutil.copy(ROOT / "docs" / "reproduction.md", tmp_path / "docs"))
+    page.write_text(
+        re.sub(r"(<!-- toy_model -->\n).*?(<!-- end -->)", r"\1\2", page.read_text("utf-8"), flags=re.DOTALL)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
+    runpy.run_path(str(ROOT / "docs" / "toy_model.py"))
+    assert page.read_text("utf-8") == (ROOT / "docs" / "reproduction.md").read_text("utf-8")
+
+
 def test_flags_that_stand_alone_are_of_some_command():
     sources = [
         *ROOT.glob("gsae_jax/*.py"),
