@@ -102,6 +102,21 @@ def define_config(
     return holder
 
 
+class _ListFlag(flags.Flag):
+    """Adds the values of each time that it is given; absl's own list keeps only the last."""
+
+    def _parse(self, argument: Any) -> Any:
+        values = super()._parse(argument)
+        return [*(self.value or ()), *(values or ())] if self.present else values
+
+
+def define_list(name: str, default: list[str], about: str, flag_values: flags.FlagValues = flags.FLAGS) -> Any:
+    """A flag whose values are separated by commas, or given by repeating it."""
+    about += " Several are separated by commas, or the flag is repeated."
+    flag = _ListFlag(flags.ListParser(), flags.CsvListSerializer(","), name, default, about)
+    return flags.DEFINE_flag(flag, flag_values)
+
+
 def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parse the flags, which runs a config file; returns the other arguments.
 

@@ -32,11 +32,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", "", "Directory of a training run, local or gs://bucket/folder.")
-    SAE = flags.DEFINE_multi_string(
+    SAE = cli.define_list(
         "sae",
         [],
         "With --workdir: the name of one of its SAEs; default: all. Without: a run, RUN:STACK, or a folder of SAEs in "
-        "any known format. May be repeated.",
+        "any known format.",
     )
     OUT = flags.DEFINE_string("out", "", "Folder for the files; default: `features` in the run's directory.")
     TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens; default: 1,048,576, or as many as there are.")

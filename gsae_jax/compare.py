@@ -29,14 +29,14 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    RUNS = flags.DEFINE_list("runs", [], "Directories of finished runs, separated by commas.")
+    RUNS = cli.define_list("runs", [], "Directory of a finished run.")
     OUT = flags.DEFINE_string("out", "", "A new folder for the comparison.")
     REFERENCE = flags.DEFINE_string(
         "reference",
         "",
         "The kind that others are compared with, such as gated; default: the gated one with most seeds.",
     )
-    L0 = flags.DEFINE_list("l0", ["20", "50", "100"], "Values of L0 at which metrics are compared.")
+    L0 = cli.define_list("l0", ["20", "50", "100"], "Values of L0 at which metrics are compared.")
     FEATURES = flags.DEFINE_integer("features", 200, "Features of each SAE that the automatic rater scores; 0: none.")
     PROBE_TOKENS = flags.DEFINE_integer("probe_tokens", 2**16, "Tokens of labelled text for probes; 0: no probes.")
     LABELS = flags.DEFINE_string(

@@ -54,15 +54,13 @@ def main() -> None:
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run, local or gs://bucket/folder.")
     TOKENS = flags.DEFINE_integer("tokens", None, "Held-out tokens; the config's evaluation.tokens by default.")
-    ITO = flags.DEFINE_list(
+    ITO = cli.define_list(
         "ito", [], "Also measure the dictionaries by gradient pursuit: for example 5,10,20,40 features per token."
     )
     STEP = flags.DEFINE_integer("step", None, "With --workdir: the checkpoint's step; by default the newest.")
     PUBLISHED = flags.DEFINE_string("published", "", "CSV file of published results to draw in the figures.")
     OVERWRITE = flags.DEFINE_bool("overwrite", False, "With --workdir: replace a report made with other settings.")
-    SAE = flags.DEFINE_multi_string(
-        "sae", [], "A run, RUN:STACK, or a folder of SAEs in any known format; may be repeated."
-    )
+    SAE = cli.define_list("sae", [], "A run, RUN:STACK, or a folder of SAEs in any known format.")
     OUT = flags.DEFINE_string("out", None, "With --sae: a new folder for the report.")
     MODEL = flags.DEFINE_string(
         "model",

@@ -43,10 +43,10 @@ def main() -> None:
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run, local or gs://bucket.", required=True)
     REPO = flags.DEFINE_string("repo", None, "The repository on the hub, user/name.", required=True)
-    FORMAT = flags.DEFINE_list(
+    FORMAT = cli.define_list(
         "format",
         ["saelens"],
-        "saelens, dictionary_learning, gemma_scope, jumprelu, llamascopium, sparsify: one or more.",
+        "saelens, dictionary_learning, gemma_scope, jumprelu, llamascopium or sparsify.",
     )
     BASE_MODEL = flags.DEFINE_string(
         "base-model", "", "The language model on the hub, user/name, if the run has a path."

@@ -29,8 +29,8 @@ if __name__ == "__main__":
     FEATURES = flags.DEFINE_string(
         "features", "", "Folder that `collect` wrote; default: `features` in the run's directory."
     )
-    SAE = flags.DEFINE_multi_string("sae", [], "Name of an SAE; default: all. May be repeated.")
-    FEATURE = flags.DEFINE_list("feature", [], "Numbers of features, such as 3,17; default: all that are active.")
+    SAE = cli.define_list("sae", [], "Name of an SAE; default: all.")
+    FEATURE = cli.define_list("feature", [], "Numbers of features, such as 3,17; default: all that are active.")
     STUDY = flags.DEFINE_string("study", "", "Rate the features of this study, and keep the ratings in it.")
     JUDGE_URL = flags.DEFINE_string(
         "judge_url", "", "A language model rates: server of the OpenAI chat protocol. OPENAI_API_KEY has its key."

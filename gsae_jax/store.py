@@ -45,20 +45,20 @@ def main() -> None:
 
 if __name__ == "__main__":
     OUT = flags.DEFINE_string("out", None, "Path of the store, local or gs://bucket/folder.", required=True)
-    SITES = flags.DEFINE_list("sites", [], "Sites of the language model; default: those of the config's stacks.")
+    SITES = cli.define_list("sites", [], "Sites of the language model; default: those of the config's stacks.")
     TOKENS = flags.DEFINE_integer("tokens", None, "Tokens to train on; default: as many as a run of the config reads.")
     DTYPE = flags.DEFINE_string("dtype", "", "float32, bfloat16 or float16; default: that of the language model.")
     CHECK = flags.DEFINE_bool("check", False, "Compare every shard with its hash, and write damaged ones again.")
     SHARD_MEGABYTES = flags.DEFINE_integer(
         "shard_megabytes", SHARD_BYTES // 2**20, "Size of a file of the widest site.", lower_bound=1
     )
-    FROM = flags.DEFINE_multi_string(
+    FROM = cli.define_list(
         "from", [], "Files of activations in place of --config: .npy, .npz, .safetensors, .parquet, .arrow, or folders."
     )
     CONTEXT_LENGTH = flags.DEFINE_integer("context_length", 128, "With --from: tokens in a row of the store.")
     HELD_OUT = flags.DEFINE_float("held_out", 0.05, "With --from: fraction of the rows to measure on.")
     SEED = flags.DEFINE_integer("seed", 0, "With --from: seed of the order of the rows.")
-    SPECIAL_TOKENS = flags.DEFINE_list("special_tokens", [], "With --from: ids of tokens that SAEs never see.")
+    SPECIAL_TOKENS = cli.define_list("special_tokens", [], "With --from: ids of tokens that SAEs never see.")
     MODEL_NAME = flags.DEFINE_string("model_name", "", "With --from: name of the model, for metadata of SAEs.")
     CONFIG = cli.define_config()
     cli.run(main, several=True)

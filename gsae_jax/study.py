@@ -63,7 +63,7 @@ def main(action: str, study: str = "") -> None:
 
 
 if __name__ == "__main__":
-    RUNS = flags.DEFINE_multi_string("runs", [], "new: a run with collected features; may be repeated.")
+    RUNS = cli.define_list("runs", [], "new: a run with collected features.")
     FIRST = flags.DEFINE_string("first", "", "new: the side that should be better: a stack, an SAE, or RUN:NAME.")
     SECOND = flags.DEFINE_string("second", "", "new: the other side.")
     PAIRS = flags.DEFINE_string("pairs", "", "new: pairs of features from each model and site for each rater, or all.")

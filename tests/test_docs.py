@@ -116,7 +116,7 @@ def check_command(module, arguments):
     ]
     (run,) = (call for call in calls if ast.unparse(call.func) == "cli.run")
     for call in calls + (several if any(keyword.arg == "several" for keyword in run.keywords) else []):
-        if re.fullmatch(r"flags\.DEFINE_(string|integer|float|bool|list|multi_string)", ast.unparse(call.func)):
+        if re.fullmatch(r"flags\.DEFINE_(string|integer|float|bool)|cli\.define_list", ast.unparse(call.func)):
             call.keywords.append(ast.keyword("flag_values", ast.Name("values")))
             eval(ast.unparse(call), names)
     kind = config_lib.Pretrain if module == "pretrain" else config_lib.Experiment
@@ -211,7 +211,7 @@ def test_flags_that_stand_alone_are_of_some_command():
         *ROOT.glob("docs/*.py"),
         *ROOT.glob("launch/*.sh"),
     ]
-    known = r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"|^--([\w-]+)\)'
+    known = r'(?:DEFINE_\w+|define_list|add_argument)\(\s*"(?:--)?([\w-]+)"|^--([\w-]+)\)'
     names = {"config", "help"}.union(*(sum(re.findall(known, path.read_text("utf-8"), re.M), ()) for path in sources))
     for path in [*PAGES, *NOTEBOOKS]:
         for span in spans(path):

@@ -109,6 +109,15 @@ def test_what_the_command_line_cannot_have(arguments, field, facts):
         cli.parse(argv + ["--workdir=x"] * bool(arguments), values)
 
 
+def test_a_list_has_the_values_of_each_time_that_its_flag_is_given():
+    values = flags.FlagValues()
+    holder = cli.define_list("runs", ["x"], "Runs.", values)
+    cli.parse(["compare"], values)
+    assert holder.value == ["x"]
+    cli.parse(["compare", "--runs=a,b", "--runs", "c"], values)
+    assert holder.value == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("experiment", [pythia_2_8b, gemma_7b])
 def test_the_papers_sites_can_be_chosen(experiment):
     for layer in experiment.LAYERS:
