@@ -102,7 +102,9 @@ def compare(wanted: Wanted, out: str) -> Path:
     ):
         if value < 0:
             raise UserError(f"is {value}; write 0 to leave this part out, or more", field)
-    if not wanted.l0 or min(wanted.l0) <= 0:
+    if wanted.labels and not wanted.probe_tokens:
+        raise UserError("is given, but --probe_tokens=0 leaves probes out; leave out one of them", "--labels")
+    if not wanted.l0 or not all(0 < l0 < math.inf for l0 in wanted.l0):
         raise UserError("has no values above 0; write numbers of active features such as 20,50,100", "--l0")
     runs = _runs(wanted.runs)
     records = _records(runs)

@@ -21,6 +21,7 @@ FLOAT32 = 3.4e38  # and no number in a config may be infinite there
 
 Dtype = Literal["float32", "bfloat16"]
 SAME = object()  # the value of `earlier` for a field whose default is what runs without the field did
+KL_WEIGHT = 0.5  # the default of `Stack.kl_weight`
 NO_MODEL = "none"  # the `lm.path` of a run from a store without a language model
 REQUIRED: Any = dataclasses.MISSING  # the default of a field that every config must give
 
@@ -212,7 +213,7 @@ class Stack(Sites):
         SAME,
     )
     kl_weight: float = setting(
-        0.5, "Share of the squared error that the KL divergence replaces in that part; 1 = all of it.", SAME
+        KL_WEIGHT, "Share of the squared error that the KL divergence replaces in that part; 1 = all of it.", SAME
     )
 
     def __len__(self) -> int:
@@ -251,6 +252,8 @@ class Stack(Sites):
         for field, names in (("site", self.sites), ("target", self.targets)):
             if not names or len(set(names)) < len(names):
                 raise UserError(f"is {names}; write one site, or several that differ", field)
+            if isinstance(getattr(self, field), tuple) and len(names) == 1:
+                object.__setattr__(self, field, names[0])
         for field, most in (("b1", 1.0), ("b2", 1.0), ("clip_norm", INT32), ("coefficient_warmup_fraction", 2 / 3)):
             value = getattr(self, field)
             if value is not None and not 0 <= value < most:
@@ -337,7 +340,12 @@ class Checkpoint:
     every: int = setting(1000, "Steps between checkpoints.")
     keep: int = setting(2, "Number of latest checkpoints to keep.")
     keep_every: int = setting(0, "Also keep checkpoints at least this many steps apart; 0 = none.", SAME)
-    keep_best: str = setting("", "Also keep the checkpoint with the lowest STACK/loss or STACK/mse; '' = none.", SAME)
+    keep_best: str = setting(
+        "",
+        "Also keep the checkpoint with the lowest STACK/loss or STACK/mse, after the warm-up of λ or k and the search "
+        "for target_l0; '' = none.",
+        SAME,
+    )
     buffer: bool = setting(True, "Save the exchange buffer; if False, a resumed run fills it with new text.", SAME)
 
     def __post_init__(self) -> None:
@@ -470,6 +478,21 @@ class Experiment:
 
     def check_new(self) -> None:
         """Raises `UserError` for what earlier versions accepted, so that only new runs are refused."""
+        for name, stack in self.stacks.items():
+            if stack.kl_weight != KL_WEIGHT and not stack.kl_fraction:
+                raise UserError(
+                    f"is {stack.kl_weight:g}, but without kl_fraction nothing is trained on the KL divergence; write "
+                    f"kl_fraction=0.1 as well, or {KL_WEIGHT}",
+                    f"stacks.{name}.kl_weight",
+                )
+        for field, corpus in (("path", "text"), ("name", "tfds")):
+            value = getattr(self.data, field)
+            if value and self.data.corpus == "stdlib" and not self.data.source:
+                raise UserError(
+                    f"is {value!r}, but data.corpus='stdlib' is Python's own library; write data.corpus={corpus!r}, or "
+                    f"data.{field}=''",
+                    f"data.{field}",
+                )
         best = self.checkpoint.keep_best.partition("/")[0]
         if best and 0 < self.stacks[best].kl_fraction < 1:
             raise UserError(

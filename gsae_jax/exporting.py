@@ -47,7 +47,7 @@ def _export_features(path: str, format: str, out: str, name: str) -> list[str]:
     with errors.about("--out"), writing.new_folder(out) as folder:
         for each in [name] if name else every:
             place = folder if name else folder / each
-            place.mkdir(exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)  # a name may have a /
             module.write(every[each], place)
     return [name] if name else list(every)
 

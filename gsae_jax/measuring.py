@@ -172,10 +172,11 @@ def _opened(settings: HeldOut, chosen: sae_sources.Chosen, wanted: "_Wanted", to
     for name, each in {"": lm, **others}.items():
         loading.check_context(each.module, settings.data.context_length, name)
     of_text = list(rows.held_out(settings, lm.tokenizer, tokens, lm.config.d_vocab))
-    text = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab).fingerprint
+    opened = rows.open_rows(settings.data, "test", lm.tokenizer, limit, lm.config.d_vocab)
     special_tokens = loading.special_tokens_of(lm, others) if settings.drop_special_tokens else ()
-    documents = rows.documents(settings.data, lm.tokenizer, masking.tokens_of(np.concatenate(of_text)))
-    return _HeldOut(lm, of_text, [batch.size for batch in of_text], special_tokens, text, others, documents)
+    documents = rows.documents(settings.data, lm.tokenizer, opened, masking.tokens_of(np.concatenate(of_text)))
+    sizes = [batch.size for batch in of_text]
+    return _HeldOut(lm, of_text, sizes, special_tokens, opened.fingerprint, others, documents)
 
 
 def _write(

@@ -221,8 +221,15 @@ def names(lm: config_lib.LM, data: config_lib.Data) -> dict[str, str]:
     name = EMBEDDED if folder == str(checkpoints.EMBEDDED) else os.path.basename(folder)
     return {
         "model_name": lm.path if lm.revision else name,  # a run of a hub's model has its commit
-        "dataset_path": data.name or without_folders(data.path) or data.corpus,
+        "dataset_path": _text_name(data),
     }
+
+
+def _text_name(data: config_lib.Data) -> str:
+    """The name or path that the corpus reads; of a user's own corpus, whichever is given."""
+    path = without_folders(data.path)
+    by_corpus = {"stdlib": "", "text": path, "tfds": data.name}
+    return by_corpus.get(data.corpus, data.name or path) or data.corpus
 
 
 def without_folders(path: str) -> str:

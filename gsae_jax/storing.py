@@ -32,7 +32,6 @@ from gsae_jax.training import preparation
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-SCALE_ROWS = 512  # that the scale of a site is measured on
 Shard = tuple[str, int]  # split, number
 
 
@@ -323,22 +322,13 @@ class _Writer:
         folder, manifest = self._folder, self.manifest
         if processes.first() and not (folder / store_lib.INDEX).exists():
             records = store_lib.whole_shards(folder, manifest)
-            looked_at = store_lib.Arrays(folder, manifest, "train").read(range(min(SCALE_ROWS, manifest.rows["train"])))
-            scales = {
-                site: store_lib.scale(x, self._seen(looked_at)) for site, x in sorted(looked_at.activations.items())
-            }
             shards = {
                 split: [records[split][number] for number in range(manifest.shards(split))]
                 for split in store_lib.SPLITS
             }
-            writing.write_text(folder / store_lib.INDEX, json.dumps({"shards": shards, "sites": scales}) + "\n")
+            writing.write_text(folder / store_lib.INDEX, json.dumps({"shards": shards}) + "\n")
         processes.wait("the index of the store")
         return f"{folder} is whole: {_described(manifest)}"
-
-    def _seen(self, batch: store_lib.Batch) -> np.ndarray:
-        if batch.tokens is None:
-            return batch.mask
-        return batch.mask & ~np.isin(batch.tokens, self.manifest.special_tokens)
 
     def stopped(self, error: OSError) -> TrainingError:
         """The error of a store that cannot be written to its end."""

@@ -134,7 +134,7 @@ def _load(wanted: Wanted, library: Library) -> Live:
         if any(fingerprint != opened.fingerprint() for fingerprint in theirs):
             why = "is not the language model that the features were collected with"
             raise UserError(f"{run.lms[name].path} {why}", f"lms.{name}.path")
-    return Live(lm, saes, others)
+    return Live(lm, saes, others, run.data.prepend_bos)
 
 
 def serve(wanted: Wanted, host: str, port: int, open_browser: bool = False) -> None:

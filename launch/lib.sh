@@ -16,7 +16,8 @@ need() {
 in_bucket() {
     (($# >= 2)) || refuse "a config and a directory for the run come first; --help shows how"
     need BUCKET my-bucket
-    config=$1 directory=${2%/} remote=gs://${BUCKET#gs://}/${2%/}
+    local root=${BUCKET#gs://}
+    config=$1 directory=${2%/} remote=gs://${root%/}/${2%/}
     [[ $2 != /* && $2 != *:* ]] || refuse "$2: write a relative path; runs/X is kept in gs://BUCKET/runs/X"
     arguments=(--config "$config" --workdir "$remote" "${@:3}")
 }

@@ -375,6 +375,22 @@ def test_files_of_conversations_become_rows(tmp_path, tokenizer, kind):
     assert tokenizer.bos_token_id not in stream
 
 
+def test_a_document_is_a_conversation_also_if_turns_end_with_eos(tmp_path, tokenizer):
+    tokenizer.eos_token = "<|eot_id|>"
+    config = chats(tmp_path, written(tmp_path / "a.jsonl", conversations()))
+    rows = rows_lib.open_rows(config, "train", tokenizer, ALL)
+    tokens = np.stack([rows[row] for row in range(len(rows))])
+    stream = tokens[:, 1:].ravel()
+    begin = np.array(tokenizer.apply_chat_template(conversations(1)[0], return_dict=False)[1:6])  # without BOS
+    begins = (np.lib.stride_tricks.sliding_window_view(stream, len(begin)) == begin).all(1)
+    assert (stream == tokenizer.eos_token_id).sum() > 1.9 * begins.sum() > 80
+    of_token = np.cumsum(np.pad(begins, (0, len(begin) - 1))) - 1
+    found = rows_lib.documents(config, tokenizer, rows, tokens)
+    np.testing.assert_array_equal(found, of_token[:: config.context_length - 1])
+    again = rows_lib.open_rows(config, "train", tokenizer, ALL)  # from the stored tokens
+    np.testing.assert_array_equal(rows_lib.documents(config, tokenizer, again, tokens), found)
+
+
 def test_rows_of_documents_begin_with_one_bos(tmp_path, tokenizer):
     file = written(tmp_path / "a.jsonl", conversations())
     for length in (16, 24):

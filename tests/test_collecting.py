@@ -1,8 +1,11 @@
 """`gsae_jax.collect` on a run and on SAEs from elsewhere, what is read back, and what is refused."""
 
+import contextlib
 import json
 import re
+import shutil
 import sqlite3
+from pathlib import Path
 
 import filelock
 import numpy as np
@@ -56,7 +59,15 @@ def test_a_run_has_a_file_for_each_sae(run, collected):
         assert set(feature.neighbours) == others
 
 
-def test_features_are_found_by_token_and_by_text(collected):
+def copied_with_text(read, folder, text):
+    """The same features, with one text for all rows."""
+    path = Path(shutil.copy(read.path, folder))
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE rows SET text = ?", (text,))
+    return features.Features(path)
+
+
+def test_features_are_found_by_token_and_by_text(collected, tmp_path):
     read = collected["gated_1"]
     every = {feature.number: feature for feature in read}
     word = next(f for f in every.values() if f.contexts).contexts[0]
@@ -70,6 +81,9 @@ def test_features_are_found_by_token_and_by_text(collected):
     text = "".join(word.tokens[3:6])
     expected = [n for n, f in every.items() if any(text.lower() in "".join(c.tokens).lower() for c in f.contexts)]
     assert read.with_context(text) == expected != []
+    with_umlaut = copied_with_text(read, tmp_path, "Ägäis")
+    assert with_umlaut.with_context("äGÄ") == [n for n, f in every.items() if f.contexts]
+    assert with_umlaut.with_context("x" * 60_000) == []
     assert read.with_context("100%_not_there") == read.active_on("nowhere") == []
     for kind in ("direct", "ablation"):
         effect = next(f for f in every.values() if f.effects[kind]).effects[kind][0]
@@ -158,6 +172,21 @@ def test_features_are_written_for_neuronpedia(run, collected, tmp_path, monkeypa
                 assert activation["bin_max"] == ours.numbers["strongest"]
             else:
                 assert activation["bin_min"] <= context.activation <= activation["bin_max"]
+
+
+def test_features_of_two_runs_are_written(collected, tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for number, read in enumerate(collected.values()):
+        path = Path(shutil.copy(read.path, folder / f"{number}.sqlite"))
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            about = json.loads(db.execute("SELECT value FROM about WHERE name = 'collection'").fetchone()[0])
+            about["sae"] = f"run/{about['sae']}"
+            db.execute("UPDATE about SET value = ? WHERE name = 'collection'", (json.dumps(about),))
+    names = export(str(folder), "neuronpedia", str(tmp_path / "out"))
+    assert sorted(names) == sorted(f"run/{name}" for name in collected)
+    for name in names:
+        assert (tmp_path / "out" / name / "batch-0.json").exists()
 
 
 def test_features_are_written_for_delphi(run, collected, tmp_path):

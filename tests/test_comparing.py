@@ -337,6 +337,10 @@ def test_what_cannot_be_compared(copied, labelled, tmp_path):
         compare([copied, copied], out)
     with refused("--reference", "'gate'", "gated"):
         compare([copied], out, reference="gate", probe_tokens=0)
+    with refused("--l0", "above 0"):
+        compare([copied], out, l0=[math.nan], probe_tokens=0)
+    with refused("--labels", "--probe_tokens=0"):
+        compare([copied], out, labels=str(labelled), probe_tokens=0)
     with refused("--labels", "--probe_tokens=0"):
         compare([copied], out)
     empty = tmp_path / "empty.jsonl"

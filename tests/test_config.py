@@ -108,9 +108,21 @@ def refusal(use, config, folder):
             ("'gated/mse'", "stacks.gated.kl_fraction"),
         ),
         (
+            {"data__corpus": "stdlib", "data__path": "books"},
+            "data.path",
+            ("'books'", "data.corpus='text'", "data.path=''"),
+        ),
+        (
+            {"data__corpus": "stdlib", "data__path": "", "data__name": "c4/en"},
+            "data.name",
+            ("'c4/en'", "data.corpus='tfds'"),
+        ),
+        ({"stacks__gated__architecture": "gated_transcoder"}, "stacks.gated.target", ("'gated_transcoder'", "write")),
+        ({"stacks__gated__kl_weight": 1.0}, "stacks.gated.kl_weight", ("is 1,", "kl_fraction", "0.5")),
+        (
             {"stacks__gated__options": {"only_magnitude": True}},
-            "stacks.gated.options.only_magnitude",
-            ("features", 'start_from="RUN:STACK"'),
+            "stacks.gated.start_from",
+            ("only_magnitude=True", 'start_from="RUN:STACK"'),
         ),
         ({"train__steps": 2, "train__warmup_steps": 0}, "train.steps", ("is 2;", "such as 4")),
         ({"train__steps": 18}, "train.steps", ("is 18;", "multiple of 4", "16 or 20")),

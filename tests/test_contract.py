@@ -424,7 +424,7 @@ def test_options_have_types_and_checks():
         ("gated", {"site": tuple(SITES)}, "stacks.a.site"),
         ("gated", {"target": "blocks.0.hook_resid_post"}, "stacks.a.target"),
         ("two_sites", {"target": tuple(SITES)}, "stacks.a.target"),
-        ("gated", {"options": {"only_magnitude": True}}, "stacks.a.options.only_magnitude"),
+        ("gated", {"options": {"only_magnitude": True}}, "stacks.a.start_from"),
     ],
 )
 def test_sites_that_an_architecture_does_not_take(name, changes, field):

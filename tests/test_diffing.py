@@ -21,6 +21,7 @@ from gsae_jax.mesh import make_mesh
 from gsae_jax.planning import planner
 from gsae_jax.saes import batch_topk_crosscoder, relu, trained
 from gsae_jax.training import loop, preparation
+from gsae_jax.viewer.live import Live
 from gsae_jax.viewer.pages import Links
 from tests.conftest import tiny
 from tests.measuring import as_sae, batches, identity
@@ -294,6 +295,9 @@ def test_features_are_collected_and_shown(run, lm, tuned):
         assert {number for number, _ in pairs} == {*np.flatnonzero(row).tolist()}
     steered = live().steered(text, [{"sae": "alone_0", "feature": 1, "strength": 0.0}], 16, 0.0, 0)
     assert steered["without"] == steered["with"] == tuned.generate(text, max_new_tokens=16)[len(text) :]
+    bare = Live(tuned, {}, prepend_bos=False)
+    assert bare._tokens(text) == live()._tokens(text)[1:]
+    assert tuned.generate(text, prepend_bos=False).startswith(text)
     with refused("features", "several language models"):
         live().steered(text, [{"sae": "cross_0", "feature": 1, "strength": 1.0}], 16, 0.0, 0)
 

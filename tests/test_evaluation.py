@@ -19,6 +19,15 @@ from tests.refusals import refused
 from tests.test_lms import checkpoint
 
 
+def test_an_sae_may_have_any_name(lm):
+    D = lm.sites[SITE]
+    config = relu.Config(D, 2 * D)
+    names = ("x", "zero", "mean")
+    saes = [as_sae(name, relu, identity(D), config) for name in names]
+    sums = measure.measure(lm, saes, batches(lm), lm.special_tokens)
+    assert [metrics.combine(sums[name])["loss_recovered"] for name in names] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("mesh", [None, pytest.param((8, 1), marks=pytest.mark.variants), (2, 4)])
 def test_identity_recovers_all_loss_and_zero_none(lm, mesh, monkeypatch):
     """Exactly: equal activations have equal losses, whatever they come from and whichever are measured with them."""

@@ -553,6 +553,9 @@ def test_logit_effects(case):
 
         change = (np.asarray(logits(step), np.float64) - np.asarray(logits(-step))) / (2 * step)
         np.testing.assert_allclose(lm.logit_effects(d, site, at), change, atol=1e-2 * np.abs(change).max())
+    if last + "ln2.hook_normalized" in lm.sites:
+        with refused("site", "only the MLP"):
+            lm.logit_effects(np.zeros(c.d_model), last + "ln2.hook_normalized")
     with refused("directions", f"{c.d_model}"):
         lm.logit_effects(np.zeros(c.d_model + 1))
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gsae_jax import features as features_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.features import collection as collection_lib
 from gsae_jax.features import effects, neighbours, streaming, tables
@@ -111,6 +112,19 @@ def features_of(collection, name, tokens):
     for site, limit in zip(sae.targets, limits, strict=True):
         valid &= np.linalg.norm(np.asarray(x[site], np.float64), axis=-1) <= limit
     return np.where(valid[..., None], f, 0), valid
+
+
+def test_an_sae_that_is_never_active_has_a_file_like_others(lm_dir, tokens, tmp_path):
+    mesh = mesh_lib.make_mesh(mesh_lib.config_lib.Mesh(1, 1), jax.devices()[:1])
+    collection = collection_of(lm_dir, ["gated"], tokens, mesh)
+    params = collection.saes["gated_0"].params
+    params["b_gate"] = jnp.full_like(params["b_gate"], -1e6)
+    collection.about["gated_0"]["width"] = F
+    collection_lib.collect(collection, tmp_path)
+    (features,) = features_lib.load(tmp_path).values()
+    assert not features.columns()["fired"].any()
+    assert not features[0].contexts
+    assert features.sample()[1] == {}
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

@@ -125,6 +125,14 @@ def test_what_metadata_calls_a_text(path, name):
 
 
 @pytest.mark.parametrize(
+    ("corpus", "name"), [("stdlib", "stdlib"), ("text", "texts"), ("tfds", "c4/en"), ("my_package.corpus", "c4/en")]
+)
+def test_metadata_names_the_text_that_the_corpus_reads(corpus, name):
+    data = config_lib.Data(corpus=corpus, path="/home/me/texts", name="c4/en")
+    assert sae_loading.names(config_lib.LM(), data)["dataset_path"] == name
+
+
+@pytest.mark.parametrize(
     ("theirs", "warns"),
     [("NeelNanda/pile-10k", False), ("pile-10k", False), ("/data/NeelNanda/pile-10k/", False), ("me/pile-10k", True)],
 )

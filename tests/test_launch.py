@@ -207,6 +207,9 @@ def test_tpu_vm_prints_its_commands(launch, cloud):
     assert fetch[:5] == ["gcloud", "storage", "cp", "--recursive", "gs://my-bucket/runs/x/report"]
     [delete] = commands(dry_run(launch, cloud, "tpu_vm.sh", "delete", **TPU_VM))
     assert delete == [*tpu, "delete", "my-tpu", *place]
+    for bucket in ("my-bucket/", "gs://my-bucket", "gs://my-bucket/"):
+        [*_, again] = commands(dry_run(launch, cloud, "tpu_vm.sh", *RUN, **TPU_VM | {"BUCKET": bucket}))
+        assert again == fetch
     [line] = [line for line in commands(dry_run(launch, cloud, "tpu_vm.sh", *RUN, **TPU_VM)) if "create" in line]
     assert "--spot" not in line
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,9 @@ def test_the_coefficient_is_warmed_up_from_zero_before_a_target_moves_it():
     assert optimiser.coefficient_warmup(100, 0.0) is None
     factor = optimiser.coefficient_warmup(100, 0.2)
     assert [float(factor(step)) for step in (0, 10, 20, 99)] == pytest.approx([0, 0.5, 1, 1])
+    stack = config_lib.Stack("gated", "a", 8, (1e-2,), (1e-3,), coefficient_warmup_fraction=0.25)
+    assert optimiser.constant_from(100, stack) == 25
+    assert optimiser.constant_from(100, dataclasses.replace(stack, target_l0=(4.0,))) == 66
     gain = optimiser.gain(config_lib.Train(steps=100, warmup_steps=10), 0.2)
     assert [float(gain(step)) > 0 for step in (10, 19, 20, 65, 66)] == [False, False, True, True, False]
 

@@ -275,6 +275,20 @@ def test_the_card_says_how_the_saes_were_trained_and_from_what(run, tmp_path):
     assert config_trees.from_dict(config_lib.Experiment, published).train.steps == config["train"]["steps"]
 
 
+@pytest.mark.parametrize(
+    ("recorded", "published"),
+    [
+        ("store:/home/alice/stores/a", "store:a"),
+        ("/home/alice/runs/a:gated", "a:gated"),
+        ("gs://bucket/texts/*.txt", "texts/*.txt"),
+        ("store:gs://bucket/a", "store:a"),
+        ("C: what is a colon", "C: what is a colon"),
+    ],
+)
+def test_no_folder_of_this_machine_is_published(recorded, published):
+    assert model_card._shareable({"data": [recorded]}) == {"data": [published]}
+
+
 def test_the_card_says_how_documents_became_rows(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())

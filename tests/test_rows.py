@@ -100,7 +100,7 @@ def test_the_document_in_which_a_row_begins(tmp_path, tokenizer, documents, opti
     of_token = np.repeat(np.arange(len(texts)), lengths)
     stream = of_token[:: config.context_length - config.prepend_bos][: len(rows)]
     expected = np.arange(len(rows)) if config.pack == "documents" else stream
-    found = rows_lib.documents(config, tokenizer, np.stack([rows[row] for row in range(len(rows))]))
+    found = rows_lib.documents(config, tokenizer, rows, np.stack([rows[row] for row in range(len(rows))]))
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(found)) > 10
 

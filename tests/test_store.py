@@ -90,10 +90,6 @@ def test_holds_what_the_model_gives_in_the_order_of_its_run(made):
     seen = batch.activations["blocks.0.hook_mlp_out"]
     assert seen.dtype == np.float32
     assert store.manifest.shards("train") > 2
-    first = store.rows("train").arrays.read(range(len(store.rows("train"))))
-    x = first.activations["blocks.0.hook_mlp_out"][~np.isin(first.tokens, store.manifest.special_tokens)]
-    expected = np.square(x.astype(np.float64)).sum(-1).mean()
-    np.testing.assert_allclose(store.sites["blocks.0.hook_mlp_out"]["mean_square"], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("latent", [1, pytest.param(4, marks=pytest.mark.variants)])

@@ -13,9 +13,20 @@ import pytest
 import safetensors.numpy
 
 import gsae_jax
-from gsae_jax import collecting, experiment_config, exporting, measuring, stack_config, storing, train
+from gsae_jax import (
+    collecting,
+    config_trees,
+    experiment_config,
+    exporting,
+    measuring,
+    stack_config,
+    storing,
+    train,
+)
+from gsae_jax import config as config_lib
 from gsae_jax.activations import imports
 from gsae_jax.activations import store as store_lib
+from gsae_jax.training import loop
 from tests.refusals import refused
 
 S, T, D = 60, 24, 8
@@ -123,6 +134,19 @@ def test_tokens_masks_and_several_sites(x, tmp_path):
     assert store_lib.Store.open(tmp_path / "s").manifest.special_tokens == (7,)
 
 
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_arrays_that_are_not_named_are_not_looked_at(x, tmp_path, kind):
+    arrays = {"a": x, "labels": np.arange(len(x)), "weight": np.ones(3, np.float32)}
+    if kind == "npz":
+        np.savez(tmp_path / "a.npz", **arrays)
+    else:
+        safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
+    write([tmp_path / f"a.{kind}"], tmp_path / "s", imports.Settings(("a",), 16))
+    assert {*everything(tmp_path / "s")[0]} == {"a"}
+    with refused("--sites", "'b'", "a"):
+        write([tmp_path / f"a.{kind}"], tmp_path / "t", imports.Settings(("b",), 16))
+
+
 def test_bfloat16_and_float64(x, tmp_path):
     safetensors.numpy.save_file({"a": x.astype(ml_dtypes.bfloat16)}, tmp_path / "f.safetensors")
     write([tmp_path / "f.safetensors"], tmp_path / "s", imports.Settings(context_length=16))
@@ -196,6 +220,7 @@ def test_unusable_files(x, tmp_path, case, field, fact):
         pyarrow.parquet.write_table(pyarrow.table({"vision.layer.3": column}), folder / "a.parquet")
     elif case == "counts":
         np.savez(folder / "a.npz", **{"vision.layer.3": x, "other": x[:4]})
+        settings = imports.Settings(context_length=16)
     elif case == "site":
         safetensors.numpy.save_file({"a": x}, folder / "a.safetensors")
         settings = imports.Settings(sites=("no.such",))
@@ -210,6 +235,7 @@ def test_unusable_files(x, tmp_path, case, field, fact):
         np.save(folder / "a.npy", x[0, 0])
     elif case == "tokens":
         np.savez(folder / "a.npz", tokens=np.arange(8))
+        settings = imports.Settings(context_length=16)
     with refused(field, fact):
         write([folder], tmp_path / "s", settings)
     assert not (tmp_path / "s" / store_lib.MANIFEST).exists()
@@ -231,6 +257,14 @@ def run(x, tmp_path_factory):
     config.evaluation.rows_per_forward = 8
     assert train.run(config, folder / "run") == 0
     return folder / "store", folder / "run", config
+
+
+def test_roles_need_the_text(run, tmp_path):
+    config = run[2].copy_and_resolve_references()
+    config.data.corpus, config.data.path, config.data.chat = "text", str(tmp_path), "messages"
+    config.data.roles = ("assistant",)
+    with refused("data.roles", "('assistant',)", str(run[0])):
+        loop.train(config_trees.from_dict(config_lib.Experiment, config), tmp_path / "run")
 
 
 def test_trains_without_a_language_model(run, x):

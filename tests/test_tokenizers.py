@@ -271,6 +271,20 @@ def test_a_sentencepiece_model_that_is_none_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(REAL is None, reason="the real model and text are not there (../shared/real)")
+@pytest.mark.parametrize("text", ["Привет, мир", "naïve café", "a 🙂🙂 b", "plain", "漢字\ufffd!", "é"])
+def test_characters_of_several_tokens_are_whole_in_a_text(text):
+    tokenizer = gsae_jax.load_lm().tokenizer
+    ids = tokenizer(text)["input_ids"]
+    texts = tokenizer_lib.token_texts(tokenizer, ids)
+    assert tokenizer_lib.joined(tokenizer, ids, texts) == text
+    pieces = tokenizer_lib.pieces(texts, text)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    for piece, token in zip(pieces, texts, strict=True):
+        assert piece == token or tokenizer_lib.PART in token
+    assert tokenizer_lib.pieces(["a", "b"], "another text") == ["a", "b"]
+
+
 def test_a_real_models_tokens():
     """A character that TinyStories-656K lacks is its <unk>, which transformers' Llama class left out."""
     stories = json.loads((REAL / "tinystories" / "tinystories_1000.json").read_text())

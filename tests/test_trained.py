@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 
 from gsae_jax import batching
-from gsae_jax.saes import (
-    gated,
-    relu,
-    trained,
-)
+from gsae_jax.saes import gated, gated_batch_topk, jumprelu, relu, signed_gated, trained
 from tests.refusals import refused
 from tests.small_saes import B, D, F, assert_close, away_from_init, inputs
 
@@ -101,6 +97,27 @@ def test_parameters_and_sizes_are_attributes():
         an_sae().threshold  # noqa: B018
     for same in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
         np.testing.assert_array_equal(same.W_dec, sae.W_dec)
+
+
+@pytest.mark.parametrize("architecture", [gated_batch_topk, jumprelu, signed_gated])
+def test_a_threshold_is_that_above_which_features_are_active(architecture):
+    options = {"k": 4} if architecture is gated_batch_topk else {}
+    config = architecture.Config(D, F, **options)
+    params = dict(architecture.init(jax.random.key(1), config))
+    random = np.random.default_rng(2)
+    for name in ("b_gate", "b_mag", "r_mag", "b_enc"):
+        if name in params:
+            params[name] = jnp.asarray(random.normal(size=F) * 0.3, jnp.float32)
+    params["threshold"] = jnp.float32(0.7) if params.get("threshold", jnp.zeros(0)).ndim == 0 else jnp.full(F, -0.3)
+    if "threshold" not in architecture.PARAMETERS:
+        del params["threshold"]
+    name = architecture.__name__.rpartition(".")[2]
+    sae = trained.SAE("a_0", name, config, "blocks.0.hook_mlp_out", params)
+    f = np.abs(np.asarray(sae.encode(random.normal(size=(4000, D)).astype(np.float32))))
+    smallest = np.where(f > 0, f, np.inf).min(0)
+    assert sae.threshold.shape == (F,)
+    assert (smallest >= np.asarray(sae.threshold) - 1e-4).all()
+    assert np.isclose(smallest, sae.threshold, atol=0.1).mean() > 0.5
 
 
 def test_an_sae_is_shown_in_a_line():

@@ -256,16 +256,18 @@ def _parts(file: Path, settings: Settings, scratch: Path) -> Iterator[_Part]:
                 raise UserError(f"is {', '.join(names)}, but {file} has one array; write one name", "--sites")
             yield _part(file, {names[0]: np.load(file, mmap_mode="r", allow_pickle=False)})
         elif file.suffix == ".npz":
-            yield _part(file, _unzipped(file, scratch))
+            yield _part(file, _wanted(_unzipped(file, scratch), settings))
         elif file.suffix == ".safetensors":
             opened = safetensors.safe_open(file, "np")
-            yield _part(file, {name: _Tensor(opened, name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+            arrays = {name: _Tensor(opened, name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            yield _part(file, _wanted(arrays, settings))
         elif file.suffix == ".parquet":
             table = pyarrow.parquet.ParquetFile(file)
             spool = _Spool(scratch / f"{len(list(scratch.iterdir()))}")
             for batch in table.iter_batches(batch_size=256):
                 spool.add({name: _column(batch, name, file) for name in _chosen(batch.schema, settings)})
-            yield _part(file, spool.arrays())
+            if table.metadata.num_rows:
+                yield _part(file, spool.arrays())
         else:
             with pyarrow.memory_map(os.fspath(file)) as mapped:
                 batches = _batches(mapped)
@@ -275,6 +277,14 @@ def _parts(file: Path, settings: Settings, scratch: Path) -> Iterator[_Part]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())})", FIELD) from error
+
+
+def _wanted(arrays: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Those of the sites that were named, or all; and tokens and masks."""
+    if wrong := [site for site in settings.sites if site not in arrays]:
+        raise UserError(f"is {wrong[0]!r}, but {known_names(wrong[0], arrays)}", "--sites")
+    names = {*settings.sites, *TOKENS, *MASKS} if settings.sites else {*arrays}
+    return {name: array for name, array in arrays.items() if name in names}
 
 
 def _batches(mapped: Any) -> list[Any]:

@@ -17,7 +17,6 @@ are shuffled when they are written. So long pieces of the disk are read, and bat
 
 import dataclasses
 import hashlib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -328,13 +327,11 @@ class Store:
         path: where it lies.
         manifest: what it holds.
         fingerprint: of everything in it.
-        sites: `mean_square` and `median_norm` of each site, in the language model's units.
     """
 
     path: paths.Path
     manifest: Manifest
     fingerprint: str
-    sites: dict[str, dict[str, float]]
 
     @classmethod
     def open(cls, path: epath.PathLike) -> "Store":
@@ -348,7 +345,6 @@ class Store:
             shards = {split: len(index["shards"][split]) for split in SPLITS}
             if shards != {split: manifest.shards(split) for split in SPLITS}:
                 raise ValueError("it does not have the number of shards that manifest.json says")
-            sites = {site: dict(index["sites"][site]) for site in manifest.widths}
         except FileNotFoundError as error:
             whole = sum(map(len, whole_shards(folder, manifest).values()))
             number = sum(map(manifest.shards, SPLITS))
@@ -357,7 +353,7 @@ class Store:
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / INDEX} is damaged ({error}); remove it and write the store again") from error
-        return cls(folder, manifest, config_lib.fingerprint(manifest.to_json(), index), sites)
+        return cls(folder, manifest, config_lib.fingerprint(manifest.to_json(), index))
 
     def rows(self, split: str, sites: Sequence[str] = ()) -> "StoredRows":
         """The rows of a split; `sites`: those to read, by default all."""
@@ -486,12 +482,3 @@ class _Batches:
         rows = self._order[batch * self._per_batch + self._local]
         cuts = np.flatnonzero(np.diff(rows) != 1) + 1
         return self._rows.arrays.gather([range(int(p[0]), int(p[-1]) + 1) for p in np.split(rows, cuts)])
-
-
-def scale(x: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """`mean_square` E||x||^2 and `median_norm` of activations [R, T, D] where the mask [R, T] is True."""
-    square = np.square(x[mask].astype(np.float64)).sum(-1)
-    square = square[np.isfinite(square)]
-    if not square.size:
-        return {"mean_square": math.nan, "median_norm": math.nan}
-    return {"mean_square": float(square.mean()), "median_norm": float(np.sqrt(np.median(square)))}

@@ -92,6 +92,10 @@ class TokenRows:
         self._stride = context_length - (bos is not None)
         self._rows = (len(tokens) if limit is None else min(limit, len(tokens))) // self._stride
 
+    def documents(self, rows: int) -> np.ndarray:
+        """The number of the conversation in which each of the first `rows` rows begins."""
+        return np.searchsorted(self._tokens.starts, np.arange(rows) * self._stride, "right") - 1
+
     def limited(self, tokens: int) -> "TokenRows":
         """Only the rows that the first so many tokens give."""
         rows = copy.copy(self)
@@ -363,10 +367,19 @@ def held_out(
     return itertools.islice(in_order(rows, per_batch), batches)
 
 
-def documents(config: config_lib.Data, tokenizer: Any, tokens_RxT: np.ndarray) -> np.ndarray:
-    """The number of the document in which each row [R] begins, of rows that follow each other in the text."""
+def documents(config: config_lib.Data, tokenizer: Any, rows: TokenRows, tokens_RxT: np.ndarray) -> np.ndarray:
+    """The number of the document, or of the conversation, in which each row [R] begins.
+
+    Args:
+        config: the text.
+        tokenizer: of the language model.
+        rows: that the tokens are of.
+        tokens_RxT: the first rows.
+    """
     if config.pack == "documents":
         return np.arange(len(tokens_RxT))
+    if config.chat:
+        return rows.documents(len(tokens_RxT))
     separator = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     ends = (tokens_RxT[:, int(config.prepend_bos) :] == separator).sum(1)
     return np.cumsum(ends) - ends

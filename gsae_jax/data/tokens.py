@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 RETRIES = (1, 5, 25)  # seconds after which a file that cannot be read is tried again
 PATIENCE = 0.5  # seconds of waiting for another process, after which the user is warned
 FORMAT = 1  # part of the cache's key: raise it when the tokens of a text change
+STARTS = "starts.bin"  # where conversations begin, which separators do not say, as a turn may end with one
 
 
 class TokenFile:
@@ -43,9 +44,14 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, known: dict[str, Any]):
-        """`known`: what `_tokenize` says of the file."""
+        """`known`: what `_tokenize` says of the file.
+
+        Sets `starts`, the places where conversations begin; empty if the text has other documents.
+        """
         self.known = known
         self._path, self._dtype, self._count = path, np.dtype(known["dtype"]), known["tokens"]
+        starts = path.with_name(STARTS)
+        self.starts = np.fromfile(starts, np.int64) if starts.exists() else np.zeros(0, np.int64)
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
 
@@ -173,7 +179,8 @@ def _download_tokens(shared: paths.Path, folder: Path, limit: int) -> dict[str, 
     if known is None:
         return None
     with writing.whole_folder(folder) as scratch:
-        (shared / "tokens.bin").copy(scratch / "tokens.bin")
+        for name in ("tokens.bin", *([STARTS] if (shared / STARTS).exists() else [])):
+            (shared / name).copy(scratch / name)
         (scratch / "meta.json").write_text(json.dumps(known))
     return known
 
@@ -202,6 +209,7 @@ def _tokenize(path: Path, dtype: np.dtype, text: Text, limit: int) -> dict[str, 
         seen: how many tokens of the file SAEs may see.
     """
     count, read, seen, documents, largest = 0, 0, 0, 0, text.separator
+    starts = []
     texts, chunk = len(text.source), 256
     with open(path, "wb") as file, progress.bar("tokenizing the text", None, " tokens") as bar:
         for start in range(0, texts, chunk):
@@ -217,6 +225,7 @@ def _tokenize(path: Path, dtype: np.dtype, text: Text, limit: int) -> dict[str, 
                 if text.d_vocab is not None and most >= text.d_vocab and most != text.separator:
                     raise _no_embedding(text.tokenizer, most, text.d_vocab, _where(example, text.feature))
                 largest = max(largest, most)
+                starts.append(count)
                 count, seen = count + len(part), seen + int((part >= 0).sum())
                 parts.append(part.astype(dtype))
             np.concatenate(parts).tofile(file)
@@ -224,6 +233,8 @@ def _tokenize(path: Path, dtype: np.dtype, text: Text, limit: int) -> dict[str, 
             bar.update(count - bar.n)
             if count >= limit:
                 break
+    if text.chat is not None:
+        np.array(starts, np.int64).tofile(path.with_name(STARTS))
     return {
         "tokens": count,
         "complete": documents == texts,

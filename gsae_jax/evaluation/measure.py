@@ -160,8 +160,9 @@ def measure(
                 name: context[name] for name in ("valid", "typical")
             }
             last = names[mine[-1].name()][-1]
-            losses: dict[str, tuple[jax.Array, jax.Array]] = {}
-            waiting = {kind: context[kind] for kind in ("x", "zero", "mean")}
+            losses: dict[Any, tuple[jax.Array, jax.Array]] = {}
+            # By the name of an SAE, or a tuple, which no SAE has as a name.
+            waiting: dict[Any, Any] = {(kind,): context[kind] for kind in ("x", "zero", "mean")}
             for one in mine:
                 sae = one.sae
                 reads = tuple(context["others"].get(site, context["x"]) for site in sae.sites)
@@ -182,7 +183,7 @@ def measure(
                         losses |= dict(zip(waiting, some, strict=True))
                         waiting = {}
             kinds = (("clean", "x"), ("zero", "zero"), ("mean", "mean")) if losses else ()
-            shared = {f"ce_{kind}": losses[of][0] for kind, of in kinds}
+            shared = {f"ce_{kind}": losses[of,][0] for kind, of in kinds}
             for name in (name for one in mine for name in names[one.name()] if losses):
                 sums[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
         R, T = shape(batch)

@@ -354,7 +354,8 @@ class Texts:
 
     def of(self, tokens: np.ndarray) -> str:
         """The text of a row."""
-        return "".join(self.each(tokens.tolist()))
+        ids = tokens.tolist()
+        return tokenizer_lib.joined(self._tokenizer, ids, self.each(ids))
 
 
 def sample_rows(rows: int, length: int) -> np.ndarray:
@@ -381,7 +382,8 @@ def _sample(collection: Collection) -> dict[str, _Active]:
     """What is active on the sample of rows, of each SAE."""
     length = len(collection.rows[0])
     params = {name: streaming.params_on(collection.mesh, sae) for name, sae in collection.saes.items()}
-    parts: dict[str, list[_Active]] = {name: [] for name in collection.saes}
+    nothing = _Active(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
+    parts = {name: [nothing] for name in collection.saes}
     done = 0
     for part, activations, valid in collection.batches(sample_rows(len(collection.rows), length)):
         for (name, sae), valid_RxT in zip(collection.saes.items(), valid, strict=True):

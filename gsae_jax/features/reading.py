@@ -15,6 +15,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.features import ratings as ratings_lib
 from gsae_jax.features import tables
 from gsae_jax.features.ratings import Rating
+from gsae_jax.lms import tokenizer as tokenizer_lib
 
 FOLDER = "features"  # in a run's directory
 
@@ -179,10 +180,9 @@ class Features:
         """Features that have a context in a row that contains this text, whatever its case."""
         query = (
             "SELECT DISTINCT feature FROM contexts WHERE row IN "
-            "(SELECT row FROM rows WHERE text LIKE ? ESCAPE '!') ORDER BY feature"
+            "(SELECT row FROM rows WHERE instr(lower_case(text), ?)) ORDER BY feature"
         )
-        escaped = text.replace("!", "!!").replace("%", "!%").replace("_", "!_")
-        return [feature for (feature,) in self._db.execute(query, (f"%{escaped}%",))]
+        return [feature for (feature,) in self._db.execute(query, (text.lower(),))]
 
     def promoting(self, text: str, kind: str = "direct") -> list[int]:
         """Features for which this token, apart from spaces around it, is one of those that they promote most.
@@ -228,6 +228,11 @@ class Features:
                 pairs = np.array(json.loads(active))
                 rows[row] = pairs[:, 0].astype(int), pairs[:, 1].astype(np.float32)
         return rows
+
+    def pieces(self, row: int) -> list[str]:
+        """The text of a row in parts, one for each token; a character of several tokens is of the last of them."""
+        ((tokens, text),) = self._db.execute("SELECT tokens, text FROM rows WHERE row = ?", (row,))
+        return tokenizer_lib.pieces([self.texts[token] for token in json.loads(tokens)], text)
 
     @functools.cached_property
     def texts(self) -> Mapping[int, str]:

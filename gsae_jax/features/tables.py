@@ -114,6 +114,7 @@ def opened(path: Path) -> sqlite3.Connection:
     try:
         # `immutable`: nobody writes to it, so that it can be read from where nothing can be written.
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+        db.create_function("lower_case", 1, str.lower, deterministic=True)  # SQLite's own is for ASCII only
         version = about(db).get("format")
     except (sqlite3.Error, ValueError) as error:
         raise UserError(f"cannot be read as a file of features ({error}); collect it again", str(path)) from error

@@ -76,11 +76,15 @@ class LM:
         module = dataclasses.replace(self.module, mesh=mesh)
         return dataclasses.replace(self, module=module, params=flax.traverse_util.unflatten_dict(params))
 
-    def tokenize(self, texts: str | Iterable[str]) -> tokenizer_lib.Tokens:
+    def tokenize(self, texts: str | Iterable[str], *, prepend_bos: bool = True) -> tokenizer_lib.Tokens:
         """The tokens of texts, as `tokens_BxT` and `mask_BxT`. Every method that takes tokens calls this for texts.
 
-        Each text gets a BOS token, if the tokenizer has one and the text does not begin with it. Shorter texts are
-        padded on the right.
+        Shorter texts are padded on the right.
+
+        Args:
+            texts: one text or several.
+            prepend_bos: whether each text gets a BOS token, if the tokenizer has one and the text does not begin with
+                it. SAEs of a run with `data.prepend_bos=False` have seen no BOS.
 
         Raises:
             UserError: `texts` is not a string or several strings, or a text has no tokens.
@@ -88,7 +92,7 @@ class LM:
         strings = tokenizer_lib.as_texts(texts)
         if strings is None:
             raise UserError(f"are of type {type(texts).__name__}; give a string, or several in a list", "texts")
-        return tokenizer_lib.padded(tokenizer_lib.tokenize(self.tokenizer, strings))
+        return tokenizer_lib.padded(tokenizer_lib.tokenize(self.tokenizer, strings, prepend_bos))
 
     def logits(
         self,
@@ -173,6 +177,7 @@ class LM:
         max_new_tokens: int = 32,
         temperature: float = 0.0,
         seed: int = 0,
+        prepend_bos: bool = True,
     ) -> str | list[str]:
         """Each text with its continuation, up to EOS. One string gives one string; a list gives a list.
 
@@ -188,6 +193,7 @@ class LM:
             max_new_tokens: the largest number of tokens that a text is continued by.
             temperature: logits are divided by it before a token is sampled. 0 chooses the most likely token.
             seed: seed of the sampling.
+            prepend_bos: as for `tokenize`.
 
         Raises:
             UserError: `texts` is not text, a number is out of range, or prompts and new tokens exceed the context.
@@ -200,7 +206,7 @@ class LM:
             raise UserError(f"is {max_new_tokens}; write a whole number from 1 on", "max_new_tokens")
         if not 0 <= temperature < math.inf:
             raise UserError(f"is {temperature}; write 0 or a positive number", "temperature")
-        ids = tokenizer_lib.tokenize(self.tokenizer, prompts)
+        ids = tokenizer_lib.tokenize(self.tokenizer, prompts, prepend_bos)
         longest, most = max(map(len, ids)), self.config.n_ctx - max_new_tokens
         if longest > most:
             why = f"{max_new_tokens} more tokens exceed the {self.config.n_ctx} positions of this language model"
@@ -255,7 +261,8 @@ class LM:
                 last block.
 
         Raises:
-            UserError: an unknown site, arrays of wrong shapes, or a norm between the site and the residual stream.
+            UserError: an unknown site, arrays of wrong shapes, or a norm or an MLP between the site and the residual
+                stream.
         """
         self._check_head()
         if site:

@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from gsae_jax.errors import UserError
+from gsae_jax.lms import sites
 
 
 def to_stream(module: Any, params: Any, directions: jax.Array, site: str) -> jax.Array:
     """What directions [..., width of the site] add to the residual stream [..., D] after the last block.
 
     Raises:
-        UserError: a norm lies between the site and the stream, so that there is no such linear map.
+        UserError: a norm or an MLP lies between the site and the stream, so that there is no such linear map.
     """
     layer, _, hook = site.removeprefix("blocks.").partition(".")
+    if hook == sites.MLP_INPUT:
+        raise UserError(f"is {site}, which only the MLP reads, so that no linear map leads to the stream", "site")
     into = {"attn.hook_z": ("attn", "W_O"), "mlp.hook_post": ("mlp", "W_out")}.get(hook)
     if into is not None:
         if module.config.norm_after:

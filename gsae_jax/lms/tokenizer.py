@@ -5,6 +5,7 @@ If there is a `tokenizer.json`, it alone decides how a text is split. transforme
 """
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
 OLDER = ("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")  # what transformers makes a tokenizer from
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 KEPT = ("chat_template", "model_max_length", "padding_side")  # settings that do not change how a text is split
+PART = "�"  # what part of a character is decoded to
 PROBES = ("The cat sat on the mat, and it's 3 o'clock.", "def main(): return x", "(a) déjà-vu")
 
 
@@ -51,17 +53,22 @@ def as_texts(value: Any) -> list[str] | None:
     return texts if texts and all(isinstance(text, str) for text in texts) else None
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each text. BOS is put before a text, if the tokenizer has a BOS and the text has none.
+def tokenize(tokenizer: Any, texts: Sequence[str], prepend_bos: bool = True) -> list[list[int]]:
+    """The token ids of each text.
+
+    Args:
+        tokenizer: of the language model.
+        texts: the texts.
+        prepend_bos: whether BOS is put before a text that has none, if the tokenizer has a BOS.
 
     Raises:
         UserError: a text without any token.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ids = [own if own[:1] == bos else bos + own for own in ids]
     if [] in ids:
-        raise UserError(f"are empty in text {ids.index([])}; leave it out, as this tokenizer has no BOS", "tokens")
+        raise UserError(f"are empty in text {ids.index([])}; leave it out, as no BOS is put before it", "tokens")
     return ids
 
 
@@ -250,6 +257,11 @@ def _splitting(tokenizer: Any) -> dict[str, Any]:
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """What each token adds to a text in which it is not the first, such as " the"; part of a character is "�"."""
+    return [_added(tokenizer, [int(token)]) for token in ids]
+
+
+def _added(tokenizer: Any, ids: list[int]) -> str:
+    """What tokens add to a text in which they are not the first."""
     before = tokenizer.convert_tokens_to_ids("a")
     start = [] if before in (None, tokenizer.unk_token_id) else [before]
 
@@ -258,4 +270,36 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
         return decoded
 
     # Some tokenizers drop the space before the first token.
-    return [text([*start, int(token)])[len(text(start)) :] for token in ids]
+    return text([*start, *ids])[len(text(start)) :]
+
+
+def joined(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> str:
+    """The text of tokens, with the characters of which single tokens are only a part. `texts`: their `token_texts`."""
+    runs = itertools.groupby(range(len(ids)), key=lambda place: PART in texts[place])
+    return "".join(
+        _added(tokenizer, [ids[place] for place in run]) if has_parts else "".join(texts[place] for place in run)
+        for has_parts, run in runs
+    )
+
+
+def pieces(texts: Sequence[str], whole: str) -> list[str]:
+    """The part of a text that is of each of its tokens; a character of several tokens is of the last of them.
+
+    Args:
+        texts: the `token_texts` of the tokens.
+        whole: their `joined` text.
+    """
+    result, at = [""] * len(texts), 0
+    runs = [(has, [*run]) for has, run in itertools.groupby(range(len(texts)), key=lambda place: PART in texts[place])]
+    for number, (has_parts, run) in enumerate(runs):
+        if not has_parts:
+            for place in run:
+                result[place], at = texts[place], at + len(texts[place])
+            continue
+        after = "".join(texts[place] for place in runs[number + 1][1]) if number + 1 < len(runs) else ""
+        end = whole.find(after, at) if after else len(whole)
+        part, count = whole[at:end], len(run)
+        for turn, place in enumerate(run):
+            result[place] = part[turn * len(part) // count : (turn + 1) * len(part) // count]
+        at = end
+    return result if "".join(result) == whole else [*texts]

@@ -105,8 +105,12 @@ def _shareable(tree: Any) -> Any:
         return {name: _shareable(value) for name, value in tree.items()}
     if isinstance(tree, list):
         return [_shareable(value) for value in tree]
-    is_path = isinstance(tree, str) and (tree.startswith(("/", "~")) or "://" in tree)
-    return sae_loading.without_folders(tree) if is_path else tree
+    if not isinstance(tree, str):
+        return tree
+    prefix = re.match(r"\w+:(?=[/~](?!/)|\w+://)", tree)  # of store:/a/path
+    kind = prefix[0] if prefix else ""
+    path = tree.removeprefix(kind)
+    return kind + sae_loading.without_folders(path) if path.startswith(("/", "~")) or "://" in path else tree
 
 
 def _training(place: run_directory.Workdir, step: int | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 
 from gsae_jax.errors import TrainingError
-from gsae_jax.features import Feature, Features
+from gsae_jax.features import Features
 from gsae_jax.rating import chat
 from gsae_jax.rating.ratings import Rating
 
@@ -265,7 +265,7 @@ class Judge:
 
     def _examples(self, features: Features, number: int) -> Examples | None:
         """What a feature is explained and scored by; None if there is too little."""
-        halves = _halves(features[number], self._sample(features).first)
+        halves = _halves(features, number, self._sample(features).first)
         if min(map(len, halves)) < LEAST:
             return None
         others = self._others(features, number, len(halves[1]))
@@ -293,7 +293,7 @@ class Judge:
         windows = []
         for row in random.permutation(np.flatnonzero(is_free.any(1)))[:most]:
             start = random.choice(np.flatnonzero(is_free[row]))
-            texts = [features.texts[token] for token in tokens[row, start : start + size].tolist()]
+            texts = features.pieces(features.about["sample_rows"][row])[first + start : first + start + size]
             windows.append(Window(tuple(texts), np.zeros(size, np.float32)))
         return windows
 
@@ -325,8 +325,10 @@ def marked(window: Window, places: Iterable[int]) -> str:
 
     Brackets of the text that could be taken for such marks become ‹ and ›.
     """
-    chosen, text = set(places), ""
-    for place, token in enumerate(window.tokens):
+    tokens, text = window.tokens, ""
+    # A token that is the beginning of a character has no text; the token that ends the character has it.
+    chosen = {next((later for later in range(place, len(tokens)) if tokens[later]), place) for place in places}
+    for place, token in enumerate(tokens):
         token = token.replace(OPEN, "�").replace(CLOSE, "�")
         first, last = place - 1 not in chosen, place + 1 not in chosen
         text += f"{OPEN * first}{token}{CLOSE * last}" if place in chosen else token
@@ -376,7 +378,7 @@ def mean_of_fractions(parts: Sequence[tuple[int, int]]) -> tuple[float, float, f
     return mean, max(0.0, mean - math.sqrt(below)), min(1.0, mean + math.sqrt(above))
 
 
-def _halves(feature: Feature, first: int) -> tuple[list[Window], list[Window]]:
+def _halves(features: Features, number: int, first: int) -> tuple[list[Window], list[Window]]:
     """A window of every row that has a context: of every second one, and of the others.
 
     The strongest contexts and those of quantiles alternate, each by themselves, so that both halves have both.
@@ -385,14 +387,16 @@ def _halves(feature: Feature, first: int) -> tuple[list[Window], list[Window]]:
     halves: tuple[list[Window], list[Window]] = ([], [])
     seen: set[int] = set()
     turn = collections.Counter[bool]()
-    for context in feature.contexts:
+    for context in features[number].contexts:
         if context.row in seen:
             continue
         seen.add(context.row)
         is_strongest = context.quantile is None
         start = max(first, min(context.position - BEFORE, len(context.tokens) - WINDOW))
         some = slice(start, start + WINDOW)
-        halves[turn[is_strongest] % 2].append(Window(context.tokens[some], context.activations[some]))
+        halves[turn[is_strongest] % 2].append(
+            Window(tuple(features.pieces(context.row)[some]), context.activations[some])
+        )
         turn[is_strongest] += 1
     return halves
 

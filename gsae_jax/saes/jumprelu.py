@@ -133,6 +133,11 @@ def shifted(params: dict[str, jax.Array], shift_D: jax.typing.ArrayLike) -> dict
     return params | {"b_enc": linalg.shifted(params["b_enc"], shift_D, params["W_enc"])}
 
 
+def feature_facts(params: dict[str, jax.Array], config: Config) -> dict[str, jax.Array]:
+    """The `threshold` [F] that is used, which is not negative."""
+    return {"threshold": jax.nn.relu(params["threshold"])}
+
+
 def encoder(params: dict[str, jax.Array], config: Config) -> Encoder:
     """What exceeds its threshold, or lies so close below it that the threshold has a gradient."""
     lowest_F = jax.nn.relu(_theta(params) - _bandwidth(config) / 2)

@@ -30,7 +30,8 @@ class SAE(Sites):
     """A trained SAE. Its inputs are activations [..., D] in the language model's own units.
 
     Every parameter is also an attribute: `sae.W_dec` [F, D], `sae.b_dec` [D], and the others of the architecture.
-    `sae.threshold` [F] exists if the SAE has a JumpReLU form; if features may be negative, |f| must exceed it.
+    Of gated SAEs with a tied encoder and of JumpReLU SAEs, `sae.threshold` [F] is that of the JumpReLU form: a feature
+    is active if its magnitude exceeds it; if features may be negative, |f| must exceed it.
 
     Attributes:
         name: the name in reports and files, `{stack}_{index}`.
@@ -93,9 +94,10 @@ class SAE(Sites):
         params = vars(self).get("params")
         if name.startswith("_") or not isinstance(params, dict):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name in params:
+        if name in params and name != "threshold":  # a parameter of this name may be in other units
             return params[name]
-        facts = contract.feature_facts(self.functions, params, self.config)
+        facts = {name: params[name]} if name in params else {}
+        facts |= contract.feature_facts(self.functions, params, self.config)
         if name in facts:
             return facts[name]
         arrays = ", ".join(sorted({*params, *facts}))

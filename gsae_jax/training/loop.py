@@ -18,7 +18,7 @@ from gsae_jax.errors import TrainingError, UserError
 from gsae_jax.storage import checkpoints as checkpoints_lib
 from gsae_jax.storage import metrics_log, run_directory
 from gsae_jax.storage.facts import Facts
-from gsae_jax.training import lengthening, starting
+from gsae_jax.training import lengthening, optimiser, starting
 from gsae_jax.training.divergence import Divergence
 from gsae_jax.training.interruption import Signals
 from gsae_jax.training.preparation import Prepared, prepare
@@ -283,7 +283,9 @@ class _Loop:
         """Save the state, which is that after the call."""
         config, state = self._prepared.config, self._state
         stack, _, name = config.checkpoint.keep_best.partition("/")
-        score = float(jax.device_get(call.statistics[stack][name]).mean()) if stack else math.nan
+        score = math.nan
+        if stack and call.step >= optimiser.constant_from(config.train.steps, config.stacks[stack]):
+            score = float(jax.device_get(call.statistics[stack][name]).mean())
         divergence.look(call.step, call.statistics, call.tokens)
         l1_coefficients = {
             name: jax.device_get(stack.l1_coefficient).tolist()

@@ -76,6 +76,12 @@ def end_of_gain(steps: int) -> int:
     return 2 * steps // 3
 
 
+def constant_from(steps: int, config: config_lib.Stack) -> int:
+    """The step from which on a stack's l1 coefficients, and the option k, stay in a training of so many steps."""
+    warmup = math.ceil((config.coefficient_warmup_fraction or 0.0) * steps)
+    return max(warmup, end_of_gain(steps)) if config.target_l0 else warmup
+
+
 def update(
     params: dict[str, jax.Array],
     grads: dict[str, jax.Array],

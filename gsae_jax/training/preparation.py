@@ -223,6 +223,9 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
     with errors.about("data.source"):
         store = store_lib.Store.open(store_lib.location(config.data.source))
     manifest = store.manifest
+    if config.data.roles and not manifest.model:
+        why = f"but the mask of the store {store.path} says which tokens SAEs see; write ()"
+        raise UserError(f"is {config.data.roles}, {why}", "data.roles")
     program = Program.build(config, mesh, None, manifest.special_tokens, store)
     _check_memory(program)
     rows = functools.partial(store.rows, sites=config.sites)

@@ -32,8 +32,9 @@ def resample(
     error (only where more are dead than there are inputs do some share one). The decoder row is the unit input, seen
     from the decoder's bias as the encoder sees it (of a transcoder, what the features must explain of the target; where
     rows are not unit, of the live ones' mean norm); the encoder's column is the same direction at a fifth of the live
-    ones' mean norm; biases and magnitudes' scales are zero. Second moments are the mean of the live ones': from zero,
-    with a bias correction that is long over, the first step would be thirty times a usual one. First moments are zero.
+    ones' mean norm; biases and magnitudes' scales are zero. Where features may be negative, a zero bias would open each
+    gate, so that biases are the live ones' mean. Second moments are the mean of the live ones': from zero, with a bias
+    correction that is long over, the first step would be thirty times a usual one. First moments are zero.
 
     Args:
         stack: its architecture and sites.
@@ -81,7 +82,9 @@ def resample(
             if name not in params or axis is None or not parameter.trained:
                 continue
             value, new = params[name], jnp.zeros_like(params[name])
-            if parameter.role is Role.DECODER:
+            if parameter.role is Role.FEATURE and contract.is_signed(stack.architecture):
+                new += _live_mean(value, dead_F)
+            elif parameter.role is Role.DECODER:
                 bias = parameters.output_bias(stack.architecture, parameter.site)
                 target_FxD = drawn[stack.config.targets[parameter.site]]
                 if skipped is not None:

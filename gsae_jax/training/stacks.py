@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from gsae_jax import config as config_lib
@@ -85,10 +86,11 @@ class Stack:
             with errors.about("architecture"):
                 checks.check(architecture, sae)
             if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
-                raise UserError(
-                    'trains no features; write start_from="RUN:STACK" to have some, and no target_l0',
-                    f"options.{_that_freezes(architecture, sae)}",
-                )
+                options = ", ".join(f"{key}={value!r}" for key, value in config.options.items()) or "this architecture"
+                if config.target_l0:
+                    raise UserError(f"is {config.target_l0}, but {options} trains no features; write ()", "target_l0")
+                why = f'is missing, but {options} trains no features; write start_from="RUN:STACK" to have some'
+                raise UserError(why, "start_from")
         if latent > 1 and plugins.is_own(config.architecture):
             checks.check_shards(architecture, sae, latent)
         how = sparsity.of_stack(step, config, architecture, sae, latent, platform)
@@ -333,23 +335,15 @@ class Stack:
         """This device's part of the gradients [N, ...], clipped by their norm over all devices, for each SAE.
 
         `clip_norm` is of losses that sum squared errors over a site, as other libraries' do. Ours divides them by D,
-        so its gradients have a D-th of the norm.
+        so its gradients have a D-th of the norm. D is the mean width of several sites.
         """
         D = getattr(self.sae, "d_out", self.sae.d_in)
-        limit = (self.config.clip_norm or 0.0) / (D[0] if isinstance(D, tuple) else D)
+        limit = (self.config.clip_norm or 0.0) / float(np.mean(D))
         table = self.architecture.PARAMETERS
         spread = {name: value for name, value in grads.items() if table[name].axis is not None}
         whole = {name: value for name, value in grads.items() if name not in spread}
         squares_N = jax.lax.psum(optimiser.squared_norms(spread), mesh_lib.FEATURES) + optimiser.squared_norms(whole)
         return optimiser.clip(grads, jnp.sqrt(squares_N), limit)
-
-
-def _that_freezes(architecture: contract.Architecture, sae: Any) -> str:
-    """The option by which the features are not trained."""
-    defaults = {setting.name: setting.default for setting in dataclasses.fields(sae)}
-    options = contract.options(sae)
-    others = {name: dataclasses.replace(sae, **{name: defaults[name]}) for name in options}
-    return next(name for name, other in others.items() if contract.trains_features(architecture, other))
 
 
 def gather(part: jax.Array, axis: int | None) -> jax.Array:

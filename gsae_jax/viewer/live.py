@@ -28,10 +28,21 @@ class Live:
     """A language model and SAEs. Requests are computed one after the other, whichever threads they come from."""
 
     def __init__(
-        self, lm: loading.LM, saes: Mapping[str, SAE], others: Mapping[str, loading.LM] = MappingProxyType({})
+        self,
+        lm: loading.LM,
+        saes: Mapping[str, SAE],
+        others: Mapping[str, loading.LM] = MappingProxyType({}),
+        prepend_bos: bool = True,
     ):
-        """`saes`: by their keys in addresses; `others`: more models, by the names after the @ of sites."""
-        self.lm, self.saes, self._lms = lm, saes, {"": lm, **others}
+        """Takes what a run has.
+
+        Args:
+            lm: its language model.
+            saes: by their keys in addresses.
+            others: more models, by the names after the @ of sites.
+            prepend_bos: whether its rows begin with BOS, so that texts begin with it here.
+        """
+        self.lm, self.saes, self._lms, self._prepend_bos = lm, saes, {"": lm, **others}, prepend_bos
         self._special_tokens = loading.special_tokens_of(lm, others)
         self._lock = threading.Lock()
 
@@ -99,6 +110,7 @@ class Live:
         with self._lock:
             for each in (taps.chain(), tap):
                 sampling: dict[str, Any] = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed}
+                sampling["prepend_bos"] = self._prepend_bos
                 written.append(lm.generate(text, each, **sampling)[len(text) :])
                 after.append(np.asarray(_next(lm.module, lm.params, each, padded, len(ids) - 1)))
         if not np.isfinite(after[1]).all():
@@ -117,7 +129,7 @@ class Live:
         """The ids of a text."""
         if not text:
             raise UserError("is empty; write some", "text")
-        (ids,) = tokenizer_lib.tokenize(self.lm.tokenizer, [text])
+        (ids,) = tokenizer_lib.tokenize(self.lm.tokenizer, [text], self._prepend_bos)
         most = min(lm.config.n_ctx for lm in self._lms.values())
         if len(ids) > most:
             raise UserError(f"has {len(ids):,} tokens; this language model has {most:,} positions", "text")

@@ -36,11 +36,6 @@ class Links:
         """What the addresses of features begin with."""
         return f"{self._root}{quote(key)}/"
 
-    @property
-    def after_feature(self) -> str:
-        """What they end with."""
-        return self._index
-
     def compare(self, a: str = "", b: str = "") -> str:
         """Two features, `SAE/NUMBER` each; or the nearest features of two SAEs."""
         if self.is_file and a and b and "/" not in a:

@@ -60,7 +60,7 @@ def test_what_has_too_little_text_of_one_kind_gets_no_score_and_sends_nothing(se
 def test_halves_share_no_row_and_no_question_has_a_window_twice(client, features):
     rater = judge.Judge(client)
     feature = features[planted.RULE]
-    halves = judge._halves(feature, 1)
+    halves = judge._halves(features, planted.RULE, 1)
     assert len({context.row for context in feature.contexts}) == sum(map(len, halves))
     assert abs(len(halves[0]) - len(halves[1])) <= 2
     rows = ["".join(window.tokens) for half in halves for window in half]
@@ -249,6 +249,7 @@ def test_marks_are_told_from_the_brackets_of_a_text():
     assert marked(["a<", "b", ">c", " <i> "], {1}) == "a‹<<b>>›c <i> "
     assert marked(["<", "<"], {1}) == "‹<<‹>>"
     assert marked(["a", "b"], ()) == "ab"
+    assert marked(["a", "", "é", "b"], {1}) == "a<<é>>b"
 
 
 def test_answers_are_read_out_of_what_surrounds_them():
