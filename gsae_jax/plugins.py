@@ -3,6 +3,7 @@
 In the package the file's name is the registry, so that adding an SAE, a language model or a corpus touches one file.
 """
 
+import functools
 import hashlib
 import importlib
 import os
@@ -21,12 +22,15 @@ _FILES: dict[str, tuple[str, ModuleType]] = {}  # the hash of the source that a 
 def known(wing: str, having: str) -> dict[str, ModuleType]:
     """The modules of `gsae_jax.<wing>` that define `having`, by file name."""
     package = importlib.import_module(f"gsae_jax.{wing}")
-    modules = {
-        info.name: importlib.import_module(f"{package.__name__}.{info.name}")
-        for info in pkgutil.iter_modules(package.__path__)
-        if not info.ispkg
-    }
-    return {name: module for name, module in sorted(modules.items()) if hasattr(module, having)}
+    modules = _modules(package.__name__, tuple(package.__path__))
+    return {name: module for name, module in modules.items() if hasattr(module, having)}
+
+
+@functools.cache  # an SAE asks for its architecture each time that it is used
+def _modules(package: str, folders: tuple[str, ...]) -> dict[str, ModuleType]:
+    """The modules of a package in these folders, by sorted names."""
+    names = sorted(info.name for info in pkgutil.iter_modules(folders) if not info.ispkg)
+    return {name: importlib.import_module(f"{package}.{name}") for name in names}
 
 
 def load(wing: str, name: str, having: str) -> ModuleType:
