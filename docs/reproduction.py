@@ -193,14 +193,26 @@ def mean_l0(records, level):
     return math.exp(np.log([frontiers.l0_at(line, level) for line in lines]).mean()) if records else math.nan
 
 
-def numbered_rows(pattern, runs):
-    """`ratio_rows` of the runs whose names have a number, which is their second cell: steps or a width."""
+def longer_ratio_rows(runs):
+    """`ratio_rows` of the runs that trained longer, with their steps in the second cell."""
     for model, sites in MODELS.items():
         for site in sites:
-            for number, name in results.numbered(path(model, site), pattern, runs).items():
+            for steps, name in results.numbered(path(model, site), r"_(\d+)", runs).items():
                 if report := read(name, runs):
                     for cells in ratio_rows({site: report}):
-                        yield cells[0] + ", TinyStories" * bool(model), f"{number:,}", *cells[1:]
+                        yield cells[0] + ", TinyStories" * bool(model), f"{steps:,}", *cells[1:]
+
+
+def width_rows(runs):
+    """`ratio_rows` of the sites that have runs with several widths, with the gated SAEs' width in the second cell."""
+    for model, sites in MODELS.items():
+        for site in sites:
+            names = results.numbered(path(model, site), r"(?:_w(\d+))?", runs).values()
+            reports = [report for name in names if (report := read(name, runs))]
+            for report in reports if len(reports) > 1 else ():
+                width = select(report[0], "gated")[0]["width"]
+                for cells in ratio_rows({site: report}):
+                    yield cells[0] + ", TinyStories" * bool(model), f"{width:,}", *cells[1:]
 
 
 def pursuit_rows(sites):
@@ -326,8 +338,8 @@ def main():
         rates = numbers_of([record for records in longer.values() for record in records], "learning_rate")
         columns = ["Site", "Steps", "SAEs", "Loss recovered", *(f"{rate:g}" for rate in rates)]
         tables["longer_rates"] = results.table(columns, longer_rows(longer, rates), ("SAEs",))
-    for name, column, pattern in (("longer", "Steps", r"_(\d+)"), ("widths", "Width", r"_w(\d+)")):
-        if rows := list(numbered_rows(pattern, runs)):
+    for name, column, rows in (("longer", "Steps", longer_ratio_rows(runs)), ("widths", "Width", width_rows(runs))):
+        if rows := list(rows):
             columns = ["Site", column, "Loss recovered", "Gated L0", "Baseline L0", "Ratio [95%]", "Seeds"]
             tables[name] = results.table(columns, rows)
     pursuits = {site: results.load(f"pursuit/{site}", runs, "report*-ito_*") for site in MODELS[""]}
