@@ -240,8 +240,8 @@ def load_studies(runs):
     for path in sorted(runs.glob("study_*/analysis/analysis.json")) if runs is not None else ():
         contents = json.loads(path.read_text("utf-8"))
         saes = [{key: sae[key] for key in ("side", "sae", "l0")} for sae in contents["study"]["saes"]]
-        keys = ("sides", "means", "difference", "tests")
-        analyses = [{key: each[key] for key in keys} for each in contents["analyses"]]
+        keys = ("sides", "means", "difference")
+        analyses = [{key: each[key] for key in keys} | {"p": each["tests"][0]["p"]} for each in contents["analyses"]]
         results.save(f"studies/{path.parts[-3]}", {"saes": saes, "analyses": analyses})
     return [json.loads(path.read_text("utf-8")) for path in sorted(results.FOLDER.glob("studies/*.json"))]
 
@@ -251,14 +251,14 @@ def study_rows(studies):
     for contents in studies:
         l0 = {sae["side"]: sae["l0"] for sae in contents["saes"]}
         for each in contents["analyses"]:
-            difference, p = each["difference"], each["tests"][0]["p"]
+            difference, p = each["difference"], each["p"]
             ends = [difference["low"], difference["high"]]
             interval = "" if None in ends else f" [{', '.join(f'{end:+.3f}' for end in ends)}]"
             sides = [f"{l0[side]:.1f}" for side in each["sides"]]
             means = [f"{mean:.3f}" for mean in each["means"]]
             both = f"{difference['mean']:+.3f}{interval}"
             rows.append([*sides, f"{difference['pairs']:,}", *means, both, "–" if p is None else f"{p:.1g}"])
-    return sorted(rows, key=lambda row: float(row[0]))
+    return sorted(rows, key=lambda row: (float(row[0]), float(row[1])))
 
 
 def draw(sites, field, label):
