@@ -106,7 +106,10 @@ class _ListFlag(flags.Flag):
     """Adds the values of each time that it is given; absl's own list keeps only the last."""
 
     def _parse(self, argument: Any) -> Any:
-        values = super()._parse(argument)
+        # A path with a comma, or RUN:STACK of one, is a single value.
+        paths = (argument, argument.rpartition(":")[0]) if isinstance(argument, str) else ()
+        is_path = any(os.path.lexists(os.path.expanduser(path)) for path in paths if path)
+        values = [argument] if is_path else super()._parse(argument)
         return [*(self.value or ()), *(values or ())] if self.present else values
 
 

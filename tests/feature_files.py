@@ -79,7 +79,9 @@ def write(path, tokens, f, texts, sample_rows, **about):
         format=tables.FORMAT,
     )
     writer.insert("tokens", enumerate(texts))
-    lines = ((row, str(line), "".join(texts[token] for token in line)) for row, line in enumerate(tokens.tolist()))
+    lines = (
+        (row, str(each), "".join(texts[token] for token in each), None) for row, each in enumerate(tokens.tolist())
+    )
     writer.insert("rows", lines)
     for feature in range(f.shape[2]):
         on, size = f[..., feature], magnitude[..., feature]

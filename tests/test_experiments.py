@@ -109,13 +109,19 @@ def test_what_the_command_line_cannot_have(arguments, field, facts):
         cli.parse(argv + ["--workdir=x"] * bool(arguments), values)
 
 
-def test_a_list_has_the_values_of_each_time_that_its_flag_is_given():
+def test_a_list_has_the_values_of_each_time_that_its_flag_is_given(tmp_path):
     values = flags.FlagValues()
     holder = cli.define_list("runs", ["x"], "Runs.", values)
     cli.parse(["compare"], values)
     assert holder.value == ["x"]
     cli.parse(["compare", "--runs=a,b", "--runs", "c"], values)
     assert holder.value == ["a", "b", "c"]
+    folder = tmp_path / "lr=1e-3,k=32"
+    folder.mkdir()
+    again = flags.FlagValues()
+    holder = cli.define_list("runs", [], "Runs.", again)
+    cli.parse(["compare", f"--runs={folder}", f"--runs={folder}:gated"], again)
+    assert holder.value == [str(folder), f"{folder}:gated"]
 
 
 @pytest.mark.parametrize("experiment", [pythia_2_8b, gemma_7b])

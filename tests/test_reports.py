@@ -16,7 +16,7 @@ import pytest
 import gsae_jax
 from gsae_jax import measuring, sae_sources
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, provenance, report, tables
-from gsae_jax.saes import gated, relu, trained
+from gsae_jax.saes import gated, jumprelu, relu, trained
 from gsae_jax.storage import paths
 from gsae_jax.training import loop
 from tests.measuring import SITE, UNUSED, as_sae, batches, identity, on_mesh, reported, zero
@@ -327,6 +327,7 @@ def test_published_points(tmp_path):
 def test_the_report_is_whole(tmp_path, lm):
     D = lm.sites[SITE]
     configs = {"gated": (gated, gated.Config(D, 48)), "baseline": (relu, relu.Config(D, 72))}
+    configs["jumprelu"] = jumprelu, jumprelu.Config(D, 72)
     saes = {
         f"{stack}_{seed}": as_sae(f"{stack}_{seed}", module, module.init(jax.random.key(seed), config), config)
         for stack, (module, config) in configs.items()
@@ -364,7 +365,7 @@ def test_the_report_is_whole(tmp_path, lm):
         assert set(keys.split()) | {"alive", "tokens", "model", "layer"} == record.keys()
     header, *lines = (tmp_path / "report" / "frontier.csv").read_text().splitlines()
     assert header.startswith("model,architecture,site,layer,sparsity,learning_rate,l0,loss_recovered,width,alive,gamma")
-    assert len(lines) == 4
+    assert len(lines) == 6
     text = (tmp_path / "report" / "report.md").read_text()
     assert all(
         name in text for name in [*saes, "frontier.png", "gamma.png", "densities.png", "gates.png", "training.png"]

@@ -74,14 +74,14 @@ def test_what_a_dead_feature_becomes(experiment):
             assert len(set(nearest)) == dead.sum()  # each from an input of its own
 
 
-@pytest.mark.variants
 def test_new_features_of_either_sign_have_the_biases_of_the_live_ones(experiment):
     stack = dataclasses.replace(experiment.stacks["gated"], architecture="signed_gated", options={})
     experiment = dataclasses.replace(experiment, stacks={"signed": stack})
     program, state, lm_params, stream = begin(experiment, single_device_mesh())
     state, _ = advance(program, state, lm_params, stream, calls=2)
     state = some_dead(state)
-    old, new = jax.device_get((state.stacks["signed"], program.resample(state)[0].stacks["signed"]))
+    old = jax.device_get(state.stacks["signed"])
+    new = jax.device_get(program.resample(state)[0].stacks["signed"])
     for index, since in enumerate(old.steps_since_fired):
         dead = since >= 1000
         for name in ("b_gate", "b_mag"):
@@ -90,6 +90,7 @@ def test_new_features_of_either_sign_have_the_biases_of_the_live_ones(experiment
             np.testing.assert_array_equal(new.params[name][index][~dead], live)
 
 
+@pytest.mark.variants
 def test_inputs_are_drawn_by_the_square_of_their_error(experiment):
     """One feature's input, drawn many times, against the probabilities."""
     experiment = dataclasses.replace(experiment, stacks={"baseline": experiment.stacks["baseline"]})

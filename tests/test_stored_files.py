@@ -138,7 +138,7 @@ def test_tokens_masks_and_several_sites(x, tmp_path):
 def test_arrays_that_are_not_named_are_not_looked_at(x, tmp_path, kind):
     arrays = {"a": x, "labels": np.arange(len(x)), "weight": np.ones(3, np.float32)}
     if kind == "npz":
-        np.savez(tmp_path / "a.npz", **arrays)
+        np.savez(tmp_path / "a.npz", **arrays, objects=np.array([{}], object))
     else:
         safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
     write([tmp_path / f"a.{kind}"], tmp_path / "s", imports.Settings(("a",), 16))

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -256,11 +256,10 @@ def _parts(file: Path, settings: Settings, scratch: Path) -> Iterator[_Part]:
                 raise UserError(f"is {', '.join(names)}, but {file} has one array; write one name", "--sites")
             yield _part(file, {names[0]: np.load(file, mmap_mode="r", allow_pickle=False)})
         elif file.suffix == ".npz":
-            yield _part(file, _wanted(_unzipped(file, scratch), settings))
+            yield _part(file, _unzipped(file, settings, scratch))
         elif file.suffix == ".safetensors":
             opened = safetensors.safe_open(file, "np")
-            arrays = {name: _Tensor(opened, name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            yield _part(file, _wanted(arrays, settings))
+            yield _part(file, {name: _Tensor(opened, name) for name in _wanted(opened.keys(), settings, file)})
         elif file.suffix == ".parquet":
             table = pyarrow.parquet.ParquetFile(file)
             spool = _Spool(scratch / f"{len(list(scratch.iterdir()))}")
@@ -279,12 +278,12 @@ def _parts(file: Path, settings: Settings, scratch: Path) -> Iterator[_Part]:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())})", FIELD) from error
 
 
-def _wanted(arrays: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Those of the sites that were named, or all; and tokens and masks."""
-    if wrong := [site for site in settings.sites if site not in arrays]:
-        raise UserError(f"is {wrong[0]!r}, but {known_names(wrong[0], arrays)}", "--sites")
-    names = {*settings.sites, *TOKENS, *MASKS} if settings.sites else {*arrays}
-    return {name: array for name, array in arrays.items() if name in names}
+def _wanted(arrays: Iterable[str], settings: Settings, file: Path) -> list[str]:
+    """Names of arrays: of the sites that were named, or all; and of tokens and masks."""
+    names = list(arrays)
+    if wrong := [site for site in settings.sites if site not in names]:
+        raise UserError(f"is {wrong[0]!r}, but {file} has other arrays; {known_names(wrong[0], names)}", "--sites")
+    return [name for name in names if not settings.sites or name in (*settings.sites, *TOKENS, *MASKS)]
 
 
 def _batches(mapped: Any) -> list[Any]:
@@ -365,19 +364,19 @@ class _Spool:
         }
 
 
-def _unzipped(file: Path, scratch: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz, on the disk."""
+def _unzipped(file: Path, settings: Settings, scratch: Path) -> dict[str, np.ndarray]:
+    """The wanted arrays of a .npz, on the disk."""
     folder = scratch / f"{len(list(scratch.iterdir()))}"
     arrays = {}
     with zipfile.ZipFile(file) as archive:
-        for number, member in enumerate(archive.namelist()):
-            if member.endswith(".npy"):
-                path = folder / f"{number}.npy"
-                path.parent.mkdir(exist_ok=True)
-                with archive.open(member) as packed, open(path, "wb") as plain:
-                    while piece := packed.read(2**20):
-                        plain.write(piece)
-                arrays[member.removesuffix(".npy")] = np.load(path, mmap_mode="r", allow_pickle=False)
+        members = [member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")]
+        for number, name in enumerate(_wanted(members, settings, file)):
+            path = folder / f"{number}.npy"
+            path.parent.mkdir(exist_ok=True)
+            with archive.open(f"{name}.npy") as packed, open(path, "wb") as plain:
+                while piece := packed.read(2**20):
+                    plain.write(piece)
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
     return arrays
 
 

@@ -49,7 +49,7 @@ NOTHING = About()  # of SAEs of which nothing else is known
 
 
 def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
-    """`contract.feature_facts` of each SAE that has any, by name: `r_mag` [F] and `threshold` [F] of gated ones.
+    """`r_mag` [F] and `threshold` [F] of each SAE that has both (`contract.feature_facts`), by name.
 
     Those of an SAE that writes several sites have its name at the first one, whose units features have.
 
@@ -59,7 +59,7 @@ def gates(saes: dict[str, trained.SAE]) -> dict[str, dict[str, np.ndarray]]:
         measure.written(sae)[0].name(): contract.feature_facts(sae.functions, sae.params, sae.config)
         for sae in saes.values()
     }
-    return mesh_lib.fetch({name: of_sae for name, of_sae in facts.items() if of_sae})
+    return mesh_lib.fetch({name: of_sae for name, of_sae in facts.items() if {"r_mag", "threshold"} <= of_sae.keys()})
 
 
 def rows(

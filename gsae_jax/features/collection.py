@@ -167,7 +167,7 @@ def _writer(folder: Path, name: str, sae: trained.SAE, about: Mapping[str, Any])
     """The unfinished file of an SAE, as it was left if it is of the same facts."""
     path = folder / f".{place(folder, name).name}"
     facts = tuple(contract.feature_facts(sae.functions, sae.params, sae.config))
-    if path.exists() and tables.begun(path) != about:
+    if path.exists() and tables.begun(path, facts) != about:
         path.unlink()
     writer = tables.Writer(path, facts)
     if writer.about():
@@ -352,10 +352,9 @@ class Texts:
         self._known |= dict(zip(new, tokenizer_lib.token_texts(self._tokenizer, new), strict=True))
         return [self._known[token] for token in tokens]
 
-    def of(self, tokens: np.ndarray) -> str:
-        """The text of a row."""
-        ids = tokens.tolist()
-        return tokenizer_lib.joined(self._tokenizer, ids, self.each(ids))
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of a row in parts, one for each token (`tokenizer.pieces`)."""
+        return tokenizer_lib.pieces(self._tokenizer, tokens, self.each(tokens))
 
 
 def sample_rows(rows: int, length: int) -> np.ndarray:
@@ -418,10 +417,13 @@ def _write_sample(collection: Collection, active: _Active, writer: tables.Writer
         writer.insert("sample", [(int(active.feature[start]), pairs)])
 
 
-def _text_rows(tokens: Mapping[int, np.ndarray], texts: Texts) -> Iterator[tuple[int, str, str]]:
+def _text_rows(tokens: Mapping[int, np.ndarray], texts: Texts) -> Iterator[tuple[int, str, str, str | None]]:
     """Rows of the table `rows`."""
     for row, each in tokens.items():
-        yield row, json.dumps(each.tolist()), texts.of(each)
+        ids = each.tolist()
+        pieces = texts.pieces(ids)
+        ends = None if pieces == texts.each(ids) else json.dumps([*itertools.accumulate(map(len, pieces))])
+        yield row, json.dumps(ids), "".join(pieces), ends
 
 
 def _features(sae: trained.SAE, state: streaming.State, writer: tables.Writer) -> None:

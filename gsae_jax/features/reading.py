@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from gsae_jax.errors import UserError
 from gsae_jax.features import ratings as ratings_lib
 from gsae_jax.features import tables
 from gsae_jax.features.ratings import Rating
-from gsae_jax.lms import tokenizer as tokenizer_lib
 
 FOLDER = "features"  # in a run's directory
 
@@ -230,9 +230,14 @@ class Features:
         return rows
 
     def pieces(self, row: int) -> list[str]:
-        """The text of a row in parts, one for each token; a character of several tokens is of the last of them."""
-        ((tokens, text),) = self._db.execute("SELECT tokens, text FROM rows WHERE row = ?", (row,))
-        return tokenizer_lib.pieces([self.texts[token] for token in json.loads(tokens)], text)
+        """The text of a row in parts, one for each token; a character of several tokens is of the last of them.
+
+        In files of earlier versions, each part of such a character is "�".
+        """
+        ((_, tokens, text, *ends),) = self._db.execute("SELECT * FROM rows WHERE row = ?", (row,))
+        if not any(ends):
+            return [self.texts[token] for token in json.loads(tokens)]
+        return [text[start:end] for start, end in itertools.pairwise([0, *json.loads(ends[0])])]
 
     @functools.cached_property
     def texts(self) -> Mapping[int, str]:

@@ -4,6 +4,7 @@ SQLite, because a page reads one feature of many, search needs indices, Python h
 whole or not at all, so that a collection goes on where it was stopped.
 """
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -23,7 +24,7 @@ CREATE TABLE IF NOT EXISTS features (
     feature INTEGER PRIMARY KEY, fired INTEGER NOT NULL, density REAL NOT NULL, strongest REAL NOT NULL,
     histogram TEXT NOT NULL, divergence REAL
 );
-CREATE TABLE IF NOT EXISTS rows (row INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rows (row INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL, ends TEXT);
 CREATE TABLE IF NOT EXISTS tokens (token INTEGER PRIMARY KEY, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS contexts (
     feature INTEGER NOT NULL, quantile INTEGER NOT NULL, rank INTEGER NOT NULL, row INTEGER NOT NULL,
@@ -61,8 +62,7 @@ class Writer:
         self._db = sqlite3.connect(path)
         # The file appears under its name when it is whole, so a crash of the machine loses a collection at most.
         self._db.execute("PRAGMA synchronous = OFF")
-        columns = "".join(f', "{name}" REAL' for name in facts)
-        self._db.executescript(SCHEMA.replace("divergence REAL", f"divergence REAL{columns}"))
+        self._db.executescript(_schema(facts))
 
     def about(self) -> dict[str, Any]:
         """The facts of the file."""
@@ -139,15 +139,24 @@ def known(path: Path) -> Any:
         db.close()
 
 
-def begun(path: Path) -> Any:
-    """The facts of a file that is being written; None if it cannot be read or has none yet."""
-    db = sqlite3.connect(path)
-    try:
-        return about(db).get("collection")
-    except (sqlite3.Error, ValueError):
-        return None
-    finally:
-        db.close()
+def begun(path: Path, facts: Sequence[str]) -> Any:
+    """What a file that is being written was collected with.
+
+    None if it cannot be read, has nothing yet, or has other columns than a new file with these `facts` of features.
+    """
+    query = "SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name"
+    with contextlib.closing(sqlite3.connect(path)) as db, contextlib.closing(sqlite3.connect(":memory:")) as new:
+        new.executescript(_schema(facts))
+        try:
+            return about(db).get("collection") if [*db.execute(query)] == [*new.execute(query)] else None
+        except (sqlite3.Error, ValueError):
+            return None
+
+
+def _schema(facts: Sequence[str]) -> str:
+    """SQL of the tables; `facts`: names of numbers of features."""
+    columns = "".join(f', "{name}" REAL' for name in facts)
+    return SCHEMA.replace("divergence REAL", f"divergence REAL{columns}")
 
 
 def about(db: sqlite3.Connection) -> dict[str, Any]:

@@ -242,7 +242,7 @@ class LM:
         """The direct effects [..., V] on all logits of adding directions to the activations of a site, float32.
 
         The direct effect is the path through the residual stream to the last norm, without the later blocks:
-        `lm.logit_effects(sae.W_dec[feature], sae.site)`.
+        `lm.logit_effects(sae.W_dec[feature], sae.targets[-1])`.
 
         By default it is `(d * w) @ W_U`. d is the direction, minus its mean if the last norm is a LayerNorm. w is the
         gain of this norm (1 + w in Gemma). W_U is the unembedding (the transposed embedding if they are tied). The

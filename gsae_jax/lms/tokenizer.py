@@ -5,7 +5,6 @@ If there is a `tokenizer.json`, it alone decides how a text is split. transforme
 """
 
 import importlib.util
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -273,33 +272,19 @@ def _added(tokenizer: Any, ids: list[int]) -> str:
     return text([*start, *ids])[len(text(start)) :]
 
 
-def joined(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> str:
-    """The text of tokens, with the characters of which single tokens are only a part. `texts`: their `token_texts`."""
-    runs = itertools.groupby(range(len(ids)), key=lambda place: PART in texts[place])
-    return "".join(
-        _added(tokenizer, [ids[place] for place in run]) if has_parts else "".join(texts[place] for place in run)
-        for has_parts, run in runs
-    )
+def pieces(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+    """The part of a text that each of its tokens adds; a character of several tokens is of the last of them.
 
-
-def pieces(texts: Sequence[str], whole: str) -> list[str]:
-    """The part of a text that is of each of its tokens; a character of several tokens is of the last of them.
-
-    Args:
-        texts: the `token_texts` of the tokens.
-        whole: their `joined` text.
+    `texts`: the `token_texts` of the tokens.
     """
-    result, at = [""] * len(texts), 0
-    runs = [(has, [*run]) for has, run in itertools.groupby(range(len(texts)), key=lambda place: PART in texts[place])]
-    for number, (has_parts, run) in enumerate(runs):
-        if not has_parts:
-            for place in run:
-                result[place], at = texts[place], at + len(texts[place])
+    result, begun = [*texts], list[int]()
+    for place, text in enumerate(texts):
+        if PART not in text:
             continue
-        after = "".join(texts[place] for place in runs[number + 1][1]) if number + 1 < len(runs) else ""
-        end = whole.find(after, at) if after else len(whole)
-        part, count = whole[at:end], len(run)
-        for turn, place in enumerate(run):
-            result[place] = part[turn * len(part) // count : (turn + 1) * len(part) // count]
-        at = end
-    return result if "".join(result) == whole else [*texts]
+        begun.append(place)
+        added = _added(tokenizer, [ids[each] for each in begun])
+        if PART not in added or place + 1 == len(texts) or PART not in texts[place + 1]:
+            for each in begun[:-1]:
+                result[each] = ""
+            result[place], begun = added, []
+    return result

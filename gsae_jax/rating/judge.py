@@ -307,10 +307,11 @@ class Judge:
         # both at once.
         fuzzing: tuple[list[tuple[str, bool]], ...] = ([], [])
         for place, window in enumerate(active):
-            (on,), (off,) = np.nonzero(window.activations), np.nonzero(window.activations == 0)
-            if len(off):
+            on = shown(window)
+            off = [at for at, text in enumerate(window.tokens) if text and at not in on]
+            if on and off:
                 wrong = random.choice(off, min(len(on), len(off)), replace=False)
-                fuzzing[place % 2].append((marked(window, on.tolist()), True))
+                fuzzing[place % 2].append((marked(window, on), True))
                 fuzzing[1 - place % 2].append((marked(window, wrong.tolist()), False))
         batches = []
         for kind, texts in (("detection", detection), *(("fuzzing", each) for each in fuzzing)):
@@ -320,15 +321,24 @@ class Judge:
         return batches
 
 
+def shown(window: Window) -> dict[int, float]:
+    """The activations of a window, by the places that have the text: of a character, that of its last token."""
+    active: dict[int, float] = {}
+    for place in np.flatnonzero(window.activations).tolist():
+        value = float(window.activations[place])
+        at = next((later for later in range(place, len(window.tokens)) if window.tokens[later]), None)
+        if at is not None and abs(value) > abs(active.get(at, 0.0)):
+            active[at] = value
+    return active
+
+
 def marked(window: Window, places: Iterable[int]) -> str:
     """The text of a window, with << and >> around the tokens at some places.
 
     Brackets of the text that could be taken for such marks become ‹ and ›.
     """
-    tokens, text = window.tokens, ""
-    # A token that is the beginning of a character has no text; the token that ends the character has it.
-    chosen = {next((later for later in range(place, len(tokens)) if tokens[later]), place) for place in places}
-    for place, token in enumerate(tokens):
+    chosen, text = set(places), ""
+    for place, token in enumerate(window.tokens):
         token = token.replace(OPEN, "�").replace(CLOSE, "�")
         first, last = place - 1 not in chosen, place + 1 not in chosen
         text += f"{OPEN * first}{token}{CLOSE * last}" if place in chosen else token
@@ -406,9 +416,9 @@ def _explaining(windows: Sequence[Window]) -> _Question:
     strongest = max(float(np.abs(window.activations).max()) for window in windows)
     examples = []
     for window in windows:
-        (on,) = np.nonzero(window.activations)
-        levels = [(window.tokens[place], _level(float(window.activations[place]), strongest)) for place in on]
-        examples.append({"text": marked(window, on.tolist()), "active": levels})
+        on = shown(window)
+        levels = [(window.tokens[place], _level(value, strongest)) for place, value in on.items()]
+        examples.append({"text": marked(window, on), "active": levels})
     is_signed = any((window.activations < 0).any() for window in windows)
     return _Question("explain.txt", {"examples": examples, "is_signed": is_signed}, cleaned)
 

@@ -347,8 +347,6 @@ def build(stack: config_lib.Stack, widths: Mapping[str, int], dtype: str) -> tup
         _check_warmup(stack, f"initial_{option}")
     d_in = tuple(widths[site] for site in stack.sites)
     d_out = tuple(widths[site] for site in stack.targets) if stack.target else None
-    if d_out is None and writes_others(architecture):
-        raise UserError(f"is missing; write the site that {stack.architecture!r} predicts", "target")
     sae = build_config(architecture, stack.architecture, d_in, d_out, stack.width, dtype, stack.options)
     return architecture, sae
 

@@ -20,7 +20,7 @@ class Config(transcoder.Sizes, jumprelu.Config):
 
 
 encode, decode, skip, loss = jumprelu.encode, jumprelu.decode, transcoder.skip, jumprelu.loss
-encoder, shifted = jumprelu.encoder, jumprelu.shifted
+encoder, shifted, feature_facts = jumprelu.encoder, jumprelu.shifted, jumprelu.feature_facts
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:

@@ -284,7 +284,9 @@ class _Loop:
         config, state = self._prepared.config, self._state
         stack, _, name = config.checkpoint.keep_best.partition("/")
         score = math.nan
-        if stack and call.step >= optimiser.constant_from(config.train.steps, config.stacks[stack]):
+        # The statistics are of the updates of this call.
+        first = call.step - config.updates_per_call
+        if stack and first >= optimiser.constant_from(config.train.steps, config.stacks[stack]):
             score = float(jax.device_get(call.statistics[stack][name]).mean())
         divergence.look(call.step, call.statistics, call.tokens)
         l1_coefficients = {

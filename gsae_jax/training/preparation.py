@@ -108,6 +108,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     workdir.check(as_json)
     if workdir.latest_step() is None:
         config.check_new()
+        _check_roles(config)
     if processes.first():  # which alone logs
         loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -223,9 +224,6 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
     with errors.about("data.source"):
         store = store_lib.Store.open(store_lib.location(config.data.source))
     manifest = store.manifest
-    if config.data.roles and not manifest.model:
-        why = f"but the mask of the store {store.path} says which tokens SAEs see; write ()"
-        raise UserError(f"is {config.data.roles}, {why}", "data.roles")
     program = Program.build(config, mesh, None, manifest.special_tokens, store)
     _check_memory(program)
     rows = functools.partial(store.rows, sites=config.sites)
@@ -253,6 +251,17 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
         batches,
         lambda: rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, checkpoint.config.d_vocab),
     )
+
+
+def _check_roles(config: Experiment) -> None:
+    """Raises `UserError` for roles that nothing reads: the store is of files, and no text is measured on."""
+    if not config.data.roles or not config.data.source or config.lm.path != NO_MODEL:
+        return
+    with errors.about("data.source"):
+        store = store_lib.Store.open(store_lib.location(config.data.source))
+    if not store.manifest.model:
+        why = f"but the mask of the store {store.path} says which tokens SAEs see; write ()"
+        raise UserError(f"is {config.data.roles}, {why}", "data.roles")
 
 
 def _check_model(

@@ -83,7 +83,7 @@ def resample(
                 continue
             value, new = params[name], jnp.zeros_like(params[name])
             if parameter.role is Role.FEATURE and contract.is_signed(stack.architecture):
-                new += _live_mean(value, dead_F)
+                new += _live_mean(value, dead_F, default=value)
             elif parameter.role is Role.DECODER:
                 bias = parameters.output_bias(stack.architecture, parameter.site)
                 target_FxD = drawn[stack.config.targets[parameter.site]]

@@ -82,6 +82,8 @@ class Stack:
         """
         with errors.within(f"stacks.{name}"):
             architecture, sae = contract.build(config, widths, dtype)
+            if not config.target and contract.writes_others(architecture):
+                raise UserError(f"is missing; write the site that {config.architecture!r} predicts", "target")
             config = contract.with_recipe(config)
             with errors.about("architecture"):
                 checks.check(architecture, sae)

@@ -249,7 +249,12 @@ def test_marks_are_told_from_the_brackets_of_a_text():
     assert marked(["a<", "b", ">c", " <i> "], {1}) == "a‹<<b>>›c <i> "
     assert marked(["<", "<"], {1}) == "‹<<‹>>"
     assert marked(["a", "b"], ()) == "ab"
-    assert marked(["a", "", "é", "b"], {1}) == "a<<é>>b"
+
+
+def test_a_character_of_several_tokens_is_marked_at_its_last_one():
+    window = judge.Window(("a", "", "é", "b", ""), np.array([0, 3.0, -1.0, 0, 2.0]))
+    assert judge.shown(window) == {2: 3.0}
+    assert judge.marked(window, judge.shown(window)) == "a<<é>>b"
 
 
 def test_answers_are_read_out_of_what_surrounds_them():
