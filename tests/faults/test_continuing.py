@@ -56,9 +56,10 @@ def test_which_checkpoints_are_kept(experiment, tmp_path):
         gsae_jax.load(tmp_path / "best", step=12345)
 
     # While λ is adjusted, losses do not compare.
-    sought = dataclasses.replace(best.stacks["gated"], target_l0=(4.0,), learning_rates=(1e-2,))
-    sought = dataclasses.replace(best, stacks={**best.stacks, "gated": sought})
-    loop.train(with_(sought, train={"warmup_steps": 2}, checkpoint={"keep_best": "gated/loss"}), tmp_path / "sought")
+    sought = dataclasses.replace(experiment.stacks["gated"], target_l0=(4.0,))
+    sought = dataclasses.replace(experiment, stacks={**experiment.stacks, "gated": sought})
+    sought = with_(sought, checkpoint={"every": 4, "keep": 1, "keep_best": "gated/loss"})
+    loop.train(sought, tmp_path / "sought")
     assert steps(tmp_path / "sought")[0] >= 12
 
     apart = with_(experiment, checkpoint={"every": 4, "keep": 1, "keep_every": 8})
