@@ -3,8 +3,9 @@
     python docs/recipe.py --runs runs --write docs/recipe.md
 
 `--runs` holds `best/SITE` and `reproduction/SITE`, `best/SITE_14000` and so on of longer training, `SITE_lower` and
-`SITE_14000_lower`, and the same in `best/tinystories` and `reproduction/tinystories`; `search`; and `compared/SITE`,
-which `python -m gsae_jax.compare` wrote. Without it, tables are made of `docs/results`.
+`SITE_14000_lower`, and the same in `best/tinystories` and `reproduction/tinystories`; `decay/best/SITE` and so on of a
+shorter decay; `search`; and `compared/SITE`, which `python -m gsae_jax.compare` wrote. Without it, tables are made of
+`docs/results`.
 """
 
 import json
@@ -111,6 +112,24 @@ def health_rows(sites):
                 f"{min(gamma):.3f} to {max(gamma):.3f}",
                 f"{min(alive):.1%}",
             )
+
+
+def decay_rows(runs):
+    """Both recipes where they were also trained with a decay of the learning rate in the last fifth only."""
+    for model, of_model in reproduction.MODELS.items():
+        for site in of_model:
+            for kind, label, start in (("reproduction", "paper", "gated"), ("best", "2026", "best")):
+                name = reproduction.path(model, site, kind)
+                reports = [results.load(each, runs) for each in (name, f"decay/{name}")]
+                if not all(reports):
+                    continue
+                both = [[r for r in report["saes"] if frontiers.identity(r)[1].startswith(start)] for report in reports]
+                for level in LEVELS:
+                    sides = [best(records, level) for records in both]
+                    shown = (f"{geometric_mean(side[1]):.1f} (rate {side[0]:g})" if side else "–" for side in sides)
+                    ratio = frontiers.ratio_over_seeds(sides[1][1] / sides[0][1]).text(".2f") if all(sides) else "–"
+                    if any(sides):
+                        yield f"`{site}`" + ", TinyStories" * bool(model), label, level, *shown, ratio
 
 
 def search_rows(records):
@@ -226,6 +245,16 @@ def main():
     if search := results.load("search", arguments.runs):
         columns = ["Change", f"L0 at {SEARCHED}", "Rate", "Ratio [95%]", "Fewest alive"]
         tables["search"] = results.table(columns, search_rows(search["saes"]))
+    if rows := list(decay_rows(arguments.runs)):
+        columns = [
+            "Site",
+            "Recipe",
+            "Loss recovered",
+            "L0, decay from the start",
+            "L0, in the last fifth",
+            "Ratio [95%]",
+        ]
+        tables["decay"] = results.table(columns, rows, ("Recipe",))
     if found := comparison_of(COMPARED_AT, arguments.runs):
         columns = ["Kind", *(f"at {level}" for level in LEVELS)]
         tables["against"] = results.table(columns, against_rows(found))
