@@ -30,7 +30,7 @@ DATE = "2024-07-26"  # today, to a template that asks: the same text every day, 
 SECONDS = 5.0  # of computing on one conversation
 MEMORY = 2**30  # bytes of the process that renders
 LONGEST = 10_000_000  # characters of one conversation
-FORMAT = 2  # part of the key of stored tokens: raise it when the tokens of a conversation change
+FORMAT = 2  # part of the key of stored tokens: raise it when these change, or what is stored beside them
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # names of roles there; others are as they are
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
