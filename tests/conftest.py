@@ -92,6 +92,15 @@ WORDS = [
 
 
 @pytest.fixture(scope="session")
+def real():
+    """Folder of TinyStories-656K, its text and a published SAE. Without it, a test that asks for it is skipped."""
+    for above in Path(__file__).parents:
+        if (folder := above / "shared" / "real").exists():
+            return folder
+    return pytest.skip("the real model, SAE and text are not there (../shared/real)")
+
+
+@pytest.fixture(scope="session")
 def text_dir(tmp_path_factory):
     """About 130,000 tokens of words in random order, in two files."""
     folder = tmp_path_factory.mktemp("text")

@@ -28,7 +28,6 @@ from tests.refusals import refused
 
 MODELS = Path(__file__).parent / "fixtures" / "configs"  # the published config.json of each
 ROOT = Path(__file__).parent.parent
-REAL = ROOT.parent / "shared" / "real"
 
 
 @pytest.mark.parametrize(
@@ -136,11 +135,10 @@ def test_the_papers_sites_can_be_chosen(experiment):
 
 
 @pytest.mark.variants
-@pytest.mark.skipif(not REAL.exists(), reason="the real model and text are not there (../shared/real)")
-def test_a_real_model_on_its_own_kind_of_text():
+def test_a_real_model_on_its_own_kind_of_text(real):
     """TinyStories-656K on the first 128 tokens of 1,728 stories: about 2.8 nats per token (a random guess has 7.62)."""
-    lm = gsae_jax.load_lm(REAL / "TinyStories-656K")
-    texts = (REAL / "tinystories" / "tinystories_v2_head10k_lines.txt").read_text("utf-8").split("<|endoftext|>")
+    lm = gsae_jax.load_lm(real / "TinyStories-656K")
+    texts = (real / "tinystories" / "tinystories_v2_head10k_lines.txt").read_text("utf-8").split("<|endoftext|>")
     T, space = 128, lm.tokenizer.convert_tokens_to_ids("▁")
     rows, counted = [], []
     for text in filter(None, map(str.strip, texts)):
@@ -160,13 +158,12 @@ def test_a_real_model_on_its_own_kind_of_text():
     assert np.asarray(loss(tokens))[counted].mean() == pytest.approx(2.80, abs=0.05)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the real model and text are not there (../shared/real)")
 @pytest.mark.variants
-def test_saes_on_a_real_model_by_one_command(tmp_path):
+def test_saes_on_a_real_model_by_one_command(tmp_path, real):
     """The command of configs/tinystories.py, with a model directory and a text folder, shortened."""
     overrides = {
-        "lm.path": REAL / "TinyStories-656K",
-        "data.path": REAL / "tinystories",
+        "lm.path": real / "TinyStories-656K",
+        "data.path": real / "tinystories",
         "data.data_dir": tmp_path / "data",
         "train.steps": 240,
         "train.warmup_steps": 40,

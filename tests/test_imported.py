@@ -25,9 +25,6 @@ from tests.sae_files import make
 from tests.small_saes import away_from_init
 
 FIXTURES = Path(fixtures.__file__).parent
-REAL = next(
-    (above / "shared" / "real" for above in Path(__file__).parents if (above / "shared" / "real").exists()), None
-)
 
 
 def test_an_sae_that_is_not_ours_has_the_name_of_its_folder(tmp_path):
@@ -388,11 +385,10 @@ def test_exported_saes_measure_as_in_their_run(experiment, config_dict, text_dir
         evaluate(tmp_path / "run", step=3)
 
 
-@pytest.mark.skipif(REAL is None, reason="the real SAE, model and text are not there (../shared/real)")
 @pytest.mark.variants
-def test_a_published_jumprelu_sae_is_measured_and_trained_further_as_a_gated_one(tmp_path):
+def test_a_published_jumprelu_sae_is_measured_and_trained_further_as_a_gated_one(tmp_path, real):
     """SAELens trained it on activations that its file does not name, so that it is bad on these before training."""
-    published, site = REAL / "saelens_jumprelu", "blocks.1.hook_resid_post"
+    published, site = real / "saelens_jumprelu", "blocks.1.hook_resid_post"
     (sae,) = gsae_jax.load(published).values()
     assert (sae.architecture, sae.d_in, sae.width, sae.site) == ("jumprelu", 128, 512, "")
     stack = gsae_jax.stack_config("gated", site, 512, l1_coefficients=(0.01,), start_from=str(published))
@@ -400,10 +396,10 @@ def test_a_published_jumprelu_sae_is_measured_and_trained_further_as_a_gated_one
     x = 100 * np.random.default_rng(0).standard_normal((64, 128), np.float32)
     f = gated.encode({name: value[0] for name, value in start.items()}, x, gated.Config(128, 512))
     np.testing.assert_allclose(f, sae.encode(x), rtol=1e-4, atol=1e-3)
-    text = {"corpus": "text", "path": str(REAL / "tinystories"), "data_dir": str(tmp_path / "data")}
+    text = {"corpus": "text", "path": str(real / "tinystories"), "data_dir": str(tmp_path / "data")}
     config = gsae_jax.experiment(
         stacks={"further": stack},
-        lm={"path": str(REAL / "TinyStories-656K")},
+        lm={"path": str(real / "TinyStories-656K")},
         data=text | {"context_length": 64},
         train={"steps": 64, "batch_size": 256, "warmup_steps": 10},
         activations={"buffer_size": 2**13},

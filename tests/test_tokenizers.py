@@ -18,9 +18,6 @@ from tests.fixtures.lms import make
 from tests.refusals import refused
 
 FIXTURES = Path(make.__file__).parent
-REAL = next(
-    (above / "shared" / "real" for above in Path(__file__).parents if (above / "shared" / "real").exists()), None
-)
 TEXTS = ["the cat sat on a mat", "The  CAT!", "dog\n\tran <eos> é 漢 🙂", "", " ", "e\u0301 ﬁ <unk> ran", "a" * 300]
 WORDS = ["<unk>", "<eos>", "the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]
 
@@ -271,7 +268,6 @@ def test_a_sentencepiece_model_that_is_none_is_refused(tmp_path):
         tokenizer_lib.load(folder)
 
 
-@pytest.mark.skipif(REAL is None, reason="the real model and text are not there (../shared/real)")
 @pytest.mark.parametrize("text", ["Привет, мир", "naïve café", "a 🙂🙂 b", "é—é", "я🙂", "plain", "漢字\ufffd!", "é"])
 def test_a_character_of_several_tokens_is_of_the_last_of_them(text):
     tokenizer = gsae_jax.load_lm().tokenizer
@@ -286,11 +282,11 @@ def test_a_character_of_several_tokens_is_of_the_last_of_them(text):
         assert done[place] == (start if goes_on else end)
 
 
-def test_a_real_models_tokens():
+def test_a_real_models_tokens(real):
     """A character that TinyStories-656K lacks is its <unk>, which transformers' Llama class left out."""
-    stories = json.loads((REAL / "tinystories" / "tinystories_1000.json").read_text())
-    plain = tokenizers.Tokenizer.from_file(str(REAL / "TinyStories-656K" / "tokenizer.json"))
-    ours = open_tokenizer(REAL / "TinyStories-656K")
+    stories = json.loads((real / "tinystories" / "tinystories_1000.json").read_text())
+    plain = tokenizers.Tokenizer.from_file(str(real / "TinyStories-656K" / "tokenizer.json"))
+    ours = open_tokenizer(real / "TinyStories-656K")
     expected = [encoding.ids for encoding in plain.encode_batch(stories, add_special_tokens=False)]
     assert any(0 in ids for ids in expected)
     assert ours(stories, add_special_tokens=False)["input_ids"] == expected
