@@ -81,7 +81,8 @@ def measured(family, groups):
             for members in zip(*frontier, strict=True):
                 columns = [[m[field] for m in members] for field in ("l0", "loss_recovered", "fvu", "alive")]
                 forms = (".1f", ".3f", ".3f", ".3f")
-                cells = (frontiers.over_seeds(each).text(form) for each, form in zip(columns, forms, strict=True))
+                *values, alive = (frontiers.over_seeds(each) for each in columns)
+                cells = (v.text(form) for v, form in zip((*values, results.share(alive)), forms, strict=True))
                 yield [*named(site, kind, sites), *cells]
 
 

@@ -16,11 +16,13 @@ import numpy as np
 import reproduction
 import results
 
-from gsae_jax.evaluation import comparison, frontiers
+from gsae_jax.evaluation import comparison, frontiers, plots
 
 LEVELS = reproduction.LEVELS
+COLOURS = plots.COLOURS[1], plots.COLOURS[3]  # the paper's gated SAEs as in docs/reproduction.py
 COMPARED_AT = "blocks.0.hook_mlp_out"
 COMPARED = ("loss_recovered", "kl", "fvu", "score", "probe_1", "probe_5")
+SHARES = ("recovered", "f1", "absorption", "dead")  # of a known dictionary
 SEARCHED = 0.95  # the loss recovered at which changes are compared
 
 
@@ -182,8 +184,9 @@ def recovered_rows(found):
         members = [record for record in found["synthetic"] if record["kind"] == kind]
         if len(members) == 3:
             of = {name: [np.nan if r[name] is None else r[name] for r in members] for name in comparison.RECOVERY}
-            cells = (interval(frontiers.over_seeds(of[name]), m.form) for name, m in comparison.RECOVERY.items())
-            yield name_of(kind), *cells
+            values = {name: frontiers.over_seeds(of[name]) for name in comparison.RECOVERY}
+            values |= {name: results.share(values[name]) for name in SHARES}
+            yield name_of(kind), *(interval(values[name], m.form) for name, m in comparison.RECOVERY.items())
 
 
 def interval(value, form):
@@ -211,7 +214,9 @@ def draw(sites):
                 line = [r for r in records if (r["learning_rate"], r["seed"]) == (rate, seed)]
                 line = sorted(line, key=lambda r: r["l0"])
                 shown = f"{label}, rate {rate:g}" if seed == 0 else None
-                axis.plot(*reproduction.points(line), "o-", color=f"C{number}", markersize=3, linewidth=1, label=shown)
+                axis.plot(
+                    *reproduction.points(line), "o-", color=COLOURS[number], markersize=3, linewidth=1, label=shown
+                )
         axis.legend(fontsize=7)
     return figure
 

@@ -32,14 +32,9 @@ ABLATIONS = {
     "unfrozen": "unfrozen decoder",
     "untied_unfrozen": "untied, unfrozen",
 }
-# From a baseline to a gated SAE: each step, and the stack at its end.
-STEPS = {
-    "as wide as gated": "baseline_narrow",
-    "magnitudes": "rescaled_narrow",
-    "selection": "untied_unfrozen",
-    "tied encoder": "unfrozen",
-    "frozen decoder": "gated",
-}
+# From a baseline to a gated SAE: the first two steps in both orders, with the stack at the end of each, and the others.
+FIRST = {"width": ("baseline_narrow", "rescaled_narrow"), "magnitudes": ("rescaled", "rescaled_narrow")}
+LATER = {"selection": "untied_unfrozen", "tied encoder": "unfrozen", "frozen decoder": "gated"}
 COLOURS = dict(zip(("baseline", "gated", "rescaled", *ABLATIONS), plots.COLOURS, strict=False))
 
 
@@ -133,11 +128,22 @@ def ablation_rows(ablations):
 def attribution_rows(ablations, rescaled):
     for site, records in ablations.items():
         records = records + rescaled.get(site, [])
-        for level in LEVELS:
-            l0s = [l0s_at(records, stack, level) for stack in ("baseline", *STEPS.values())]
+        for level, (first, stacks) in itertools.product(LEVELS, FIRST.items()):
+            l0s = [l0s_at(records, stack, level) for stack in ("baseline", *stacks, *LATER.values())]
             steps = [ratio(after, before) for before, after in itertools.pairwise(l0s)]
             if "–" not in steps:
-                yield f"`{site}`", level, *steps, ratio(l0s[-1], l0s[0])
+                of_first = [steps[list(FIRST).index(first)], steps[1 - list(FIRST).index(first)]]
+                yield f"`{site}`", level, first, *of_first, *steps[2:], ratio(l0s[-1], l0s[0])
+
+
+def equal_width_rows(ablations):
+    """Gated SAEs against baselines of equal compute and of equal width."""
+    for site, records in ablations.items():
+        for level in LEVELS:
+            gated = l0s_at(records, "gated", level)
+            cells = [ratio(gated, l0s_at(records, stack, level)) for stack in ("baseline", "baseline_narrow")]
+            if set(cells) != {"–"}:
+                yield f"`{site}`", level, *cells
 
 
 def rescaled_rows(ablations, rescaled):
@@ -257,7 +263,15 @@ def study_rows(studies):
             sides = [f"{l0[side]:.1f}" for side in each["sides"]]
             means = [f"{mean:.3f}" for mean in each["means"]]
             both = f"{difference['mean']:+.3f}{interval}"
-            rows.append([*sides, f"{difference['pairs']:,}", *means, both, "–" if p is None else f"{p:.1g}"])
+            rows.append(
+                [
+                    *sides,
+                    f"{difference['pairs']:,}",
+                    *means,
+                    both,
+                    "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.1g}",
+                ]
+            )
     return sorted(rows, key=lambda row: (float(row[0]), float(row[1])))
 
 
@@ -285,9 +299,9 @@ def draw_pursuit(sites):
             axis.plot(*points(encoders), "o-", color=COLOURS[stack], label=f"{stack}, encoder")
             for number, encoder in enumerate(encoders):
                 style = dict(color=COLOURS[stack], linestyle="--", marker=".", linewidth=0.8, alpha=0.4 + 0.3 * number)
-                label = f"{stack}, by pursuit on the dictionary of L0 {encoder['l0']:.0f}"
+                label = f"{stack}, by pursuit" if number == len(encoders) - 1 else None
                 axis.plot(*points(by_pursuit(records, encoder)), **style, label=label)
-        axis.legend(fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -322,7 +336,15 @@ def tables_of(model, page, runs):
         "gamma": results.table(gamma, gamma_rows(sites)),
         "rates": results.table(of_rates, rate_rows(sites, rates), ("SAEs",)),
         "ablations": results.table(["Site", "Variant", *at, "γ"], ablation_rows(ablations), ("Variant",)),
-        "attribution": results.table(["Site", "Loss recovered", *STEPS, "All"], attribution_rows(ablations, rescaled)),
+        "attribution": results.table(
+            ["Site", "Loss recovered", "First step", *FIRST, *LATER, "All"],
+            attribution_rows(ablations, rescaled),
+            ("First step",),
+        ),
+        "equal_width": results.table(
+            ["Site", "Loss recovered", "Gated / baseline of 1,536", "Gated / baseline of 1,024"],
+            equal_width_rows(ablations),
+        ),
         "rescaled": results.table(
             ["Site", "λ", "L0", "Loss recovered", "γ", "Gated SAEs of this L0"], rescaled_rows(ablations, rescaled)
         ),

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from gsae_jax.evaluation import frontiers
+
 FOLDER = Path(__file__).parent / "results"
 # Of each SAE.
 FIELDS = (
@@ -98,6 +100,11 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]], text: Iterable[s
     header = [*map(str, header)]
     lines = [header, [":--" if not n or cell in text else "--:" for n, cell in enumerate(header)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def share(value: frontiers.OverSeeds) -> frontiers.OverSeeds:
+    """The mean of a share over seeds, with its interval cut at 0 and 1."""
+    return value._replace(low=max(value.low, 0.0), high=min(value.high, 1.0))
 
 
 def numbered(name: str, pattern: str, runs: Path | None) -> dict[int, str]:

@@ -66,13 +66,13 @@ figure = Figure(figsize=(10, 3.6), layout="constrained")
 left, right = figure.subplots(1, 2)
 x = np.linspace(-2, 4, 1201)
 for mean, deviation, label, colour in ((0, 1, "off", "0.5"), (2, 0.5, "on", "#448361")):
-    density = np.exp(-0.5 * ((x - mean) / deviation) ** 2) / deviation
+    density = np.exp(-0.5 * ((x - mean) / deviation) ** 2) / deviation / np.sqrt(2 * np.pi)
     left.fill_between(x, density, alpha=0.2, color=colour, label=f"density when {label}")
 for (name, f), colour in zip(FUNCTIONS.items(), ("#d9730d", "#0b6e99"), strict=True):
     left.plot(x, f(x, 1.0), color=colour, label=f"{name}, t = 1")
     right.plot(curves[name][:, 0], curves[name][:, 1], color=colour, label=name)
     right.plot(*curves[name][50, :2], "o", color=colour)
-left.set(xlabel="projection a", ylabel="activation")
+left.set(xlabel="projection a", ylabel="activation; density")
 right.set(ylabel="mean squared error", ylim=(0, None))
 right.set_xlabel("fraction of inputs where it fires when off (dots: t = 1)")
 for axis in (left, right):
