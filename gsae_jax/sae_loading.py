@@ -430,6 +430,10 @@ def _members(
         "exclude_special_tokens": config.activations.drop_special_tokens,
     }
 
+    if facts.means and parameters.input_bias(architecture) is None:
+        # `fold` gives the mean to the encoder's bias. In bfloat16, inputs with a large mean keep few digits.
+        sae = dataclasses.replace(sae, dtype="float32")
+
     def normal(index: int) -> dict[str, jax.Array]:
         # What a user finds in an SAE is what it computes with.
         return contract.normal_form(architecture, {key: value[index] for key, value in params.items()}, sae)
@@ -447,6 +451,7 @@ def _members(
             seed=seed,
             scale=scales if len(scales) > 1 else scales[0],
             norm_limit=limits if len(limits) > 1 else limits[0],
+            input_norm_limit=min(facts.norm_limits[site] for site in stack.sites) if stack.target else np.inf,
             metadata=metadata,
             run=run,
             stack=name,

@@ -62,6 +62,7 @@ def make(module, d_out=D, **options):
         seed=7,
         scale=1.5,
         norm_limit=(20.0, math.inf) if several else 20.0,
+        input_norm_limit=30.0 if transcodes else math.inf,
         metadata={"model_name": "small", "context_size": 16, "prepend_bos": True, "dataset_path": "texts"},
     )
 

@@ -12,7 +12,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.evaluation import measure, metrics, plots, report
 from gsae_jax.lms import loading
-from gsae_jax.saes import gated, relu, signed_gated
+from gsae_jax.saes import gated, relu, relu_crosscoder, relu_transcoder, signed_gated
 from tests import references
 from tests.measuring import SITE, UNUSED, as_sae, batches, identity, on_mesh, reported, zero
 from tests.refusals import refused
@@ -53,6 +53,34 @@ def test_an_sae_that_no_activation_is_for_is_refused(lm):
     sae = dataclasses.replace(as_sae("identity", relu, identity(D), relu.Config(D, 2 * D)), norm_limit=1e-9)
     with refused("identity", "every activation", "norm_limit (1e-09)"):
         measure.measure(lm, [sae], batches(lm), lm.special_tokens)
+
+
+def test_a_token_above_the_limit_at_one_site_is_measured_at_none(lm):
+    """As training sees whole tokens; of a crosscoder at both sites, and of a transcoder at the one that it reads."""
+    D, sites = lm.sites[SITE], (SITE, "blocks.0.hook_resid_post")
+    tokens = batches(lm)
+    x = [np.concatenate([np.asarray(lm.activations(rows, [s])[s], np.float32) for rows in tokens]) for s in sites]
+    norms = [np.linalg.norm(each, axis=-1) for each in x]
+    allowed = ~np.isin(np.concatenate(list(tokens)), lm.special_tokens)
+    limits = [float(np.median(of_site)) for of_site in norms]
+    both = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])
+    params = {"W_enc": both.T, "b_enc": jnp.zeros(2 * D), "W_dec": both, "b_dec": jnp.zeros(D)}
+    cross = {f"{name}_{site}": params[name] for name in ("W_enc", "W_dec", "b_dec") for site in (0, 1)}
+    cross["b_enc"] = params["b_enc"]
+    transcodes = relu_transcoder.Config(width=2 * D, d_in=D, d_out=D)
+    saes = [
+        as_sae("cross", relu_crosscoder, cross, relu_crosscoder.Config((D, D), 2 * D), sites),
+        as_sae("trans", relu_transcoder, params | {"b_in": jnp.zeros(D)}, transcodes),
+    ]
+    saes[0] = dataclasses.replace(saes[0], norm_limit=tuple(limits))
+    saes[1] = dataclasses.replace(saes[1], target=sites[1], norm_limit=math.inf, input_norm_limit=limits[0])
+    sums = measure.measure(lm, saes, tokens, lm.special_tokens)
+    within = allowed & (norms[0] <= limits[0])
+    assert metrics.combine(sums["trans"])["tokens"] == within.sum()
+    within &= norms[1] <= limits[1]
+    assert 0 < within.sum() < (allowed & (norms[0] <= limits[0])).sum()
+    for site in sites:
+        assert metrics.combine(sums[f"cross@{site}"])["tokens"] == within.sum()
 
 
 def test_every_metric_matches_float64(lm, lm_dir):

@@ -59,7 +59,7 @@ def test_an_export_is_read_as_the_same_sae_and_written_as_the_same_bytes(tmp_pat
     sae.save(tmp_path / "first", format)
     ((name, back),) = gsae_jax.load(tmp_path / "first").items()
     assert name == back.name == "stack_2"
-    told = ("site", "target", "l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")
+    told = ("site", "target", "l1_coefficient", "learning_rate", "seed", "scale", "norm_limit", "input_norm_limit")
     assert [getattr(back, field) for field in told] == [getattr(sae, field) for field in told]
     assert sae.metadata.items() <= back.metadata.items()
     if holds(format, kind)[1]:
@@ -283,12 +283,13 @@ def test_fields_that_are_missing_or_wrong_are_refused(tmp_path, format, kind):
         for change in ("dropped", "renamed", "list", "null"):
             # Of what describes, only a wrong type is wrong; and unknown numbers are null.
             mild = path[-1] in DESCRIPTIONS | {"lm_name", "submodule_name", "layer", "ctx_len"}
-            number = ("l1_coefficient", "learning_rate", "seed", "scale", "norm_limit")
+            number = ("l1_coefficient", "learning_rate", "seed", "scale", "norm_limit", "input_norm_limit")
             if (mild and change != "list") or (path[-1] in number and change == "null"):
                 continue
             if path in (("metadata", "gsae_jax"), ("gsae_jax",)) and format != "gemma_scope" and change != "list":
                 continue  # then it is as one that was not exported by us
-            optional = path[-2:-1] == ("options",) or path[-1] in ("run", "stack", "index", "architecture")
+            later = ("run", "stack", "index", "architecture", "input_norm_limit")
+            optional = path[-2:-1] == ("options",) or path[-1] in later
             optional &= path != ("architecture",)  # of SAELens
             if optional and change == "dropped":
                 continue  # then it has its default, as in exports of a version before the field

@@ -135,6 +135,21 @@ def test_the_skip_of_a_transcoder_is_part_of_what_is_spliced_in(tuned):
     assert all(np.any(one) for one in grads["W_skip"])
 
 
+def test_tokens_above_the_limit_of_what_a_transcoder_reads_have_no_gradient(tuned):
+    """Training on activations leaves them out, too."""
+    read = "blocks.0.hook_resid_mid"
+    changes = {"architecture": "gated_transcoder", "site": read, "target": SITE}
+    stack = dataclasses.replace(tuned.stacks["gated"], options={}, **changes)
+    program, state, lm_params, stream = begin(dataclasses.replace(tuned, stacks={"gated": stack}), single_device_mesh())
+    tokens, found = next(stream)[:8], []
+    for limit in (np.inf, 0.0):
+        state.norm_limits = {read: np.float32(limit), SITE: np.float32(np.inf)}
+        grads, kl = gradients(program, program.stacks[0], state.stacks["gated"], state, lm_params, tokens)
+        found.append(([np.abs(value).max() for value in grads.values()], kl.max()))
+    assert max(found[0][0]) > 0 < found[0][1]
+    assert max(found[1][0]) == 0 == pytest.approx(found[1][1], abs=1e-6)  # nothing is spliced in
+
+
 def test_an_update_replaces_a_share_of_the_squared_error(tuned):
     """The gradient that the optimiser saw, by its second moments: they start anew, so that one update shows it."""
     tuned = from_the_start(with_(tuned, train={"batch_size": 256}), kl_weight=0.7)

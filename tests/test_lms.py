@@ -93,6 +93,13 @@ def test_cross_entropy_in_chunks_is_that_of_the_logits(lm_dir, monkeypatch):
     )  # 7 = 3 + 3 + 1
     np.testing.assert_allclose(cross_entropy(lm.module, lm.params, hidden, tokens), expected, rtol=1e-5)
 
+    def mean(hidden):
+        return cross_entropy(lm.module, lm.params, hidden, tokens).mean()
+
+    monkeypatch.setattr("gsae_jax.lms.loss.logits_per_chunk", lambda platform: 7 * lm.config.d_vocab)
+    compiled = jax.jit(jax.grad(mean)).lower(hidden).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * picked.size * lm.config.d_vocab / 2  # not all logits
+
 
 def test_the_embedded_model_knows_python():
     lm = gsae_jax.load_lm()

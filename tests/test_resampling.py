@@ -90,6 +90,30 @@ def test_new_features_of_either_sign_have_the_biases_of_the_live_ones(experiment
             np.testing.assert_array_equal(new.params[name][index][~dead], live)
 
 
+def test_new_features_with_aligned_encoders_do_not_flood_the_reconstruction(experiment):
+    """Such an encoder has the size of a live one. With a bias of 0, it would fire on half of all tokens."""
+    stack = experiment.stacks["gated"]
+    stacks = {"plain": stack, "aligned": dataclasses.replace(stack, options={"aligned": True})}
+    experiment = dataclasses.replace(experiment, stacks=stacks)
+    program, state, lm_params, stream = begin(experiment, single_device_mesh())
+    state, _ = advance(program, state, lm_params, stream, calls=4)
+    state, before = advance(program, state, lm_params, stream, calls=1)
+    state, _ = program.resample(some_dead(state))
+    state, after = advance(program, state, lm_params, stream, calls=1)
+    for field in ("mse", "l0"):
+        plain, aligned = (after[name][field] / before[name][field] for name in stacks)
+        assert (aligned < 1.5 * plain).all(), field
+
+
+def test_new_features_from_an_input_of_zeros_are_finite(experiment):
+    stack = dataclasses.replace(experiment.stacks["baseline"], architecture="relu_april", options={})
+    experiment = with_(dataclasses.replace(experiment, stacks={"april": stack}), activations={"center": False})
+    program, state, _, _ = begin(experiment, single_device_mesh())
+    state.store = jax.tree.map(jnp.zeros_like, state.store)
+    after, _ = program.resample(some_dead(state))
+    assert all(np.isfinite(value).all() for value in jax.tree.leaves(jax.device_get(after.stacks["april"].params)))
+
+
 @pytest.mark.variants
 def test_inputs_are_drawn_by_the_square_of_their_error(experiment):
     """One feature's input, drawn many times, against the probabilities."""

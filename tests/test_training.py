@@ -257,3 +257,26 @@ def test_every_variant_trains_on_a_mesh(experiment, changes):
     fixed = options.get("use_r_mag") is False or options.get("aligned")
     assert moved == set(before) - ({"r_mag"} if fixed else set())
     assert all(value.dtype == np.float32 for value in before.values())
+
+
+def test_a_skipped_update_leaves_the_age_of_features(experiment):
+    program, state, lm_params, stream = begin(experiment, single_device_mesh())
+    state, _ = advance(program, state, lm_params, stream, calls=1)
+    stack = state.stacks["gated"]
+    stack.params["b_dec"] = stack.params["b_dec"].at[1].set(jnp.nan)
+    stack.steps_since_fired = jnp.full_like(stack.steps_since_fired, 7)
+    state, _ = advance(program, state, lm_params, stream, calls=1)
+    after = jax.device_get(state.stacks["gated"])
+    assert (after.steps_since_fired[1] == 7).all()
+    assert set(np.unique(after.steps_since_fired[0])) <= {0, *range(8, 64)}
+    assert after.skipped[0] == 0 < after.skipped[1]
+
+
+def test_frozen_parameters_keep_every_bit(experiment):
+    stack = dataclasses.replace(experiment.stacks["gated"], options={"only_magnitude": True}, start_from="run:stack")
+    experiment = dataclasses.replace(experiment, stacks={"rescaled": stack})
+    program, state, lm_params, stream = begin(experiment, single_device_mesh())
+    before = jax.device_get(state.stacks["rescaled"].params)
+    state, _ = advance(program, state, lm_params, stream, calls=3)
+    after = jax.device_get(state.stacks["rescaled"].params)
+    assert {name for name in before if (before[name] != after[name]).any()} == {"r_mag", "b_mag"}

@@ -22,8 +22,10 @@ from gsae_jax.saes import contract, inference, linalg, parameters, pursuit, trai
 
 AT_ONCE = 12  # interventions whose losses are computed at once; beside them are those of one SAE by pursuit
 MEDIAN_TOKENS = 4096  # how many tokens a site's median norm is taken over
-# A site that is written, the norm above which its activations are left alone, and what else SAEs read that write there.
-Place = tuple[str, float, tuple[str, ...]]
+# The norm above which a token is left alone, of each site that an SAE reads or writes (`trained.SAE.norm_limits`).
+Limits = tuple[tuple[str, float], ...]
+# A site that is written, the limits of SAEs that write there, and what else these read.
+Place = tuple[str, Limits, tuple[str, ...]]
 Modules = tuple[tuple[str, Any], ...]  # (name, module) of each language model
 
 
@@ -39,10 +41,9 @@ class Written(NamedTuple):
     number: int
 
     @property
-    def place(self) -> tuple[str, float]:
-        """The site, and the norm above which its activations are left alone."""
-        limit = self.sae.norm_limit
-        return self.sae.targets[self.number], limit[self.number] if isinstance(limit, tuple) else limit
+    def place(self) -> tuple[str, Limits]:
+        """The site, and the limits of the SAE."""
+        return self.sae.targets[self.number], tuple(sorted(self.sae.norm_limits.items()))
 
     def name(self, k: int = 0) -> str:
         """What it is called in reports; with `k`, where so many features are chosen by gradient pursuit."""
@@ -73,8 +74,9 @@ def measure(
 
     Rows of padding fill a batch up to a multiple of the number of devices. They are not measured.
 
-    Tokens on which an SAE was not trained (`special_tokens`, those that the rows hide, and activations above its norm
-    limit) are not measured. They keep the language model's own activations in every intervention.
+    Tokens on which an SAE was not trained (`special_tokens`, those that the rows hide, and those with an activation
+    above a norm limit at a site that the SAE reads or writes) are not measured. They keep the language model's own
+    activations in every intervention.
 
     Args:
         lm: the language model. Without one, activations are those of the batches, and cross-entropies are left out.
@@ -99,7 +101,7 @@ def measure(
     ks = tuple(sorted(set(ito)))
     each = [one for sae in saes for one in written(sae)]
     names = {one.name(): [one.name(k) for k in (0, *ks)] for one in each}
-    also_read: dict[tuple[str, float], set[str]] = {}
+    also_read: dict[tuple[str, Limits], set[str]] = {}
     for one in each:
         also_read.setdefault(one.place, set()).update({*one.sae.sites} - {one.place[0]})
     places = tuple((*place, tuple(sorted(read))) for place, read in sorted(also_read.items()))
@@ -135,7 +137,8 @@ def measure(
         numbers = [sum(part[which][1] for part in parts) for which in (0, 1)]
         if not all(numbers):
             name = next(one.sae.name for one in each if one.place == place[:2])
-            why = f"has a norm above its norm_limit ({place[1]:g}), is not finite, or is of a special or hidden token"
+            largest = ", ".join(f"{limit:g}" for _, limit in place[1])
+            why = f"has a norm above its norm_limit ({largest}), is not finite, or is of a special or hidden token"
             raise UserError(
                 f"cannot be measured: every activation {why}; write the language model and the text of its training",
                 name,
@@ -147,8 +150,8 @@ def measure(
             ]
         )
 
-    totals: dict[str, metrics.Sums] = {name: {} for of_one in names.values() for name in of_one}
-    for batch in batches:
+    def sums_of(batch: Any) -> dict[str, metrics.Sums]:
+        # Its arrays are freed when it returns, before the next batch makes others.
         tokens_RxT, allowed_RxT = placed(batch)
         means_of = [mean_D for mean_D, _ in means]
         hidden, contexts = _clean(modules, places, lm_params, means_of, limits, tokens_RxT, allowed_RxT)
@@ -186,9 +189,13 @@ def measure(
             shared = {f"ce_{kind}": losses[of,][0] for kind, of in kinds}
             for name in (name for one in mine for name in names[one.name()] if losses):
                 sums[name] |= shared | dict(zip(("ce_sae", "kl"), losses[name], strict=True))
+        return sums
+
+    totals: dict[str, metrics.Sums] = {name: {} for of_one in names.values() for name in of_one}
+    for batch in batches:
         R, T = shape(batch)
         predictions = {} if lm is None else {"predictions": np.full(R, T - 1)}
-        for name, of_one in mesh_lib.fetch(sums).items():
+        for name, of_one in mesh_lib.fetch(sums_of(batch)).items():
             of_one = {key: value if key == "fired" else value[:R] for key, value in of_one.items()}
             metrics.add(totals[name], of_one | predictions)
         progress()
@@ -225,9 +232,9 @@ def check_sites(sae: trained.SAE, widths: Mapping[str, int]) -> None:
                 raise UserError(f"{what}; write the language model that it was trained on", sae.name)
 
 
-def _valid(site: str, x_RxTxD: jax.Array, allowed_RxT: jax.Array, norm_limit: jax.typing.ArrayLike) -> jax.Array:
-    """Which activations of a site are measured and replaced."""
-    return masking.valid(allowed_RxT, {site: x_RxTxD}, {site: norm_limit})
+def _valid(activations: Mapping[str, jax.Array], allowed_RxT: jax.Array, limits: Limits) -> jax.Array:
+    """Which tokens are measured, and have their activations replaced."""
+    return masking.valid(allowed_RxT, {site: activations[site] for site, _ in limits}, dict(limits))
 
 
 def _extreme(norms: np.ndarray) -> np.float32:
@@ -239,7 +246,7 @@ def _extreme(norms: np.ndarray) -> np.float32:
 
 def _activations(modules: Modules, lm_params: Any, tokens: Any, places: tuple[Place, ...]) -> dict[str, jax.Array]:
     """The activations at the places; without a language model, `tokens` are the activations."""
-    wanted = {site for site, _, _ in places}
+    wanted = {site for _, limits, _ in places for site, _ in limits}
     return loading.capture_each(modules, lm_params, tokens, wanted) if modules else tokens
 
 
@@ -250,8 +257,8 @@ def _norms(
     """The norms [R, T] of the valid activations at each place, NaN for the others."""
     activations = _activations(modules, lm_params, tokens_RxT, places)
     return [
-        jnp.where(_valid(site, activations[site], allowed_RxT, norm_limit), masking.norms(activations[site]), jnp.nan)
-        for site, norm_limit, _ in places
+        jnp.where(_valid(activations, allowed_RxT, norm_limits), masking.norms(activations[site]), jnp.nan)
+        for site, norm_limits, _ in places
     ]
 
 
@@ -267,15 +274,15 @@ def _site_sums(
     """(sum [D], number) of the activations at each place: of all valid ones, and of those without an extreme norm."""
     activations = _activations(modules, lm_params, tokens_RxT, places)
 
-    def sums(site: str, norm_limit: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-        x = activations[site]
-        valid = _valid(site, x, allowed_RxT, norm_limit)
+    def sums(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.where(valid[..., None], x.astype(jnp.float32), 0).sum((0, 1)), valid.sum()
 
-    return [
-        [sums(site, norm_limit), sums(site, jnp.minimum(norm_limit, limit))]
-        for (site, norm_limit, _), limit in zip(places, limits, strict=True)
-    ]
+    def of_place(site: str, norm_limits: Limits, limit: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        x, valid = activations[site], _valid(activations, allowed_RxT, norm_limits)
+        return [sums(x, valid), sums(x, valid & (masking.norms(x) <= limit))]
+
+    each = zip(places, limits, strict=True)
+    return [of_place(site, norm_limits, limit) for (site, norm_limits, _), limit in each]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -294,8 +301,8 @@ def _clean(
     valid ones `zero` or at their `mean`; the residual stream `before` the block they are in; and the activations at
     `others`.
     """
-    replaced, read = {site for site, _, _ in places}, {site for _, _, others in places for site in others}
-    wanted = replaced | read | {sites.stream_before(site) for site in (replaced if modules else ())}
+    replaced, read = {site for site, _, _ in places}, {site for _, limits, _ in places for site, _ in limits}
+    wanted = read | {sites.stream_before(site) for site in (replaced if modules else ())}
     activations: dict[str, jax.Array] = {}
     hidden: dict[str, jax.Array] = {}
     if not modules:
@@ -307,10 +314,10 @@ def _clean(
         activations |= {sites.at(hook, name): x for hook, x in of_model.items()}
 
     def context(
-        site: str, norm_limit: float, others: tuple[str, ...], mean_D: jax.Array, limit: jax.Array
+        site: str, norm_limits: Limits, others: tuple[str, ...], mean_D: jax.Array, limit: jax.Array
     ) -> dict[str, Any]:
         x = activations[site]
-        valid = _valid(site, x, allowed_RxT, norm_limit)
+        valid = _valid(activations, allowed_RxT, norm_limits)
         mean = jnp.where(valid[..., None], mean_D[None, None].astype(x.dtype), x)
         zero = jnp.where(valid[..., None], jnp.zeros_like(x), x)
         masks = {"valid": valid, "typical": valid & (masking.norms(x) <= limit)}

@@ -35,6 +35,7 @@ OF_MODEL = (*AGAINST, "kl")  # ratios that need the language model
 EXTREME = 10  # multiple of the site's median norm above which a few tokens would make up nearly all of E||x||^2
 DENSE = 0.1  # a feature that fires on more than this fraction of tokens
 DRAWS, LEVEL = 1000, 0.95  # of the bootstrap
+PARTS = 10  # of the draws, multiplied one after another, as the counts become eight times as large there
 FEWEST_DOCUMENTS = 10  # of which the bootstrap draws documents; with fewer it draws rows
 
 
@@ -165,11 +166,15 @@ def combine(sums: Sums) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def draws(units: int) -> np.ndarray:
     """The count of each unit in each resampled set [draws, units]. The sets are paired: all SAEs have the same."""
-    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), DRAWS).astype(np.float64)
+    rng, chances = np.random.default_rng(0), np.full(units, 1 / units)
+    counts = np.empty((DRAWS, units), np.uint8)  # no unit is drawn 256 times
+    for draw in range(DRAWS):
+        counts[draw] = rng.multinomial(units, chances)
+    return counts
 
 
 def drawn(sums_R: np.ndarray, document_R: np.ndarray | None = None) -> np.ndarray:
-    """The totals of a sum over rows in each resampled set [draws].
+    """The totals of sums over rows [R, ...] in each resampled set [draws, ...].
 
     Rows of one document are alike. So whole documents are drawn, where it is known of each row in which it begins, and
     there are at least `FEWEST_DOCUMENTS`. Otherwise rows are drawn.
@@ -177,14 +182,19 @@ def drawn(sums_R: np.ndarray, document_R: np.ndarray | None = None) -> np.ndarra
     if document_R is not None:
         numbers, of_row_R = np.unique(document_R, return_inverse=True)
         if len(numbers) >= FEWEST_DOCUMENTS:
-            sums_R = np.bincount(of_row_R, sums_R)
-    return draws(len(sums_R)) @ sums_R
+            of_documents = np.zeros((len(numbers), *sums_R.shape[1:]))
+            np.add.at(of_documents, of_row_R, sums_R)
+            sums_R = of_documents
+    counts = draws(len(sums_R))
+    return np.concatenate([part @ sums_R for part in np.array_split(counts, PARTS)])
 
 
 def resampled(sums: Sums) -> dict[str, np.ndarray]:
     """The metrics [draws] on resampled documents or rows (`drawn`)."""
     with np.errstate(over="ignore", invalid="ignore"):  # of an SAE that has diverged
-        return _ratios({name: drawn(rows, sums.get("document")) for name, rows in sums.items() if name not in NOT_SUMS})
+        of_rows = {name: rows for name, rows in sums.items() if name not in NOT_SUMS}
+        totals = drawn(np.stack([*of_rows.values()], axis=1, dtype=np.float64), sums.get("document"))
+        return _ratios(dict(zip(of_rows, totals.T, strict=True)))
 
 
 def interval(values: np.ndarray) -> list[float]:

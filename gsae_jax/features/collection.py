@@ -92,7 +92,7 @@ class Collection:
     def batches(self, numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, Any, list[jax.Array]]]:
         """For rows in parts of `per_batch`: (their numbers, activations by site, which tokens each SAE sees)."""
         sites = sorted({site for sae in self.saes.values() for site in (*sae.sites, *sae.targets)})
-        limits = tuple(tuple(zip(sae.targets, _limits(sae), strict=True)) for sae in self.saes.values())
+        limits = tuple(tuple(sae.norm_limits.items()) for sae in self.saes.values())
         for start in range(0, len(numbers), self.per_batch):
             part = np.asarray(numbers[start : start + self.per_batch])
             rows_RxT = np.stack([self.rows[int(row)] for row in part])
@@ -108,12 +108,6 @@ class Collection:
             modules = tuple((name, lm.module) for name, lm in self.lms.items())
             params = {name: lm.params for name, lm in self.lms.items()}
             yield part, *streaming.read(modules, tuple(sites), limits, params, *placed)
-
-
-def _limits(sae: trained.SAE) -> tuple[float, ...]:
-    """Norms of the activations of each site that is written, above which a token is not looked at."""
-    limit = sae.norm_limit
-    return limit if isinstance(limit, tuple) else (limit,) * len(sae.targets)
 
 
 def collect(collection: Collection, folder: Path, progress: Callable[[str, int, int], Any] = lambda *_: None) -> None:

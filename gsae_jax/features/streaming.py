@@ -153,8 +153,8 @@ def read(
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """The activations [R, T, D] of sites, and for each SAE which tokens [R, T] it sees.
 
-    `modules`, `lm_params`: of each language model, as for `loading.capture_each`; `limits`: for each SAE, the sites
-    that it writes with the norms above which it does not see a token.
+    `modules`, `lm_params`: of each language model, as for `loading.capture_each`; `limits`: for each SAE, its
+    `norm_limits`.
     """
     activations = loading.capture_each(modules, lm_params, tokens_RxT, sites)
     valid = [masking.valid(allowed_RxT, {s: activations[s] for s, _ in each}, dict(each)) for each in limits]

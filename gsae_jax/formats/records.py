@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     # Lists of these where several sites are written.
     "scale": (float, int, None, list),
     "norm_limit": (float, int, None, list),
+    "input_norm_limit": (float, int, None, ...),  # of a transcoder
     # Where an export of another architecture would have the same file.
     "architecture": (str, ...),
     # Exports of earlier versions have none of these.
@@ -49,6 +50,7 @@ RANGES = {
     "index": (0, INT32),
     "scale": (1e-30, FLOAT32),
     "norm_limit": (0, FLOAT32),
+    "input_norm_limit": (0, FLOAT32),
 }
 # Of a folder, and of a line in a table or a figure.
 NAME = r"[\w=+-][\w .=+-]{0,119}"
@@ -111,6 +113,8 @@ def raise_for(failed: Mapping[str, UserError], written: Sequence[str]) -> None:
 def record(sae: trained.SAE) -> dict[str, Any]:
     """What no other format has a place for; null is unknown, or no limit of norms."""
     numbers = {name: getattr(sae, name) for name in ("l1_coefficient", "learning_rate", "scale", "norm_limit")}
+    if contract.writes_others(sae.functions):
+        numbers["input_norm_limit"] = sae.input_norm_limit
     return {name: _finite(value) for name, value in numbers.items()} | {
         "name": sae.name,
         "run": sae.run,
@@ -423,6 +427,7 @@ def build(
         params={name: jnp.asarray(value) for name, value in params.items()},
         seed=record.get("seed"),
         norm_limit=limit,
+        input_norm_limit=_limit(record.get("input_norm_limit")),
         metadata=told.metadata,
         target=_site(told.target, told.record is not None),
         **_identity(record),

@@ -22,7 +22,8 @@ def cross_entropy(module: Any, params: Any, x_BxTxD: jax.Array, tokens_BxT: jax.
     def at_position(logits: Logits, streams: tuple[jax.Array, ...], target_B: jax.Array) -> jax.Array:
         return _nats(logits(streams[0]), target_B)[0]
 
-    return _by_position(module, params, at_position, (x_BxTxD,), tokens_BxT)
+    # A gradient computes the logits again, as those of a whole batch would have to be kept.
+    return _by_position(module, params, at_position, (x_BxTxD,), tokens_BxT, again=True)
 
 
 def cross_entropy_and_divergence(
@@ -84,7 +85,12 @@ def _nats(logits_BxV: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def _by_position(
-    module: Any, params: Any, at_position: Callable[..., Any], streams: tuple[jax.Array, ...], tokens_BxT: jax.Array
+    module: Any,
+    params: Any,
+    at_position: Callable[..., Any],
+    streams: tuple[jax.Array, ...],
+    tokens_BxT: jax.Array,
+    again: bool = False,
 ) -> Any:
     """`at_position(logits, streams [..., B, D], next tokens [B])` at all positions but the last: [..., B, T-1].
 
@@ -99,5 +105,9 @@ def _by_position(
         return module.apply({"params": params}, x_BxD[None], method="logits")[0]
 
     by_position = ([jnp.moveaxis(stream, -2, 0)[:-1] for stream in streams], tokens_BxT.T[1:])
-    losses = jax.lax.map(lambda inputs: at_position(logits, *inputs), by_position, batch_size=positions)
+
+    def of(inputs: Any) -> Any:
+        return at_position(logits, *inputs)
+
+    losses = jax.lax.map(jax.checkpoint(of) if again else of, by_position, batch_size=positions)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), losses)

@@ -44,6 +44,7 @@ class SAE(Sites):
             centred). A tuple of factors if the SAE writes several sites.
         norm_limit: activations of the target with a larger norm were not used for training. A tuple of limits if the
             SAE writes several sites.
+        input_norm_limit: the same for the site that a transcoder reads. It is infinite if the SAE writes what it reads.
         metadata: facts about its model and text, under SAELens' names. An imported SAE has all metadata of its file.
         target: the site that it reconstructs; by default the site that it reads. Of a transcoder whose file does not
             name its target, it is "".
@@ -61,6 +62,7 @@ class SAE(Sites):
     seed: int | None = None
     scale: float | tuple[float, ...] = math.nan
     norm_limit: float | tuple[float, ...] = math.inf
+    input_norm_limit: float = math.inf
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     target: str | tuple[str, ...] = ""
     run: str = ""
@@ -72,6 +74,12 @@ class SAE(Sites):
         """The sites that it writes; by default those that it reads. ("",) if that is not known."""
         is_unknown = not self.target and contract.writes_others(self.functions)
         return ("",) if is_unknown else super().targets
+
+    @property
+    def norm_limits(self) -> dict[str, float]:
+        """Of each site that it reads or writes: the norm above which it was not trained on an activation."""
+        limits = self.norm_limit if isinstance(self.norm_limit, tuple) else (self.norm_limit,)
+        return {site: self.input_norm_limit for site in self.sites} | dict(zip(self.targets, limits, strict=True))
 
     @property
     def functions(self) -> contract.Architecture:

@@ -135,8 +135,8 @@ class EndToEnd:
         """(Sum of KL over predictions, (sum of squared errors over D, number of tokens that it is of)) of one SAE."""
         (target,) = stack.config.targets
         x, (scales, means) = rows.activations[target], units
-        valid = masking.valid(rows.allowed, {target: x}, norm_limits)
         read = {site: rows.activations[site] for site in {*stack.config.sites, target}}
+        valid = masking.valid(rows.allowed, read, norm_limits)
         inputs, wanted = stack.batch(inference.flat(scaling.all_inputs(read, scales, means)))
         f_BxF = stack.architecture.encode(params, inputs, stack.sae)
         decoded = stack.architecture.decode(params, f_BxF)

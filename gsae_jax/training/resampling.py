@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gsae_jax import mesh as mesh_lib
-from gsae_jax.saes import contract, parameters
+from gsae_jax.saes import contract, linalg, parameters
 from gsae_jax.saes.contract import Role
 from gsae_jax.training import optimiser
 from gsae_jax.training.stacks import Stack, StackState, gather
@@ -33,8 +33,10 @@ def resample(
     from the decoder's bias as the encoder sees it (of a transcoder, what the features must explain of the target; where
     rows are not unit, of the live ones' mean norm); the encoder's column is the same direction at a fifth of the live
     ones' mean norm; biases and magnitudes' scales are zero. Where features may be negative, a zero bias would open each
-    gate, so that biases are the live ones' mean. Second moments are the mean of the live ones': from zero, with a bias
-    correction that is long over, the first step would be thirty times a usual one. First moments are zero.
+    gate, so that biases are the live ones' mean. Where encoders are aligned with decoders, a column cannot be small, so
+    that biases leave a fifth of the activation on its own input. Second moments are the mean of the live ones': from
+    zero, with a bias correction that is long over, the first step would be thirty times a usual one. First moments are
+    zero.
 
     Args:
         stack: its architecture and sites.
@@ -50,6 +52,7 @@ def resample(
     if not contract.trains_features(stack.architecture, stack.sae):  # its features are given
         return state, jnp.zeros(len(stack.config), jnp.int32)
     table = stack.architecture.PARAMETERS
+    aligned = getattr(stack.sae, "aligned", False)
     activations = {site: activations[site] for site in {*stack.config.sites, *stack.config.targets}}
     # Gathered in the store's type, which is half as large as float32.
     everything = {
@@ -82,7 +85,11 @@ def resample(
             if name not in params or axis is None or not parameter.trained:
                 continue
             value, new = params[name], jnp.zeros_like(params[name])
-            if parameter.role is Role.FEATURE and contract.is_signed(stack.architecture):
+            if parameter.role is Role.FEATURE and aligned:
+                x_FxD = drawn[stack.config.sites[0]]
+                bias = parameters.input_bias(stack.architecture)
+                new -= (1 - ENCODER_NORM) * jnp.linalg.norm(_centred(x_FxD, params.get(bias or "")), axis=-1)
+            elif parameter.role is Role.FEATURE and contract.is_signed(stack.architecture):
                 new += _live_mean(value, dead_F, default=value)
             elif parameter.role is Role.DECODER:
                 bias = parameters.output_bias(stack.architecture, parameter.site)
@@ -118,9 +125,12 @@ def resample(
 
 
 def _directions(x_FxD: jax.Array, bias_D: jax.Array | None) -> jax.Array:
-    """Unit rows along x - bias."""
-    centred_FxD = x_FxD if bias_D is None else x_FxD - bias_D[None]
-    return centred_FxD / jnp.linalg.norm(centred_FxD, axis=-1, keepdims=True)
+    """Unit rows along x - bias; zeros where it is zero."""
+    return linalg.unit(_centred(x_FxD, bias_D))
+
+
+def _centred(x_FxD: jax.Array, bias_D: jax.Array | None) -> jax.Array:
+    return x_FxD if bias_D is None else x_FxD - bias_D[None]
 
 
 def _live_mean(values_F: jax.Array, dead_F: jax.Array, default: jax.typing.ArrayLike = 0.0) -> jax.Array:

@@ -304,7 +304,7 @@ class Stack:
 
         if self.config.clip_norm:
             grads = self._clipped(grads)
-        unit_rows = frozenset(name for name in trained if table[name].unit_rows)
+        unit_rows = frozenset(name for name in trained if table[name].unit_rows and name not in frozen)
         rate_N = rate * state.learning_rate
         params, second_moments = optimiser.update(
             trained, grads, state.second_moments, rate_N, unit_rows, finite_N, *self._decay_rates
@@ -323,7 +323,9 @@ class Stack:
             params=params,
             second_moments=second_moments,
             l1_coefficient=where_finite(l1_coefficient, state.l1_coefficient),
-            steps_since_fired=jnp.where(finite_N[:, None] & (fired > 0), 0, state.steps_since_fired + 1),
+            steps_since_fired=where_finite(
+                jnp.where(fired > 0, 0, state.steps_since_fired + 1), state.steps_since_fired
+            ),
             skipped=state.skipped + ~finite_N,
             skipped_in_row=jnp.where(finite_N, 0, state.skipped_in_row + 1),
         ), jax.tree.map(lambda value: where_finite(value, 0), statistics) | {"updates": finite_N.astype(jnp.float32)}

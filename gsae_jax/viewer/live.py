@@ -66,8 +66,7 @@ class Live:
                 own = self._lms[model].activations(np.array([ids]), [hook for hook, of in wanted if of == model])
                 x |= {sites_lib.at(hook, model): value for hook, value in own.items()}
             looked_at = ~np.isin(ids, self._special_tokens)
-            limits = chosen.norm_limit if isinstance(chosen.norm_limit, tuple) else (chosen.norm_limit,)
-            for site, limit in zip(chosen.targets, limits, strict=True):
+            for site, limit in chosen.norm_limits.items():
                 looked_at &= np.linalg.norm(np.asarray(x[site][0], np.float32), axis=-1) <= limit
             inputs = tuple(x[site][0] for site in chosen.sites)
             f_TxF = np.asarray(chosen.encode(inputs if isinstance(chosen.d_in, tuple) else inputs[0]), np.float32)
