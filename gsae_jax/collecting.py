@@ -115,7 +115,10 @@ def collect(wanted: Wanted, config: Mapping[str, Any] | None = None) -> Path:
     collection = collection_lib.Collection(
         lm, chosen.mesh, saes, chosen.saes, text, special_tokens, about, provenance.versions(), others
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error}); write another folder", "--out") from error
     lock = filelock.FileLock(folder / ".lock")
     try:
         held = lock.acquire(blocking=False)
@@ -145,7 +148,7 @@ def folder_of(workdir: str, given: str, field: str) -> Path:
             return Path(paths.require_local(given))
     if not workdir:
         raise UserError("is missing; write the name of a folder for the features", field)
-    run = paths.of(workdir)
+    run = paths.of_user(workdir)
     if run.local is None:
         raise UserError(f"is missing, and {workdir} is not on this machine; write a local folder", field)
     return Path(run.local) / features.FOLDER

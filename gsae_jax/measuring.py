@@ -105,7 +105,7 @@ def evaluate_saes(
         writing.check_new(out)
     points = report.read_published(published) if published else []
     chosen = sae_sources.of_names(names, config, model, site)
-    return _write(paths.of(out), chosen, (), _Wanted(tokens, ito, published, points, model))
+    return _write(paths.of_user(out), chosen, (), _Wanted(tokens, ito, published, points, model))
 
 
 def _named(lm: config_lib.LM) -> str:

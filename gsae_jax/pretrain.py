@@ -3,21 +3,19 @@
 python -m gsae_jax.pretrain --config configs/pretrain_stdlib.py
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from gsae_jax import cli, config_trees, errors, pretraining
 from gsae_jax import config as config_lib
-from gsae_jax.errors import UserError
+from gsae_jax.storage import paths, writing
 
 
 def main() -> None:
     """The command."""
     config = config_trees.from_dict(config_lib.Pretrain, cli.given(CONFIG))
-    out = Path(OUT.value)
-    if out.exists():
-        raise UserError(f"{out} exists already; write a new directory", "--out")
+    with errors.about("--out"):
+        out = paths.require_local(OUT.value)
+        writing.check_new(out)
     with errors.about("", out="--out"):
         loss = pretraining.pretrain(config, out)
     print(f"held-out cross-entropy {loss:.3f} nats/token; checkpoint in {out}")

@@ -218,7 +218,10 @@ def test_an_interval_that_is_unknown_is_explained(tmp_path):
     """Rows differ so much that in some of the bootstrap's samples a frontier does not reach the level."""
     records, sums = compared("a", "a", np.linspace(0, 2, 50))
     assert all(np.isnan(ratio["low"]) for ratio in frontiers.ratios(records, sums) if ratio["level"] == 0.8)
+    (tmp_path / "report" / "mine").mkdir(parents=True)
+    (tmp_path / "report" / "mine" / "notes.md").write_text("of the user")
     report.write(tmp_path / "report", None, records, sums, [], {})
+    assert (tmp_path / "report" / "mine" / "notes.md").read_text() == "of the user"
     found = {r["level"]: r["low"] for r in json.loads((tmp_path / "report" / "report.json").read_text())["l0_ratios"]}
     assert found[0.8] is None
     assert found[0.9] is not None

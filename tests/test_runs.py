@@ -256,6 +256,20 @@ def test_a_token_that_cannot_be_used_ends_training_with_what_was_trained_saved(e
     np.testing.assert_array_equal(calls[first + 4], calls[first + 3])
 
 
+def test_the_report_of_a_run_without_checkpoints_is_kept_from_other_runs(experiment, tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    recorded = config_trees.to_dict(experiment)
+    (path / "config.json").write_text(json.dumps(recorded))
+    (path / "metrics.jsonl").write_text("")
+    workdir = run_directory.Workdir(path)
+    workdir.check(recorded | {"seed": 5})  # training ended before its first checkpoint
+    (path / "report").mkdir()
+    workdir.check(recorded)
+    with refused("--workdir", "report"):
+        workdir.check(recorded | {"seed": 5})
+
+
 def test_a_refused_run_leaves_nothing(experiment, tmp_path):
     path = tmp_path / "run"
     for bad, field, *facts in (
@@ -267,7 +281,7 @@ def test_a_refused_run_leaves_nothing(experiment, tmp_path):
         assert not path.exists()
     # Nor does one that was killed before its first checkpoint stand in another's way.
     path.mkdir()
-    (path / "config.json").write_text('{"seed": 3}')
+    (path / "config.json").write_text('{"seed": 3, "lm": {}, "stacks": {}}')
     assert loop.train(experiment, path)
 
 
@@ -279,6 +293,13 @@ def test_workdirs_that_cannot_be_used(experiment, tmp_path, monkeypatch):
         with refused("--workdir", f"{tmp_path / name} exists", "not a run"):
             loop.train(experiment, tmp_path / name)
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
+    other = '{"seed": 1, "data": {"path": "mine"}, "train": {"epochs": 3}, "model": "resnet"}'  # of another program
+    (tmp_path / "full" / "config.json").write_text(other)
+    with refused("--workdir", "not a run"):
+        loop.train(experiment, tmp_path / "full")
+    assert (tmp_path / "full" / "config.json").read_text() == other
+    with refused("--workdir", "is empty"):
+        loop.train(experiment, "")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with refused("--workdir", f"{tmp_path} is not writable"):
         loop.train(experiment, tmp_path / "new" / "run")

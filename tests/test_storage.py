@@ -8,6 +8,7 @@ import pwd
 
 import pytest
 
+from gsae_jax import collecting
 from gsae_jax.storage import paths, reading, writing
 from gsae_jax.storage.facts import Facts, Text
 from tests.refusals import refused
@@ -74,6 +75,23 @@ def test_a_new_folder_is_new_or_empty(tmp_path):
         with refused("", path, "local path"), writing.new_folder(path):
             pass
     assert sorted(os.listdir(tmp_path)) == ["empty", "link"]
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "a", "/proc/nowhere/a"):
+        with refused("", "not writable"):
+            writing.check_new(place)  # before the work
+
+
+def test_the_home_directory_is_meant_by_its_sign(tmp_path, monkeypatch):
+    """In all paths that a user writes, also of what is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.require_local("~/a") == tmp_path / "a"
+    assert collecting.folder_of("~/run", "", "--out") == tmp_path / "run" / "features"
+    (tmp_path / "there").mkdir()
+    with refused("", str(tmp_path / "there"), "exists"):
+        writing.check_new("~/there")
+    with writing.new_folder("~/new") as folder:
+        (folder / "a").write_text("")
+    assert (tmp_path / "new" / "a").exists()
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):

@@ -19,7 +19,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.evaluation import frontiers, measure, metrics, plots, tables
 from gsae_jax.lms import sites
 from gsae_jax.saes import contract, diffing, parameters, trained
-from gsae_jax.storage import writing
+from gsae_jax.storage import paths, writing
 
 FIGURES = ("frontier", "gamma", "densities", "gates", "models", "training")
 FILES = ("report.json", "report.md", "report.html", "frontier.csv", *(f"{figure}.png" for figure in FIGURES))
@@ -157,7 +157,7 @@ def write(
     published: Sequence[dict[str, Any]] = (),
     about: About = NOTHING,
 ) -> list[str]:
-    """Write the report; an earlier one is replaced when the new one is whole.
+    """Write the report; an earlier one is replaced when the new one is whole. Files that are not of a report stay.
 
     Args:
         step: which the SAEs were measured at.
@@ -173,7 +173,12 @@ def write(
     """
     # report.json, which says that a run is finished, comes last.
     with writing.whole_folder(folder, last="report.json") as scratch:
-        return _write_files(scratch, step, records, sums, training, gates_of, published, about)
+        sentences = _write_files(scratch, step, records, sums, training, gates_of, published, about)
+        for file in paths.files_below(folder) if folder.is_dir() else ():
+            if (name := str(file.relative_to(folder))) not in FILES:
+                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+                epath.Path(file).copy(scratch / name)
+        return sentences
 
 
 def _write_files(

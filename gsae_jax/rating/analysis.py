@@ -14,12 +14,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gsae_jax import rendering
+from gsae_jax.errors import UserError
 from gsae_jax.rating import statistics
 from gsae_jax.rating.statistics import Difference, Paired, Test
-from gsae_jax.storage import writing
+from gsae_jax.storage import reading, writing
 
 ANSWERS = {2.0: "yes", 1.0: "maybe", 0.0: "no"}
 COLOURS = ("#d9730d", "#0b6e99")
+FILES = ("analysis.json", "answers.csv", "report.html")
 LEVEL = 0.05  # of the sentences about p-values
 
 
@@ -179,7 +181,11 @@ def write(
 
     Raises:
         OSError: they cannot be written.
+        UserError: files of these names are there, and they are not of an analysis.
     """
+    if any((folder / name).exists() for name in FILES) and not _holds_analysis(folder):
+        why = f"{folder} has a file that is not of an analysis, and would be replaced"
+        raise UserError(f"{why} ({', '.join(FILES)} are written); write another folder", "--out")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [figures(each) for each in analyses]
     report = rendering.render("study.html", analyses=analyses, facts=facts, figures=drawn)
@@ -191,6 +197,13 @@ def write(
     writing.write_text(folder / "analysis.json", json.dumps(contents, indent=1, sort_keys=True) + "\n")
     writing.write_text(folder / "answers.csv", text.getvalue())
     writing.write_text(folder / "report.html", report)
+
+
+def _holds_analysis(folder: Path) -> bool:
+    try:
+        return {"study", "analyses"} <= reading.load_json(folder / "analysis.json").keys()
+    except (OSError, ValueError):
+        return False
 
 
 def figures(analysis: Analysis) -> list[str]:

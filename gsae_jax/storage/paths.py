@@ -72,7 +72,10 @@ class LocalPath(epath.gpath.PosixGPath):
 
     def check_writable(self) -> None:
         """Raises `UserError` where no folder can be made or written here."""
-        parent = next(folder for folder in (self, *self.absolute().parents) if folder.is_dir())
+        above = next(folder for folder in self.absolute().parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise UserError(f"{self} is not writable, as {above} is not a folder; write another path")
+        parent = self if self.is_dir() else above
         if not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"{parent} is not writable; write a directory that is")
         try:  # even root may not write everywhere; a temporary file has no name, so nothing is left behind
@@ -251,6 +254,8 @@ def of_user(path: epath.PathLike) -> Path:
         UserError: no path, a URL of another kind, or gs:// without the packages for it.
     """
     check_text(os.fspath(path))
+    if not os.fspath(path):
+        raise UserError("is empty; write a path")
     check(path)
     if _is_in_bucket(path):
         return BucketPath(path)
@@ -258,10 +263,10 @@ def of_user(path: epath.PathLike) -> Path:
 
 
 def require_local(path: epath.PathLike) -> pathlib.Path:
-    """An absolute path on the local disk; raises `UserError` for a URL."""
+    """An absolute path on the local disk, which a user wrote; raises `UserError` for a URL, and as `of_user`."""
     if _is_url(path):
         raise UserError(f"{os.fspath(path)} is not a local path; write one, and copy what it holds")
-    return pathlib.Path(path).absolute()
+    return pathlib.Path(of_user(path)).absolute()
 
 
 def check(path: epath.PathLike) -> None:

@@ -3,7 +3,6 @@
 It is a local directory or a folder of a bucket, gs://bucket/folder, where files are put whole and never appended to.
 """
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
@@ -72,9 +71,8 @@ class Workdir(SavedCheckpoints):
             tree = reading.load_json(self.path / "config.json")
         except (OSError, ValueError):  # it may be a run's, and damaged
             return (self.path / "checkpoints").is_dir()
-        # Configs of language models may have a seed as well.
-        known = tree.keys() & {field.name for field in dataclasses.fields(config_lib.Experiment)}
-        return 2 * len(known) >= max(1, len(tree))
+        # Configs of language models, and of other programs that train, have neither.
+        return {"lm", "stacks"} <= tree.keys()
 
     def experiment(self) -> config_lib.Experiment:
         """The config of the run.
@@ -101,9 +99,9 @@ class Workdir(SavedCheckpoints):
     def check(self, config: dict[str, Any]) -> None:
         """Raises `UserError` if a run of `config` cannot live here: another run, other files, or not writable.
 
-        A run without a checkpoint has nothing to lose, so another config may take its place. Otherwise the fields in
-        `FREE` may differ, and so may `train.resample_steps` after the newest checkpoint. `train.steps` may be as small
-        as the step of that checkpoint.
+        A run without a checkpoint and without a report has nothing to lose, so another config may take its place.
+        Otherwise the fields in `FREE` may differ, and so may `train.resample_steps` after the newest checkpoint.
+        `train.steps` may be as small as the step of that checkpoint.
         """
         self.check_writable()
         latest = self.latest_step()
@@ -128,6 +126,11 @@ class Workdir(SavedCheckpoints):
                 )
         elif not self.path.is_empty(ignored=LOCK) and not self.holds_run():
             raise UserError(f"{self.path} exists and is not a run; write a new or an empty directory", self.field)
+        elif self.report.exists() and config_trees.differences(
+            _fixed(config_trees.to_dict(self.experiment()), 0), _fixed(config, 0)
+        ):
+            why = f"{self.path} holds the report of a run of another config, whose checkpoints are gone"
+            raise UserError(f"{why}; write another directory", self.field)
 
     def check_model(self, facts: Facts, lm: config_lib.LM, fingerprint: dict[str, str], name: str = "") -> None:
         """Raises `UserError` where a language model is not the one that a checkpoint was trained with.

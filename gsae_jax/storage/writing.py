@@ -83,12 +83,12 @@ def new_folder(path: str | os.PathLike[str], or_empty: bool = False) -> Iterator
 
 def check_new(path: epath.PathLike, or_empty: bool = False) -> None:
     """Raises `UserError` for a path where no new folder can be; the arguments are those of `new_folder`."""
-    paths.check(path)
-    target = paths.of(path)
+    target = paths.of_user(path)
     if or_empty and target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or os.path.lexists(target):  # a link may lead nowhere
         raise UserError(f"{target} exists, and nothing is overwritten; write the name of a new folder")
+    target.check_writable()
 
 
 def _hold(folder: pathlib.Path) -> int | None:

@@ -95,6 +95,12 @@ def test_people_and_programs_are_analysed(made, tmp_path):
     assert {(line["sae"], int(line["feature"])) for line in lines} == {(i.sae, i.feature) for i in items.values()}
     analysed(folder, str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere" / "answers.csv").read_bytes() == (folder / "analysis" / "answers.csv").read_bytes()
+    analysed(folder, str(tmp_path / "elsewhere"))  # again
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "answers.csv").write_text("of something else")
+    with refused("--out", "answers.csv"):
+        analysed(folder, str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "answers.csv").read_text() == "of something else"
 
 
 def test_ratings_of_a_study_are_continued_and_known_ones_are_taken(folder, tmp_path, monkeypatch):
