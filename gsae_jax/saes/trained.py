@@ -78,7 +78,7 @@ class SAE(Sites):
     @property
     def norm_limits(self) -> dict[str, float]:
         """Of each site that it reads or writes: the norm above which it was not trained on an activation."""
-        limits = self.norm_limit if isinstance(self.norm_limit, tuple) else (self.norm_limit,)
+        limits = self.norm_limit if isinstance(self.norm_limit, tuple) else (self.norm_limit,) * len(self.targets)
         return {site: self.input_norm_limit for site in self.sites} | dict(zip(self.targets, limits, strict=True))
 
     @property
