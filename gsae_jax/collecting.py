@@ -148,10 +148,10 @@ def folder_of(workdir: str, given: str, field: str) -> Path:
             return Path(paths.require_local(given))
     if not workdir:
         raise UserError("is missing; write the name of a folder for the features", field)
-    run = paths.of_user(workdir)
-    if run.local is None:
+    run = paths.local_of_user(workdir)
+    if run is None:
         raise UserError(f"is missing, and {workdir} is not on this machine; write a local folder", field)
-    return Path(run.local) / features.FOLDER
+    return run / features.FOLDER
 
 
 def _chosen(wanted: Wanted, config: Mapping[str, Any] | None) -> sae_sources.Chosen:

@@ -349,7 +349,7 @@ def _score(runs: Sequence[Run], records: Sequence[dict[str, Any]], count: int) -
 
 def _collected(run: Run) -> dict[str, features_lib.Features]:
     """The collected features of a run, if there are any."""
-    if paths.of_user(run.path).local is None:
+    if paths.local_of_user(run.path) is None:
         return {}
     folder = collecting.folder_of(run.path, "", "--runs")
     if not folder.is_dir() or not any(folder.glob("*.sqlite")):

@@ -252,6 +252,17 @@ def test_a_text_has_the_features_that_the_sae_gives(client, collected_run, lm_di
         assert all(str(number) in answer["features"] for number, _ in active)
 
 
+def test_pages_that_compute_begin_with_text_of_a_context(client, collected_run):
+    """So that the text is of the language that the model knows, and the chosen feature is active at its end."""
+    features = gsae_jax.features.load(collected_run)["gated_0"]
+    number = next(each.number for each in features if each.contexts and each.contexts[0].position > 2)
+    context = features[number].contexts[0]
+    for path, exact in ((f"/steer?f=gated_0/{number}", True), ("/steer", False), ("/text?sae=gated_0", False)):
+        example = html.unescape(re.search(r"<textarea[^>]*>\n(.*?)</textarea>", get(client, path), re.DOTALL)[1])
+        assert example.strip()
+        assert not exact or "".join(context.tokens[: context.position + 1]).endswith(example)
+
+
 def test_steering_and_ablating_are_those_of_taps(client, collected_run, lm_dir):
     lm, saes = gsae_jax.load_lm(lm_dir), gsae_jax.load(collected_run)
     strength = 40.0

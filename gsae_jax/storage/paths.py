@@ -262,6 +262,11 @@ def of_user(path: epath.PathLike) -> Path:
     return LocalPath(path if os.path.lexists(path) else os.path.expanduser(path))
 
 
+def local_of_user(path: epath.PathLike) -> pathlib.Path | None:
+    """As `of_user`, on the local disk; None for a path in a bucket."""
+    return None if _is_in_bucket(path) else of_user(path).local
+
+
 def require_local(path: epath.PathLike) -> pathlib.Path:
     """An absolute path on the local disk, which a user wrote; raises `UserError` for a URL, and as `of_user`."""
     if _is_url(path):

@@ -35,6 +35,7 @@ ABOUT = {
 }
 EXACT = ("feature", "other", "fired")  # integers
 QUANTILES = 10
+EXAMPLE = 12  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,18 @@ class Entry:
                 quantiles.append((f"{size * quantile}–{size * (quantile + 1)}%", contexts))
         bars = histograms.histogram(self.features.bins, feature.histogram)
         return Page(self.key, feature, strongest, quantiles, bars)
+
+    def example(self, number: int | None = None) -> str:
+        """Text up to the token on which a feature is strongest; without a number, one of any feature."""
+        number = int(np.argmax(self.columns["fired"])) if number is None else number
+        with self._lock:
+            contexts = self.features[number].contexts
+        if not contexts:
+            return ""
+        tokens, end = contexts[0].tokens, contexts[0].position + 1
+        # Texts in a row are often divided by the token that it begins with.
+        first = max((at + 1 for at in range(end - 1) if tokens[at] == tokens[0]), default=0)
+        return "".join(tokens[max(first, end - EXAMPLE) : end])
 
     def search(self, kind: str, text: str) -> list[int]:
         """Features by what is written into the search field.

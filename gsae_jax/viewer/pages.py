@@ -125,11 +125,12 @@ class Pages:
 
     def text(self, links: Links, key: str) -> str:
         """The page to try a text on; `key`: of the SAE that is chosen at first."""
-        return self._render("text.html", links, key=key)
+        return self._render("text.html", links, key=key, example=self.library.entries[key].example())
 
     def steer(self, links: Links, chosen: list[tuple[Entry, int]]) -> str:
         """The page to steer and ablate with features, of which some are chosen at first."""
-        return self._render("steer.html", links, chosen=chosen)
+        example = chosen[0][0].example(chosen[0][1]) if chosen else next(iter(self.library)).example()
+        return self._render("steer.html", links, chosen=chosen, example=example)
 
     def error(self, links: Links, sentence: str) -> str:
         """A page that says what is wrong."""
