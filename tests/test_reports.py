@@ -109,6 +109,12 @@ def test_a_frontier_that_does_not_reach_a_level_is_named():
     assert unknown == {0.8: known, 0.85: known, 0.9: not_reached, 0.95: not_reached}
     *_, row = tables.ratios(frontiers.ratios(records, sums)).rows
     assert row[-4:] == [frontiers.NOT_REACHED, "–", "–", "–"]
+    # Even the sparsest SAE recovers more, which is no loss.
+    records, sums = compared("a", "a", recovered={"relu": (0.86, 0.97)})
+    more = ["", frontiers.ABOVE]
+    assert [ratio["unknown"] for ratio in frontiers.ratios(records, sums)] == [more, more, known, known]
+    records, sums = compared("a", "a", recovered={"gated": (0.86, 0.97), "relu": (0.86, 0.97)})
+    assert [ratio["level"] for ratio in frontiers.ratios(records, sums)] == [0.9, 0.95]  # omitted where both are above
     # Neither reaches it, or there is no frontier.
     records, sums = compared("a", "a", recovered={"gated": (0.79, 0.86), "relu": (0.79, 0.86)})
     assert [ratio["level"] for ratio in frontiers.ratios(records, sums)] == [0.8, 0.85]

@@ -12,7 +12,7 @@ from gsae_jax.evaluation import metrics
 from gsae_jax.saes import contract
 
 LEVELS = (0.8, 0.85, 0.9, 0.95)  # loss recovered at which frontiers are compared
-NOT_REACHED, UNCERTAIN = "not reached", "uncertain"  # why an L0 at a level is unknown
+NOT_REACHED, ABOVE, UNCERTAIN = "not reached", "recovers more", "uncertain"  # why an L0 at a level is unknown
 
 
 def stacks(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -132,13 +132,15 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
 
     A frontier is a stack's SAEs of one learning rate and one seed, at least two. Each side has its best learning rate
     at the level, that of least L0 as the geometric mean over seeds. SAEs without an L0 or a loss recovered are left
-    out: they have diverged, or loss recovered has no meaning at their site. So is a level that neither side reaches.
+    out: they have diverged, or loss recovered has no meaning at their site. So is a level that neither side reaches, or
+    that both are above.
 
     Returns:
         For each: `site`, `level`, `stack`, `variant`, `width`, `baseline`, the two learning rates and L0s, `ratio` of
         the geometric means over seeds, `low` and `high` (`interval_of_ratio`), how many `seeds` each has, and the
-        `runs` of both. `unknown` says of each side why its L0 is NaN: `NOT_REACHED`, or `UNCERTAIN`, as the SAEs of
-        another learning rate end before the level and are better where they do. It is "" where the L0 is known.
+        `runs` of both. `unknown` says of each side why its L0 is NaN: `NOT_REACHED`; `ABOVE`, as even its sparsest SAEs
+        recover more; or `UNCERTAIN`, as the SAEs of another learning rate end before the level and are better where
+        they do. It is "" where the L0 is known.
     """
     frontiers: dict[tuple[str, str], dict[float, dict[int, list[str]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -159,6 +161,11 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         recovered, l0 = (np.array([points[name][field][draw] for name in names]) for field in ("loss_recovered", "l0"))
         return log_l0_at(level, recovered, l0)
 
+    def active(names: list[str]) -> list[tuple[float, float]]:
+        """(loss recovered, L0) of the SAEs that have active features, in ascending order."""
+        ends = sorted((points[name]["loss_recovered"][0], points[name]["l0"][0]) for name in names)
+        return [(recovered, l0) for recovered, l0 in ends if l0 > 0]
+
     def best(level: float, by_rate: dict[float, dict[int, list[str]]]) -> tuple[float, float, str]:
         """(log L0, learning rate, why they are NaN)."""
 
@@ -168,13 +175,13 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
         lowest, rate = min(
             ((mean(level, rate), rate) for rate in by_rate if math.isfinite(mean(level, rate))), default=(math.nan,) * 2
         )
+        frontiers_here = [names for by_seed in by_rate.values() for names in by_seed.values()]
         if not math.isfinite(lowest):
-            return math.nan, math.nan, NOT_REACHED
-        for names in (names for by_seed in by_rate.values() for names in by_seed.values()):
+            highest = [ends[-1][0] for names in frontiers_here if (ends := active(names))]
+            return math.nan, math.nan, ABOVE if highest and min(highest) >= level else NOT_REACHED
+        for names in frontiers_here:
             if not math.isfinite(log_l0(level, names, 0)):
-                ends = sorted((points[name]["loss_recovered"][0], points[name]["l0"][0]) for name in names)
-                ends = [(recovered, l0) for recovered, l0 in ends if l0 > 0]
-                if not ends:
+                if not (ends := active(names)):
                     continue
                 (low, l0_there), (high, l0_at_most) = ends[0], ends[-1]
                 # Compared at the end that is nearer to the level. Where the best does not go that far its mean is NaN,
@@ -200,7 +207,7 @@ def ratios(records: list[dict[str, Any]], sums: dict[str, metrics.Sums]) -> list
             sides = [best(level, by_rate), best(level, frontiers[site, other])]
             (ours, rate, _), (theirs, their_rate, _) = sides
             unknown = [why for _, _, why in sides]
-            if unknown == [NOT_REACHED] * 2:
+            if unknown in ([NOT_REACHED] * 2, [ABOVE] * 2):
                 continue
             record = {
                 "site": site,
