@@ -172,7 +172,8 @@ def about_sae(sae: trained.SAE) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name in sorted(sae.params):
         digest.update(name.encode() + np.ascontiguousarray(sae.params[name]).tobytes())
-    l1_coefficient = None if np.isnan(sae.l1_coefficient) else sae.l1_coefficient
+    # In 32 bits, as in files of earlier versions, so that these stay files of the same SAE.
+    l1_coefficient = None if np.isnan(sae.l1_coefficient) else float(np.float32(sae.l1_coefficient))
     return {
         "sae": sae.name,
         "run": sae.run,

@@ -34,6 +34,7 @@ EMBEDDED = "gelu-1l-stdlib"  # the embedded model's name
 
 def load(
     path: epath.PathLike,
+    *,
     mesh: jax.sharding.Mesh | None = None,
     step: int | None = None,
     site: str = "",
@@ -42,8 +43,9 @@ def load(
     """The SAEs of a run, by name (`{stack}_{index}`), or the SAEs of a folder in another library's format.
 
     Args:
-        path: the run's directory, local or gs://bucket/folder; or the folder of an SAE in a format of
-            `gsae_jax/formats/`; or a folder of such folders. An SAE of another library has the name of its folder.
+        path: the run's directory, local or gs://bucket/folder; RUN:STACK for one stack of a run; or the folder of an
+            SAE in a format of `gsae_jax/formats/`; or a folder of such folders. An SAE of another library has the name
+            of its folder, followed by `_0` if this does not end in `_` and a number.
         mesh: features are sharded over its devices. By default they are on this process's first device.
         step: the checkpoint's step; by default the newest undamaged checkpoint.
         site: the site that the SAE of another library reads, if its file names none or another one.
@@ -51,19 +53,25 @@ def load(
             whether it is of an SAE or of a transcoder: with `target`, it is read as a transcoder.
 
     Raises:
-        UserError: `path` is not a run, the checkpoint is missing or damaged, or gs:// cannot be read. For another
-            format, the error lists everything that is wrong.
+        UserError: `path` is not a run, the checkpoint is missing or damaged, the run has no such stack, or gs:// cannot
+            be read. For another format, the error lists everything that is wrong.
     """
-    workdir = run_directory.Workdir(path, field="")
-    if imported := _imported(path, mesh, bool(target)):
+    folder, stack = divided(os.fspath(path))
+    workdir = run_directory.Workdir(folder, field="")
+    if imported := _imported(folder, mesh, bool(target)):
         if step is not None:
-            raise UserError(f"is {step}, and {path} is not a run; leave it out", "step")
-        return {name: _placed(sae, site, target) for name, sae in imported.items()}
+            raise UserError(f"is {step}, and {folder} is not a run; leave it out", "step")
+        return _of_stack({name: _placed(sae, site, target) for name, sae in imported.items()}, folder, stack)
     if workdir.path.local and not workdir.holds_run():
-        raise UserError(_nothing(os.fspath(path)))
+        raise UserError(_nothing(folder))
     for field, value in (("site", site), ("target", target)):
         if value:
-            raise UserError(f"is {value!r}, and {path} is a run, which knows its own; leave it out", field)
+            raise UserError(f"is {value!r}, and {folder} is a run, which knows its own; leave it out", field)
+    return _of_stack(_of_run(workdir, mesh, step), folder, stack)
+
+
+def _of_run(workdir: run_directory.Workdir, mesh: jax.sharding.Mesh | None, step: int | None) -> dict[str, trained.SAE]:
+    """The SAEs of a run's checkpoint, by name; `mesh` and `step` as in `load`."""
     config = workdir.experiment()
     step = workdir.sound_step(("params", "facts"), step)
     if step is None:
@@ -167,18 +175,23 @@ def _built(name: str, config: Experiment, widths: dict[str, int], workdir: run_d
 
 
 def load_named(name: str, mesh: jax.sharding.Mesh | None = None, transcoders: bool = False) -> dict[str, trained.SAE]:
-    """The SAEs that a user names: what `load` reads from a path, or one stack of a run, as RUN:STACK.
+    """What `load` reads, with files that do not say so read as those of transcoders if these are wanted.
 
     Args:
-        name: the path.
+        name: the path, or RUN:STACK.
         mesh: as in `load`.
         transcoders: as in `imports.read`.
 
     Raises:
-        UserError: as `load`, and for a run without that stack.
+        UserError: as `load`.
     """
     path, stack = divided(name)
-    saes = _imported(path, mesh, transcoders) or load(path, mesh)
+    saes = _imported(path, mesh, transcoders)
+    return _of_stack(saes, path, stack) if saes else load(name, mesh=mesh)
+
+
+def _of_stack(saes: dict[str, trained.SAE], path: str, stack: str) -> dict[str, trained.SAE]:
+    """Those SAEs of `path` that are of a stack; all of them if it is ""."""
     if not stack:
         return saes
     stacks = {sae.stack for sae in saes.values()}
@@ -422,7 +435,9 @@ def _members(
     )
     limits = tuple(facts.norm_limits[site] for site in stack.targets)
     scales = tuple(units.scale for units in targets)
-    l1_coefficients = facts.l1_coefficients.get(name) or [l1 for l1, _, _ in stack.numbers()]
+    l1_coefficients = [l1 for l1, _, _ in stack.numbers()]
+    if stack.target_l0:  # elsewhere, the facts have the same numbers, rounded to float32
+        l1_coefficients = facts.l1_coefficients.get(name, l1_coefficients)
     # Of several models, the one whose predictions an SAE changes, which is the last that it writes.
     metadata = names(config.lm_of(stack.targets[-1]), config.data) | {
         "context_size": config.data.context_length,

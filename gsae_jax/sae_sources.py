@@ -90,7 +90,7 @@ def of_run(
     mesh = mesh_lib.make_mesh(config_lib.Mesh(data=0, latent=latent))
     with errors.about(workdir.field, step="--step"):
         step = workdir.sound_step(("params", "facts"), step)
-        saes = sae_loading.load(path, mesh, step)
+        saes = sae_loading.load(path, mesh=mesh, step=step)
     assert step is not None  # or there would be nothing to load
     facts = workdir.facts(step)
     with errors.about("--model" if model else "lm.path", revision="lm.revision"):

@@ -25,6 +25,8 @@ from gsae_jax.web import server as web
 
 logger = logging.getLogger(__name__)
 
+AGAIN = "run `python -m gsae_jax.collect` with --overwrite"
+
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
@@ -115,10 +117,10 @@ def _load(wanted: Wanted, library: Library) -> Live:
                 loaded[step] = sae_loading.load(wanted.workdir, step=step)
             except UserError as error:
                 why = f"{entry.name} was collected at step {step}, which cannot be read ({error})"
-                raise UserError(f"{why}; collect it again", "--features") from error
+                raise UserError(f"{why}; {AGAIN}", "--features") from error
         sae = loaded[step].get(entry.name)
         if sae is None or collecting.about_sae(sae)["parameters"] != entry.about["parameters"]:
-            raise UserError(f"{entry.name} was not collected from {wanted.workdir}; collect it again", "--features")
+            raise UserError(f"{entry.name} was not collected from {wanted.workdir}; {AGAIN}", "--features")
         saes[entry.key] = sae
         models.add(json.dumps(entry.about["language_model"], sort_keys=True))
     where = "--model" if wanted.model else "lm.path"

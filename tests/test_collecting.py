@@ -20,6 +20,7 @@ from gsae_jax.features import neuronpedia
 from gsae_jax.saes import matryoshka
 from tests.refusals import refused
 from tests.sae_files import make
+from tests.viewed import change_about
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,32 @@ def test_files_of_the_same_settings_stay_and_others_are_not_lost(run, collected,
     with refused("--out", "gated_0.sqlite", "rows", "--overwrite"):
         collect(Wanted(str(run), ["gated_0"], tokens=1024))
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_features_of_an_earlier_checkpoint_are_named(run, tmp_path, capsys):
+    features.load(run)
+    assert not capsys.readouterr().err
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("report"))
+    for file in (copy / "features").glob("*.sqlite"):
+        change_about(file, step=12)
+    for path in (copy, copy / "features", copy / "features" / "gated_0.sqlite"):
+        features.load(path)
+        warning = capsys.readouterr().err
+        assert warning.count("warning") == 1
+        assert all(fact in warning for fact in ("12", "16", f"--workdir {copy} --overwrite")), warning
+
+
+def test_a_feature_and_a_context_are_short_to_print(collected):
+    feature = next(f for f in collected["gated_0"] if f.contexts)
+    shown = repr(feature)
+    promoted = [repr(each.text) for each in feature.effects["direct"][:3]]
+    numbers = [f"{feature.numbers[name]:.4g}" for name in ("density", "strongest")]
+    for fact in ("gated_0", str(feature.number), *numbers, *promoted):
+        assert fact in shown
+    assert len(shown) < 150 > len(repr(feature.contexts[0]))
+    first = feature.contexts[0]
+    assert repr(first.tokens[first.position]) in repr(first)
 
 
 def test_what_a_file_says_of_an_sae_is_what_it_was_told():

@@ -73,7 +73,8 @@ def test_saes_and_exports_compute_what_they_did(version, run):
         (sae,) = gsae_jax.load(folder).values()
         assert sae.name == folder.name
         np.testing.assert_allclose(sae.encode(x), expected[sae.name], rtol=1e-5, atol=1e-5, err_msg=str(folder))
-        assert (sae.site, sae.l1_coefficient) == (saes[sae.name].site, saes[sae.name].l1_coefficient)
+        assert sae.site == saes[sae.name].site
+        assert sae.l1_coefficient == pytest.approx(saes[sae.name].l1_coefficient)  # of 32 bits in these files
 
 
 def test_the_report_is_what_it_was(version, run, text, tmp_path_factory):

@@ -32,13 +32,20 @@ def test_train_evaluate_load(experiment, tmp_path, capsys):
     assert train_command.run(experiment, path) == 0
     saes = gsae_jax.load(path)
     assert list(saes) == ["baseline_0", "gated_0", "gated_1"]
+    coefficients = experiment.stacks["gated"].l1_coefficients  # and not the nearest numbers of 32 bits
+    assert tuple(saes[name].l1_coefficient for name in ("gated_0", "gated_1")) == coefficients
+    assert list(gsae_jax.load(f"{path}:gated")) == ["gated_0", "gated_1"]
+    with refused("", f"{path} has no stack 'gate'", "did you mean 'gated'?"):
+        gsae_jax.load(f"{path}:gate")
+    with pytest.raises(TypeError):
+        gsae_jax.load(path, "gated_1")
     lm = gsae_jax.load_lm(experiment.lm.path)
     x = lm.activations(np.arange(1, 33).reshape(2, 16), [saes["gated_0"].site])[saes["gated_0"].site]
     f = saes["gated_0"].encode(x)
     assert f.shape == (2, 16, 64)
     assert saes["gated_0"].decode(f).shape == x.shape
     np.testing.assert_allclose(jnp.linalg.norm(saes["baseline_0"].params["W_dec"], axis=-1), 1, atol=1e-6)
-    for name, sae in sae_loading.load(path, mesh_lib.make_mesh(experiment.mesh)).items():
+    for name, sae in sae_loading.load(path, mesh=mesh_lib.make_mesh(experiment.mesh)).items():
         for key, value in sae.params.items():
             np.testing.assert_array_equal(value, saes[name].params[key])
             if key != "b_dec":  # what a device holds, as in training
@@ -120,7 +127,7 @@ def test_an_aligned_stack_is_loaded_and_starts_others(experiment, tmp_path):
     }
     path = tmp_path / "run"
     assert loop.train(dataclasses.replace(experiment, stacks=stacks), path)
-    on_mesh = sae_loading.load(path, mesh_lib.make_mesh(experiment.mesh))
+    on_mesh = sae_loading.load(path, mesh=mesh_lib.make_mesh(experiment.mesh))
     for name, sae in gsae_jax.load(path).items():
         if sae.stack == "gated":
             np.testing.assert_allclose(jnp.einsum("df,fd->f", sae.W_gate, sae.W_dec), 1, rtol=1e-5)

@@ -366,6 +366,7 @@ def test_what_cannot_be_looked_at_is_refused(collected_run, lm_dir, tmp_path):
         with pytest.raises(UserError) as caught:
             live()
         assert caught.value.field == field, caught.value
+        assert field != "--features" or "--overwrite" in caught.value.problem
         change_about(other / "gated_0.sqlite", **before)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,12 @@ from gsae_jax.errors import UserError
 from gsae_jax.features import ratings as ratings_lib
 from gsae_jax.features import tables
 from gsae_jax.features.ratings import Rating
+from gsae_jax.storage.run_directory import Workdir
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "features"  # in a run's directory
+PROMOTED = 3  # tokens of a feature's direct effect that stand beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Context:
     quantile: int | None
     tokens: tuple[str, ...]
     activations: np.ndarray
+
+    def __repr__(self) -> str:
+        on = self.tokens[self.position]
+        return f"<context: {self.activation:.4g} on {on!r}, token {self.position} of row {self.row}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +100,14 @@ class Feature:
     neighbours: Mapping[str, tuple[Alike, ...]]
     cofiring: tuple[Alike, ...]
     ratings: Mapping[str, Rating]
+
+    def __repr__(self) -> str:
+        numbers = [
+            f"{name} {value:.4g}" for name in ("density", "strongest") if (value := self.numbers.get(name)) is not None
+        ]
+        promoted = [repr(each.text) for each in self.effects.get("direct", ()) if each.effect > 0][:PROMOTED]
+        promotes = [f"promotes {' '.join(promoted)}"] if promoted else []
+        return f"<feature {self.number} of {self.sae}: {', '.join([*numbers, *promotes])}>"
 
     def _repr_html_(self) -> str:
         """A card for a notebook."""
@@ -244,7 +261,7 @@ class Features:
         """The text of each token that occurs in rows or effects."""
         return dict(self._db.execute("SELECT token, text FROM tokens"))
 
-    def words(self, promoted: int = 3) -> tuple[list[str | None], list[tuple[str, ...]]]:
+    def words(self, promoted: int = PROMOTED) -> tuple[list[str | None], list[tuple[str, ...]]]:
         """For all features: the token on which each is strongest (None if there is none), and what it promotes most.
 
         `promoted`: how many tokens of the direct effect.
@@ -336,6 +353,8 @@ class Features:
 def load(path: str | os.PathLike[str]) -> dict[str, Features]:
     """The features that `python -m gsae_jax.collect` has collected, by the names of their SAEs.
 
+    Warns if the run has been trained further since.
+
     Args:
         path: the directory of a run, the folder that `--out` named, or one file of it.
 
@@ -354,4 +373,21 @@ def load(path: str | os.PathLike[str]) -> dict[str, Features]:
         how = f"run `python -m gsae_jax.collect --workdir {path}` first" if place.exists() else "write another path"
         raise UserError(f"{path} has no collected features; {how}", "path")
     features = [Features(file) for file in files]
+    _warn_of_other_steps(features)
     return {each.sae: each for each in features}
+
+
+def _warn_of_other_steps(features: Sequence[Features]) -> None:
+    """Warns of features in a run's directory that are of another checkpoint than its newest."""
+    folder = features[0].path.absolute().parent
+    run = Workdir(folder.parent)
+    if folder.name != FOLDER or not run.holds_run():
+        return
+    newest = run.latest_step()
+    others = sorted({each.about["collection"].get("step") or 0 for each in features} - {newest or 0})
+    if newest and others:
+        steps = " and ".join(map(str, others))
+        logger.warning(
+            f"features in {folder} are of the checkpoint at step {steps}, and the newest of the run is at {newest}; "
+            f"`python -m gsae_jax.collect --workdir {folder.parent} --overwrite` collects those of the newest"
+        )
