@@ -81,6 +81,8 @@ class _ConfigParser(config_flags.ConfigFileFlagParser):
                 if name not in known:
                     cls = self.cls if depth == 1 else None
                     how = config_trees.known_fields(name, known, cls) if known else "set it in the config file"
+                    if "architecture" in known and name in experiments.options_of(str(group["architecture"])):
+                        how = f"write --config.{'.'.join(path.split('.')[: depth - 1])}.options.{name}"
                     raise UserError(f"is not a field of the config; {how}", ".".join(path.split(".")[:depth]))
                 group = group[name]
         return config

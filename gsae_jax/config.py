@@ -177,7 +177,8 @@ class Stack(Sites):
     width: int = setting(REQUIRED, "Features (the paper's M).")
     l1_coefficients: tuple[float, ...] = setting(
         (),
-        "Weight λ of the sparsity penalty: L1, or L0 for jumprelu; () for architectures that have none, such as topk.",
+        "Weight λ of the sparsity penalty: L1, or L0 for jumprelu; () for architectures that have none, such as topk. "
+        "With target_l0, () is 0.01, from where the search starts.",
     )
     learning_rates: tuple[float, ...] = setting((), "Learning rates after warm-up; () = the architecture's own.")
     seeds: tuple[int, ...] = setting((0,), "Seeds of the initial parameters.")
@@ -234,10 +235,11 @@ class Stack(Sites):
             if not values:
                 raise UserError("has no values; write one for all SAEs of the stack, or one for each", field)
             if len(values) not in (1, len(self)):
+                how = "stack_config(..., grid=True) for every combination"
+                if self.target_l0 and field in ("l1_coefficients", "target_l0"):
+                    how = "one λ in l1_coefficients, which target_l0 adjusts for each SAE"
                 raise UserError(
-                    f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs, or "
-                    "stack_config(..., grid=True) for every combination",
-                    field,
+                    f"has {len(values)} values; write 1 or {len(self)}, as many as the stack has SAEs, or {how}", field
                 )
         _seed("seeds", *self.seeds)
         if min(self.l1_coefficients, default=0) < 0:

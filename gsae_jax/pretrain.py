@@ -1,4 +1,6 @@
-"""Train a small language model and its tokenizer from text. This command made the embedded model:
+"""Train a small language model and its tokenizer from text.
+
+This command made the embedded model:
 
 python -m gsae_jax.pretrain --config configs/pretrain_stdlib.py
 """

@@ -27,6 +27,7 @@ from gsae_jax.storage.facts import Facts
 logger = logging.getLogger(__name__)
 
 GROUPS = ("lm", "lms", "data", "activations", "evaluation")  # of an experiment, that say what SAEs are looked at with
+TEXT = {"corpus", "path", "name"}  # of `data`: which text, without how it is read and divided
 # Of a stack: what training depends on beside the options, learning rates, seeds and sparsity.
 RECIPE = ("start_from", "b1", "b2", "clip_norm", "coefficient_warmup_fraction", "kl_fraction", "kl_weight")
 
@@ -145,6 +146,11 @@ def of_names(
             if source.run is not None:
                 _check_run(source, settings, given)
         _check_told({name: sae for s in sources if s.run is None for name, sae in s.saes.items()}, settings, given)
+        if (
+            all(source.run is None for source in sources)
+            and {*config_trees.plain(config or {}).get("data", {})} == TEXT
+        ):
+            _warn_of_split(saes, settings)
         saes = _at_sites(saes, settings, site, target)
     texts = _text_names({settings.data, *(source.run.data for source in sources if source.run is not None)})
     chosen = Chosen(saes, settings, mesh, {}, {}, {}, text=texts[settings.data])
@@ -556,3 +562,15 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
                 )
             what = {"model_name": "language model", "dataset_path": "text"}[field]
             logger.warning(f"{whose} that {other!r} was the {what} of training; {used!r} is used now")
+
+
+def _warn_of_split(saes: Mapping[str, trained.SAE], settings: HeldOut) -> None:
+    """Warns of SAEs that were trained on a part of the text in use, which may be another part than is not held out."""
+    text = sae_loading.names(settings.lm, settings.data)["dataset_path"]
+    trained_on = [name for name, sae in saes.items() if (sae.metadata.get("dataset_path") or "").rstrip("/") == text]
+    if trained_on:
+        logger.warning(
+            f"{', '.join(trained_on)} may have been trained on the text that is measured: {text!r} was the text of "
+            "training, and its settings, which say what is held out, are not known here; to hold out the same text, "
+            "give --config with the config file of the run in place of --text"
+        )

@@ -91,7 +91,11 @@ def refusal(use, config, folder):
             ("(3,)", "from 4", "train.dead_after", "to 12"),
         ),
         ({"stacks__gated__target_l0": (64.0,)}, "stacks.gated.target_l0", ("(64.0,)", "below the width")),
-        ({"stacks__gated__target_l0": (9.0, 9.0, 9.0)}, "stacks.gated.l1_coefficients", ("2 values", "1 or 3")),
+        (
+            {"stacks__gated__target_l0": (9.0, 9.0, 9.0)},
+            "stacks.gated.l1_coefficients",
+            ("2 values", "1 or 3", "one λ"),
+        ),
         (
             {"stacks__gated__target_l0": (9.0,), "train__warmup_steps": 10},
             "train.warmup_steps",

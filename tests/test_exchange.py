@@ -13,7 +13,8 @@ import safetensors.numpy
 
 import gsae_jax
 from gsae_jax import exporting as export_lib
-from gsae_jax.formats import files, jumprelu
+from gsae_jax.errors import UserError
+from gsae_jax.formats import files, jumprelu, records
 from gsae_jax.saes import (
     contract,
     gated,
@@ -508,3 +509,10 @@ def test_what_dictionary_learning_says_twice_is_the_same(tmp_path):
     uneven = dataclasses.replace(sae, params=sae.params | {"threshold": sae.params["threshold"].at[3].set(1)})
     with refused("stack_2", "thresholds from 0.4 to 1", "saelens or jumprelu"):
         uneven.save(tmp_path / "b", "dictionary_learning")
+
+
+def test_what_is_wrong_with_several_saes_is_said_once():
+    failed = {name: UserError("needs torch", "dictionary_learning") for name in ("a", "b", "c")}
+    with refused("dictionary_learning") as caught:
+        records.raise_for(failed | {"d": UserError("has no form", "d")}, [])
+    assert caught.value.problem == "needs torch; d: has no form"

@@ -87,6 +87,11 @@ def test_an_experiment_is_given_by_name_or_path(form, tmp_path, monkeypatch):
     ("arguments", "field", "facts"),
     [
         (["--config.stacks.gated.width=1e3"], "stacks.gated.width", ["'1e3'", "int", "write 1000"]),
+        (
+            ["--config.stacks.gated.tie_encoder=False"],
+            "stacks.gated.tie_encoder",
+            ["--config.stacks.gated.options.tie_encoder"],
+        ),
         (["--config.train.steps=many"], "train.steps", ["'many'", "int", "an integer"]),
         (["--config.train.decay_fraction=x"], "train.decay_fraction", ["'x'", "float"]),
         (["--config.data.prepend_bos=maybe"], "data.prepend_bos", ["'maybe'", "True or False"]),
@@ -291,6 +296,13 @@ def test_a_grid_is_every_combination_once():
     with_targets = stack(target_l0=(8.0, 16.0), seeds=(0, 1))
     assert with_targets.target_l0 == (8.0, 8.0, 16.0, 16.0)
     assert [(l1, seed) for l1, _, seed in with_targets.numbers()] == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
+    # A target needs no λ to start from; an architecture without λ gets none.
+    for architecture, l1_coefficients in (("gated", (0.01,)), ("topk", ())):
+        config = gsae_jax.stack_config(architecture, "site", 64, grid=True, target_l0=(8.0, 16.0), seeds=(0, 1))
+        without = contract.with_recipe(config_trees.from_dict(config_lib.Stack, config))
+        assert (without.target_l0, without.seeds) == ((8.0, 8.0, 16.0, 16.0), (0, 1, 0, 1))
+        assert without.l1_coefficients == l1_coefficients
+    assert contract.with_recipe(without) == without
     with refused("seeds", "has no values"):
         stack(seeds=())
     with refused("l1_coefficients", "has 2 values; write 1 or 3"):

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import gsae_jax
@@ -56,6 +57,7 @@ FLOOR = {
 COMMANDS = ("train", "evaluate", "collect", "view", "rate", "study", "export", "plan", "push", "pretrain")
 COMMANDS += ("convert_lm", "sites", "settings", "store", "compare")
 FLOOR |= dict.fromkeys(COMMANDS, 9)
+FLOOR["__main__"] = 9
 FLOOR["fitting"] = 10  # a function for notebooks, which does what the command `train` does
 ALLOWED_ON_ONE_FLOOR = {
     ("storage", "loggers"),
@@ -150,6 +152,14 @@ def test_commands_are_thin():
     for file in PACKAGE.glob("*.py"):
         if "cli.run(main" in file.read_text():
             assert len(file.read_text().splitlines()) < 80, file
+
+
+def test_the_package_lists_its_commands(capsys):
+    runpy.run_module("gsae_jax", run_name="__main__")
+    lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
+    listed = {line[2].removeprefix("gsae_jax."): line[3] for line in lines if line[:2] == ["python", "-m"]}
+    assert [*listed] == sorted(COMMANDS)
+    assert listed["sites"] == "Print the sites of a language model with their widths, from its config.json only."
 
 
 def test_plugins_are_files():

@@ -377,6 +377,53 @@ def test_texts_are_taken_for_tokens(lm_dir):
         lm.tokenize(tokens)
 
 
+def test_the_loss_of_each_token_is_that_of_the_logits(lm_dir):
+    """Also with a tap and with padding on either side, where it is 0."""
+    lm = gsae_jax.load_lm(lm_dir)
+    tokens, seven = some_tokens(lm, rows=3, length=11), np.arange(11)[None] < np.array([11, 7, 2])[:, None]
+
+    def tap(site, x):
+        return 0.5 * x if site == "blocks.0.hook_mlp_out" else None
+
+    for mask in (None, seven, seven[:, ::-1]):
+        log_p = jax.nn.log_softmax(lm.run(tokens, tap, mask))[:, :-1]
+        expected = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], -1)[..., 0]
+        known = np.ones(expected.shape, bool) if mask is None else mask[:, 1:] & mask[:, :-1]
+        np.testing.assert_allclose(lm.loss(tokens, tap, mask), np.where(known, expected, 0), atol=1e-4)
+    texts = ["def value", "import"]
+    np.testing.assert_allclose(lm.loss(texts), lm.loss(texts, lambda site, x: x), atol=1e-6)
+    assert lm.loss(texts).shape == (2, lm.tokenize(texts).tokens_BxT.shape[1] - 1)
+    with refused("tokens", "one position"):
+        lm.loss(tokens[:, :1])
+
+
+def test_taps_where_none_goes_say_how_they_are_given(lm_dir):
+    lm = gsae_jax.load_lm(lm_dir)
+    config = relu.Config(lm.sites["blocks.0.hook_mlp_out"], 8)
+    sae = SAE("a_0", "relu", config, "blocks.0.hook_mlp_out", away_from_init(relu, config))
+    tap = taps.steer(sae, 3, 1.0)
+    for several in ([sae], (sae, tap)):
+        with refused("tap", "taps.chain"):
+            lm.run("def", several)
+    for function in (lm.run, lm.loss):
+        with refused("mask", "taps.chain"):
+            function("def", sae, tap)
+    with refused("mask", "use `run`"):
+        lm.logits("def", tap)
+    with refused("mask", "use `run`"):
+        lm.activations("def", sae.site, tap)
+
+
+@pytest.mark.parametrize("where", ["/some/model", "", "none"])
+def test_a_run_is_no_language_model(tmp_path, where):
+    """The error says where the language model of the run lies."""
+    (tmp_path / "config.json").write_text(json.dumps({"stacks": {}, "lm": {"path": where}, "data": {}}))
+    with refused(
+        "path", "is a training run", "has none" if where == "none" else f"write its language model, {where!r}"
+    ):
+        gsae_jax.load_lm(tmp_path)
+
+
 @pytest.mark.parametrize("padding", [None, "left", pytest.param("right", marks=pytest.mark.variants)])
 def test_batches_give_what_one_pass_gives(lm_dir, padding, monkeypatch):
     lm, sites_ = gsae_jax.load_lm(lm_dir), ["blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"]

@@ -604,3 +604,50 @@ def test_a_config_changes_only_what_it_names(experiment):
     assert (settings.lm, settings.evaluation) == (experiment.lm, experiment.evaluation)
     with refused("data.pathh", "path"):
         sae_sources._settings([run], {"data": {"pathh": "x"}})
+
+
+def test_saes_measured_from_python_have_the_numbers_of_the_report(collected_run, lm_dir):
+    """All but intervals, which are over rows there; and a changed SAE has its own."""
+    lm, saes = gsae_jax.load_lm(lm_dir), gsae_jax.load(collected_run)
+    tokens = gsae_jax.held_out(collected_run)
+    records = json.loads((collected_run / "report" / "report.json").read_text())["saes"]
+    measured = gsae_jax.measure(saes, lm, tokens, rows_per_forward=16)
+    assert [*measured] == [record["name"] for record in records]
+    for record in records:
+        ours = measured[record["name"]]
+        numbers = {name: math.nan if record[name] is None else record[name] for name in ours if name != "intervals"}
+        assert {name: ours[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, nan_ok=True)
+        assert ours["intervals"].keys() == record["intervals"].keys()
+    sae = saes["gated_0"]
+    silent = dataclasses.replace(sae, name="silent", params=sae.params | {"b_gate": sae.b_gate - 1e6})
+    both = gsae_jax.measure([sae, silent], lm, tokens)
+    assert both["silent"]["l0"] == 0
+    alone = gsae_jax.measure(sae, lm, tokens)["gated_0"]
+    assert both["gated_0"]["intervals"].keys() == alone.pop("intervals").keys()
+    assert {name: both["gated_0"][name] for name in alone} == pytest.approx(alone, nan_ok=True)
+    for field, arguments in (
+        ("saes", ([sae, sae], lm, tokens)),
+        ("saes", ([], lm, tokens)),
+        ("tokens", (sae, lm, tokens[0])),
+        ("tokens", (sae, lm, tokens + lm.config.d_vocab)),
+        ("tokens", (sae, lm, tokens[:, :1])),
+    ):
+        with refused(field):
+            gsae_jax.measure(*arguments)
+    with refused("rows_per_forward", "is 0"):
+        gsae_jax.measure(sae, lm, tokens, rows_per_forward=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "warned"),
+    [("text", {}, True), ("elsewhere", {}, False), ("text", {"held_out": "position"}, False)],
+)
+def test_text_of_which_saes_may_have_seen_another_part_is_named(lm_dir, tmp_path, capsys, name, changes, warned):
+    """Not if it is other text, or if a config says how it is divided."""
+    lm = gsae_jax.load_lm(lm_dir)
+    told = {"dataset_path": name, "model_name": lm_dir.name}
+    sae = as_sae("a_0", relu, identity(lm.sites[SITE]), relu.Config(lm.sites[SITE], 2 * lm.sites[SITE]))
+    dataclasses.replace(sae, metadata=told).save(tmp_path / "a_0")
+    data = {"corpus": "text", "path": str(tmp_path / "text"), "name": ""}
+    sae_sources.of_names([str(tmp_path / "a_0")], {"data": data | changes}, str(lm_dir))
+    assert ("--config" in capsys.readouterr().err) == warned

@@ -103,7 +103,7 @@ def stack_config(
         architecture, settings = _by_recipe(recipe, architecture, width, settings)
     for name in settings:
         near = config_trees.nearest(name, config)
-        if name not in config and near and name not in _options(architecture, otherwise=settings):
+        if name not in config and near and name not in options_of(architecture, otherwise=settings):
             raise UserError(f"is not a setting of a stack; did you mean {near}? known: {', '.join(config)}", name)
     given = {"architecture": architecture, "site": site, "width": width, "l1_coefficients": l1_coefficients}
     for name, value in (given | settings).items():
@@ -139,7 +139,7 @@ def _by_recipe(recipe: str, architecture: str, width: int, settings: dict[str, A
     return "gated_batch_topk", values | settings
 
 
-def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
+def options_of(architecture: str, otherwise: Collection[str] = ()) -> Collection[str]:
     """The options of an architecture of the package; of a user's own, whose file is not run here, `otherwise`."""
     if plugins.is_own(architecture):
         return otherwise
@@ -149,25 +149,18 @@ def _options(architecture: str, otherwise: Collection[str]) -> Collection[str]:
 
 def _combinations(stack: dict[str, Any]) -> dict[str, Any]:
     """The columns of a stack in which every combination of its numbers stands once; those that are empty stay so."""
-    l1_coefficients, targets = stack["l1_coefficients"], stack["target_l0"]
-    sparsities = list(l1_coefficients or (None,))
-    if targets:
-        most = max(len(l1_coefficients), len(targets))
-        matched = [column * most if len(column) == 1 else column for column in (l1_coefficients, targets)]
-        if len(matched[0]) != len(matched[1]):  # which the check of a config refuses
-            return {}
-        sparsities = list(zip(*matched, strict=True))
+    given = {name: stack[name] for name in ("l1_coefficients", "target_l0") if stack[name]}
+    most = max(map(len, given.values()), default=1)
+    matched = [column * most if len(column) == 1 else column for column in given.values()]
+    if any(len(column) != most for column in matched):  # which the check of a config refuses
+        return {}
+    sparsities = list(zip(*matched, strict=True)) or [()]
     members = list(itertools.product(sparsities, stack["learning_rates"] or (None,), stack["seeds"]))
     if not members:
         return {}
     sparsity, learning_rates, seeds = zip(*members, strict=True)
     columns = {"learning_rates": learning_rates if stack["learning_rates"] else (), "seeds": seeds}
-    if not l1_coefficients:
-        return columns
-    if not targets:
-        return columns | {"l1_coefficients": sparsity}
-    l1_coefficients, targets = zip(*sparsity, strict=True)
-    return columns | {"l1_coefficients": l1_coefficients, "target_l0": targets}
+    return columns | dict(zip(given, zip(*sparsity, strict=True), strict=True))
 
 
 def pretrain_config() -> "ml_collections.ConfigDict":

@@ -101,7 +101,7 @@ def raise_for(failed: Mapping[str, UserError], written: Sequence[str]) -> None:
     """Raises one error for all SAEs that a format cannot store, or for those that diverged if none is `written`."""
     refused = [error for error in failed.values() if not isinstance(error, DivergedError)]
     if refused:
-        first, *rest = refused
+        first, *rest = {str(error): error for error in refused}.values()  # each sentence once
         first.problem = "; ".join([first.problem, *map(str, rest)])
         if written:
             first.problem += f"; --sae={written[0]} exports one that it can store"

@@ -317,12 +317,18 @@ def refuse_other_formats(folder: Path) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a checkpoint directory; raises `UserError` where there is none."""
+    """The `config.json` of a checkpoint directory; raises `UserError` where there is none, or that of a run."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{str(folder)!r} has no config.json; write a Hugging Face checkpoint directory ('' is the embedded model)"
         )
-    return reading.read_json(folder / "config.json")
+    settings = reading.read_json(folder / "config.json")
+    if "stacks" in settings and isinstance(settings.get("lm"), dict):
+        path = settings["lm"].get("path", "")
+        of_run = "it has none" if path == config_lib.NO_MODEL else f"write its language model, {path!r}"
+        of_run += "" if path else " (the embedded one)"
+        raise UserError(f"{folder} is a training run and no language model; {of_run}")
+    return settings
 
 
 def understand(settings: dict[str, Any], folder: Path) -> tuple[Any, Config]:

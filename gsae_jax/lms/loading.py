@@ -19,6 +19,7 @@ from gsae_jax.lms import generation, partition, readout
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms import tokenizer as tokenizer_lib
 from gsae_jax.lms.checkpoints import Checkpoint, about_other
+from gsae_jax.lms.loss import cross_entropy
 
 TOKENS_PER_FORWARD = 2**14  # rows of more tokens than this are computed in several batches
 SHORTEST = 16  # shorter rows are padded to this length
@@ -162,12 +163,42 @@ class LM:
             UserError: tokens or a mask that do not fit, an SAE of another site or of several targets, or a tap that
                 returns another shape.
         """
+        logits, _, mask = self._tapped("__call__", tokens_BxT, tap, mask_BxT)
+        return _unless_padding(mask, logits)
+
+    def loss(
+        self,
+        tokens_BxT: Inputs,
+        tap: sites_lib.Tap | sites_lib.Edit | None = None,
+        mask_BxT: jax.typing.ArrayLike | None = None,
+    ) -> jax.Array:
+        """Cross-entropy [B, T-1] of each token given those before it, in nats; 0 where one of the two is padding.
+
+        It is computed as `run` computes logits, but without the logits of all tokens in memory at once.
+
+        Args:
+            tokens_BxT: token ids, texts, or the result of `tokenize`; two tokens or more in a row.
+            tap: as for `run`; by default the activations are kept.
+            mask_BxT: False (or 0) at padding.
+
+        Raises:
+            UserError: as `run`, or rows of one token.
+        """
+        stream, tokens, mask = self._tapped("hidden", tokens_BxT, sites_lib.no_tap if tap is None else tap, mask_BxT)
+        if tokens.shape[1] < 2:
+            raise UserError("have one position, and the first token has no loss; give two or more", "tokens")
+        nats = cross_entropy(self.module, self.params, stream, jnp.asarray(tokens))
+        return nats if mask is None else jnp.where(mask[:, 1:] & mask[:, :-1], nats, 0)
+
+    def _tapped(self, method: str, tokens: Any, tap: Any, mask: Any) -> tuple[jax.Array, Any, Any]:
+        """(what a method of the module returns with a tap, the tokens, the mask)."""
         self._check_head()
-        tokens, mask = self._inputs(tokens_BxT, mask_BxT)
+        if callable(mask):
+            raise UserError("is a function; give `taps.chain(a, b)` as the tap to combine two taps", "mask")
+        tokens, mask = self._inputs(tokens, mask)
         tap = sites_lib.as_tap(tap, self.sites)
         needed = self._needed(mask, tokens.shape[1])
-        logits = self.module.apply({"params": self.params}, jnp.asarray(tokens), tap, needed)
-        return _unless_padding(mask, logits)
+        return self.module.apply({"params": self.params}, jnp.asarray(tokens), tap, needed, method=method), tokens, mask
 
     def generate(
         self,
@@ -282,6 +313,8 @@ class LM:
 
     def _forward(self, function: Callable[..., Any], tokens: Any, mask: Any, rows_per_forward: int | None) -> Any:
         """`function(tokens, needed mask, mask)` in batches, and in few shapes unless a shape is compiled anyway."""
+        if callable(mask):
+            raise UserError("is a function; use `run`, which takes a tap (`taps.read` stores activations)", "mask")
         tokens, mask = self._inputs(tokens, mask)
         needed = self._needed(mask, tokens.shape[1])
         if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):

@@ -130,6 +130,8 @@ def as_tap(tap: Tap | Edit, sites: Iterable[str]) -> Tap:
     Raises:
         UserError: it is neither a tap nor an edit, or a site that it edits is none of `sites`.
     """
+    if isinstance(tap, tuple | list):
+        raise UserError("is several; give `taps.chain(a, b)`", "tap")
     if not callable(tap):
         raise UserError(f"is of type {type(tap).__name__}; give a function of (site, activations), or an SAE", "tap")
     if not isinstance(tap, Edit):

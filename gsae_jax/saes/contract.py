@@ -54,6 +54,7 @@ NEEDED = ("Config", "PARAMETERS", "init", "encode", "decode")  # of every archit
 # What stacks are trained with where neither the user nor the architecture says otherwise: the Gated SAE paper's Adam.
 RECIPE: Mapping[str, float] = {"b1": 0.0, "b2": 0.999, "clip_norm": 0.0, "coefficient_warmup_fraction": 0.0}
 LEARNING_RATE = 3e-4  # its gated SAEs'
+L1_COEFFICIENT = 1e-2  # where the search for a target L0 begins
 OWN = ("d_in", "d_out", "width", "dtype")  # fields of a Config that are no options: the experiment sets them
 
 
@@ -294,11 +295,14 @@ def trainable(architecture: str) -> Trainable:
 def with_recipe(stack: config_lib.Stack) -> config_lib.Stack:
     """The stack with its architecture's own values for the settings of the optimiser that it does not have.
 
+    If it has target L0s and no coefficient to start from, it gets `L1_COEFFICIENT`.
+
     Raises:
         UserError: as `module_of`, or an architecture whose `RECIPE` has other names.
     """
     unset = {name for name in RECIPE if getattr(stack, name) is None}
-    if not unset and stack.learning_rates:
+    coefficients = stack.l1_coefficients
+    if not unset and stack.learning_rates and (coefficients or not stack.target_l0):
         return stack
     with errors.about("architecture"):
         module = module_of(stack.architecture)
@@ -311,7 +315,10 @@ def with_recipe(stack: config_lib.Stack) -> config_lib.Stack:
     if not rates:
         rate = getattr(module, "learning_rate", None)
         rates = (rate(stack.width) if rate else LEARNING_RATE,)
-    return dataclasses.replace(stack, learning_rates=rates, **{name: own.get(name, RECIPE[name]) for name in unset})
+    if stack.target_l0 and not coefficients and sparsity(module) is None:
+        coefficients = (L1_COEFFICIENT,)
+    values = {name: own.get(name, RECIPE[name]) for name in unset}
+    return dataclasses.replace(stack, learning_rates=rates, l1_coefficients=coefficients, **values)
 
 
 def with_recipes(config: config_lib.Experiment) -> config_lib.Experiment:
