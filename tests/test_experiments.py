@@ -23,6 +23,7 @@ from gsae_jax.experiments import quickstart
 from gsae_jax.lms.checkpoints import Checkpoint, abstract_params
 from gsae_jax.lms.loss import cross_entropy
 from gsae_jax.saes import contract
+from gsae_jax.training.stacks import Stack
 from gsae_jax.training.step import Program
 from tests.refusals import refused
 
@@ -297,12 +298,13 @@ def test_a_grid_is_every_combination_once():
     assert with_targets.target_l0 == (8.0, 8.0, 16.0, 16.0)
     assert [(l1, seed) for l1, _, seed in with_targets.numbers()] == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
     # A target needs no λ to start from; an architecture without λ gets none.
-    for architecture, l1_coefficients in (("gated", (0.01,)), ("topk", ())):
+    for architecture, l1_coefficients in (("topk", ()), ("gated", (0.01,))):
         config = gsae_jax.stack_config(architecture, "site", 64, grid=True, target_l0=(8.0, 16.0), seeds=(0, 1))
-        without = contract.with_recipe(config_trees.from_dict(config_lib.Stack, config))
+        plain = config_trees.from_dict(config_lib.Stack, config)
+        without = contract.with_recipe(plain)
         assert (without.target_l0, without.seeds) == ((8.0, 8.0, 16.0, 16.0), (0, 1, 0, 1))
         assert without.l1_coefficients == l1_coefficients
-    assert contract.with_recipe(without) == without
+    assert contract.with_recipe(without) == without == Stack.build("a", plain, {"site": 32}, "float32").config
     with refused("seeds", "has no values"):
         stack(seeds=())
     with refused("l1_coefficients", "has 2 values; write 1 or 3"):

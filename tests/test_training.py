@@ -205,7 +205,7 @@ def test_the_train_step_moves_nothing_between_host_and_device(experiment):
 
 def test_a_target_moves_the_l1_coefficients(experiment, tmp_path):
     """Up where too many features fire, more slowly down where too few, and only until two thirds of training."""
-    stacks = {"gated": dataclasses.replace(experiment.stacks["gated"], target_l0=(1.0, 60.0))}
+    stacks = {"gated": dataclasses.replace(experiment.stacks["gated"], target_l0=(1.0, 60.0), l1_coefficients=())}
     experiment = dataclasses.replace(with_(experiment, train={"log_every": 4}), stacks=stacks)
     assert loop.train(experiment, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

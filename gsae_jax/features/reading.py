@@ -384,8 +384,8 @@ def _warn_of_other_steps(features: Sequence[Features]) -> None:
     if folder.name != FOLDER or not run.holds_run():
         return
     newest = run.latest_step()
-    others = sorted({each.about["collection"].get("step") or 0 for each in features} - {newest or 0})
-    if newest and others:
+    others = sorted({each.about["collection"].get("step", newest) for each in features} - {newest, None})
+    if newest is not None and others:
         steps = " and ".join(map(str, others))
         logger.warning(
             f"features in {folder} are of the checkpoint at step {steps}, and the newest of the run is at {newest}; "

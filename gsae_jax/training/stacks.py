@@ -81,10 +81,10 @@ class Stack:
             UserError: an unknown architecture, option or combination, or an architecture that breaks the contract.
         """
         with errors.within(f"stacks.{name}"):
+            config = contract.with_recipe(config)
             architecture, sae = contract.build(config, widths, dtype)
             if not config.target and contract.writes_others(architecture):
                 raise UserError(f"is missing; write the site that {config.architecture!r} predicts", "target")
-            config = contract.with_recipe(config)
             with errors.about("architecture"):
                 checks.check(architecture, sae)
             if not contract.trains_features(architecture, sae) and (config.target_l0 or not config.start_from):
