@@ -94,7 +94,9 @@ def test_what_measuring_takes_against_the_compiler():
     def account(step, *args):
         return step.lower(*args).compile().memory_analysis()
 
-    clean = account(measure._clean, (("", module),), ((site, 1e9, ()),), {"": lm_params}, [mean], [limit], tokens, mask)
+    clean = account(
+        measure._clean, (("", module),), ((site, ((site, 1e9),), ()),), {"": lm_params}, [mean], [limit], tokens, mask
+    )
     waiting = [stream] * measure.AT_ONCE
     losses = account(measure._losses, module, site, lm_params, last, last, tokens, waiting).temp_size_in_bytes
     place = {"valid": mask, "typical": mask, "mean": mean, "typical_mean": mean}
