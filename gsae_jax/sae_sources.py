@@ -565,12 +565,12 @@ def _check_told(saes: Mapping[str, trained.SAE], settings: HeldOut, given: bool)
 
 
 def _warn_of_split(saes: Mapping[str, trained.SAE], settings: HeldOut) -> None:
-    """Warns of SAEs that were trained on a part of the text in use, which may be another part than is not held out."""
+    """Warns of SAEs that were trained on the text in use, as training may have held out another part of it."""
     text = sae_loading.names(settings.lm, settings.data)["dataset_path"]
     trained_on = [name for name, sae in saes.items() if (sae.metadata.get("dataset_path") or "").rstrip("/") == text]
     if trained_on:
         logger.warning(
-            f"{', '.join(trained_on)} may have been trained on the text that is measured: {text!r} was the text of "
-            "training, and its settings, which say what is held out, are not known here; to hold out the same text, "
-            "give --config with the config file of the run in place of --text"
+            f"{text!r} was the text of training of {', '.join(trained_on)}, and the part that training held out may "
+            "differ from the part that is measured; to measure the same part, write --config with the config file of "
+            "the run in place of --text"
         )

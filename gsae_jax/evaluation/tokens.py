@@ -42,6 +42,7 @@ def measure(
     Returns:
         For each name in `report.json`, which for SAEs with several targets has the site: the metrics that
             `gsae_jax.evaluation.metrics.combine` lists. Intervals are over rows, and those of reports over documents.
+            With `data.roles`, reports leave out tokens of other roles, which are measured here.
 
     Raises:
         UserError: tokens that are none of the language model, two SAEs of one name, or an SAE that does not fit.
@@ -63,7 +64,8 @@ def _named(saes: SAE | Iterable[SAE] | Mapping[str, SAE]) -> list[SAE]:
     each = [saes] if isinstance(saes, SAE) else list(saes)
     names = [sae.name for sae in each]
     if not names or len({*names}) < len(names):
-        raise UserError(f"are called {', '.join(names) or 'nothing'}; give one or more, or a dict by name", "saes")
+        what = f"are called {', '.join(names)}" if names else "are none"
+        raise UserError(f"{what}; give SAEs of different names, or a dict, whose names are used", "saes")
     return each
 
 
