@@ -106,7 +106,8 @@ def get_config(which="blocks.0.hook_mlp_out"):
         chosen = L1[model][site][architecture][: 3 if members is ABLATED else None]
         l1_coefficients, learning_rates, seeds = zip(*((l1, *each) for each in members for l1 in chosen), strict=True)
         # Zero biases, as inputs are not centred.
-        settings = {"learning_rates": learning_rates, "seeds": seeds, "initial_l0": 0} | options
+        start = {} if "start_from" in options else {"initial_l0": 0}
+        settings = {"learning_rates": learning_rates, "seeds": seeds} | start | options
         return stack_config(architecture, site, width, l1_coefficients, **settings)
 
     config = (quickstart if model == "embedded" else tinystories).get_config()

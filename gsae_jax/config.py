@@ -21,6 +21,7 @@ FLOAT32 = 3.4e38  # and no number in a config may be infinite there
 
 Dtype = Literal["float32", "bfloat16"]
 SAME = object()  # the value of `earlier` for a field whose default is what runs without the field did
+RESAMPLE_WARMUP = 1000  # the default of `Train.resample_warmup_steps`
 KL_WEIGHT = 0.5  # the default of `Stack.kl_weight`
 NO_MODEL = "none"  # the `lm.path` of a run from a store without a language model
 REQUIRED: Any = dataclasses.MISSING  # the default of a field that every config must give
@@ -305,7 +306,9 @@ class Train:
         (), "Steps after which dead features are re-initialised; () = never.", SAME
     )
     resample_warmup_steps: int = setting(
-        1000, "Steps after resampling in which the learning rate rises from a tenth to its full value.", SAME
+        RESAMPLE_WARMUP,
+        "Steps after resampling in which the learning rate rises from a tenth to its full value.",
+        SAME,
     )
     dead_after: int = setting(1000, "A feature is dead if it has not fired for this many steps.", SAME)
     max_skipped: int = setting(100, "Training stops after this many consecutive non-finite updates of one SAE.", SAME)
@@ -487,6 +490,19 @@ class Experiment:
                     f"kl_fraction=0.1 as well, or {KL_WEIGHT}",
                     f"stacks.{name}.kl_weight",
                 )
+            targets = stack.target_l0 if len(stack.target_l0) == len(stack) else (None,) * len(stack)
+            if not stack.start_from and len({*zip(stack.numbers(), targets, strict=True)}) < len(stack):
+                raise UserError(
+                    f"is {stack.seeds}, but SAEs of the stack are the same; write other seeds, or leave out copies",
+                    f"stacks.{name}.seeds",
+                )
+        warmup = self.train.resample_warmup_steps
+        if warmup != RESAMPLE_WARMUP and not self.train.resample_steps:
+            raise UserError(
+                f"is {warmup}, but without train.resample_steps no feature begins again; write those, or "
+                f"{RESAMPLE_WARMUP}",
+                "train.resample_warmup_steps",
+            )
         for field, corpus in (("path", "text"), ("name", "tfds")):
             value = getattr(self.data, field)
             if value and self.data.corpus == "stdlib" and not self.data.source:

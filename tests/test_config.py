@@ -128,6 +128,36 @@ def refusal(use, config, folder):
             "stacks.gated.start_from",
             ("only_magnitude=True", 'start_from="RUN:STACK"'),
         ),
+        ({"stacks__gated__options": {"k_aux": 5}}, "stacks.gated.options.k_aux", ("is 5,", "auxk_coefficient is 0")),
+        ({"stacks__gated__options": {"k_aux": 2**40, "auxk_coefficient": 1.0}}, "stacks.gated.options.k_aux", ()),
+        (
+            {"stacks__gated__options": {"k_aux": 65, "auxk_coefficient": 1.0}},
+            "stacks.gated.options.k_aux",
+            ("is 65,", "64 features"),
+        ),
+        (
+            {"stacks__gated__options": {"tie_encoder": False, "use_r_mag": False}},
+            "stacks.gated.options.use_r_mag",
+            ("tie_encoder=False",),
+        ),
+        (
+            {"stacks__gated__options": {"only_magnitude": True, "penalty": "log"}, "stacks__gated__start_from": "a:b"},
+            "stacks.gated.options.penalty",
+            ("'log'", "only_magnitude=True"),
+        ),
+        (
+            {"stacks__gated__options": {"initial_l0": 0}, "stacks__gated__start_from": "a:b"},
+            "stacks.gated.options.initial_l0",
+            ("is 0,", "start_from"),
+        ),
+        (
+            {"stacks__gated__architecture": "matryoshka", "stacks__gated__l1_coefficients": ()}
+            | {"stacks__gated__options": {"prefixes": (0.5, 0.501, 1.0)}},
+            "stacks.gated.options.prefixes",
+            ("(32, 64)",),
+        ),
+        ({"stacks__gated__l1_coefficients": (0.1,), "stacks__gated__seeds": (1, 1)}, "stacks.gated.seeds", ("(1, 1)",)),
+        ({"train__resample_warmup_steps": 5}, "train.resample_warmup_steps", ("is 5,", "train.resample_steps", "1000")),
         ({"train__steps": 2, "train__warmup_steps": 0}, "train.steps", ("is 2;", "such as 4")),
         ({"train__steps": 18}, "train.steps", ("is 18;", "multiple of 4", "16 or 20")),
         ({"train__warmup_steps": 16}, "train.warmup_steps", ("is 16;", "train.steps (16)")),

@@ -5,6 +5,7 @@ Each file of `saes/` is tested with its default options, with each switch the ot
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import shutil
@@ -26,6 +27,7 @@ from gsae_jax import config as config_lib
 from gsae_jax import config_trees, measuring, plugins
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.config import Experiment
+from gsae_jax.errors import UserError
 from gsae_jax.formats import jumprelu, llamascopium, saelens
 from gsae_jax.saes import contract, linalg, parameters, trained
 from gsae_jax.training import loop
@@ -180,6 +182,62 @@ class Case:
             "options": contract.options(self.config),
         }
         return stack | ({"target": target[0] if len(target) == 1 else target} if target else {}) | changes
+
+
+def another(kind, value):
+    """Another value of an option."""
+    match value:
+        case bool():
+            return not value
+        case str():
+            return next(choice for choice in typing.get_args(kind) if choice != value)
+        case tuple():
+            return (0.5, 1.0)
+    return (24 if value == 16 else 16) if isinstance(value, int) else value / 2 or 0.5
+
+
+def changes(config):
+    """The config with each option changed, as far as that is allowed."""
+    types = typing.get_type_hints(type(config))
+    for option, value in contract.options(config).items():
+        with contextlib.suppress(UserError):
+            yield option, dataclasses.replace(config, **{option: another(types[option], value)})
+
+
+def functions_of(case, activations):
+    """As text, how a Config makes the first parameters, and how it encodes and trains."""
+    frozen = contract.frozen(case.architecture, case.config)
+
+    def gradients(params):
+        loss, trained = case.loss(params, activations)
+        fixed = {name: value for name, value in trained.items() if name in frozen}
+        rest = {name: value for name, value in trained.items() if name not in frozen}
+        return jax.grad(lambda rest: loss(rest | fixed), has_aux=True)(rest)
+
+    params = jax.eval_shape(lambda: case.architecture.init(jax.random.key(0), case.config))
+    inputs = case.inputs(activations)
+    init = jax.make_jaxpr(lambda: case.architecture.init(jax.random.key(0), case.config))()
+    encode = jax.make_jaxpr(lambda params: case.architecture.encode(params, inputs, case.config))(params)
+    return str(init), f"{encode} {jax.make_jaxpr(gradients)(params)}"
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_an_option_does_something_or_is_called_idle(name):
+    """Of the basic ones also beside each other option. Only `init` reads what `start_from` makes idle."""
+    case = Case.make(name)
+    architecture, activations = case.architecture, case.activations()
+
+    @functools.cache
+    def functions(config):
+        return functions_of(dataclasses.replace(case, config=config), activations)
+
+    beside = [config for _, config in changes(case.config)] if name in ("gated", "topk") else []
+    for base in (case.config, *beside):
+        for option, config in changes(base):
+            before, after = functions(base), functions(config)
+            idle, starts = (contract.idle(architecture, config, starts) for starts in (False, True))
+            assert option in idle or before != after, (option, config)
+            assert (option in starts) == (before[1] == after[1]) or option in idle, (option, config)
 
 
 @every

@@ -60,6 +60,7 @@ class Case:
             checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         others = open_others(config.lms)
         program = Program.build(config, mesh, checkpoint, special_tokens=(0,), others=others)
+        program.check_new()
         return cls.of(program, checkpoint, others)
 
     @classmethod

@@ -29,7 +29,7 @@ SPARSITY, RECIPE = "k", topk.RECIPE
 DECAY = 0.99  # of the running threshold, in a step
 
 shifted, decode, learning_rate = relu.shifted, relu.decode, topk.learning_rate
-encoder, active = topk.encoder, partial(topk.active, of_batch=True)
+encoder, active, idle = topk.encoder, partial(topk.active, of_batch=True), topk.idle
 
 
 @dataclasses.dataclass(frozen=True)

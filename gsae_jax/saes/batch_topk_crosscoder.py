@@ -22,7 +22,7 @@ class Config(topk.Options):
     d_in: tuple[int, ...]
 
 
-decode = crosscoder.decode
+decode, idle = crosscoder.decode, topk.idle
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:

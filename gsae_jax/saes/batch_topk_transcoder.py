@@ -17,7 +17,7 @@ class Config(transcoder.Sizes, topk.Options):
 
 encode, decode, skip = batch_topk.encode, batch_topk.decode, transcoder.skip
 loss, shifted = batch_topk.loss, batch_topk.shifted
-encoder, active = batch_topk.encoder, batch_topk.active
+encoder, active, idle = batch_topk.encoder, batch_topk.active, batch_topk.idle
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:

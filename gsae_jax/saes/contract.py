@@ -23,6 +23,10 @@ A file may also define these functions, for which the functions of the same name
     from_X(params, config)            parameters of the same function as those of the architecture X
     encode_shard(params, inputs, config, shards)   `encode` on one shard of the dictionary, where features are compared
     learning_rate(width)              its own learning rate, for stacks that have none
+    idle(config)                      options that do nothing beside the others, by name, and why: new runs refuse them
+
+Only `init` may read an option whose name begins with `initial_`. A new run that starts from other SAEs refuses it. The
+warm-up's `initial_k` of `SPARSITY = "k"` is an exception.
 
 and these constants:
 
@@ -456,14 +460,39 @@ def frontier(architecture: str, config: Any) -> str:
 
 def variant(architecture: str, config: Any, without: Collection[str] = ()) -> str:
     """The architecture and its options that are not the default: "gated", "gated tie_encoder=False", "topk.py"."""
+    shown = [f"{name}={value}" for name, value in _changed(config).items() if name not in without]
+    return " ".join([plugins.label(architecture), *shown])
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The options that are not the default."""
     defaults = {
         setting.name: setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
         for setting in dataclasses.fields(config)
     }
-    changed = [
-        f"{name}={value}" for name, value in options(config).items() if value != defaults[name] and name not in without
-    ]
-    return " ".join([plugins.label(architecture), *changed])
+    return {name: value for name, value in options(config).items() if value != defaults[name]}
+
+
+def idle(architecture: Architecture, config: Any, starts: bool = False) -> dict[str, str]:
+    """The options that do nothing beside the others, and why.
+
+    `starts`: parameters are those of other SAEs, so that `init` does nothing.
+    """
+    own = getattr(architecture, "idle", None)
+    why: dict[str, str] = dict(own(config)) if own else {}
+    if starts:
+        read_by_init = [name for name in options(config) if name.startswith("initial_")]
+        why |= {name: "start_from gives the parameters" for name in read_by_init}
+        why.pop(f"initial_{sparsity(architecture)}", None)
+    return why
+
+
+def check_new(architecture: Architecture, config: Any, starts: bool) -> None:
+    """Raises `UserError` for an option of a new run that does nothing; `starts` as of `idle`."""
+    why = idle(architecture, config, starts)
+    for name, value in _changed(config).items():
+        if name in why:
+            raise UserError(f"is {value!r}, but {why[name]}; leave it out", f"options.{name}")
 
 
 def is_gated(variant: str) -> bool:

@@ -154,6 +154,17 @@ def frozen(config: Config) -> set[str]:
     return set(PARAMETERS) - {"r_mag", "b_mag"} if config.only_magnitude else set()
 
 
+def idle(config: Options) -> dict[str, str]:
+    """Options that do nothing beside the others, and why."""
+    why = selection.idle(config)
+    if not config.tie_encoder or config.aligned:
+        why["use_r_mag"] = f"{'aligned=True' if config.aligned else 'tie_encoder=False'} has no r_mag"
+    if getattr(config, "only_magnitude", False):
+        of_gates = ("freeze_aux_decoder", "penalty", "penalty_scale")
+        why |= dict.fromkeys(of_gates, "only_magnitude=True trains neither gates nor the decoder")
+    return why
+
+
 def normal_form(params: dict[str, jax.Array], config: Options) -> dict[str, jax.Array]:
     """The same function with r_mag in use, and with the encoder that is."""
     unused = not config.scales and "r_mag" in params

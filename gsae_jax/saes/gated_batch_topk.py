@@ -35,7 +35,7 @@ PARAMETERS: dict[str, Parameter] = {
 SPARSITY, RECIPE = topk.SPARSITY, topk.RECIPE
 
 shifted, decode, learning_rate = gated.shifted, gated.decode, topk.learning_rate
-active = batch_topk.active
+active, idle = batch_topk.active, topk.idle
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Config(gated.Options):
     d_in: tuple[int, ...]
 
 
-decode, normal_form, feature_facts = crosscoder.decode, gated.normal_form, gated.feature_facts
+decode, normal_form, feature_facts, idle = crosscoder.decode, gated.normal_form, gated.feature_facts, gated.idle
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:

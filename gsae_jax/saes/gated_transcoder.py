@@ -18,6 +18,7 @@ class Config(transcoder.Sizes, gated.Options):
 
 encode, gate, decode, skip, loss = gated.encode, gated.gate, gated.decode, transcoder.skip, gated.loss
 encoder, shifted, normal_form, feature_facts = gated.encoder, gated.shifted, gated.normal_form, gated.feature_facts
+idle = gated.idle
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:

@@ -52,6 +52,13 @@ class Config(batch_topk.Config):
         return tuple(sorted({max(1, round(fraction * self.width)) for fraction in self.prefixes}))
 
 
+def idle(config: Config) -> dict[str, str]:
+    """As of `topk`, and prefixes of which several are one."""
+    same = len(config.sizes) < len(config.prefixes)
+    why = {"prefixes": f"of {config.width} features these are prefixes of {config.sizes}"} if same else {}
+    return topk.idle(config) | why
+
+
 def loss(
     params: dict[str, jax.Array],
     state: dict[str, jax.Array],

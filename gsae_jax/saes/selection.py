@@ -192,5 +192,12 @@ def check_auxk(coefficient: float, k: int) -> None:
     """Raises `UserError` for options `auxk_coefficient` and `k_aux` that are impossible."""
     if coefficient < 0:
         raise UserError(f"is {coefficient:g}; write a weight such as {1 / 32}, or 0 for none", "auxk_coefficient")
-    if k < 0:
+    if not 0 <= k <= INT32:
         raise UserError(f"is {k}; write a number of dead features, or 0 for half of the residual's width", "k_aux")
+
+
+def idle(config: Any) -> dict[str, str]:
+    """`contract.idle` of the options of AuxK."""
+    if not config.auxk_coefficient:
+        return {"k_aux": "auxk_coefficient is 0"}
+    return {"k_aux": f"the dictionary has {config.width} features"} if config.k_aux > config.width else {}

@@ -74,7 +74,7 @@ class Config(Options):
     d_in: int
 
 
-shifted, decode = relu.shifted, relu.decode
+shifted, decode, idle = relu.shifted, relu.decode, selection.idle
 
 
 def learning_rate(width: int) -> float:

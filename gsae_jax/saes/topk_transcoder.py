@@ -16,7 +16,7 @@ class Config(transcoder.Sizes, topk.Options):
 
 
 encode, encode_shard, decode, skip = topk.encode, topk.encode_shard, topk.decode, transcoder.skip
-loss, shifted, encoder, active = topk.loss, topk.shifted, topk.encoder, topk.active
+loss, shifted, encoder, active, idle = topk.loss, topk.shifted, topk.encoder, topk.active, topk.idle
 
 
 def init(key: jax.Array, config: Config) -> dict[str, jax.Array]:

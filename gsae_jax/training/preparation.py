@@ -106,7 +106,8 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     as_json = config_trees.to_dict(config)
     processes.agree("--config", as_json, "start every process with the same command and the same files")
     workdir.check(as_json)
-    if workdir.latest_step() is None:
+    is_new = workdir.latest_step() is None
+    if is_new:
         config.check_new()
         _check_roles(config)
     if processes.first():  # which alone logs
@@ -114,6 +115,8 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     mesh = mesh_lib.make_mesh(config.mesh)
     origin = _of_store(config, mesh) if config.data.source else _of_text(config, mesh)
     program, of_lms = origin.program, dict(origin.fingerprints)
+    if is_new:
+        program.check_new()
     _check_starts(program, starts)
     for name, fingerprint in of_lms.items():
         field = f"lms.{name}.path" if name else "lm.path"

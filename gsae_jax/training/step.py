@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gsae_jax import config as config_lib
-from gsae_jax import loggers
+from gsae_jax import errors, loggers
 from gsae_jax import mesh as mesh_lib
 from gsae_jax.activations import buffer, masking, scaling, sources
 from gsae_jax.activations import store as store_lib
@@ -25,7 +25,7 @@ from gsae_jax.errors import UserError
 from gsae_jax.lms import loading
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.lms.checkpoints import Checkpoint
-from gsae_jax.saes import parameters
+from gsae_jax.saes import contract, parameters
 from gsae_jax.training import optimiser, resampling
 from gsae_jax.training.end_to_end import EndToEnd, Rows
 from gsae_jax.training.stacks import Stack, StackState
@@ -165,6 +165,12 @@ class Program:
         dropped = special_tokens if config.activations.drop_special_tokens else ()
         used = {site: width for site, width in widths.items() if site in config.sites}
         return cls(config, mesh, models, dropped, stacks, used)
+
+    def check_new(self) -> None:
+        """Raises `UserError` for options of a new run that do nothing."""
+        for stack in self.stacks:
+            with errors.within(f"stacks.{stack.name}"):
+                contract.check_new(stack.architecture, stack.sae, bool(stack.config.start_from))
 
     @property
     def _norm_multiple(self) -> float:
