@@ -503,14 +503,6 @@ class Experiment:
                 f"{RESAMPLE_WARMUP}",
                 "train.resample_warmup_steps",
             )
-        for field, corpus in (("path", "text"), ("name", "tfds")):
-            value = getattr(self.data, field)
-            if value and self.data.corpus == "stdlib" and not self.data.source:
-                raise UserError(
-                    f"is {value!r}, but data.corpus='stdlib' is Python's own library; write data.corpus={corpus!r}, or "
-                    f"data.{field}=''",
-                    f"data.{field}",
-                )
         best = self.checkpoint.keep_best.partition("/")[0]
         if best and 0 < self.stacks[best].kl_fraction < 1:
             raise UserError(
@@ -653,6 +645,15 @@ class Pretrain:
         for field in ("epochs", "learning_rate"):
             if getattr(self, field) <= 0:
                 raise UserError(f"is {getattr(self, field):g}; write a positive number", field)
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not the default."""
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
+    return {name: getattr(config, name) for name, default in defaults.items() if getattr(config, name) != default}
 
 
 def fingerprint(*parts: Any) -> str:

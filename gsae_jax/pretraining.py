@@ -36,12 +36,14 @@ def pretrain(config: config_lib.Pretrain, out: Path) -> float:
     Raises:
         UserError: text that is too short.
     """
+    rows_lib.check_new(config.data)
     tokenizer = train_tokenizer(config)
     module: Any = Model(
         gelu.config({**vars(config.model), "d_vocab": len(tokenizer), "n_ctx": config.data.context_length})
     )
     train_rows = rows_lib.open_rows(config.data, "train", tokenizer, limit=2**40)
     test_rows = rows_lib.open_rows(config.data, "test", tokenizer, limit=config.test_tokens)
+    rows_lib.check_apart(train_rows, test_rows)
     if len(test_rows) < TEST_ROWS:
         raise UserError(f"give {len(test_rows)} rows of held-out text; {TEST_ROWS} are needed", "test_tokens")
     stream = rows_lib.batches(train_rows, config.batch_size, config.seed)

@@ -99,6 +99,11 @@ def of_model(config: Any, wanted: Wanted) -> str:
     if wanted.tokens and len(rows) < (most := tokens // (config.data.context_length - config.data.prepend_bos)):
         logger.warning(f"--tokens: the text has {len(rows):,} rows of the {most:,} asked for")
     held_out = rows_lib.held_out_rows(config, tokenizer, config.evaluation.tokens, d_vocab)
+    with errors.about("--out"):
+        is_new = store_lib.read_manifest(wanted.out) is None
+    if is_new:
+        rows_lib.check_new(config.data)
+        rows_lib.check_apart(rows, held_out)
     names_of = sae_loading.names(config.lm, config.data)
     source = sources.LanguageModel(module, mesh, names, (), config.rows_per_call, config.forwards_per_call)
     manifest = store_lib.Manifest.planned(

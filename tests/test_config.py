@@ -114,13 +114,16 @@ def refusal(use, config, folder):
         (
             {"data__corpus": "stdlib", "data__path": "books"},
             "data.path",
-            ("'books'", "data.corpus='text'", "data.path=''"),
+            ("'books'", "'stdlib'", "data.corpus='text'", "data.path=''"),
         ),
         (
             {"data__corpus": "stdlib", "data__path": "", "data__name": "c4/en"},
             "data.name",
             ("'c4/en'", "data.corpus='tfds'"),
         ),
+        ({"data__corpus": "stdlib", "data__path": "", "data__field": "body"}, "data.field", ("'text' or 'tfds'",)),
+        ({"data__name": "c4/en"}, "data.name", ("data.corpus='text'", "'tfds'")),
+        ({"data__corpus": "tfds", "data__path": "", "data__held_out": "position"}, "data.held_out", ("'position'",)),
         ({"stacks__gated__architecture": "gated_transcoder"}, "stacks.gated.target", ("'gated_transcoder'", "write")),
         ({"stacks__gated__kl_weight": 1.0}, "stacks.gated.kl_weight", ("is 1,", "kl_fraction", "0.5")),
         (

@@ -281,6 +281,8 @@ def test_a_refused_run_leaves_nothing(experiment, tmp_path):
     path = tmp_path / "run"
     for bad, field, *facts in (
         ({"data": {"test_split": "tst"}}, "data.test_split", "'tst'", "train, test"),
+        ({"data": {"test_split": "train"}}, "data.test_split", "data.train_split"),
+        ({"data": {"test_split": "test+train[90%:]"}}, "data.test_split", "data.train_split"),
         ({"evaluation": {"rows_per_forward": 8 * 10**5}}, "evaluation.rows_per_forward", "800000", "held-out text"),
     ):
         with refused(field, *facts):

@@ -259,12 +259,17 @@ def run(x, tmp_path_factory):
     return folder / "store", folder / "run", config
 
 
-def test_roles_need_the_text(run, tmp_path):
+def test_settings_of_text_need_the_text(run, tmp_path):
     config = run[2].copy_and_resolve_references()
     config.data.corpus, config.data.path, config.data.chat = "text", str(tmp_path), "messages"
     config.data.roles = ("assistant",)
-    with refused("data.roles", "('assistant',)", str(run[0])):
+    with refused("data.corpus", "'text'", str(run[0])):
         loop.train(config_trees.from_dict(config_lib.Experiment, config), tmp_path / "run")
+    for group, field, value in (("data", "prepend_bos", False), ("lm", "revision", "main")):
+        config = run[2].copy_and_resolve_references()
+        config[group][field] = value
+        with refused(f"{group}.{field}", repr(value), str(run[0])):
+            loop.train(config_trees.from_dict(config_lib.Experiment, config), tmp_path / "run")
 
 
 def test_trains_without_a_language_model(run, x):

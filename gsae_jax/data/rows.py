@@ -117,6 +117,15 @@ class TokenRows:
             f"data.context_length={length}; lower data.context_length"
         )
 
+    def shares_text(self, other: "TokenRows") -> bool:
+        """Whether the splits of the two, of one data set, have an example in common."""
+        ours, theirs = (each._source.dataset_info.splits[each._split].file_instructions for each in (self, other))
+        return any(
+            a.filename == b.filename and a.skip < b.skip + b.take and b.skip < a.skip + a.take
+            for a in ours
+            for b in theirs
+        )
+
     @property
     def fingerprint(self) -> str:
         """A name for the rows: their number, their layout and a sample of their tokens."""
@@ -159,6 +168,35 @@ def corpus(config: config_lib.Data) -> Any:
     """The file of the corpus; raises `UserError` where there is none."""
     with errors.about("data.corpus"):
         return plugins.load("data.corpora", config.corpus, having="open_corpus")
+
+
+def check_new(data: config_lib.Data) -> None:
+    """Raises `UserError` for a field that the corpus does not read; for new runs.
+
+    A corpus lists in `READS` what it reads of the fields that only some corpora read. Of one without it nothing is
+    known.
+    """
+    module, readers = corpus(data), plugins.known("data.corpora", having="READS")
+    changed = config_lib.changed(data)
+    for field in dict.fromkeys(field for reader in readers.values() for field in reader.READS):
+        if field in changed and field not in getattr(module, "READS", (field,)):
+            others = " or ".join(repr(name) for name, reader in readers.items() if field in reader.READS)
+            default = getattr(config_lib.Data(), field)
+            raise UserError(
+                f"is {changed[field]!r}, which data.corpus={data.corpus!r} does not read; write data.corpus={others}, "
+                f"or data.{field}={default!r}",
+                f"data.{field}",
+            )
+
+
+def check_apart(train: TokenRows, test: TokenRows) -> None:
+    """Raises `UserError` for rows to measure on that have text of those to train on; for new runs."""
+    if train.shares_text(test):
+        raise UserError(
+            "has text of data.train_split, so that SAEs would be measured on what they were trained on; write another "
+            "split, such as data.train_split='train[:90%]' and data.test_split='train[90%:]'",
+            "data.test_split",
+        )
 
 
 @_quiet()

@@ -55,7 +55,7 @@ class Case:
             )
         config.check_new()
         mesh = mesh_of(config, topology)
-        rows_lib.corpus(config.data)  # a run would refuse one that does not exist
+        rows_lib.check_new(config.data)
         with errors.about("lm.path", revision="lm.revision"):
             checkpoint = Checkpoint.open(config.lm.path, config.lm.revision)
         others = open_others(config.lms)

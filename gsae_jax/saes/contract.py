@@ -466,11 +466,7 @@ def variant(architecture: str, config: Any, without: Collection[str] = ()) -> st
 
 def _changed(config: Any) -> dict[str, Any]:
     """The options that are not the default."""
-    defaults = {
-        setting.name: setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
-        for setting in dataclasses.fields(config)
-    }
-    return {name: value for name, value in options(config).items() if value != defaults[name]}
+    return {name: value for name, value in config_lib.changed(config).items() if name not in OWN}
 
 
 def idle(architecture: Architecture, config: Any, starts: bool = False) -> dict[str, str]:

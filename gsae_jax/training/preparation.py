@@ -30,6 +30,8 @@ from gsae_jax.training.step import Program
 
 logger = logging.getLogger(__name__)
 
+OF_STORES = ("source", "context_length")  # what a run without text reads of `config.Data`
+
 
 @dataclasses.dataclass
 class Prepared:
@@ -109,7 +111,7 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     is_new = workdir.latest_step() is None
     if is_new:
         config.check_new()
-        _check_roles(config)
+        _check_data(config)
     if processes.first():  # which alone logs
         loggers.check(config.loggers)
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -139,6 +141,8 @@ def prepare(config: Experiment, workdir: run_directory.Workdir, starts: Mapping[
     # The report's text must be there too.
     held_out = origin.held_out()
     text = None if config.data.source else _text(config, rows.extent, held_out.extent)
+    if is_new and text is not None:
+        rows_lib.check_apart(rows, held_out)
     fingerprints = {name: parameters.fingerprint(params) for name, params in starts.items()}
     facts = Facts(
         rows=rows.fingerprint,
@@ -256,15 +260,22 @@ def _of_store(config: Experiment, mesh: jax.sharding.Mesh) -> _Origin:
     )
 
 
-def _check_roles(config: Experiment) -> None:
-    """Raises `UserError` for roles that nothing reads: the store is of files, and no text is measured on."""
-    if not config.data.roles or not config.data.source or config.lm.path != NO_MODEL:
+def _check_data(config: Experiment) -> None:
+    """Raises `UserError` for settings of the text or the language model that a new run does not read."""
+    if config.lm.path != NO_MODEL:
+        rows_lib.check_new(config.data)
         return
     with errors.about("data.source"):
         store = store_lib.Store.open(store_lib.location(config.data.source))
-    if not store.manifest.model:
-        why = f"but the mask of the store {store.path} says which tokens SAEs see; write ()"
-        raise UserError(f"is {config.data.roles}, {why}", "data.roles")
+    if store.manifest.model:  # the settings say what was stored
+        return
+    unread = {f"data.{name}": value for name, value in config_lib.changed(config.data).items() if name not in OF_STORES}
+    for field, value in (unread | ({"lm.revision": config.lm.revision} if config.lm.revision else {})).items():
+        raise UserError(
+            f"is {value!r}, but the store {store.path} was made of files, and lm.path={NO_MODEL!r}: no text is read; "
+            "leave it out",
+            field,
+        )
 
 
 def _check_model(

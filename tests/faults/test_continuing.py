@@ -244,7 +244,11 @@ def with_little_text(experiment, folder):
     folder.mkdir()
     documents = [{"text": " ".join(f"{word} of {number}" for word in "abcdefgh")} for number in range(100)]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    return with_(experiment, data={"path": str(folder), "test_split": "train"}, evaluation={"tokens": 256})
+    return with_(
+        experiment,
+        data={"path": str(folder), "train_split": "train[:70]", "test_split": "train[70:]"},
+        evaluation={"tokens": 256},
+    )
 
 
 def test_a_finished_run_is_trained_for_more_steps(experiment, tmp_path, capsys):

@@ -17,6 +17,8 @@ import tensorflow_datasets as tfds
 from gsae_jax import config as config_lib
 from gsae_jax.data import labels
 
+READS: tuple[str, ...] = ()  # of `config.Data`, those that only some corpora read
+
 
 @functools.cache
 def _files_of(root: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from gsae_jax import config as config_lib
 from gsae_jax.data import files
 from gsae_jax.errors import UserError
 
+READS = ("path", "field", "separator", "held_out", "on_bad_row")
 PIECE = 2_000  # characters of a long document that are held out, or not, together; a divisor of files.LONGEST
 HELD_OUT = 20  # one piece in this many is held out, and there must be at least this many
 BEFORE = (".txt", ".md", ".jsonl", ".parquet")  # what earlier versions read

@@ -10,6 +10,7 @@ from gsae_jax import errors
 from gsae_jax.errors import UserError, known_names
 from gsae_jax.storage import paths, reading
 
+READS = ("name", "field")
 OWN = "tensorflow_datasets."
 CLASSES = ("pythonClassName", "python_class_name", "type")  # the fields of features.json that name a class
 
