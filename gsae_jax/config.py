@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from gsae_jax import plugins
@@ -17,6 +18,7 @@ from gsae_jax.errors import UserError
 
 INT32 = 2**31 - 1  # devices count steps, tokens and features in 32 bits
 FLOAT32 = 3.4e38  # and no number in a config may be infinite there
+SMALL, LARGE = 1e-30, 1e30  # products of numbers between these, such as squares of gradients, mostly stay in float32
 
 
 Dtype = Literal["float32", "bfloat16"]
@@ -483,7 +485,10 @@ class Experiment:
 
     def check_new(self) -> None:
         """Raises `UserError` for what earlier versions accepted, so that only new runs are refused."""
+        check_floats(self)
         for name, stack in self.stacks.items():
+            if max(stack.learning_rates, default=0) > 100:
+                raise UserError(f"is {stack.learning_rates}; write at most 100", f"stacks.{name}.learning_rates")
             if stack.kl_weight != KL_WEIGHT and not stack.kl_fraction:
                 raise UserError(
                     f"is {stack.kl_weight:g}, but without kl_fraction nothing is trained on the KL divergence; write "
@@ -612,7 +617,10 @@ class PretrainModel:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _at_least(field.name, getattr(self, field.name), 1)
+            _at_least(field.name, getattr(self, field.name), 1, most=2**20)
+        each = 4 * self.d_model * self.n_heads * self.d_head + 2 * self.d_model * self.d_mlp
+        if (parameters := self.n_layers * each) > 2**30:
+            raise UserError(f"has {parameters:,} parameters in its blocks; write sizes that give at most {2**30:,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -633,7 +641,8 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         _seed("seed", self.seed)
-        _at_least("vocab_size", self.vocab_size, 257)  # every byte, and <|endoftext|>
+        check_floats(self)
+        _at_least("vocab_size", self.vocab_size, 257, most=2**20)  # every byte, and <|endoftext|>
         if self.data.chat:
             raise UserError(
                 f"is {self.data.chat!r}, but the new tokenizer has no chat template; write '', and data.field",
@@ -642,9 +651,33 @@ class Pretrain:
         for field in ("batch_size", "test_tokens"):
             _at_least(field, getattr(self, field), 1)
         _at_least("warmup_steps", self.warmup_steps, 0)
-        for field in ("epochs", "learning_rate"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"is {getattr(self, field):g}; write a positive number", field)
+        for field, least, most in (("epochs", SMALL, 1e6), ("learning_rate", SMALL, 1.0), ("weight_decay", 0.0, 100.0)):
+            if not least <= getattr(self, field) <= most:
+                wanted = f"a number from {least:g} to {most:g}" if not least else f"a positive number up to {most:g}"
+                raise UserError(f"is {getattr(self, field):g}; write {wanted}", field)
+        if not 0 <= self.b2 < 1:
+            raise UserError(f"is {self.b2:g}; write a number from 0 to below 1", "b2")
+        if self.data.source:
+            raise UserError(f"is {self.data.source!r}, but a language model is trained from text; write ''", "data.source")
+
+
+def check_floats(config: Any) -> None:
+    """Raises `UserError` for a number in a dataclass that float32 may make 0 or infinite."""
+    for field, value in _floats(dataclasses.asdict(config)):
+        if value and not SMALL <= abs(value) <= LARGE:
+            raise UserError(f"is {value:g}; write 0, or a number from {SMALL:g} to {LARGE:g} in size", field)
+
+
+def _floats(tree: Any, field: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested dicts and tuples, and the fields that they are in."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _floats(value, f"{field}.{name}" if field else str(name))
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from _floats(value, field)
+    elif isinstance(tree, float):
+        yield field, tree
 
 
 def changed(config: Any) -> dict[str, Any]:

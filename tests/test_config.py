@@ -161,6 +161,15 @@ def refusal(use, config, folder):
         ),
         ({"stacks__gated__l1_coefficients": (0.1,), "stacks__gated__seeds": (1, 1)}, "stacks.gated.seeds", ("(1, 1)",)),
         ({"train__resample_warmup_steps": 5}, "train.resample_warmup_steps", ("is 5,", "train.resample_steps", "1000")),
+        ({"stacks__gated__learning_rates": (1e-60,)}, "stacks.gated.learning_rates", ("1e-60", "1e-30")),
+        ({"stacks__gated__learning_rates": (200.0,)}, "stacks.gated.learning_rates", ("(200.0,)", "100")),
+        ({"stacks__gated__l1_coefficients": (0.1, 1e35)}, "stacks.gated.l1_coefficients", ("1e+35", "1e+30")),
+        ({"stacks__gated__clip_norm": 1e-60}, "stacks.gated.clip_norm", ("1e-60",)),
+        (
+            {"stacks__gated__options": {"penalty": "log", "penalty_scale": 1e-60}},
+            "stacks.gated.options.penalty_scale",
+            ("1e-60",),
+        ),
         ({"train__steps": 2, "train__warmup_steps": 0}, "train.steps", ("is 2;", "such as 4")),
         ({"train__steps": 18}, "train.steps", ("is 18;", "multiple of 4", "16 or 20")),
         ({"train__warmup_steps": 16}, "train.warmup_steps", ("is 16;", "train.steps (16)")),
@@ -305,6 +314,26 @@ def test_a_new_config_has_every_field():
     config.stacks.a = stack_config("gated", "blocks.0.hook_mlp_out", 8, (0.1,))
     tree = config_trees.to_dict(config_trees.from_dict(Experiment, config))
     assert json.loads(json.dumps(config.to_dict())) == tree
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"b2": 1.0}, "b2"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"learning_rate": 1e-60}, "learning_rate"),
+        ({"learning_rate": 5.0}, "learning_rate"),
+        ({"epochs": 1e12}, "epochs"),
+        ({"vocab_size": 2**31 - 1}, "vocab_size"),
+        ({"model": {"d_model": 2**31 - 1}}, "model.d_model"),
+        ({"model": {"n_layers": 2**20, "d_mlp": 2**20}}, "model"),
+        ({"data": {"source": "store:x"}}, "data.source"),
+    ],
+    ids=str,
+)
+def test_a_language_model_that_cannot_be_trained_is_refused(changes, field):
+    with refused(field):
+        config_trees.from_dict(config_lib.Pretrain, changes)
 
 
 @pytest.mark.parametrize("kind", [Experiment, config_lib.Pretrain])
