@@ -20,7 +20,7 @@ def main() -> None:
         raise UserError("is missing; give --workdir for a run, or --sae and --out for SAEs from elsewhere", "--workdir")
     elsewhere = (("--site", SITE, WORKDIR.value), ("--target", TARGET, WORKDIR.value))
     for name, flag, other in (*elsewhere, ("--step", STEP, not WORKDIR.value)):
-        if flag.value and other:
+        if flag.present and other:
             raise UserError(f"does not go with --{'workdir' if WORKDIR.value else 'sae'}; leave it out", name)
     config = None if CONFIG.value is None else cli.stated(CONFIG)
     site = (SITE.value, TARGET.value)

@@ -658,7 +658,9 @@ class Pretrain:
         if not 0 <= self.b2 < 1:
             raise UserError(f"is {self.b2:g}; write a number from 0 to below 1", "b2")
         if self.data.source:
-            raise UserError(f"is {self.data.source!r}, but a language model is trained from text; write ''", "data.source")
+            raise UserError(
+                f"is {self.data.source!r}, but a language model is trained from text; write ''", "data.source"
+            )
 
 
 def check_floats(config: Any) -> None:

@@ -9,6 +9,7 @@ import logging
 from absl import flags
 
 from gsae_jax import cli
+from gsae_jax.config import INT32
 from gsae_jax.errors import UserError
 from gsae_jax.measuring import Earlier, evaluate, evaluate_saes
 
@@ -19,20 +20,21 @@ def main() -> None:
     """The command."""
     if TOKENS.value is not None and TOKENS.value < 1:
         raise UserError(f"is {TOKENS.value}; write 1 or more", "--tokens")
-    if not all(number.isdigit() and int(number) for number in ITO.value) or len({*ITO.value}) < len(ITO.value):
+    ito = [int(number) if number.isdecimal() else 0 for number in ITO.value]
+    if not all(0 < number <= INT32 for number in ito) or len({*ito}) < len(ito):
         raise UserError(f"is {','.join(ITO.value)!r}; write different numbers of features such as 5,10,20,40", "--ito")
     if (WORKDIR.value is None) == (not SAE.value):
         raise UserError(
             "is missing; give --workdir for one run, or --sae for several runs or for SAEs of other libraries",
             "--workdir",
         )
-    tokens, ito, published = TOKENS.value, [int(number) for number in ITO.value], PUBLISHED.value
+    tokens, published = TOKENS.value, PUBLISHED.value
     config = None if CONFIG.value is None else cli.stated(CONFIG)
     if SAE.value:
         if OUT.value is None:
             raise UserError("is missing; write the name of a new folder for the report", "--out")
-        for name, value in (("--step", STEP.value), ("--overwrite", OVERWRITE.value)):
-            if value:
+        for name, given in (("--step", STEP.present), ("--overwrite", OVERWRITE.value)):
+            if given:
                 raise UserError("works only with --workdir; leave it out", name)
         if TEXT.value:
             if config is not None:

@@ -21,14 +21,15 @@ from absl import flags
 from gsae_jax import cli, config_trees
 from gsae_jax.config import Experiment
 from gsae_jax.planning import planner
+from gsae_jax.planning.hardware import Topology
 
 
 def main() -> None:
     """The command."""
-    kind, _, size = TOPOLOGY.value.partition(":")
+    topology = Topology.parse(TOPOLOGY.value)
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has, nothing runs on it
-    if kind == "cpu" and size.isdigit():
-        jax.config.update("jax_num_cpu_devices", int(size))
+    if topology.chip == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.size)
     config = config_trees.from_dict(Experiment, cli.given(CONFIG))
     report = planner.plan(config, TOPOLOGY.value, STORE_BANDWIDTH.value)
     print(json.dumps(report, indent=2) if JSON.value else planner.describe(report))

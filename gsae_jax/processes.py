@@ -55,7 +55,7 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
         raise UserError(
             f"is missing; write all of {', '.join(given)}, or none on a cluster that JAX detects", missing[0]
         )
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"is {coordinator!r}; write host:port of process 0, such as 10.0.0.1:8476", "--coordinator")
     if count is not None and count < 1:
         raise UserError(f"is {count}; write 1 or more", "--num_processes")

@@ -1,6 +1,7 @@
 """The SAEs that a command is given, of runs or from elsewhere, with the language model and the text for them."""
 
 import dataclasses
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -78,6 +79,7 @@ def of_run(
     # On whichever machine this is; features along `latent` as in training, where it has as many devices.
     settings = HeldOut(run.lm, run.data, run.evaluation, run.activations.drop_special_tokens, run.lms)
     if config is not None:
+        _tell_unread(run, config)
         recorded_groups = config_trees.to_dict(run)
         own = {group: recorded_groups[group] for group in GROUPS}
         elsewhere = config_trees.held_out(config_trees.merged(own, config_trees.plain(config)))
@@ -218,6 +220,15 @@ def _moved(settings: HeldOut, elsewhere: HeldOut) -> HeldOut:
             why = f"is not the config of this run; change these back (the run's value != yours): {'; '.join(differing)}"
             raise UserError(f"{why}, or measure SAEs on another model or text with --sae RUN --out OUT", "--config")
     return dataclasses.replace(settings, evaluation=elsewhere.evaluation, lms=lms, **moved)
+
+
+def _tell_unread(run: config_lib.Experiment, config: Mapping[str, Any]) -> None:
+    """Warn of fields of a config that say something else than the run's, and that only training reads."""
+    tree, given = config_trees.to_dict(run), config_trees.plain(config)
+    theirs = {group: tree[group] for group in ("activations", "train")}
+    ours = json.loads(json.dumps(config_trees.merged(theirs, {name: given[name] for name in theirs if name in given})))
+    if unread := config_trees.differences(theirs, ours):
+        logger.warning(f"--config: only training reads these; the run's values hold (the run's != yours): {unread}")
 
 
 def _at_location(group: str, ours: Any, theirs: Any) -> Any:

@@ -149,6 +149,8 @@ def files(wanted: Wanted) -> tuple[Path, dict[str, Features]]:
     Raises:
         UserError: there are no such features.
     """
+    if wanted.workdir and wanted.features:
+        raise UserError("does not go with --features, which says where the files are; leave it out", "--workdir")
     folder = collecting.folder_of(wanted.workdir, wanted.features, "--features")
     where = "--features" if wanted.features else "--workdir"
     with errors.about(where, path=where):
@@ -167,7 +169,7 @@ def numbers(given: Sequence[str]) -> list[int]:
         UserError: one is no number.
     """
     for each in given:
-        if not (each.strip().isascii() and each.strip().isdigit()):
+        if not (each.strip().isascii() and each.strip().isdecimal()):
             raise UserError(f"is {each!r}; write numbers of features, such as 3,17", "--feature")
     return list(dict.fromkeys(map(int, given)))
 

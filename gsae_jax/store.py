@@ -38,6 +38,11 @@ def main() -> None:
     elif CONFIG.value is not None:
         logger.info(storing.of_model(cli.given(CONFIG), wanted))
     elif CHECK.value:
+        for flag in (SITES, TOKENS, DTYPE, SHARD_MEGABYTES):
+            if flag.present:
+                raise UserError(
+                    "does not go with --check alone; write --config or --from, or leave it out", f"--{flag.name}"
+                )
         logger.info(storing.check(wanted))
     else:
         raise UserError("is missing; write an experiment, or --from with files of activations", "--config")

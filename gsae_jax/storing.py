@@ -79,6 +79,8 @@ def of_model(config: Any, wanted: Wanted) -> str:
         TrainingError: the store cannot be written to its end. What is whole stays.
     """
     config = experiments.experiment(config)
+    if config.data.source:
+        raise UserError(f"is {config.data.source!r}, but a store is written from text; write ''", "data.source")
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check(config, mesh)
     with errors.about("lm.path", revision="lm.revision"):
@@ -146,10 +148,10 @@ def of_files(files: Sequence[str], wanted: Wanted, settings: "imports.Settings")
     """
     if jax.process_count() > 1:
         raise UserError("is above 1; convert files in one process", "--num_processes")
-    with imports.opened(files, settings, wanted.tokens) as source:
+    with imports.opened(files, settings, wanted.tokens, wanted.dtype) as source:
         manifest = store_lib.Manifest.planned(
             wanted.shard_bytes,
-            dtype=wanted.dtype or source.dtype,
+            dtype=source.dtype,
             context_length=settings.context_length,
             stride=settings.context_length,
             widths=source.widths,
@@ -208,6 +210,14 @@ def _opened(wanted: Wanted, manifest: store_lib.Manifest) -> Iterator["_Writer"]
             yield writer
         except OSError as error:
             raise writer.stopped(error) from error
+        except UserError:
+            if before is None and processes.first():  # what was written is of no use
+                for name in (store_lib.INDEX, store_lib.MANIFEST):
+                    (folder / name).unlink(missing_ok=True)
+                for split in store_lib.SPLITS:
+                    if (folder / split).exists():
+                        (folder / split).rmtree()
+            raise
 
 
 def _continued(

@@ -23,8 +23,8 @@ def main() -> None:
     if not EXPORT.value:
         viewing.serve(wanted, HOST.value, PORT.value, OPEN.value)
         return
-    for name, given in (("--open", OPEN.value), ("--model", MODEL.value), ("--host", HOST.value != HOST.default)):
-        if given:
+    for name, flag in (("--open", OPEN), ("--model", MODEL), ("--host", HOST), ("--port", PORT)):
+        if flag.present:
             raise UserError("does not go with --export; leave it out", name)
     logger.info(f"pages: {viewing.export(wanted, EXPORT.value)}/index.html")
 

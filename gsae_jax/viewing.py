@@ -54,7 +54,8 @@ def pages(wanted: Wanted, is_static: bool = False) -> tuple[Pages, Callable[[], 
         UserError: there is no such run, or it has no collected features.
     """
     folder = _folder(wanted)
-    with errors.about("--features" if wanted.features else "--workdir"):
+    where = "--features" if wanted.features else "--workdir"
+    with errors.about(where, path=where):
         library = Library(features_lib.load(folder), _report(wanted.workdir))
     model = next(iter(library)).about.get("model", "a language model")
     if not wanted.workdir or is_static:
@@ -77,10 +78,10 @@ def _folder(wanted: Wanted) -> Path:
     if not wanted.features and not wanted.workdir:
         raise UserError("is missing; give --workdir for a run, or --features for a folder of files", "--workdir")
     folder = collecting.folder_of(wanted.workdir, wanted.features, "--features")
+    if wanted.workdir and not run_directory.Workdir(wanted.workdir).holds_run():
+        raise UserError(f"{wanted.workdir} holds no run; write the directory of one", "--workdir")
     if wanted.features:
         return folder
-    if not run_directory.Workdir(wanted.workdir).holds_run():
-        raise UserError(f"{wanted.workdir} holds no run; write the directory of one", "--workdir")
     if not folder.is_dir():
         why = f"{wanted.workdir} has no collected features"
         raise UserError(f"{why}; run `python -m gsae_jax.collect --workdir {wanted.workdir}` first", "--workdir")

@@ -396,6 +396,23 @@ def test_the_command_refuses_in_one_sentence(tmp_path, arguments, field, facts):
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ("evaluate --workdir=x --ito=²", "--ito"),
+        ("evaluate --sae=x --out=y --step=0", "--step"),
+        ("plan --config=quickstart --topology=cpu:²", "--topology"),
+        ("plan --config=quickstart --topology=cpu:99999999999999999999", "--topology"),
+        ("store --out=x --check --dtype=float16", "--dtype"),
+        ("collect --sae=x --out=y --step=0", "--step"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(arguments, field):
+    name, *flags = arguments.split()
+    code, last_line = command(f"gsae_jax.{name}", *flags)
+    assert (code, last_line.startswith(f"error: {field}: ")) == (2, True), last_line
+
+
 def test_evaluate_refuses_what_is_not_a_run(tmp_path):
     code, last_line = command("gsae_jax.evaluate", f"--workdir={tmp_path}")
     assert (code, last_line.startswith("error: --workdir: ")) == (2, True), last_line

@@ -111,7 +111,7 @@ def test_other_weights_are_noticed(places, moved):
         loop.train(experiment, new / "run")
 
 
-def test_a_moved_model_and_text_are_measured(moved, capsys):
+def test_a_moved_model_and_text_are_measured(moved, capsys, caplog):
     new, experiment = moved
     config = config_trees.to_dict(experiment)
     for folder in ("lm", "text"):
@@ -126,6 +126,10 @@ def test_a_moved_model_and_text_are_measured(moved, capsys):
     config["lm"]["path"], config["data"]["path"] = str(new.parent / "lm" / "x"), str(new.parent / "text" / "x")
     assert "gated_0" in evaluate(new / "run", tokens=512, config=config)
     assert "warning" not in capsys.readouterr().err
+    unread = config | {"activations": config["activations"] | {"max_norm_multiple": 7.0}}
+    with caplog.at_level("WARNING"):
+        evaluate(new / "run", tokens=512, config=unread)
+    assert "max_norm_multiple: 0.0 != 7.0" in caplog.text
     other = config | {"data": config["data"] | {"context_length": 8}}
     with refused("--config", "data.context_length: 16 != 8", "--sae"):
         evaluate(new / "run", tokens=512, config=other)

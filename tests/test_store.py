@@ -324,6 +324,8 @@ def test_a_changed_store_does_not_continue_a_run(made, tmp_path):
 
 def test_writing_is_refused_where_it_would_lose_something(made, tmp_path, monkeypatch):
     config, out = made
+    with refused("data.source", str(out)):
+        write(from_store(config, out), tmp_path / "of_a_store")
     before = files_of(out)
     with refused("--out", "dtype"):
         write(config, out, dtype="float16")

@@ -1,5 +1,6 @@
 """Stores made of other programs' files, and runs from them without a language model."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -239,6 +240,66 @@ def test_unusable_files(x, tmp_path, case, field, fact):
     with refused(field, fact):
         write([folder], tmp_path / "s", settings)
     assert not (tmp_path / "s" / store_lib.MANIFEST).exists()
+
+
+@pytest.mark.parametrize("dtype", store_lib.DTYPES)
+def test_a_store_has_the_dtype_that_is_asked_for(x, tmp_path, dtype):
+    np.save(tmp_path / "a.npy", x)
+    write([tmp_path / "a.npy"], tmp_path / "s", dtype=dtype)
+    values, mask, _ = everything(tmp_path / "s")
+    stored = values["vision.layer.3"][mask]
+    assert stored.dtype.name == dtype
+    np.testing.assert_allclose(stored.astype(np.float64).sum(0), x.reshape(-1, D).sum(0), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "facts"),
+    [
+        ("nan", "--from", ("b.npy", "row 1,000", "float32")),
+        ("inf", "--from", ("b.npy", "row 1,000", "float32")),
+        ("large", "--from", ("b.npy", "row 1,000", "float16")),
+        ("twice", "--from", ("b.npy",)),
+        ("length", "--context_length", ("5000", "2,880")),
+        ("shard", "--shard_megabytes", ()),
+    ],
+)
+def test_a_store_that_cannot_be_made_leaves_nothing(x, tmp_path, case, field, facts):
+    folder, flat, settings = tmp_path / "f", x.reshape(-1, D).copy(), SETTINGS
+    folder.mkdir()
+    np.save(folder / "a.npy", flat)
+    flat[1000, 3] = {"nan": np.nan, "inf": np.inf, "large": 1e30}.get(case, 0)
+    np.save(folder / "b.npy", flat)
+    files = [folder, folder / "b.npy"] if case == "twice" else [folder]
+    if case == "length":
+        settings = imports.Settings(sites=SETTINGS.sites, context_length=5000)
+    wanted = storing.Wanted(
+        str(tmp_path / "s"),
+        dtype="float16" if case == "large" else "",
+        shard_bytes=2**60 if case == "shard" else 16 * D * 4 * 16,
+    )
+    with refused(field, *facts):
+        storing.of_files([str(file) for file in files], wanted, settings)
+    assert [file.name for file in (tmp_path / "s").rglob("*") if file.name != storing.LOCK] == []
+
+
+def test_a_masked_activation_may_be_anything(x, tmp_path):
+    broken = x.copy()
+    broken[3, 4] = np.nan
+    np.savez(tmp_path / "a.npz", **{"vision.layer.3": broken, "mask": ~np.isnan(broken).any(-1)})
+    write([tmp_path / "a.npz"], tmp_path / "s")
+    values, mask, _ = everything(tmp_path / "s")
+    assert np.isfinite(values["vision.layer.3"][mask]).all()
+
+
+def test_special_tokens_need_token_ids(x, tmp_path):
+    np.save(tmp_path / "a.npy", x)
+    with refused("--special_tokens", "token ids"):
+        write([tmp_path / "a.npy"], tmp_path / "s", dataclasses.replace(SETTINGS, special_tokens=(0,)))
+
+
+def test_a_seed_below_zero_is_refused():
+    with refused("--seed", "-1"):
+        imports.Settings(seed=-1)
 
 
 @pytest.fixture(scope="module")

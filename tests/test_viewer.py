@@ -338,7 +338,9 @@ def test_what_cannot_be_looked_at_is_refused(collected_run, lm_dir, tmp_path):
     with refused("--features", "not on this machine"):
         viewing.pages(viewing.Wanted("gs://bucket/run"))
     (tmp_path / "empty").mkdir()
-    with refused("path", "gsae_jax.collect"):
+    with refused("--workdir", "nowhere"):
+        viewing.pages(viewing.Wanted("nowhere", str(collected_run / "features")))
+    with refused("--features", "gsae_jax.collect"):
         viewing.pages(viewing.Wanted(features=str(tmp_path / "empty")))
     bare = tmp_path / "run"
     shutil.copytree(collected_run, bare, ignore=shutil.ignore_patterns("features", "report"))

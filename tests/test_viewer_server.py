@@ -235,6 +235,8 @@ def test_the_command_serves_until_it_is_interrupted(collected_run):
     for arguments, field in (
         (["--features=x", "--model=y"], "--model"),
         (["--export=x", "--open"], "--open"),
+        (["--export=x", "--port=8000"], "--port"),
+        (["--features=nowhere"], "--features"),
         ([], "--workdir"),
     ):
         done = subprocess.run([sys.executable, "-m", "gsae_jax.view", *arguments], capture_output=True, text=True)

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import grain
 import jax.numpy as jnp
@@ -65,6 +65,8 @@ class Settings:
             raise UserError(f"is {self.context_length}; write 2 or more", "--context_length")
         if not 0 <= self.held_out < 1:
             raise UserError(f"is {self.held_out:g}; write a fraction from 0 to below 1", "--held_out")
+        if not 0 <= self.seed <= config_lib.INT32:
+            raise UserError(f"is {self.seed}; write an integer from 0 to {config_lib.INT32}", "--seed")
 
 
 class Sliced(Protocol):
@@ -118,8 +120,23 @@ class Source:
         for row, number in sorted(places):  # in the order of the files
             for name, at, piece in self._pieces(row * T, min((row + 1) * T, self.ends[-1])):
                 target = values[name][number]
-                target[at : at + len(piece)] = piece.astype(target.dtype, copy=False)
+                with np.errstate(over="ignore"):  # the check names what is too large
+                    target[at : at + len(piece)] = piece.astype(target.dtype, copy=False)
+        for site in self.widths:
+            broken = np.argwhere(values["mask"] & ~np.isfinite(values[site]).all(-1))
+            for number, at in broken:
+                self._refuse(site, self.order[first + rows[number]] * T + int(at))
         return values
+
+    def _refuse(self, site: str, token: int) -> NoReturn:
+        """Raises `UserError` for an activation that is not finite."""
+        file = self.parts[bisect.bisect_right(self.ends, token)].file
+        before = next(end - part.count for part, end in zip(self.parts, self.ends, strict=True) if part.file == file)
+        raise UserError(
+            f"{file} has a value of {site} in row {token - before:,} that is not finite in {self.dtype}; leave out "
+            "that row, set its mask to False, or write another --dtype",
+            FIELD,
+        )
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[str, int, np.ndarray]]:
         """(array, place in the row, values) of the tokens from start to stop."""
@@ -137,13 +154,14 @@ class Source:
 
 
 @contextlib.contextmanager
-def opened(paths: Sequence[str], settings: Settings, tokens: int | None = None) -> Iterator[Source]:
+def opened(paths: Sequence[str], settings: Settings, tokens: int | None = None, dtype: str = "") -> Iterator[Source]:
     """The activations in files and folders.
 
     Args:
         paths: files, folders of files, or globs; one after the other.
         settings: how they are read.
         tokens: how many to take for training; by default all.
+        dtype: of the store; by default that of the files.
 
     Raises:
         UserError: no file, an unknown kind, or arrays that are not activations of one kind.
@@ -154,7 +172,8 @@ def opened(paths: Sequence[str], settings: Settings, tokens: int | None = None) 
         parts = [part for part in parts if part.count]
         if not parts:
             raise UserError("has no activations; write files that have some", FIELD)
-        yield _source(files, parts, settings, tokens)
+        source = _source(files, parts, settings, tokens)
+        yield dataclasses.replace(source, dtype=dtype or source.dtype)
 
 
 def _source(files: Sequence[Path], parts: Sequence[_Part], settings: Settings, tokens: int | None) -> Source:
@@ -178,9 +197,13 @@ def _source(files: Sequence[Path], parts: Sequence[_Part], settings: Settings, t
                     FIELD,
                 )
         kept.append(_Part(part.file, part.count, {name: part.arrays[name] for name in (*names, *beside)}))
+    if settings.special_tokens and "tokens" not in beside:
+        raise UserError("is given, but the files have no token ids; leave it out", "--special_tokens")
     dtypes = {look.dtype.name for look in looks.values()}
     ends = list(itertools.accumulate(part.count for part in kept))
     T = settings.context_length
+    if ends[-1] < T:
+        raise UserError(f"is {T}, but the files have {ends[-1]:,} activations; write fewer", "--context_length")
     rows = -(-ends[-1] // T)
     test = round(rows * settings.held_out)
     train = rows - test if tokens is None else min(rows - test, -(-tokens // T))
@@ -238,6 +261,8 @@ def _found(paths: Sequence[str]) -> list[Path]:
     if unknown := [file for file in files if file.suffix not in KINDS]:
         known = f"{', '.join(KINDS)}, or a folder of these"
         raise UserError(f"{unknown[0]} is not of a known kind; write {known}", FIELD)
+    if twice := [file for number, file in enumerate(files) if file in files[:number]]:
+        raise UserError(f"has {twice[0]} twice; write each file once", FIELD)
     if not files:
         raise UserError(f"{', '.join(paths)} has no file that ends in {', '.join(KINDS)}", FIELD)
     return files

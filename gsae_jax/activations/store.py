@@ -100,7 +100,7 @@ class Manifest:
         """A manifest with shards of about `shard_bytes` of the widest array.
 
         Raises:
-            UserError: a site's name cannot be that of a folder.
+            UserError: a site's name cannot be that of a folder, or a shard has too many rows.
         """
         for site in fields["widths"]:
             if not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,199}", site, re.ASCII) or site in ("tokens", "mask", "shards"):
@@ -108,6 +108,8 @@ class Manifest:
         row = max(fields["widths"].values()) * fields["context_length"] * jnp.dtype(fields["dtype"]).itemsize
         block_rows = max(1, min(BLOCK_BYTES, shard_bytes // 8) // row)
         shard_rows = max(1, shard_bytes // (row * block_rows)) * block_rows
+        if shard_rows > config_lib.INT32:
+            raise UserError(f"gives a shard {shard_rows:,} rows; write less", "--shard_megabytes")
         return cls(shard_rows=shard_rows, block_rows=block_rows, **fields)
 
     @classmethod

@@ -13,6 +13,7 @@ import jax
 from gsae_jax.errors import UserError, known_names
 
 GIB = 2**30
+MOST_CPUS, MOST_CHIPS = 2**10, 2**20  # devices of a topology
 NODE = 8  # GPUs that are linked to each other
 # libtpu looks for the TPU that it runs on, and locks it; to compile it needs none, of whichever kind.
 WITHOUT_TPU = {
@@ -73,6 +74,8 @@ class Topology(NamedTuple):
             else:
                 what = f"write how many devices there are, such as {cls(written, EXAMPLES.get(written, (8,)))}"
             raise UserError(f"is {text!r}; {what}", "--topology")
+        if math.prod(sides) > (most := MOST_CPUS if chip == "cpu" else MOST_CHIPS):
+            raise UserError(f"is {text!r}; write at most {most:,} devices", "--topology")
         return cls(chip, sides)
 
     @property

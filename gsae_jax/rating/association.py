@@ -281,7 +281,7 @@ def _shape(text: str) -> str:
     if not word:
         return "a line end" if "\n" in text else "spaces"
     space = " after a space" if text[:1].isspace() else ""
-    if word.isdigit():
+    if word.isdecimal():
         return "digits" + space
     if word.isalpha():
         kind = "an upper case" if word.isupper() else "a capitalised" if word[:1].isupper() else "a lower case"
