@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -37,6 +38,12 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training failed, but not because of the user's input: numbers that stay not finite, or a full disk."""
+
+
+def check_kind(value: Any, kinds: Any, field: str, wanted: str) -> None:
+    """Raises `UserError` for an argument of another type than `kinds`, as of `isinstance`; True is no number."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"is of type {type(value).__name__}; give {wanted}", field)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import logging
+import numbers
 import os
 import re
 from pathlib import Path
@@ -143,6 +144,8 @@ def held_out(run: epath.PathLike, tokens: int | None = None) -> np.ndarray:
     """
     from gsae_jax.data import rows  # TensorFlow Datasets takes seconds to import, and nothing else here needs it
 
+    if tokens is not None:
+        errors.check_kind(tokens, numbers.Integral, "tokens", "a whole number")
     if tokens is not None and tokens < 1:
         raise UserError(f"is {tokens}; write a whole number from 1 on", "tokens")
     workdir = run_directory.Workdir(run, field="run")

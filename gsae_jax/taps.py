@@ -5,12 +5,14 @@ pytrees of their arrays: what is jitted with such a tap as an argument is not co
 """
 
 import dataclasses
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsae_jax import errors
 from gsae_jax.errors import UserError
 from gsae_jax.lms import sites as sites_lib
 from gsae_jax.saes.contract import Role
@@ -32,7 +34,8 @@ def steer(sae: SAE, feature: int, strength: float | jax.Array) -> sites_lib.Edit
     """
     if np.ndim(feature):
         raise UserError(f"is {feature}; give one number, and `chain` taps for several features", "feature")
-    site, (row,) = _site(sae, sae.targets), _rows(sae, feature)
+    site, (row,) = _target(sae), _rows(sae, feature)
+    errors.check_kind(strength, numbers.Real | jax.Array | np.ndarray, "strength", "a number")
     return sites_lib.splice({site: _Shift(strength * row)})
 
 
@@ -49,11 +52,11 @@ def ablate(sae: SAE, features: int | Sequence[int]) -> sites_lib.Edits:
     Raises:
         UserError: the SAE reads and writes different sites or has no site, or a feature does not exist.
     """
-    site = _site(sae, sae.targets)
+    site = _target(sae)
     if sae.sites != sae.targets:
         raise UserError(f"reads {', '.join(sae.sites)} and writes {site}; give one that reads what it writes", "sae")
-    numbers = np.unique(features)
-    return sites_lib.splice({site: _Ablation(sae, numbers, _rows(sae, numbers))})
+    numbers_K = np.unique(features)
+    return sites_lib.splice({site: _Ablation(sae, numbers_K, _rows(sae, numbers_K))})
 
 
 def splice(*saes: SAE) -> sites_lib.Chain:
@@ -69,7 +72,7 @@ def splice(*saes: SAE) -> sites_lib.Chain:
     """
     taps: dict[str, sites_lib.Tap] = {}
     for sae in saes:
-        site = _site(sae, sae.targets)
+        site = _target(sae)
         if site in taps:
             raise UserError(f"has two of {site}; give one for each site", "saes")
         same = sae.sites == sae.targets
@@ -91,6 +94,8 @@ class read:
     """
 
     def __init__(self, *sites: str):
+        for site in sites:
+            errors.check_kind(site, str, "sites", "names of sites")
         self.edits = dict.fromkeys(sites)
         self.activations: dict[str, jax.Array] = {}
 
@@ -102,6 +107,8 @@ class read:
 
 def chain(*taps: sites_lib.Tap | SAE) -> sites_lib.Chain:
     """Combines taps into one. Each gets the activations that the tap before it returns. An SAE means `splice(sae)`."""
+    for tap in taps:
+        errors.check_kind(tap, SAE | Callable, "taps", "taps and SAEs")
     return sites_lib.Chain(tuple(splice(tap) if isinstance(tap, SAE) else tap for tap in taps))
 
 
@@ -129,7 +136,10 @@ class _Ablation:
         return x - (self.sae.encode(x)[..., self.numbers] @ self.rows_KxD).astype(x.dtype)
 
 
-def _site(sae: SAE, sites: tuple[str, ...]) -> str:
+def _target(sae: SAE) -> str:
+    """The site that an SAE writes."""
+    errors.check_kind(sae, SAE, "sae", "an SAE")
+    sites = sae.targets
     if len(sites) != 1:
         raise UserError(f"writes {len(sites)} sites; give an SAE of one", "sae")
     if not sites[0]:
@@ -140,8 +150,8 @@ def _site(sae: SAE, sites: tuple[str, ...]) -> str:
 
 def _rows(sae: SAE, features: int | Sequence[int] | np.ndarray) -> jax.Array:
     """Decoder rows [K, D] of features."""
-    numbers = np.atleast_1d(features)
-    if not np.issubdtype(numbers.dtype, np.integer) or not ((numbers >= 0) & (numbers < sae.width)).all():
+    rows = np.atleast_1d(features)
+    if not np.issubdtype(rows.dtype, np.integer) or not ((rows >= 0) & (rows < sae.width)).all():
         raise UserError(f"is {features}; this SAE has features 0 to {sae.width - 1}", "feature")
     [name] = [name for name, each in sae.functions.PARAMETERS.items() if each.role is Role.DECODER]
-    return jnp.asarray(sae.params[name])[numbers]
+    return jnp.asarray(sae.params[name])[rows]

@@ -272,6 +272,9 @@ def test_what_holds_no_features_is_refused(run, collected, tmp_path):
         features.load(tmp_path)
     with refused("feature", "0 to 63"):
         collected["gated_0"][64]
+    for wrong in ("a", slice(3), 1.5, True):
+        with refused("feature", type(wrong).__name__):
+            collected["gated_0"][wrong]
     whole = (run / "features" / "gated_0.sqlite").read_bytes()
     for name, content in (
         ("text", b"not a database, but long enough to be one"),

@@ -501,6 +501,38 @@ def test_ready_made_taps(lm_dir):
         taps.splice(sae, sae)
 
 
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda lm, sae: taps.steer("gated", 1, 1.0), "sae"),
+        (lambda lm, sae: taps.steer(sae, 1, "a"), "strength"),
+        (lambda lm, sae: taps.ablate(None, 1), "sae"),
+        (lambda lm, sae: taps.splice({"a": sae}), "sae"),
+        (lambda lm, sae: taps.read([sae.site]), "sites"),
+        (lambda lm, sae: taps.chain(3), "taps"),
+        (lambda lm, sae: lm.activations("hi", [3]), "sites"),
+        (lambda lm, sae: lm.activations("hi", None), "sites"),
+        (lambda lm, sae: lm.generate("hi", max_new_tokens=1.5), "max_new_tokens"),
+        (lambda lm, sae: lm.generate("hi", seed=2**80), "seed"),
+        (lambda lm, sae: lm.generate("hi", temperature="hot"), "temperature"),
+        (lambda lm, sae: gsae_jax.load_lm(3), "path"),
+        (lambda lm, sae: gsae_jax.load(None), ""),
+        (lambda lm, sae: gsae_jax.load("x" * 5000), ""),
+        (lambda lm, sae: gsae_jax.held_out("run1", "9"), "tokens"),
+        (lambda lm, sae: gsae_jax.held_out(None), "run"),
+        (lambda lm, sae: gsae_jax.compare_models("x"), "sae"),
+        (lambda lm, sae: gsae_jax.stack_config("gated", sae.site, 8, recipe=2026, k=3), "recipe"),
+        (lambda lm, sae: gsae_jax.experiment("quickstart", stacks={"gatedd": None}), "stacks.gatedd"),
+        (lambda lm, sae: gsae_jax.experiment("quickstart", lms={"tuned": None}), "lms.tuned"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(lm, call, field):
+    config = gated.Config(32, 8)
+    sae = SAE("a", "gated", config, "blocks.0.hook_mlp_out", gated.init(jax.random.key(0), config))
+    with refused(field):
+        call(lm, sae)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_generation_under_ready_made_taps_is_compiled_once_for_all_features(lm_dir, devices):
     """And gives what the same edits give as plain functions, which are compiled one by one."""

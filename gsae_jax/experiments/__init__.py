@@ -57,7 +57,13 @@ def experiment(base: Any = None, /, **changes: Any) -> config_lib.Experiment:
         tree = config_trees.plain(base)
         if not isinstance(tree, dict):
             raise UserError(f"is {base!r}; write the name of an experiment, the path of a config file, or a dict")
-    return config_trees.from_dict(config_lib.Experiment, config_trees.merged(tree, config_trees.plain(changes)))
+    changes = config_trees.plain(changes)
+    for group in ("stacks", "lms"):
+        there, members = tree.get(group) or {}, changes.get(group)
+        for name, member in members.items() if isinstance(members, dict) else ():
+            if member is None and name not in there:
+                raise UserError(f"is None, but there is none to remove; {known_names(name, there)}", f"{group}.{name}")
+    return config_trees.from_dict(config_lib.Experiment, config_trees.merged(tree, changes))
 
 
 def experiment_config() -> "ml_collections.ConfigDict":
@@ -121,6 +127,7 @@ def stack_config(
 
 def _by_recipe(recipe: str, architecture: str, width: int, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(The architecture that a recipe trains, the settings with those of the recipe that are not given)."""
+    errors.check_kind(recipe, str, "recipe", "its name as text")
     if recipe not in RECIPES:
         raise UserError(f"is {recipe!r}; {known_names(recipe, RECIPES)}", "recipe")
     if architecture != "gated":

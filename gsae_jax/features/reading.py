@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import logging
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gsae_jax import rendering
+from gsae_jax import errors, rendering
 from gsae_jax.errors import UserError
 from gsae_jax.features import ratings as ratings_lib
 from gsae_jax.features import tables
@@ -134,6 +135,7 @@ class Features:
 
     def __getitem__(self, number: int) -> Feature:
         """What is known of a feature; raises `UserError` if there is none of this number."""
+        errors.check_kind(number, numbers.Integral, "feature", "the number of a feature")
         if not 0 <= number < len(self):
             raise UserError(f"is {number}; {self.sae} has features 0 to {len(self) - 1}", "feature")
         return self._feature(int(number))

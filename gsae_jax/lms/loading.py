@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ import numpy as np
 
 from gsae_jax import batching, errors, processes
 from gsae_jax import config as config_lib
+from gsae_jax.config import INT32
 from gsae_jax.errors import UserError
 from gsae_jax.lms import generation, partition, readout
 from gsae_jax.lms import sites as sites_lib
@@ -130,8 +132,10 @@ class LM:
             mask_BxT: False (or 0) at padding, on either side. Texts and the result of `tokenize` need no mask.
             rows_per_forward: rows in one forward pass; the default gives about 16,000 tokens.
         """
+        errors.check_kind(sites, Iterable, "sites", "names of sites")
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         for site in sites:
+            errors.check_kind(site, str, "sites", "names of sites")
             sites_lib.check(site, self.sites, "sites")
         return self._forward(
             partial(_activations, self.module, sites, self.params), tokens_BxT, mask_BxT, rows_per_forward
@@ -233,6 +237,11 @@ class LM:
         prompts = tokenizer_lib.as_texts(texts)
         if prompts is None:
             raise UserError(f"are of type {type(texts).__name__}; give a string, or several in a list", "texts")
+        errors.check_kind(max_new_tokens, numbers.Integral, "max_new_tokens", "a whole number")
+        errors.check_kind(seed, numbers.Integral, "seed", "a whole number")
+        errors.check_kind(temperature, numbers.Real | jax.Array, "temperature", "a number")
+        if abs(seed) > INT32:
+            raise UserError(f"is {seed}; write a whole number up to {INT32} in size", "seed")
         if max_new_tokens < 1:
             raise UserError(f"is {max_new_tokens}; write a whole number from 1 on", "max_new_tokens")
         if not 0 <= temperature < math.inf:
@@ -460,6 +469,7 @@ def load_lm(
     Raises:
         UserError: `path` is not a checkpoint, the model is not supported, or weights are wrong (all are listed).
     """
+    errors.check_kind(path, str | os.PathLike, "path", "a directory or a hub name")
     with errors.about("path"):
         checkpoint = Checkpoint.open(path, revision)
         module = checkpoint.module(num_layers, mesh)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gsae_jax import errors
 from gsae_jax.config import model_of
 from gsae_jax.errors import UserError
 from gsae_jax.saes import parameters
@@ -66,6 +67,7 @@ def compare_models(sae: SAE, models: tuple[str, str] | None = None) -> Differenc
     Raises:
         UserError: it has no sites of two models, or of more than two and `models` does not choose.
     """
+    errors.check_kind(sae, SAE, "sae", "an SAE")
     known = sorted(sae.models)
     chosen = tuple(known) if models is None else tuple(models)
     if len(known) < 2:

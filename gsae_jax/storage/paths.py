@@ -5,6 +5,7 @@ are put whole: they are neither appended to nor renamed.
 """
 
 import contextlib
+import errno
 import glob
 import importlib.util
 import os
@@ -19,6 +20,7 @@ import filelock
 import fsspec
 from etils import epath
 
+from gsae_jax import errors
 from gsae_jax.config_trees import check_text
 from gsae_jax.errors import UserError
 
@@ -253,12 +255,18 @@ def of_user(path: epath.PathLike) -> Path:
     Raises:
         UserError: no path, a URL of another kind, or gs:// without the packages for it.
     """
+    errors.check_kind(path, str | os.PathLike, "", "a path")
     check_text(os.fspath(path))
     if not os.fspath(path):
         raise UserError("is empty; write a path")
     check(path)
     if _is_in_bucket(path):
         return BucketPath(path)
+    try:
+        os.path.exists(path) or os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{os.fspath(path)[:50]!r}... has a name that is too long; write another path") from error
     return LocalPath(path if os.path.lexists(path) else os.path.expanduser(path))
 
 
