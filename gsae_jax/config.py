@@ -487,8 +487,6 @@ class Experiment:
         """Raises `UserError` for what earlier versions accepted, so that only new runs are refused."""
         check_floats(self)
         for name, stack in self.stacks.items():
-            if max(stack.learning_rates, default=0) > 100:
-                raise UserError(f"is {stack.learning_rates}; write at most 100", f"stacks.{name}.learning_rates")
             if stack.kl_weight != KL_WEIGHT and not stack.kl_fraction:
                 raise UserError(
                     f"is {stack.kl_weight:g}, but without kl_fraction nothing is trained on the KL divergence; write "

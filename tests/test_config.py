@@ -162,7 +162,7 @@ def refusal(use, config, folder):
         ({"stacks__gated__l1_coefficients": (0.1,), "stacks__gated__seeds": (1, 1)}, "stacks.gated.seeds", ("(1, 1)",)),
         ({"train__resample_warmup_steps": 5}, "train.resample_warmup_steps", ("is 5,", "train.resample_steps", "1000")),
         ({"stacks__gated__learning_rates": (1e-60,)}, "stacks.gated.learning_rates", ("1e-60", "1e-30")),
-        ({"stacks__gated__learning_rates": (200.0,)}, "stacks.gated.learning_rates", ("(200.0,)", "100")),
+        ({"stacks__gated__learning_rates": (1e31,)}, "stacks.gated.learning_rates", ("1e+31", "1e+30")),
         ({"stacks__gated__l1_coefficients": (0.1, 1e35)}, "stacks.gated.l1_coefficients", ("1e+35", "1e+30")),
         ({"stacks__gated__clip_norm": 1e-60}, "stacks.gated.clip_norm", ("1e-60",)),
         (
