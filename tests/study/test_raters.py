@@ -165,6 +165,7 @@ def test_what_cannot_be_rated_is_refused(folder):
     for wanted, field in (
         (scoring.Wanted(), "--features"),
         (scoring.Wanted(features=str(folder / "nothing")), "--features"),
+        (scoring.Wanted("nowhere", features=str(folder)), "--workdir"),
         (scoring.Wanted(features=str(folder), saes=["a_1"]), "--sae"),
         (scoring.Wanted(features=str(folder), numbers=[10]), "--feature"),
     ):
