@@ -211,7 +211,8 @@ def _opened(wanted: Wanted, manifest: store_lib.Manifest) -> Iterator["_Writer"]
         except OSError as error:
             raise writer.stopped(error) from error
         except UserError:
-            if before is None and processes.first():  # what was written is of no use
+            # Files must change before the command can be run again, and then they are another text.
+            if before is None and not manifest.model and processes.first():
                 for name in (store_lib.INDEX, store_lib.MANIFEST):
                     (folder / name).unlink(missing_ok=True)
                 for split in store_lib.SPLITS:
