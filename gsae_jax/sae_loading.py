@@ -57,6 +57,7 @@ def load(
         UserError: `path` is not a run, the checkpoint is missing or damaged, the run has no such stack, or gs:// cannot
             be read. For another format, the error lists everything that is wrong.
     """
+    errors.check_kind(path, str | os.PathLike, "", "a path")
     folder, stack = divided(os.fspath(path))
     workdir = run_directory.Workdir(folder, field="")
     if imported := _imported(folder, mesh, bool(target)):

@@ -140,7 +140,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with refused("", "gs://bucket/a", "not a local path"):
         sae.save("gs://bucket/a")
     (tmp_path / "file").touch()
-    with refused("", f"{tmp_path / 'file' / 'a'} cannot be written"):
+    with refused("", f"{tmp_path / 'file' / 'a'} is not writable"):
         sae.save(tmp_path / "file" / "a")
     with refused("", "cannot be written", "a" * 300):
         sae.save(tmp_path / "new" / "parents" / ("a" * 300) / "b")
