@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -204,7 +205,9 @@ def test_fewer_bits(made, tmp_path):
         ours, expected = (each.rows("train").arrays.read(range(8)).activations for each in (store, exact))
         for site, x in ours.items():
             assert x.dtype == dtype
-            np.testing.assert_array_equal(x, expected[site].astype(x.dtype))
+            # Another program computes them, so that the last bit of float32 may differ before they are rounded.
+            stored, wanted = (np.asarray(value, np.float64) for value in (x, expected[site]))
+            np.testing.assert_allclose(stored, wanted, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
     changes = {"lm.dtype": "bfloat16"}
     assert train.run(from_store(config, tmp_path / "bfloat16", **changes), tmp_path / "run") == 0
 
