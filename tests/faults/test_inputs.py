@@ -441,7 +441,7 @@ def test_commands_end_with_one_line_and_code_2(tmp_path, lm_dir):
     (tmp_path / "number.py").write_text("def get_config():\n    return 3\n")
     (tmp_path / "points.csv").write_bytes(b"\xff")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"seed": 0, "new": 1}')
+    (tmp_path / "run" / "config.json").write_text('{"lm": {}, "stacks": {}, "new": 1}')
     shutil.copytree(lm_dir, tmp_path / "lm")
     (tmp_path / "lm" / "config.json").write_text('{"model_type": "gelu", "n_layers": 1e9}')
     quickstart, new = "--config=configs/quickstart.py", f"--workdir={tmp_path / 'new'}"
