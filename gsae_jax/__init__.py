@@ -13,7 +13,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its toke
 
 from gsae_jax import features, taps
 from gsae_jax import processes as processes  # its handler shows the messages of all modules
-from gsae_jax.evaluation.tokens import measure
+from gsae_jax.evaluation.in_memory import measure
 from gsae_jax.experiments import experiment, experiment_config, stack_config
 from gsae_jax.fitting import fit
 from gsae_jax.lms.loading import LM, load_lm

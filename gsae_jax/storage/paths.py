@@ -263,7 +263,7 @@ def of_user(path: epath.PathLike) -> Path:
     if _is_in_bucket(path):
         return BucketPath(path)
     try:
-        os.path.exists(path) or os.lstat(path)
+        os.lstat(path)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{os.fspath(path)[:50]!r}... has a name that is too long; write another path") from error

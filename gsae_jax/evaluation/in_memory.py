@@ -1,4 +1,4 @@
-"""Metrics of SAEs on rows of tokens, for Python: `gsae_jax.measure(saes, lm, tokens)`."""
+"""Metrics of SAEs that are in memory, without a report: `gsae_jax.measure(saes, lm, tokens)`."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
