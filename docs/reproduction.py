@@ -136,6 +136,18 @@ def attribution_rows(ablations, rescaled):
                 yield f"`{site}`", level, first, *of_first, *steps[2:], ratio(l0s[-1], l0s[0])
 
 
+def share_rows(ablations, rescaled):
+    """How much of the logarithm of all steps' L0 ratio each step is, the first two together."""
+    for site, records in ablations.items():
+        records = records + rescaled.get(site, [])
+        for level in LEVELS:
+            stacks = ("baseline", FIRST["width"][-1], *LATER.values())
+            means = [np.log(l0).mean() if len(l0 := l0s_at(records, stack, level)) else math.nan for stack in stacks]
+            if np.isfinite(means).all():
+                steps = np.diff(means) / (means[-1] - means[0])
+                yield f"`{site}`", level, *(f"{step:.0%}" for step in steps)
+
+
 def equal_width_rows(ablations):
     """Gated SAEs against baselines of equal compute and of equal width."""
     for site, records in ablations.items():
@@ -340,6 +352,9 @@ def tables_of(model, page, runs):
             ["Site", "Loss recovered", "First step", *FIRST, *LATER, "All"],
             attribution_rows(ablations, rescaled),
             ("First step",),
+        ),
+        "shares": results.table(
+            ["Site", "Loss recovered", " and ".join(FIRST), *LATER], share_rows(ablations, rescaled)
         ),
         "equal_width": results.table(
             ["Site", "Loss recovered", "Gated / baseline of 1,536", "Gated / baseline of 1,024"],
