@@ -263,6 +263,16 @@ def test_a_token_that_cannot_be_used_ends_training_with_what_was_trained_saved(e
     np.testing.assert_array_equal(calls[first + 4], calls[first + 3])
 
 
+def test_an_sae_without_an_input_bias_computes_in_float32_after_training(experiment, tmp_path):
+    """The sites' means are then in its inputs. With another one, they are subtracted in float32 first."""
+    gated_stack = experiment.stacks["gated"]
+    stacks = {"gated": gated_stack, "jump": dataclasses.replace(gated_stack, architecture="jumprelu", options={})}
+    experiment = with_(dataclasses.replace(experiment, stacks=stacks), train={"compute_dtype": "bfloat16", "steps": 8})
+    assert loop.train(experiment, tmp_path)
+    saes = gsae_jax.load(tmp_path)
+    assert (saes["gated_0"].config.dtype, saes["jump_0"].config.dtype) == ("bfloat16", "float32")
+
+
 def test_the_report_of_a_run_without_checkpoints_is_kept_from_other_runs(experiment, tmp_path):
     path = tmp_path / "run"
     path.mkdir()
